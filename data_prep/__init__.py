@@ -1,0 +1,1 @@
+"""Corpus → sentence shards. Knows nothing of models and never imports torch."""

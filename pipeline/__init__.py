@@ -1,0 +1,1 @@
+"""Sentence shards → SentenceVAE → SLLM: models, training, evaluation and generation."""
