@@ -1,0 +1,173 @@
+"""The one batch type: real tokens only, no padding.
+
+In: the `Span`s of a bin (`bins.py`). Out: a `Batch`, which every model's `forward` takes. Shape suffixes: T tokens, S sentences,
+D document windows. Index arithmetic happens here, on the host, once per batch; the models only gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.attention import SegmentLayout
+from pipeline.bins import Span
+
+
+@dataclass
+class Batch:
+    """Packed document windows.
+
+    tokens_T: int64 [T], all windows' tokens, back to back, on the compute device.
+    cu_sentences: int64 [S+1], host: sentence s owns tokens_T[cu_sentences[s]:cu_sentences[s+1]].
+    cu_documents: int64 [D+1], host, in sentences: window d owns sentences [cu_documents[d], cu_documents[d+1]).
+    document_end_D: bool [D], host: the window ends its document (stop label 1; an end symbol for the token model).
+    scored: False for the empty batch, which a rank without work runs so that ZeRO-3's collectives match.
+    """
+
+    tokens_T: Tensor
+    cu_sentences: np.ndarray
+    cu_documents: np.ndarray
+    document_end_D: np.ndarray
+    scored: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return int(self.cu_sentences[-1])
+
+    @property
+    def sentences(self) -> int:
+        return len(self.cu_sentences) - 1
+
+    @property
+    def documents(self) -> int:
+        return len(self.cu_documents) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens_T.device
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device (host arrays stay on the host)."""
+        return Batch(
+            self.tokens_T.to(device, non_blocking=True),
+            self.cu_sentences,
+            self.cu_documents,
+            self.document_end_D,
+            self.scored,
+        )
+
+    def _index(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+    # Layouts: what attends to what.
+
+    @cached_property
+    def sentence_layout(self) -> SegmentLayout:
+        """Tokens by sentence: T rows (sentence encoder)."""
+        return SegmentLayout(np.diff(self.cu_sentences), self.device)
+
+    @cached_property
+    def decoder_layout(self) -> SegmentLayout:
+        """BOS + tokens by sentence: T+S rows (sentence decoder)."""
+        return SegmentLayout(np.diff(self.cu_sentences) + 1, self.device)
+
+    @cached_property
+    def backbone_layout(self) -> SegmentLayout:
+        """Start position + sentences by window: S+D rows (backbone)."""
+        return SegmentLayout(np.diff(self.cu_documents) + 1, self.device)
+
+    @cached_property
+    def token_model_layout(self) -> SegmentLayout:
+        """BOS + tokens by window: T+D rows (token-level model)."""
+        return SegmentLayout(np.diff(self.cu_sentences[self.cu_documents]) + 1, self.device)
+
+    # Sentence decoder: symbols in, symbols to predict.
+
+    def decoder_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor]:
+        """Inputs (bos, t1 … tn) and targets (t1 … tn, end) of every sentence: two int64 [T+S]."""
+        layout = self.decoder_layout
+        starts = self._index(layout.starts[:-1])
+        ends = self._index(layout.starts[1:] - 1)
+        return self._shifted(layout.rows, starts, ends, bos, end)
+
+    def _shifted(self, rows: int, starts: Tensor, ends: Tensor, bos: int, end: int) -> tuple[Tensor, Tensor]:
+        inputs = torch.full((rows,), bos, dtype=torch.long, device=self.device)
+        targets = torch.full((rows,), end, dtype=torch.long, device=self.device)
+        inner = torch.ones(rows, dtype=torch.bool, device=self.device)
+        inner[starts] = False
+        inputs[inner] = self.tokens_T
+        inner.fill_(True)
+        inner[ends] = False
+        targets[inner] = self.tokens_T
+        return inputs, targets
+
+    # Backbone: row s + d + 1 holds sentence s of window d; row s + d, just before it, predicts it.
+
+    @cached_property
+    def _window_of_sentence(self) -> np.ndarray:
+        return np.repeat(np.arange(self.documents), np.diff(self.cu_documents))
+
+    @cached_property
+    def backbone_source(self) -> Tensor:
+        """int64 [S+D]: gathers rows from cat(start vector [1], sentence embeddings [S])."""
+        source = np.zeros(self.sentences + self.documents, dtype=np.int64)
+        source[np.arange(self.sentences) + self._window_of_sentence + 1] = np.arange(self.sentences) + 1
+        return self._index(source)
+
+    @cached_property
+    def predicting_row_S(self) -> Tensor:
+        """int64 [S]: the backbone row that conditions the decoding of each sentence."""
+        return self._index(np.arange(self.sentences) + self._window_of_sentence)
+
+    @cached_property
+    def start_row_S(self) -> Tensor:
+        """int64 [S]: the start row of each sentence's window (to measure the vector gain)."""
+        window = self._window_of_sentence
+        return self._index((self.cu_documents[:-1] + np.arange(self.documents))[window])
+
+    @cached_property
+    def stop_label_S(self) -> Tensor:
+        """float32 [S]: 1 after a document's true last sentence, else 0 (also at the end of an inner window)."""
+        labels = np.zeros(self.sentences, dtype=np.float32)
+        labels[self.cu_documents[1:] - 1] = self.document_end_D
+        return self._index(labels)
+
+    # Token-level model.
+
+    def token_model_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end their document."""
+        layout = self.token_model_layout
+        ends = layout.starts[1:] - 1
+        inputs, targets = self._shifted(
+            layout.rows, self._index(layout.starts[:-1]), self._index(ends), bos, end
+        )
+        keep = np.ones(layout.rows, dtype=bool)
+        keep[ends[~self.document_end_D]] = False
+        rows = self._index(np.flatnonzero(keep))
+        return inputs, rows, targets[rows]
+
+
+def build_batch(spans: Sequence[Span]) -> Batch:
+    """Pack spans into a batch (CPU tensors)."""
+    lengths = np.concatenate([s.sentence_lengths for s in spans]).astype(np.int64)
+    counts = [len(s.sentence_lengths) for s in spans]
+    tokens = np.concatenate([s.tokens for s in spans]).astype(np.int64)
+    return Batch(
+        torch.from_numpy(tokens),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        np.asarray([s.document_end for s in spans], dtype=bool),
+    )
+
+
+def empty_batch() -> Batch:
+    """One token that counts for nothing: what a rank without a bin runs."""
+    one = np.ones(1, dtype=np.int64)
+    batch = build_batch([Span(np.zeros(1, dtype=np.int64), one, True)])
+    batch.scored = False
+    return batch
