@@ -1,0 +1,54 @@
+# The two commands most people want: `make demo` and `make test`. Both set themselves up in .venv first.
+#
+#   make demo PYTHON=python3.12          another interpreter for .venv
+#   make setup PIP_FLAGS='--index-url …' another package source, e.g. for a CPU or a particular CUDA build of torch
+#   make test PYTEST_FLAGS='-k slurm'    a part of the suite
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
+
+.PHONY: help setup demo test lint format clean distclean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+	@echo 'targets: setup demo test lint format clean distclean'
+
+setup: $(STAMP)
+
+# A changed setup.cfg or constraints.txt means a new install; anything else leaves .venv as it is.
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "setup: $(PYTHON) is older than Python 3.10: name a newer one, e.g. make setup PYTHON=python3.11" >&2; exit 2; }
+	@rm -f $(STAMP)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel ninja torch
+	# DeepSpeed comes as source and looks at torch while it is built, so no isolated build; DS_BUILD_OPS=0: no compiler needed.
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) --no-build-isolation --editable '.[mpi,dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m pipeline.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf demo .pytest_cache .ruff_cache .hypothesis
+	find data_prep pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) *.egg-info
