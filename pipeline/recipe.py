@@ -1,0 +1,390 @@
+"""Recipes: what one training run is, read from YAML plus `--key value` overrides, checked before anything heavy loads.
+
+In: a recipe file (`pipeline/recipes/*.yaml`, which may start from another one with `base: other.yaml`) and the
+command line's overrides. Out: a `Recipe`, every value of the right type, every key known. Called by `train.py`
+before torch is imported, so this module imports nothing but PyYAML: a wrong key is refused within a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.errors import UserError
+
+OBJECTIVES = ("vae", "sllm", "lm")
+
+# Keys of `model.vae`. Null means: take it from the tokenizer of the shards (`vocab_size`), or the usual value.
+VAE_KEYS = (
+    "path",
+    "hidden_size",
+    "embedding_size",
+    "layers",
+    "heads",
+    "ffn_size",
+    "vocab_size",
+    "activation",
+    "initializer_range",
+)
+
+# Keys of `model.backbone` when its `model_type` is opt; for other model types Hugging Face's config decides.
+OPT_KEYS = (
+    "path",
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "ffn_dim",
+    "max_position_embeddings",
+    "word_embed_proj_dim",
+    "do_layer_norm_before",
+    "dropout",
+    "attention_dropout",
+    "activation_function",
+    "layerdrop",
+    "init_std",
+    "enable_bias",
+    "layer_norm_elementwise_affine",
+    "tie_word_embeddings",
+)
+
+
+@dataclass
+class DataRecipe:
+    """Which shards are read and how they are grouped: one step is `bins_per_step` bins of `bin_tokens` tokens."""
+
+    shards: list[str] = field(default_factory=list)
+    validation: str | None = None
+    window_tokens: int = 1024
+    bin_tokens: int = 8192
+    bins_per_step: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("window_tokens", "bin_tokens", "bins_per_step"):
+            _require_positive(f"data.{name}", getattr(self, name))
+        if self.window_tokens > self.bin_tokens:
+            raise UserError(
+                f"recipe: data.window_tokens ({self.window_tokens}) is larger than data.bin_tokens "
+                f"({self.bin_tokens}): a window must fit into a bin"
+            )
+
+
+@dataclass
+class ModelRecipe:
+    """`vae`: sizes of a SentenceVAE, or `{path: FOLDER}`; `backbone`: a Hugging Face config's keys, or a path."""
+
+    vae: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_known("model.vae.", self.vae, VAE_KEYS)
+        if self.backbone.get("model_type", "opt") == "opt":
+            _require_known("model.backbone.", self.backbone, OPT_KEYS)
+        for name, part in (("vae", self.vae), ("backbone", self.backbone)):
+            sizes = sorted(set(part) - {"path"})
+            if part.get("path") and sizes:
+                raise UserError(
+                    f"recipe: model.{name} has a path and sizes ({', '.join(sizes)}): give one or the other"
+                )
+
+
+@dataclass
+class LossRecipe:
+    """`cross_entropy`, or `focal` with the paper's gamma (section 4: focal loss, gamma 2)."""
+
+    kind: str = "cross_entropy"
+    focal_gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        _require_one_of("loss.kind", self.kind, ("cross_entropy", "focal"))
+
+
+@dataclass
+class OptimizerRecipe:
+    """AdamW; weight decay touches matrices only (no biases, no norms, no embeddings)."""
+
+    lr: float = 1.0e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1.0e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"recipe: optimizer.betas must be two numbers in [0, 1), not {self.betas}")
+        if self.lr < 0:
+            raise UserError(f"recipe: optimizer.lr must not be negative, not {self.lr}")
+
+
+@dataclass
+class ScheduleRecipe:
+    """Learning rate over the run: `warmup` (a fraction of the run), then to `final` times the peak, never up again."""
+
+    kind: str = "cosine"
+    warmup: float = 0.02
+    final: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_one_of("schedule.kind", self.kind, ("cosine", "constant"))
+        for name in ("warmup", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"recipe: schedule.{name} must lie in [0, 1], not {getattr(self, name)}")
+
+
+@dataclass
+class TrainingRecipe:
+    """How long, and what happens along the way. The run ends at `max_tokens` or `max_steps`, whichever comes first.
+
+    `eval_every`, `save_every` and `eval_bins` count steps, steps and bins; `keep` is the number of last checkpoints kept.
+    """
+
+    max_tokens: int | None = None
+    max_steps: int | None = None
+    eval_every: int = 200
+    eval_bins: int = 32
+    save_every: int = 200
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is None and self.max_steps is None:
+            raise UserError("recipe: set training.max_tokens or training.max_steps, or the run would never end")
+        for name in ("max_tokens", "max_steps", "eval_every", "eval_bins", "save_every", "keep"):
+            if getattr(self, name) is not None:
+                _require_positive(f"training.{name}", getattr(self, name))
+
+    def progress(self, step: int, tokens: int) -> float:
+        """Share of the run that is done after `step` steps and `tokens` real tokens, in [0, 1]."""
+        shares = [0.0]
+        if self.max_tokens is not None:
+            shares.append(tokens / self.max_tokens)
+        if self.max_steps is not None:
+            shares.append(step / self.max_steps)
+        return min(1.0, max(shares))
+
+
+@dataclass
+class LogRecipe:
+    """Where the figures go beside metrics.jsonl; `console_every` steps between two lines when there is no terminal."""
+
+    tensorboard: bool = True
+    wandb: bool = False
+    console_every: int = 10
+
+    def __post_init__(self) -> None:
+        _require_positive("log.console_every", self.console_every)
+
+
+@dataclass
+class Recipe:
+    """One training run. The key names are those of the YAML file and of the command line's overrides."""
+
+    objective: str
+    output_dir: str
+    seed: int = 1
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+
+    def __post_init__(self) -> None:
+        _require_one_of("objective", self.objective, OBJECTIVES)
+        if not self.data.shards:
+            raise UserError("recipe: data.shards is empty: name the shard folders, for example --data.shards shards/train")
+        needs = {"vae": ("vae",), "sllm": ("vae", "backbone"), "lm": ("backbone",)}[self.objective]
+        for name in needs:
+            if not getattr(self.model, name):
+                raise UserError(f"recipe: objective {self.objective} needs model.{name} (sizes, or a path)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the layout of the YAML file."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, as kept in the run directory."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file, apply `["--training.max_steps", "10", …]` and check everything.
+
+    Raises UserError for a missing or unreadable file, an unknown key (with the nearest known one) or a wrong value.
+    """
+    values = _read_yaml(Path(path), seen=())
+    for key, texts in parse_overrides(overrides or []):
+        _set_override(values, key, texts)
+    return _build(Recipe, values, "")
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
+    """`["--a.b", "1", "--c=x"]` → `[("a.b", ["1"]), ("c", ["x"])]`; UserError for anything else."""
+    found: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            found.append((key, [value] if equals else []))
+        elif found:
+            found[-1][1].append(argument)
+        else:
+            raise UserError(f"unexpected argument {argument!r}: recipe overrides look like --training.max_steps 10")
+    for key, values in found:
+        if not values:
+            raise UserError(f"--{key} needs a value: --{key} VALUE")
+    return found
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's mapping, merged over its `base` (a path relative to the file)."""
+    resolved = path.resolve()
+    if resolved in seen:
+        raise UserError(f"recipe {path}: `base` leads back to itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist: see pipeline/recipes/ for the ones that come along") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} is not a mapping of keys to values")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merge(_read_yaml(path.parent / str(base), (*seen, resolved)), values, "")
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, Any]:
+    """`over` wins key by key; a model part that brings a path replaces the sizes below it."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        replaces = where == "model." and isinstance(value, dict) and value.get("path")
+        if isinstance(value, dict) and isinstance(below, dict) and not replaces:
+            merged[key] = _merge(below, value, f"{where}{key}.")
+        else:
+            merged[key] = value
+    return merged
+
+
+def _set_override(values: dict[str, Any], key: str, texts: list[str]) -> None:
+    """Put one command line value where it belongs; types are settled later by `_build`."""
+    parts = key.split(".")
+    is_model_part = len(parts) == 3 and parts[0] == "model" and parts[1] in ("vae", "backbone")
+    if not is_model_part and key not in known_keys():
+        raise _unknown_key(key, known_keys())
+    parsed = [_parse_value(text) for text in texts]
+    node = values
+    for part in parts[:-1]:
+        if not isinstance(node.get(part), dict):
+            node[part] = {}
+        node = node[part]
+    if is_model_part and (parts[2] == "path" or node.get("path")):
+        node.clear()
+    node[parts[-1]] = parsed[0] if len(parsed) == 1 else parsed
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def known_keys() -> list[str]:
+    """Every dotted key an override may name, model parts included."""
+    keys = []
+    for name, kind in typing.get_type_hints(Recipe).items():
+        if name == "model":
+            keys += [f"model.vae.{key}" for key in VAE_KEYS] + [f"model.backbone.{key}" for key in OPT_KEYS]
+        elif dataclasses.is_dataclass(kind):
+            keys += [f"{name}.{part.name}" for part in dataclasses.fields(kind)]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    """A dataclass out of plain values; `where` is the dotted prefix used in messages."""
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise _unknown_key(f"{where}{key}", known_keys())
+    built = {}
+    for item in dataclasses.fields(kind):
+        if item.name in values:
+            built[item.name] = _coerce(hints[item.name], values[item.name], f"{where}{item.name}")
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise UserError(f"recipe: {where}{item.name} is missing")
+        elif dataclasses.is_dataclass(hints[item.name]):
+            built[item.name] = _build(hints[item.name], {}, f"{where}{item.name}.")
+    return kind(**built)
+
+
+def _coerce(kind: Any, value: Any, key: str) -> Any:
+    """`value` as the annotated type, or UserError. YAML reads `1e-4` as text, so numbers may come as text."""
+    if isinstance(kind, types.UnionType):
+        (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
+        return None if value is None else _coerce(inner, value, key)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise UserError(f"recipe: {key} must be a mapping, not {value!r}")
+        return _build(kind, value, f"{key}.")
+    origin = typing.get_origin(kind)
+    if origin is list:
+        (inner,) = typing.get_args(kind)
+        return [_coerce(inner, one, key) for one in (value if isinstance(value, list) else [value])]
+    if origin is dict:
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise UserError(f"recipe: {key} must be a mapping, not {value!r}")
+        return dict(value)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if kind is float or number == int(number):
+                return kind(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise UserError(f"recipe: {key} must be {names[kind]}, not {value!r}")
+
+
+def _unknown_key(key: str, known: list[str] | tuple[str, ...]) -> UserError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:  # people often forget the section: --max_steps instead of --training.max_steps
+        last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+        near = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.75)]
+    hint = f": did you mean {near[0]!r}?" if near else f": known keys are {', '.join(known)}"
+    return UserError(f"unknown recipe key {key!r}{hint}")
+
+
+def _require_known(where: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in known:
+            raise _unknown_key(f"{where}{key}", [where + name for name in known])
+
+
+def _require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"recipe: {key} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _require_positive(key: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"recipe: {key} must be at least 1, not {value}")
