@@ -1,0 +1,262 @@
+"""A real Slurm cluster of N nodes on this one machine, for tests: munge, slurmctld, one slurmd per node.
+
+In: a folder (configuration, logs, spool and state all live there) and the number of nodes and cores. Out: a
+context manager whose `run` executes a command on the cluster's login host. Called by tests/test_slurm.py.
+
+How it works: the controller and every node are one set of Linux namespaces each (network, host name, mounts,
+processes), so each has its own host name, its own address on a bridge inside the controller's network namespace,
+and its own /etc/hosts. The machine's own network and files are not touched. The first process of each set is
+killed by the kernel when the test process dies, however it dies, and takes the whole set with it; so nothing
+stays behind, not even after `kill -9`.
+
+Needs root and the Debian packages slurm-wlm, munge and iproute2; `why_not()` says what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SUBNET = "10.99.0"
+CONTROLLER = "login"
+CONTROLLER_ADDRESS = f"{SUBNET}.250"
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "ip", "unshare", "nsenter", "setpriv")
+PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
+
+# Process 1 of a namespace set: takes the name, mounts the hosts file, says so, then only reaps orphans.
+# `os.wait` fails when there is no child at all, hence the short sleep; process 1 must never end.
+INIT = """
+import os, socket, subprocess, sys, time
+name, hosts = sys.argv[1:]
+socket.sethostname(name)
+subprocess.run(["mount", "--bind", hosts, "/etc/hosts"], check=True)
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+print("ready", flush=True)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        time.sleep(0.2)
+"""
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={controller}({address})
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+TmpFS={folder}/spool
+EnforcePartLimits=ALL
+MailProg=/bin/true
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobRequeue=1
+KillWait=5
+MinJobAge=3600
+SlurmdTimeout=20
+PropagateResourceLimits=NONE
+ReturnToService=2
+SlurmdParameters=config_overrides
+NodeName=node[1-{nodes}] CPUs={cpus} State=UNKNOWN
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@functools.cache
+def why_not() -> str | None:
+    """What keeps this machine from booting a cluster, in one line; None when nothing does."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        return "needs Linux and root"
+    missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    if missing:
+        return f"not installed: {' '.join(missing)} (Debian: slurm-wlm munge iproute2)"
+    probe = ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--mount-proc", "true"]
+    if subprocess.run(probe, capture_output=True, env={"PATH": PATH}).returncode:
+        return "may not make namespaces here (a container without CAP_SYS_ADMIN?)"
+    return None
+
+
+class SlurmCluster:
+    """`with SlurmCluster(folder, nodes=2, cpus=1) as cluster: cluster.run("srun", "-N2", "hostname")`."""
+
+    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 1):
+        self.folder, self.nodes, self.cpus = Path(folder).resolve(), nodes, cpus
+        if len(str(self.folder)) > 90:
+            raise ValueError(f"{self.folder}: too long a path for munge's socket (a socket's path has 108 characters)")
+        self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
+        # A run inside somebody's Slurm job must not pass that job's identity on to our cluster.
+        for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_"))]:
+            if name != "SLURM_CONF":
+                del self.environment[name]
+        self._holders: dict[str, subprocess.Popen[str]] = {}
+        self._init_pids: dict[str, int] = {}
+
+    def __enter__(self) -> SlurmCluster:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def run(
+        self, *command: str, cwd: Path | None = None, timeout: float = 300, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the login host; its stdout and stderr come back as text. A failure raises with both."""
+        return self._run_on(CONTROLLER, *command, cwd=cwd, timeout=timeout, check=check)
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """The job's record (`JobState`, `ExitCode`, `NodeList`, `Restarts`, …), also after its end."""
+        text = self.run("scontrol", "show", "job", "--oneliner", job_id).stdout
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+    def wait_for_job(self, job_id: str, timeout: float = 600) -> dict[str, str]:
+        """Wait until the job has ended, in whatever way, and return its record; TimeoutError after `timeout` s."""
+        deadline = time.monotonic() + timeout
+        while (record := self.job(job_id))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job_id} still {record['JobState']} after {timeout:.0f} s\n{self.log_tails()}")
+            time.sleep(0.5)
+        return record
+
+    def stop(self) -> None:
+        """Kill every process of the cluster; namespaces, mounts and network go with the last one. Idempotent."""
+        for pid in self._init_pids.values():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        for holder in self._holders.values():
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+        self._holders.clear()
+        self._init_pids.clear()
+
+    def log_tails(self, lines: int = 15) -> str:
+        """The last lines of every log file of the cluster, for error messages."""
+        parts = []
+        for path in sorted((self.folder / "log").glob("*.log")):
+            parts.append(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
+        return "\n".join(parts)
+
+    # ------------------------------------------------------------------------------------------------ internals
+
+    def _start(self) -> None:
+        names = [f"node{k}" for k in range(1, self.nodes + 1)]
+        for sub in ("state", "log", *(f"spool/{name}" for name in names)):
+            (self.folder / sub).mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o755)
+        key = self.folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        hosts = ["127.0.0.1 localhost", f"{CONTROLLER_ADDRESS} {CONTROLLER}"]
+        hosts += [f"{SUBNET}.{k} node{k}" for k in range(1, self.nodes + 1)]
+        (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
+        (self.folder / "slurm.conf").write_text(
+            SLURM_CONF.format(
+                controller=CONTROLLER, address=CONTROLLER_ADDRESS, folder=self.folder, nodes=self.nodes, cpus=self.cpus
+            )
+        )
+
+        for name in (CONTROLLER, *names):
+            self._make_host(name)
+        self._run_on(CONTROLLER, "ip", "link", "add", "br0", "type", "bridge")
+        self._run_on(CONTROLLER, "ip", "address", "add", f"{CONTROLLER_ADDRESS}/24", "dev", "br0")
+        self._run_on(CONTROLLER, "ip", "link", "set", "br0", "up")
+        for k, name in enumerate(names, start=1):
+            self._connect(name, k)
+
+        # One munged serves all hosts: its socket is a file, and the folder is visible in every mount namespace.
+        munge = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid", "seed-file": "munge.seed"}
+        flags = [f"--{flag}={self.folder / file}" for flag, file in munge.items()]
+        self._run_on(CONTROLLER, "munged", *flags, f"--log-file={self.folder / 'log/munged.log'}")
+        self._run_on(CONTROLLER, "slurmctld")
+        for name in names:
+            self._run_on(name, "slurmd", "-N", name)
+        self._wait_until_idle(deadline=time.monotonic() + 60)
+
+    def _make_host(self, name: str) -> None:
+        command = ["setpriv", "--pdeathsig", "KILL"]
+        command += ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--kill-child=KILL"]
+        command += ["--mount-proc", "--propagation", "private"]
+        command += [sys.executable, "-c", INIT, name, str(self.folder / "hosts")]
+        with open(self.folder / "log" / f"init.{name}.log", "w") as log:
+            holder = subprocess.Popen(
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches pytest, which then stops the cluster in order
+            )
+        self._holders[name] = holder
+        if holder.stdout.readline() != "ready\n":
+            raise RuntimeError(f"{name}: no namespaces\n{self.log_tails()}")
+        self._init_pids[name] = int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()[0])
+
+    def _connect(self, name: str, k: int) -> None:
+        """Give node k an `eth0` whose other end hangs on the bridge, inside the controller's network namespace."""
+        pid = str(self._init_pids[name])
+        link = ["ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", pid]
+        # The node's pid is a number of the machine's own process namespace, so only the network one is entered.
+        nsenter = ["nsenter", "--target", str(self._init_pids[CONTROLLER]), "--net", "--"]
+        subprocess.run([*nsenter, *link], check=True, env=self.environment, capture_output=True, text=True)
+        self._run_on(CONTROLLER, "ip", "link", "set", f"to-{name}", "master", "br0", "up")
+        self._run_on(name, "ip", "address", "add", f"{SUBNET}.{k}/24", "dev", "eth0")
+        self._run_on(name, "ip", "link", "set", "eth0", "up")
+
+    def _run_on(
+        self, host: str, *command: str, cwd: Path | None = None, timeout: float = 60, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        enter = ["nsenter", "--target", str(self._init_pids[host]), "--net", "--uts", "--mount", "--pid", "--ipc"]
+        # Entering a mount namespace moves to its root, so the working folder is set again.
+        enter += ["--", "env", f"--chdir={cwd or self.folder}"]
+        result = subprocess.run(
+            [*enter, *command],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and result.returncode:
+            raise RuntimeError(
+                f"{host}: {' '.join(command)}: status {result.returncode}\n{result.stdout}{result.stderr}\n"
+                + self.log_tails()
+            )
+        return result
+
+    def _wait_until_idle(self, deadline: float) -> None:
+        while True:
+            states = self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).stdout.split()
+            if states == ["idle"] * self.nodes:
+                return
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nodes not idle but {states}\n{self.log_tails()}")
+            time.sleep(0.2)
