@@ -1,10 +1,11 @@
 """Settings and fixtures for the whole suite.
 
-Sets the environment before torch is imported (one thread, no network), skips `cuda` and `slurm` tests with a reason
-where the machine lacks them, and makes one small corpus and one small shard set per session, by the real commands.
+Sets the environment before torch is imported (one thread, no network), skips `cuda` and `slurm` tests with a
+reason where the machine lacks them, and makes one small corpus and one small shard set per session, by the real
+commands.
 
-`SLLM_REQUIRE=slurm` (also `cuda`, comma separated) turns those skips into failures: CI sets it, so that a broken
-installation cannot pass as a skip.
+`SLLM_REQUIRE=slurm` (also `cuda`, comma separated) turns those skips into failures: CI sets it, so that a
+broken installation cannot pass as a skip.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ WHY_NOT = {"cuda": no_cuda, "slurm": slurm_cluster.why_not}
 
 def pytest_configure(config: pytest.Config) -> None:
     if unknown := REQUIRED - set(WHY_NOT):
-        raise pytest.UsageError(f"SLLM_REQUIRE: {' '.join(sorted(unknown))} unknown; known: {' '.join(WHY_NOT)}")
+        raise pytest.UsageError(f"SLLM_REQUIRE: unknown {sorted(unknown)}; known are {sorted(WHY_NOT)}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -47,9 +48,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if name in REQUIRED:
                 pytest.fail(f"{name} is required here (SLLM_REQUIRE) but: {reason}", pytrace=False)
             pytest.skip(f"{name}: {reason}")
-
-
-# ------------------------------------------------------------------------------------------- corpus and shards
 
 
 def read_documents(path: Path) -> list[dict]:
@@ -69,11 +67,11 @@ def data_prep(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `train.jsonl` (about 300 kB) and `valid.jsonl` (about 40 kB): whole documents of the demo corpus."""
+    """Folder with `train.jsonl` (about 300 kB) and `valid.jsonl` (about 40 kB) out of the demo corpus."""
     folder = tmp_path_factory.mktemp("tiny-corpus")
     data_prep("demo-corpus", "--output", folder / "all")
     documents = [d for path in sorted((folder / "all").rglob("*.jsonl*")) for d in read_documents(path)]
-    # Every k-th document, so that all sources of the corpus are present; very long ones would be most of the text.
+    # Every k-th document, so that all sources are present; very long ones would be most of the text.
     documents = [d for d in documents if len(d["content"]) <= 8000]
     budgets = {"train": 300_000, "valid": 40_000}
     total = sum(len(d["content"]) for d in documents)
@@ -109,6 +107,8 @@ def tiny_shards(tiny_corpus: Path, tiny_tokenizer: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
-def tiny_valid_shards(tiny_corpus: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_valid_shards(
+    tiny_corpus: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Folder of a validation shard set with the same settings: other documents, about 40 kB of text."""
     return make_shards(tiny_corpus / "valid.jsonl", tiny_tokenizer, tmp_path_factory.mktemp("tiny") / "valid")

@@ -4,10 +4,10 @@ In: a folder (configuration, logs, spool and state all live there) and the numbe
 context manager whose `run` executes a command on the cluster's login host. Called by tests/test_slurm.py.
 
 How it works: the controller and every node are one set of Linux namespaces each (network, host name, mounts,
-processes), so each has its own host name, its own address on a bridge inside the controller's network namespace,
-and its own /etc/hosts. The machine's own network and files are not touched. The first process of each set is
-killed by the kernel when the test process dies, however it dies, and takes the whole set with it; so nothing
-stays behind, not even after `kill -9`.
+processes), so each has its own host name, its own /etc/hosts and its own address on a bridge inside the
+controller's network namespace. The machine's own network and files are not touched. The first process of each
+set is killed by the kernel when the test process dies, however it dies, and takes the whole set with it; so
+nothing stays behind, not even after `kill -9`.
 
 Needs root and the Debian packages slurm-wlm, munge and iproute2; `why_not()` says what is missing.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 SUBNET = "10.99.0"
 CONTROLLER = "login"
 CONTROLLER_ADDRESS = f"{SUBNET}.250"
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "ip", "unshare", "nsenter", "setpriv")
+PROGRAMS = "slurmctld slurmd munged sbatch srun scontrol sinfo ip unshare nsenter setpriv".split()
 PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
 
 # Process 1 of a namespace set: takes the name, mounts the hosts file, says so, then only reaps orphans.
@@ -103,7 +103,7 @@ class SlurmCluster:
     def __init__(self, folder: Path, nodes: int = 2, cpus: int = 1):
         self.folder, self.nodes, self.cpus = Path(folder).resolve(), nodes, cpus
         if len(str(self.folder)) > 90:
-            raise ValueError(f"{self.folder}: too long a path for munge's socket (a socket's path has 108 characters)")
+            raise ValueError(f"{self.folder}: too long a path for munge's socket (at most 108 characters)")
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
         # A run inside somebody's Slurm job must not pass that job's identity on to our cluster.
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_"))]:
@@ -126,7 +126,7 @@ class SlurmCluster:
     def run(
         self, *command: str, cwd: Path | None = None, timeout: float = 300, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on the login host; its stdout and stderr come back as text. A failure raises with both."""
+        """Run a command on the login host; stdout and stderr come back as text. A failure raises with both."""
         return self._run_on(CONTROLLER, *command, cwd=cwd, timeout=timeout, check=check)
 
     def job(self, job_id: str) -> dict[str, str]:
@@ -135,16 +135,19 @@ class SlurmCluster:
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
     def wait_for_job(self, job_id: str, timeout: float = 600) -> dict[str, str]:
-        """Wait until the job has ended, in whatever way, and return its record; TimeoutError after `timeout` s."""
+        """Wait until the job has ended, in whatever way; returns its record. TimeoutError after `timeout` s."""
         deadline = time.monotonic() + timeout
-        while (record := self.job(job_id))["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+        while True:
+            record = self.job(job_id)
+            state = record["JobState"]
+            if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+                return record
             if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job_id} still {record['JobState']} after {timeout:.0f} s\n{self.log_tails()}")
+                raise TimeoutError(f"job {job_id} still {state} after {timeout:.0f} s\n{self.log_tails()}")
             time.sleep(0.5)
-        return record
 
     def stop(self) -> None:
-        """Kill every process of the cluster; namespaces, mounts and network go with the last one. Idempotent."""
+        """Kill every process of the cluster; namespaces, mounts and network go with the last one."""
         for pid in self._init_pids.values():
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -161,10 +164,9 @@ class SlurmCluster:
         """The last lines of every log file of the cluster, for error messages."""
         parts = []
         for path in sorted((self.folder / "log").glob("*.log")):
-            parts.append(f"--- {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-lines:]))
+            tail = path.read_text(errors="replace").splitlines()[-lines:]
+            parts.append(f"--- {path.name}\n" + "\n".join(tail))
         return "\n".join(parts)
-
-    # ------------------------------------------------------------------------------------------------ internals
 
     def _start(self) -> None:
         names = [f"node{k}" for k in range(1, self.nodes + 1)]
@@ -177,11 +179,9 @@ class SlurmCluster:
         hosts = ["127.0.0.1 localhost", f"{CONTROLLER_ADDRESS} {CONTROLLER}"]
         hosts += [f"{SUBNET}.{k} node{k}" for k in range(1, self.nodes + 1)]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
-        (self.folder / "slurm.conf").write_text(
-            SLURM_CONF.format(
-                controller=CONTROLLER, address=CONTROLLER_ADDRESS, folder=self.folder, nodes=self.nodes, cpus=self.cpus
-            )
-        )
+        settings = {"controller": CONTROLLER, "address": CONTROLLER_ADDRESS, "folder": self.folder}
+        configuration = SLURM_CONF.format(**settings, nodes=self.nodes, cpus=self.cpus)
+        (self.folder / "slurm.conf").write_text(configuration)
 
         for name in (CONTROLLER, *names):
             self._make_host(name)
@@ -191,10 +191,12 @@ class SlurmCluster:
         for k, name in enumerate(names, start=1):
             self._connect(name, k)
 
-        # One munged serves all hosts: its socket is a file, and the folder is visible in every mount namespace.
-        munge = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid", "seed-file": "munge.seed"}
-        flags = [f"--{flag}={self.folder / file}" for flag, file in munge.items()]
-        self._run_on(CONTROLLER, "munged", *flags, f"--log-file={self.folder / 'log/munged.log'}")
+        # One munged serves all hosts: its socket is a file, and every mount namespace shows the folder.
+        # `--force`: munged wants a socket that every user can reach, but pytest's folders are their owner's only.
+        files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid"}
+        files |= {"seed-file": "munge.seed", "log-file": "log/munged.log"}
+        flags = [f"--{flag}={self.folder / file}" for flag, file in files.items()]
+        self._run_on(CONTROLLER, "munged", "--force", *flags)
         self._run_on(CONTROLLER, "slurmctld")
         for name in names:
             self._run_on(name, "slurmd", "-N", name)
@@ -218,13 +220,14 @@ class SlurmCluster:
         self._holders[name] = holder
         if holder.stdout.readline() != "ready\n":
             raise RuntimeError(f"{name}: no namespaces\n{self.log_tails()}")
-        self._init_pids[name] = int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()[0])
+        children = Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text()
+        self._init_pids[name] = int(children.split()[0])
 
     def _connect(self, name: str, k: int) -> None:
-        """Give node k an `eth0` whose other end hangs on the bridge, inside the controller's network namespace."""
+        """Give node k an `eth0` whose other end hangs on the bridge in the controller's network namespace."""
         pid = str(self._init_pids[name])
         link = ["ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", pid]
-        # The node's pid is a number of the machine's own process namespace, so only the network one is entered.
+        # `netns` takes a process number of the machine's own, so only the network namespace is entered.
         nsenter = ["nsenter", "--target", str(self._init_pids[CONTROLLER]), "--net", "--"]
         subprocess.run([*nsenter, *link], check=True, env=self.environment, capture_output=True, text=True)
         self._run_on(CONTROLLER, "ip", "link", "set", f"to-{name}", "master", "br0", "up")
@@ -234,7 +237,8 @@ class SlurmCluster:
     def _run_on(
         self, host: str, *command: str, cwd: Path | None = None, timeout: float = 60, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        enter = ["nsenter", "--target", str(self._init_pids[host]), "--net", "--uts", "--mount", "--pid", "--ipc"]
+        enter = ["nsenter", "--target", str(self._init_pids[host])]
+        enter += ["--net", "--uts", "--mount", "--pid", "--ipc"]
         # Entering a mount namespace moves to its root, so the working folder is set again.
         enter += ["--", "env", f"--chdir={cwd or self.folder}"]
         result = subprocess.run(
