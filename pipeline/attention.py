@@ -79,6 +79,16 @@ class SegmentLayout:
         return torch.from_numpy(positions).to(self.device)
 
     @cached_property
+    def first_rows(self) -> Tensor:
+        """int64 [n]: each segment's first row."""
+        return torch.from_numpy(self.starts[:-1]).to(self.device)
+
+    @cached_property
+    def last_rows(self) -> Tensor:
+        """int64 [n]: each segment's last row."""
+        return torch.from_numpy(self.starts[1:] - 1).to(self.device)
+
+    @cached_property
     def buckets(self) -> list[tuple[Tensor, Tensor | None]]:
         """Blocks of similar length: (row index int64 [n, L], key mask bool [n, 1, 1, L] or None when nothing is padded)."""
         edges = _bucket_edges(int(self.lengths.max()))
@@ -118,7 +128,13 @@ class SegmentLayout:
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, causal: bool, scale: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SegmentLayout,
+    causal: bool,
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention within the layout's segments.
 
@@ -133,7 +149,12 @@ def packed_attention(
         if causal:
             mask = mask & torch.ones_like(mask).tril()
         out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask, dropout, scale=scale
+            q.transpose(0, 1)[None],
+            k.transpose(0, 1)[None],
+            v.transpose(0, 1)[None],
+            mask,
+            dropout,
+            scale=scale,
         )
         return out[0].transpose(0, 1)
     outs = []
@@ -151,7 +172,9 @@ def packed_attention(
 HF_ATTENTION = "sllm_packed"
 
 
-def _hf_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs):
+def _hf_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs
+):
     """Attention function with Hugging Face's signature: q, k, v [1, H, T, d_head] → ([1, T, H, d_head], None).
 
     Without a `layout` (cached generation, a model called by itself) it is Hugging Face's own SDPA.

@@ -90,19 +90,16 @@ class Batch:
 
     def decoder_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor]:
         """Inputs (bos, t1 … tn) and targets (t1 … tn, end) of every sentence: two int64 [T+S]."""
-        layout = self.decoder_layout
-        starts = self._index(layout.starts[:-1])
-        ends = self._index(layout.starts[1:] - 1)
-        return self._shifted(layout.rows, starts, ends, bos, end)
+        return self._shifted(self.decoder_layout, bos, end)
 
-    def _shifted(self, rows: int, starts: Tensor, ends: Tensor, bos: int, end: int) -> tuple[Tensor, Tensor]:
-        inputs = torch.full((rows,), bos, dtype=torch.long, device=self.device)
-        targets = torch.full((rows,), end, dtype=torch.long, device=self.device)
-        inner = torch.ones(rows, dtype=torch.bool, device=self.device)
-        inner[starts] = False
+    def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:
+        inputs = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
+        targets = torch.full((layout.rows,), end, dtype=torch.long, device=self.device)
+        inner = torch.ones(layout.rows, dtype=torch.bool, device=self.device)
+        inner[layout.first_rows] = False
         inputs[inner] = self.tokens_T
         inner.fill_(True)
-        inner[ends] = False
+        inner[layout.last_rows] = False
         targets[inner] = self.tokens_T
         return inputs, targets
 
@@ -142,12 +139,9 @@ class Batch:
     def token_model_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end their document."""
         layout = self.token_model_layout
-        ends = layout.starts[1:] - 1
-        inputs, targets = self._shifted(
-            layout.rows, self._index(layout.starts[:-1]), self._index(ends), bos, end
-        )
+        inputs, targets = self._shifted(layout, bos, end)
         keep = np.ones(layout.rows, dtype=bool)
-        keep[ends[~self.document_end_D]] = False
+        keep[layout.starts[1:][~self.document_end_D] - 1] = False
         rows = self._index(np.flatnonzero(keep))
         return inputs, rows, targets[rows]
 

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardSet
+
+if TYPE_CHECKING:
+    from data_prep.shards import ShardSet
 
 LOOK_AHEAD = 64  # open bins that best-fit chooses among
 
@@ -101,7 +104,9 @@ def document_spans(tokens: np.ndarray, sentence_lengths: np.ndarray, window_toke
     token_ends = np.concatenate([[0], np.cumsum(sentence_lengths, dtype=np.int64)])
     for first, end in cut_windows(sentence_lengths, window_tokens):
         yield Span(
-            tokens[token_ends[first] : token_ends[end]], sentence_lengths[first:end], end == len(sentence_lengths)
+            tokens[token_ends[first] : token_ends[end]],
+            sentence_lengths[first:end],
+            end == len(sentence_lengths),
         )
 
 
@@ -127,7 +132,9 @@ class BinPlan:
         shards_at_once: int = 16,
     ):
         if window_tokens > bin_tokens:
-            raise UserError(f"data.window_tokens ({window_tokens}) is larger than data.bin_tokens ({bin_tokens})")
+            raise UserError(
+                f"data.window_tokens ({window_tokens}) is larger than data.bin_tokens ({bin_tokens})"
+            )
         self.shard_sets = list(shard_sets)
         self.window_tokens, self.bin_tokens = window_tokens, bin_tokens
         self.seed, self.shuffle, self.shards_at_once = seed, shuffle, shards_at_once
@@ -151,7 +158,9 @@ class BinPlan:
         order = rng.permutation(len(shards)) if self.shuffle else np.arange(len(shards))
         number = 0
         for at in range(0, len(order), self.shards_at_once):
-            windows = [w for k in order[at : at + self.shards_at_once] for w in self._shard_windows(*shards[k])]
+            windows = [
+                w for k in order[at : at + self.shards_at_once] for w in self._shard_windows(*shards[k])
+            ]
             if self.shuffle:
                 windows = [windows[k] for k in rng.permutation(len(windows))]
             for members in self._pack(windows):

@@ -1,0 +1,56 @@
+"""What every model's `forward(batch)` returns: sums in nats, never means, so that ranks and batches can be added up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LossSums:
+    """Sums over one batch.
+
+    objective: scalar with gradient, nats: CE or focal over the vocabulary targets, plus stop decisions; exactly 0 (but
+        connected to every parameter) for an unscored batch.
+    token_nll, end_nll, stop_nll: float32 scalars without gradient, always plain cross-entropy; ends are sentence ends (`vae`, `sllm`)
+        or document ends (`lm`).
+    target_nll_N: float32, every vocabulary target in order; target_correct_N: bool, arg max == target, if asked for.
+    is_end_N: bool, the target is an end symbol.
+    stop_nll_S: float32 per sentence (`sllm`).
+    """
+
+    objective: Tensor
+    token_nll: Tensor
+    end_nll: Tensor
+    stop_nll: Tensor
+    target_nll_N: Tensor
+    is_end_N: Tensor
+    target_correct_N: Tensor | None = None
+    stop_nll_S: Tensor | None = None
+
+    @classmethod
+    def collect(
+        cls,
+        scored: bool,
+        objective: Tensor,
+        target_nll_N: Tensor,
+        is_end_N: Tensor,
+        target_correct_N: Tensor | None = None,
+        stop_nll_S: Tensor | None = None,
+    ) -> LossSums:
+        """Split the per-target figures into their sums; an unscored batch counts for nothing."""
+        weight = 1.0 if scored else 0.0
+        ends = torch.where(is_end_N, target_nll_N, 0.0).sum() * weight
+        stop = objective.new_zeros(()) if stop_nll_S is None else stop_nll_S.detach().sum() * weight
+        return cls(
+            objective * weight,
+            target_nll_N.sum() * weight - ends,
+            ends,
+            stop,
+            target_nll_N,
+            is_end_N,
+            target_correct_N,
+            None if stop_nll_S is None else stop_nll_S.detach(),
+        )

@@ -1,0 +1,181 @@
+"""The sentence-level LLM: sentence encoder → backbone → sentence decoder, plus the stop head (paper §3.2).
+
+A document window of n sentences becomes n + 1 backbone positions: a learned start vector, then its sentence embeddings. The output
+at position i conditions the decoding of sentence i + 1, so the first sentence is predicted and scored too; from position 1 on
+the stop head says whether the document ends there. Nothing sees anything to its right: the backbone is causal over sentences, the
+decoder over symbols, and an encoder's view of sentence i enters only at position i.
+
+In: a `Batch`. Out: `LossSums` over N = T + S vocabulary targets and S stop decisions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from pipeline.attention import SegmentLayout
+from pipeline.backbone import backbone_config, new_backbone, run_packed, vector_width
+from pipeline.batches import Batch
+from pipeline.losses import LossSums
+from pipeline.sentence_decoder import DecoderState
+from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
+
+
+class SLLMConfig(PreTrainedConfig):
+    """An SLLM is a SentenceVAE's config, a backbone's config (any Hugging Face decoder-only model) and the text settings."""
+
+    model_type = "sllm"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        vae: dict | SentenceVAEConfig | None = None,
+        backbone: dict | PreTrainedConfig | None = None,
+        sentence_settings: dict | None = None,
+        window_tokens: int = 1024,
+        **kwargs,
+    ):
+        self.vae = vae if isinstance(vae, SentenceVAEConfig) else SentenceVAEConfig(**(vae or {}))
+        self.backbone = (
+            backbone if isinstance(backbone, PreTrainedConfig) else backbone_config(backbone or {})
+        )
+        self.sentence_settings = sentence_settings or {}
+        self.window_tokens = window_tokens
+        kwargs["tie_word_embeddings"] = self.vae.tie_word_embeddings
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(key, getattr(self.vae, key))
+        super().__init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        output["vae"], output["backbone"] = self.vae.to_dict(), self.backbone.to_dict()
+        return output
+
+
+@dataclass
+class BackboneState:
+    """A document being read or written: key/value cache (one entry per sentence), positions used, last output [1, d_backbone]."""
+
+    cache: DynamicCache
+    positions: int
+    hidden: Tensor
+
+
+class SLLM(PreTrainedModel):
+    """`vae` (encoder, decoder, head), `backbone`, `start` vector, `stop_head`, and adapters where widths differ."""
+
+    config_class = SLLMConfig
+    base_model_prefix = "sllm"
+
+    def __init__(self, config: SLLMConfig):
+        super().__init__(config)
+        width, vector = config.vae.hidden_size, vector_width(config.backbone)
+        self.vae = SentenceVAE(config.vae)
+        self.backbone = new_backbone(config.backbone)
+        # OPT-350M reads and writes 512-wide vectors around its 1024-wide layers; a SVAE-1024 needs a map each way.
+        self.to_backbone = nn.Linear(width, vector, bias=False) if width != vector else None
+        self.from_backbone = nn.Linear(vector, width, bias=False) if width != vector else None
+        self.start = nn.Embedding(1, width)
+        self.stop_head = nn.Linear(vector, 1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vae.get_input_embeddings()
+
+    @property
+    def max_sentences(self) -> int:
+        """Most sentences of one context: the backbone's positions less the start position."""
+        return getattr(self.config.backbone, "max_position_embeddings", 1 << 30) - 1
+
+    def _into(self, x: Tensor) -> Tensor:
+        return x if self.to_backbone is None else self.to_backbone(x)
+
+    def _out_of(self, x: Tensor) -> Tensor:
+        return x if self.from_backbone is None else self.from_backbone(x)
+
+    def contextualise(self, batch: Batch) -> Tensor:
+        """Backbone outputs [S+D, d_backbone] of every window: start position, then its sentences."""
+        embeddings_Sd = self.vae.encode(batch)
+        start_1d = self.start(torch.zeros(1, dtype=torch.long, device=batch.device))
+        x = torch.cat([start_1d, embeddings_Sd])[batch.backbone_source]
+        return run_packed(self.backbone, batch.backbone_layout, inputs_embeds=self._into(x))
+
+    def forward(self, batch: Batch, want_correct: bool = False, start_vector_only: bool = False) -> LossSums:
+        """Next-sentence loss.
+
+        start_vector_only: decode every sentence from its window's start output instead (no context reaches the decoder); the bits
+        per byte lost by that are the *vector gain*.
+        """
+        hidden = self.contextualise(batch)
+        rows_S = batch.start_row_S if start_vector_only else batch.predicting_row_S
+        objective, nll, is_end, correct = self.vae.decode_loss(
+            batch, self._out_of(hidden[rows_S]), want_correct
+        )
+        stop_logits_S = self.stop_head(hidden[batch.predicting_row_S + 1])[:, 0].float()
+        stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
+        return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
+
+    # Generation, one document at a time: one backbone position per sentence, one decoder position per symbol.
+
+    def _advance(self, state: BackboneState | None, x_1d: Tensor) -> BackboneState:
+        cache = DynamicCache(config=self.config.backbone) if state is None else state.cache
+        positions = 0 if state is None else state.positions
+        out = self.backbone(
+            inputs_embeds=self._into(x_1d)[None],
+            position_ids=torch.tensor([[positions]], device=x_1d.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return BackboneState(cache, positions + 1, out.last_hidden_state[0])
+
+    @torch.no_grad()
+    def begin(self) -> BackboneState:
+        """Start a document: the start position is fed."""
+        return self._advance(None, self.start.weight)
+
+    @torch.no_grad()
+    def append(self, state: BackboneState, tokens: list[int]) -> None:
+        """Add one whole sentence, encoded exactly as in training, and advance the backbone by one position.
+
+        Raises: ValueError when the backbone has no position left, or the sentence is empty or too long.
+        """
+        if state.positions > self.max_sentences:
+            raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
+        if not 1 <= len(tokens) <= self.config.vae.max_sentence_tokens:
+            raise ValueError(
+                f"a sentence has 1 to {self.config.vae.max_sentence_tokens} tokens, not {len(tokens)}"
+            )
+        embedding = self.encode_sentence(tokens)
+        advanced = self._advance(state, embedding)
+        state.positions, state.hidden = advanced.positions, advanced.hidden
+
+    @torch.no_grad()
+    def encode_sentence(self, tokens: list[int]) -> Tensor:
+        """One sentence's embedding [1, d]."""
+        tokens_T = torch.tensor(list(tokens), dtype=torch.long, device=self.device)
+        return self.vae.encoder(tokens_T, SegmentLayout([len(tokens)], self.device))
+
+    @torch.no_grad()
+    def stop_probability(self, state: BackboneState) -> float:
+        """Probability that the document ends here. Raises: ValueError before the first sentence."""
+        if state.positions < 2:
+            raise ValueError("no sentence yet: the stop head speaks after a sentence")
+        return torch.sigmoid(self.stop_head(state.hidden).float()).item()
+
+    @torch.no_grad()
+    def decode_begin(self, state: BackboneState) -> DecoderState:
+        """Begin the next sentence; `.logits` float32 [V] predict its first token."""
+        return self.vae.decode_begin(self._out_of(state.hidden))
+
+    @torch.no_grad()
+    def decode_step(self, state: DecoderState, token: int) -> None:
+        """Feed one token; `.logits` then predict the next symbol (`config.eos_token_id` is the sentence end)."""
+        self.vae.decode_step(state, token)
+
+
+AutoConfig.register(SLLMConfig.model_type, SLLMConfig)
+AutoModel.register(SLLMConfig, SLLM)

@@ -1,0 +1,75 @@
+"""Small models and random documents shared by the model tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from pipeline.attention import HF_ATTENTION
+from pipeline.batches import Batch, build_batch
+from pipeline.bins import Span
+from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
+from pipeline.sllm import SLLM, SLLMConfig
+from pipeline.token_lm import TokenLM
+
+VOCABULARY = 97
+IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
+
+
+def random_spans(seed: int, documents: int = 4, most_sentences: int = 7, most_tokens: int = 12) -> list[Span]:
+    rng = np.random.default_rng(seed)
+    spans = []
+    for number in range(documents):
+        lengths = rng.integers(1, most_tokens + 1, rng.integers(1, most_sentences + 1))
+        spans.append(Span(rng.integers(4, VOCABULARY, lengths.sum()), lengths, number % 2 == 0))
+    return spans
+
+
+def random_batch(seed: int, **kwargs) -> Batch:
+    return build_batch(random_spans(seed, **kwargs))
+
+
+def opt_config(**kwargs) -> OPTConfig:
+    settings = {
+        "num_hidden_layers": 2,
+        "ffn_dim": 64,
+        "max_position_embeddings": 128,
+        "dropout": 0.0,
+        **SIZES,
+        **IDS,
+    }
+    return OPTConfig(**{**settings, **kwargs})
+
+
+def post_norm_opt_config() -> OPTConfig:
+    """OPT-350M's shape: post-norm layers, narrower embedding with projections, no final norm."""
+    return opt_config(do_layer_norm_before=False, word_embed_proj_dim=16)
+
+
+def _wake(model: torch.nn.Module) -> torch.nn.Module:
+    """Scale the weights up and give biases and norms random values, so that no path is too small to be seen."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.15)
+    return model.eval()
+
+
+def small_vae(seed: int = 0, **kwargs) -> SentenceVAE:
+    torch.manual_seed(seed)
+    settings = {"num_layers": 2, "max_sentence_tokens": 16, **SIZES, **IDS, **kwargs}
+    return _wake(SentenceVAE(SentenceVAEConfig(**settings)))
+
+
+def small_sllm(seed: int = 0, backbone: OPTConfig | None = None, **kwargs) -> SLLM:
+    torch.manual_seed(seed)
+    vae = SentenceVAEConfig(**{"num_layers": 2, "max_sentence_tokens": 16, **SIZES, **IDS, **kwargs})
+    return _wake(SLLM(SLLMConfig(vae, backbone or opt_config(), **IDS)))
+
+
+def small_lm(seed: int = 0, config: OPTConfig | None = None) -> TokenLM:
+    torch.manual_seed(seed)
+    return _wake(
+        TokenLM(OPTForCausalLM._from_config(config or opt_config(), attn_implementation=HF_ATTENTION))
+    )
