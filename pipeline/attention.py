@@ -1,16 +1,17 @@
 """Attention within segments of a packed row: no padding is projected, normalised or fed forward.
 
-In: q, k, v of shape [T, H, d_head] (T real rows, back to back) and a `SegmentLayout` that says which rows belong
-together (the tokens of a sentence, the positions of a document window). Out: [T, H, d_head]. Rows of one segment
-never see another segment. Called by the sentence encoder and decoder (`layers.py`) and, through the hook at the end of this
-file, by every Hugging Face decoder-only model (the SLLM's backbone and the token-level baseline).
+In: q, k, v of shape [T, H, d_head] (T real rows, back to back) and a `SegmentLayout` that says which rows
+belong together (the tokens of a sentence, the positions of a document window). Out: [T, H, d_head]. Rows of
+one segment never see another segment. Called by the sentence encoder and decoder (`layers.py`) and, through
+the hook at the end of this file, by every Hugging Face decoder-only model (the SLLM's backbone and the
+token-level baseline).
 
 Two paths with the same result, tested against each other:
-  bucketed  segments of similar length are gathered into [n, L] blocks; only the attention core sees the few padded slots
-  masked    one [T, T] block mask: the plain definition, for tests and checks
+  bucketed  segments of similar length are gathered into [n, L] blocks; only the attention core sees the few
+  padded slots masked    one [T, T] block mask: the plain definition, for tests and checks
 
-Neither path holds parameters, so the number of calls of every *submodule* is fixed whatever the batch holds, which
-ZeRO-3 demands.
+Neither path holds parameters, so the number of calls of every *submodule* is fixed whatever the batch holds,
+which ZeRO-3 demands.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class SegmentLayout:
 
     @cached_property
     def buckets(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Blocks of similar length: (row index int64 [n, L], key mask bool [n, 1, 1, L] or None when nothing is padded)."""
+        """Blocks of similar length: (row index int64 [n, L], key mask bool [n, 1, 1, L] or None when nothing
+        is padded)."""
         edges = _bucket_edges(int(self.lengths.max()))
         bucket_of = np.searchsorted(edges, self.lengths)
         blocks = []
@@ -98,7 +100,8 @@ class SegmentLayout:
             members = np.flatnonzero(bucket_of == bucket)
             lengths = self.lengths[members]
             slots = np.arange(lengths.max())
-            # Padded slots repeat the segment's last row: a valid row, masked out as a key, dropped as a query.
+            # Padded slots repeat the segment's last row: a valid row, masked out as a key, dropped as a
+            # query.
             index = self.starts[members][:, None] + np.minimum(slots, lengths[:, None] - 1)
             real = slots < lengths[:, None]
             mask = None if real.all() else torch.from_numpy(real)[:, None, None, :].to(self.device)
@@ -167,7 +170,7 @@ def packed_attention(
     return torch.cat(outs)[layout.restore]
 
 
-# --- the hook for Hugging Face models -------------------------------------------------------------------------------
+# --- the hook for Hugging Face models -------------------------------------------------------------
 
 HF_ATTENTION = "sllm_packed"
 
@@ -175,7 +178,8 @@ HF_ATTENTION = "sllm_packed"
 def _hf_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs
 ):
-    """Attention function with Hugging Face's signature: q, k, v [1, H, T, d_head] → ([1, T, H, d_head], None).
+    """Attention function with Hugging Face's signature: q, k, v [1, H, T, d_head] → ([1, T, H, d_head],
+    None).
 
     Without a `layout` (cached generation, a model called by itself) it is Hugging Face's own SDPA.
     """

@@ -1,8 +1,9 @@
 """The backbone: a Hugging Face decoder-only model over sentence embeddings.
 
-Built from a config or loaded from a local folder, always through Hugging Face's own classes, so its positions, norms and
-projections are as the model defines them (OPT-350M: post-norm, 512-wide embedding; the others: pre-norm with a final norm). Its
-token embedding is dropped: the SLLM feeds sentence embeddings. Called by `sllm.py`; `token_lm.py` shares `run_packed`.
+Built from a config or loaded from a local folder, always through Hugging Face's own classes, so its
+positions, norms and projections are as the model defines them (OPT-350M: post-norm, 512-wide embedding; the
+others: pre-norm with a final norm). Its token embedding is dropped: the SLLM feeds sentence embeddings.
+    Called by `sllm.py`; `token_lm.py` shares `run_packed`.
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ def vector_width(config: PreTrainedConfig) -> int:
 
 
 def run_packed(model: nn.Module, layout: SegmentLayout, **inputs: Tensor) -> Tensor:
-    """Run a Hugging Face decoder over packed rows: `input_ids` [R] or `inputs_embeds` [R, d] → last hidden states [R, d].
+    """Run a Hugging Face decoder over packed rows: `input_ids` [R] or `inputs_embeds` [R, d] → last hidden
+    states [R, d].
 
-    Every segment of the layout is a document window of its own: positions restart, attention stays inside. Raises: UserError when a
-    segment is longer than the model's position table.
+    Every segment of the layout is a document window of its own: positions restart, attention stays inside.
+    Raises: UserError when a segment is longer than the model's position table.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = int(layout.lengths.max())

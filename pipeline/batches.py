@@ -1,7 +1,8 @@
 """The one batch type: real tokens only, no padding.
 
-In: the `Span`s of a bin (`bins.py`). Out: a `Batch`, which every model's `forward` takes. Shape suffixes: T tokens, S sentences,
-D document windows. Index arithmetic happens here, on the host, once per batch; the models only gather.
+In: the `Span`s of a bin (`bins.py`). Out: a `Batch`, which every model's `forward` takes. Shape suffixes: T
+tokens, S sentences, D document windows. Index arithmetic happens here, on the host, once per batch; the
+models only gather.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ class Batch:
 
     tokens_T: int64 [T], all windows' tokens, back to back, on the compute device.
     cu_sentences: int64 [S+1], host: sentence s owns tokens_T[cu_sentences[s]:cu_sentences[s+1]].
-    cu_documents: int64 [D+1], host, in sentences: window d owns sentences [cu_documents[d], cu_documents[d+1]).
-    document_end_D: bool [D], host: the window ends its document (stop label 1; an end symbol for the token model).
+    cu_documents: int64 [D+1], host, in sentences: window d owns sentences [cu_documents[d],
+        cu_documents[d+1]).
+    document_end_D: bool [D], host: the window ends its document (stop label 1; an end symbol for the token
+        model).
     scored: False for the empty batch, which a rank without work runs so that ZeRO-3's collectives match.
     """
 
@@ -129,7 +132,8 @@ class Batch:
 
     @cached_property
     def stop_label_S(self) -> Tensor:
-        """float32 [S]: 1 after a document's true last sentence, else 0 (also at the end of an inner window)."""
+        """float32 [S]: 1 after a document's true last sentence, else 0 (also at the end of an inner
+        window)."""
         labels = np.zeros(self.sentences, dtype=np.float32)
         labels[self.cu_documents[1:] - 1] = self.document_end_D
         return self._index(labels)
@@ -137,7 +141,8 @@ class Batch:
     # Token-level model.
 
     def token_model_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end their document."""
+        """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end
+        their document."""
         layout = self.token_model_layout
         inputs, targets = self._shifted(layout, bos, end)
         keep = np.ones(layout.rows, dtype=bool)

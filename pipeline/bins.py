@@ -1,13 +1,16 @@
 """Which windows of which documents make bin *n*: planning, from the shards' index and sentence lengths alone.
 
-In: shard sets (`data_prep.shards.ShardSet`). Out: a stream of `Bin`s, each a group of document windows that fits one token
-budget; `batches.build_batch` turns a bin into tensors. Called by the trainer and by `evaluation.py`.
+In: shard sets (`data_prep.shards.ShardSet`). Out: a stream of `Bin`s, each a group of document windows that
+fits one token budget; `batches.build_batch` turns a bin into tensors. Called by the trainer and by
+`evaluation.py`.
 
-The order of bins is a function of (seed, epoch) alone, never of world size, workers or nodes: step k of a run with G bins
-a step consumes bins [k·G, (k+1)·G) of the stream, and a position `(epoch, number)` is all that a resumed run needs.
+The order of bins is a function of (seed, epoch) alone, never of world size, workers or nodes: step k of a
+run with G bins a step consumes bins [k·G, (k+1)·G) of the stream, and a position `(epoch, number)` is all
+that a resumed run needs.
 
-Planning is hierarchical: shards are permuted, then worked on in windows of `shards_at_once` shards, so that nobody ever holds
-the index of the whole corpus. Within them, document windows are permuted and packed best-fit with a bounded look-ahead.
+Planning is hierarchical: shards are permuted, then worked on in windows of `shards_at_once` shards, so that
+nobody ever holds the index of the whole corpus. Within them, document windows are permuted and packed
+best-fit with a bounded look-ahead.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ LOOK_AHEAD = 64  # open bins that best-fit chooses among
 class Span:
     """A document window's content: what a batch is built from.
 
-    tokens: uint16/uint32 [T]; sentence_lengths: [S], each >= 1, sum T; document_end: the window ends its document.
+    tokens: uint16/uint32 [T]; sentence_lengths: [S], each >= 1, sum T; document_end: the window ends its
+        document.
     """
 
     tokens: np.ndarray
@@ -40,7 +44,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Window:
-    """A run of whole sentences of one document, at most `window_tokens` long, by reference into the shards."""
+    """A run of whole sentences of one document, at most `window_tokens` long, by reference into the
+    shards."""
 
     shard_set: int
     shard: int
@@ -77,7 +82,8 @@ class Bin:
         return self.epoch, self.number + 1
 
     def targets(self, objective: str) -> int:
-        """Vocabulary targets of the bin: tokens + sentence ends (`vae`, `sllm`), tokens + document ends (`lm`)."""
+        """Vocabulary targets of the bin: tokens + sentence ends (`vae`, `sllm`), tokens + document ends
+        (`lm`)."""
         return self.tokens + (self.document_ends if objective == "lm" else self.sentences)
 
 
@@ -92,8 +98,8 @@ def cut_windows(sentence_lengths: np.ndarray, window_tokens: int) -> Iterator[tu
         end = int(np.searchsorted(ends, done + window_tokens, side="right"))
         if end == first:
             raise UserError(
-                f"a sentence of {int(sentence_lengths[first])} tokens does not fit a window of {window_tokens}; "
-                "raise window_tokens or shard with a smaller --max-tokens"
+                f"a sentence of {int(sentence_lengths[first])} tokens does not fit a window of "
+                f"{window_tokens}; raise window_tokens or shard with a smaller --max-tokens"
             )
         yield first, end
         first, done = end, int(ends[end - 1])
@@ -132,9 +138,7 @@ class BinPlan:
         shards_at_once: int = 16,
     ):
         if window_tokens > bin_tokens:
-            raise UserError(
-                f"data.window_tokens ({window_tokens}) is larger than data.bin_tokens ({bin_tokens})"
-            )
+            raise UserError(f"window_tokens ({window_tokens}) is larger than bin_tokens ({bin_tokens})")
         self.shard_sets = list(shard_sets)
         self.window_tokens, self.bin_tokens = window_tokens, bin_tokens
         self.seed, self.shuffle, self.shards_at_once = seed, shuffle, shards_at_once

@@ -1,11 +1,13 @@
 """The vocabulary projection and its loss in one module: logits for the whole batch never exist at once.
 
-In: hidden states [N, d] and target ids [N] (valid positions only). Out: the summed training objective with its gradient, and
-plain cross-entropy per target. Used by all three models. Head and loss share one `forward` because ZeRO-3 gathers a
-module's weights only around its `forward`: reading `head.weight` from outside would see a partitioned tensor.
+In: hidden states [N, d] and target ids [N] (valid positions only). Out: the summed training objective with
+its gradient, and plain cross-entropy per target. Used by all three models. Head and loss share one `forward`
+because ZeRO-3 gathers a module's weights only around its `forward`: reading `head.weight` from outside would
+see a partitioned tensor.
 
-Rows are worked off in chunks. Each chunk's gradients are computed with its logits, in the forward pass, so that nothing of size
-[N, V] is kept and no logit is computed twice: three matrix products per row in all, the least there is.
+Rows are worked off in chunks. Each chunk's gradients are computed with its logits, in the forward pass, so
+that nothing of size [N, V] is kept and no logit is computed twice: three matrix products per row in all, the
+least there is.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ class _ProjectedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_objective, *_):
-        # In place: the tensors are this call's own, and keeping a second [V, d] copy would double the head's memory.
+        # In place: the tensors are this call's own, and keeping a second [V, d] copy would double the head's
+        # memory.
         grads = tuple(None if g is None else g.mul_(grad_objective) for g in ctx.grads)
         del ctx.grads
         return (*grads, None, None, None)
@@ -82,7 +85,8 @@ class _ProjectedLoss(torch.autograd.Function):
 class VocabularyHead(nn.Linear):
     """Linear [d → vocabulary] with bias, and its loss.
 
-    `loss(hidden_Nd, targets_N)` is the module's `forward`; `logits` serves generation, where one row is needed.
+    `loss(hidden_Nd, targets_N)` is the module's `forward`; `logits` serves generation, where one row is
+    needed.
     """
 
     def forward(

@@ -1,7 +1,7 @@
 """Transformer layers shared by the sentence encoder and the sentence decoder (pre-norm, GELU).
 
-Two ways in: `forward` on packed rows [T, d] with a `SegmentLayout`, for training and evaluation; `step` on one row with a
-cache of keys and values, for generation. Both use the same weights and give the same numbers.
+Two ways in: `forward` on packed rows [T, d] with a `SegmentLayout`, for training and evaluation; `step` on
+one row with a cache of keys and values, for generation. Both use the same weights and give the same numbers.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ class SelfAttention(nn.Module):
 class TransformerLayer(nn.Module):
     """x + attention(norm x); then, in the decoder, + condition(vector); then + ffn(norm x).
 
-    `conditioned=True` adds the decoder's cross-attention. Over ONE vector the softmax is 1 whatever the query, so cross-attention is
-    exactly an affine map of that vector: one Linear, computed once per sentence, without query, key or norm weights.
+    `conditioned=True` adds the decoder's cross-attention. Over ONE vector the softmax is 1 whatever the
+    query, so cross-attention is exactly an affine map of that vector: one Linear, computed once per
+    sentence, without query, key or norm weights.
     """
 
     def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: bool = False):
@@ -61,14 +62,16 @@ class TransformerLayer(nn.Module):
     def forward(
         self, x_Td: Tensor, layout: SegmentLayout, causal: bool, vector_Sd: Tensor | None = None
     ) -> Tensor:
-        """[T, d] → [T, d]; `vector_Sd` has one row per segment of the layout when the layer is conditioned."""
+        """[T, d] → [T, d]; `vector_Sd` has one row per segment of the layout when the layer is
+        conditioned."""
         x = x_Td + self.dropout(self.attention(self.attention_norm(x_Td), layout, causal))
         if self.condition is not None:
             x = x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row])
         return self._feed_forward(x)
 
     def step(self, x_1d: Tensor, cache: dict[str, Tensor], condition_1d: Tensor | None = None) -> Tensor:
-        """One row with cached attention; `condition_1d` is `condition(vector)`, computed once per sentence."""
+        """One row with cached attention; `condition_1d` is `condition(vector)`, computed once per
+        sentence."""
         x = x_1d + self.attention.step(self.attention_norm(x_1d), cache)
         if condition_1d is not None:
             x = x + condition_1d
@@ -76,7 +79,8 @@ class TransformerLayer(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Token + learned position embedding; `embedding_size` below the width adds a projection (OPT-350M's shape)."""
+    """Token + learned position embedding; `embedding_size` below the width adds a projection (OPT-350M's
+    shape)."""
 
     def __init__(self, vocabulary: int, embedding_size: int, width: int, positions: int):
         super().__init__()

@@ -1,4 +1,5 @@
-"""What every model's `forward(batch)` returns: sums in nats, never means, so that ranks and batches can be added up."""
+"""What every model's `forward(batch)` returns: sums in nats, never means, so that ranks and batches can be
+added up."""
 
 from __future__ import annotations
 
@@ -12,11 +13,14 @@ from torch import Tensor
 class LossSums:
     """Sums over one batch.
 
-    objective: scalar with gradient, nats: CE or focal over the vocabulary targets, plus stop decisions; exactly 0 (but
+    objective: scalar with gradient, nats: CE or focal over the vocabulary targets, plus stop decisions;
+        exactly 0 (but
         connected to every parameter) for an unscored batch.
-    token_nll, end_nll, stop_nll: float32 scalars without gradient, always plain cross-entropy; ends are sentence ends (`vae`, `sllm`)
+    token_nll, end_nll, stop_nll: float32 scalars without gradient, always plain cross-entropy; ends are
+        sentence ends (`vae`, `sllm`)
         or document ends (`lm`).
-    target_nll_N: float32, every vocabulary target in order; target_correct_N: bool, arg max == target, if asked for.
+    target_nll_N: float32, every vocabulary target in order; target_correct_N: bool, arg max == target, if
+        asked for.
     is_end_N: bool, the target is an end symbol.
     stop_nll_S: float32 per sentence (`sllm`).
     """

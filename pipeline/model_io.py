@@ -1,7 +1,8 @@
 """Building, saving and loading any of the three kinds of model.
 
-`build_model` makes what a recipe asks for (the trainer); `save_model` and `load_model` move a model through a folder in safetensors
-with its config and, in `FOLDER/tokenizer/`, the tokenizer (export, evaluate, generate, check). Nothing is unpickled and no remote code runs.
+`build_model` makes what a recipe asks for (the trainer); `save_model` and `load_model` move a model through
+a folder in safetensors with its config and, in `FOLDER/tokenizer/`, the tokenizer (export, evaluate,
+generate, check). Nothing is unpickled and no remote code runs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def _vae_config(settings: dict, text: dict, tokenizer: Tokenizer) -> SentenceVAE
     settings = {"vocab_size": tokenizer.vocab_size, **{k: v for k, v in settings.items() if v is not None}}
     if settings["vocab_size"] < tokenizer.vocab_size:
         raise UserError(
-            f"model.vae.vocab_size is {settings['vocab_size']}, but the shards' tokenizer has {tokenizer.vocab_size} entries"
+            f"model.vae.vocab_size is {settings['vocab_size']}, but the shards' tokenizer has "
+            f"{tokenizer.vocab_size} entries"
         )
     settings.setdefault("max_sentence_tokens", text["sentence_settings"].get("max_tokens", 64))
     try:
@@ -69,7 +71,8 @@ def build_model(
         vae: `SentenceVAEConfig` keys, or `{"path": FOLDER}` of a trained SentenceVAE (`sllm`).
         backbone: Hugging Face config keys with `model_type`, or `{"path": FOLDER}` (`sllm`, `lm`).
         tokenizer: the shards' tokenizer; gives vocabulary size and special ids.
-        sentence_settings: how the shards were cut (`segmenter`, `language`, `max_tokens`); kept in the model's config.
+        sentence_settings: how the shards were cut (`segmenter`, `language`, `max_tokens`); kept in the
+            model's config.
         window_tokens: longest window, kept in the config; must fit the backbone's positions.
         focal_gamma: 0 trains on cross-entropy.
     Raises: UserError for settings that do not fit together.
@@ -110,8 +113,8 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> nn.Mod
         model = _load_causal_lm(Path(backbone["path"]))
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
-                f"model.backbone.path {backbone['path']}: vocabulary of {model.config.vocab_size}, but the shards' tokenizer has "
-                f"{tokenizer.vocab_size} entries"
+                f"model.backbone.path {backbone['path']}: vocabulary of {model.config.vocab_size}, but "
+                f"the shards' tokenizer has {tokenizer.vocab_size} entries"
             )
     else:
         config = backbone_config(
@@ -139,7 +142,7 @@ def _load_causal_lm(folder: Path) -> nn.Module:
 
 
 def save_model(model: nn.Module, folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Write safetensors, config.json and tokenizer/ (a `TokenLM` as the plain Hugging Face model it wraps)."""
+    """Write safetensors, config.json and tokenizer/ (a `TokenLM` as the Hugging Face model it wraps)."""
     inner = model.model if isinstance(model, TokenLM) else model
     inner.save_pretrained(folder)
     tokenizer.save(Path(folder) / "tokenizer")
@@ -159,7 +162,8 @@ def read_config(folder: str | Path) -> dict:
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """Any model folder as a `SentenceVAE`, `SLLM` or `TokenLM` (any Hugging Face causal LM), fp32, CPU, in eval mode.
+    """Any model folder as a `SentenceVAE`, `SLLM` or `TokenLM` (any Hugging Face causal LM), fp32, CPU, in
+    eval mode.
 
     Raises: UserError for a folder without a loadable model, or whose weights do not match its config.
     """
@@ -184,7 +188,8 @@ def load_model(folder: str | Path) -> nn.Module:
 
 
 def load_model_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: `FOLDER/tokenizer/`, else the folder itself (a plain Hugging Face model)."""
+    """The tokenizer of a model folder: `FOLDER/tokenizer/`, else the folder itself (a plain Hugging Face
+    model)."""
     inner = Path(folder) / "tokenizer"
     return load_tokenizer(inner if inner.is_dir() else folder)
 

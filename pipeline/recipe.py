@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,17 +22,20 @@ from data_prep.errors import UserError
 
 OBJECTIVES = ("vae", "sllm", "lm")
 
-# Keys of `model.vae`. Null means: take it from the tokenizer of the shards (`vocab_size`), or the usual value.
+# Keys of `model.vae`: `path`, or those of SentenceVAEConfig. What is left out comes from the shards' tokenizer and settings
+# (vocabulary size, longest sentence) or is the usual value.
 VAE_KEYS = (
     "path",
     "hidden_size",
     "embedding_size",
-    "layers",
-    "heads",
+    "num_layers",
+    "num_attention_heads",
     "ffn_size",
     "vocab_size",
-    "activation",
+    "max_sentence_tokens",
+    "dropout",
     "initializer_range",
+    "tie_word_embeddings",
 )
 
 # Keys of `model.backbone` when its `model_type` is opt; for other model types Hugging Face's config decides.
@@ -132,6 +136,18 @@ class ScheduleRecipe:
     warmup: float = 0.02
     final: float = 0.1
 
+    def factor(self, progress: float) -> float:
+        """Learning rate as a share of the peak, `progress` in [0, 1] being the share of the run done AFTER the step.
+
+        Above zero from the first step on, never rising after the warm-up, exactly `final` at the end.
+        """
+        if progress < self.warmup:
+            return progress / self.warmup
+        if self.kind == "constant" or self.warmup == 1:
+            return 1.0
+        way = (progress - self.warmup) / (1 - self.warmup)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * way))
+
     def __post_init__(self) -> None:
         _require_one_of("schedule.kind", self.kind, ("cosine", "constant"))
         for name in ("warmup", "final"):
@@ -205,6 +221,8 @@ class Recipe:
         for name in needs:
             if not getattr(self.model, name):
                 raise UserError(f"recipe: objective {self.objective} needs model.{name} (sizes, or a path)")
+        if self.objective == "vae" and self.model.vae.get("path"):
+            raise UserError("recipe: objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the layout of the YAML file."""

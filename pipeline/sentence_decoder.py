@@ -1,7 +1,7 @@
 """Sentence decoder: a causal transformer over one sentence's symbols, conditioned on one vector (paper §3.1).
 
-Inputs are (bos, t1 … tn), outputs predict (t1 … tn, sentence end). Called by `sentence_vae.py` (the vector is the sentence's own
-embedding) and `sllm.py` (the vector is the backbone's output for the sentence before).
+Inputs are (bos, t1 … tn), outputs predict (t1 … tn, sentence end). Called by `sentence_vae.py` (the vector
+is the sentence's own embedding) and `sllm.py` (the vector is the backbone's output for the sentence before).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pipeline.layers import TokenEmbedding, TransformerLayer
 
 @dataclass
 class DecoderState:
-    """One sentence being written: per-layer condition [1, d] and key/value cache, symbols fed, last hidden [1, d].
+    """One sentence being written: per-layer condition [1, d] and key/value cache, symbols fed, last hidden
+    [1, d].
 
     `logits` float32 [V] predict the next symbol; filled in by the model that owns the head.
     """
@@ -40,10 +41,8 @@ class SentenceDecoder(nn.Module):
             config.vocab_size, config.embedding_size, width, config.max_sentence_tokens + 1
         )
         self.layers = nn.ModuleList(
-            TransformerLayer(
-                width, config.num_attention_heads, config.ffn_size, config.dropout, conditioned=True
-            )
-            for _ in range(config.num_layers)
+            TransformerLayer(width, config.heads, config.ffn_size, config.dropout, conditioned=True)
+            for _ in range(config.layers)
         )
         self.final_norm = nn.LayerNorm(width)
 

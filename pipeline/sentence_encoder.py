@@ -1,7 +1,8 @@
 """Sentence encoder: the tokens of one sentence → one sentence embedding (paper §3.1).
 
-Embedding + positions → L bidirectional layers within each sentence → *feature fusion*: sum over the sentence's tokens, then
-LayerNorm. (A mean would be the same thing: LayerNorm does not see the scale.) Called by `sentence_vae.py` and `sllm.py`.
+Embedding + positions → L bidirectional layers within each sentence → *feature fusion*: sum over the
+sentence's tokens, then LayerNorm. (A mean would be the same thing: LayerNorm does not see the scale.) Called
+by `sentence_vae.py` and `sllm.py`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class SentenceEncoder(nn.Module):
             config.vocab_size, config.embedding_size, width, config.max_sentence_tokens
         )
         self.layers = nn.ModuleList(
-            TransformerLayer(width, config.num_attention_heads, config.ffn_size, config.dropout)
-            for _ in range(config.num_layers)
+            TransformerLayer(width, config.heads, config.ffn_size, config.dropout)
+            for _ in range(config.layers)
         )
         self.fusion_norm = nn.LayerNorm(width)
 

@@ -1,7 +1,8 @@
-"""SentenceVAE: sentence encoder + sentence decoder, trained to reconstruct (paper §3.1; deterministic, "VAE" as in the paper).
+"""SentenceVAE: sentence encoder + sentence decoder, trained to reconstruct (paper §3.1; deterministic, "VAE"
+as in the paper).
 
-In: a `Batch`. Out: `LossSums` over its N = T + S targets (every token, then the sentence's end, sentence by sentence).
-Hugging Face model: `save_pretrained` / `from_pretrained` in safetensors.
+In: a `Batch`. Out: `LossSums` over its N = T + S targets (every token, then the sentence's end, sentence by
+sentence). Hugging Face model: `save_pretrained` / `from_pretrained` in safetensors.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pipeline.sentence_encoder import SentenceEncoder
 
 
 class SentenceVAEConfig(PreTrainedConfig):
-    """Sizes of a SentenceVAE (SVAE-768/1024/2048 × H1/H2/H4 in the paper: `hidden_size`, `num_layers`).
+    """Sizes of a SentenceVAE (SVAE-768/1024/2048 × H1/H2/H4 in the paper: `hidden_size`, `layers`).
 
     embedding_size: width of the token embeddings; None is hidden_size.
     ffn_size: None is 2 · hidden_size, the paper's choice.
     tie_word_embeddings: encoder embedding, decoder embedding and head share one matrix.
     max_sentence_tokens: longest sentence, without BOS and end symbol.
-    sentence_settings: how the training text was cut (`segmenter`, `language`, `max_tokens`); window_tokens: longest window.
+    sentence_settings: how the training text was cut (`segmenter`, `language`, `max_tokens`); window_tokens:
+        longest window.
     """
 
     model_type = "sentence_vae"
@@ -32,8 +34,8 @@ class SentenceVAEConfig(PreTrainedConfig):
         self,
         vocab_size: int = 50272,
         hidden_size: int = 768,
-        num_layers: int = 1,
-        num_attention_heads: int = 12,
+        layers: int = 1,
+        heads: int = 12,
         embedding_size: int | None = None,
         ffn_size: int | None = None,
         max_sentence_tokens: int = 64,
@@ -47,8 +49,8 @@ class SentenceVAEConfig(PreTrainedConfig):
     ):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
-        self.num_layers = num_layers
-        self.num_attention_heads = num_attention_heads
+        self.layers = layers
+        self.heads = heads
         self.embedding_size = embedding_size or hidden_size
         self.ffn_size = ffn_size or 2 * hidden_size
         self.max_sentence_tokens = max_sentence_tokens
@@ -57,17 +59,16 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.sentence_settings = sentence_settings or {}
         self.window_tokens = window_tokens
-        if hidden_size % num_attention_heads:
-            raise ValueError(
-                f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}"
-            )
+        if hidden_size % heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
         if tie_word_embeddings and self.embedding_size != hidden_size:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
 class SentenceVAE(PreTrainedModel):
-    """Encoder, decoder and head; the SLLM holds one of these and puts a backbone between encoder and decoder."""
+    """Encoder, decoder and head; the SLLM holds one of these and puts a backbone between encoder and
+    decoder."""
 
     config_class = SentenceVAEConfig
     base_model_prefix = "vae"
@@ -111,7 +112,8 @@ class SentenceVAE(PreTrainedModel):
         return LossSums.collect(batch.scored, objective, nll, is_end, correct)
 
     def decode_begin(self, vector_1d: Tensor) -> DecoderState:
-        """Begin to write a sentence from one vector [1, d]: BOS is fed, `state.logits` predict its first token."""
+        """Begin to write a sentence from one vector [1, d]: BOS is fed, `state.logits` predict its first
+        token."""
         state = self.decoder.begin(vector_1d)
         self.decode_step(state, self.config.bos_token_id)
         return state

@@ -1,9 +1,10 @@
 """The sentence-level LLM: sentence encoder → backbone → sentence decoder, plus the stop head (paper §3.2).
 
-A document window of n sentences becomes n + 1 backbone positions: a learned start vector, then its sentence embeddings. The output
-at position i conditions the decoding of sentence i + 1, so the first sentence is predicted and scored too; from position 1 on
-the stop head says whether the document ends there. Nothing sees anything to its right: the backbone is causal over sentences, the
-decoder over symbols, and an encoder's view of sentence i enters only at position i.
+A document window of n sentences becomes n + 1 backbone positions: a learned start vector, then its sentence
+embeddings. The output at position i conditions the decoding of sentence i + 1, so the first sentence is
+predicted and scored too; from position 1 on the stop head says whether the document ends there. Nothing sees
+anything to its right: the backbone is causal over sentences, the decoder over symbols, and an encoder's view
+of sentence i enters only at position i.
 
 In: a `Batch`. Out: `LossSums` over N = T + S vocabulary targets and S stop decisions.
 """
@@ -26,7 +27,8 @@ from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 
 
 class SLLMConfig(PreTrainedConfig):
-    """An SLLM is a SentenceVAE's config, a backbone's config (any Hugging Face decoder-only model) and the text settings."""
+    """An SLLM is a SentenceVAE's config, a backbone's config (any Hugging Face decoder-only model) and the
+    text settings."""
 
     model_type = "sllm"
     has_no_defaults_at_init = True
@@ -58,7 +60,8 @@ class SLLMConfig(PreTrainedConfig):
 
 @dataclass
 class BackboneState:
-    """A document being read or written: key/value cache (one entry per sentence), positions used, last output [1, d_backbone]."""
+    """A document being read or written: key/value cache (one entry per sentence), positions used, last
+    output [1, d_backbone]."""
 
     cache: DynamicCache
     positions: int
@@ -66,7 +69,8 @@ class BackboneState:
 
 
 class SLLM(PreTrainedModel):
-    """`vae` (encoder, decoder, head), `backbone`, `start` vector, `stop_head`, and adapters where widths differ."""
+    """`vae` (encoder, decoder, head), `backbone`, `start` vector, `stop_head`, and adapters where widths
+    differ."""
 
     config_class = SLLMConfig
     base_model_prefix = "sllm"
@@ -76,7 +80,8 @@ class SLLM(PreTrainedModel):
         width, vector = config.vae.hidden_size, vector_width(config.backbone)
         self.vae = SentenceVAE(config.vae)
         self.backbone = new_backbone(config.backbone)
-        # OPT-350M reads and writes 512-wide vectors around its 1024-wide layers; a SVAE-1024 needs a map each way.
+        # OPT-350M reads and writes 512-wide vectors around its 1024-wide layers; a SVAE-1024 needs a map
+        # each way.
         self.to_backbone = nn.Linear(width, vector, bias=False) if width != vector else None
         self.from_backbone = nn.Linear(vector, width, bias=False) if width != vector else None
         self.start = nn.Embedding(1, width)
@@ -107,8 +112,8 @@ class SLLM(PreTrainedModel):
     def forward(self, batch: Batch, want_correct: bool = False, start_vector_only: bool = False) -> LossSums:
         """Next-sentence loss.
 
-        start_vector_only: decode every sentence from its window's start output instead (no context reaches the decoder); the bits
-        per byte lost by that are the *vector gain*.
+        start_vector_only: decode every sentence from its window's start output instead (no context reaches
+        the decoder); the bits per byte lost by that are the *vector gain*.
         """
         hidden = self.contextualise(batch)
         rows_S = batch.start_row_S if start_vector_only else batch.predicting_row_S
@@ -173,7 +178,8 @@ class SLLM(PreTrainedModel):
 
     @torch.no_grad()
     def decode_step(self, state: DecoderState, token: int) -> None:
-        """Feed one token; `.logits` then predict the next symbol (`config.eos_token_id` is the sentence end)."""
+        """Feed one token; `.logits` then predict the next symbol (`config.eos_token_id` is the sentence
+        end)."""
         self.vae.decode_step(state, token)
 
 

@@ -1,8 +1,9 @@
-"""The token-level baseline: a Hugging Face causal LM trained on the very same tokens, windows and bins as the SLLM.
+"""The token-level baseline: a Hugging Face causal LM trained on the very same tokens, windows and bins as
+the SLLM.
 
-Each window is (bos, t1 … tn) with targets (t1 … tn, end of document where the document truly ends), conditioned on itself only.
-The wrapper exists for packing and for the chunked loss; what is saved is the plain Hugging Face model, which
-`AutoModelForCausalLM.from_pretrained` loads.
+Each window is (bos, t1 … tn) with targets (t1 … tn, end of document where the document truly ends),
+conditioned on itself only. The wrapper exists for packing and for the chunked loss; what is saved is the
+plain Hugging Face model, which `AutoModelForCausalLM.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pipeline.losses import LossSums
 
 
 class TokenLM(nn.Module):
-    """`model` is a Hugging Face `…ForCausalLM` with `attn_implementation=HF_ATTENTION`; its `lm_head` is replaced by a `VocabularyHead`
-    that shares the very same weight."""
+    """`model` is a Hugging Face `…ForCausalLM` with `attn_implementation=HF_ATTENTION`; its `lm_head` is
+    replaced by a `VocabularyHead` that shares the very same weight."""
 
     def __init__(self, model: PreTrainedModel, focal_gamma: float = 0.0):
         super().__init__()
@@ -38,7 +39,8 @@ class TokenLM(nn.Module):
         return self.model.device
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states of the rows with a target [N, d], their targets [N], and which of them are document ends [N]."""
+        """Final hidden states of the rows with a target [N, d], their targets [N], and which of them are
+        document ends [N]."""
         inputs, rows, targets = batch.token_model_symbols(self.config.bos_token_id, self.config.eos_token_id)
         layout = batch.token_model_layout
         is_end = targets.new_zeros(layout.rows).bool()

@@ -15,7 +15,7 @@ from pipeline.token_lm import TokenLM
 
 VOCABULARY = 97
 IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32}
 
 
 def random_spans(seed: int, documents: int = 4, most_sentences: int = 7, most_tokens: int = 12) -> list[Span]:
@@ -34,6 +34,7 @@ def random_batch(seed: int, **kwargs) -> Batch:
 def opt_config(**kwargs) -> OPTConfig:
     settings = {
         "num_hidden_layers": 2,
+        "num_attention_heads": 4,
         "ffn_dim": 64,
         "max_position_embeddings": 128,
         "dropout": 0.0,
@@ -49,7 +50,8 @@ def post_norm_opt_config() -> OPTConfig:
 
 
 def _wake(model: torch.nn.Module) -> torch.nn.Module:
-    """Scale the weights up and give biases and norms random values, so that no path is too small to be seen."""
+    """Scale the weights up and give biases and norms random values, so that no path is too small to be
+    seen."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.15)
@@ -58,13 +60,13 @@ def _wake(model: torch.nn.Module) -> torch.nn.Module:
 
 def small_vae(seed: int = 0, **kwargs) -> SentenceVAE:
     torch.manual_seed(seed)
-    settings = {"num_layers": 2, "max_sentence_tokens": 16, **SIZES, **IDS, **kwargs}
+    settings = {"layers": 2, "heads": 4, "max_sentence_tokens": 16, **SIZES, **IDS, **kwargs}
     return _wake(SentenceVAE(SentenceVAEConfig(**settings)))
 
 
 def small_sllm(seed: int = 0, backbone: OPTConfig | None = None, **kwargs) -> SLLM:
     torch.manual_seed(seed)
-    vae = SentenceVAEConfig(**{"num_layers": 2, "max_sentence_tokens": 16, **SIZES, **IDS, **kwargs})
+    vae = SentenceVAEConfig(**{"layers": 2, "heads": 4, "max_sentence_tokens": 16, **SIZES, **IDS, **kwargs})
     return _wake(SLLM(SLLMConfig(vae, backbone or opt_config(), **IDS)))
 
 

@@ -1,4 +1,5 @@
-"""The model contract: strictly causal, packed = single, cached = uncached, head and loss right, sizes as published."""
+"""The model contract: strictly causal, packed = single, cached = uncached, head and loss right, sizes as
+published."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def total(sums) -> float:
     return (sums.token_nll + sums.end_nll + sums.stop_nll).item()
 
 
-# --- attention ---------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -66,7 +67,7 @@ def test_layout_restores_every_row_and_pads_little():
     assert layout.rows <= layout.slots <= 1.25 * layout.rows
 
 
-# --- causality -----------------------------------------------------------------------------------------------------------
+# --- causality ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -122,7 +123,7 @@ def test_a_later_sentence_does_see_an_earlier_one():
     assert (a[-last:] - b[-last:]).abs().max() > 1e-4
 
 
-# --- packing ---------------------------------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -197,7 +198,7 @@ def test_the_backbone_is_the_hugging_face_model(config):
     torch.testing.assert_close(packed, reference, atol=1e-5, rtol=1e-4)
 
 
-# --- generation interface --------------------------------------------------------------------------------------------------
+# --- generation interface -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [opt_config, post_norm_opt_config])
@@ -238,7 +239,7 @@ def test_limits_are_refused():
         model.append(model.begin(), list(range(4, 21)))
 
 
-# --- head and loss ---------------------------------------------------------------------------------------------------------
+# --- head and loss --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
@@ -273,13 +274,15 @@ def test_cross_entropy_is_reported_under_focal_loss():
     assert focal.objective < plain.objective
 
 
-# --- what a leak would look like ---------------------------------------------------------------------------------------------
+# --- what a leak would look like ------------------------------------------------------------------
 
 
 def test_on_random_tokens_no_model_beats_the_entropy_floor():
-    """I.i.d. uniform tokens over 8 symbols, sentences of fixed length: the floor is ln 8 a token and 0 for ends.
+    """I.i.d. uniform tokens over 8 symbols, sentences of fixed length: the floor is ln 8 a token and 0 for
+    ends.
 
-    The published system reached far below its floor on such data, because each position saw the sentence it had to predict.
+    The published system reached far below its floor on such data, because each position saw the sentence it
+    had to predict.
     """
     rng = np.random.default_rng(0)
 
@@ -303,7 +306,8 @@ def test_on_random_tokens_no_model_beats_the_entropy_floor():
 
 
 def test_an_autoencoder_does_beat_that_floor():
-    """The SentenceVAE sees its target by design: the same data is learnt well below the floor (the floor test can fail)."""
+    """The SentenceVAE sees its target by design: the same data is learnt well below the floor (the floor
+    test can fail)."""
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     model = small_vae(vocab_size=12).train()
@@ -317,7 +321,7 @@ def test_an_autoencoder_does_beat_that_floor():
     assert sums.token_nll.item() / batch.tokens < np.log(8) - 0.3
 
 
-# --- sizes, saving -----------------------------------------------------------------------------------------------------------
+# --- sizes, saving --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vae", "sllm", "sllm-tied", "sllm-post-norm"])
