@@ -1,0 +1,327 @@
+"""Cuts a text into sentences without losing a character.
+
+In: one text (any Unicode without lone surrogates). Out: a list of non-empty strings whose concatenation is the
+text. `sentence` cuts at sentence ends, `clause` also at commas, semicolons, colons and dashes (the mechanism of
+the SentenceVAE paper, arXiv 2408.00655, section 3.1). Called by `sentences.cut_document` for every document, and by
+`pipeline/generation.py` (`is_complete`). The rules are on one page in docs/segmentation.md.
+
+How it works: every line is scanned once for runs of punctuation marks; each run is judged by what stands before
+and after it, and becomes a cut or not. Slices between cuts are returned, so nothing can be lost or altered.
+The rules are ours rather than a library's because cut positions are part of a shard's fingerprint: they may
+change only when `VERSION` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data_prep.abbreviations import (
+    NEVER_LAST,
+    NUMBERED,
+    NUMBERED_TITLES,
+    ORDINARY_WORDS,
+    SOMETIMES_LAST,
+    SOMETIMES_LAST_CAPITALISED,
+    SPEECH_VERBS,
+    STARTERS,
+    TITLES,
+)
+from data_prep.errors import UserError
+
+VERSION = (
+    1  # raise it whenever any text could be cut differently: shards made by other rules must not be mixed
+)
+
+NAMES = ("clause", "sentence")
+LANGUAGES = ("en", "zh", "auto")
+
+WIDE_STOPS = "。！？｡"  # end a sentence whatever follows
+STOPS = WIDE_STOPS + ".!?．‽⁇⁈⁉‼"
+ELLIPSES = "…⋯"
+WIDE_PAUSES = "，；：、､﹐﹔﹕"
+PAUSES = WIDE_PAUSES + ",;:"
+DASHES = "—–―⸺"
+QUOTE_CLOSERS = "\"'”’」』»﹂﹄"
+# What may stand between a mark and the cut: closing quotes and brackets, Markdown's emphasis, and characters that
+# join the one before them (combining accents, joiners, variation selectors), which no cut may separate from it.
+EXTENDERS = "\u200b\u200c\u200d\u2060\u20e3\ufeff"
+EXTENDER_RANGES = "\u0300-\u036f\ufe00-\ufe0f"
+CLOSERS = QUOTE_CLOSERS + ")]}）］｝】》〉〕〗〙〛*_`~" + EXTENDERS
+OPENERS = "\"'“‘「『«﹁﹃([{（［｛【《〈〔〖〘〚*_`~#"
+
+_MARK = re.escape(STOPS + ELLIPSES + PAUSES + DASHES)
+_CLOSE = re.escape(CLOSERS) + EXTENDER_RANGES
+# Marks and closers in any order (`?!`, `!”,`, `.)`), spaced dots (`. . .`), and note references (`.[12]`).
+_RUN = re.compile(
+    rf"(?:(?:[{_MARK}]|(?<![-<!])--(?![->]))+(?:[ \u00a0]\.(?=[ \u00a0]\.|[\s{_CLOSE}]|$))*[{_CLOSE}]*"
+    r"(?:\[\d{1,3}\])*)+"
+)
+_NOT_MARKS = re.compile(rf"[^{_MARK}-]+")
+_WORD_CHARACTER = re.compile(r"[^\W_]")
+_NEXT_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+_SKIP = re.compile(rf"\s*[{re.escape(OPENERS)}\s]*")
+_TOKEN = re.compile(rf"[^\s/{re.escape(OPENERS + DASHES + WIDE_STOPS + WIDE_PAUSES)}\u2e80-\U0003ffff]*\Z")
+_ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,3}\Z")
+_ENUMERATOR = re.compile(r"(?:\d{1,3}(?:\.\d{1,2})*|[^\W\d_]|[ivxlIVXL]{2,6})\Z")
+_WIDE_ENUMERATOR = re.compile(r"(?:\d{1,3}|[一二三四五六七八九十]{1,3}|[①-⑳⑴-⑽])\Z")
+_ROMAN = re.compile(r"[IVXLC]+\Z")
+_YEAR = re.compile(r" ?\d{4}\b")
+_EAST_ASIAN = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
+# Inline code and formulas: one unit to a reader, whatever marks they hold.
+_UNIT = re.compile(r"`[^`\n]{1,200}`|\$(?![\s\d$])[^$\n]{0,200}(?<!\s)\$(?!\d)")
+_SPEAKER = re.compile(r"(?:I|(?:[A-Z][^\W\d_]*\.? ){0,2}[A-Z][^\W\d_]+) ([a-z]+)\b")
+_WIDE_SPEAKER = re.compile(r"[\u4e00-\u9fff]{0,6}?[说說道问問喊叫答][道]?[。，！]")
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """Callable `text -> list[str]`; made by `get_segmenter`. Pickles, holds no state, the same everywhere."""
+
+    name: str
+    language: str
+    version: int = VERSION
+
+    def __call__(self, text: str) -> list[str]:
+        """Sentences of `text`, in order. `"".join(result) == text`; no empty string; `""` gives `[]`.
+
+        White space, line breaks too, belongs to the front of the sentence that follows it; at the end of the text
+        it belongs to the last sentence. A text of white space only is one sentence.
+        """
+        pieces: list[str] = []
+        start = line_end = 0
+        for begin, end in _lines(text):
+            if (
+                line_end
+            ):  # a line break ends a sentence: where the last line's words end, not at the break itself
+                pieces.append(text[start:line_end])
+                start = line_end
+            for cut in _line_cuts(text, begin, end, self.name == "clause", self._chinese(text, begin, end)):
+                pieces.append(text[start:cut])
+                start = cut
+            line_end = end
+        if text:
+            pieces.append(text[start:])
+        return pieces
+
+    def is_complete(self, text: str) -> bool:
+        """True when `text`, without trailing spaces, ends where a sentence ends should more text follow.
+
+        Generation asks this of a prompt: False means that the next words belong to a sentence already begun.
+        A text that ends in a line break is complete, and so is one without anything but white space.
+        """
+        body = text.rstrip()
+        space = text[len(body) :]
+        if not body or "".join(space.splitlines()) != space:
+            return True
+        line = body.splitlines()[-1].lstrip()
+        chinese = self._chinese(line, 0, len(line))
+        # What follows is unknown: complete is what any ordinary continuation would leave as it is.
+        probes = [" The"] + (["下一句"] if chinese else [])
+        return all(
+            len(line) in _line_cuts(line + probe, 0, len(line + probe), self.name == "clause", chinese)
+            for probe in probes
+        )
+
+    def _chinese(self, text: str, begin: int, end: int) -> bool:
+        if self.language == "auto":
+            return _EAST_ASIAN.search(text, begin, end) is not None
+        return self.language == "zh"
+
+
+def get_segmenter(name: str, language: str = "auto") -> Segmenter:
+    """The segmenter `name` (`clause` or `sentence`) for `language` (`en`, `zh`, or `auto`: line by line).
+
+    Raises `UserError` for any other name or language.
+    """
+    if name not in NAMES:
+        raise UserError(f"unknown segmenter {name!r}: use one of {', '.join(NAMES)}")
+    if language not in LANGUAGES:
+        raise UserError(f"unknown language {language!r} for the segmenter: use one of {', '.join(LANGUAGES)}")
+    return Segmenter(name, language)
+
+
+def _lines(text: str) -> Iterator[tuple[int, int]]:
+    """Begin and end of what stands in each line of `text`, without white space around it; empty lines are left out."""
+    at = 0
+    for line in text.splitlines(keepends=True):
+        body = line.strip()
+        if body:
+            begin = at + len(line) - len(line.lstrip())
+            yield begin, begin + len(body)
+        at += len(line)
+
+
+def _line_cuts(text: str, begin: int, end: int, clause: bool, chinese: bool) -> Iterator[int]:
+    """Positions within (begin, end), ascending, at which a sentence ends. One pass over the line."""
+    start = seen = begin  # where the current sentence starts; it has no letter or digit before `seen`
+    counted, odd_quotes = begin, False  # parity of straight double quotes before `counted`
+    inside = _units(text, begin, end)
+    for run in _RUN.finditer(text, begin, end):
+        first, cut = run.span()
+        if cut >= end:
+            return
+        marks = run.group() if cut - first == 1 else _NOT_MARKS.sub("", run.group())
+        mark = marks[-1]
+        pause = mark in PAUSES or mark in DASHES or mark == "-"
+        if pause and not clause:
+            continue
+        if inside and any(a < first < b for a, b in inside):
+            continue
+        if not _WORD_CHARACTER.search(text, seen, first):  # marks alone are no sentence
+            seen = first
+            continue
+        if cut - first > 1 and '"' in run.group() and not text[cut].isspace():
+            # Without a space after it, a straight quote may open what follows: it does when none is open.
+            quote = first + run.group().index('"')
+            odd_quotes ^= text.count('"', counted, quote) % 2 == 1
+            counted = quote
+            if not odd_quotes:
+                cut = quote
+        if pause:
+            ends = _ends_clause(text, start, first, cut, marks, chinese)
+        else:
+            ends = _ends_sentence(text, start, first, cut, end, marks, clause, chinese)
+        if ends:
+            yield cut
+            start = seen = cut
+
+
+def _units(text: str, begin: int, end: int) -> list[tuple[int, int]]:
+    """Spans of inline code and formulas in the line."""
+    if text.find("`", begin, end) < 0 and text.find("$", begin, end) < 0:
+        return []
+    return [match.span() for match in _UNIT.finditer(text, begin, end)]
+
+
+def _ends_clause(text: str, start: int, first: int, cut: int, marks: str, chinese: bool) -> bool:
+    """Whether the run `text[first:cut]`, whose last mark is a comma, semicolon, colon or dash, ends a clause."""
+    mark = marks[-1]
+    before, following = text[first - 1], text[cut]
+    spaced = following.isspace()
+    if mark in DASHES or mark == "-":
+        return _dash_ends_clause(text, start, first, cut, mark)
+    if mark in WIDE_PAUSES:
+        if before.isdigit() and following.isdigit():  # 1，234 and 12：30
+            return False
+        return not (mark in "、､" and _WIDE_ENUMERATOR.match(text[start:first].strip()))
+    if not spaced:
+        return chinese and (_is_east_asian(before) or _is_east_asian(following))
+    if marks == ".," and _token(text, start, first).lower() in NEVER_LAST:  # "e.g., apples"
+        return False
+    if before.isdigit() and mark == "," and _YEAR.match(text, cut):  # "July 4, 1776"
+        day = text[max(start, first - 2) : first].strip()
+        return not (day.isdigit() and text[first - len(day) - 2 : first - len(day) - 1].isalpha())
+    return True
+
+
+def _dash_ends_clause(text: str, start: int, first: int, cut: int, mark: str) -> bool:
+    before, following = text[first - 1], text[cut]
+    open_left, open_right = before.isspace(), following.isspace()
+    if mark == "–" and not (open_left and open_right):  # a range: 1914–1918
+        return False
+    if open_left != open_right and open_left:  # "--option", "—Hamlet"
+        return False
+    if before.isdigit() and following.isdigit():
+        return False
+    if not (following.isalnum() or following in OPENERS or open_right):
+        return False
+    if _is_east_asian(before):
+        return first - start > 2
+    return len(text[start:first].split(None, 2)) > 1  # "I—I never" is no pause
+
+
+def _ends_sentence(
+    text: str, start: int, first: int, cut: int, end: int, marks: str, clause: bool, chinese: bool
+) -> bool:
+    """Whether the run `text[first:cut]`, whose last mark is a stop or an ellipsis, ends a sentence (or clause)."""
+    before, following = text[first - 1], text[cut]
+    quoted = text[cut - 1] in QUOTE_CLOSERS
+    if any(mark in WIDE_STOPS for mark in marks):
+        return clause or not (quoted and _WIDE_SPEAKER.match(text, cut, end))
+    east_asian = chinese and (_is_east_asian(before) or _is_east_asian(following))
+    if not following.isspace() and not east_asian:
+        return False
+    ellipsis = marks[-1] in ELLIPSES or (marks[-1] == "." and marks[-2:] in ("..", "…."))
+    if ellipsis and clause:
+        return True
+    if following.isspace() or not _is_east_asian(following):
+        next_at = _SKIP.match(text, cut, end).end()
+    else:
+        next_at = cut
+    next_character = text[next_at] if next_at < end else ""
+    opened = next_at > cut and text[next_at - 1] in OPENERS
+    if ellipsis:
+        if _is_east_asian(before) and not following.isspace():
+            return quoted or opened
+        word = _next_word(text, next_at, end)
+        return not next_character.islower() and (opened or word not in ("I", "I'm", "I’m", "I'll", "I’ll"))
+    if next_character.islower():
+        return clause and (quoted or marks[-1] != ".")
+    if marks[-1] != ".":
+        return clause or not (quoted and _names_speaker(text, next_at, end))
+    if not following.isspace():  # "使用 Rust.然后", but not ".NET" or "3.介绍"
+        if not _is_east_asian(following) or before.isdigit():
+            return False
+    return not _is_abbreviation(text, start, first, next_at, end, opened)
+
+
+def _names_speaker(text: str, at: int, end: int) -> bool:
+    speaker = _SPEAKER.match(text, at, end)
+    return speaker is not None and speaker.group(1) in SPEECH_VERBS
+
+
+def _is_abbreviation(text: str, start: int, stop: int, next_at: int, end: int, opened: bool) -> bool:
+    """Whether the full stop at `stop` belongs to an abbreviation, initial or list number that the next word continues."""
+    token = _token(text, start, stop)
+    if not token or len(token) > 12:
+        return False
+    token_at = stop - len(token)
+    lower = token.lower()
+    if lower in NEVER_LAST or token in TITLES:
+        return True
+    if _ENUMERATOR.match(token):
+        previous = text[start:token_at].rstrip()
+        if not previous.strip(OPENERS) or previous[-1] in ":;：；.!?":
+            if not (len(token) == 1 and previous[-1:] == "."):  # that would be an initial: "J. R."
+                return True
+    next_character = text[next_at : next_at + 1]
+    word = _next_word(text, next_at, end)
+    starts = opened or (word in STARTERS and text[next_at + len(word) : next_at + len(word) + 1] != ".")
+    if lower in NUMBERED:
+        if next_character.isdigit() or (_ROMAN.match(word) and word != "I"):
+            return True
+        if token in NUMBERED_TITLES:
+            return not starts
+    if len(token) == 1 and token.isalpha() and token.isascii():
+        return _is_initial(text, start, token_at, token, starts)
+    if _ACRONYM.match(token):
+        return not starts
+    if lower in SOMETIMES_LAST or token in SOMETIMES_LAST_CAPITALISED:
+        return not starts and not (token in ORDINARY_WORDS)
+    return False
+
+
+def _is_initial(text: str, start: int, token_at: int, token: str, starts: bool) -> bool:
+    previous = text[max(start, token_at - 24) : token_at].split()
+    last = previous[-1] if previous else ""
+    if token.islower():
+        return token == "v" and not starts
+    if token == "I" and last.islower():  # "taller than I. Jim went on"
+        return False
+    return not starts or last.endswith(".")
+
+
+def _token(text: str, start: int, stop: int) -> str:
+    """What stands before `stop` back to white space, a bracket, a quote, a dash or a Chinese character."""
+    return _TOKEN.search(text[max(start, stop - 24) : stop]).group()
+
+
+def _next_word(text: str, at: int, end: int) -> str:
+    word = _NEXT_WORD.match(text, at, end)
+    return word.group() if word else ""
+
+
+def _is_east_asian(character: str) -> bool:
+    return character >= "\u2e80" and _EAST_ASIAN.match(character) is not None
