@@ -1,0 +1,202 @@
+"""Checkpoints: written aside, renamed when complete, then made current; read back on resume and by `export.py`.
+
+In: a DeepSpeed engine and a `Meta`. Out: `RUN/checkpoints/step-00000100/` (DeepSpeed's files and `meta.json`), and the
+text files `latest` and `best`, each naming a checkpoint. A folder named `step-…` is complete: it got that name after every
+rank had written its part. Imports no torch, so that a finished run can say so at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+
+FORMAT_VERSION = 1
+_TMP = ".tmp-"
+
+
+@dataclass
+class Meta:
+    """What `meta.json` holds: where the run stands and what a reader needs to make sense of the weights.
+
+    `epoch` and `number` are the position of the next bin in the plan's stream; `tokens` counts the real tokens trained on;
+    `best` is the best evaluation so far (`{"step", "bits_per_byte"}`) or None; `files` maps file names to sizes in bytes.
+    """
+
+    objective: str
+    step: int
+    epoch: int
+    number: int
+    tokens: int
+    best: dict[str, Any] | None
+    world: int
+    zero_stage: int
+    model_config: dict[str, Any]
+    recipe: dict[str, Any]
+    files: dict[str, int] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def checkpoints_folder(run_dir: str | Path) -> Path:
+    return Path(run_dir) / "checkpoints"
+
+
+def find(run_dir: str | Path, which: str = "latest") -> Path | None:
+    """The checkpoint that `latest` or `best` names; None when the run has none yet. UserError when it is damaged."""
+    folder = checkpoints_folder(run_dir)
+    try:
+        name = (folder / which).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+    if not name or not (folder / name).is_dir():
+        raise UserError(f"{folder / which} names the checkpoint {name!r}, which is not there")
+    return folder / name
+
+
+def read_meta(checkpoint: Path) -> Meta:
+    """Read and check `meta.json`: known version, every file there with its full size. UserError otherwise."""
+    path = checkpoint / "meta.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format_version"] > FORMAT_VERSION:
+            raise UserError(f"{path} was written by a newer release (format {values['format_version']}): upgrade")
+        meta = Meta(**values)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {checkpoint} is damaged: meta.json is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {checkpoint} is damaged: meta.json does not parse ({error})") from None
+    for name, size in meta.files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"checkpoint {checkpoint} is damaged: {name} is missing")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes instead of {size}"
+            )
+    return meta
+
+
+def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
+    """Refuse a checkpoint that this run cannot continue: `ours` is the Meta this run would write now.
+
+    Raises UserError naming the first difference and what to do: another objective, model, data order, world or stage.
+    """
+    other = "use another --output_dir, or the recipe that began this run"
+    if meta.objective != ours.objective:
+        raise UserError(
+            f"{checkpoint} is of another model: objective {meta.objective}, not {ours.objective}; {other}"
+        )
+    difference = _first_difference(meta.model_config, ours.model_config)
+    if difference:
+        raise UserError(f"{checkpoint} is of another model: {difference}; {other}")
+    was, now = (dict(m.recipe["data"], seed=m.recipe["seed"]) for m in (meta, ours))
+    for unordered in ("validation",):
+        was.pop(unordered), now.pop(unordered)
+    difference = _first_difference(was, now)
+    if difference:
+        raise UserError(f"{checkpoint} was trained on other data: {difference}; {other}")
+    if meta.world != ours.world:
+        raise UserError(
+            f"{checkpoint} was written by {meta.world} ranks and this run has {ours.world}: "
+            f"start with {meta.world} ranks, or export the weights and begin a new run from them"
+        )
+    if meta.zero_stage != ours.zero_stage:
+        raise UserError(
+            f"{checkpoint} was written with ZeRO stage {meta.zero_stage} and this run has stage {ours.zero_stage}: "
+            f"use a DeepSpeed config of stage {meta.zero_stage}"
+        )
+
+
+def _first_difference(was: Any, now: Any, where: str = "") -> str | None:
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in sorted(set(was) | set(now)):
+            if key in ("transformers_version", "_name_or_path"):
+                continue
+            found = _first_difference(was.get(key), now.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return None
+    return None if was == now else f"{where} is {was!r} there and {now!r} here"
+
+
+def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
+    """Write a checkpoint of all ranks (called by every rank), make it `latest`, and remove all but the last `keep`.
+
+    The best checkpoint (`meta.best["step"]`) is kept beside them and named by `best`. A kill at any moment leaves the
+    checkpoint before this one current and whole.
+    """
+    import deepspeed.comm as dist
+
+    folder = checkpoints_folder(run_dir)
+    name = step_name(meta.step)
+    aside = folder / f"{_TMP}{name}"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(aside, ignore_errors=True)
+    engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False)
+    dist.barrier()
+    if first:
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        meta.files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in files}
+        write_atomically(aside / "meta.json", json.dumps(dataclasses.asdict(meta), indent=1) + "\n")
+        for path in files:
+            _flush_to_disk(path)
+        shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was continued from further back
+        os.rename(aside, folder / name)
+        _flush_to_disk(folder)
+        write_atomically(folder / "latest", name + "\n")
+        best = step_name(meta.best["step"]) if meta.best else None
+        if best and (folder / best).is_dir():
+            write_atomically(folder / "best", best + "\n")
+        _prune(folder, name, best, keep)
+    dist.barrier()
+    return folder / name
+
+
+def restore(engine: Any, checkpoint: Path) -> None:
+    """Load weights and optimizer state into the engine (called by every rank)."""
+    try:
+        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
+    except (RuntimeError, OSError, EOFError) as error:
+        raise UserError(f"checkpoint {checkpoint} cannot be loaded: {error}") from error
+    if path is None:
+        raise UserError(f"checkpoint {checkpoint} is damaged: DeepSpeed finds no state in it")
+
+
+def remove_unfinished(run_dir: str | Path) -> None:
+    """Delete what a killed run was writing when it died (rank 0 only)."""
+    for path in checkpoints_folder(run_dir).glob(f"{_TMP}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file: readers see the old or the new one, never a half."""
+    aside = path.with_name(f"{_TMP}{path.name}")
+    aside.write_text(text, encoding="utf-8")
+    _flush_to_disk(aside)
+    os.replace(aside, path)
+
+
+def _prune(folder: Path, latest: str, best: str | None, keep: int) -> None:
+    older = sorted(path.name for path in folder.glob("step-*") if path.is_dir() and path.name <= latest)
+    for name in older[:-keep]:
+        if name != best:
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,140 @@
+"""The training engine: AdamW and DeepSpeed around a model, and one optimizer step over micro-batches.
+
+In: a model (`model_io.build_model`), a recipe, a completed DeepSpeed config. Out: an `Engine` whose `compute` runs a step's forward and
+backward passes and whose `update` applies it. Called by `train.py`.
+
+Scaling: a step's loss is the sum of the objective over all bins of the step divided by the step's targets, both global. DeepSpeed divides
+every micro-batch by the number of micro-batches and averages over ranks, so each is multiplied by both first: the update does
+not depend on how many ranks share the bins.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from torch import Tensor, nn
+
+from pipeline.batches import Batch
+from pipeline.loader import Step
+from pipeline.recipe import OptimizerRecipe, Recipe
+from pipeline.strategy import zero_stage
+
+# Dense peak of one device in FLOP/s with bf16 inputs; MFU is null on anything that is not listed.
+_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+# Parts that run once per sentence (SLLM); everything else runs once per token.
+_PER_SENTENCE = ("backbone", "condition", "stop_head")
+
+
+class Engine:
+    """A DeepSpeed engine with our optimizer, and the arithmetic of one step."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, config: dict[str, Any], device: torch.device):
+        self.device = device
+        self.config = config
+        self.objective = recipe.objective
+        self.peak_lr = recipe.optimizer.lr
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self._matrix_weights = _matrix_weights(model, recipe.objective)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, recipe.optimizer),
+            lr=recipe.optimizer.lr,
+            betas=tuple(recipe.optimizer.betas),
+            eps=recipe.optimizer.eps,
+        )
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    def compute(self, step: Step) -> Tensor:
+        """Forward and backward over the step's micro-batches; gradients stay in the engine until `update`.
+
+        Returns float64 [4], this rank's sums in nats: objective, tokens, ends, stop decisions.
+        """
+        self.deepspeed.train()
+        scale = dist.get_world_size() * len(step.batches) / step.targets_all
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for number, (batch, seed) in enumerate(zip(step.batches, step.seeds, strict=True)):
+            batch = step.batches[number] = batch.to(self.device)
+            torch.manual_seed(seed)  # dropout depends on the bin alone: resumed runs and other world sizes agree
+            losses = self.deepspeed(batch)
+            self.deepspeed.backward(losses.objective * scale)
+            sums += _nats(losses)
+            if number + 1 < len(step.batches):
+                self.deepspeed.step()  # no boundary yet: DeepSpeed only counts the micro-batch
+        return sums
+
+    def update(self, lr_factor: float) -> tuple[float, float]:
+        """Apply the step with the peak learning rate times `lr_factor`. Returns (gradient norm before clipping, lr)."""
+        lr = self.peak_lr * lr_factor
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if zero_stage(self.config) == 0:  # plain data parallel in fp32: DeepSpeed clips but does not tell the norm
+            gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        self.deepspeed.step()
+        if self.deepspeed.get_global_grad_norm() is not None:
+            norm = self.deepspeed.get_global_grad_norm()
+        return float(norm), lr
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> Tensor:
+        """Forward only. Returns float64 [4], this rank's sums in nats: objective, tokens, ends, stop decisions."""
+        self.deepspeed.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            sums += _nats(self.deepspeed(batch.to(self.device)))
+        return sums
+
+    def device_tensor(self, values: list[float]) -> Tensor:
+        """float64 on the engine's device, ready for an all-reduce."""
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+    def mfu(self, tokens: float, sentences: float, seconds: float) -> float | None:
+        """Model FLOPs utilisation of all devices; None when this device's peak is not known.
+
+        Counts 6 FLOPs per weight of every linear layer and row that it is applied to; attention scores are left out.
+        """
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peak = next((flops for key, flops in _BF16_PEAK.items() if key in name), None)
+        if peak is None:
+            return None
+        per_token, per_sentence = self._matrix_weights
+        flops = 6 * (per_token * tokens + per_sentence * sentences)
+        return flops / seconds / peak / dist.get_world_size()
+
+
+def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:
+    """Weight decay for matrices only: not for biases, norms and embeddings (nor a head tied to one)."""
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    matrices, others = [], []
+    for parameter in model.parameters():
+        (others if parameter.ndim < 2 or id(parameter) in embeddings else matrices).append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _matrix_weights(model: nn.Module, objective: str) -> tuple[int, int]:
+    """Weights of the linear layers that run (per token, per sentence)."""
+    per_token = per_sentence = 0
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear):
+            weights = part.in_features * part.out_features
+            if objective != "lm" and any(word in name for word in _PER_SENTENCE):
+                per_sentence += weights
+            else:
+                per_token += weights
+    return per_token, per_sentence
+
+
+def _nats(losses: Any) -> Tensor:
+    """float64 [4] of one batch's `LossSums`."""
+    parts = (losses.objective.detach(), losses.token_nll, losses.end_nll, losses.stop_nll)
+    return torch.stack([part.double() for part in parts])

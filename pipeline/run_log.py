@@ -1,0 +1,167 @@
+"""What a run writes down: metrics.jsonl and evaluations.jsonl, TensorBoard, Weights & Biases if asked for, and the console.
+
+In: one record per step and per evaluation, from rank 0. Out: files in the run directory; each step stands in them once, also after a
+resume (records of steps that a killed run had computed but not saved are removed first). Called by `train.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from pipeline.recipe import Recipe
+
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+_CURVES = (
+    "loss",
+    "bits_per_byte",
+    "tokens_per_second",
+    "padding_share",
+    "data_wait_seconds",
+    "grad_norm",
+    "lr",
+    "memory_bytes",
+    "mfu",
+)
+
+
+class RunLog:
+    """The log of one run. On ranks other than 0 nothing is written. Use as a context manager."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe, rank: int, resumed_step: int):
+        self._on = rank == 0
+        self._board = self._wandb = self._bar = None
+        self._every = recipe.log.console_every
+        self._training = recipe.training
+        if not self._on:
+            return
+        self._metrics = _open_after(run_dir / METRICS, resumed_step)
+        self._evaluations = _open_after(run_dir / EVALUATIONS, resumed_step)
+        if recipe.log.tensorboard:
+            self._board = _tensorboard(run_dir / "tensorboard", resumed_step)
+        if recipe.log.wandb:
+            self._wandb = _wandb_run(run_dir, recipe)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            limit = recipe.training.max_tokens
+            total, unit = (limit, "tok") if limit else (recipe.training.max_steps, "step")
+            self._bar = tqdm(total=total, unit=unit, unit_scale=bool(limit), dynamic_ncols=True)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._on:
+            return
+        for part in (self._metrics, self._evaluations, self._board, self._bar):
+            if part is not None:
+                part.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches (rank 0 only)."""
+        if not self._on:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step's figures."""
+        if not self._on:
+            return
+        _write(self._metrics, record)
+        self._publish("train", record)
+        progress = self._training.progress(record["step"], record["tokens"])
+        if self._bar is not None:
+            self._bar.n = record["tokens"] if self._training.max_tokens else record["step"]
+            self._bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
+        elif record["step"] % self._every == 0 or progress >= 1 or record["step"] == 1:
+            print(
+                f"step {record['step']:>7}  {progress:6.1%}  loss {record['loss']:.4f}  "
+                f"bits/byte {record['bits_per_byte']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
+                f"lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}",
+                flush=True,
+            )
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """One evaluation's figures."""
+        if not self._on:
+            return
+        _write(self._evaluations, record)
+        self._publish("validation", record)
+        best = " (best so far)" if record["best"] else ""
+        self.say(
+            f"step {record['step']:>7}  validation bits/byte {record['bits_per_byte']:.4f}  "
+            f"ppl {record['ppl']:.2f}{best}"
+        )
+
+    def _publish(self, group: str, record: dict[str, Any]) -> None:
+        curves = {
+            f"{group}/{name}": record[name]
+            for name in (*_CURVES, "ppl")
+            if isinstance(record.get(name), (int, float)) and math.isfinite(record[name])
+        }
+        if self._board is not None:
+            for name, value in curves.items():
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log({**curves, "tokens": record["tokens"]}, step=record["step"])
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics or evaluations file; a half line that a killed run left at the end is dropped."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _open_after(path: Path, step: int) -> Any:
+    """Open for appending, with only the records up to `step` kept."""
+    kept = [record for record in read_records(path) if record["step"] <= step]
+    aside = path.with_name(f".tmp-{path.name}")
+    with open(aside, "w", encoding="utf-8") as out:
+        for record in kept:
+            _write(out, record)
+    os.replace(aside, path)
+    return open(path, "a", encoding="utf-8")
+
+
+def _write(file: Any, record: dict[str, Any]) -> None:
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    file.write(json.dumps(plain) + "\n")
+    file.flush()
+
+
+def _tensorboard(folder: Path, resumed_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "log.tensorboard is true and TensorBoard is not installed: pip install tensorboard, or --log.tensorboard false"
+        ) from None
+    return SummaryWriter(folder, purge_step=resumed_step + 1 if resumed_step else None)
+
+
+def _wandb_run(run_dir: Path, recipe: Recipe) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "log.wandb is true and wandb is not installed: pip install wandb, or --log.wandb false"
+        ) from None
+    return wandb.init(dir=str(run_dir), name=run_dir.name, id=run_dir.name, resume="allow", config=recipe.to_dict())

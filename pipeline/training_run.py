@@ -1,0 +1,277 @@
+"""The parts of one training run, put together: data, model, engine, log and state. `train.py` tells the story with them.
+
+In: a checked recipe, a DeepSpeed strategy and this process's rank. Out: the run directory. Every rank makes one `TrainingRun` and calls
+the same methods in the same order, because most of them contain collective operations.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+
+from data_prep.errors import UserError
+from data_prep.shards import ShardSet
+from data_prep.tokenizer import Tokenizer
+from pipeline import checkpoints, launch
+from pipeline.batches import Batch
+from pipeline.bins import BinPlan
+from pipeline.checkpoints import Meta
+from pipeline.engine import Engine
+from pipeline.launch import Ranks
+from pipeline.loader import Step, StepLoader
+from pipeline.model_io import build_model
+from pipeline.recipe import Recipe
+from pipeline.run_log import RunLog
+from pipeline.strategy import complete_strategy, zero_stage
+from pipeline.validation import Validation
+
+VALIDATION_SEED = 0  # every run looks at the same sample of a validation set
+
+
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint brings back beside weights and optimizer."""
+
+    step: int = 0
+    tokens: int = 0
+    position: tuple[int, int] = (0, 0)  # (epoch, number) of the next bin
+    best: dict[str, Any] | None = None
+
+
+@dataclass
+class Totals:
+    """One step's sums over all ranks, and the agreement on whether to stop after it."""
+
+    objective: float
+    token_nll: float
+    end_nll: float
+    stop_nll: float
+    text_bytes: float
+    sentences: float
+    attention_rows: float
+    attention_slots: float
+    wait_seconds: float
+    stop: bool
+
+
+class TrainingRun:
+    """Everything one rank holds during a run. Use as a context manager, so that threads, files and the process group end."""
+
+    def __init__(self, recipe: Recipe, strategy: dict[str, Any], ranks: Ranks):
+        self.recipe, self.ranks = recipe, ranks
+        self.run_dir = Path(recipe.output_dir)
+        self.state = State()
+        self._saved_step = self._evaluated_step = -1
+        self._open = ExitStack()
+        data = recipe.data
+        shard_sets, self.tokenizer = open_shards(data.shards)
+        validation_sets = open_shards([data.validation], self.tokenizer)[0] if data.validation else []
+
+        device = launch.join(ranks)
+        self._open.callback(launch.leave)
+        torch.manual_seed(recipe.seed)
+        model = build_model(
+            recipe.objective,
+            recipe.model.vae,
+            recipe.model.backbone,
+            self.tokenizer,
+            shard_sets[0].settings.to_dict(),
+            data.window_tokens,
+            recipe.loss.focal_gamma if recipe.loss.kind == "focal" else 0.0,
+        )
+        self.model_config = json.loads(model.config.to_json_string(use_diff=False))
+        self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
+        self.engine = Engine(model, recipe, self.config, device)
+        self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed)
+        self.validation = None
+        if validation_sets:
+            sample = BinPlan(validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED)
+            self.validation = Validation(
+                sample, recipe.training.eval_bins, ranks, self.tokenizer.byte_lengths
+            )
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def finished(self) -> bool:
+        return self.recipe.training.progress(self.state.step, self.state.tokens) >= 1
+
+    @property
+    def evaluation_due(self) -> bool:
+        due = self.finished or self.state.step % self.recipe.training.eval_every == 0
+        return due and self.validation is not None
+
+    @property
+    def save_due(self) -> bool:
+        is_best = self.state.best is not None and self.state.best["step"] == self.state.step
+        return self.finished or is_best or self.state.step % self.recipe.training.save_every == 0
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint; UserError when it is of another model, data order, world size or ZeRO stage."""
+        saved = checkpoints.read_meta(checkpoint)
+        checkpoints.require_same_run(saved, checkpoint, self._meta())
+        checkpoints.restore(self.engine.deepspeed, checkpoint)
+        self.state = State(saved.step, saved.tokens, (saved.epoch, saved.number), saved.best)
+
+    def begin(self) -> None:
+        """Write down what this run is, open its log and start loading data."""
+        if self.ranks.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            checkpoints.remove_unfinished(self.run_dir)
+            checkpoints.write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
+            checkpoints.write_atomically(self.run_dir / "ds_config.json", json.dumps(self.config, indent=1) + "\n")
+            self.tokenizer.save(self.run_dir / "tokenizer")
+        self.log = self._open.enter_context(RunLog(self.run_dir, self.recipe, self.ranks.rank, self.state.step))
+        self._loader = self._open.enter_context(
+            StepLoader(
+                self.plan,
+                self.recipe.objective,
+                self.recipe.data.bins_per_step,
+                self.ranks,
+                self.tokenizer.byte_lengths,
+                self.state.position,
+            )
+        )
+        self.log.say(self._description())
+        self._clock = time.perf_counter()
+
+    def next_step(self) -> Step:
+        return self._loader.next_step()
+
+    def compute(self, step: Step, stop_wanted: bool) -> Totals:
+        """Forward and backward, then the step's one all-reduce of figures and of the wish to stop.
+
+        Raises UserError on every rank alike when the loss is not finite: before the update, so no weight has changed.
+        """
+        sums = self.engine.compute(step)
+        scored = [batch for batch in step.batches if batch.scored]
+        layouts = [layout for batch in scored for layout in _attention_layouts(batch, self.recipe.objective)]
+        rest = [
+            step.text_bytes,
+            sum(batch.sentences for batch in scored),
+            sum(layout.rows for layout in layouts),
+            sum(layout.slots for layout in layouts),
+            step.wait_seconds / self.ranks.world,
+            float(stop_wanted),
+        ]
+        everything = torch.cat([sums, self.engine.device_tensor(rest)])
+        dist.all_reduce(everything)
+        *figures, stop = everything.tolist()
+        totals = Totals(*figures, stop=stop > 0)
+        if not math.isfinite(totals.objective):
+            latest = checkpoints.find(self.run_dir)
+            raise UserError(
+                f"the loss of step {self.state.step + 1} is {totals.objective}: stopped before the update; last checkpoint: "
+                f"{latest.name if latest else 'none'}; start again from there with a lower --optimizer.lr"
+            )
+        return totals
+
+    def update(self, step: Step, totals: Totals) -> None:
+        """Apply the gradients, move on, and log the step."""
+        state = self.state
+        state.step += 1
+        state.tokens += step.tokens_all
+        state.position = step.position
+        progress = self.recipe.training.progress(state.step, state.tokens)
+        grad_norm, lr = self.engine.update(self.recipe.schedule.factor(progress))
+        before, self._clock = self._clock, time.perf_counter()
+        seconds = self._clock - before
+        nats = totals.token_nll + totals.end_nll + totals.stop_nll
+        self.log.step(
+            {
+                "step": state.step,
+                "epoch": state.position[0],
+                "tokens": state.tokens,
+                "loss": totals.objective / step.targets_all,
+                "bits_per_byte": nats / math.log(2) / totals.text_bytes,
+                "token_nll": totals.token_nll,
+                "end_nll": totals.end_nll,
+                "stop_nll": totals.stop_nll,
+                "targets": step.targets_all,
+                "bytes": int(totals.text_bytes),
+                "tokens_per_second": step.tokens_all / seconds,
+                "padding_share": 1 - totals.attention_rows / totals.attention_slots,
+                "data_wait_seconds": totals.wait_seconds,
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "memory_bytes": self._memory_bytes(),
+                "mfu": self.engine.mfu(step.tokens_all, totals.sentences, seconds),
+                "seconds": seconds,
+            }
+        )
+
+    def evaluate(self) -> None:
+        """Measure on the validation sample, log it, and remember the best."""
+        figures = self.validation.run(self.engine)
+        best = self.state.best
+        is_best = best is None or figures["bits_per_byte"] < best["bits_per_byte"]
+        if is_best:
+            self.state.best = {"step": self.state.step, "bits_per_byte": figures["bits_per_byte"]}
+        self.log.evaluation({"step": self.state.step, **figures, "best": is_best})
+        self._clock = time.perf_counter()  # not part of the next step's time
+
+    def save(self) -> None:
+        """Write a checkpoint, make it current, drop the oldest."""
+        checkpoints.save(self.engine.deepspeed, self.run_dir, self._meta(), self.recipe.training.keep)
+        self._clock = time.perf_counter()
+
+    def _meta(self) -> Meta:
+        return Meta(
+            objective=self.recipe.objective,
+            step=self.state.step,
+            epoch=self.state.position[0],
+            number=self.state.position[1],
+            tokens=self.state.tokens,
+            best=self.state.best,
+            world=self.ranks.world,
+            zero_stage=zero_stage(self.config),
+            model_config=self.model_config,
+            recipe=self.recipe.to_dict(),
+        )
+
+    def _memory_bytes(self) -> int:
+        """Peak memory of this rank: of its GPU, or resident on the host where it computes on CPUs."""
+        if self.engine.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.engine.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _description(self) -> str:
+        state, data = self.state, self.recipe.data
+        half = next((name for name in ("bf16", "fp16") if self.config.get(name, {}).get("enabled")), "fp32")
+        where = f"going on from step {state.step}" if state.step else "new run"
+        return (
+            f"{self.run_dir}: {self.recipe.objective}, {self.engine.parameters / 1e6:.1f}M parameters, {where}; "
+            f"{self.ranks.world} rank(s) on {self.engine.device.type}, {half}, ZeRO {zero_stage(self.config)}, "
+            f"{data.bins_per_step} bins of {data.bin_tokens} tokens a step"
+        )
+
+
+def open_shards(folders: list[str], tokenizer: Tokenizer | None = None) -> tuple[list[ShardSet], Tokenizer]:
+    """Open shard sets made with one tokenizer, `tokenizer` if given. UserError when they differ."""
+    shard_sets = [ShardSet.open(folder) for folder in folders]
+    tokenizer = tokenizer or shard_sets[0].tokenizer()
+    for folder, shard_set in zip(folders, shard_sets, strict=True):
+        if shard_set.tokenizer().fingerprint != tokenizer.fingerprint:
+            raise UserError(f"shards {folder} were made with another tokenizer than the training shards: make them anew")
+    return shard_sets, tokenizer
+
+
+def _attention_layouts(batch: Batch, objective: str) -> list[Any]:
+    """The layouts whose padded slots count: attention is the only place where padding is computed."""
+    if objective == "lm":
+        return [batch.token_model_layout]
+    layouts = [batch.sentence_layout, batch.decoder_layout]
+    return [*layouts, batch.backbone_layout] if objective == "sllm" else layouts
