@@ -1,8 +1,8 @@
 """Settings and fixtures for the whole suite.
 
 Sets the environment before torch is imported (one thread, no network), skips `cuda` and `slurm` tests with a
-reason where the machine lacks them, and makes one small corpus and one small shard set per session, by the real
-commands.
+reason where the machine lacks them, and makes one small corpus and one small shard set per session, by the
+real commands.
 
 `SLLM_REQUIRE=slurm` (also `cuda`, comma separated) turns those skips into failures: CI sets it, so that a
 broken installation cannot pass as a skip.

@@ -126,7 +126,7 @@ class SlurmCluster:
     def run(
         self, *command: str, cwd: Path | None = None, timeout: float = 300, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on the login host; stdout and stderr come back as text. A failure raises with both."""
+        """Run a command on the login host; stdout and stderr come back as text, also inside a failure."""
         return self._run_on(CONTROLLER, *command, cwd=cwd, timeout=timeout, check=check)
 
     def job(self, job_id: str) -> dict[str, str]:
@@ -135,7 +135,7 @@ class SlurmCluster:
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
     def wait_for_job(self, job_id: str, timeout: float = 600) -> dict[str, str]:
-        """Wait until the job has ended, in whatever way; returns its record. TimeoutError after `timeout` s."""
+        """Wait until the job has ended, in whatever way; returns its record. TimeoutError after a while."""
         deadline = time.monotonic() + timeout
         while True:
             record = self.job(job_id)
@@ -192,7 +192,7 @@ class SlurmCluster:
             self._connect(name, k)
 
         # One munged serves all hosts: its socket is a file, and every mount namespace shows the folder.
-        # `--force`: munged wants a socket that every user can reach, but pytest's folders are their owner's only.
+        # `--force`: munged wants a socket that all users can reach; pytest's folders are private.
         files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid"}
         files |= {"seed-file": "munge.seed", "log-file": "log/munged.log"}
         flags = [f"--{flag}={self.folder / file}" for flag, file in files.items()]

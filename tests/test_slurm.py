@@ -104,6 +104,6 @@ def test_train_sllm_on_two_nodes(
     assert abs(metrics[0]["loss"] - math.log(512)) < 1.0
     latest = (run / "checkpoints" / "latest").read_text().strip()
     meta = json.loads((run / "checkpoints" / latest / "meta.json").read_text())
-    assert meta["world_size"] == 2
+    assert meta["world"] == 2
     assert meta["step"] == STEPS
     assert yaml.safe_load((run / "recipe.yaml").read_text())["seed"] == 2

@@ -1,0 +1,129 @@
+"""Charts as inline SVG, written by hand: no library, no links, colours from the page's style sheet.
+
+In: plain numbers. Out: one `<svg>` string whose strokes and fills are CSS classes (`series-1` …), so that the
+page shows it in a light or a dark theme. Called by `demo_report.py`.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+WIDTH, HEIGHT = 720, 300
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points (x, y) in order of x; `number` picks the colour; `faint` draws it thin and pale."""
+
+    name: str
+    points: list[tuple[float, float]]
+    number: int
+    faint: bool = False
+    dots: bool = False
+
+
+def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round numbers that lie in [low, high], about `wanted` of them."""
+    span = high - low
+    if not span > 0:
+        return [low]
+    step = 10 ** math.floor(math.log10(span / wanted))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= wanted)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A tick label without needless digits."""
+    return f"{value:.6g}"
+
+
+def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
+    """Lines over a common pair of axes; the y axis fits the data and need not start at zero."""
+    points = [point for one in series for point in one.points]
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_low, y_high = min(y for _, y in points), max(y for _, y in points)
+    margin = (y_high - y_low) * 0.05 or 0.5
+    frame = _Frame(x_low, x_high if x_high > x_low else x_low + 1, y_low - margin, y_high + margin)
+    parts = frame.axes(x_label, y_label)
+    for one in series:
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in one.points)
+        kind = f"line series-{one.number}{' faint' if one.faint else ''}"
+        parts.append(f'<polyline class="{kind}" points="{path}"/>')
+        if one.dots:
+            for x, y in one.points:
+                title = f"<title>{html.escape(one.name)}: {number(y)}</title>"
+                place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"'
+                parts.append(f'<circle class="dot series-{one.number}" {place}>{title}</circle>')
+    parts += _legend([one for one in series if not one.faint])
+    return _svg(parts, f"{y_label} over {x_label}")
+
+
+def bar_chart(bars: Sequence[tuple[float, float]], x_label: str, y_label: str, series: int = 1) -> str:
+    """One bar per (x, height); the x are evenly spaced numbers such as lengths. The y axis starts at zero."""
+    xs = [x for x, _ in bars]
+    step = min((b - a for a, b in zip(xs, xs[1:], strict=False)), default=1)
+    high = max(height for _, height in bars) or 1
+    frame = _Frame(min(xs) - step / 2, max(xs) + step / 2, 0, high * 1.05)
+    parts = frame.axes(x_label, y_label)
+    width = max(0.5, (frame.x(xs[0] + step) - frame.x(xs[0])) * 0.85)
+    for x, height in bars:
+        top = frame.y(height)
+        box = f'x="{frame.x(x) - width / 2:.1f}" y="{top:.1f}" width="{width:.1f}"'
+        box += f' height="{frame.y(0) - top:.1f}"'
+        parts.append(
+            f'<rect class="bar series-{series}" {box}><title>{number(x)}: {number(height)}</title></rect>'
+        )
+    return _svg(parts, f"{y_label} by {x_label}")
+
+
+@dataclass(frozen=True)
+class _Frame:
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+
+    def axes(self, x_label: str, y_label: str) -> list[str]:
+        floor = HEIGHT - BOTTOM
+        parts = []
+        for value in ticks(self.y_low, self.y_high):
+            y = self.y(value)
+            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+        for value in ticks(self.x_low, self.x_high, wanted=8):
+            x = self.x(value)
+            parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{number(value)}</text>')
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
+        middle = (LEFT + WIDTH - RIGHT) / 2
+        parts.append(
+            f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
+        )
+        turn = f'transform="translate(14 {(TOP + floor) / 2}) rotate(-90)"'
+        parts.append(f'<text {turn} text-anchor="middle">{html.escape(y_label)}</text>')
+        return parts
+
+
+def _legend(series: Sequence[Series]) -> list[str]:
+    parts = []
+    for row, one in enumerate(series):
+        y = TOP + 10 + 18 * row
+        x = WIDTH - RIGHT - 210
+        parts.append(f'<line class="line series-{one.number}" x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{x + 30}" y="{y + 4}">{html.escape(one.name)}</text>')
+    return parts
+
+
+def _svg(parts: Sequence[str], label: str) -> str:
+    head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label, quote=True)}">'
+    return "\n".join([head, *parts, "</svg>"])
