@@ -123,6 +123,31 @@ def test_a_later_sentence_does_see_an_earlier_one():
     assert (a[-last:] - b[-last:]).abs().max() > 1e-4
 
 
+def test_the_encoder_looks_both_ways_within_its_sentence_only():
+    model = small_vae().encoder
+    tokens = torch.arange(10, 20)
+    layout = SegmentLayout([4, 6])
+    probe = []
+    model.layers[-1].register_forward_hook(lambda module, inputs, output: probe.append(output.detach()))
+    changed = tokens.clone()
+    changed[3] = 50  # the last token of the first sentence
+    with torch.no_grad():
+        model(tokens, layout), model(changed, layout)
+    difference = (probe[0] - probe[1]).abs().amax(1)
+    assert difference[0] > 1e-4, "the first token must see the last one of its sentence"
+    assert difference[4:].max() == 0
+
+
+def test_the_stop_label_is_one_only_at_a_true_document_end():
+    one = np.ones(3, dtype=np.int64)
+    tokens = np.arange(4, 7)
+    batch = build_batch([Span(tokens, one, False), Span(tokens, one, True), Span(tokens[:1], one[:1], False)])
+    assert batch.stop_label_S.tolist() == [0, 0, 0, 0, 0, 1, 0]
+    _, rows, targets = batch.token_model_symbols(bos=0, end=2)
+    assert targets.tolist() == [4, 5, 6, 4, 5, 6, 2, 4]
+    assert rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
 # --- packing --------------------------------------------------------------------------------------
 
 
