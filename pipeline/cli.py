@@ -1,0 +1,274 @@
+"""The `sllm` command: evaluate, generate, check and export trained models.
+
+Comes in: command-line arguments (`sllm COMMAND …`, or `python -m pipeline.cli COMMAND …`). Goes out: a
+readable result, or one JSON object with `--json`, on stdout; progress on stderr; exit status 0, 1 (a check
+failed) or 2 (bad input, one line on stderr). torch and transformers are imported only by the command that
+needs them, so that `sllm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from data_prep.errors import UserError, run_main
+
+DESCRIPTION = "Evaluate, generate with, check and export sentence-level language models (SLLM)."
+
+
+def _quiet_libraries() -> None:
+    """Keep Hugging Face offline and silent: models come from local folders, stdout and stderr are ours."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _print_json(result: dict) -> None:
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+
+
+def _positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return number
+
+
+_positive.__name__ = "whole number"  # argparse prints the type's name for text that is no number at all
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from pipeline.evaluation import evaluate, format_result
+
+    result = evaluate(
+        args.model,
+        data=args.data,
+        text=args.text,
+        window_tokens=args.window_tokens,
+        batch_tokens=args.batch_tokens,
+        max_documents=args.max_documents,
+        segmenter=args.segmenter,
+        language=args.lang,
+        max_tokens=args.max_tokens,
+        progress=True,
+    )
+    if args.json:
+        _print_json(result)
+    else:
+        print(format_result(result))
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from pipeline.generation import generate_command
+
+    result = generate_command(
+        args.model,
+        prompt=args.prompt,
+        max_sentences=args.max_sentences,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        on_text=None if args.json else lambda piece: print(piece, end="", flush=True),
+    )
+    if args.json:
+        _print_json(result)
+    else:
+        print(flush=True)
+        print(
+            f"[{len(result['sentences'])} sentences, {result['tokens']} tokens in {result['seconds']:.2f} s; "
+            f"stopped: {result['stopped']}]",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from pipeline.checking import check_folder, format_report
+
+    report = check_folder(args.model, documents=args.documents, seed=args.seed, tolerance=args.tolerance)
+    if args.json:
+        _print_json(report)
+    else:
+        print(format_report(report))
+    return 0 if report["passed"] else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    from pipeline.export import export_run
+
+    export_run(args.run_dir, args.output, args.which)
+    if args.json:
+        _print_json({"run_dir": args.run_dir, "output": args.output, "which": args.which})
+    else:
+        print(f"exported {args.which} of {args.run_dir} to {args.output}")
+    return 0
+
+
+def _command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; `run` of the parsed arguments is the function to call with them."""
+    parser = argparse.ArgumentParser(
+        prog="sllm",
+        description=DESCRIPTION,
+        epilog="example:\n  sllm generate --model demo/models/sllm --prompt 'The list is' --max-sentences 5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "Bits per byte and perplexity of an SLLM, a SentenceVAE or a token-level model (docs/evaluation.md).",
+        "sllm evaluate --model demo/models/sllm --data demo/shards/validation --json",
+    )
+    evaluate.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="exported SLLM, SentenceVAE, or the folder of a Hugging Face causal language model",
+    )
+    source = evaluate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="SHARDS", help="shard folder made with the model's own tokenizer")
+    source.add_argument("--text", metavar="FILE", help="WanJuan documents, .jsonl or .jsonl.gz")
+    evaluate.add_argument(
+        "--window-tokens",
+        type=_positive,
+        metavar="W",
+        help="longest window (default: the model's window_tokens, else 1024)",
+    )
+    evaluate.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=8192,
+        metavar="N",
+        help="tokens per forward pass (default 8192)",
+    )
+    evaluate.add_argument(
+        "--max-documents", type=_positive, metavar="N", help="score the first N documents only"
+    )
+    evaluate.add_argument(
+        "--segmenter",
+        choices=["clause", "sentence"],
+        help="with --text: how sentences are cut (default: as the model was trained, else clause)",
+    )
+    evaluate.add_argument(
+        "--lang",
+        choices=["en", "zh", "auto"],
+        help="with --text: language (default: as trained, else auto)",
+    )
+    evaluate.add_argument(
+        "--max-tokens",
+        type=_positive,
+        metavar="N",
+        help="with --text: longest sentence in tokens (default: as trained, else 64)",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    generate = _command(
+        commands,
+        "generate",
+        _generate,
+        "Continue a text, sentence by sentence; greedy unless a temperature is given.",
+        "sllm generate --model demo/models/sllm --prompt 'The list is' --max-sentences 5 --temperature 0.8",
+    )
+    generate.add_argument("--model", required=True, metavar="DIR", help="folder of an exported SLLM")
+    generate.add_argument(
+        "--prompt", default="", metavar="TEXT", help="text to continue (default: start a document)"
+    )
+    generate.add_argument(
+        "--max-sentences", type=_positive, default=10, metavar="N", help="stop after N sentences (default 10)"
+    )
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0 is greedy (default; 1 when --top-p or --top-k is given)",
+    )
+    generate.add_argument("--top-p", type=float, metavar="P", help="sample from the smallest set of mass P")
+    generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest symbols")
+    generate.add_argument(
+        "--seed", type=int, metavar="S", help="makes sampling repeatable (default: drawn, printed)"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
+
+    check = _command(
+        commands,
+        "check",
+        _check,
+        "Prove on a model folder: causal, cached = uncached, packed = one by one. Status 1 if a check fails.",
+        "sllm check --model demo/models/sllm --json",
+    )
+    check.add_argument(
+        "--model", required=True, metavar="DIR", help="SLLM, SentenceVAE or token-level model folder"
+    )
+    check.add_argument(
+        "--documents", type=_positive, default=6, metavar="N", help="random documents to try (default 6)"
+    )
+    check.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the random documents (default 0)"
+    )
+    check.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="X",
+        help="largest accepted difference (default 1e-5)",
+    )
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+
+    export = _command(
+        commands,
+        "export",
+        _export,
+        "Make a model folder (safetensors, config, tokenizer) of a training run; from_pretrained loads it.",
+        "sllm export runs/sllm-demo --output models/sllm-demo",
+    )
+    export.add_argument("run_dir", metavar="RUN_DIR", help="run directory of pipeline/train.py")
+    export.add_argument("--output", required=True, metavar="DIR", help="model folder to write")
+    export.add_argument(
+        "--which",
+        default="best",
+        metavar="NAME",
+        help="best, latest, or a checkpoint's name such as step-00000100 (default best)",
+    )
+    export.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` (default: the process's arguments) and run the command; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    _quiet_libraries()
+    try:
+        return args.run(args)
+    except FileNotFoundError as error:
+        # A file that went missing between our checks and its use is the user's to know about, not a bug.
+        raise UserError(f"{error.filename or error}: no such file or folder") from error
+
+
+def console() -> int:
+    """Entry point of the `sllm` console script and of `python -m pipeline.cli`."""
+    return run_main("sllm", main)
+
+
+if __name__ == "__main__":
+    raise SystemExit(console())

@@ -1,0 +1,425 @@
+"""The metric contract: how well a model predicts (SLLM, token-level model) or rebuilds (SentenceVAE) a text.
+
+Comes in: a model folder and a text, as shards or as WanJuan documents. Goes out: one dict of sums and the
+figures made of them (docs/evaluation.md says what each key means). Every kind of model is scored on the
+same tokens of the same windows (`bins.document_spans`), each window conditioned on itself only; NLL is
+summed over the corpus in float64 and divided once, at the end:
+
+    bits_per_byte = NLL / (ln 2 · UTF-8 bytes of the text)      ppl = exp(NLL / plain tokens)
+
+Called by `pipeline/cli.py` (`sllm evaluate`), the demo, and tests; the trainer reuses `Sums`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_prep.documents import DocumentReader, Reject, find_inputs
+from data_prep.errors import UserError
+from data_prep.segment import get_segmenter
+from data_prep.sentences import SentenceSettings, cut_document
+from data_prep.shards import ShardSet
+from data_prep.tokenizer import LossyTokenization, Tokenizer
+from pipeline.batches import Batch, build_batch
+from pipeline.bins import Span, document_spans
+from pipeline.losses import LossSums
+from pipeline.model_io import load_model, load_model_tokenizer, model_kind
+from pipeline.token_lm import TokenLM
+
+DEFAULT_WINDOW_TOKENS = 1024
+DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
+
+
+@dataclass
+class Sums:
+    """Running sums over a corpus: Python floats (float64) in nats, and counts.
+
+    `add` batches, then `figures`.
+    """
+
+    kind: str  # sllm | vae | lm
+    token_nll: float = 0.0
+    end_nll: float = 0.0
+    stop_nll: float = 0.0
+    without_vectors_nll: float = (
+        0.0  # sllm: all of it again, every sentence vector replaced by the window's start
+    )
+    bytes: int = 0
+    tokens: int = 0
+    sentences: int = 0
+    documents: int = 0
+    windows: int = 0
+    sentences_of_length: np.ndarray = field(
+        default_factory=lambda: np.zeros(1, dtype=np.int64)
+    )  # vae, [longest+1]
+    exact_of_length: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+
+    @torch.inference_mode()
+    def add(self, model: torch.nn.Module, batch: Batch, byte_lengths: np.ndarray) -> None:
+        """Score one batch. `byte_lengths`: int [V], the tokenizer's UTF-8 bytes per token."""
+        losses = model(batch, want_correct=self.kind == "vae")
+        ends, stops = (
+            _end_nll(losses),
+            0.0 if losses.stop_nll_S is None else float(losses.stop_nll_S.double().sum()),
+        )
+        everything = float(losses.target_nll_N.double().sum())
+        self.token_nll += everything - ends
+        self.end_nll += ends
+        self.stop_nll += stops
+        if self.kind == "sllm":
+            without = model(batch, start_vector_only=True)
+            # Stop decisions are made from the backbone's own output either way: no sentence vector enters a
+            # decoder there.
+            self.without_vectors_nll += float(without.target_nll_N.double().sum()) + stops
+        if self.kind == "vae":
+            self._count_exact(batch, losses.target_correct_N)
+        self.bytes += int(byte_lengths[batch.tokens_T.cpu().numpy()].sum())
+        self.tokens += batch.tokens
+        self.sentences += batch.sentences
+        self.windows += batch.documents
+        self.documents += int(batch.document_end_D.sum())  # every document ends in exactly one window
+
+    def _count_exact(self, batch: Batch, correct_N: torch.Tensor) -> None:
+        # Greedy decoding returns a sentence exactly when the arg max is right at every symbol, its end
+        # included: as long as it is right, the decoder has been fed what teacher forcing feeds it.
+        wrong_S = torch.zeros(batch.sentences, dtype=torch.int64, device=batch.device)
+        wrong_S.index_add_(0, batch.decoder_layout.segment_of_row, (~correct_N).long())
+        lengths = np.diff(batch.cu_sentences)
+        exact = lengths[(wrong_S == 0).cpu().numpy()]
+        size = max(int(lengths.max()) + 1, len(self.sentences_of_length))
+        self.sentences_of_length = _widen(self.sentences_of_length, size) + np.bincount(
+            lengths, minlength=size
+        )
+        self.exact_of_length = _widen(self.exact_of_length, size) + np.bincount(exact, minlength=size)
+
+    @property
+    def nll(self) -> float:
+        return self.token_nll + self.end_nll + self.stop_nll
+
+    def figures(self) -> dict:
+        """All figures of the sums so far (docs/evaluation.md).
+
+        Raises: UserError when nothing has been scored.
+        """
+        if not self.tokens or not self.bytes:
+            raise UserError("nothing to evaluate: the data hold no text")
+        bits = math.log(2) * self.bytes
+        figures = {
+            "measures": "reconstruction" if self.kind == "vae" else "prediction",
+            "bits_per_byte": self.nll / bits,
+            "ppl": _exp(self.nll / self.tokens),
+            "nll_nats": self.nll,
+            "token_nll_nats": self.token_nll,
+            "end_nll_nats": self.end_nll,
+            "stop_nll_nats": self.stop_nll,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+            "sentences": self.sentences,
+            "documents": self.documents,
+            "windows": self.windows,
+        }
+        if self.kind == "sllm":
+            figures["bits_per_byte_without_vectors"] = self.without_vectors_nll / bits
+            figures["vector_gain"] = (self.without_vectors_nll - self.nll) / bits
+        if self.kind == "vae":
+            lengths = np.flatnonzero(self.sentences_of_length)
+            figures["cross_entropy"] = self.nll / (self.tokens + self.sentences)
+            figures["exact_match"] = int(self.exact_of_length.sum()) / self.sentences
+            figures["exact_match_by_length"] = {
+                str(n): {
+                    "sentences": int(self.sentences_of_length[n]),
+                    "exact_match": int(self.exact_of_length[n]) / int(self.sentences_of_length[n]),
+                }
+                for n in lengths
+            }
+        return figures
+
+
+def _end_nll(losses: LossSums) -> float:
+    return float(losses.target_nll_N.double()[losses.is_end_N].sum())
+
+
+def _widen(counts: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(counts, (0, size - len(counts)))
+
+
+def _exp(nats: float) -> float:
+    """exp that stays a finite, JSON-able number for hopeless models."""
+    return math.exp(min(nats, 700.0))
+
+
+@dataclass
+class Source:
+    """Documents to score, in corpus order, and where they come from."""
+
+    path: str
+    settings: dict  # segmenter, language, max_tokens
+    documents: Iterator[tuple[np.ndarray, np.ndarray]]  # tokens [T], sentence lengths [S]
+    tokens: int | None = None  # expected, for the progress display
+    shards_fingerprint: str | None = None
+    rejected: dict[str, int] = field(default_factory=dict)  # reason → records left out
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)  # over the text that was scored
+
+    def read(self, tokenizer: Tokenizer, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The documents, at most `limit`; their text enters the digest (length first, so that borders
+        count).
+        """
+        for tokens_T, lengths_S in itertools.islice(self.documents, limit):
+            text = tokenizer.decode_bytes(tokens_T)
+            self.digest.update(len(text).to_bytes(8, "little") + text)
+            yield tokens_T, lengths_S
+
+
+def _shard_source(shards: ShardSet, tokenizer: Tokenizer, model_folder: str) -> Source:
+    theirs = shards.tokenizer().fingerprint
+    if theirs != tokenizer.fingerprint:
+        raise UserError(
+            f"{shards.folder}: made with another tokenizer than {model_folder}'s; shard the text with the "
+            "model's tokenizer, or give the documents themselves with --text"
+        )
+
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for document in shards.documents():
+            if int(tokenizer.byte_lengths[document.tokens].sum()) != document.bytes:
+                raise UserError(
+                    f"{shards.folder}: document {document.id} has other bytes than its index says; "
+                    "run data-prep verify"
+                )
+            yield document.tokens, document.sentence_lengths
+
+    settings = shards.settings.to_dict()
+    tokens = shards.manifest["totals"]["tokens"]
+    return Source(str(shards.folder), settings, documents(), tokens, shards.fingerprint)
+
+
+def _text_source(path: str, tokenizer: Tokenizer, settings: dict) -> Source:
+    # As `data-prep shard` does it: every document by the rules of its own language.
+    segmenters = {language: get_segmenter(settings["segmenter"], language) for language in ("en", "zh")}
+    source = Source(path, settings, iter(()))
+
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for file in files:
+            reader = DocumentReader(file, settings["language"])
+            for record in reader:
+                reason = record.reason if isinstance(record, Reject) else None
+                if reason is None:
+                    try:
+                        document = cut_document(
+                            record.content, tokenizer, segmenters[record.language], settings["max_tokens"]
+                        )
+                    except LossyTokenization:
+                        reason = "tokenizer loses text"
+                if reason is None:
+                    yield document
+                else:
+                    source.rejected[reason] = source.rejected.get(reason, 0) + 1
+            if reader.damage:
+                raise UserError(f"{file.path}: {reader.damage}; an evaluation of half a file says nothing")
+
+    files = find_inputs([path])
+    source.documents = documents()
+    return source
+
+
+def _batches(spans: Iterable[Span], batch_tokens: int) -> Iterator[Batch]:
+    """Consecutive windows up to `batch_tokens` tokens per batch; a larger window is a batch of its own."""
+    group: list[Span] = []
+    size = 0
+    for span in spans:
+        if group and size + len(span.tokens) > batch_tokens:
+            yield build_batch(group)
+            group, size = [], 0
+        group.append(span)
+        size += len(span.tokens)
+    if group:
+        yield build_batch(group)
+
+
+def _prepare_token_model(model: TokenLM, tokenizer: Tokenizer) -> None:
+    """Give a foreign model's config the start and end symbols that the scoring needs."""
+    for name, own in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+        if not isinstance(getattr(model.config, name, None), int):  # missing, or a list of several
+            setattr(model.config, name, own)
+
+
+def _packs(model: TokenLM, span: Span) -> bool:
+    """Whether a token-level model may be scored in packed batches, found by experiment on a piece of the
+    data.
+
+    Not every architecture passes the packed layout on to its attention; such a one is scored window by
+    window. Raises: UserError when even that differs from the model's own logits (scaled or capped ones, for
+    example).
+    """
+    tokens = span.tokens[:96]
+    pieces = [Span(part, np.asarray([len(part)]), False) for part in np.array_split(tokens, 2) if len(part)]
+    bos = np.asarray([model.config.bos_token_id])
+    expected = []
+    for piece in pieces:
+        symbols = torch.from_numpy(np.concatenate([bos, piece.tokens]).astype(np.int64)).to(model.device)
+        logits = model.model(input_ids=symbols[None, :-1], use_cache=False).logits[0].float()
+        expected.append(torch.nn.functional.cross_entropy(logits, symbols[1:], reduction="none"))
+    single = [model(build_batch([piece]).to(model.device)).target_nll_N for piece in pieces]
+    packed = model(build_batch(pieces).to(model.device)).target_nll_N
+    wanted = torch.cat(expected)
+    if not torch.allclose(torch.cat(single), wanted, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"token-level models of type {model.config.model_type} cannot be scored: "
+            "their logits are not a plain projection of their last hidden states"
+        )
+    return torch.allclose(packed, wanted, rtol=1e-3, atol=1e-3)
+
+
+def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
+    """W: as wanted, else the model's own, else 1024 or what its positions allow."""
+    if wanted or (wanted := getattr(model.config, "window_tokens", None)):
+        return wanted
+    positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_WINDOW_TOKENS + 1
+    return min(DEFAULT_WINDOW_TOKENS, positions - 1) if kind == "lm" else DEFAULT_WINDOW_TOKENS
+
+
+def _sentence_settings(model: torch.nn.Module, **given: str | int | None) -> dict:
+    own = getattr(model.config, "sentence_settings", None) or {}
+    settings = {key: given[key] or own.get(key) or default for key, default in DEFAULT_SETTINGS.items()}
+    return SentenceSettings(**settings).to_dict()
+
+
+def _check_fits(model: torch.nn.Module, kind: str, tokenizer: Tokenizer, settings: dict, folder: str) -> None:
+    config = model.config.vae if kind == "sllm" else model.config
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model folder {folder}: {config.vocab_size} vocabulary entries, "
+            f"but its tokenizer has {tokenizer.vocab_size}"
+        )
+    if kind != "lm" and settings["max_tokens"] > config.max_sentence_tokens:
+        raise UserError(
+            f"sentences of up to {settings['max_tokens']} tokens, but the model takes "
+            f"{config.max_sentence_tokens}: cut them with a smaller --max-tokens"
+        )
+
+
+def evaluate(
+    folder: str | Path,
+    data: str | Path | None = None,
+    text: str | Path | None = None,
+    window_tokens: int | None = None,
+    batch_tokens: int = 8192,
+    max_documents: int | None = None,
+    segmenter: str | None = None,
+    language: str | None = None,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> dict:
+    """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them.
+
+    Args: as `sllm evaluate --help` says; `segmenter`, `language` and `max_tokens` decide the sentences of
+    `text` only. Returns: the figures of `Sums.figures` and what they were made from (docs/evaluation.md).
+    Raises: UserError for folders, data or settings that do not fit together.
+    """
+    folder, given = str(folder), {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
+    if data is not None and any(given.values()):
+        raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
+    shards = ShardSet.open(data) if data is not None else find_inputs([text]) and None
+    model, tokenizer = load_model(folder), load_model_tokenizer(folder)
+    kind = model_kind(model)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if shards is not None:
+        source = _shard_source(shards, tokenizer, folder)
+    else:
+        source = _text_source(str(text), tokenizer, _sentence_settings(model, **given))
+    _check_fits(model, kind, tokenizer, source.settings, folder)
+    window = _window_limit(model, kind, window_tokens)
+    spans = (
+        span
+        for tokens_T, lengths_S in source.read(tokenizer, max_documents)
+        for span in document_spans(tokens_T, lengths_S, window)
+    )
+    started = time.perf_counter()
+    sums = score(model, kind, tokenizer, spans, batch_tokens, source.tokens if progress else None, progress)
+    return {
+        "model": folder,
+        "kind": kind,
+        "data": source.path,
+        "data_fingerprint": source.digest.hexdigest(),
+        "shards_fingerprint": source.shards_fingerprint,
+        "rejected": source.rejected,
+        "sentence_settings": source.settings,
+        "window_tokens": window,
+        **sums.figures(),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def score(
+    model: torch.nn.Module,
+    kind: str,
+    tokenizer: Tokenizer,
+    spans: Iterable[Span],
+    batch_tokens: int,
+    expected_tokens: int | None = None,
+    progress: bool = False,
+) -> Sums:
+    """Sums over all spans. `model` in eval mode; `kind`: sllm, vae or lm."""
+    sums = Sums(kind)
+    spans = iter(spans)
+    if kind == "lm" and (first := next(spans, None)) is not None:
+        _prepare_token_model(model, tokenizer)
+        with torch.inference_mode():
+            batch_tokens = batch_tokens if _packs(model, first) else 1
+        spans = itertools.chain([first], spans)
+    # disable=None: shown on a terminal only.
+    with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
+        for batch in _batches(spans, batch_tokens):
+            sums.add(model, batch.to(model.device), tokenizer.byte_lengths)
+            bar.update(batch.tokens)
+            bar.set_postfix_str(
+                f"{sums.nll / (math.log(2) * max(1, sums.bytes)):.4f} bits/byte", refresh=False
+            )
+    return sums
+
+
+def format_result(result: dict) -> str:
+    """The result as a small table for people."""
+    window = result["window_tokens"]
+    tokens, ends, stops = (result[f"{part}_nll_nats"] for part in ("token", "end", "stop"))
+    rows = [
+        ("model", f"{result['model']} ({result['kind']})"),
+        ("data", f"{result['data']} (text {result['data_fingerprint'][:12]})"),
+        (
+            "documents",
+            f"{result['documents']:,}: {result['sentences']:,} sentences, {result['bytes']:,} bytes",
+        ),
+        ("tokens", f"{result['tokens']:,} in {result['windows']:,} windows of at most {window:,}"),
+    ]
+    if result["rejected"]:
+        rows.append(("left out", ", ".join(f"{n} × {reason}" for reason, n in result["rejected"].items())))
+    rows += [
+        ("bits per byte", f"{result['bits_per_byte']:.4f}"),
+        ("perplexity", f"{result['ppl']:.4g} per plain token"),
+        ("nats", f"{result['nll_nats']:.1f} = tokens {tokens:.1f} + ends {ends:.1f} + stops {stops:.1f}"),
+    ]
+    if result["kind"] == "sllm":
+        without = result["bits_per_byte_without_vectors"]
+        rows.append(
+            ("vector gain", f"{result['vector_gain']:.4f} bits per byte ({without:.4f} without vectors)")
+        )
+    if result["kind"] == "vae":
+        rows.append(("exact match", f"{result['exact_match']:.2%} of sentences rebuilt exactly"))
+        rows += [
+            (f"  {n} tokens", f"{at['exact_match']:.2%} of {at['sentences']:,}")
+            for n, at in result["exact_match_by_length"].items()
+        ]
+        rows.append(
+            ("note", "reconstruction: the model has seen each sentence; no figure here compares with")
+        )
+        rows.append(("", "a language model's"))
+    return "\n".join(f"{name:<15} {value}" for name, value in rows)
