@@ -1,0 +1,268 @@
+"""The `data-prep` command: reads arguments, calls one module per subcommand, prints the result.
+
+Results go to stdout (`--json` for machines), progress and warnings to stderr. Bad input ends in one line and
+status 2. Heavy imports happen inside the subcommands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from data_prep.errors import UserError, run_main
+
+# JSON leaves these as they are, but programs that read line by line may take them for line ends.
+LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    return arguments.run(arguments) or 0
+
+
+def console() -> int:
+    """Entry point of the installed command; returns the exit status."""
+    return run_main("data-prep", main)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="data-prep",
+        description="Turn a WanJuan corpus into sentence shards.",
+        epilog="example: data-prep shard --input corpus/EN --output shards --tokenizer opt --workers 8",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=summary, epilog=f"example: data-prep {name} {example}"
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "segment",
+        _segment,
+        "Cut a text into sentences: one JSON string per line, which joined give the text back.",
+        "book.txt --lang en --segmenter clause",
+    )
+    sub.add_argument("file", nargs="?", default="-", metavar="FILE", help="UTF-8 text, - for standard input")
+    _add_segmenter(sub)
+
+    sub = command(
+        "shard",
+        _shard,
+        "Tokenize and cut documents and write them as sentence shards. Run again after a stop, it goes on.",
+        "--input corpus/EN corpus/CN --output shards --tokenizer opt-tokenizer --workers 8",
+    )
+    _add_input(sub)
+    sub.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for the shards: new or unfinished"
+    )
+    sub.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="folder of a tokenizer that loses no text"
+    )
+    _add_segmenter(sub)
+    sub.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest sentence (default 64)")
+    sub.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default 1)")
+    sub.add_argument(
+        "--shard-mb", type=_positive_float, default=64.0, metavar="MB", help="size of a shard (default 64)"
+    )
+    sub.add_argument("--shard-documents", type=_positive, default=0, metavar="N", help="at most N in a shard")
+    sub.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+    sub = command("verify", _verify, "Check every file of a shard folder.", "shards")
+    _add_folder(sub)
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    sub = command("stats", _stats, "Count documents, sentences and tokens.", "shards --json")
+    _add_folder(sub)
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    sub = command("show", _show, "Print documents sentence by sentence.", "shards --count 3")
+    _add_folder(sub)
+    sub.add_argument("--count", type=_positive, default=1, metavar="N", help="documents to print (default 1)")
+
+    sub = command(
+        "tokenizer",
+        _tokenizer,
+        "Train a SentencePiece tokenizer that loses no text.",
+        "--input corpus/EN --output tokenizer --vocab-size 8000",
+    )
+    _add_input(sub)
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder for the tokenizer")
+    sub.add_argument("--vocab-size", type=_positive, required=True, metavar="N", help="entries in all")
+    sub.add_argument(
+        "--sample-mb",
+        type=_positive_float,
+        default=20.0,
+        metavar="MB",
+        help="text to learn from (default 20)",
+    )
+
+    sub = command(
+        "demo-corpus",
+        _demo_corpus,
+        "Write a small English corpus in WanJuan format from Python's own documentation. Needs no download.",
+        "--output demo/corpus",
+    )
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder for EN/ (training) and valid/")
+    return parser
+
+
+def _add_input(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--input", required=True, nargs="+", metavar="PATH", help="files or folders of .jsonl and .jsonl.gz"
+    )
+
+
+def _add_folder(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("folder", metavar="DIR", help="a shard folder")
+
+
+def _add_segmenter(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--lang",
+        choices=("en", "zh", "auto"),
+        default="auto",
+        help="language; auto (default) decides by script. Folders named EN and CN always count",
+    )
+    sub.add_argument(
+        "--segmenter",
+        choices=("clause", "sentence"),
+        default="clause",
+        help="clause (default) cuts at commas too, sentence at sentence ends only",
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
+def _segment(arguments: argparse.Namespace) -> None:
+    from data_prep.segment import get_segmenter
+
+    name = "standard input" if arguments.file == "-" else arguments.file
+    try:
+        data = sys.stdin.buffer.read() if arguments.file == "-" else Path(arguments.file).read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it first") from error
+    out = sys.stdout.buffer
+    for sentence in get_segmenter(arguments.segmenter, arguments.lang)(text):
+        line = json.dumps(sentence, ensure_ascii=False).translate(LINE_SEPARATORS)
+        out.write(line.encode("utf-8") + b"\n")
+    out.flush()
+
+
+def _shard(arguments: argparse.Namespace) -> None:
+    from data_prep.sentences import SentenceSettings
+    from data_prep.sharding import Progress, make_shards
+
+    settings = SentenceSettings(arguments.segmenter, arguments.lang, arguments.max_tokens)
+    progress = Progress(sys.stderr)
+    began = time.monotonic()
+    try:
+        manifest, found = make_shards(
+            arguments.input,
+            arguments.output,
+            arguments.tokenizer,
+            settings,
+            workers=arguments.workers,
+            shard_bytes=int(arguments.shard_mb * 1e6),
+            shard_documents=arguments.shard_documents,
+            report=progress,
+        )
+    finally:
+        progress.close()
+    seconds = time.monotonic() - began
+    totals = manifest["totals"]
+    for item in manifest["damaged"]:
+        warning = f"{item['file']}: {item['damage']}; kept what could be read"
+        print(f"data-prep: warning: {warning}", file=sys.stderr)
+    summary = {
+        "output": str(arguments.output),
+        "fingerprint": manifest["fingerprint"],
+        "shards": len(manifest["shards"]),
+        **totals,
+        "languages": manifest["languages"],
+        "rejected": manifest["rejected"],
+        "repaired": manifest["repaired"],
+        "damaged": manifest["damaged"],
+        "already_there": found,
+        "seconds": round(seconds, 2),
+        "mb_per_second": None if found else round(totals["bytes"] / 1e6 / seconds, 3),
+    }
+    if arguments.json:
+        print(json.dumps(summary))
+        return
+    rejected = sum(manifest["rejected"].values())
+    print(
+        f"{arguments.output}: {'already there: ' if found else ''}{summary['shards']} shards, "
+        f"{totals['documents']:,} documents, {totals['sentences']:,} sentences, {totals['tokens']:,} tokens, "
+        f"{totals['bytes'] / 1e6:.1f} MB of text"
+        + ("" if found else f" in {seconds:.1f} s ({summary['mb_per_second']:.2f} MB/s)")
+        + (f"; {rejected:,} records rejected, see quarantine.jsonl" if rejected else "")
+    )
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from data_prep.inspection import verify
+
+    result = verify(arguments.folder)
+    print(
+        json.dumps(result)
+        if arguments.json
+        else f"{arguments.folder}: {result['shards']} shards with {result['documents']:,} documents are whole"
+    )
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    from data_prep.inspection import stats, stats_text
+
+    result = stats(arguments.folder)
+    print(json.dumps(result) if arguments.json else stats_text(result))
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from data_prep.inspection import show
+
+    for line in show(arguments.folder, arguments.count):
+        print(line)
+
+
+def _tokenizer(arguments: argparse.Namespace) -> None:
+    from data_prep.documents import find_inputs, sample_lines
+    from data_prep.tokenizer import train_sentencepiece
+
+    files = find_inputs(arguments.input)
+    tokenizer = train_sentencepiece(
+        sample_lines(files, int(arguments.sample_mb * 1e6)), arguments.output, arguments.vocab_size
+    )
+    print(f"{arguments.output}: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint[:16]}")
+
+
+def _demo_corpus(arguments: argparse.Namespace) -> None:
+    from data_prep.demo_corpus import write_demo_corpus
+
+    for part, counts in write_demo_corpus(arguments.output).items():
+        print(f"{part}: {counts['documents']:,} documents, {counts['bytes']:,} bytes of text")
+
+
+if __name__ == "__main__":
+    sys.exit(console())
