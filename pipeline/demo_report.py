@@ -6,7 +6,7 @@ In: the demo's folder after its other steps:
     runs/{vae,sllm,lm}/metrics.jsonl         one object per training step
     runs/{vae,sllm,lm}/evaluations.jsonl     one object per evaluation in the loop
     measured/stats-train.json, stats-validation.json     `data-prep stats --json`
-    measured/evaluate-KIND.json, check-KIND.json, samples.json     what `sllm … --json` printed
+    measured/evaluate-KIND.json, check-KIND.json, sample-N.json     what `sllm … --json` printed
     stamps/*.json                            seconds per step
 
 Out: the two reports. Every figure is read or computed here from those files; there is no other source. Called
@@ -136,7 +136,7 @@ def compose(folder: Path, runs: Sequence[Run]) -> Iterable[Block]:
     yield Heading("Sentences")
     yield from sentences(stats, vae)
     yield Heading("What the SLLM writes")
-    yield from samples(read_json(folder / "measured" / "samples.json"))
+    yield from samples([read_json(path) for path in sorted((folder / "measured").glob("sample-*.json"))])
     yield Heading("What such a small model can and cannot show")
     yield from limits(sllm, lm)
     yield Heading("How it was made")
@@ -243,16 +243,22 @@ def evaluations_table(runs: Sequence[Run]) -> Table:
 
 
 def sentences(stats: dict[str, dict[str, Any]], vae: Run) -> Iterable[Block]:
-    histogram = sentence_histogram(stats["train"])
-    count = sum(n for _, n in histogram)
-    mean = sum(length * n for length, n in histogram) / count
-    yield Text(
-        f"The training shards hold {grouped(count)} sentences, {mean:.1f} tokens each on average; half of "
-        f"them have at most {quantile(histogram, 0.5)} tokens, 95 % at most {quantile(histogram, 0.95)}."
+    rows = [(name, *corpus_cells(one)) for name, one in stats.items()]
+    header = (
+        "shards",
+        "documents",
+        "sentences",
+        "tokens",
+        "bytes",
+        "tokens per sentence",
+        "median",
+        "95 % at most",
     )
+    yield Table(header, tuple(rows))
+    histogram = [(length, n) for length, n in enumerate(stats["train"]["histogram"]) if length > 0]
     yield Chart(
         "Sentence lengths in the training shards",
-        bar_chart([(length, n) for length, n in histogram], "tokens", "sentences"),
+        bar_chart(histogram, "tokens", "sentences"),
         Table(("tokens", "sentences"), tuple(ranges(histogram))),
     )
     exact = {int(length): row for length, row in vae.result["exact_match_by_length"].items()}
@@ -273,20 +279,10 @@ def sentences(stats: dict[str, dict[str, Any]], vae: Run) -> Iterable[Block]:
         )
 
 
-def sentence_histogram(stats: dict[str, Any]) -> list[tuple[int, int]]:
-    """(length in tokens, number of sentences) in order of length, from `data-prep stats --json`."""
-    return sorted((int(length), int(n)) for length, n in stats["sentence_length_histogram"].items())
-
-
-def quantile(histogram: Sequence[tuple[int, int]], share: float) -> int:
-    """The smallest length that at least this share of the sentences does not exceed."""
-    goal = share * sum(n for _, n in histogram)
-    seen = 0
-    for length, n in histogram:
-        seen += n
-        if seen >= goal:
-            return length
-    raise ValueError("empty histogram")
+def corpus_cells(stats: dict[str, Any]) -> tuple[str, ...]:
+    spread = stats["tokens_per_sentence"]
+    counts = (grouped(stats[key]) for key in ("documents", "sentences", "tokens", "bytes"))
+    return (*counts, f"{spread['mean']:.1f}", f"{spread['median']:g}", f"{spread['p95']:g}")
 
 
 def ranges(histogram: Sequence[tuple[int, int]], width: int = 8) -> Iterable[tuple[str, str]]:

@@ -37,6 +37,14 @@ RESULTS = {
     },
     "lm": PREDICTION | {"kind": "lm", "bits_per_byte": 2.12349, "ppl": 76.543},
 }
+STATS = {
+    "documents": 8,
+    "sentences": 100,
+    "tokens": 1250,
+    "bytes": 4321,
+    "tokens_per_sentence": {"mean": 12.5, "median": 9, "p95": 30, "max": 30},
+    "histogram": [0, 0, 10, *[0] * 6, 70, *[0] * 20, 20],
+}
 SAMPLE = {
     "prompt": "The list",
     "text": "The list <b>is</b> ```a``` & more | see http://example.org\n",
@@ -79,11 +87,8 @@ def demo(tmp_path: Path) -> Path:
         check = {"passed": kind != "lm", "checks": [finding | {"max_difference": 2.5e-7, "compared": 4321}]}
         write(tmp_path / "measured" / f"check-{kind}.json", check)
     for name in ("train", "validation"):
-        write(
-            tmp_path / "measured" / f"stats-{name}.json",
-            {"sentence_length_histogram": {"2": 10, "9": 70, "30": 20}},
-        )
-    write(tmp_path / "measured" / "samples.json", [SAMPLE])
+        write(tmp_path / "measured" / f"stats-{name}.json", STATS)
+    write(tmp_path / "measured" / "sample-1.json", SAMPLE)
     write(tmp_path / "machine.json", {"processor": "Test <CPU>", "torch": "9.8.7"})
     for order, step in enumerate(("corpus", "vae")):
         stamp = {"step": step, "order": order, "seconds": 12.5 + order, "finished": "2026-01-01 00:00"}
@@ -162,11 +167,11 @@ def test_figures_are_those_of_the_files(demo: Path) -> None:
         assert rows["100%"] == ["1.121", "2.121", "3.121"]  # mean of 6/49 and 6/50, plus the run's number
         assert rows["together"] == ["26.0", ""]
         assert rows["torch"] == ["9.8.7"]
+        assert rows["train"] == ["8", "100", "1,250", "4,321", "12.5", "9", "30"]
         assert rows["9–16"] == ["70"]
         assert rows["5–8"] == ["500", "40.0 %"]
     assert "2 of 3 models pass" in markdown
     assert "0.222 more" in markdown  # 2.34567 - 2.12349
-    assert "100 sentences, 12.5 tokens each" in markdown
 
 
 def test_page_needs_nothing_from_elsewhere(demo: Path) -> None:
