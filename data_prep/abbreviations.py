@@ -35,14 +35,8 @@ NUMBERED_TITLES = _words(
 # End a sentence only when what follows looks like the start of one. Compared in lower case.
 SOMETIMES_LAST = _words(
     "etc al inc ltd co corp bros cos jr sr esq st ave blvd rd hwy mt mts ft dept univ assn assoc est govt "
-    "intl natl mfg ed eds edn trans tr repr rev ibid op.cit loc.cit anon lb lbs oz hr hrs mins secs yr "
-    "yrs kg km mm cm mph misc temp tel max min avg std var obj adj adv prov cont'd bart jnr snr dist "
-    "pseud"
+    "intl natl mfg ed eds edn trans repr ibid op.cit loc.cit anon jnr snr dist cont'd"
 )
-
-# Also ordinary English words: an abbreviation only when capitalised ("St." may be a saint, "ed." a person).
-SOMETIMES_LAST_CAPITALISED = _words("Co Cos St Ed Eds Est Rev Mt Temp Max Min")
-ORDINARY_WORDS = _words("co cos ed eds est rev mt temp max min std var obj trans tel misc")
 
 # Words that begin sentences and do not follow an abbreviation as part of a name.
 STARTERS = _words(

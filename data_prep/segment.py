@@ -21,9 +21,7 @@ from data_prep.abbreviations import (
     NEVER_LAST,
     NUMBERED,
     NUMBERED_TITLES,
-    ORDINARY_WORDS,
     SOMETIMES_LAST,
-    SOMETIMES_LAST_CAPITALISED,
     SPEECH_VERBS,
     STARTERS,
     TITLES,
@@ -70,10 +68,13 @@ _WIDE_ENUMERATOR = re.compile(r"(?:\d{1,3}|[一二三四五六七八九十]{1,3}
 _ROMAN = re.compile(r"[IVXLC]+\Z")
 _YEAR = re.compile(r" ?\d{4}\b")
 _EAST_ASIAN = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
-# Inline code and formulas: one unit to a reader, whatever marks they hold.
-_UNIT = re.compile(r"`[^`\n]{1,200}`|\$(?![\s\d$])[^$\n]{0,200}(?<!\s)\$(?!\d)")
+# Inline code, formulas and titles of works: one unit to a reader, whatever marks they hold.
+_UNIT = re.compile(
+    r"《[^《》\n]{1,60}》|`[^`。！？．，；\n]{1,200}`|\$(?![\s\d{$])[^$。！？．，；\n]{0,200}(?<!\s)\$(?!\d)"
+)
 _SPEAKER = re.compile(r"(?:I|(?:[A-Z][^\W\d_]*\.? ){0,2}[A-Z][^\W\d_]+) ([a-z]+)\b")
-_WIDE_SPEAKER = re.compile(r"[\u4e00-\u9fff]{0,6}?[说說道问問喊叫答][道]?[。，！]")
+# “你好！”他说。 but not 「……。」那妖精聽說，……
+_WIDE_SPEAKER = re.compile(r"[\u4e00-\u9fff]{1,4}?(?<![听聽不再小所分])[说說道問问喊叫答]道?[。，！]")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _line_cuts(text: str, begin: int, end: int, clause: bool, chinese: bool) -> 
     start = seen = begin  # where the current sentence starts; it has no letter or digit before `seen`
     counted, odd_quotes = begin, False  # parity of straight double quotes before `counted`
     unit_begin, unit_end = 0, begin  # the last unit (see _UNIT) that begins before the mark
-    has_units = text.find("`", begin, end) >= 0 or text.find("$", begin, end) >= 0
+    has_units = any(text.find(sign, begin, end) >= 0 for sign in "`$《")
     units = _UNIT.finditer(text, begin, end) if has_units else iter(())
     for run in _RUN.finditer(text, begin, end):
         first, cut = run.span()
@@ -188,7 +189,7 @@ def _line_cuts(text: str, begin: int, end: int, clause: bool, chinese: bool) -> 
         if pause:
             ends = _ends_clause(text, start, first, cut, marks, chinese)
         else:
-            ends = _ends_sentence(text, start, first, cut, end, marks, clause, chinese)
+            ends = _ends_sentence(text, begin, start, first, cut, end, marks, clause, chinese)
         if ends:
             yield cut
             start = seen = cut
@@ -233,18 +234,28 @@ def _dash_ends_clause(text: str, start: int, first: int, cut: int, mark: str) ->
         return False
     if not (following.isalnum() or following in OPENERS or open_right):
         return False
-    if _is_east_asian(before):
-        return first - start > 2
+    if _is_east_asian(before) or _is_east_asian(following):
+        return first - start > 1
     return len(text[max(start, first - 200) : first].split(None, 2)) > 1  # "I—I never" is no pause
 
 
 def _ends_sentence(
-    text: str, start: int, first: int, cut: int, end: int, marks: str, clause: bool, chinese: bool
+    text: str,
+    begin: int,
+    start: int,
+    first: int,
+    cut: int,
+    end: int,
+    marks: str,
+    clause: bool,
+    chinese: bool,
 ) -> bool:
     """Whether the run `text[first:cut]`, whose last mark is a stop or ellipsis, ends a sentence (clause)."""
     before, following = text[first - 1], text[cut]
     quoted = text[cut - 1] in QUOTE_CLOSERS
     if any(mark in WIDE_STOPS for mark in marks):
+        if text[cut - 1] in ")）" and marks[-1] not in "。｡" and text[start:first].lstrip()[0] not in "(（":
+            return False  # an aside: 他（可怜！）病了
         return clause or not (quoted and _WIDE_SPEAKER.match(text, cut, end))
     east_asian = chinese and (_is_east_asian(before) or _is_east_asian(following))
     if not following.isspace() and not east_asian:
@@ -267,7 +278,7 @@ def _ends_sentence(
     if not following.isspace():  # "使用 Rust.然后", but not ".NET" or "3.介绍"
         if before.isdigit() or not (_is_east_asian(following) or opened):
             return False
-    return not _is_abbreviation(text, start, first, next_at, end, opened)
+    return not _is_abbreviation(text, begin, first, next_at, end, opened)
 
 
 def _names_speaker(text: str, at: int, end: int) -> bool:
@@ -275,20 +286,17 @@ def _names_speaker(text: str, at: int, end: int) -> bool:
     return speaker is not None and speaker.group(1) in SPEECH_VERBS
 
 
-def _is_abbreviation(text: str, start: int, stop: int, next_at: int, end: int, opened: bool) -> bool:
+def _is_abbreviation(text: str, begin: int, stop: int, next_at: int, end: int, opened: bool) -> bool:
     """Whether the full stop at `stop` belongs to an abbreviation, initial or list number that goes on."""
-    token = _token(text, start, stop)
+    token = _token(text, begin, stop)
     if not token or len(token) > 12:
         return False
     token_at = stop - len(token)
     lower = token.lower()
     if lower in NEVER_LAST or token in TITLES:
         return True
-    if _ENUMERATOR.match(token):
-        previous = text[max(start, token_at - 40) : token_at].rstrip()
-        if not previous.strip(OPENERS) or previous[-1] in ":;：；.!?":
-            if not (len(token) == 1 and previous[-1:] == "."):  # that would be an initial: "J. R."
-                return True
+    if _ENUMERATOR.match(token) and _is_list_number(text, begin, token_at, token):
+        return True
     next_character = text[next_at : next_at + 1]
     word = _next_word(text, next_at, end)
     starts = opened or (word in STARTERS and text[next_at + len(word) : next_at + len(word) + 1] != ".")
@@ -298,16 +306,22 @@ def _is_abbreviation(text: str, start: int, stop: int, next_at: int, end: int, o
         if token in NUMBERED_TITLES:
             return not starts
     if len(token) == 1 and token.isalpha() and token.isascii():
-        return _is_initial(text, start, token_at, token, starts)
-    if _ACRONYM.match(token):
-        return not starts
-    if lower in SOMETIMES_LAST or token in SOMETIMES_LAST_CAPITALISED:
-        return not starts and token not in ORDINARY_WORDS
-    return False
+        return _is_initial(text, begin, token_at, token, starts)
+    return not starts and (lower in SOMETIMES_LAST or _ACRONYM.match(token) is not None)
 
 
-def _is_initial(text: str, start: int, token_at: int, token: str, starts: bool) -> bool:
-    previous = text[max(start, token_at - 24) : token_at].split()
+def _is_list_number(text: str, begin: int, token_at: int, token: str) -> bool:
+    """Whether the number or letter opens the line or follows another sentence: `1. Open. 2. Close.`"""
+    previous = text[max(begin, token_at - 40) : token_at].rstrip()
+    if not previous.strip(OPENERS):
+        return True
+    if previous[-1] == ".":  # not "J. R." and not "No. 5."
+        return not token.isalpha() and _token(previous, 0, len(previous) - 1).lower() not in NUMBERED
+    return previous[-1] in ":;!?。！？：；"
+
+
+def _is_initial(text: str, begin: int, token_at: int, token: str, starts: bool) -> bool:
+    previous = text[max(begin, token_at - 24) : token_at].split()
     last = previous[-1] if previous else ""
     if token.islower():
         return token == "v" and not starts

@@ -1,0 +1,195 @@
+"""The segmenter: nothing is lost, cuts stand where a reader would put them, and it knows a finished sentence.
+
+Golden sets: `data/segment_{en,zh}.jsonl`, one case a line. In `cut`, `‖` is a cut of both segmenters and `¦`
+one of `clause` only; the text is `cut` without them.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.errors import UserError
+from data_prep.segment import (
+    CLOSERS,
+    DASHES,
+    ELLIPSES,
+    LANGUAGES,
+    NAMES,
+    PAUSES,
+    STOPS,
+    Segmenter,
+    get_segmenter,
+)
+
+PAIRS = [get_segmenter(name, language) for name in NAMES for language in LANGUAGES]
+
+# Fragments that rules look at, so that random joins of them reach the rules; and any character at all.
+FRAGMENTS = (
+    ". ! ? ... … …… 。 ！ ？ ． ｡ , ; : ， ； ： 、 — —— -- - – ⸺ \" ' “ ” ‘ ’ 「 」 『 』 《 》 ( ) （ ） [ ] [1] "
+    "` $ * _ 3.14 1,234.5% 12:30 e.g. i.e. U.S. Mr. Dr. No. p.m. J. R. etc. 1. A. IV. The he I said Jim "
+    "https://a.b/c?d=e,f a@b.co v1.2.3 main.rs .NET 你好 他说 的 三 １ ａ かな é e\u0301 😀 👍🏽 ⁉\ufe0f \u200d "
+    "\u0301 \u200b \ufeff \x00 \x07"
+).split(" ") + " |  |\n|\r\n|\r|\t|\x0b|\x0c|\x1c|\x85|\u2028|\u2029|\u3000|\xa0".split("|")
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
+RULE_TEXT = st.lists(st.sampled_from(FRAGMENTS) | ANY_TEXT.map(lambda text: text[:3]), max_size=40).map(
+    "".join
+)
+TEXTS = ANY_TEXT | RULE_TEXT
+
+
+def golden(language: str) -> list[tuple[str, str, str]]:
+    path = Path(__file__).parent / "data" / f"segment_{language}.jsonl"
+    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(language, case["topic"], case["cut"]) for case in cases]
+
+
+GOLDEN = golden("en") + golden("zh")
+IDS = [f"{language}-{topic}" for language, topic, _ in GOLDEN]
+
+
+@pytest.mark.parametrize(("language", "topic", "cut"), GOLDEN, ids=IDS)
+def test_golden(language: str, topic: str, cut: str) -> None:
+    text = cut.replace("‖", "").replace("¦", "")
+    for chosen in (language, "auto"):
+        assert get_segmenter("sentence", chosen)(text) == cut.replace("¦", "").split("‖")
+        assert get_segmenter("clause", chosen)(text) == re.split("[‖¦]", cut)
+
+
+def test_golden_sets_are_whole() -> None:
+    for language in ("en", "zh"):
+        cases = golden(language)
+        assert len(cases) >= 60
+        assert len({topic for _, topic, _ in cases}) == len(cases)
+
+
+@settings(max_examples=600, deadline=None)
+@given(TEXTS)
+def test_lossless(text: str) -> None:
+    for segmenter in PAIRS:
+        pieces = segmenter(text)
+        assert "".join(pieces) == text
+        assert all(pieces)
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS)
+def test_every_end_has_a_reason(text: str) -> None:
+    """A sentence ends in a mark (and what closes it) or at a line break; white space opens the next one."""
+    closers = CLOSERS + "".join(map(chr, [*range(0x300, 0x370), *range(0xFE00, 0xFE10)]))
+    for segmenter in PAIRS:
+        pieces = segmenter(text)
+        for piece, following in zip(pieces, pieces[1:], strict=False):
+            assert piece == piece.rstrip()
+            assert following.strip()
+            space = following[: len(following) - len(following.lstrip())]
+            if "".join(space.splitlines()) != space:
+                continue
+            assert any(character.isalnum() for character in piece)
+            end = re.sub(r"(\[\d{1,3}\])+$", "", piece).rstrip(closers)[-1]
+            assert end in STOPS + ELLIPSES + DASHES + "-" + (PAUSES if segmenter.name == "clause" else "")
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+def test_lines_are_cut_alone(text: str) -> None:
+    """A line is cut alike whatever the lines around it, so a document may be read in blocks of lines."""
+    for segmenter in PAIRS:
+        lines = [line for line in text.splitlines() if line.strip()]
+        alone = [piece.strip() for line in lines for piece in segmenter(line)]
+        if lines:
+            assert [piece.strip() for piece in segmenter(text)] == alone
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+def test_complete_agrees_with_cutting(text: str) -> None:
+    """`is_complete` says what happens when more text follows, here after a space and after a line break."""
+    for segmenter in PAIRS:
+        if not text.strip():
+            assert segmenter.is_complete(text)
+            continue
+        assert segmenter.is_complete(text + "\n")
+        body = text.rstrip()
+        ends, at = set(), 0
+        for piece in segmenter(body + " The"):
+            at += len(piece)
+            ends.add(at)
+        if segmenter.is_complete(body + " "):
+            assert len(body) in ends
+        elif (
+            segmenter.language == "en"
+        ):  # beside Chinese characters a continuation without a space is tried too
+            assert len(body) not in ends
+
+
+@pytest.mark.parametrize("segmenter", PAIRS, ids=lambda s: f"{s.name}-{s.language}")
+def test_ends_of_the_range(segmenter: Segmenter) -> None:
+    assert segmenter("") == []
+    for text in (" ", "\n\n", "a", ".", "\u2028", "。", "\x00", "\U0010ffff"):
+        assert segmenter(text) == [text]
+    assert segmenter(" \n a. \n") == [" \n a. \n"]
+    assert segmenter("a\u2028b\x85c\rd") == ["a", "\u2028b", "\x85c", "\rd"]
+    assert pickle.loads(pickle.dumps(segmenter)) == segmenter
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence", "clause"),
+    [
+        ("", True, True),
+        ("It was late.", True, True),
+        ("It was late. ", True, True),
+        ("It was late", False, False),
+        ("It was late\n", True, True),
+        ("It was late,", False, True),
+        ("It was late, and", False, False),
+        ("First: ", False, True),
+        ("“Stop!”", True, True),
+        ("“Stop,”", False, True),
+        ("Was it so?)", True, True),
+        ("We met Mr.", False, False),
+        ("Some fruit, e.g.", False, False),
+        ("See p. 5 and No.", True, True),
+        ("J. R. R.", False, False),
+        ("He moved to the U.S.", True, True),
+        ("Pens etc.", True, True),
+        ("1.", False, False),
+        ("Version 3.1", False, False),
+        ("Well...", True, True),
+        ("First line.\nSecond", False, False),
+        ("First line\nSecond.", True, True),
+        ("他走了。", True, True),
+        ("他走了", False, False),
+        ("他走了，", False, True),
+        ("他走了……", False, True),
+        ("“他走了……”", True, True),
+        ("他说：“走吧。”", True, True),
+        ("他说：“走吧", False, False),
+        ("一、", False, False),
+        ("他走了.", True, True),
+        ("圆周率是3.", False, False),
+    ],
+)
+def test_is_complete(text: str, sentence: bool, clause: bool) -> None:
+    assert get_segmenter("sentence", "auto").is_complete(text) is sentence
+    assert get_segmenter("clause", "auto").is_complete(text) is clause
+
+
+def test_languages_differ_only_beside_chinese() -> None:
+    text = "你好,世界.走吧."
+    assert get_segmenter("clause", "zh")(text) == ["你好,", "世界.", "走吧."]
+    assert get_segmenter("clause", "en")(text) == [text]
+    assert get_segmenter("clause", "auto")("a,b. C\n" + text) == ["a,b.", " C", "\n你好,", "世界.", "走吧."]
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(UserError, match="clause, sentence"):
+        get_segmenter("word", "en")
+    with pytest.raises(UserError, match="en, zh, auto"):
+        get_segmenter("clause", "fr")
