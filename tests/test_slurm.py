@@ -89,7 +89,7 @@ def test_train_sllm_on_two_nodes(
     recipe = RECIPE | {"output_dir": str(tmp_path / "run")}
     recipe["data"] = recipe["data"] | {"shards": [str(tiny_shards)], "validation": str(tiny_valid_shards)}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    cluster.environment |= {"CONFIG": str(tmp_path / "recipe.yaml"), "DS_CONFIG": "ds_configs/zero3-cpu.json"}
+    cluster.environment |= {"CONFIG": str(tmp_path / "recipe.yaml"), "DS_CONFIG": "ds_configs/zero3.json"}
     cluster.environment |= {"DS_ACCELERATOR": "cpu"}
 
     size = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
