@@ -67,6 +67,8 @@ _ENUMERATOR = re.compile(r"(?:\d{1,3}(?:\.\d{1,2})*|[^\W\d_]|[ivxlIVXL]{2,6})\Z"
 _WIDE_ENUMERATOR = re.compile(r"(?:\d{1,3}|[一二三四五六七八九十]{1,3}|[①-⑳⑴-⑽])\Z")
 _ROMAN = re.compile(r"[IVXLC]+\Z")
 _YEAR = re.compile(r" ?\d{4}\b")
+_MONTH_DAY = re.compile(r"(?:[^\W\d_]|\.) \d\d?\Z")
+_I = ("I", "I'm", "I’m", "I'll", "I’ll", "I've", "I’ve", "I'd", "I’d")
 _EAST_ASIAN = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
 # Inline code, formulas and titles of works: one unit to a reader, whatever marks they hold.
 _UNIT = re.compile(
@@ -103,7 +105,7 @@ class Segmenter:
                 start = line_end
             if auto:
                 chinese = _EAST_ASIAN.search(text, begin, end) is not None
-            for cut in _line_cuts(text, begin, end, clause, chinese):
+            for cut in _Line(text, begin, end, clause, chinese).cuts():
                 pieces.append(text[start:cut])
                 start = cut
             line_end = end
@@ -126,7 +128,7 @@ class Segmenter:
         # What follows is unknown: complete is what any ordinary continuation would leave as it is.
         probes = [" The"] + (["下一句"] if chinese else [])
         return all(
-            len(line) in _line_cuts(line + probe, 0, len(line + probe), self.name == "clause", chinese)
+            len(line) in _Line(line + probe, 0, len(line + probe), self.name == "clause", chinese).cuts()
             for probe in probes
         )
 
@@ -154,190 +156,177 @@ def _lines(text: str) -> Iterator[tuple[int, int]]:
         at += len(line)
 
 
-def _line_cuts(text: str, begin: int, end: int, clause: bool, chinese: bool) -> Iterator[int]:
-    """Positions within (begin, end), ascending, at which a sentence ends. One pass over the line."""
-    start = seen = begin  # where the current sentence starts; it has no letter or digit before `seen`
-    counted, odd_quotes = begin, False  # parity of straight double quotes before `counted`
-    unit_begin, unit_end = 0, begin  # the last unit (see _UNIT) that begins before the mark
-    has_units = any(text.find(sign, begin, end) >= 0 for sign in "`$《")
-    units = _UNIT.finditer(text, begin, end) if has_units else iter(())
-    for run in _RUN.finditer(text, begin, end):
-        first, cut = run.span()
-        if cut >= end:
-            return
-        marks = run.group() if cut - first == 1 else _NOT_MARKS.sub("", run.group())
-        mark = marks[-1]
-        if mark == "-" and (marks[-2:] != "--" or marks[-3:] == "---"):
-            continue
-        pause = mark in _PAUSES_AND_DASHES
-        if pause and not clause and (mark in PAUSES or not _stops_before_dash(text, cut, marks)):
-            continue
-        while unit_end <= first and (unit := next(units, None)) is not None:
-            unit_begin, unit_end = unit.span()
-        if unit_begin < first < unit_end:
-            continue
-        if not _WORD_CHARACTER.search(text, seen, first):  # marks alone are no sentence
-            seen = first
-            continue
-        if cut - first > 1 and '"' in run.group() and not text[cut].isspace():
-            # Without a space after it, a straight quote may open what follows: it does when none is open.
-            quote = first + run.group().index('"')
-            odd_quotes ^= text.count('"', counted, quote) % 2 == 1
-            counted = quote
-            if not odd_quotes:
-                cut = quote
-        if pause:
-            ends = _ends_clause(text, start, first, cut, marks, chinese)
-        else:
-            ends = _ends_sentence(text, begin, start, first, cut, end, marks, clause, chinese)
-        if ends:
-            yield cut
-            start = seen = cut
+class _Line:
+    """The cuts in one line, `text[begin:end]`: one pass over its runs of marks, each judged by what is around it.
 
+    `first` and `cut` below are where a run begins and where it ends, closing quotes included; `marks` are the
+    run's marks alone. Every look back is of bounded length, so the time grows with the line's length alone.
+    """
 
-def _ends_clause(text: str, start: int, first: int, cut: int, marks: str, chinese: bool) -> bool:
-    """Whether the run `text[first:cut]`, whose last mark is a comma, semicolon, colon or dash, is a pause."""
-    mark = marks[-1]
-    before, following = text[first - 1], text[cut]
-    spaced = following.isspace()
-    if mark in DASHES or mark == "-":
-        return _stops_before_dash(text, cut, marks) or _dash_ends_clause(text, start, first, cut, mark)
-    if mark in WIDE_PAUSES:
-        if before.isdigit() and following.isdigit():  # 1，234 and 12：30
+    def __init__(self, text: str, begin: int, end: int, clause: bool, chinese: bool) -> None:
+        self.text, self.begin, self.end = text, begin, end
+        self.clause, self.chinese = clause, chinese
+        self.start = begin  # where the sentence begins that the scan is in
+
+    def cuts(self) -> Iterator[int]:
+        """Positions within (begin, end), ascending, at which a sentence ends."""
+        text, begin, end = self.text, self.begin, self.end
+        seen = begin  # the current sentence has no letter or digit before `seen`
+        counted, odd_quotes = begin, False  # parity of straight double quotes before `counted`
+        unit_begin, unit_end = 0, begin  # the last unit (see _UNIT) that begins before the mark
+        has_units = any(text.find(sign, begin, end) >= 0 for sign in "`$《")
+        units = _UNIT.finditer(text, begin, end) if has_units else iter(())
+        for run in _RUN.finditer(text, begin, end):
+            first, cut = run.span()
+            if cut >= end:
+                return
+            marks = run.group() if cut - first == 1 else _NOT_MARKS.sub("", run.group())
+            mark = marks[-1]
+            if mark == "-" and (marks[-2:] != "--" or marks[-3:] == "---"):
+                continue
+            pause = mark in _PAUSES_AND_DASHES
+            if pause and not self.clause and (mark in PAUSES or not self._stops_before_dash(cut, marks)):
+                continue
+            while unit_end <= first and (unit := next(units, None)) is not None:
+                unit_begin, unit_end = unit.span()
+            if unit_begin < first < unit_end:
+                continue
+            if not _WORD_CHARACTER.search(text, seen, first):  # marks alone are no sentence
+                seen = first
+                continue
+            if cut - first > 1 and '"' in run.group() and not text[cut].isspace():
+                # Without a space after it, a straight quote may open what follows: it does when none is open.
+                quote = first + run.group().index('"')
+                odd_quotes ^= text.count('"', counted, quote) % 2 == 1
+                counted = quote
+                if not odd_quotes:
+                    cut = quote
+            if self._ends_clause(first, cut, marks) if pause else self._ends_sentence(first, cut, marks):
+                yield cut
+                self.start = seen = cut
+
+    def _ends_clause(self, first: int, cut: int, marks: str) -> bool:
+        """Whether a run whose last mark is a comma, semicolon, colon or dash is a pause."""
+        text, mark = self.text, marks[-1]
+        before, following = text[first - 1], text[cut]
+        if mark in DASHES or mark == "-":
+            return self._stops_before_dash(cut, marks) or self._dash_is_pause(first, cut, mark)
+        if mark in WIDE_PAUSES:
+            if before.isdigit() and following.isdigit():  # 1，234 and 12：30
+                return False
+            short = first - self.start < 8 and mark in "、､"
+            return not (short and _WIDE_ENUMERATOR.match(text[self.start : first].strip()))  # "一、概述"
+        if not following.isspace():
+            return self.chinese and (_is_east_asian(before) or _is_east_asian(following))
+        if marks == ".," and self._token(first).lower() in NEVER_LAST:  # "e.g., apples"
             return False
-        enumerated = mark in "、､" and first - start < 8 and _WIDE_ENUMERATOR.match(text[start:first].strip())
-        return not enumerated  # "一、概述"
-    if not spaced:
-        return chinese and (_is_east_asian(before) or _is_east_asian(following))
-    if marks == ".," and _token(text, start, first).lower() in NEVER_LAST:  # "e.g., apples"
-        return False
-    if before.isdigit() and mark == "," and _YEAR.match(text, cut):  # "July 4, 1776"
-        day = text[max(start, first - 2) : first].strip()
-        month = text[max(start, first - len(day) - 2) : first - len(day)].strip()
-        return not (day.isdigit() and (month.isalpha() or month == "."))
-    return True
-
-
-def _stops_before_dash(text: str, cut: int, marks: str) -> bool:
-    """A sentence ends before the dash, and the next begins right after it: “Was it so?—Nobody knew.”"""
-    return marks[0] in STOPS and text[cut].isupper()
-
-
-def _dash_ends_clause(text: str, start: int, first: int, cut: int, mark: str) -> bool:
-    before, following = text[first - 1], text[cut]
-    open_left, open_right = before.isspace(), following.isspace()
-    if mark == "–" and not (open_left and open_right):  # a range: 1914–1918
-        return False
-    if open_left != open_right and open_left:  # "--option", "—Hamlet"
-        return False
-    if before.isdigit() and following.isdigit() or before == "<" or following == ">":
-        return False
-    if not (following.isalnum() or following in OPENERS or open_right):
-        return False
-    if _is_east_asian(before) or _is_east_asian(following):
-        return first - start > 1
-    return len(text[max(start, first - 200) : first].split(None, 2)) > 1  # "I—I never" is no pause
-
-
-def _ends_sentence(
-    text: str,
-    begin: int,
-    start: int,
-    first: int,
-    cut: int,
-    end: int,
-    marks: str,
-    clause: bool,
-    chinese: bool,
-) -> bool:
-    """Whether the run `text[first:cut]`, whose last mark is a stop or ellipsis, ends a sentence (clause)."""
-    before, following = text[first - 1], text[cut]
-    quoted = text[cut - 1] in QUOTE_CLOSERS
-    if any(mark in WIDE_STOPS for mark in marks):
-        if text[cut - 1] in ")）" and marks[-1] not in "。｡" and text[start:first].lstrip()[0] not in "(（":
-            return False  # an aside: 他（可怜！）病了
-        return clause or not (quoted and _WIDE_SPEAKER.match(text, cut, end))
-    east_asian = chinese and (_is_east_asian(before) or _is_east_asian(following))
-    if not following.isspace() and not east_asian:
-        return False
-    ellipsis = marks[-1] in ELLIPSES or (marks[-1] == "." and marks[-2:] in ("..", "…."))
-    if ellipsis and clause:
+        if before.isdigit() and mark == "," and _YEAR.match(text, cut):  # "July 4, 1776"
+            return not _MONTH_DAY.search(text[max(self.begin, first - 5) : first])
         return True
-    next_at = _SKIP.match(text, cut, end).end()
-    next_character = text[next_at] if next_at < end else ""
-    opened = next_at > cut and text[next_at - 1] in OPENERS
-    if ellipsis:
-        if _is_east_asian(before) and not following.isspace():
-            return quoted or opened
-        word = _next_word(text, next_at, end)
-        return not next_character.islower() and (opened or word not in ("I", "I'm", "I’m", "I'll", "I’ll"))
-    if next_character.islower():
-        return clause and (quoted or (marks[-1] != "." and text[cut - 1] not in ")]"))
-    if marks[-1] != ".":
-        return clause or not (quoted and _names_speaker(text, next_at, end))
-    if not following.isspace():  # "使用 Rust.然后", but not ".NET" or "3.介绍"
-        if before.isdigit() or not (_is_east_asian(following) or opened):
+
+    def _stops_before_dash(self, cut: int, marks: str) -> bool:
+        """A sentence ends before the dash, and the next begins right after it: “Was it so?—Nobody knew.”"""
+        return marks[0] in STOPS and self.text[cut].isupper()
+
+    def _dash_is_pause(self, first: int, cut: int, mark: str) -> bool:
+        text = self.text
+        before, following = text[first - 1], text[cut]
+        space_before, space_after = before.isspace(), following.isspace()
+        if mark == "–" and not (space_before and space_after):  # a range: 1914–1918
             return False
-    return not _is_abbreviation(text, begin, first, next_at, end, opened)
+        if space_before and not space_after:  # "--option", "—Hamlet"
+            return False
+        if before.isdigit() and following.isdigit() or before == "<" or following == ">":
+            return False
+        if not (space_after or following.isalnum() or following in OPENERS):
+            return False
+        if _is_east_asian(before) or _is_east_asian(following):
+            return first - self.start > 1
+        return len(text[max(self.start, first - 200) : first].split(None, 2)) > 1  # "I—I never" is no pause
 
+    def _ends_sentence(self, first: int, cut: int, marks: str) -> bool:
+        """Whether a run whose last mark is a stop or an ellipsis ends a sentence, or at least a clause."""
+        text, clause = self.text, self.clause
+        before, following = text[first - 1], text[cut]
+        quoted = text[cut - 1] in QUOTE_CLOSERS
+        if any(mark in WIDE_STOPS for mark in marks):
+            if text[cut - 1] in ")）" and marks[-1] not in "。｡":
+                return text[self.start : first].lstrip()[0] in "(（"  # an aside goes on: 他（可怜！）病了
+            return clause or not (quoted and _WIDE_SPEAKER.match(text, cut, self.end))
+        spaced = following.isspace()
+        if not spaced and not (self.chinese and (_is_east_asian(before) or _is_east_asian(following))):
+            return False
+        next_at = _SKIP.match(text, cut, self.end).end()
+        next_character = text[next_at : min(next_at + 1, self.end)]
+        opened = next_at > cut and text[next_at - 1] in OPENERS
+        if marks[-1] in ELLIPSES or marks[-2:] in ("..", "…."):
+            if clause:
+                return True
+            if not spaced and _is_east_asian(before):
+                return quoted or opened
+            # "Well... I think" goes on; with a full stop of its own (four dots, ".…") the sentence has ended.
+            stopped = len(set(marks)) > 1 or marks == "...."
+            return not next_character.islower() and (stopped or opened or self._next_word(next_at) not in _I)
+        if next_character.islower():  # “Go!” he said. He (poor man!) wept.
+            return clause and (quoted or (marks[-1] != "." and text[cut - 1] not in ")]"))
+        if marks[-1] != ".":
+            return clause or not (quoted and self._names_speaker(next_at))
+        if not spaced and (before.isdigit() or not (_is_east_asian(following) or opened)):
+            return False  # "3.介绍" and "使用.NET", but not "使用 Rust.然后"
+        return not self._is_abbreviation(first, next_at, opened)
 
-def _names_speaker(text: str, at: int, end: int) -> bool:
-    speaker = _SPEAKER.match(text, at, end)
-    return speaker is not None and speaker.group(1) in SPEECH_VERBS
+    def _names_speaker(self, at: int) -> bool:
+        speaker = _SPEAKER.match(self.text, at, self.end)
+        return speaker is not None and speaker.group(1) in SPEECH_VERBS
 
-
-def _is_abbreviation(text: str, begin: int, stop: int, next_at: int, end: int, opened: bool) -> bool:
-    """Whether the full stop at `stop` belongs to an abbreviation, initial or list number that goes on."""
-    token = _token(text, begin, stop)
-    if not token or len(token) > 12:
-        return False
-    token_at = stop - len(token)
-    lower = token.lower()
-    if lower in NEVER_LAST or token in TITLES:
-        return True
-    if _ENUMERATOR.match(token) and _is_list_number(text, begin, token_at, token):
-        return True
-    next_character = text[next_at : next_at + 1]
-    word = _next_word(text, next_at, end)
-    starts = opened or (word in STARTERS and text[next_at + len(word) : next_at + len(word) + 1] != ".")
-    if lower in NUMBERED:
-        if next_character.isdigit() or (_ROMAN.match(word) and word != "I"):
+    def _is_abbreviation(self, stop: int, next_at: int, opened: bool) -> bool:
+        """Whether the full stop at `stop` belongs to an abbreviation, initial or list number that goes on."""
+        token = self._token(stop)
+        if not token or len(token) > 12:
+            return False
+        token_at = stop - len(token)
+        lower = token.lower()
+        if lower in NEVER_LAST or token in TITLES:
             return True
-        if token in NUMBERED_TITLES:
-            return not starts
-    if len(token) == 1 and token.isalpha() and token.isascii():
-        return _is_initial(text, begin, token_at, token, starts)
-    return not starts and (lower in SOMETIMES_LAST or _ACRONYM.match(token) is not None)
+        if _ENUMERATOR.match(token) and self._is_list_number(token_at, token):
+            return True
+        word = self._next_word(next_at)
+        after = next_at + len(word)
+        starts = opened or (word in STARTERS and self.text[after : after + 1] != ".")
+        if lower in NUMBERED:
+            if self.text[next_at : next_at + 1].isdigit() or (_ROMAN.match(word) and word != "I"):
+                return True
+            if token in NUMBERED_TITLES:
+                return not starts
+        if len(token) == 1 and token.isalpha() and token.isascii():
+            return self._is_initial(token_at, token, starts)
+        return not starts and (lower in SOMETIMES_LAST or _ACRONYM.match(token) is not None)
 
+    def _is_list_number(self, token_at: int, token: str) -> bool:
+        """Whether the number or letter opens the line or follows another sentence: `1. Open. 2. Close.`"""
+        previous = self.text[max(self.begin, token_at - 40) : token_at].rstrip()
+        if not previous.strip(OPENERS):
+            return True
+        if previous[-1] == ".":  # not "J. R." and not "No. 5."
+            return not token.isalpha() and _TOKEN.search(previous[:-1]).group().lower() not in NUMBERED
+        return previous[-1] in ":;!?。！？：；"
 
-def _is_list_number(text: str, begin: int, token_at: int, token: str) -> bool:
-    """Whether the number or letter opens the line or follows another sentence: `1. Open. 2. Close.`"""
-    previous = text[max(begin, token_at - 40) : token_at].rstrip()
-    if not previous.strip(OPENERS):
-        return True
-    if previous[-1] == ".":  # not "J. R." and not "No. 5."
-        return not token.isalpha() and _token(previous, 0, len(previous) - 1).lower() not in NUMBERED
-    return previous[-1] in ":;!?。！？：；"
+    def _is_initial(self, token_at: int, token: str, starts: bool) -> bool:
+        previous = self.text[max(self.begin, token_at - 24) : token_at].split()
+        last = previous[-1] if previous else ""
+        if token.islower():
+            return token == "v" and not starts
+        if token == "I" and last.islower():  # "taller than I. Jim went on"
+            return False
+        return not starts or last.endswith(".")
 
+    def _token(self, stop: int) -> str:
+        """What stands before `stop` back to white space, a bracket, quote, dash or Chinese character."""
+        return _TOKEN.search(self.text[max(self.begin, stop - 24) : stop]).group()
 
-def _is_initial(text: str, begin: int, token_at: int, token: str, starts: bool) -> bool:
-    previous = text[max(begin, token_at - 24) : token_at].split()
-    last = previous[-1] if previous else ""
-    if token.islower():
-        return token == "v" and not starts
-    if token == "I" and last.islower():  # "taller than I. Jim went on"
-        return False
-    return not starts or last.endswith(".")
-
-
-def _token(text: str, start: int, stop: int) -> str:
-    """What stands before `stop` back to white space, a bracket, a quote, a dash or a Chinese character."""
-    return _TOKEN.search(text[max(start, stop - 24) : stop]).group()
-
-
-def _next_word(text: str, at: int, end: int) -> str:
-    word = _NEXT_WORD.match(text, at, end)
-    return word.group() if word else ""
+    def _next_word(self, at: int) -> str:
+        word = _NEXT_WORD.match(self.text, at, self.end)
+        return word.group() if word else ""
 
 
 def _is_east_asian(character: str) -> bool:
