@@ -157,7 +157,7 @@ def _lines(text: str) -> Iterator[tuple[int, int]]:
 
 
 class _Line:
-    """The cuts in one line, `text[begin:end]`: one pass over its runs of marks, each judged by what is around it.
+    """The cuts in one line, `text[begin:end]`: one pass over its runs of marks, each judged in its place.
 
     `first` and `cut` below are where a run begins and where it ends, closing quotes included; `marks` are the
     run's marks alone. Every look back is of bounded length, so the time grows with the line's length alone.
@@ -180,7 +180,16 @@ class _Line:
             first, cut = run.span()
             if cut >= end:
                 return
-            marks = run.group() if cut - first == 1 else _NOT_MARKS.sub("", run.group())
+            marks = run.group()
+            if cut - first > 1:
+                if '"' in marks and not text[cut].isspace():
+                    # Without a space after it a straight quote opens what follows, if none is open already.
+                    quote = first + marks.index('"')
+                    odd_quotes ^= text.count('"', counted, quote) % 2 == 1
+                    counted = quote
+                    if not odd_quotes:
+                        cut = quote
+                marks = _NOT_MARKS.sub("", text[first:cut])
             mark = marks[-1]
             if mark == "-" and (marks[-2:] != "--" or marks[-3:] == "---"):
                 continue
@@ -194,13 +203,6 @@ class _Line:
             if not _WORD_CHARACTER.search(text, seen, first):  # marks alone are no sentence
                 seen = first
                 continue
-            if cut - first > 1 and '"' in run.group() and not text[cut].isspace():
-                # Without a space after it, a straight quote may open what follows: it does when none is open.
-                quote = first + run.group().index('"')
-                odd_quotes ^= text.count('"', counted, quote) % 2 == 1
-                counted = quote
-                if not odd_quotes:
-                    cut = quote
             if self._ends_clause(first, cut, marks) if pause else self._ends_sentence(first, cut, marks):
                 yield cut
                 self.start = seen = cut

@@ -28,6 +28,8 @@ from data_prep.segment import (
     get_segmenter,
 )
 
+# The same examples every time, nothing kept between runs.
+REPRODUCIBLE = settings(derandomize=True, database=None, deadline=None)
 PAIRS = [get_segmenter(name, language) for name in NAMES for language in LANGUAGES]
 
 # Fragments that rules look at, so that random joins of them reach the rules; and any character at all.
@@ -69,7 +71,7 @@ def test_golden_sets_are_whole() -> None:
         assert len({topic for _, topic, _ in cases}) == len(cases)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(REPRODUCIBLE, max_examples=600)
 @given(TEXTS)
 def test_lossless(text: str) -> None:
     for segmenter in PAIRS:
@@ -78,7 +80,7 @@ def test_lossless(text: str) -> None:
         assert all(pieces)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(REPRODUCIBLE, max_examples=400)
 @given(TEXTS)
 def test_every_end_has_a_reason(text: str) -> None:
     """A sentence ends in a mark (and what closes it) or at a line break; white space opens the next one."""
@@ -96,7 +98,7 @@ def test_every_end_has_a_reason(text: str) -> None:
             assert end in STOPS + ELLIPSES + DASHES + "-" + (PAUSES if segmenter.name == "clause" else "")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(REPRODUCIBLE, max_examples=300)
 @given(TEXTS)
 def test_lines_are_cut_alone(text: str) -> None:
     """A line is cut alike whatever the lines around it, so a document may be read in blocks of lines."""
@@ -107,7 +109,7 @@ def test_lines_are_cut_alone(text: str) -> None:
             assert [piece.strip() for piece in segmenter(text)] == alone
 
 
-@settings(max_examples=300, deadline=None)
+@settings(REPRODUCIBLE, max_examples=300)
 @given(TEXTS)
 def test_complete_agrees_with_cutting(text: str) -> None:
     """`is_complete` says what happens when more text follows, here after a space and after a line break."""
