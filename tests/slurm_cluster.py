@@ -140,7 +140,7 @@ class SlurmCluster:
         while True:
             record = self.job(job_id)
             state = record["JobState"]
-            if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            if state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"):
                 return record
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job_id} still {state} after {timeout:.0f} s\n{self.log_tails()}")

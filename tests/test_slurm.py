@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from slurm_cluster import SlurmCluster
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 PROJECT = Path(__file__).resolve().parent.parent
-STEPS = 3
+STEPS = 60
 
 RECIPE = {
     "objective": "sllm",
@@ -35,6 +36,7 @@ RECIPE = {
     },
     "optimizer": {"lr": 1e-3},
     "training": {"max_steps": STEPS, "eval_every": STEPS, "eval_bins": 2, "save_every": STEPS, "keep": 1},
+    "log": {"tensorboard": False},
 }
 
 
@@ -46,12 +48,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield running
 
 
-def submit(cluster: SlurmCluster, log: Path, *arguments: str | Path) -> tuple[dict[str, str], str]:
-    """sbatch from the project's folder, wait for the end; the job's record and its log."""
+def submit(cluster: SlurmCluster, log: Path, *arguments: str | Path) -> str:
+    """sbatch from the project's folder; the job's number."""
     command = ["sbatch", "--parsable", f"--output={log}", *map(str, arguments)]
-    job_id = cluster.run(*command, cwd=PROJECT).stdout.strip()
-    record = cluster.wait_for_job(job_id)
-    return record, log.read_text(errors="replace") if log.exists() else cluster.log_tails()
+    return cluster.run(*command, cwd=PROJECT).stdout.strip()
+
+
+def read_log(cluster: SlurmCluster, log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else cluster.log_tails()
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The whole lines of a file of JSON objects that may still be written."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def test_cluster_has_two_nodes_of_its_own(cluster: SlurmCluster) -> None:
@@ -62,7 +72,8 @@ def test_cluster_has_two_nodes_of_its_own(cluster: SlurmCluster) -> None:
 def test_failed_job_says_so(cluster: SlurmCluster, tmp_path: Path) -> None:
     script = tmp_path / "fails.sh"
     script.write_text("#!/bin/bash\nsrun bash -c 'echo here; exit 3'\n")
-    record, log = submit(cluster, tmp_path / "log", script)
+    record = cluster.wait_for_job(submit(cluster, tmp_path / "log", script))
+    log = read_log(cluster, tmp_path / "log")
     assert (record["JobState"], record["ExitCode"]) == ("FAILED", "3:0"), log
     assert "here" in log
 
@@ -72,8 +83,10 @@ def test_prepare_data_writes_verified_shards(
 ) -> None:
     cluster.environment |= {"INPUT": str(tiny_corpus / "valid.jsonl"), "TOKENIZER": str(tiny_tokenizer)}
     cluster.environment |= {"OUTPUT": str(tmp_path / "shards"), "LANGUAGE": "en"}
-    record, log = submit(cluster, tmp_path / "log", "--cpus-per-task=1", "slurm/prepare_data.sh")
-    assert record["JobState"] == "COMPLETED", log
+    record = cluster.wait_for_job(
+        submit(cluster, tmp_path / "log", "--cpus-per-task=1", "slurm/prepare_data.sh")
+    )
+    assert record["JobState"] == "COMPLETED", read_log(cluster, tmp_path / "log")
 
     from data_prep.shards import ShardSet
 
@@ -83,25 +96,33 @@ def test_prepare_data_writes_verified_shards(
     assert texts == {json.loads(line)["id"]: json.loads(line)["content"] for line in lines}
 
 
-def test_train_sllm_on_two_nodes(
+def test_train_sllm_on_two_nodes_stopped_and_requeued(
     cluster: SlurmCluster, tiny_shards: Path, tiny_valid_shards: Path, tmp_path: Path
 ) -> None:
-    recipe = RECIPE | {"output_dir": str(tmp_path / "run")}
+    run, log = tmp_path / "run", tmp_path / "log"
+    recipe = RECIPE | {"output_dir": str(run)}
     recipe["data"] = recipe["data"] | {"shards": [str(tiny_shards)], "validation": str(tiny_valid_shards)}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     cluster.environment |= {"CONFIG": str(tmp_path / "recipe.yaml"), "DS_CONFIG": "ds_configs/zero3.json"}
     cluster.environment |= {"DS_ACCELERATOR": "cpu"}
 
     size = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1")
-    record, log = submit(cluster, tmp_path / "log", *size, "slurm/train_sllm.sh", "--seed", "2")
-    assert record["JobState"] == "COMPLETED", log
-    assert record["NodeList"] == "node[1-2]"
+    job_id = submit(cluster, log, *size, "slurm/train_sllm.sh", "--seed", "2")
+    while len(read_lines(run / "metrics.jsonl")) < 3:
+        assert cluster.job(job_id)["JobState"] in ("PENDING", "RUNNING"), read_log(cluster, log)
+        time.sleep(0.2)
+    cluster.run("scancel", "--signal=USR1", job_id)  # what Slurm does by itself when the time is nearly up
 
-    run = tmp_path / "run"
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    record = cluster.wait_for_job(job_id)
+    assert record["JobState"] == "COMPLETED", read_log(cluster, log)
+    assert record["NodeList"] == "node[1-2]"
+    assert record["Restarts"] == "1", read_log(cluster, log)
+
+    metrics = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     # An untrained model of 512 entries starts near ln 512 nats: no rank's share is missing or doubled.
     assert abs(metrics[0]["loss"] - math.log(512)) < 1.0
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
     latest = (run / "checkpoints" / "latest").read_text().strip()
     meta = json.loads((run / "checkpoints" / latest / "meta.json").read_text())
     assert meta["world"] == 2
