@@ -24,6 +24,7 @@ class SentenceVAEConfig(PreTrainedConfig):
     ffn_size: None is 2 · hidden_size, the paper's choice.
     tie_word_embeddings: encoder embedding, decoder embedding and head share one matrix.
     max_sentence_tokens: longest sentence, without BOS and end symbol.
+    bos/pad/eos_token_id: of the tokenizer (OPT's by default); eos is the sentence end here.
     sentence_settings: how the training text was cut (`segmenter`, `language`, `max_tokens`); window_tokens:
         longest window.
     """
@@ -45,6 +46,9 @@ class SentenceVAEConfig(PreTrainedConfig):
         tie_word_embeddings: bool = False,
         sentence_settings: dict | None = None,
         window_tokens: int = 1024,
+        bos_token_id: int = 2,
+        pad_token_id: int = 1,
+        eos_token_id: int = 2,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -63,7 +67,13 @@ class SentenceVAEConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
         if tie_word_embeddings and self.embedding_size != hidden_size:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            pad_token_id=pad_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
 
 
 class SentenceVAE(PreTrainedModel):
