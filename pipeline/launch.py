@@ -7,9 +7,11 @@ is made, so a wrong recipe is refused, and signals are caught, before the slow i
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
+import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,6 +87,7 @@ def join(ranks: Ranks) -> torch.device:
     import deepspeed
     import torch
 
+    _silence(deepspeed.utils.logger)
     deepspeed.utils.logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
     # DeepSpeed would compile a shared-memory op for gloo first, for about a minute, and needs a compiler for it.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
@@ -99,6 +102,14 @@ def join(ranks: Ranks) -> torch.device:
         dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
     )
     return device
+
+
+def _silence(logger: logging.Logger) -> None:
+    """Drop two kinds of lines that call for nothing: one for every rank of every run."""
+    # Models return a LossSums; ZeRO-3 does not look for tensors in it and need not: no weight belongs to the outermost module.
+    logger.addFilter(lambda record: "module has unknown inputs or outputs type" not in record.getMessage())
+    # DeepSpeed calls collectives by names that torch has replaced.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def leave() -> None:

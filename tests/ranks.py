@@ -1,0 +1,152 @@
+"""Ranks for tests: real processes and real gloo on the loopback address, forked from a server that has imported everything.
+
+Importing torch, transformers and DeepSpeed costs about nine CPU-seconds for each process. The fork server imports them once; every
+`run` forks fresh ranks from it in milliseconds, so no state of an earlier run is left in them, and none outlives its run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+MODULES = ["pipeline.training_run", "pipeline.train", "torch.utils.tensorboard", "torch._dynamo"]
+
+
+class RankPool:
+    """`run(world, function, *arguments)` calls `function(*arguments)` on every rank and returns the results by rank."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(MODULES)
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Results by rank. Raises RuntimeError with the rank's own traceback when one fails or dies."""
+        port = free_port()
+        ranks = []
+        for rank in range(world):
+            receive, send = self._context.Pipe(duplex=False)
+            process = self._context.Process(target=_be_rank, args=(rank, world, port, send, function, arguments))
+            process.start()
+            send.close()
+            ranks.append((process, receive))
+        try:
+            return [_result(rank, *pair) for rank, pair in enumerate(ranks)]
+        finally:
+            for process, receive in ranks:
+                receive.close()
+                process.join(30)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+    def close(self) -> None:
+        """End the fork server."""
+        multiprocessing.forkserver._forkserver._stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _be_rank(rank: int, world: int, port: int, send: Any, function: Callable[..., Any], arguments: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        send.send((True, function(*arguments)))
+    except BaseException:
+        send.send((False, traceback.format_exc()))
+    send.close()
+
+
+def _result(rank: int, process: Any, receive: Any) -> Any:
+    try:
+        good, value = receive.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"rank {rank} died with exit code {process.exitcode}") from None
+    if not good:
+        raise RuntimeError(f"rank {rank} failed:\n{value}")
+    return value
+
+
+# What ranks run. Kept here, because a forked rank imports the module of the function that it is given.
+
+
+def train(arguments: list[str]) -> int | str:
+    """`pipeline/train.py`'s main: its exit status, or the message of a UserError."""
+    from data_prep.errors import UserError
+    from pipeline.train import main
+
+    try:
+        return main(arguments)
+    except UserError as error:
+        return str(error)
+
+
+def train_with_signal(arguments: list[str], number: int, rank: int, after_step: int) -> int | str:
+    """As `train`, but this very process gets a signal once metrics.jsonl has `after_step` steps, if it is `rank`."""
+    import threading
+    import time
+    from pathlib import Path
+
+    metrics = Path(arguments[arguments.index("--output_dir") + 1]) / "metrics.jsonl"
+
+    def watch() -> None:
+        while not metrics.exists() or metrics.read_text().count("\n") < after_step:
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    if os.environ["RANK"] == str(rank):
+        threading.Thread(target=watch, daemon=True).start()
+    return train(arguments)
+
+
+def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, float]:
+    """Export a run, load the folder, and measure it on the run's own validation sample by plain torch: (class, bits/byte)."""
+    import itertools
+    import math
+
+    import torch
+    import yaml
+
+    from data_prep.shards import ShardSet
+    from pipeline.batches import build_batch
+    from pipeline.bins import BinPlan
+    from pipeline.export import export_run
+    from pipeline.model_io import load_model, load_model_tokenizer
+    from pipeline.training_run import VALIDATION_SEED
+
+    export_run(run_dir, output, which)
+    model, tokenizer = load_model(output), load_model_tokenizer(output)
+    with open(os.path.join(run_dir, "recipe.yaml"), encoding="utf-8") as file:
+        recipe = yaml.safe_load(file)
+    data = recipe["data"]
+    plan = BinPlan([ShardSet.open(data["validation"])], data["window_tokens"], data["bin_tokens"], VALIDATION_SEED)
+    nats = text_bytes = 0.0
+    with torch.no_grad():
+        for bin_ in itertools.islice(plan.bins(epochs=1), recipe["training"]["eval_bins"]):
+            batch = build_batch(plan.spans(bin_))
+            sums = model(batch)
+            nats += float(sums.token_nll + sums.end_nll + sums.stop_nll)
+            text_bytes += float(tokenizer.byte_lengths[batch.tokens_T.numpy()].sum())
+    return type(model).__name__, nats / math.log(2) / text_bytes
+
+
+def export_error(run_dir: str, output: str) -> str:
+    """The message with which `export_run` refuses a run; empty when it does not."""
+    from data_prep.errors import UserError
+    from pipeline.export import export_run
+
+    try:
+        export_run(run_dir, output)
+    except UserError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,253 @@
+"""Training with real ranks: strategies and world sizes agree, runs resume exactly, exports are what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ranks
+import yaml
+
+PROJECT = Path(__file__).resolve().parent.parent
+STRATEGIES = PROJECT / "ds_configs"
+
+VAE = {"hidden_size": 32, "layers": 1, "heads": 4}
+BACKBONE = {
+    "model_type": "opt",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 64,
+    "max_position_embeddings": 512,
+    "dropout": 0.0,
+}
+MODELS = {"vae": {"vae": VAE}, "sllm": {"vae": VAE, "backbone": BACKBONE}, "lm": {"backbone": BACKBONE}}
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ranks.RankPool]:
+    pool = ranks.RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def recipes(tiny_shards: Path, tiny_valid_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with vae.yaml, sllm.yaml and lm.yaml: six small steps of three bins, so that two ranks share them unequally."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for objective, model in MODELS.items():
+        recipe = {
+            "objective": objective,
+            "output_dir": "set by every test",
+            "data": {
+                "shards": [str(tiny_shards)],
+                "validation": str(tiny_valid_shards),
+                "window_tokens": 128,
+                "bin_tokens": 256,
+                "bins_per_step": 3,
+            },
+            "model": model,
+            "optimizer": {"lr": 5.0e-3},
+            "training": {"max_steps": 6, "eval_every": 4, "eval_bins": 3, "save_every": 4},
+            "log": {"tensorboard": False},
+        }
+        (folder / f"{objective}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder
+
+
+def arguments(recipes: Path, objective: str, strategy: str, run: Path, *overrides: object) -> list[str]:
+    config = ["--config", str(recipes / f"{objective}.yaml")]
+    config += ["--deepspeed_config", str(STRATEGIES / f"{strategy}.json"), "--output_dir", str(run)]
+    return config + [str(one) for one in overrides]
+
+
+def records(run: Path, name: str = "metrics") -> list[dict]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in records(run)]
+
+
+@pytest.fixture(scope="session")
+def reference(pool: ranks.RankPool, recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each objective trained by one process without partitioning."""
+    runs = {}
+    for objective in MODELS:
+        runs[objective] = tmp_path_factory.mktemp("reference") / objective
+        assert pool.run(1, ranks.train, arguments(recipes, objective, "zero0", runs[objective])) == [0]
+        learned = losses(runs[objective])
+        assert learned[-1] < learned[0] - 0.2, "the run learns nothing: comparing losses would say nothing"
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("objective", "strategy", "world"),
+    [
+        *[("vae", f"zero{stage}", 2) for stage in range(4)],
+        *[("sllm", f"zero{stage}", 2) for stage in range(4)],
+        ("sllm", "zero3", 1),
+        ("sllm", "zero3-offload", 2),
+        ("lm", "zero1", 2),
+        ("lm", "zero3", 2),
+    ],
+)
+def test_every_strategy_and_world_size_trains_alike(
+    objective: str,
+    strategy: str,
+    world: int,
+    pool: ranks.RankPool,
+    recipes: Path,
+    reference: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    statuses = pool.run(world, ranks.train, arguments(recipes, objective, strategy, tmp_path))
+    assert statuses == [0] * world
+    assert losses(tmp_path) == pytest.approx(losses(reference[objective]), abs=1e-4)
+    for name, tolerance in (("bits_per_byte", 1e-4), ("grad_norm", 1e-3), ("tokens", 0), ("bytes", 0), ("lr", 0)):
+        ours, theirs = ([r[name] for r in records(run)] for run in (tmp_path, reference[objective]))
+        assert ours == pytest.approx(theirs, abs=tolerance), name
+    measured, expected = (records(run, "evaluations") for run in (tmp_path, reference[objective]))
+    assert [r["step"] for r in measured] == [4, 6]
+    assert measured[-1]["bits_per_byte"] == pytest.approx(expected[-1]["bits_per_byte"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("objective", "strategy", "world"), [("vae", "zero3", 2), ("sllm", "zero1", 2)])
+def test_a_run_stopped_by_a_signal_goes_on_exactly(
+    objective: str, strategy: str, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    # Dropout is on, so that its random numbers must come back too; only the last rank gets the signal.
+    dropout = "--model.vae.dropout", 0.1, "--training.max_steps", 40
+    whole = arguments(recipes, objective, strategy, tmp_path / "whole", *dropout)
+    assert pool.run(world, ranks.train, whole) == [0] * world
+
+    cut = arguments(recipes, objective, strategy, tmp_path / "cut", *dropout)
+    statuses = pool.run(world, ranks.train_with_signal, cut, signal.SIGUSR1, world - 1, 3)
+    assert statuses == [75] * world
+    reached = len(losses(tmp_path / "cut"))
+    assert 3 <= reached < 40
+    assert pool.run(world, ranks.train, cut) == [0] * world
+
+    assert [r["step"] for r in records(tmp_path / "cut")] == list(range(1, 41))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    ours, theirs = ([r["bits_per_byte"] for r in records(tmp_path / name, "evaluations")] for name in ("cut", "whole"))
+    assert ours == theirs
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    longer = "--training.max_steps", 40, "--training.save_every", 5, "--training.eval_every", 40
+    assert pool.run(1, ranks.train, arguments(recipes, "lm", "zero2", tmp_path / "whole", *longer)) == [0]
+    cut = arguments(recipes, "lm", "zero2", tmp_path / "cut", *longer)
+    with pytest.raises(RuntimeError, match="died with exit code -9"):
+        pool.run(1, ranks.train_with_signal, cut, signal.SIGKILL, 0, 8)
+    latest = (tmp_path / "cut" / "checkpoints" / "latest").read_text().strip()
+    assert latest.startswith("step-") and latest != "step-00000040"
+    unfinished = tmp_path / "cut" / "checkpoints" / ".tmp-step-00000010"
+    unfinished.mkdir(exist_ok=True)
+
+    assert pool.run(1, ranks.train, cut) == [0]
+    assert [r["step"] for r in records(tmp_path / "cut")] == list(range(1, 41))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(("objective", "strategy", "world"), [("vae", "zero0", 1), ("sllm", "zero3", 2), ("lm", "zero2", 2)])
+def test_an_export_is_the_model_that_was_trained(
+    objective: str, strategy: str, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    pool.run(world, ranks.train, arguments(recipes, objective, strategy, run))
+    [(kind, measured)] = pool.run(1, ranks.export_and_measure, str(run), str(tmp_path / "model"), "last")
+    assert kind == {"vae": "SentenceVAE", "sllm": "SLLM", "lm": "TokenLM"}[objective]
+    assert measured == pytest.approx(records(run, "evaluations")[-1]["bits_per_byte"], abs=1e-5)
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer", "training.json"} <= names
+
+
+def test_the_best_checkpoint_is_kept_and_exported(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
+    # So high a rate that the run gets worse after its first evaluation.
+    run = tmp_path / "run"
+    options = ("--optimizer.lr", 0.05, "--schedule.kind", "constant", "--schedule.warmup", 1, "--training.keep", 1)
+    options += ("--training.max_steps", 40, "--training.eval_every", 5, "--training.save_every", 5)
+    assert pool.run(1, ranks.train, arguments(recipes, "vae", "zero1", run, *options)) == [0]
+    evaluations = records(run, "evaluations")
+    best = min(evaluations, key=lambda record: record["bits_per_byte"])
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert kept == sorted({f"step-{best['step']:08d}", "step-00000040"})
+    [(_, measured)] = pool.run(1, ranks.export_and_measure, str(run), str(tmp_path / "model"), "best")
+    assert measured == pytest.approx(best["bits_per_byte"], abs=1e-5)
+
+
+def test_a_finished_run_is_left_alone(pool: ranks.RankPool, recipes: Path, reference: dict[str, Path]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in reference["vae"].rglob("*")}
+    assert pool.run(1, ranks.train, arguments(recipes, "vae", "zero0", reference["vae"])) == [0]
+    assert {path: path.stat().st_mtime_ns for path in reference["vae"].rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("objective", "strategy", "world", "override", "message"),
+    [
+        ("sllm", "zero0", 1, (), "another model: objective vae, not sllm"),
+        ("vae", "zero0", 1, ("--model.vae.hidden_size", 64), "another model: embedding_size is 32 there and 64 here"),
+        ("vae", "zero0", 1, ("--seed", 2), "other data: seed is 1 there and 2 here"),
+        ("vae", "zero0", 2, (), "written by 1 ranks and this run has 2"),
+        ("vae", "zero3", 1, (), "ZeRO stage 0 and this run has stage 3"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    objective: str,
+    strategy: str,
+    world: int,
+    override: tuple,
+    message: str,
+    pool: ranks.RankPool,
+    recipes: Path,
+    reference: dict[str, Path],
+) -> None:
+    longer = arguments(recipes, objective, strategy, reference["vae"], "--training.max_steps", 9, *override)
+    answers = pool.run(world, ranks.train, longer)
+    assert message in answers[0]
+    assert answers[1:] == [2] * (world - 1)  # the other ranks of a machine fail silently
+
+
+def test_damaged_checkpoints_are_refused(
+    pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference["vae"], run)
+    weights = run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt"
+    os.truncate(weights, weights.stat().st_size // 2)
+    message = "step-00000006 is damaged: mp_rank_00_model_states.pt has"
+    longer = arguments(recipes, "vae", "zero0", run, "--training.max_steps", 9)
+    assert message in pool.run(1, ranks.train, longer)[0]
+    assert message in pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))[0]
+    weights.unlink()
+    assert "is missing" in pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))[0]
+    assert "does not exist" in pool.run(1, ranks.export_error, str(tmp_path / "no"), str(tmp_path / "model"))[0]
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
+    broken = ("--optimizer.lr", 1e30, "--schedule.warmup", 0, "--training.save_every", 1)
+    answers = pool.run(2, ranks.train, arguments(recipes, "vae", "zero3", tmp_path, *broken))
+    assert "stopped before the update; last checkpoint: step-0000000" in answers[0]
+    assert answers[1] == 2
+
+
+def test_the_deepspeed_launcher_trains(recipes: Path, reference: dict[str, Path], tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(ranks.free_port()), "pipeline/train.py"]
+    command += arguments(recipes, "sllm", "zero3", tmp_path, "--training.max_steps", "6")
+    environment = dict(os.environ) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path) == pytest.approx(losses(reference["sllm"]), abs=1e-4)
