@@ -127,9 +127,9 @@ def compose(folder: Path, runs: Sequence[Run]) -> Iterable[Block]:
     yield Text(
         "Bits per byte and ppl of the SLLM and of the token model are over the same tokens of the same "
         "windows of the validation documents; the SLLM also pays for sentence ends and for stop decisions. "
-        "The SentenceVAE's column is another task: it rebuilds a sentence that it has seen. **Vector "
-        "gain** is what the SLLM loses in bits per byte when every sentence vector is replaced by the "
-        "start vector: what the backbone contributes at all."
+        "The SentenceVAE's column is another task: it rebuilds a sentence from that sentence's own vector. "
+        "**Vector gain** is what the SLLM loses in bits per byte when every sentence vector is replaced by "
+        "the start vector: what the backbone contributes at all."
     )
     yield Heading("Training")
     yield from training(runs)
@@ -313,6 +313,10 @@ def limits(sllm: Run, lm: Run) -> Iterable[Block]:
         used = "next to nothing: so far it predicts almost as well without knowing the sentences before"
     else:
         used = "something: the sentences before do help it"
+    if sllm.check["passed"] and lm.check["passed"]:
+        comparable = "and the checks below show that neither looks ahead"
+    else:
+        comparable = "but a check below FAILED, so they must not be trusted before that is understood"
     yield Text(
         "It can show:",
         (
@@ -320,7 +324,7 @@ def limits(sllm: Run, lm: Run) -> Iterable[Block]:
             "sharding strategy and measurements that a large run uses, only with small numbers in the "
             "recipes;",
             "that the figures can be compared: SLLM and token model are scored on the same text with "
-            "everything counted, and the checks above show that no model looks ahead;",
+            f"everything counted, {comparable};",
             f"whether the backbone is used at all: a vector gain of {gain:.4f} bits per byte means that "
             f"here it contributes {used}.",
         ),
@@ -328,8 +332,9 @@ def limits(sllm: Run, lm: Run) -> Iterable[Block]:
     yield Text(
         "It cannot show:",
         (
-            f"how good such models get: about a minute of training on {grouped(sllm.tokens())} tokens "
-            "teaches spelling, common words and the look of the text, and the samples read accordingly;",
+            f"how good such models get: {sllm.seconds():.0f} seconds of training on "
+            f"{grouped(sllm.tokens())} tokens teach spelling, common words and the look of the text, and "
+            "the samples read accordingly;",
             "which design is better: one seed, one size, one small budget. A gap of a few hundredths of a "
             "bit per byte is not resolved here, and a deeper model may only be worse because it is "
             "trained too briefly;",

@@ -197,6 +197,13 @@ def test_words_follow_the_vector_gain(demo: Path, gain: float, word: str) -> Non
     assert word in build_report(demo)[0].read_text()
 
 
+def test_words_follow_the_checks(demo: Path) -> None:
+    assert "must not be trusted" in build_report(demo)[0].read_text()  # the token model's check failed
+    path = demo / "measured" / "check-lm.json"
+    write(path, json.loads(path.read_text()) | {"passed": True})
+    assert "neither looks ahead" in build_report(demo)[0].read_text()
+
+
 def test_skipped_step_does_not_break_the_curves(demo: Path) -> None:
     path = demo / "runs" / "sllm" / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
