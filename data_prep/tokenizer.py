@@ -126,7 +126,7 @@ class ByteLevelTokenizer(Tokenizer):
         return self._rust.token_to_id(content) if isinstance(content, str) else None
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._rust.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._rust.encode_batch_fast(texts, add_special_tokens=False)

@@ -1,0 +1,440 @@
+"""Sentences are cut where the text allows, and shards hold them exactly, for us and for plain webdataset."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizer_folders
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import inspection
+from data_prep.errors import UserError
+from data_prep.segment import get_segmenter
+from data_prep.sentences import SentenceSettings, cut_document
+from data_prep.sharding import make_shards
+from data_prep.shards import (
+    INDEX_DTYPE,
+    Document,
+    Shard,
+    ShardSet,
+    ShardWriter,
+    file_sha256,
+    json_bytes,
+    npy_bytes,
+    tar_members,
+    token_dtype,
+)
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+
+PIECES = [
+    "Well, ",
+    "he said.",
+    " 3.14 ",
+    "“No!”",
+    "他说：",
+    "“好。”",
+    "……",
+    "\n\n",
+    "é",
+    "🙂",
+    "\u2581",
+    "word ",
+    "  ",
+]
+TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=40).map("".join)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {
+        "byte-level": tokenizer_folders.byte_level(folder / "bytes"),
+        "sentencepiece": tokenizer_folders.sentence_piece(folder / "pieces"),
+        "tails": tokenizer_folders.tails_and_heads(folder / "tails"),
+    }
+
+
+@pytest.fixture(scope="module", params=["byte-level", "sentencepiece", "tails"])
+def tokenizer(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Tokenizer:
+    return load_tokenizer(folders[request.param])
+
+
+# Cutting -----------------------------------------------------------------------------------------------
+
+
+def check_cut(text: str, tokenizer: Tokenizer, segmenter: Callable, max_tokens: int) -> list[str]:
+    tokens, lengths = cut_document(text, tokenizer, segmenter, max_tokens)
+    assert lengths.dtype == np.uint16
+    assert lengths.sum() == tokens.size
+    assert tokenizer.decode(tokens) == text
+    if not text:
+        assert lengths.size == 0
+        return []
+    assert 1 <= lengths.min() and lengths.max() <= max_tokens
+    # Strict: a sentence that began or ended inside a character would not decode.
+    ends = np.cumsum(lengths, dtype=np.int64)
+    sentences = [
+        tokenizer.decode_bytes(tokens[end - length : end]).decode("utf-8")
+        for end, length in zip(ends, lengths.astype(int), strict=True)
+    ]
+    assert "".join(sentences) == text
+    return sentences
+
+
+@given(text=TEXTS, name=st.sampled_from(["clause", "sentence"]), max_tokens=st.integers(4, 40))
+@settings(max_examples=150, deadline=None)
+def test_any_text_is_cut_without_loss(tokenizer: Tokenizer, text: str, name: str, max_tokens: int):
+    check_cut(text, tokenizer, get_segmenter(name, "auto"), max_tokens)
+
+
+@given(text=TEXTS)
+@settings(max_examples=100, deadline=None)
+def test_every_cut_is_the_first_place_after_its_boundary(tokenizer: Tokenizer, text: str):
+    segmenter = get_segmenter("clause", "auto")
+    sentences = check_cut(text, tokenizer, segmenter, 65535)
+    tokens, _ = cut_document(text, tokenizer, segmenter, 65535)
+    # Token boundaries that are character boundaries, in characters, found the slow way.
+    places = {0}
+    for n in range(1, tokens.size + 1):
+        try:
+            places.add(len(tokenizer.decode_bytes(tokens[:n]).decode("utf-8")))
+        except UnicodeDecodeError:
+            continue
+    wanted = np.cumsum([len(sentence) for sentence in segmenter(text)])
+    expected = sorted({min(place for place in places if place >= boundary) for boundary in wanted})
+    assert np.cumsum([len(sentence) for sentence in sentences]).tolist() == expected
+
+
+def test_boundaries_inside_a_token_move_on_and_merge(tokenizer: Tokenizer):
+    def every_character(text: str) -> list[str]:
+        return list(text)
+
+    text = "the engineer " * 3
+    sentences = check_cut(text, tokenizer, every_character, 64)
+    tokens = tokenizer.encode(text)
+    assert len(sentences) == tokens.size  # as many cuts as tokens, not as characters
+
+
+def test_long_sentences_are_split_before_white_space(folders: dict[str, Path]):
+    tokenizer = load_tokenizer(folders["byte-level"])
+    text = " quartz" * 100
+    sentences = check_cut(text, tokenizer, lambda text: [text], 20)
+    assert len(sentences) > 10
+    assert all(sentence.startswith(" quartz") for sentence in sentences)
+    solid = "qx" * 100
+    lengths = [len(tokenizer.encode(s)) for s in check_cut(solid, tokenizer, lambda text: [text], 20)]
+    assert lengths[:-1] == [20] * (len(lengths) - 1)
+
+
+def test_a_row_of_characters_without_a_place_to_cut(folders: dict[str, Path]):
+    tokenizer = load_tokenizer(folders["tails"])
+    text = "a, " + "é" * 50 + " b."
+    assert tokenizer.encode(text).size == 3 + 51 + 3  # joined across the characters
+    sentences = check_cut(text, tokenizer, get_segmenter("clause", "en"), 16)
+    assert sentences[0] == "a,"
+    assert all(len(sentence) >= 7 for sentence in sentences[1:-1])
+
+
+def test_a_segmenter_that_loses_text_is_noticed(tokenizer: Tokenizer):
+    with pytest.raises(AssertionError, match="lost text"):
+        cut_document("One. Two.", tokenizer, lambda text: ["One."], 64)
+
+
+@pytest.mark.parametrize("limit", [3, 0, 65536])
+def test_impossible_limits(limit: int):
+    with pytest.raises(UserError, match="between 4 and 65535"):
+        SentenceSettings("clause", "en", limit)
+
+
+# Shards ------------------------------------------------------------------------------------------------
+
+
+def made_documents(count: int, vocab_size: int, seed: int = 0) -> list[Document]:
+    random = np.random.default_rng(seed)
+    documents = []
+    for n in range(count):
+        lengths = random.integers(1, 9, size=random.integers(1, 12)).astype(np.uint16)
+        tokens = random.integers(0, vocab_size, size=lengths.sum()).astype(np.uint32)
+        documents.append(Document(f"id-{n}-é", "en", "books", tokens, lengths, int(n) + 5))
+    return documents
+
+
+def write(folder: Path, documents: list[Document], vocab_size: int) -> tuple[Path, Path, dict]:
+    tar, index = folder / "shard-000000.tar", folder / "shard-000000.index.npy"
+    writer = ShardWriter(tar, index, token_dtype(vocab_size))
+    for document in documents:
+        writer.add(document)
+    return tar, index, writer.close()
+
+
+@pytest.mark.parametrize("vocab_size", [300, 1 << 16, (1 << 16) + 1, 250_000])
+def test_what_is_written_is_read(tmp_path: Path, vocab_size: int):
+    documents = made_documents(600, vocab_size)
+    tar, index, entry = write(tmp_path, documents, vocab_size)
+    assert entry["documents"] == 600
+    assert entry["tokens"] == sum(d.tokens.size for d in documents)
+    assert entry["sentences"] == sum(d.sentence_lengths.size for d in documents)
+    assert entry["bytes"] == sum(d.bytes for d in documents)
+    assert entry["sha256"] == hashlib.sha256(tar.read_bytes()).hexdigest()
+    shard = Shard(tar, index, token_dtype(vocab_size))
+    assert shard.index.dtype == INDEX_DTYPE and len(shard) == 600
+    assert shard.tokens(0).dtype == (np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    for n in (599, 0, 255, 256, 300, 511, 512):
+        read = shard.document(n)
+        assert (read.id, read.language, read.source, read.bytes) == (f"id-{n}-é", "en", "books", n + 5)
+        assert np.array_equal(read.tokens, documents[n].tokens)
+        assert np.array_equal(read.sentence_lengths, documents[n].sentence_lengths)
+        assert np.array_equal(np.concatenate(read.sentences()), documents[n].tokens)
+        assert [s.size for s in read.sentences()] == documents[n].sentence_lengths.tolist()
+    assert not shard.tokens(3).flags.owndata and not shard.tokens(3).flags.writeable  # a view of the file
+    assert isinstance(shard.tokens(3), np.memmap)
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path: Path):
+    hashes = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tar, index, _ = write(tmp_path / name, made_documents(300, 500), 500)
+        hashes.append((file_sha256(tar), file_sha256(index)))
+    assert hashes[0] == hashes[1]
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [index.name, tar.name]  # nothing partial
+
+
+def test_a_writer_that_is_not_closed_leaves_no_shard(tmp_path: Path):
+    writer = ShardWriter(tmp_path / "s.tar", tmp_path / "s.index.npy", token_dtype(500))
+    for document in made_documents(300, 500):
+        writer.add(document)
+    assert not (tmp_path / "s.tar").exists() and not (tmp_path / "s.index.npy").exists()
+
+
+def test_plain_webdataset_reads_shards(tmp_path: Path):
+    documents = made_documents(300, 500)
+    tar, _, _ = write(tmp_path, documents, 500)
+    samples = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == ["000000", "000001"]
+    tokens = np.concatenate([sample["tokens.npy"] for sample in samples])
+    assert np.array_equal(tokens, np.concatenate([d.tokens for d in documents]))
+    lengths = np.concatenate([sample["sentence_lengths.npy"] for sample in samples])
+    assert np.array_equal(lengths, np.concatenate([d.sentence_lengths for d in documents]))
+    sizes = np.concatenate([sample["document_sizes.npy"] for sample in samples])
+    assert sizes.tolist() == [d.sentence_lengths.size for d in documents]
+    facts = [fact for sample in samples for fact in sample["documents.json"]]
+    assert [fact["id"] for fact in facts] == [d.id for d in documents]
+
+
+# Sets of shards ----------------------------------------------------------------------------------------
+
+
+def write_corpus(folder: Path, files: int = 3, documents: int = 12) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(files):
+        with open(folder / f"part-{number:06d}.jsonl", "w", encoding="utf-8") as out:
+            for n in range(documents):
+                text = (
+                    tokenizer_folders.ENGLISH * (1 + n % 3)
+                    + f"Document {number}/{n}.\n"
+                    + tokenizer_folders.CHINESE
+                )
+                out.write(json.dumps({"id": f"{number}-{n}", "content": text}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def shard_set(tmp_path: Path, folders: dict[str, Path]) -> Path:
+    corpus = write_corpus(tmp_path / "corpus" / "EN")
+    output = tmp_path / "shards"
+    settings = SentenceSettings("clause", "auto", 64)
+    make_shards([corpus], output, folders["sentencepiece"], settings, shard_documents=7)
+    return output
+
+
+def test_a_set_reads_back_every_document(shard_set: Path, tmp_path: Path):
+    shards = ShardSet.open(shard_set)
+    assert len(shards) == 6  # two per input file: 7 and 5 documents
+    assert shards.settings == SentenceSettings("clause", "auto", 64)
+    assert shards.manifest["totals"]["documents"] == 36
+    tokenizer = shards.tokenizer()
+    lines = [
+        json.loads(line)
+        for path in sorted((tmp_path / "corpus/EN").iterdir())
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    documents = list(shards.documents())
+    assert [d.id for d in documents] == [line["id"] for line in lines]
+    assert [tokenizer.decode(d.tokens) for d in documents] == [line["content"] for line in lines]
+    assert {(d.language, d.source) for d in documents} == {("en", "EN")}
+    segmenter = get_segmenter("clause", "en")
+    for document, line in zip(documents, lines, strict=True):
+        assert document.bytes == len(line["content"].encode())
+        cut = cut_document(line["content"], tokenizer, segmenter, 64)
+        assert np.array_equal(cut[1], document.sentence_lengths)
+
+
+def test_few_files_stay_open(shard_set: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("data_prep.shards.OPEN_SHARDS", 2)
+    shards = ShardSet.open(shard_set)
+    views = [shards.shard(i).tokens(0) for i in range(len(shards))]
+    assert len(shards._open) == 2
+    assert all(view.sum() > 0 for view in views)  # closed shards leave their views alive
+    assert shards.shard(0) is shards.shard(0)
+
+
+def test_verify_is_content(shard_set: Path):
+    result = inspection.verify(shard_set)
+    assert result["ok"] and result["shards"] == 6 and result["documents"] == 36
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x20
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "shard-000002.tar",
+        "shard-000002.index.npy",
+        "tokenizer/tokenizer.model",
+        "tokenizer/tokenizer_config.json",
+        "quarantine.jsonl",
+    ],
+)
+def test_verify_finds_a_changed_a_missing_and_a_cut_file(shard_set: Path, name: str):
+    path = shard_set / name
+    whole = path.read_bytes()
+    if whole:
+        for at in (len(whole) // 3, len(whole) - 40):
+            flip(path, at)
+            with pytest.raises(UserError, match=name):
+                inspection.verify(shard_set)
+            path.write_bytes(whole)
+        for size in (0, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:size])
+            with pytest.raises(UserError, match=name):
+                inspection.verify(shard_set)
+    path.write_bytes(whole + b"x")
+    with pytest.raises(UserError, match=name):
+        inspection.verify(shard_set)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        inspection.verify(shard_set)
+
+
+def test_verify_finds_a_foreign_file(shard_set: Path):
+    (shard_set / "shard-000006.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="shard-000006.tar does not belong"):
+        inspection.verify(shard_set)
+
+
+def reseal(folder: Path, number: int) -> None:
+    """Give the manifest the hashes of a shard that was altered, so that only its content can betray it."""
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    entry = manifest["shards"][number]
+    entry["sha256"] = file_sha256(folder / entry["file"])
+    entry["index_sha256"] = file_sha256(folder / entry["index"])
+    (folder / "manifest.json").write_bytes(json_bytes(manifest))
+
+
+@pytest.mark.parametrize("field", INDEX_DTYPE.names)
+def test_verify_compares_index_and_tar(shard_set: Path, field: str):
+    path = shard_set / "shard-000001.index.npy"
+    index = np.load(path)
+    index[field][2] += 2 if field.endswith("_at") else 1
+    path.write_bytes(npy_bytes(index))
+    reseal(shard_set, 1)
+    with pytest.raises(UserError, match="shard-000001"):
+        inspection.verify(shard_set)
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> None:
+    """Pass every member of a tar through `change`."""
+    with tarfile.open(path) as archive:
+        members = [(member.name, archive.extractfile(member).read()) for member in archive]
+    with tarfile.open(path, "w") as archive:
+        for name, data in (change(*member) for member in members):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_verify_finds_a_token_outside_the_vocabulary(shard_set: Path):
+    def change(name: str, data: bytes) -> tuple[str, bytes]:
+        return name, data[:-2] + b"\xff\xff" if name.endswith("tokens.npy") else data
+
+    rewrite(shard_set / "shard-000000.tar", change)
+    reseal(shard_set, 0)
+    with pytest.raises(UserError, match="shard-000000.tar: a token id lies outside"):
+        inspection.verify(shard_set)
+
+
+@pytest.mark.parametrize(
+    "foreign", ["../000000.tokens.npy", "/etc/x", "000000.tokens.pyd", "000007.tokens.npy"]
+)
+def test_members_with_other_names_are_refused(shard_set: Path, foreign: str):
+    def change(name: str, data: bytes) -> tuple[str, bytes]:
+        return (foreign if name == "000000.tokens.npy" else name), data
+
+    rewrite(shard_set / "shard-000000.tar", change)
+    with pytest.raises(UserError, match="shard-000000.tar holds"):
+        tar_members(shard_set / "shard-000000.tar")
+
+
+def test_links_in_a_tar_are_refused(tmp_path: Path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        info = tarfile.TarInfo("000000.tokens.npy")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(info)
+    with pytest.raises(UserError, match="foreign member"):
+        tar_members(tmp_path / "x.tar")
+
+
+def test_reading_a_truncated_shard_is_one_clear_line(shard_set: Path):
+    path = shard_set / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="shard-000000.tar is cut short"):
+        ShardSet.open(shard_set).shard(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format_version": 2}, "newer than 1"),
+        ({"format_version": "x"}, "unknown format version"),
+        ({"settings": {}}, "not a shard manifest"),
+        ({"shards": [{"file": "../x.tar", "index": "y.npy"}]}, "not a plain name"),
+    ],
+)
+def test_manifests_that_cannot_be_used(shard_set: Path, change: dict, said: str):
+    manifest = json.loads((shard_set / "manifest.json").read_bytes())
+    (shard_set / "manifest.json").write_bytes(json_bytes(manifest | change))
+    with pytest.raises(UserError, match=said):
+        ShardSet.open(shard_set)
+
+
+def test_folders_that_hold_no_shards(tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        ShardSet.open(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no manifest.json"):
+        ShardSet.open(tmp_path)
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="not a shard manifest"):
+        ShardSet.open(tmp_path)
+
+
+def test_another_tokenizer_is_noticed(shard_set: Path, folders: dict[str, Path]):
+    load_tokenizer(folders["byte-level"]).save(shard_set / "tokenizer")
+    with pytest.raises(UserError, match="not the tokenizer that made"):
+        ShardSet.open(shard_set).tokenizer()
