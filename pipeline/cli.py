@@ -246,9 +246,9 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--output", required=True, metavar="DIR", help="model folder to write")
     export.add_argument(
         "--which",
+        choices=["best", "last"],
         default="best",
-        metavar="NAME",
-        help="best, latest, or a checkpoint's name such as step-00000100 (default best)",
+        help="best by validation bits per byte, or the last checkpoint (default best)",
     )
     export.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,9 +33,8 @@ from data_prep.shards import ShardSet
 from data_prep.tokenizer import LossyTokenization, Tokenizer
 from pipeline.batches import Batch, build_batch
 from pipeline.bins import Span, document_spans
-from pipeline.losses import LossSums
-from pipeline.model_io import load_model, load_model_tokenizer, model_kind
-from pipeline.token_lm import TokenLM
+from pipeline.model_io import KINDS, load_model, load_model_tokenizer, model_kind, read_config
+from pipeline.plain_lm import load_plain_lm
 
 DEFAULT_WINDOW_TOKENS = 1024
 DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
@@ -59,27 +59,22 @@ class Sums:
     sentences: int = 0
     documents: int = 0
     windows: int = 0
-    sentences_of_length: np.ndarray = field(
-        default_factory=lambda: np.zeros(1, dtype=np.int64)
-    )  # vae, [longest+1]
-    exact_of_length: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    sentences_of_length: Counter[int] = field(default_factory=Counter)  # vae
+    exact_of_length: Counter[int] = field(default_factory=Counter)
 
     @torch.inference_mode()
     def add(self, model: torch.nn.Module, batch: Batch, byte_lengths: np.ndarray) -> None:
         """Score one batch. `byte_lengths`: int [V], the tokenizer's UTF-8 bytes per token."""
-        losses = model(batch, want_correct=self.kind == "vae")
-        ends, stops = (
-            _end_nll(losses),
-            0.0 if losses.stop_nll_S is None else float(losses.stop_nll_S.double().sum()),
-        )
+        losses = model(batch, want_correct=True) if self.kind == "vae" else model(batch)
+        ends = float(losses.target_nll_N.double()[losses.is_end_N].sum())
+        stops = 0.0 if losses.stop_nll_S is None else float(losses.stop_nll_S.double().sum())
         everything = float(losses.target_nll_N.double().sum())
         self.token_nll += everything - ends
         self.end_nll += ends
         self.stop_nll += stops
         if self.kind == "sllm":
             without = model(batch, start_vector_only=True)
-            # Stop decisions are made from the backbone's own output either way: no sentence vector enters a
-            # decoder there.
+            # Stop decisions see the backbone's own outputs either way: no decoder is involved in them.
             self.without_vectors_nll += float(without.target_nll_N.double().sum()) + stops
         if self.kind == "vae":
             self._count_exact(batch, losses.target_correct_N)
@@ -95,12 +90,8 @@ class Sums:
         wrong_S = torch.zeros(batch.sentences, dtype=torch.int64, device=batch.device)
         wrong_S.index_add_(0, batch.decoder_layout.segment_of_row, (~correct_N).long())
         lengths = np.diff(batch.cu_sentences)
-        exact = lengths[(wrong_S == 0).cpu().numpy()]
-        size = max(int(lengths.max()) + 1, len(self.sentences_of_length))
-        self.sentences_of_length = _widen(self.sentences_of_length, size) + np.bincount(
-            lengths, minlength=size
-        )
-        self.exact_of_length = _widen(self.exact_of_length, size) + np.bincount(exact, minlength=size)
+        self.sentences_of_length.update(lengths.tolist())
+        self.exact_of_length.update(lengths[(wrong_S == 0).cpu().numpy()].tolist())
 
     @property
     def nll(self) -> float:
@@ -132,25 +123,13 @@ class Sums:
             figures["bits_per_byte_without_vectors"] = self.without_vectors_nll / bits
             figures["vector_gain"] = (self.without_vectors_nll - self.nll) / bits
         if self.kind == "vae":
-            lengths = np.flatnonzero(self.sentences_of_length)
             figures["cross_entropy"] = self.nll / (self.tokens + self.sentences)
-            figures["exact_match"] = int(self.exact_of_length.sum()) / self.sentences
+            figures["exact_match"] = self.exact_of_length.total() / self.sentences
             figures["exact_match_by_length"] = {
-                str(n): {
-                    "sentences": int(self.sentences_of_length[n]),
-                    "exact_match": int(self.exact_of_length[n]) / int(self.sentences_of_length[n]),
-                }
-                for n in lengths
+                str(length): {"sentences": count, "exact_match": self.exact_of_length[length] / count}
+                for length, count in sorted(self.sentences_of_length.items())
             }
         return figures
-
-
-def _end_nll(losses: LossSums) -> float:
-    return float(losses.target_nll_N.double()[losses.is_end_N].sum())
-
-
-def _widen(counts: np.ndarray, size: int) -> np.ndarray:
-    return np.pad(counts, (0, size - len(counts)))
 
 
 def _exp(nats: float) -> float:
@@ -245,46 +224,29 @@ def _batches(spans: Iterable[Span], batch_tokens: int) -> Iterator[Batch]:
         yield build_batch(group)
 
 
-def _prepare_token_model(model: TokenLM, tokenizer: Tokenizer) -> None:
-    """Give a foreign model's config the start and end symbols that the scoring needs."""
-    for name, own in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-        if not isinstance(getattr(model.config, name, None), int):  # missing, or a list of several
-            setattr(model.config, name, own)
-
-
-def _packs(model: TokenLM, span: Span) -> bool:
-    """Whether a token-level model may be scored in packed batches, found by experiment on a piece of the
-    data.
-
-    Not every architecture passes the packed layout on to its attention; such a one is scored window by
-    window. Raises: UserError when even that differs from the model's own logits (scaled or capped ones, for
-    example).
+def _load(folder: str) -> tuple[torch.nn.Module, str, Tokenizer]:
+    """Model, kind and tokenizer of a folder; a token-level model that is not ours runs through its own
+    forward.
     """
-    tokens = span.tokens[:96]
-    pieces = [Span(part, np.asarray([len(part)]), False) for part in np.array_split(tokens, 2) if len(part)]
-    bos = np.asarray([model.config.bos_token_id])
-    expected = []
-    for piece in pieces:
-        symbols = torch.from_numpy(np.concatenate([bos, piece.tokens]).astype(np.int64)).to(model.device)
-        logits = model.model(input_ids=symbols[None, :-1], use_cache=False).logits[0].float()
-        expected.append(torch.nn.functional.cross_entropy(logits, symbols[1:], reduction="none"))
-    single = [model(build_batch([piece]).to(model.device)).target_nll_N for piece in pieces]
-    packed = model(build_batch(pieces).to(model.device)).target_nll_N
-    wanted = torch.cat(expected)
-    if not torch.allclose(torch.cat(single), wanted, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"token-level models of type {model.config.model_type} cannot be scored: "
-            "their logits are not a plain projection of their last hidden states"
-        )
-    return torch.allclose(packed, wanted, rtol=1e-3, atol=1e-3)
+    config, tokenizer = read_config(folder), load_model_tokenizer(folder)
+    foreign = config.get("model_type") not in KINDS and "sentence_settings" not in config
+    model = load_plain_lm(folder, tokenizer) if foreign else load_model(folder)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), model_kind(model), tokenizer
 
 
 def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
-    """W: as wanted, else the model's own, else 1024 or what its positions allow."""
-    if wanted or (wanted := getattr(model.config, "window_tokens", None)):
-        return wanted
-    positions = getattr(model.config, "max_position_embeddings", None) or DEFAULT_WINDOW_TOKENS + 1
-    return min(DEFAULT_WINDOW_TOKENS, positions - 1) if kind == "lm" else DEFAULT_WINDOW_TOKENS
+    """W: as wanted, else the model's own, else 1024 or what its positions allow.
+
+    Raises: UserError when too long.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) if kind == "lm" else None
+    most = positions - 1 if positions else 1 << 30  # the start symbol takes one
+    window = wanted or getattr(model.config, "window_tokens", None) or min(DEFAULT_WINDOW_TOKENS, most)
+    if window > most:
+        raise UserError(
+            f"windows of {window} tokens, but the model has positions for {most}: lower --window-tokens"
+        )
+    return window
 
 
 def _sentence_settings(model: torch.nn.Module, **given: str | int | None) -> dict:
@@ -329,9 +291,7 @@ def evaluate(
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
     shards = ShardSet.open(data) if data is not None else find_inputs([text]) and None
-    model, tokenizer = load_model(folder), load_model_tokenizer(folder)
-    kind = model_kind(model)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model, kind, tokenizer = _load(folder)
     if shards is not None:
         source = _shard_source(shards, tokenizer, folder)
     else:
@@ -370,12 +330,6 @@ def score(
 ) -> Sums:
     """Sums over all spans. `model` in eval mode; `kind`: sllm, vae or lm."""
     sums = Sums(kind)
-    spans = iter(spans)
-    if kind == "lm" and (first := next(spans, None)) is not None:
-        _prepare_token_model(model, tokenizer)
-        with torch.inference_mode():
-            batch_tokens = batch_tokens if _packs(model, first) else 1
-        spans = itertools.chain([first], spans)
     # disable=None: shown on a terminal only.
     with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
         for batch in _batches(spans, batch_tokens):
