@@ -38,6 +38,14 @@ SOMETIMES_LAST = _words(
     "intl natl mfg ed eds edn trans repr ibid op.cit loc.cit anon jnr snr dist cont'd"
 )
 
+# Shortened words that would pass for whole ones before a lower-case word ("orig. written", "pl. of ox").
+LOWER_CASE = _words(
+    "abbr adj adv avg dial dict elem equiv etym fam fem freq gen hist indef inf init intrans intro irreg "
+    "lang lat lit masc math max med mil min misc mod neg neut nom obj obs occ opp opt orig param part pass perf "
+    "pers phys plur pop poss prec pref prep pres prob pron prov pseud quot rad rec reg rel sci seq sing "
+    "spec subj suppl syn tel temp trad usu var verb"
+)
+
 # Words that begin sentences and do not follow an abbreviation as part of a name.
 STARTERS = _words(
     "The A An This That These Those There Then Thus Therefore Here He She It They We You I His Her Its "
