@@ -4,8 +4,8 @@ Sets the environment before torch is imported (one thread, no network), skips `c
 reason where the machine lacks them, and makes one small corpus and one small shard set per session, by the
 real commands.
 
-`SLLM_REQUIRE=slurm` (also `cuda`, comma separated) turns those skips into failures: CI sets it, so that a
-broken installation cannot pass as a skip.
+`SLLM_REQUIRE=slurm` (also `cuda`, comma separated) turns those skips into failures, and any other skip too,
+but for a missing GPU: CI sets it, so that a broken installation cannot pass as a skip.
 """
 
 from __future__ import annotations
@@ -48,6 +48,34 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if name in REQUIRED:
                 pytest.fail(f"{name} is required here (SLLM_REQUIRE) but: {reason}", pytrace=False)
             pytest.skip(f"{name}: {reason}")
+
+
+unexpected_skips: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        if not reason.startswith("Skipped: cuda:"):
+            unexpected_skips.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        unexpected_skips.append(f"{report.nodeid}: {report.longrepr}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if REQUIRED and unexpected_skips and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if REQUIRED and unexpected_skips:
+        terminalreporter.section("skipped, but nothing may be skipped here (SLLM_REQUIRE)")
+        for line in unexpected_skips:
+            terminalreporter.line(line)
 
 
 def read_documents(path: Path) -> list[dict]:
