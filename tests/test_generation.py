@@ -1,0 +1,337 @@
+"""Generation: equal to a loop without any cache, reproducible, faithful to the prompt, stopped for a stated
+reason.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from model_folders import SETTINGS, save, small_model
+
+from data_prep.errors import UserError
+from data_prep.tokenizer import load_tokenizer
+from pipeline.attention import SegmentLayout
+from pipeline.batches import build_batch
+from pipeline.bins import Span
+from pipeline.generation import (
+    DOCUMENT_END,
+    POSITIONS_EXHAUSTED,
+    SENTENCE_LIMIT,
+    Sampling,
+    generate,
+    generate_command,
+    split_prompt,
+)
+
+PROMPT = "The list is set by hand, and its value is"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return load_tokenizer(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """Random weights, sentences of at most 12 tokens, and a document that practically never ends."""
+    model = small_model("sllm", tokenizer, seed=4, max_tokens=12)
+    with torch.no_grad():
+        model.stop_head.bias.fill_(-100)
+    return model
+
+
+def with_stop_bias(model, bias: float):
+    with torch.no_grad():
+        model.stop_head.weight.zero_()
+        model.stop_head.bias.fill_(bias)
+    return model
+
+
+# --- against the uncached forward ---
+
+
+def span(sentences: list[list[int]]) -> Span:
+    return Span(np.concatenate(sentences), np.asarray([len(s) for s in sentences]), False)
+
+
+@torch.no_grad()
+def uncached_logits(model, sentences: list[list[int]], begun: list[int]) -> torch.Tensor:
+    """Logits of the next symbol, by the packed forward of everything written so far."""
+    if sentences:
+        vector = model.contextualise(build_batch([span(sentences)]))[-1:]
+    else:  # the start row sees nothing of the sentences behind it: any one will do
+        vector = model.contextualise(build_batch([span([[5]])]))[:1]
+    symbols = torch.tensor([model.config.bos_token_id, *begun])
+    hidden = model.vae.decoder(symbols, SegmentLayout([len(symbols)]), model._out_of(vector))
+    return model.vae.head(hidden)[-1]
+
+
+@torch.no_grad()
+def uncached_stop(model, sentences: list[list[int]]) -> float:
+    return torch.sigmoid(model.stop_head(model.contextualise(build_batch([span(sentences)]))[-1])).item()
+
+
+def brute_force(model, tokenizer, prompt: str, max_sentences: int) -> list[list[int]]:
+    """New tokens of each sentence, greedily, with no cache and no code of `pipeline.generation` but the
+    prompt's cut.
+    """
+    sentences, begun = split_prompt(prompt, tokenizer, model.config.sentence_settings)
+    special = set(np.flatnonzero(tokenizer.byte_lengths == 0).tolist())
+    end, limit = model.config.eos_token_id, model.config.sentence_settings["max_tokens"]
+    made = []
+    while len(made) < max_sentences:
+        if sentences and not begun and uncached_stop(model, sentences) > 0.5:
+            break
+        tokens = list(begun)
+        while len(tokens) < limit:
+            for symbol in (
+                uncached_logits(model, sentences, tokens).argsort(descending=True, stable=True).tolist()
+            ):
+                if symbol not in special or symbol == end and tokens:
+                    break
+            if symbol == end:
+                break
+            tokens.append(symbol)
+        made.append(tokens[len(begun) :])
+        sentences, begun = [*sentences, tokens], []
+    return made
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT, "One is set.", "One is set. "])
+@pytest.mark.parametrize("seed", [4, 7])
+def test_cached_greedy_generation_equals_brute_force(prompt, seed, tokenizer):
+    model = small_model("sllm", tokenizer, seed=seed, max_tokens=12)
+    with torch.no_grad():  # sentence ends and document ends that do come, but not at once
+        model.vae.head.bias[tokenizer.eos_id] += 2
+        model.stop_head.bias -= 1
+    expected = brute_force(model, tokenizer, prompt, 8)
+    generation = generate(model, tokenizer, prompt, 8)
+    assert [list(sentence.tokens) for sentence in generation] == expected
+    assert generation.stopped == (SENTENCE_LIMIT if len(expected) == 8 else DOCUMENT_END)
+
+
+def test_sentence_ends_and_limits_both_occur(model, tokenizer):
+    """The comparison above would be weak if no sentence ever ended by itself."""
+    with torch.no_grad():
+        before = model.vae.head.bias[tokenizer.eos_id].item()
+        model.vae.head.bias[tokenizer.eos_id] += 2
+    try:
+        ended = [
+            s.ended
+            for seed in range(3)
+            for s in generate(model, tokenizer, "", 10, temperature=1.0, seed=seed)
+        ]
+    finally:
+        with torch.no_grad():
+            model.vae.head.bias[tokenizer.eos_id] = before
+    assert any(ended) and not all(ended)
+
+
+# --- sampling ---
+
+
+def texts(generation) -> list[str]:
+    return [sentence.text for sentence in generation]
+
+
+def test_sampling_is_reproducible_by_seed(model, tokenizer):
+    first, again, other = (
+        texts(generate(model, tokenizer, PROMPT, 4, temperature=0.9, top_p=0.9, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_sampling_follows_temperature_top_k_and_top_p():
+    probability = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    allowed = torch.zeros(4, dtype=torch.bool)
+
+    def shares(**settings) -> np.ndarray:
+        rng, sampling = torch.Generator().manual_seed(0), Sampling(**settings)
+        drawn = [sampling.choose(probability.log(), allowed, rng) for _ in range(4000)]
+        return np.bincount(drawn, minlength=4) / len(drawn)
+
+    near = dict(abs=0.03)
+    assert shares(temperature=1.0) == pytest.approx(probability.numpy(), **near)
+    assert shares(temperature=1.0, top_k=2) == pytest.approx([0.625, 0.375, 0, 0], **near)
+    # 0.5 has not reached 0.6, so the second stays; the third does not.
+    assert shares(temperature=1.0, top_p=0.6) == pytest.approx([0.625, 0.375, 0, 0], **near)
+    assert shares(temperature=1.0, top_p=0.4) == pytest.approx([1, 0, 0, 0])
+    squared = probability.numpy() ** 2
+    assert shares(temperature=0.5) == pytest.approx(squared / squared.sum(), **near)
+    assert shares(temperature=0.0) == pytest.approx([1, 0, 0, 0])
+    assert shares(temperature=1e-6) == pytest.approx([1, 0, 0, 0])
+
+
+def test_special_symbols_are_never_generated(tokenizer):
+    model = small_model("sllm", tokenizer, max_tokens=12)
+    special = np.flatnonzero(tokenizer.byte_lengths == 0)
+    assert {tokenizer.bos_id, tokenizer.pad_id} < set(special.tolist())
+    with torch.no_grad():
+        model.vae.head.bias[special] += 50
+        model.vae.head.bias[tokenizer.eos_id] += 50  # the end symbol would always win: sentences of one token
+        model.stop_head.bias.fill_(-100)
+    for settings in ({}, {"temperature": 2.0, "seed": 0}):
+        sentences = list(generate(model, tokenizer, "", 5, **settings))
+        assert all(len(s.tokens) == 1 and s.ended for s in sentences)
+        assert not set(special.tolist()) & {t for s in sentences for t in s.tokens}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1}, {"temperature": 1, "top_p": 0}, {"temperature": 1, "top_k": 0}]
+)
+def test_senseless_settings_are_refused(settings, model, tokenizer):
+    with pytest.raises(UserError, match="must be"):
+        generate(model, tokenizer, "", 1, **settings)
+
+
+# --- the prompt ---
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complete", "tail"),
+    [
+        ("", [], ""),
+        ("The cat", [], "The cat"),
+        ("It ends. The cat", ["It ends."], " The cat"),
+        ("It ends.", ["It ends."], ""),
+        ("It ends. ", ["It ends."], " "),
+        ("It ends.\n\n", ["It ends."], "\n\n"),
+        ("First, it", ["First,"], " it"),
+        (" ", [], " "),
+        ("他走了。然后", ["他走了。"], "然后"),
+    ],
+)
+def test_prompt_is_cut_as_training_cuts(prompt, complete, tail, tokenizer):
+    sentences, begun = split_prompt(prompt, tokenizer, {**SETTINGS, "language": "auto"})
+    assert [tokenizer.decode(s) for s in sentences] == complete
+    assert tokenizer.decode(begun) == tail
+
+
+def test_prompt_tail_at_the_limit_is_a_sentence(tokenizer):
+    words = "name " * 40
+    sentences, begun = split_prompt(words, tokenizer, {**SETTINGS, "max_tokens": 8})
+    assert all(1 <= len(s) <= 8 for s in sentences) and len(begun) < 8
+    assert tokenizer.decode(np.concatenate([*sentences, begun]).astype(int)) == words
+
+
+def test_forced_prefix_is_kept_and_continued(model, tokenizer):
+    sentences, begun = split_prompt(PROMPT, tokenizer, model.config.sentence_settings)
+    assert len(sentences) >= 1 and begun
+    first, second = generate(model, tokenizer, PROMPT, 2)
+    assert first.forced == len(begun) and second.forced == 0
+    assert len(first.tokens) <= model.config.sentence_settings["max_tokens"] - len(begun)
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT, "It ends. ", "他走了。然后", "unfinished \u00e9"])
+def test_output_begins_with_the_prompt(prompt, model, tokenizer, tmp_path):
+    folder = save(model, tmp_path / "sllm", tokenizer)
+    pieces = []
+    result = generate_command(folder, prompt, 3, temperature=1.0, seed=5, on_text=pieces.append)
+    assert result["text"].startswith(prompt) and pieces[0] == prompt
+    assert "".join(pieces) == result["text"] == prompt + "".join(result["sentences"])
+    assert len(result["sentences"]) == 3 and result["stopped"] == SENTENCE_LIMIT
+    assert result["tokens"] > 0 and result["seconds"] >= 0 and result["seed"] == 5
+
+
+def test_a_drawn_seed_is_told_and_repeats_the_text(model, tokenizer, tmp_path):
+    folder = save(model, tmp_path / "sllm", tokenizer)
+    first = generate_command(folder, PROMPT, 3, top_p=0.95)
+    assert first["temperature"] == 1.0 and first["seed"] is not None
+    assert generate_command(folder, PROMPT, 3, top_p=0.95, seed=first["seed"])["text"] == first["text"]
+
+
+# --- where it stops ---
+
+
+def test_stop_head_is_obeyed(tokenizer):
+    model = with_stop_bias(small_model("sllm", tokenizer, max_tokens=12), 100.0)
+    for settings in ({}, {"temperature": 1.0, "seed": 0}):
+        generation = generate(model, tokenizer, "", 5, **settings)
+        assert len(list(generation)) == 1 and generation.stopped == DOCUMENT_END
+        generation = generate(
+            model, tokenizer, "It ends.", 5, **settings
+        )  # nothing need follow a complete prompt
+        assert list(generation) == [] and generation.stopped == DOCUMENT_END
+        generation = generate(
+            model, tokenizer, "It ends. The", 5, **settings
+        )  # an unfinished one is finished first
+        assert len(list(generation)) == 1 and generation.stopped == DOCUMENT_END
+
+
+def test_sampled_stops_come_at_their_rate(tokenizer):
+    model = with_stop_bias(small_model("sllm", tokenizer, max_tokens=4), float(np.log(0.25 / 0.75)))
+    counts = [
+        len(list(generate(model, tokenizer, "", 40, temperature=1.0, seed=seed))) for seed in range(150)
+    ]
+    assert np.mean(counts) == pytest.approx(4, abs=1)  # geometric, p = 1/4
+    assert len(list(generate(model, tokenizer, "", 40))) == 40  # greedily, 0.25 is no stop
+
+
+def test_exhausted_positions_stop_with_a_reason(model, tokenizer):
+    room = model.max_sentences
+    generation = generate(model, tokenizer, "", room + 5)
+    assert len(list(generation)) == room + 1  # the last one is decoded from the last position
+    assert generation.stopped == POSITIONS_EXHAUSTED
+    generation = generate(model, tokenizer, "It is. " * (room + 3), 2)
+    assert list(generation) == [] and generation.stopped == POSITIONS_EXHAUSTED
+
+
+# --- characters of several bytes ---
+
+
+def test_characters_split_over_sentences_are_streamed_whole(tokenizer):
+    """The model writes the bytes of Chinese characters, two per sentence: no character fits into one."""
+    model = with_stop_bias(small_model("sllm", tokenizer, max_tokens=4), -100.0)
+    text = "然后他走了好"
+    tokens = [int(t) for t in tokenizer.encode(text)]
+    assert len(tokens) == len(text.encode()), (
+        "the test wants a tokenizer that spells these characters in bytes"
+    )
+    spans = iter([tokens[at : at + 2] + [tokenizer.eos_id] for at in range(0, len(tokens), 2)])
+    script: list[int] = []
+
+    def scripted(state, token=None):
+        logits = torch.zeros(model.config.vae.vocab_size)
+        logits[script.pop(0)] = 1
+        state.logits = logits
+        return state
+
+    begin = model.decode_begin
+    model.decode_begin = lambda state: (script.extend(next(spans)), scripted(begin(state)))[1]
+    model.decode_step = scripted
+    pieces = texts(generate(model, tokenizer, "", len(tokens) // 2))
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert [len(piece.encode()) for piece in pieces[:3]] == [0, 3, 3]
+
+
+def test_unfinished_character_at_the_very_end_is_shown(tokenizer, model):
+    tokens = tokenizer.encode("好")
+    allowed = torch.full((model.config.vae.vocab_size,), -1e9)
+    allowed[int(tokens[0])] = 0  # a lead byte for ever: never valid UTF-8
+    before = model.vae.head.bias.detach().clone()
+    try:
+        with torch.no_grad():
+            model.vae.head.bias.copy_(allowed)
+        (sentence,) = generate(model, tokenizer, "", 1)
+    finally:
+        with torch.no_grad():
+            model.vae.head.bias.copy_(before)
+    assert sentence.text == "\ufffd" * len(sentence.tokens)
+
+
+# --- other folders ---
+
+
+@pytest.mark.parametrize("kind", ["vae", "lm"])
+def test_other_kinds_are_refused_in_a_clear_line(kind, tokenizer, tmp_path):
+    folder = save(small_model(kind, tokenizer), tmp_path / kind, tokenizer)
+    with pytest.raises(UserError, match="cannot continue"):
+        generate_command(folder, "The", 1)
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match="UTF-8"):
+        generate_command(tmp_path, "bad \udce9", 1)
