@@ -41,8 +41,8 @@ SOMETIMES_LAST = _words(
 # Shortened words that would pass for whole ones before a lower-case word ("orig. written", "pl. of ox").
 LOWER_CASE = _words(
     "abbr adj adv avg dial dict elem equiv etym fam fem freq gen hist indef inf init intrans intro irreg "
-    "lang lat lit masc math max med mil min misc mod neg neut nom obj obs occ opp opt orig param part pass perf "
-    "pers phys plur pop poss prec pref prep pres prob pron prov pseud quot rad rec reg rel sci seq sing "
+    "lang lat lit masc math max med mil min misc mod neg neut nom obj obs occ opp opt orig param part pass "
+    "perf pers phys plur pop poss prec pref prep pres prob pron prov pseud quot rad rec reg rel sci seq sing "
     "spec subj suppl syn tel temp trad usu var verb"
 )
 

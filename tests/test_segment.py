@@ -71,6 +71,14 @@ def test_golden_sets_are_whole() -> None:
         assert len({topic for _, topic, _ in cases}) == len(cases)
 
 
+def test_examples_of_the_page_are_golden() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "segmentation.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2] for line in page.split("## Measured")[0].splitlines() if line.startswith("| ")]
+    examples = [example.strip().strip("`").strip() for row in rows[2:] for example in row.split(" · ")]
+    assert len(examples) > 20
+    assert not set(examples) - {cut for _, _, cut in GOLDEN}
+
+
 @settings(REPRODUCIBLE, max_examples=600)
 @given(TEXTS)
 def test_lossless(text: str) -> None:
@@ -83,18 +91,21 @@ def test_lossless(text: str) -> None:
 @settings(REPRODUCIBLE, max_examples=400)
 @given(TEXTS)
 def test_every_end_has_a_reason(text: str) -> None:
-    """A sentence ends in a mark (and what closes it) or at a line break; white space opens the next one."""
-    closers = CLOSERS + "".join(map(chr, [*range(0x300, 0x370), *range(0xFE00, 0xFE10)]))
+    """A sentence ends in a mark (and what closes it) or at a line break; white space opens the next one, and
+    no accent, joiner or variation selector is parted from what it belongs to."""
+    extenders = "\u200d\u20e3" + "".join(map(chr, [*range(0x300, 0x370), *range(0xFE00, 0xFE10)]))
+    closers = CLOSERS + extenders
     for segmenter in PAIRS:
         pieces = segmenter(text)
         for piece, following in zip(pieces, pieces[1:], strict=False):
             assert piece == piece.rstrip()
             assert following.strip()
+            assert following[0] not in extenders
             space = following[: len(following) - len(following.lstrip())]
             if "".join(space.splitlines()) != space:
                 continue
             assert any(character.isalnum() for character in piece)
-            end = re.sub(r"(\[\d{1,3}\])+$", "", piece).rstrip(closers)[-1]
+            end = re.sub(rf"(\[\d{{1,3}}\][{re.escape(closers)}]*)+$", "", piece).rstrip(closers)[-1]
             assert end in STOPS + ELLIPSES + DASHES + "-" + (PAUSES if segmenter.name == "clause" else "")
 
 
