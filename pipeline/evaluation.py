@@ -98,12 +98,7 @@ class Sums:
         return self.token_nll + self.end_nll + self.stop_nll
 
     def figures(self) -> dict:
-        """All figures of the sums so far (docs/evaluation.md).
-
-        Raises: UserError when nothing has been scored.
-        """
-        if not self.tokens or not self.bytes:
-            raise UserError("nothing to evaluate: the data hold no text")
+        """All figures of the sums so far (docs/evaluation.md); at least one token must have been scored."""
         bits = math.log(2) * self.bytes
         figures = {
             "measures": "reconstruction" if self.kind == "vae" else "prediction",
@@ -305,6 +300,10 @@ def evaluate(
     )
     started = time.perf_counter()
     sums = score(model, kind, tokenizer, spans, batch_tokens, source.tokens if progress else None, progress)
+    if not sums.tokens:
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
+        left_out = f" (left out: {reasons})" if reasons else ""
+        raise UserError(f"{source.path}: nothing to evaluate, it holds no text{left_out}")
     return {
         "model": folder,
         "kind": kind,

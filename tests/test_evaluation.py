@@ -380,7 +380,7 @@ def test_missing_paths_are_refused(missing, folders, tiny_valid_shards, tmp_path
 
 def test_empty_text_and_cut_settings_for_shards_are_refused(folders, tiny_valid_shards, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(UserError, match="nothing to evaluate"):
+    with pytest.raises(UserError, match="empty.jsonl: nothing to evaluate"):
         evaluate(folders["lm"], text=tmp_path / "empty.jsonl")
     with pytest.raises(UserError, match="shards are cut already"):
         evaluate(folders["lm"], data=tiny_valid_shards, segmenter="sentence")
