@@ -1,0 +1,448 @@
+"""The `data-prep` command as a user meets it: results, reproducibility, being killed and bad input."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tokenizer_folders
+
+from data_prep import cli, sharding
+from data_prep.segment import get_segmenter
+from data_prep.sentences import SentenceSettings
+from data_prep.shards import ShardSet
+from data_prep.tokenizer import ByteLevelTokenizer, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "data_prep.cli"]
+
+
+def run(*arguments: str | Path, status: int = 0, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    """The real command in a process of its own."""
+    done = subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, cwd=ROOT)
+    assert done.returncode == status, done.stderr.decode()
+    return done
+
+
+def call(*arguments: str | Path) -> int:
+    """The same in this process, through the console entry point's error handling; returns the exit status."""
+    return cli.run_main("data-prep", lambda: cli.main([str(argument) for argument in arguments]))
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str | Path) -> str:
+    """Check that a command ends in one line on stderr and status 2; returns the line."""
+    capsys.readouterr()
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("data-prep: error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tokenizer_folders.byte_level(tmp_path_factory.mktemp("tokenizer") / "bytes")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six files of unequal size, plain and gzip, English and Chinese, some lines bad."""
+    folder = tmp_path_factory.mktemp("corpus") / "corpus"
+    for number in range(6):
+        source = folder / ("CN/news" if number % 3 == 2 else "EN/books")
+        source.mkdir(parents=True, exist_ok=True)
+        text = tokenizer_folders.CHINESE if number % 3 == 2 else tokenizer_folders.ENGLISH
+        lines = [
+            json.dumps({"id": f"{number}-{n}", "content": f"{n}. " + text * (1 + n % 4)})
+            for n in range(30 * (number + 1))
+        ]
+        if number == 1:
+            lines[3:3] = ["{broken", "[]", '{"id": "x", "content": ""}']
+            lines[9] = '{"content": "No id."}'
+        data = "".join(f"{line}\n" for line in lines).encode()
+        if number % 2:
+            (source / f"part-{number:06d}.jsonl.gz").write_bytes(gzip.compress(data, mtime=0))
+        else:
+            (source / f"part-{number:06d}.jsonl").write_bytes(data)
+    return folder
+
+
+def shard_arguments(corpus: Path, output: Path, tokenizer: Path, *more: str | Path) -> list[str | Path]:
+    basic = ["--input", corpus, "--output", output, "--tokenizer", tokenizer]
+    return ["shard", *basic, "--segmenter", "clause", "--shard-documents", "50", *more]
+
+
+@pytest.fixture(scope="module")
+def shards(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("reference") / "shards"
+    assert call(*shard_arguments(corpus, output, tokenizer)) == 0
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# segment -----------------------------------------------------------------------------------------------
+
+ODD = "One, two.\r\n\x85Three\u2028four.\x0b\x1c \0“第三。”\n\n 3.14 etc. end\r"
+
+
+@pytest.mark.parametrize("segmenter", ["clause", "sentence"])
+@pytest.mark.parametrize("lang", ["en", "zh", "auto"])
+def test_segment_loses_nothing(tmp_path: Path, segmenter: str, lang: str):
+    (tmp_path / "text.txt").write_bytes(ODD.encode())
+    for argument, stdin in ((tmp_path / "text.txt", b""), ("-", ODD.encode())):
+        out = run("segment", argument, "--lang", lang, "--segmenter", segmenter, stdin=stdin).stdout
+        lines = out.decode("utf-8").splitlines()  # also at U+2028 and its like: they must be escaped
+        sentences = [json.loads(line) for line in lines]
+        assert "".join(sentences) == ODD
+        assert sentences == get_segmenter(segmenter, lang)(ODD)
+        assert len(sentences) > 2
+
+
+def test_segment_of_nothing():
+    assert run("segment").stdout == b""
+
+
+def test_segment_of_bad_input(tmp_path: Path):
+    for arguments, stdin, said in (
+        (["-"], b"ok \xff", "not UTF-8 (byte 3)"),
+        ([tmp_path / "nowhere"], b"", "cannot read"),
+        ([tmp_path], b"", "cannot read"),
+    ):
+        err = run("segment", *arguments, status=2, stdin=stdin).stderr.decode()
+        assert said in err and err.count("\n") == 1
+
+
+# shard -------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_workers_changes_no_byte(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
+    done = run(*shard_arguments(corpus, tmp_path / "three", tokenizer, "--workers", "3", "--json"))
+    assert contents(tmp_path / "three") == contents(shards)
+    summary = json.loads(done.stdout)
+    assert summary["documents"] == 630 and summary["shards"] == 15
+    assert summary["rejected"] == {"empty content": 1, "invalid JSON": 1, "not an object": 1}
+    assert summary["repaired"] == {"missing id": 1}
+    assert set(summary["languages"]) == {"en", "zh"}
+
+
+def test_the_place_of_the_corpus_changes_no_byte(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
+    shutil.copytree(corpus, tmp_path / "elsewhere/corpus")
+    assert call(*shard_arguments(tmp_path / "elsewhere/corpus", tmp_path / "shards", tokenizer)) == 0
+    assert contents(tmp_path / "shards") == contents(shards)
+    assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "shards").values())
+
+
+def test_rejected_records_are_told(shards: Path):
+    lines = (shards / "quarantine.jsonl").read_text(encoding="ascii").splitlines()
+    name = "books/part-000001.jsonl.gz"
+    assert [json.loads(line) for line in lines] == [
+        {"file": name, "line": 4, "reason": "invalid JSON"},
+        {"file": name, "line": 5, "reason": "not an object"},
+        {"file": name, "line": 6, "reason": "empty content"},
+    ]
+    manifest = ShardSet.open(shards).manifest
+    assert [entry["documents"] for entry in manifest["inputs"]] == [90, 180, 30, 60, 120, 150]
+    assert "books/part-000001.jsonl.gz:10" in {d.id for d in ShardSet.open(shards).documents()}
+
+
+def test_running_again_finds_the_work_done(
+    corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    before = {name: (shards / name).stat().st_mtime_ns for name in contents(shards)}
+    assert call(*shard_arguments(corpus, shards, tokenizer, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["already_there"] is True
+    assert {name: (shards / name).stat().st_mtime_ns for name in contents(shards)} == before
+    # Other settings, another tokenizer or other input are refused.
+    assert "other settings" in refused(
+        capsys, *shard_arguments(corpus, shards, tokenizer, "--max-tokens", "32")
+    )
+    other = tokenizer_folders.sentence_piece(tmp_path / "other")
+    assert "another tokenizer" in refused(capsys, *shard_arguments(corpus, shards, other))
+    assert "other input" in refused(capsys, *shard_arguments(corpus / "EN", shards, tokenizer))
+
+
+def wait_for(what, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, "the command ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small files and a large one, so that a run can be caught between them."""
+    folder = tmp_path_factory.mktemp("long") / "EN"
+    folder.mkdir()
+    for number, count in enumerate((20, 20, 20, 2000)):
+        record = json.dumps({"id": "x", "content": tokenizer_folders.ENGLISH * 4})
+        (folder / f"{number}.jsonl").write_text(f"{record}\n" * count, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_shards(long_corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("long-reference") / "shards"
+    assert call(*shard_arguments(long_corpus, output, tokenizer)) == 0
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on(
+    long_corpus: Path, long_shards: Path, tokenizer: Path, tmp_path: Path, number: int
+):
+    output = tmp_path / "shards"
+    arguments = [str(a) for a in shard_arguments(long_corpus, output, tokenizer, "--workers", "2")]
+    process = subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+    record = output / ".unfinished/unit-000001/record.json"
+    wait_for(record.is_file, process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert b"Traceback" not in err
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive  # nobody goes on working for a parent that is gone
+    assert not (output / "manifest.json").exists()
+    kept = output / ".unfinished/unit-000001/part-000.tar"
+    inode, written = kept.stat().st_ino, kept.stat().st_mtime_ns
+    # A unit that was damaged meanwhile is noticed and made again.
+    (output / ".unfinished/unit-000000/part-000.tar").write_bytes(b"damaged")
+    run(*arguments)
+    final = (output / "shard-000001.tar").stat()
+    assert (final.st_ino, final.st_mtime_ns) == (inode, written)  # not made again
+    assert not (output / ".unfinished").exists()
+    assert contents(output) == contents(long_shards)
+
+
+def test_a_run_stopped_while_it_merges_goes_on(
+    corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "shards"
+    real = os.replace
+    moved = []
+
+    def replace(source: Path, target: Path) -> None:
+        if Path(target).parent == output:
+            moved.append(target)
+            if len(moved) == 8:
+                raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        assert call(*shard_arguments(corpus, output, tokenizer)) == 130
+    assert len(list(output.glob("shard-*"))) == 7
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "run_unit", None)  # nothing needs to be made again
+        assert call(*shard_arguments(corpus, output, tokenizer)) == 0
+    assert contents(output) == contents(shards)
+
+
+def test_an_unfinished_run_with_other_settings_is_refused(
+    corpus: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ByteLevelTokenizer, "encode", stop)
+        patch.setattr("data_prep.tokenizer._probe", lambda tokenizer: None)
+        assert call(*shard_arguments(corpus, tmp_path / "shards", tokenizer)) == 130
+    arguments = shard_arguments(corpus, tmp_path / "shards", tokenizer, "--max-tokens", "32")
+    assert "unfinished run with other settings" in refused(capsys, *arguments)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_told(long_corpus: Path, tokenizer: Path, tmp_path: Path):
+    output = tmp_path / "shards"
+    arguments = [str(a) for a in shard_arguments(long_corpus, output, tokenizer, "--workers", "2")]
+    process = subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+    wait_for((output / ".unfinished/unit-000001/record.json").is_file, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    worker = max(children, key=lambda child: child.cpu_times().user)
+    worker.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.decode().splitlines()[-1].startswith("data-prep: error: a worker process was killed")
+    assert b"Traceback" not in err
+
+
+def test_a_truncated_gzip_is_kept_and_told(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    lines = "".join(json.dumps({"id": str(n), "content": os.urandom(40).hex()}) + "\n" for n in range(200))
+    whole = gzip.compress(lines.encode())
+    (tmp_path / "part.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    assert call(*shard_arguments(tmp_path / "part.jsonl.gz", tmp_path / "shards", tokenizer, "--json")) == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert 60 < summary["documents"] < 140
+    assert summary["rejected"] == {"invalid JSON": 1}
+    name = f"{tmp_path.name}/part.jsonl.gz"
+    assert summary["damaged"] == [{"file": name, "damage": "the gzip file ends too early"}]
+    assert f"warning: {name}: the gzip file ends too early" in err
+
+
+def test_bad_input_to_shard(corpus: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    def say(inputs: Path, tokenizer: Path = tokenizer, output: Path = tmp_path / "out", *more: str) -> str:
+        line = refused(capsys, *shard_arguments(inputs, output, tokenizer, *more))
+        assert not (tmp_path / "out").exists()
+        return line
+
+    assert "does not exist" in say(tmp_path / "nowhere")
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert "no usable document" in say(tmp_path / "empty.jsonl")
+    assert "the files are empty" in say(tmp_path / "empty.jsonl")
+    (tmp_path / "bad.jsonl").write_bytes(b"no json\n{}\nno json\n")
+    assert "2 × invalid JSON, 1 × no content" in say(tmp_path / "bad.jsonl")
+    (tmp_path / "nothing").mkdir()
+    assert "holds no .jsonl" in say(tmp_path / "nothing")
+    assert "holds no tokenizer" in say(corpus, tmp_path / "nothing")
+    assert "tokenizer folder" in say(corpus, tmp_path / "nowhere")
+    assert "between 4 and" in say(corpus, tokenizer, tmp_path / "out", "--max-tokens", "2")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_bytes(b"")
+    assert "not empty" in say(corpus, tokenizer, tmp_path / "full")
+    assert "is a file" in say(corpus, tokenizer, tmp_path / "full/file")
+    assert "cannot write" in say(corpus, tokenizer, tmp_path / "full/file/below")
+
+
+# verify, stats, show -----------------------------------------------------------------------------------
+
+
+def test_verify(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert call("verify", shards) == 0
+    assert "15 shards with 630 documents are whole" in capsys.readouterr().out
+    assert call("verify", shards, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    shutil.copytree(shards, tmp_path / "copy")
+    tar = tmp_path / "copy/shard-000004.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    assert "shard-000004.tar is cut short" in refused(capsys, "verify", tmp_path / "copy")
+    assert "holds no manifest.json" in refused(capsys, "verify", tmp_path)
+
+
+def test_stats(shards: Path, capsys: pytest.CaptureFixture):
+    assert call("stats", shards, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    documents = list(ShardSet.open(shards).documents())
+    lengths = np.concatenate([document.sentence_lengths for document in documents]).astype(int)
+    sizes = np.array([document.sentence_lengths.size for document in documents])
+    assert result["documents"] == 630
+    assert result["sentences"] == lengths.size == sum(result["histogram"])
+    assert result["tokens"] == lengths.sum()
+    assert result["bytes"] == sum(document.bytes for document in documents)
+    assert result["bytes_per_token"] == pytest.approx(result["bytes"] / result["tokens"], abs=1e-4)
+    for key, values in (("tokens_per_sentence", lengths), ("sentences_per_document", sizes)):
+        assert result[key]["mean"] == pytest.approx(values.mean(), abs=1e-3)
+        assert result[key]["median"] == np.quantile(values, 0.5, method="inverted_cdf")
+        assert result[key]["p95"] == np.quantile(values, 0.95, method="inverted_cdf")
+        assert result[key]["max"] == values.max()
+    assert result["share_at_limit"] == pytest.approx((lengths == 64).mean(), abs=1e-6)
+    assert result["histogram"] == np.bincount(lengths, minlength=65).tolist()
+    assert sum(group["tokens"] for group in result["languages"].values()) == result["tokens"]
+    assert result["languages"]["zh"]["documents"] == 270
+    assert result["rejected"]["invalid JSON"] == 1
+    assert call("stats", shards) == 0
+    text = capsys.readouterr().out
+    assert "630 documents" in text and "1 × invalid JSON" in text and "█" in text
+
+
+def test_show(shards: Path, capsys: pytest.CaptureFixture):
+    assert call("show", shards, "--count", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    heads = [n for n, line in enumerate(lines) if line.startswith("──")]
+    assert len(heads) == 2
+    sentences = [json.loads(line.split("] ", 1)[1]) for line in lines[heads[0] + 1 : heads[1]]]
+    first = next(ShardSet.open(shards).documents())
+    assert "".join(sentences) == load_tokenizer(shards / "tokenizer").decode(first.tokens)
+    assert len(sentences) == first.sentence_lengths.size
+
+
+# tokenizer, demo-corpus --------------------------------------------------------------------------------
+
+
+def test_tokenizer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name in ("a", "b"):
+        assert call("tokenizer", "--input", corpus, "--output", tmp_path / name, "--vocab-size", "400") == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    tokenizer = load_tokenizer(tmp_path / "a")
+    assert tokenizer.vocab_size == 400
+    assert tokenizer.encode("他们又来到海边").size < 21
+    line = refused(capsys, "tokenizer", "--input", corpus, "--output", tmp_path / "c", "--vocab-size", "9000")
+    assert "too high" in line and "--vocab-size" in line
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.slow
+def test_demo_corpus(tiny_corpus: Path, tmp_path: Path):
+    subprocess.run(
+        [*COMMAND, "demo-corpus", "--output", str(tmp_path / "again")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        check=True,
+    )
+    written = contents(tmp_path / "again")
+    assert written == contents(tiny_corpus / "all")  # made by another process
+    training = [name for name in written if name.startswith("EN/demo/part-")]
+    valid = [name for name in written if name.startswith("valid/EN/demo/part-")]
+    assert len(training) == 4 and len(valid) == 1 and len(written) == 5
+    texts = {}
+    for part, names in (("training", training), ("valid", valid)):
+        records = [json.loads(line) for name in names for line in io.BytesIO(gzip.decompress(written[name]))]
+        texts[part] = [record["content"] for record in records]
+        assert all(record["id"] for record in records)
+    everything = texts["training"] + texts["valid"]
+    assert len(set(everything)) == len(everything)
+    assert sum(map(len, everything)) > 1_500_000
+    assert 0.02 < len(texts["valid"]) / len(everything) < 0.09
+    assert any("docstring" in text for text in everything)
+
+
+# The command itself ------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_has_examples():
+    code = "import sys, data_prep.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout
+    assert out.strip() == b"[]"
+    for name in ("segment", "shard", "verify", "stats", "show", "tokenizer", "demo-corpus"):
+        assert f"example: data-prep {name} ".encode() in b" ".join(run(name, "--help").stdout.split())
+    assert b"example: data-prep shard" in run("--help").stdout
+
+
+def test_data_prep_never_imports_torch_or_the_pipeline(corpus: Path, tokenizer: Path, tmp_path: Path):
+    arguments = [str(a) for a in shard_arguments(corpus, tmp_path / "shards", tokenizer)]
+    code = (
+        "import sys; from data_prep import cli; "
+        f"cli.main({arguments!r}); cli.main(['verify', {str(tmp_path / 'shards')!r}]); "
+        "sys.exit(bool({'torch', 'transformers', 'pipeline'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_settings_reach_the_manifest(corpus: Path, tokenizer: Path, tmp_path: Path):
+    more = ["--lang", "en", "--segmenter", "sentence", "--max-tokens", "16"]
+    assert call(*shard_arguments(corpus / "EN", tmp_path / "shards", tokenizer), *more) == 0
+    shards = ShardSet.open(tmp_path / "shards")
+    assert shards.settings == SentenceSettings("sentence", "en", 16)
+    assert max(document.sentence_lengths.max() for document in shards.documents()) == 16
