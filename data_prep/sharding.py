@@ -79,6 +79,9 @@ def make_shards(
     something else.
     """
     output = Path(output)
+    for given in map(Path, inputs):
+        if given.is_dir() and output.resolve().is_relative_to(given.resolve()):
+            raise UserError(f"output {output} lies inside the input folder {given}; choose another place")
     files = find_inputs(inputs)
     tokenizer = load_tokenizer(tokenizer_folder)
     get_segmenter(settings.segmenter, settings.language)  # refuses unknown names before any work
@@ -171,8 +174,8 @@ def run_unit(job: Job, unit: int, file: InputFile, tokenizer: Tokenizer, tick: C
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     reader = DocumentReader(file, job.settings.language)
-    # Where neither folder nor flag names the language, the segmenter judges line by line.
-    segmenter = get_segmenter(job.settings.segmenter, file.folder_language or job.settings.language)
+    # Every document by the rules of its own language, as evaluation does it.
+    segmenters = {language: get_segmenter(job.settings.segmenter, language) for language in ("en", "zh")}
     rejected: Counter[str] = Counter()
     repaired: Counter[str] = Counter()
     languages: dict[str, Counter[str]] = {}
@@ -187,7 +190,7 @@ def run_unit(job: Job, unit: int, file: InputFile, tokenizer: Tokenizer, tick: C
             if isinstance(item, RawDocument):
                 try:
                     tokens, lengths = cut_document(
-                        item.content, tokenizer, segmenter, job.settings.max_tokens
+                        item.content, tokenizer, segmenters[item.language], job.settings.max_tokens
                     )
                 except LossyTokenization:
                     item = Reject(item.line, "tokenizer loses text")

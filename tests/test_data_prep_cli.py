@@ -319,6 +319,7 @@ def test_bad_input_to_shard(corpus: Path, tokenizer: Path, tmp_path: Path, capsy
     assert "holds no tokenizer" in say(corpus, tmp_path / "nothing")
     assert "tokenizer folder" in say(corpus, tmp_path / "nowhere")
     assert "between 4 and" in say(corpus, tokenizer, tmp_path / "out", "--max-tokens", "2")
+    assert "inside the input folder" in say(corpus, tokenizer, corpus / "shards")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_bytes(b"")
     assert "not empty" in say(corpus, tokenizer, tmp_path / "full")
