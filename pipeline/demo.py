@@ -211,6 +211,7 @@ class Runner:
             try:
                 status = process.wait()
             except BaseException:  # Ctrl-C: the launcher's ranks are in its group and must not outlive us
+                say("  stopped")
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 raise
