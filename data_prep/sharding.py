@@ -104,7 +104,7 @@ def make_shards(
     work = output / UNFINISHED
     _begin(output, work, facts, files)
     job = Job(work, Path(tokenizer_folder).resolve(), settings, shard_bytes, shard_documents)
-    records = _run_units(job, files, workers, report or (lambda done, total: None))
+    records = _run_units(job, files, tokenizer, workers, report or (lambda done, total: None))
     if not sum(record["input"]["documents"] for record in records):
         shutil.rmtree(work)
         if not any(output.iterdir()):
@@ -234,7 +234,11 @@ def run_unit(job: Job, unit: int, file: InputFile, tokenizer: Tokenizer, tick: C
 
 
 def _run_units(
-    job: Job, files: list[InputFile], workers: int, report: Callable[[int, int], None]
+    job: Job,
+    files: list[InputFile],
+    tokenizer: Tokenizer,
+    workers: int,
+    report: Callable[[int, int], None],
 ) -> list[dict]:
     """Records of all units, in order; those already done are not run again."""
     records: dict[int, dict] = dict(_finished_units(job, files))
@@ -244,7 +248,6 @@ def _run_units(
     todo = sorted((unit for unit in range(len(files)) if unit not in records), key=lambda unit: -sizes[unit])
     report(done, total)
     if min(workers, len(todo)) <= 1:
-        tokenizer = load_tokenizer(job.tokenizer_folder)
 
         def tick(n: int) -> None:
             nonlocal done
