@@ -1,8 +1,9 @@
-"""Checkpoints: written aside, renamed when complete, then made current; read back on resume and by `export.py`.
+"""Checkpoints: written aside, renamed when complete, then made current; read on resume and by `export.py`.
 
-In: a DeepSpeed engine and a `Meta`. Out: `RUN/checkpoints/step-00000100/` (DeepSpeed's files and `meta.json`), and the
-text files `latest` and `best`, each naming a checkpoint. A folder named `step-…` is complete: it got that name after every
-rank had written its part. Imports no torch, so that a finished run can say so at once.
+In: a DeepSpeed engine and a `Meta`. Out: `RUN/checkpoints/step-00000100/` (DeepSpeed's files and
+`meta.json`), and the text files `latest` and `best`, each naming a checkpoint. A folder named `step-…` is
+complete: it got that name after every rank had written its part. Imports no torch, so that a finished run can
+say so at once.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ _TMP = ".tmp-"
 class Meta:
     """What `meta.json` holds: where the run stands and what a reader needs to make sense of the weights.
 
-    `epoch` and `number` are the position of the next bin in the plan's stream; `tokens` counts the real tokens trained on;
-    `best` is the best evaluation so far (`{"step", "bits_per_byte"}`) or None; `files` maps file names to sizes in bytes.
+    `epoch` and `number` are the position of the next bin in the plan's stream; `tokens` counts the real
+    tokens trained on; `best` is the best evaluation so far (`{"step", "bits_per_byte"}`) or None; `files`
+    maps file names to sizes in bytes.
     """
 
     objective: str
@@ -48,7 +50,7 @@ def checkpoints_folder(run_dir: str | Path) -> Path:
 
 
 def find(run_dir: str | Path, which: str = "latest") -> Path | None:
-    """The checkpoint that `latest` or `best` names; None when the run has none yet. UserError when it is damaged."""
+    """The checkpoint that `latest` or `best` names; None when there is none yet. UserError if it is gone."""
     folder = checkpoints_folder(run_dir)
     try:
         name = (folder / which).read_text(encoding="utf-8").strip()
@@ -65,7 +67,9 @@ def read_meta(checkpoint: Path) -> Meta:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format_version"] > FORMAT_VERSION:
-            raise UserError(f"{path} was written by a newer release (format {values['format_version']}): upgrade")
+            raise UserError(
+                f"{path} was written by a newer release (format {values['format_version']}): upgrade"
+            )
         meta = Meta(**values)
     except FileNotFoundError:
         raise UserError(f"checkpoint {checkpoint} is damaged: meta.json is missing") from None
@@ -77,7 +81,7 @@ def read_meta(checkpoint: Path) -> Meta:
             raise UserError(f"checkpoint {checkpoint} is damaged: {name} is missing")
         if file.stat().st_size != size:
             raise UserError(
-                f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes instead of {size}"
+                f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes, not {size}"
             )
     return meta
 
@@ -85,7 +89,8 @@ def read_meta(checkpoint: Path) -> Meta:
 def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
     """Refuse a checkpoint that this run cannot continue: `ours` is the Meta this run would write now.
 
-    Raises UserError naming the first difference and what to do: another objective, model, data order, world or stage.
+    Raises UserError naming the first difference and what to do: another objective, model, data order, world
+    or stage.
     """
     other = "use another --output_dir, or the recipe that began this run"
     if meta.objective != ours.objective:
@@ -95,9 +100,8 @@ def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
     difference = _first_difference(meta.model_config, ours.model_config)
     if difference:
         raise UserError(f"{checkpoint} is of another model: {difference}; {other}")
-    was, now = (dict(m.recipe["data"], seed=m.recipe["seed"]) for m in (meta, ours))
-    for unordered in ("validation",):
-        was.pop(unordered), now.pop(unordered)
+    # What decides the order of bins. The validation shards may change.
+    was, now = (dict(m.recipe["data"], seed=m.recipe["seed"], validation=None) for m in (meta, ours))
     difference = _first_difference(was, now)
     if difference:
         raise UserError(f"{checkpoint} was trained on other data: {difference}; {other}")
@@ -108,8 +112,8 @@ def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
         )
     if meta.zero_stage != ours.zero_stage:
         raise UserError(
-            f"{checkpoint} was written with ZeRO stage {meta.zero_stage} and this run has stage {ours.zero_stage}: "
-            f"use a DeepSpeed config of stage {meta.zero_stage}"
+            f"{checkpoint} was written with ZeRO stage {meta.zero_stage} and this run has stage "
+            f"{ours.zero_stage}: use a DeepSpeed config of stage {meta.zero_stage}"
         )
 
 
@@ -126,10 +130,10 @@ def _first_difference(was: Any, now: Any, where: str = "") -> str | None:
 
 
 def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
-    """Write a checkpoint of all ranks (called by every rank), make it `latest`, and remove all but the last `keep`.
+    """Write a checkpoint (called by every rank), make it `latest`, and remove all but the last `keep`.
 
-    The best checkpoint (`meta.best["step"]`) is kept beside them and named by `best`. A kill at any moment leaves the
-    checkpoint before this one current and whole.
+    The best checkpoint (`meta.best["step"]`) is kept beside them and named by `best`. A kill at any moment
+    leaves the checkpoint before this one current and whole.
     """
     import deepspeed.comm as dist
 
@@ -162,7 +166,9 @@ def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
 def restore(engine: Any, checkpoint: Path) -> None:
     """Load weights and optimizer state into the engine (called by every rank)."""
     try:
-        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False)
+        path, _ = engine.load_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
+        )
     except (RuntimeError, OSError, EOFError) as error:
         raise UserError(f"checkpoint {checkpoint} cannot be loaded: {error}") from error
     if path is None:

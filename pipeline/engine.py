@@ -1,11 +1,11 @@
 """The training engine: AdamW and DeepSpeed around a model, and one optimizer step over micro-batches.
 
-In: a model (`model_io.build_model`), a recipe, a completed DeepSpeed config. Out: an `Engine` whose `compute` runs a step's forward and
-backward passes and whose `update` applies it. Called by `train.py`.
+In: a model (`model_io.build_model`), a recipe, a completed DeepSpeed config. Out: an `Engine` whose `compute`
+runs a step's forward and backward passes and whose `update` applies it. Called by `train.py`.
 
-Scaling: a step's loss is the sum of the objective over all bins of the step divided by the step's targets, both global. DeepSpeed divides
-every micro-batch by the number of micro-batches and averages over ranks, so each is multiplied by both first: the update does
-not depend on how many ranks share the bins.
+Scaling: a step's loss is the sum of the objective over all bins of the step divided by the step's targets,
+both global. DeepSpeed divides every micro-batch by the number of micro-batches and averages over ranks, so
+each is multiplied by both first: the update does not depend on how many ranks share the bins.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Engine:
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for number, (batch, seed) in enumerate(zip(step.batches, step.seeds, strict=True)):
             batch = step.batches[number] = batch.to(self.device)
-            torch.manual_seed(seed)  # dropout depends on the bin alone: resumed runs and other world sizes agree
+            # Dropout depends on the bin alone, so that resumed runs and other world sizes agree.
+            torch.manual_seed(seed)
             losses = self.deepspeed(batch)
             self.deepspeed.backward(losses.objective * scale)
             sums += _nats(losses)
@@ -66,12 +67,13 @@ class Engine:
         return sums
 
     def update(self, lr_factor: float) -> tuple[float, float]:
-        """Apply the step with the peak learning rate times `lr_factor`. Returns (gradient norm before clipping, lr)."""
+        """Apply the step with lr = peak · `lr_factor`. Returns (gradient norm before clipping, lr)."""
         lr = self.peak_lr * lr_factor
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         norm = None
-        if zero_stage(self.config) == 0:  # plain data parallel in fp32: DeepSpeed clips but does not tell the norm
+        if zero_stage(self.config) == 0:
+            # Plain data parallel in fp32: DeepSpeed clips but does not tell the norm.
             gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
         self.deepspeed.step()
@@ -81,7 +83,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Tensor:
-        """Forward only. Returns float64 [4], this rank's sums in nats: objective, tokens, ends, stop decisions."""
+        """Forward only. Returns the same float64 [4] as `compute`."""
         self.deepspeed.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for batch in batches:
@@ -95,7 +97,8 @@ class Engine:
     def mfu(self, tokens: float, sentences: float, seconds: float) -> float | None:
         """Model FLOPs utilisation of all devices; None when this device's peak is not known.
 
-        Counts 6 FLOPs per weight of every linear layer and row that it is applied to; attention scores are left out.
+        Counts 6 FLOPs per weight of every linear layer and row that it is applied to; attention scores are
+        left out.
         """
         if self.device.type != "cuda":
             return None

@@ -1,9 +1,11 @@
 """`sllm export`: the weights of a training run as a model folder that `from_pretrained` loads.
 
-In: a run directory. Out: `OUTPUT/` with model.safetensors (fp32), config.json, `tokenizer/` and `training.json` (where the weights
-come from). ZeRO's partitions are put together on the CPU, by this one process, whatever the number of ranks that wrote them.
+In: a run directory. Out: `OUTPUT/` with model.safetensors (fp32), config.json, `tokenizer/` and
+`training.json` (where the weights come from). ZeRO's partitions are put together on the CPU, by this one
+process, whatever the number of ranks that wrote them.
 
-DeepSpeed's checkpoint files are pickles: export runs of your own only. Nothing else in the project is ever unpickled.
+DeepSpeed's checkpoint files are pickles: export runs of your own only. Nothing else in the project is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ from pipeline.token_lm import TokenLM
 def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> Path:
     """Write the `best` (by validation bits per byte) or `last` weights of a run to the folder `output`.
 
-    A run without validation has no best checkpoint: its last one is taken. An older model folder at `output` is replaced,
-    anything else there is refused. Raises UserError for a missing, unfinished or damaged run.
+    A run without validation has no best checkpoint: its last one is taken. An older model folder at `output`
+    is replaced, anything else there is refused. Raises UserError for a missing, unfinished or damaged run.
     """
     run_dir, output = Path(run_dir), Path(output)
     if not run_dir.is_dir():
@@ -43,7 +45,11 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
     checkpoint = checkpoint or checkpoints.find(run_dir, "latest")
     if checkpoint is None:
         raise UserError(f"{run_dir} holds no complete checkpoint (no checkpoints/latest): train first")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / "config.json").is_file():
+    if (
+        output.exists()
+        and (not output.is_dir() or any(output.iterdir()))
+        and not (output / "config.json").is_file()
+    ):
         raise UserError(f"{output} exists and is not a model folder: choose another --output")
 
     meta = checkpoints.read_meta(checkpoint)
@@ -57,7 +63,12 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, aside, load_tokenizer(run_dir / "tokenizer"))
-    origin = {"run_dir": str(run_dir), "checkpoint": checkpoint.name, "step": meta.step, "tokens": meta.tokens}
+    origin = {
+        "run_dir": str(run_dir),
+        "checkpoint": checkpoint.name,
+        "step": meta.step,
+        "tokens": meta.tokens,
+    }
     origin |= {"best": meta.best, "recipe": meta.recipe}
     (aside / "training.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     if output.exists():
@@ -81,7 +92,9 @@ def consolidated_weights(checkpoint: Path, meta: Meta) -> dict[str, torch.Tensor
     """Full fp32 weights by name, tied ones under each of their names. UserError when a file does not load."""
     try:
         if meta.zero_stage == 0:
-            state = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+            state = torch.load(
+                checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+            )
             return {name: tensor.float() for name, tensor in state["module"].items()}
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

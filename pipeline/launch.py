@@ -1,8 +1,9 @@
 """From a launcher's environment to a working process group, and from signals to one agreed stop.
 
-In: the variables of `deepspeed`, `torchrun`, plain `srun` or `mpirun` (or none: one process). Out: `Ranks`, a torch process
-group (gloo on CPUs, NCCL on CUDA) and a `StopSignals` flag. Called by `train.py`; torch is imported only when the group
-is made, so a wrong recipe is refused, and signals are caught, before the slow imports.
+In: the variables of `deepspeed`, `torchrun`, plain `srun` or `mpirun` (or none: one process). Out: `Ranks`, a
+torch process group (gloo on CPUs, NCCL on CUDA) and a `StopSignals` flag. Called by `train.py`; torch is
+imported only when the group is made, so a wrong recipe is refused, and signals are caught, before the slow
+imports.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ class Ranks:
 
 
 def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
-    """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in `env` and return this process's place.
+    """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in `env` and return this process's
+    place.
 
-    What a launcher has set stays. Slurm's variables count only inside a job step (SLURM_STEP_ID), not in the batch script
-    itself. Raises UserError when several machines take part and nobody says where rank 0 is.
+    What a launcher has set stays. Slurm's variables count only inside a job step (SLURM_STEP_ID), not in the
+    batch script itself. Raises UserError when several machines take part and nobody says where rank 0 is.
     """
     if "RANK" not in env:
         for rank, world, local in _LAUNCHERS:
@@ -52,7 +54,12 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
                 env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world], env.get(local, "0")
                 _find_master(env)
                 break
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+    for name, alone in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
         env.setdefault(name, alone)
     if "MASTER_PORT" not in env:
         if env["WORLD_SIZE"] != "1":
@@ -68,8 +75,10 @@ def _find_master(env: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" in env:
         return
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-    one_machine = int(env.get("SLURM_STEP_NUM_NODES", "1")) == 1 if nodes else (
-        env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["WORLD_SIZE"]
+    one_machine = (
+        int(env.get("SLURM_STEP_NUM_NODES", "1")) == 1
+        if nodes
+        else (env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == env["WORLD_SIZE"])
     )
     if one_machine:
         env["MASTER_ADDR"] = "127.0.0.1"
@@ -79,7 +88,9 @@ def _find_master(env: MutableMapping[str, str]) -> None:
             raise UserError(f"cannot find the first host of {nodes}: export MASTER_ADDR in the job script")
         env["MASTER_ADDR"] = listed.stdout.split()[0]
     else:
-        raise UserError("several machines and no MASTER_ADDR: export MASTER_ADDR=<host of rank 0> to every rank")
+        raise UserError(
+            "several machines and no MASTER_ADDR: export MASTER_ADDR=<host of rank 0> to every rank"
+        )
 
 
 def join(ranks: Ranks) -> torch.device:
@@ -89,7 +100,8 @@ def join(ranks: Ranks) -> torch.device:
 
     _silence(deepspeed.utils.logger)
     deepspeed.utils.logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
-    # DeepSpeed would compile a shared-memory op for gloo first, for about a minute, and needs a compiler for it.
+    # DeepSpeed would compile a shared-memory op for gloo first, for about a minute, and needs a compiler for
+    # it.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     if on_gpu:
@@ -106,7 +118,8 @@ def join(ranks: Ranks) -> torch.device:
 
 def _silence(logger: logging.Logger) -> None:
     """Drop two kinds of lines that call for nothing: one for every rank of every run."""
-    # Models return a LossSums; ZeRO-3 does not look for tensors in it and need not: no weight belongs to the outermost module.
+    # Models return a LossSums; ZeRO-3 does not look for tensors in it and need not: no weight belongs to the
+    # outermost module.
     logger.addFilter(lambda record: "module has unknown inputs or outputs type" not in record.getMessage())
     # DeepSpeed calls collectives by names that torch has replaced.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -121,7 +134,8 @@ def leave() -> None:
 
 
 class StopSignals:
-    """USR1 (Slurm's warning) and TERM ask for a stop: the flag is read at the next step's all-reduce, so all ranks agree.
+    """USR1 (Slurm's warning) and TERM ask for a stop: the flag is read at the next step's all-reduce, so all
+    ranks agree.
 
     Install it before the slow imports (a USR1 that nobody handles kills) and before any thread starts.
     """

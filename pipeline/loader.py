@@ -1,8 +1,8 @@
 """Steps of a run: which bins this rank computes, as batches that a background thread has built in time.
 
-In: a `BinPlan` and a position in its stream. Out: one `Step` after another. Step k is bins [k·G, (k+1)·G) of the stream
-whatever the world size: micro-batch m of rank r is bin k·G + m·world + r, or an empty batch when that is no bin of the step,
-so that every rank calls every submodule equally often. Called by `train.py`.
+In: a `BinPlan` and a position in its stream. Out: one `Step` after another. Step k is bins [k·G, (k+1)·G) of
+the stream whatever the world size: micro-batch m of rank r is bin k·G + m·world + r, or an empty batch when
+that is no bin of the step, so that every rank calls every submodule equally often. Called by `train.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from pipeline.strategy import micro_batches
 
 @dataclass
 class Step:
-    """One optimizer step. Counts named `*_all` are over all ranks' bins, known from the plan; the rest is this rank's.
+    """One optimizer step. Counts named `*_all` are over all ranks' bins, known from the plan; the rest is
+    this rank's.
 
     batches: `micro_batches` of them, on the CPU. seeds: one per batch, a function of the bin alone (dropout).
-    text_bytes: UTF-8 bytes of this rank's real tokens. position: (epoch, number) of the bin after the step's last.
+    text_bytes: UTF-8 bytes of this rank's real tokens. position: (epoch, number) of the bin after the step's
+    last.
     """
 
     batches: list[Batch]
@@ -58,7 +60,8 @@ def build(plan: BinPlan, mine: list[Bin | None], byte_lengths: np.ndarray) -> tu
 
 
 class StepLoader:
-    """Builds the next steps while the current one computes. Use as a context manager; `next_step()` blocks for data."""
+    """Builds the next steps while the current one computes. Use as a context manager; `next_step()` blocks
+    for data."""
 
     def __init__(
         self,
@@ -127,5 +130,9 @@ class StepLoader:
 
 
 def bin_seed(seed: int, bin_: Bin) -> int:
-    """A seed for what is random inside a forward pass: the same for a bin whichever rank and run computes it."""
-    return int(np.random.SeedSequence([seed, bin_.epoch, bin_.number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A seed for what is random inside a forward pass: the same for a bin whichever rank and run computes
+    it."""
+    return int(
+        np.random.SeedSequence([seed, bin_.epoch, bin_.number]).generate_state(1, np.uint64)[0]
+        >> np.uint64(1)
+    )

@@ -1,8 +1,9 @@
-"""Recipes: what one training run is, read from YAML plus `--key value` overrides, checked before anything heavy loads.
+"""Recipes: what one training run is, from YAML and `--key value` overrides, checked before torch loads.
 
-In: a recipe file (`pipeline/recipes/*.yaml`, which may start from another one with `base: other.yaml`) and the
-command line's overrides. Out: a `Recipe`, every value of the right type, every key known. Called by `train.py`
-before torch is imported, so this module imports nothing but PyYAML: a wrong key is refused within a second.
+In: a recipe file (`pipeline/recipes/*.yaml`, which may start from another one with `base: other.yaml`) and
+the command line's overrides. Out: a `Recipe`, every value of the right type, every key known. Called by
+`train.py` before torch is imported, so this module imports nothing but PyYAML: a wrong key is refused within
+a second.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from data_prep.errors import UserError
 
 OBJECTIVES = ("vae", "sllm", "lm")
 
-# Keys of `model.vae`: `path`, or those of SentenceVAEConfig. What is left out comes from the shards' tokenizer and settings
-# (vocabulary size, longest sentence) or is the usual value.
+# Keys of `model.vae`: `path`, or those of SentenceVAEConfig. What is left out comes from the shards'
+# tokenizer and settings (vocabulary size, longest sentence) or is the usual value.
 VAE_KEYS = (
     "path",
     "hidden_size",
@@ -63,7 +64,7 @@ OPT_KEYS = (
 
 @dataclass
 class DataRecipe:
-    """Which shards are read and how they are grouped: one step is `bins_per_step` bins of `bin_tokens` tokens."""
+    """Which shards are read; one step is `bins_per_step` bins of at most `bin_tokens` tokens."""
 
     shards: list[str] = field(default_factory=list)
     validation: str | None = None
@@ -83,7 +84,7 @@ class DataRecipe:
 
 @dataclass
 class ModelRecipe:
-    """`vae`: sizes of a SentenceVAE, or `{path: FOLDER}`; `backbone`: a Hugging Face config's keys, or a path."""
+    """`vae`: sizes of a SentenceVAE; `backbone`: a Hugging Face config's keys; or `{path: FOLDER}` for either."""
 
     vae: dict[str, Any] = field(default_factory=dict)
     backbone: dict[str, Any] = field(default_factory=dict)
@@ -130,14 +131,14 @@ class OptimizerRecipe:
 
 @dataclass
 class ScheduleRecipe:
-    """Learning rate over the run: `warmup` (a fraction of the run), then to `final` times the peak, never up again."""
+    """Learning rate: up over `warmup` (a fraction of the run), then down to `final` times the peak."""
 
     kind: str = "cosine"
     warmup: float = 0.02
     final: float = 0.1
 
     def factor(self, progress: float) -> float:
-        """Learning rate as a share of the peak, `progress` in [0, 1] being the share of the run done AFTER the step.
+        """Learning rate as a share of the peak; `progress` in [0, 1] is the run's share done AFTER the step.
 
         Above zero from the first step on, never rising after the warm-up, exactly `final` at the end.
         """
@@ -157,9 +158,10 @@ class ScheduleRecipe:
 
 @dataclass
 class TrainingRecipe:
-    """How long, and what happens along the way. The run ends at `max_tokens` or `max_steps`, whichever comes first.
+    """How long a run is (`max_tokens` or `max_steps`, whichever comes first) and what happens on the way.
 
-    `eval_every`, `save_every` and `eval_bins` count steps, steps and bins; `keep` is the number of last checkpoints kept.
+    `eval_every`, `save_every` and `eval_bins` count steps, steps and bins; `keep` is the number of last
+    checkpoints kept.
     """
 
     max_tokens: int | None = None
@@ -171,7 +173,9 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         if self.max_tokens is None and self.max_steps is None:
-            raise UserError("recipe: set training.max_tokens or training.max_steps, or the run would never end")
+            raise UserError(
+                "recipe: set training.max_tokens or training.max_steps, or the run would never end"
+            )
         for name in ("max_tokens", "max_steps", "eval_every", "eval_bins", "save_every", "keep"):
             if getattr(self, name) is not None:
                 _require_positive(f"training.{name}", getattr(self, name))
@@ -188,7 +192,7 @@ class TrainingRecipe:
 
 @dataclass
 class LogRecipe:
-    """Where the figures go beside metrics.jsonl; `console_every` steps between two lines when there is no terminal."""
+    """Where figures go beside metrics.jsonl; without a terminal, a line every `console_every` steps."""
 
     tensorboard: bool = True
     wandb: bool = False
@@ -216,13 +220,17 @@ class Recipe:
     def __post_init__(self) -> None:
         _require_one_of("objective", self.objective, OBJECTIVES)
         if not self.data.shards:
-            raise UserError("recipe: data.shards is empty: name the shard folders, for example --data.shards shards/train")
+            raise UserError(
+                "recipe: data.shards is empty: name the shard folders, for example --data.shards shards/train"
+            )
         needs = {"vae": ("vae",), "sllm": ("vae", "backbone"), "lm": ("backbone",)}[self.objective]
         for name in needs:
             if not getattr(self.model, name):
                 raise UserError(f"recipe: objective {self.objective} needs model.{name} (sizes, or a path)")
         if self.objective == "vae" and self.model.vae.get("path"):
-            raise UserError("recipe: objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm")
+            raise UserError(
+                "recipe: objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the layout of the YAML file."""
@@ -236,7 +244,8 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file, apply `["--training.max_steps", "10", …]` and check everything.
 
-    Raises UserError for a missing or unreadable file, an unknown key (with the nearest known one) or a wrong value.
+    Raises UserError for a missing or unreadable file, an unknown key (with the nearest known one) or a wrong
+    value.
     """
     values = _read_yaml(Path(path), seen=())
     for key, texts in parse_overrides(overrides or []):
@@ -254,7 +263,9 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
         elif found:
             found[-1][1].append(argument)
         else:
-            raise UserError(f"unexpected argument {argument!r}: recipe overrides look like --training.max_steps 10")
+            raise UserError(
+                f"unexpected argument {argument!r}: recipe overrides look like --training.max_steps 10"
+            )
     for key, values in found:
         if not values:
             raise UserError(f"--{key} needs a value: --{key} VALUE")
@@ -269,7 +280,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist: see pipeline/recipes/ for the ones that come along") from None
+        raise UserError(
+            f"recipe {path} does not exist: see pipeline/recipes/ for the ones that come along"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -387,7 +400,9 @@ def _unknown_key(key: str, known: list[str] | tuple[str, ...]) -> UserError:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not near:  # people often forget the section: --max_steps instead of --training.max_steps
         last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-        near = [last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.75)]
+        near = [
+            last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.75)
+        ]
     hint = f": did you mean {near[0]!r}?" if near else f": known keys are {', '.join(known)}"
     return UserError(f"unknown recipe key {key!r}{hint}")
 

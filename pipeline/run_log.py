@@ -1,7 +1,9 @@
-"""What a run writes down: metrics.jsonl and evaluations.jsonl, TensorBoard, Weights & Biases if asked for, and the console.
+"""What a run writes down: metrics.jsonl and evaluations.jsonl, TensorBoard, Weights & Biases if asked for,
+and the console.
 
-In: one record per step and per evaluation, from rank 0. Out: files in the run directory; each step stands in them once, also after a
-resume (records of steps that a killed run had computed but not saved are removed first). Called by `train.py`.
+In: one record per step and per evaluation, from rank 0. Out: files in the run directory; each step stands in
+them once, also after a resume (records of steps that a killed run had computed but not saved are removed
+first). Called by `train.py`.
 """
 
 from __future__ import annotations
@@ -118,7 +120,8 @@ class RunLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics or evaluations file; a half line that a killed run left at the end is dropped."""
+    """The records of a metrics or evaluations file; a half line that a killed run left at the end is
+    dropped."""
     if not path.exists():
         return []
     records = []
@@ -152,7 +155,8 @@ def _tensorboard(folder: Path, resumed_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError(
-            "log.tensorboard is true and TensorBoard is not installed: pip install tensorboard, or --log.tensorboard false"
+            "log.tensorboard is true and TensorBoard is not installed: pip install tensorboard, "
+            "or --log.tensorboard false"
         ) from None
     return SummaryWriter(folder, purge_step=resumed_step + 1 if resumed_step else None)
 
@@ -164,4 +168,6 @@ def _wandb_run(run_dir: Path, recipe: Recipe) -> Any:
         raise UserError(
             "log.wandb is true and wandb is not installed: pip install wandb, or --log.wandb false"
         ) from None
-    return wandb.init(dir=str(run_dir), name=run_dir.name, id=run_dir.name, resume="allow", config=recipe.to_dict())
+    return wandb.init(
+        dir=str(run_dir), name=run_dir.name, id=run_dir.name, resume="allow", config=recipe.to_dict()
+    )

@@ -1,7 +1,8 @@
 """The DeepSpeed config of one run: a strategy file from `ds_configs/`, completed from the recipe.
 
-In: a JSON file that says how to partition, offload and round, and nothing about batch sizes, so that it fits every recipe and
-world size. Out: the dictionary for `deepspeed.initialize`. Called by `train.py`; imports no torch.
+In: a JSON file that says how to partition, offload and round, and nothing about batch sizes, so that it fits
+every recipe and world size. Out: the dictionary for `deepspeed.initialize`. Called by `train.py`; imports no
+torch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _RECIPE_DECIDES = {
 
 
 def read_strategy(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file. UserError when it is missing, not JSON, or speaks about what the recipe decides."""
+    """Read a DeepSpeed JSON file. UserError when it is missing, not JSON, or speaks about what the recipe
+    decides."""
     try:
         strategy = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,10 +38,14 @@ def read_strategy(path: str | Path) -> dict[str, Any]:
         raise UserError(f"DeepSpeed config {path} is not a JSON object")
     for key, decided_by in _RECIPE_DECIDES.items():
         if key in strategy:
-            raise UserError(f"DeepSpeed config {path} sets {key}: remove it, the recipe's {decided_by} decides")
+            raise UserError(
+                f"DeepSpeed config {path} sets {key}: remove it, the recipe's {decided_by} decides"
+            )
     stage = zero_stage(strategy)
     if stage == 0 and "data_types" in strategy:
-        raise UserError(f"DeepSpeed config {path}: stage 0 knows no data_types (use stage 1, 2 or 3, or remove it)")
+        raise UserError(
+            f"DeepSpeed config {path}: stage 0 knows no data_types (use stage 1, 2 or 3, or remove it)"
+        )
     return strategy
 
 

@@ -1,9 +1,9 @@
 """Train a SentenceVAE, an SLLM or a token-level baseline with DeepSpeed: the story of a run.
 
-In: a recipe, a DeepSpeed config and overrides on the command line, or a run directory to go on from. Out: the run directory
-(docs/architecture.md lists it). Start it by `deepspeed pipeline/train.py`, by `srun python pipeline/train.py`, or plainly by
-`python pipeline/train.py` (one process). Exit status: 0 trained to the end, 2 bad input, 75 stopped by a signal after saving: start
-it again to go on.
+In: a recipe, a DeepSpeed config and overrides on the command line, or a run directory to go on from. Out: the
+run directory (docs/architecture.md lists it). Start it by `deepspeed pipeline/train.py`, by `srun python
+pipeline/train.py`, or plainly by `python pipeline/train.py` (one process). Exit status: 0 trained to the end,
+2 bad input, 75 stopped by a signal after saving: start it again to go on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # a script's own folder is first on sys.path: put the repository's root there instead
+if (
+    __name__ == "__main__"
+):  # a script's own folder is first on sys.path: put the repository's root there instead
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.errors import UserError, run_main
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command: check everything that can be checked at once, then train."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a SentenceVAE (vae), an SLLM (sllm) or a token-level baseline (lm) with DeepSpeed.",
+        description="Train a SentenceVAE (vae), an SLLM (sllm) or a token-level baseline (lm).",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSignals) -> int:
-    """Run one training, or go on with it, to its end or to a signal. Called by every rank; returns the exit status."""
+    """Run one training, or go on with it, to its end or to a signal. Called by every rank; returns the exit
+    status."""
     latest = checkpoints.find(recipe.output_dir)
     if latest and is_finished(recipe, checkpoints.read_meta(latest)):
         if ranks.rank == 0:
@@ -79,7 +82,9 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
             if run.save_due or totals.stop:
                 run.save()
             if totals.stop and not run.finished:
-                run.log.say(f"stopped by a signal after step {run.state.step}, saved: start the same command again")
+                run.log.say(
+                    f"stopped by a signal after step {run.state.step}, saved: start the same command again"
+                )
                 return launch.REQUEUE
     return 0
 

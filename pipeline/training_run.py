@@ -1,7 +1,8 @@
-"""The parts of one training run, put together: data, model, engine, log and state. `train.py` tells the story with them.
+"""The parts of one training run, put together: data, model, engine, log and state.
 
-In: a checked recipe, a DeepSpeed strategy and this process's rank. Out: the run directory. Every rank makes one `TrainingRun` and calls
-the same methods in the same order, because most of them contain collective operations.
+In: a checked recipe, a DeepSpeed strategy and this process's rank. Out: the run directory. Every rank makes
+one `TrainingRun` and calls the same methods in the same order, because most of them contain collective
+operations.
 """
 
 from __future__ import annotations
@@ -64,13 +65,12 @@ class Totals:
 
 
 class TrainingRun:
-    """Everything one rank holds during a run. Use as a context manager, so that threads, files and the process group end."""
+    """Everything one rank holds during a run; a context manager that ends its threads, files and group."""
 
     def __init__(self, recipe: Recipe, strategy: dict[str, Any], ranks: Ranks):
         self.recipe, self.ranks = recipe, ranks
         self.run_dir = Path(recipe.output_dir)
         self.state = State()
-        self._saved_step = self._evaluated_step = -1
         self._open = ExitStack()
         data = recipe.data
         shard_sets, self.tokenizer = open_shards(data.shards)
@@ -120,7 +120,8 @@ class TrainingRun:
         return self.finished or is_best or self.state.step % self.recipe.training.save_every == 0
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint; UserError when it is of another model, data order, world size or ZeRO stage."""
+        """Go on from a checkpoint; UserError when it is of another model, data order, world size or ZeRO
+        stage."""
         saved = checkpoints.read_meta(checkpoint)
         checkpoints.require_same_run(saved, checkpoint, self._meta())
         checkpoints.restore(self.engine.deepspeed, checkpoint)
@@ -132,9 +133,13 @@ class TrainingRun:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_unfinished(self.run_dir)
             checkpoints.write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
-            checkpoints.write_atomically(self.run_dir / "ds_config.json", json.dumps(self.config, indent=1) + "\n")
+            checkpoints.write_atomically(
+                self.run_dir / "ds_config.json", json.dumps(self.config, indent=1) + "\n"
+            )
             self.tokenizer.save(self.run_dir / "tokenizer")
-        self.log = self._open.enter_context(RunLog(self.run_dir, self.recipe, self.ranks.rank, self.state.step))
+        self.log = self._open.enter_context(
+            RunLog(self.run_dir, self.recipe, self.ranks.rank, self.state.step)
+        )
         self._loader = self._open.enter_context(
             StepLoader(
                 self.plan,
@@ -154,7 +159,8 @@ class TrainingRun:
     def compute(self, step: Step, stop_wanted: bool) -> Totals:
         """Forward and backward, then the step's one all-reduce of figures and of the wish to stop.
 
-        Raises UserError on every rank alike when the loss is not finite: before the update, so no weight has changed.
+        Raises UserError on every rank alike when the loss is not finite: before the update, so no weight has
+        changed.
         """
         sums = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
@@ -174,8 +180,9 @@ class TrainingRun:
         if not math.isfinite(totals.objective):
             latest = checkpoints.find(self.run_dir)
             raise UserError(
-                f"the loss of step {self.state.step + 1} is {totals.objective}: stopped before the update; last checkpoint: "
-                f"{latest.name if latest else 'none'}; start again from there with a lower --optimizer.lr"
+                f"the loss of step {self.state.step + 1} is {totals.objective}: stopped before the update; "
+                f"last checkpoint: {latest.name if latest else 'none'}; start again from there with a lower "
+                "--optimizer.lr"
             )
         return totals
 
@@ -253,9 +260,9 @@ class TrainingRun:
         half = next((name for name in ("bf16", "fp16") if self.config.get(name, {}).get("enabled")), "fp32")
         where = f"going on from step {state.step}" if state.step else "new run"
         return (
-            f"{self.run_dir}: {self.recipe.objective}, {self.engine.parameters / 1e6:.1f}M parameters, {where}; "
-            f"{self.ranks.world} rank(s) on {self.engine.device.type}, {half}, ZeRO {zero_stage(self.config)}, "
-            f"{data.bins_per_step} bins of {data.bin_tokens} tokens a step"
+            f"{self.run_dir}: {self.recipe.objective}, {self.engine.parameters / 1e6:.1f}M parameters, "
+            f"{where}; {self.ranks.world} rank(s) on {self.engine.device.type}, {half}, "
+            f"ZeRO {zero_stage(self.config)}, {data.bins_per_step} bins of {data.bin_tokens} tokens a step"
         )
 
 
@@ -265,7 +272,9 @@ def open_shards(folders: list[str], tokenizer: Tokenizer | None = None) -> tuple
     tokenizer = tokenizer or shard_sets[0].tokenizer()
     for folder, shard_set in zip(folders, shard_sets, strict=True):
         if shard_set.tokenizer().fingerprint != tokenizer.fingerprint:
-            raise UserError(f"shards {folder} were made with another tokenizer than the training shards: make them anew")
+            raise UserError(
+                f"shards {folder} were made with another tokenizer than the training shards: make them anew"
+            )
     return shard_sets, tokenizer
 
 

@@ -1,7 +1,8 @@
 """Evaluation inside the training loop: a fixed sample of the validation shards, spread over the ranks.
 
-In: validation shards and an `Engine`. Out: one record for `evaluations.jsonl`. `evaluation.py` measures a finished model on whole
-shard sets, with the same definitions; this one is for curves and for choosing the best checkpoint.
+In: validation shards and an `Engine`. Out: one record for `evaluations.jsonl`. `evaluation.py` measures a
+finished model on whole shard sets, with the same definitions; this one is for curves and for choosing the
+best checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class Validation:
-    """The first `bins` bins of the plan's epoch 0; the plan's own seed must not be the run's, so that all runs share them."""
+    """The first `bins` bins of the plan's epoch 0; the plan's own seed must not be the run's, so that all
+    runs share them."""
 
     def __init__(self, plan: BinPlan, bins: int, ranks: Ranks, byte_lengths: np.ndarray):
         chosen = list(itertools.islice(plan.bins(epochs=1), bins))
@@ -32,7 +34,8 @@ class Validation:
         self._batches, self._text_bytes = build(plan, assign(chosen, ranks), byte_lengths)
 
     def run(self, engine: Engine) -> dict[str, Any]:
-        """Sums over all ranks' bins: nats by kind, `bits_per_byte` and `ppl` (exp of nats per plain token)."""
+        """Sums over all ranks' bins: nats by kind, `bits_per_byte` and `ppl` (exp of nats per plain
+        token)."""
         began = time.perf_counter()
         sums = torch.cat([engine.evaluate(self._batches), engine.device_tensor([self._text_bytes])])
         dist.all_reduce(sums)

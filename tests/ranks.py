@@ -1,7 +1,8 @@
-"""Ranks for tests: real processes and real gloo on the loopback address, forked from a server that has imported everything.
+"""Ranks for tests: real processes, real gloo on the loopback address, forked from a preloaded server.
 
-Importing torch, transformers and DeepSpeed costs about nine CPU-seconds for each process. The fork server imports them once; every
-`run` forks fresh ranks from it in milliseconds, so no state of an earlier run is left in them, and none outlives its run.
+Importing torch, transformers and DeepSpeed costs about nine CPU-seconds for each process. The fork server
+imports them once; every `run` forks fresh ranks from it in milliseconds, so no state of an earlier run is
+left in them, and none outlives its run.
 """
 
 from __future__ import annotations
@@ -14,23 +15,36 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-MODULES = ["pipeline.training_run", "pipeline.train", "torch.utils.tensorboard", "torch._dynamo"]
+MODULES = [
+    "pipeline.train",
+    "pipeline.training_run",
+    "pipeline.export",
+    # What DeepSpeed imports only when it needs it: the ZeRO optimizers, and by way of one of them torch's
+    # compiler.
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.parameter_offload",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.utils.zero_to_fp32",
+]
 
 
 class RankPool:
-    """`run(world, function, *arguments)` calls `function(*arguments)` on every rank and returns the results by rank."""
+    """Runs a function on every rank of a fresh process group's worth of processes."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(MODULES)
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Results by rank. Raises RuntimeError with the rank's own traceback when one fails or dies."""
+        """Call `function(*arguments)` on every rank; results by rank. Raises RuntimeError with the rank's own traceback when one fails or dies."""
         port = free_port()
         ranks = []
         for rank in range(world):
             receive, send = self._context.Pipe(duplex=False)
-            process = self._context.Process(target=_be_rank, args=(rank, world, port, send, function, arguments))
+            process = self._context.Process(
+                target=_be_rank, args=(rank, world, port, send, function, arguments)
+            )
             process.start()
             send.close()
             ranks.append((process, receive))
@@ -55,9 +69,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _be_rank(rank: int, world: int, port: int, send: Any, function: Callable[..., Any], arguments: tuple) -> None:
+def _be_rank(
+    rank: int, world: int, port: int, send: Any, function: Callable[..., Any], arguments: tuple
+) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     try:
         send.send((True, function(*arguments)))
@@ -92,7 +112,7 @@ def train(arguments: list[str]) -> int | str:
 
 
 def train_with_signal(arguments: list[str], number: int, rank: int, after_step: int) -> int | str:
-    """As `train`, but this very process gets a signal once metrics.jsonl has `after_step` steps, if it is `rank`."""
+    """As `train`, but `rank` sends itself a signal once metrics.jsonl has `after_step` steps."""
     import threading
     import time
     from pathlib import Path
@@ -110,7 +130,7 @@ def train_with_signal(arguments: list[str], number: int, rank: int, after_step: 
 
 
 def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, float]:
-    """Export a run, load the folder, and measure it on the run's own validation sample by plain torch: (class, bits/byte)."""
+    """Export, load, and measure on the run's validation sample by plain torch: (class, bits per byte)."""
     import itertools
     import math
 
@@ -129,7 +149,9 @@ def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, floa
     with open(os.path.join(run_dir, "recipe.yaml"), encoding="utf-8") as file:
         recipe = yaml.safe_load(file)
     data = recipe["data"]
-    plan = BinPlan([ShardSet.open(data["validation"])], data["window_tokens"], data["bin_tokens"], VALIDATION_SEED)
+    plan = BinPlan(
+        [ShardSet.open(data["validation"])], data["window_tokens"], data["bin_tokens"], VALIDATION_SEED
+    )
     nats = text_bytes = 0.0
     with torch.no_grad():
         for bin_ in itertools.islice(plan.bins(epochs=1), recipe["training"]["eval_bins"]):

@@ -1,4 +1,4 @@
-"""Training with real ranks: strategies and world sizes agree, runs resume exactly, exports are what was trained."""
+"""Training with real ranks: strategies agree, runs resume exactly, exports are what was trained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def pool() -> Iterator[ranks.RankPool]:
 
 @pytest.fixture(scope="session")
 def recipes(tiny_shards: Path, tiny_valid_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with vae.yaml, sllm.yaml and lm.yaml: six small steps of three bins, so that two ranks share them unequally."""
+    """A folder with vae.yaml, sllm.yaml and lm.yaml: six small steps of three bins, so that two ranks share
+    them unequally."""
     folder = tmp_path_factory.mktemp("recipes")
     for objective, model in MODELS.items():
         recipe = {
@@ -77,7 +78,9 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.fixture(scope="session")
-def reference(pool: ranks.RankPool, recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def reference(
+    pool: ranks.RankPool, recipes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """Each objective trained by one process without partitioning."""
     runs = {}
     for objective in MODELS:
@@ -111,7 +114,13 @@ def test_every_strategy_and_world_size_trains_alike(
     statuses = pool.run(world, ranks.train, arguments(recipes, objective, strategy, tmp_path))
     assert statuses == [0] * world
     assert losses(tmp_path) == pytest.approx(losses(reference[objective]), abs=1e-4)
-    for name, tolerance in (("bits_per_byte", 1e-4), ("grad_norm", 1e-3), ("tokens", 0), ("bytes", 0), ("lr", 0)):
+    for name, tolerance in (
+        ("bits_per_byte", 1e-4),
+        ("grad_norm", 1e-3),
+        ("tokens", 0),
+        ("bytes", 0),
+        ("lr", 0),
+    ):
         ours, theirs = ([r[name] for r in records(run)] for run in (tmp_path, reference[objective]))
         assert ours == pytest.approx(theirs, abs=tolerance), name
     measured, expected = (records(run, "evaluations") for run in (tmp_path, reference[objective]))
@@ -137,7 +146,9 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(
 
     assert [r["step"] for r in records(tmp_path / "cut")] == list(range(1, 41))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    ours, theirs = ([r["bits_per_byte"] for r in records(tmp_path / name, "evaluations")] for name in ("cut", "whole"))
+    ours, theirs = (
+        [r["bits_per_byte"] for r in records(tmp_path / name, "evaluations")] for name in ("cut", "whole")
+    )
     assert ours == theirs
 
 
@@ -160,7 +171,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert not unfinished.exists()
 
 
-@pytest.mark.parametrize(("objective", "strategy", "world"), [("vae", "zero0", 1), ("sllm", "zero3", 2), ("lm", "zero2", 2)])
+@pytest.mark.parametrize(
+    ("objective", "strategy", "world"), [("vae", "zero0", 1), ("sllm", "zero3", 2), ("lm", "zero2", 2)]
+)
 def test_an_export_is_the_model_that_was_trained(
     objective: str, strategy: str, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
 ) -> None:
@@ -173,10 +186,21 @@ def test_an_export_is_the_model_that_was_trained(
     assert {"config.json", "model.safetensors", "tokenizer", "training.json"} <= names
 
 
-def test_the_best_checkpoint_is_kept_and_exported(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_and_exported(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
     # So high a rate that the run gets worse after its first evaluation.
     run = tmp_path / "run"
-    options = ("--optimizer.lr", 0.05, "--schedule.kind", "constant", "--schedule.warmup", 1, "--training.keep", 1)
+    options = (
+        "--optimizer.lr",
+        0.05,
+        "--schedule.kind",
+        "constant",
+        "--schedule.warmup",
+        1,
+        "--training.keep",
+        1,
+    )
     options += ("--training.max_steps", 40, "--training.eval_every", 5, "--training.save_every", 5)
     assert pool.run(1, ranks.train, arguments(recipes, "vae", "zero1", run, *options)) == [0]
     evaluations = records(run, "evaluations")
@@ -187,7 +211,9 @@ def test_the_best_checkpoint_is_kept_and_exported(pool: ranks.RankPool, recipes:
     assert measured == pytest.approx(best["bits_per_byte"], abs=1e-5)
 
 
-def test_a_finished_run_is_left_alone(pool: ranks.RankPool, recipes: Path, reference: dict[str, Path]) -> None:
+def test_a_finished_run_is_left_alone(
+    pool: ranks.RankPool, recipes: Path, reference: dict[str, Path]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in reference["vae"].rglob("*")}
     assert pool.run(1, ranks.train, arguments(recipes, "vae", "zero0", reference["vae"])) == [0]
     assert {path: path.stat().st_mtime_ns for path in reference["vae"].rglob("*")} == before
@@ -197,7 +223,13 @@ def test_a_finished_run_is_left_alone(pool: ranks.RankPool, recipes: Path, refer
     ("objective", "strategy", "world", "override", "message"),
     [
         ("sllm", "zero0", 1, (), "another model: objective vae, not sllm"),
-        ("vae", "zero0", 1, ("--model.vae.hidden_size", 64), "another model: embedding_size is 32 there and 64 here"),
+        (
+            "vae",
+            "zero0",
+            1,
+            ("--model.vae.hidden_size", 64),
+            "another model: embedding_size is 32 there and 64 here",
+        ),
         ("vae", "zero0", 1, ("--seed", 2), "other data: seed is 1 there and 2 here"),
         ("vae", "zero0", 2, (), "written by 1 ranks and this run has 2"),
         ("vae", "zero3", 1, (), "ZeRO stage 0 and this run has stage 3"),
@@ -232,11 +264,15 @@ def test_damaged_checkpoints_are_refused(
     assert message in pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))[0]
     weights.unlink()
     assert "is missing" in pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))[0]
-    assert "does not exist" in pool.run(1, ranks.export_error, str(tmp_path / "no"), str(tmp_path / "model"))[0]
+    assert (
+        "does not exist" in pool.run(1, ranks.export_error, str(tmp_path / "no"), str(tmp_path / "model"))[0]
+    )
     assert not (tmp_path / "model").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_every_rank(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_every_rank(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
     broken = ("--optimizer.lr", 1e30, "--schedule.warmup", 0, "--training.save_every", 1)
     answers = pool.run(2, ranks.train, arguments(recipes, "vae", "zero3", tmp_path, *broken))
     assert "stopped before the update; last checkpoint: step-0000000" in answers[0]
