@@ -131,6 +131,7 @@ def compose(folder: Path, runs: Sequence[Run]) -> Iterable[Block]:
         "**Vector gain** is what the SLLM loses in bits per byte when every sentence vector is replaced by "
         "the start vector: what the backbone contributes at all."
     )
+    yield Text(budgets(vae, sllm, lm))
     yield Heading("Training")
     yield from training(runs)
     yield Heading("Sentences")
@@ -156,6 +157,18 @@ def summary(vae: Run, sllm: Run, lm: Run) -> Iterable[Block]:
         f"{percent(vae.result['exact_match'])} of unseen sentences exactly. {len(checks)} of 3 models pass "
         "the checks on causality, caching and packing."
     )
+
+
+def budgets(vae: Run, sllm: Run, lm: Run) -> str:
+    """What each predictor was trained on, in words: an SLLM starts from a SentenceVAE that has seen text too."""
+    text = (
+        f"The SLLM starts from this SentenceVAE, so its encoder and decoder had seen {grouped(vae.tokens())} "
+        f"tokens before its own {grouped(sllm.tokens())}; the token model starts from nothing and sees "
+        f"{grouped(lm.tokens())}."
+    )
+    if abs(sllm.tokens() - lm.tokens()) > 0.02 * lm.tokens():
+        text += " **The two budgets differ, so the two figures must not be compared.**"
+    return text
 
 
 def results_table(runs: Sequence[Run]) -> Table:

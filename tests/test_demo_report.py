@@ -204,6 +204,15 @@ def test_words_follow_the_checks(demo: Path) -> None:
     assert "neither looks ahead" in build_report(demo)[0].read_text()
 
 
+def test_unequal_budgets_are_said(demo: Path) -> None:
+    assert "must not be compared" in build_report(demo)[0].read_text()  # 100,000 and 150,000 tokens
+    same = (demo / "runs" / "sllm" / "metrics.jsonl").read_text()
+    (demo / "runs" / "lm" / "metrics.jsonl").write_text(same)
+    markdown = build_report(demo)[0].read_text()
+    assert "must not be compared" not in markdown
+    assert "had seen 50,000 tokens before its own 100,000" in markdown
+
+
 def test_skipped_step_does_not_break_the_curves(demo: Path) -> None:
     path = demo / "runs" / "sllm" / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
