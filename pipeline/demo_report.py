@@ -160,7 +160,7 @@ def summary(vae: Run, sllm: Run, lm: Run) -> Iterable[Block]:
 
 
 def budgets(vae: Run, sllm: Run, lm: Run) -> str:
-    """What each predictor was trained on, in words: an SLLM starts from a SentenceVAE that has seen text too."""
+    """What each predictor was trained on: an SLLM starts from a SentenceVAE that has seen text too."""
     text = (
         f"The SLLM starts from this SentenceVAE, so its encoder and decoder had seen {grouped(vae.tokens())} "
         f"tokens before its own {grouped(sllm.tokens())}; the token model starts from nothing and sees "
