@@ -299,7 +299,9 @@ def evaluate(
         for span in document_spans(tokens_T, lengths_S, window)
     )
     started = time.perf_counter()
-    sums = score(model, kind, tokenizer, spans, batch_tokens, source.tokens if progress else None, progress)
+    sums = score(
+        model, kind, tokenizer, spans, batch_tokens, None if max_documents else source.tokens, progress
+    )
     if not sums.tokens:
         reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
         left_out = f" (left out: {reasons})" if reasons else ""

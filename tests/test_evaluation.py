@@ -292,8 +292,7 @@ def half_trained_vae(tokenizer):
 
 @torch.no_grad()
 def rebuilt_greedily(model, sentence: np.ndarray) -> list[int]:
-    """What the decoder writes from the sentence's own embedding, symbol by symbol, its end symbol included.
-    """
+    """What the decoder writes from the sentence's own embedding, its end symbol included."""
     vector = model.encode(build_batch([Span(sentence, np.asarray([len(sentence)]), True)]))
     state, written = model.decode_begin(vector), []
     while len(written) <= len(sentence):
