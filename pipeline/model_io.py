@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer, load_tokenizer
@@ -22,6 +23,9 @@ from pipeline.backbone import backbone_config, load_backbone
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
+
+# Bars for loading and writing weights would break up logs; our own commands say what they do.
+disable_progress_bar()
 
 KINDS = {"sentence_vae": "vae", "sllm": "sllm"}  # every other model_type is a token-level causal LM
 
