@@ -84,7 +84,7 @@ class DataRecipe:
 
 @dataclass
 class ModelRecipe:
-    """`vae`: sizes of a SentenceVAE; `backbone`: a Hugging Face config's keys; or `{path: FOLDER}` for either."""
+    """`vae`: sizes of a SentenceVAE; `backbone`: a Hugging Face config's keys; either may be a `path`."""
 
     vae: dict[str, Any] = field(default_factory=dict)
     backbone: dict[str, Any] = field(default_factory=dict)

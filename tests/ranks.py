@@ -30,14 +30,17 @@ MODULES = [
 
 
 class RankPool:
-    """Runs a function on every rank of a fresh process group's worth of processes."""
+    """Runs functions on fresh ranks; `close` ends the server that they are forked from."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(MODULES)
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call `function(*arguments)` on every rank; results by rank. Raises RuntimeError with the rank's own traceback when one fails or dies."""
+        """Call `function(*arguments)` on every rank; results by rank.
+
+        Raises RuntimeError, with the rank's own traceback, when one fails or dies.
+        """
         port = free_port()
         ranks = []
         for rank in range(world):
