@@ -28,6 +28,6 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone: give the interpreter's last flush a place to go, so that it is quiet.
+        # The reader (`| head`) has gone: let the last flush of the interpreter go nowhere, quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
