@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from data_prep.errors import UserError
 from pipeline.attention import HF_ATTENTION, SegmentLayout
+from pipeline.pretrained import load_pretrained, read_config
+
+OWN_TYPES = ("sentence_vae", "sllm")  # they take no token-level model's place
 
 
 def backbone_config(settings: dict) -> PreTrainedConfig:
     """A Hugging Face config from a dict with `model_type` (recipe, saved SLLM config)."""
     settings = dict(settings)
     model_type = settings.pop("model_type", "opt")
+    if model_type in OWN_TYPES:
+        raise UserError(f"model.backbone.model_type {model_type}: name a token-level model, for example opt")
     try:
         return AutoConfig.for_model(model_type, **settings)
     except ValueError as error:
@@ -36,22 +40,11 @@ def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 def load_backbone(folder: str | Path) -> PreTrainedModel:
     """A pretrained decoder-only model from a local folder, in fp32, without its token embedding and head.
 
-    Raises: UserError when the folder holds no model.
+    Raises: UserError when the folder holds no model, or one of ours.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(
-            f"backbone folder {folder}: no config.json there; give a folder made by save_pretrained"
-        )
-    try:
-        model = AutoModel.from_pretrained(
-            folder,
-            attn_implementation=HF_ATTENTION,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"backbone folder {folder}: {str(error).splitlines()[0]}") from None
+    if (model_type := read_config(folder).get("model_type")) in OWN_TYPES:
+        raise UserError(f"backbone folder {folder}: holds a {model_type}, not a token-level model")
+    model = load_pretrained(AutoModel, folder, attn_implementation=HF_ATTENTION)
     return without_token_embedding(model)
 
 

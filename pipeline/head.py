@@ -23,9 +23,10 @@ class _ProjectedLoss(torch.autograd.Function):
     """sum of CE or focal loss over rows; the backward only scales what the forward computed."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, focal_gamma, want_correct):
+    def forward(ctx, hidden, weight, bias, targets, focal_gamma, want_correct, want_grad):
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-        need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+        # `needs_input_grad` is true under no_grad too: evaluation must not pay for gradients.
+        need = [want_grad and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if need[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need[2] else None
@@ -79,7 +80,7 @@ class _ProjectedLoss(torch.autograd.Function):
         # memory.
         grads = tuple(None if g is None else g.mul_(grad_objective) for g in ctx.grads)
         del ctx.grads
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 class VocabularyHead(nn.Linear):
@@ -107,4 +108,6 @@ class VocabularyHead(nn.Linear):
         """
         if targets_N is None:
             return F.linear(hidden_Nd, self.weight, self.bias).float()
-        return _ProjectedLoss.apply(hidden_Nd, self.weight, self.bias, targets_N, focal_gamma, want_correct)
+        return _ProjectedLoss.apply(
+            hidden_Nd, self.weight, self.bias, targets_N, focal_gamma, want_correct, torch.is_grad_enabled()
+        )

@@ -7,25 +7,19 @@ generate, check). Nothing is unpickled and no remote code runs.
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from pipeline.attention import HF_ATTENTION
-from pipeline.backbone import backbone_config, load_backbone
+from pipeline.backbone import OWN_TYPES, backbone_config, load_backbone
+from pipeline.pretrained import load_pretrained, read_config
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
-
-# Bars for loading and writing weights would break up logs; our own commands say what they do.
-disable_progress_bar()
 
 KINDS = {"sentence_vae": "vae", "sllm": "sllm"}  # every other model_type is a token-level causal LM
 
@@ -53,10 +47,30 @@ def _vae_config(settings: dict, text: dict, tokenizer: Tokenizer) -> SentenceVAE
             f"{tokenizer.vocab_size} entries"
         )
     settings.setdefault("max_sentence_tokens", text["sentence_settings"].get("max_tokens", 64))
-    try:
-        return SentenceVAEConfig(**settings, **text)
-    except ValueError as error:
-        raise UserError(f"model.vae: {error}") from None
+    config = SentenceVAEConfig(**settings, **text)
+    _require_sentence_room(config, text)
+    return config
+
+
+def _require_sentence_room(config: SentenceVAEConfig, text: dict) -> None:
+    longest = text["sentence_settings"].get("max_tokens", 0)
+    if longest > config.max_sentence_tokens:
+        raise UserError(
+            f"the shards hold sentences of up to {longest} tokens, but the SentenceVAE takes "
+            f"{config.max_sentence_tokens} (model.vae.max_sentence_tokens)"
+        )
+
+
+def _require_room(config: PreTrainedConfig, window_tokens: int) -> None:
+    # A window of one-token sentences needs as many positions as it has tokens; found out in the middle of
+    # a run, one rank would stop while the others wait for it.
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and window_tokens + 1 > positions:
+        raise UserError(
+            f"data.window_tokens {window_tokens} and a start position need {window_tokens + 1} positions, "
+            f"but the backbone has {positions}; lower data.window_tokens or raise "
+            "model.backbone.max_position_embeddings"
+        )
 
 
 def build_model(
@@ -82,11 +96,20 @@ def build_model(
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
-    if objective == "vae":
-        return SentenceVAE(_vae_config({**vae, "focal_gamma": focal_gamma}, text, tokenizer))
-    if objective == "lm":
-        return TokenLM(_build_causal_lm(backbone, text, tokenizer), focal_gamma)
+    try:
+        if objective == "vae":
+            return SentenceVAE(_vae_config({**vae, "focal_gamma": focal_gamma}, text, tokenizer))
+        if objective == "lm":
+            return TokenLM(_build_causal_lm(backbone, text, tokenizer), focal_gamma)
+        return _build_sllm(vae, backbone, text, tokenizer, focal_gamma)
+    except UserError:
+        raise
+    except Exception as error:  # wrong types and sizes fail deep in configs and layers, each in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model: cannot be built from these settings ({reason})") from error
 
+
+def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, focal_gamma: float) -> SLLM:
     trained_vae = loaded_backbone = None
     if vae.get("path"):
         trained_vae = load_model(vae["path"])
@@ -97,6 +120,7 @@ def build_model(
         _same_tokenizer(vae["path"], tokenizer)
         vae_config = trained_vae.config
         vae_config.focal_gamma = focal_gamma
+        _require_sentence_room(vae_config, text)
     else:
         vae_config = _vae_config({**vae, "focal_gamma": focal_gamma}, text, tokenizer)
     if backbone.get("path"):
@@ -104,6 +128,7 @@ def build_model(
         config = loaded_backbone.config
     else:
         config = backbone_config(backbone)
+    _require_room(config, text["window_tokens"])
     model = SLLM(SLLMConfig(vae_config, config, **text))
     if trained_vae is not None:
         model.vae.load_state_dict(trained_vae.state_dict())
@@ -114,7 +139,7 @@ def build_model(
 
 def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> nn.Module:
     if backbone.get("path"):
-        model = _load_causal_lm(Path(backbone["path"]))
+        model = _load_causal_lm(backbone["path"])
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"model.backbone.path {backbone['path']}: vocabulary of {model.config.vocab_size}, but "
@@ -125,6 +150,7 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> nn.Mod
             {**backbone, "vocab_size": backbone.get("vocab_size") or tokenizer.vocab_size}
         )
         model = AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION)
+    _require_room(model.config, text["window_tokens"])
     for key, value in text.items():
         setattr(model.config, key, value)
     return model
@@ -135,14 +161,10 @@ def _same_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
         raise UserError(f"{folder}: was trained with another tokenizer than the one that made the shards")
 
 
-def _load_causal_lm(folder: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        attn_implementation=HF_ATTENTION,
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+def _load_causal_lm(folder: str | Path) -> PreTrainedModel:
+    if (model_type := read_config(folder).get("model_type")) in OWN_TYPES:
+        raise UserError(f"model folder {folder}: holds a {model_type}, not a token-level causal LM")
+    return load_pretrained(AutoModelForCausalLM, folder, attn_implementation=HF_ATTENTION)
 
 
 def save_model(model: nn.Module, folder: str | Path, tokenizer: Tokenizer) -> None:
@@ -150,19 +172,6 @@ def save_model(model: nn.Module, folder: str | Path, tokenizer: Tokenizer) -> No
     inner = model.model if isinstance(model, TokenLM) else model
     inner.save_pretrained(folder)
     tokenizer.save(Path(folder) / "tokenizer")
-
-
-def read_config(folder: str | Path) -> dict:
-    """`config.json` of a model folder. Raises: UserError when there is none."""
-    path = Path(folder) / "config.json"
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"model folder {folder}: no config.json there; give a folder made by `sllm export`"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
 def load_model(folder: str | Path) -> nn.Module:
@@ -173,22 +182,9 @@ def load_model(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     kind = KINDS.get(read_config(folder).get("model_type"), "lm")
-    try:
-        if kind == "lm":
-            return TokenLM(_load_causal_lm(folder)).eval()
-        model_class = SentenceVAE if kind == "vae" else SLLM
-        model, info = model_class.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as error:  # safetensors, transformers and torch each raise their own kinds for damaged files
-        logging.getLogger(__name__).debug("loading %s failed", folder, exc_info=True)
-        raise UserError(f"model folder {folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    if wrong:
-        raise UserError(f"model folder {folder}: weights do not match its config (first: {wrong[0]})")
-    return model.eval()
+    if kind == "lm":
+        return TokenLM(_load_causal_lm(folder)).eval()
+    return load_pretrained(SentenceVAE if kind == "vae" else SLLM, folder, strict=True)
 
 
 def load_model_tokenizer(folder: str | Path) -> Tokenizer:

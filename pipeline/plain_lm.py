@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pipeline.batches import Batch
 from pipeline.losses import LossSums
+from pipeline.pretrained import load_pretrained
 
 ROWS_AT_ONCE = 256  # of logits in float32 at once
 
@@ -64,15 +64,7 @@ class PlainLM(nn.Module):
 
 def load_plain_lm(folder: str | Path, tokenizer: Tokenizer) -> PlainLM:
     """The model of a local folder in fp32, eval mode. Raises: UserError when it cannot be loaded."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # every architecture and file format raises its own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model folder {folder}: cannot be loaded as a causal language model ({reason})"
-        ) from None
+    model = load_pretrained(AutoModelForCausalLM, folder)
     own = model.config
     # A list of end symbols (chat models), or none: the tokenizer's own is the one that ends a plain text.
     bos, end = (
@@ -82,4 +74,4 @@ def load_plain_lm(folder: str | Path, tokenizer: Tokenizer) -> PlainLM:
             (getattr(own, "eos_token_id", None), tokenizer.eos_id),
         )
     )
-    return PlainLM(model.eval(), bos, end)
+    return PlainLM(model, bos, end)
