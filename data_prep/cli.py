@@ -128,7 +128,7 @@ def _add_segmenter(sub: argparse.ArgumentParser) -> None:
         "--lang",
         choices=("en", "zh", "auto"),
         default="auto",
-        help="language; auto (default) decides by script. Folders named EN and CN always count",
+        help="language; auto (default): by a folder named EN or CN (the input or below it), else by script",
     )
     sub.add_argument(
         "--segmenter",

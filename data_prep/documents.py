@@ -28,7 +28,10 @@ SCRIPT_SAMPLE = 2000  # characters; enough to tell Chinese from English
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file to read. `name`, its last folder and file name, is what manifests show: no machine's paths."""
+    """One file to read. `name`, its last folder and file name, is what manifests show: no machine's paths.
+
+    `folder_language`: that of the nearest folder named EN or CN, from the input path's own name downwards.
+    """
 
     path: Path
     name: str
@@ -68,11 +71,11 @@ def find_inputs(paths: list[str | Path]) -> list[InputFile]:
             found = sorted(p for p in given.rglob("*.jsonl*") if p.name.endswith(ENDINGS) and p.is_file())
             if not found:
                 raise UserError(f"input folder {given} holds no .jsonl or .jsonl.gz file")
-            files += map(_input_file, found)
+            files += (_input_file(p, given) for p in found)
         elif given.is_file():
             if not given.name.endswith(ENDINGS):
                 raise UserError(f"input {given} is neither .jsonl nor .jsonl.gz")
-            files.append(_input_file(given))
+            files.append(_input_file(given, given))
         else:
             raise UserError(f"input {given} does not exist")
     seen: set[Path] = set()
@@ -83,12 +86,13 @@ def find_inputs(paths: list[str | Path]) -> list[InputFile]:
     return files
 
 
-def _input_file(path: Path) -> InputFile:
-    path = Path(os.path.abspath(path))  # links are followed when read, but name and folder are the ones given
+def _input_file(path: Path, given: Path) -> InputFile:
+    # Links are followed when read, but name and folder are the ones given.
+    path, given = Path(os.path.abspath(path)), Path(os.path.abspath(given))
     folder = path.parent.name
-    language = next(
-        (FOLDER_LANGUAGES[part] for part in reversed(path.parts) if part in FOLDER_LANGUAGES), None
-    )
+    # Folders above the input are this machine's own, and must not decide what is made of it.
+    parts = (given.name, *path.relative_to(given).parts)
+    language = next((FOLDER_LANGUAGES[part] for part in reversed(parts) if part in FOLDER_LANGUAGES), None)
     return InputFile(path, f"{folder}/{path.name}", folder, language)
 
 
@@ -149,9 +153,9 @@ class DocumentReader:
         )
 
     def _language(self, content: str) -> str:
-        if self.file.folder_language:
-            return self.file.folder_language
-        return detect_language(content) if self.language == "auto" else self.language
+        if self.language != "auto":
+            return self.language
+        return self.file.folder_language or detect_language(content)
 
     def _lines(self) -> Iterator[bytes]:
         begun: list[bytes] = []  # pieces of a line whose end has not come yet

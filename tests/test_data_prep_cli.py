@@ -140,8 +140,9 @@ def test_the_number_of_workers_changes_no_byte(corpus: Path, shards: Path, token
 
 
 def test_the_place_of_the_corpus_changes_no_byte(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
-    shutil.copytree(corpus, tmp_path / "elsewhere/corpus")
-    assert call(*shard_arguments(tmp_path / "elsewhere/corpus", tmp_path / "shards", tokenizer)) == 0
+    place = tmp_path / "EN/elsewhere/CN/corpus"
+    shutil.copytree(corpus, place)
+    assert call(*shard_arguments(place, tmp_path / "shards", tokenizer)) == 0
     assert contents(tmp_path / "shards") == contents(shards)
     assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "shards").values())
 
@@ -325,6 +326,18 @@ def test_bad_input_to_shard(corpus: Path, tokenizer: Path, tmp_path: Path, capsy
     assert "not empty" in say(corpus, tokenizer, tmp_path / "full")
     assert "is a file" in say(corpus, tokenizer, tmp_path / "full/file")
     assert "cannot write" in say(corpus, tokenizer, tmp_path / "full/file/below")
+
+
+def test_an_explicit_language_wins(corpus: Path, tokenizer: Path, tmp_path: Path):
+    """Below folders named CN, and from folders named EN and CN themselves."""
+    made = []
+    for place in ("CN/proj", "proj"):
+        shutil.copytree(corpus, tmp_path / place / "corpus")
+        output = tmp_path / "shards" / place
+        assert call(*shard_arguments(tmp_path / place / "corpus", output, tokenizer, "--lang", "en")) == 0
+        made.append(contents(output))
+    assert made[0] == made[1]
+    assert set(ShardSet.open(output).manifest["languages"]) == {"en"}
 
 
 # verify, stats, show -----------------------------------------------------------------------------------

@@ -118,7 +118,11 @@ def test_no_gzip_at_all(tmp_path: Path):
 @pytest.mark.parametrize(
     ("folder", "flag", "content", "language"),
     [
-        ("CN/news", "en", "English", "zh"),
+        ("CN/news", "auto", "English", "zh"),
+        ("CN/news", "en", "English", "en"),
+        ("EN/news", "zh", "English", "zh"),
+        ("news/CN", "auto", "English", "zh"),
+        ("CN/x/EN", "auto", "中文", "en"),
         ("EN/news", "auto", "中文", "en"),
         ("news", "zh", "English", "zh"),
         ("news", "auto", "这是中文 with words", "zh"),
@@ -127,10 +131,20 @@ def test_no_gzip_at_all(tmp_path: Path):
     ],
 )
 def test_language(tmp_path: Path, folder: str, flag: str, content: str, language: str):
-    data = json.dumps({"id": "a", "content": content}).encode()
-    items, _ = read(tmp_path / folder / "x.jsonl", data, flag)
-    assert items[0].language == language
-    assert items[0].source == folder.split("/")[-1]
+    file = tmp_path / "CN/EN/CN/corpus" / folder / "x.jsonl"  # what lies above the input never counts
+    file.parent.mkdir(parents=True)
+    file.write_bytes(json.dumps({"id": "a", "content": content}).encode())
+    given = tmp_path / "CN/EN/CN/corpus" / folder.split("/")[0]
+    for path in (given, given.parent):
+        (document,) = DocumentReader(find_inputs([path])[0], flag)
+        assert (document.language, document.source) == (language, folder.split("/")[-1])
+
+
+def test_language_of_an_input_given_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    read(tmp_path / "CN/x.jsonl", GOOD)
+    assert find_inputs([tmp_path / "CN/x.jsonl"])[0].folder_language is None  # a single file: by its script
+    monkeypatch.chdir(tmp_path / "CN")
+    assert find_inputs(["."])[0].folder_language == "zh"
 
 
 def test_language_of_texts_without_letters():
