@@ -1,12 +1,12 @@
 #!/bin/bash
 # Corpus -> sentence shards, on one node with many workers: `data-prep shard`, then `data-prep verify`.
 #
-# Set:   INPUT       files or folders of WanJuan text (.jsonl, .jsonl.gz), separated by spaces
-#        OUTPUT      folder for the shard set
-#        TOKENIZER   folder of the tokenizer
-#        SEGMENTER   clause (default) or sentence
-#        LANGUAGE    en, zh or auto (default)
-#        VENV        folder of the Python environment (default: .venv of the folder you submit from)
+# Set:   INPUT          files or folders of WanJuan text (.jsonl, .jsonl.gz), separated by spaces
+#        OUTPUT         folder for the shard set
+#        TOKENIZER      folder of the tokenizer
+#        SEGMENTER      clause (default) or sentence
+#        TEXT_LANGUAGE  en, zh or auto (default)
+#        VENV           folder of the Python environment (default: .venv of the folder you submit from)
 # Further arguments go to `data-prep shard`. A killed job, submitted again, goes on where it was.
 #
 # Example, from the project's folder (`mkdir -p logs` first: Slurm does not make the log folder):
@@ -28,5 +28,5 @@ export PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 read -ra inputs <<<"$INPUT"
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   data-prep shard --input "${inputs[@]}" --output "$OUTPUT" --tokenizer "$TOKENIZER" \
-  --segmenter "${SEGMENTER:-clause}" --lang "${LANGUAGE:-auto}" --workers "$SLURM_CPUS_PER_TASK" "$@"
+  --segmenter "${SEGMENTER:-clause}" --lang "${TEXT_LANGUAGE:-auto}" --workers "$SLURM_CPUS_PER_TASK" "$@"
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" data-prep verify "$OUTPUT"

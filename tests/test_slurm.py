@@ -82,7 +82,7 @@ def test_prepare_data_writes_verified_shards(
     cluster: SlurmCluster, tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     cluster.environment |= {"INPUT": str(tiny_corpus / "valid.jsonl"), "TOKENIZER": str(tiny_tokenizer)}
-    cluster.environment |= {"OUTPUT": str(tmp_path / "shards"), "LANGUAGE": "en"}
+    cluster.environment |= {"OUTPUT": str(tmp_path / "shards"), "TEXT_LANGUAGE": "en"}
     record = cluster.wait_for_job(
         submit(cluster, tmp_path / "log", "--cpus-per-task=1", "slurm/prepare_data.sh")
     )
@@ -91,6 +91,7 @@ def test_prepare_data_writes_verified_shards(
     from data_prep.shards import ShardSet
 
     lines = (tiny_corpus / "valid.jsonl").read_text().splitlines()
+    assert ShardSet.open(tmp_path / "shards").settings.language == "en"
     tokenizer = ShardSet.open(tmp_path / "shards").tokenizer()
     texts = {d.id: tokenizer.decode(d.tokens) for d in ShardSet.open(tmp_path / "shards").documents()}
     assert texts == {json.loads(line)["id"]: json.loads(line)["content"] for line in lines}
