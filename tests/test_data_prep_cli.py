@@ -209,7 +209,13 @@ def test_a_stopped_run_goes_on(
 ):
     output = tmp_path / "shards"
     arguments = [str(a) for a in shard_arguments(long_corpus, output, tokenizer, "--workers", "2")]
-    process = subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        # A suite that a script runs in the background has Ctrl-C ignored, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     record = output / ".unfinished/unit-000001/record.json"
     wait_for(record.is_file, process)
     workers = psutil.Process(process.pid).children(recursive=True)
