@@ -175,6 +175,7 @@ def _shard(arguments: argparse.Namespace) -> None:
     from data_prep.sharding import Progress, make_shards
 
     settings = SentenceSettings(arguments.segmenter, arguments.lang, arguments.max_tokens)
+    _find_inputs(arguments)  # bad input and files that are passed over are told before hours of work
     progress = Progress(sys.stderr)
     began = time.monotonic()
     try:
@@ -221,6 +222,15 @@ def _shard(arguments: argparse.Namespace) -> None:
     )
 
 
+def _find_inputs(arguments: argparse.Namespace) -> list:
+    from data_prep.documents import find_inputs, find_unread, unread_line
+
+    files = find_inputs(arguments.input)
+    if unread := find_unread(arguments.input):
+        print(f"data-prep: not read: {unread_line(unread)}", file=sys.stderr)
+    return files
+
+
 def _verify(arguments: argparse.Namespace) -> None:
     from data_prep.inspection import verify
 
@@ -247,10 +257,10 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> None:
-    from data_prep.documents import find_inputs, sample_lines
+    from data_prep.documents import sample_lines
     from data_prep.tokenizer import train_sentencepiece
 
-    files = find_inputs(arguments.input)
+    files = _find_inputs(arguments)
     tokenizer = train_sentencepiece(
         sample_lines(files, int(arguments.sample_mb * 1e6)), arguments.output, arguments.vocab_size
     )

@@ -19,6 +19,8 @@ from pathlib import Path
 from data_prep.errors import UserError
 
 ENDINGS = (".jsonl", ".jsonl.gz")
+# WanJuan comes as `*.jsonl.tar.gz` too; such files are told, not read.
+PACKED_ENDINGS = (".gz", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar")
 FOLDER_LANGUAGES = {"EN": "en", "CN": "zh"}  # WanJuan's folder names
 CHUNK_BYTES = 1 << 20
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -70,7 +72,9 @@ def find_inputs(paths: list[str | Path]) -> list[InputFile]:
         if given.is_dir():
             found = sorted(p for p in given.rglob("*.jsonl*") if p.name.endswith(ENDINGS) and p.is_file())
             if not found:
-                raise UserError(f"input folder {given} holds no .jsonl or .jsonl.gz file")
+                unread = find_unread([given])
+                advice = f", only {unread_line(unread)}" if unread else ""
+                raise UserError(f"input folder {given} holds no .jsonl or .jsonl.gz file{advice}")
             files += (_input_file(p, given) for p in found)
         elif given.is_file():
             if not given.name.endswith(ENDINGS):
@@ -84,6 +88,24 @@ def find_inputs(paths: list[str | Path]) -> list[InputFile]:
             raise UserError(f"input {file.path} is named twice; give each file once")
         seen.add(file.path.resolve())
     return files
+
+
+def find_unread(paths: list[str | Path]) -> list[str]:
+    """Packed files below folders among `paths`, which `find_inputs` passes over: last folder and name each."""
+    unread: list[str] = []
+    for given in (Path(os.path.abspath(path)) for path in paths):
+        for path in sorted(given.rglob("*")):  # nothing where `given` is a file
+            name = path.name.lower()
+            if name.endswith(PACKED_ENDINGS) and not path.name.endswith(ENDINGS) and path.is_file():
+                unread.append(f"{path.parent.name}/{path.name}")
+    return unread
+
+
+def unread_line(unread: list[str], shown: int = 5) -> str:
+    """`find_unread`'s answer for people, in one line: how many, the first few names, what to do."""
+    more = ", …" if len(unread) > shown else ""
+    files = f"{len(unread)} packed file{'s' if len(unread) > 1 else ''}"
+    return f"{files} that cannot be read: {', '.join(unread[:shown])}{more}; unpack them first"
 
 
 def _input_file(path: Path, given: Path) -> InputFile:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
-from data_prep.documents import DocumentReader, InputFile, RawDocument, Reject, find_inputs
+from data_prep.documents import DocumentReader, InputFile, RawDocument, Reject, find_inputs, find_unread
 from data_prep.errors import UserError
 from data_prep.segment import VERSION as SEGMENTER_VERSION
 from data_prep.segment import get_segmenter
@@ -112,7 +112,7 @@ def make_shards(
         reasons = _sum_counts(record["rejected"] for record in records)
         said = ", ".join(f"{n} × {reason}" for reason, n in reasons.items()) or "the files are empty"
         raise UserError(f"no usable document in {', '.join(map(str, inputs))}: {said}")
-    return _merge(output, work, facts, records, tokenizer), False
+    return _merge(output, work, facts, records, find_unread(inputs), tokenizer), False
 
 
 def _fingerprint(*values: object) -> str:
@@ -349,7 +349,9 @@ def _shard_names(records: list[dict]) -> dict[tuple[int, int], str]:
 # The end -----------------------------------------------------------------------------------------------
 
 
-def _merge(output: Path, work: Path, facts: dict, records: list[dict], tokenizer: Tokenizer) -> dict:
+def _merge(
+    output: Path, work: Path, facts: dict, records: list[dict], not_read: list[str], tokenizer: Tokenizer
+) -> dict:
     """Move the shards to their final names and write quarantine, tokenizer and, last, the manifest."""
     shards = []
     for (unit, part), name in _shard_names(records).items():
@@ -381,6 +383,7 @@ def _merge(output: Path, work: Path, facts: dict, records: list[dict], tokenizer
         "damaged": [{"file": e["file"], "damage": e["damage"]} for e in inputs if e["damage"]],
         "quarantine_sha256": hashlib.sha256(quarantine).hexdigest(),
         "inputs": inputs,
+        "not_read": not_read,
     }
     write_atomically(output / MANIFEST, json_bytes(manifest))
     shutil.rmtree(work)

@@ -334,6 +334,22 @@ def test_bad_input_to_shard(corpus: Path, tokenizer: Path, tmp_path: Path, capsy
     assert "cannot write" in say(corpus, tokenizer, tmp_path / "full/file/below")
 
 
+def test_packed_files_are_told_and_kept_in_the_manifest(
+    corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    for name in ("EN/books/more.jsonl.tar.gz", "CN/news/more.jsonl.zst"):
+        (tmp_path / "corpus" / name).write_bytes(b"packed")
+    capsys.readouterr()
+    assert call(*shard_arguments(tmp_path / "corpus", tmp_path / "shards", tokenizer)) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not read: 2 packed files" in line and "news/more.jsonl.zst" in line and "unpack" in line
+    manifest = ShardSet.open(tmp_path / "shards").manifest
+    assert manifest["not_read"] == ["news/more.jsonl.zst", "books/more.jsonl.tar.gz"]
+    known = ShardSet.open(shards).manifest
+    assert known["not_read"] == [] and known["fingerprint"] == manifest["fingerprint"]
+
+
 def test_an_explicit_language_wins(corpus: Path, tokenizer: Path, tmp_path: Path):
     """Below folders named CN, and from folders named EN and CN themselves."""
     made = []

@@ -15,7 +15,9 @@ from data_prep.documents import (
     Reject,
     detect_language,
     find_inputs,
+    find_unread,
     sample_lines,
+    unread_line,
 )
 from data_prep.errors import UserError
 
@@ -171,6 +173,30 @@ def test_find_inputs(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no"):
         find_inputs([tmp_path / "empty"])
+
+
+def test_packed_files_are_not_passed_over_silently(tmp_path: Path):
+    names = (
+        "a/p1.jsonl.tar.gz",
+        "a/p2.jsonl.zst",
+        "b/p3.jsonl.GZ",
+        "b/good.jsonl",
+        "b/good.jsonl.gz",
+        "b/n.md",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert find_unread([tmp_path / "b", tmp_path / "a", tmp_path / "b/good.jsonl"]) == [
+        "b/p3.jsonl.GZ",
+        "a/p1.jsonl.tar.gz",
+        "a/p2.jsonl.zst",
+    ]
+    assert [file.path.name for file in find_inputs([tmp_path])] == ["good.jsonl", "good.jsonl.gz"]
+    with pytest.raises(UserError, match=r"only 2 packed files .* a/p1.jsonl.tar.gz, a/p2.jsonl.zst; unpack"):
+        find_inputs([tmp_path / "a"])
+    assert unread_line([f"a/{n}" for n in range(1000)]).startswith("1000 packed files")
+    assert "a/4, …;" in unread_line([f"a/{n}" for n in range(1000)])
 
 
 def test_links_keep_the_names_given(tmp_path: Path):
