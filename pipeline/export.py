@@ -31,12 +31,15 @@ from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
 
+ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
+
 
 def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> Path:
     """Write the `best` (by validation bits per byte) or `last` weights of a run to the folder `output`.
 
-    A run without validation has no best checkpoint: its last one is taken. An older model folder at `output`
-    is replaced, anything else there is refused. Raises UserError for a missing, unfinished or damaged run.
+    A run without validation has no best checkpoint: its last one is taken. An older export at `output` is
+    replaced, anything else there is refused, model folders of other origin too. Raises UserError for a
+    missing, unfinished or damaged run.
     """
     run_dir, output = Path(run_dir), Path(output)
     if not run_dir.is_dir():
@@ -45,12 +48,11 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
     checkpoint = checkpoint or checkpoints.find(run_dir, "latest")
     if checkpoint is None:
         raise UserError(f"{run_dir} holds no complete checkpoint (no checkpoints/latest): train first")
-    if (
-        output.exists()
-        and (not output.is_dir() or any(output.iterdir()))
-        and not (output / "config.json").is_file()
-    ):
-        raise UserError(f"{output} exists and is not a model folder: choose another --output")
+    if not is_replaceable(output):
+        raise UserError(
+            f"{output} exists and was not written by `sllm export` (no {ORIGIN} of ours in it): "
+            "choose another --output"
+        )
 
     meta = checkpoints.read_meta(checkpoint)
     model = model_from_config(meta)
@@ -70,11 +72,22 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
         "tokens": meta.tokens,
     }
     origin |= {"best": meta.best, "recipe": meta.recipe}
-    (aside / "training.json").write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    (aside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
     if output.exists():
         shutil.rmtree(output)
     os.replace(aside, output)
     return output
+
+
+def is_replaceable(output: Path) -> bool:
+    """Whether an export may take the place of what is at `output`: nothing, an empty folder or an export."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return True
+    try:
+        origin = json.loads((output / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(origin, dict) and {"run_dir", "checkpoint", "recipe"} <= set(origin)
 
 
 def model_from_config(meta: Meta) -> nn.Module:

@@ -11,14 +11,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
+from pipeline.checkpoints import write_atomically
 from pipeline.recipe import Recipe
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+WANDB_ID = "wandb-id"
 _CURVES = (
     "loss",
     "bits_per_byte",
@@ -169,5 +172,16 @@ def _wandb_run(run_dir: Path, recipe: Recipe) -> Any:
             "log.wandb is true and wandb is not installed: pip install wandb, or --log.wandb false"
         ) from None
     return wandb.init(
-        dir=str(run_dir), name=run_dir.name, id=run_dir.name, resume="allow", config=recipe.to_dict()
+        dir=str(run_dir), name=run_dir.name, id=wandb_id(run_dir), resume="allow", config=recipe.to_dict()
     )
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The run's id at Weights & Biases: random, made once, kept in the run directory for resumes.
+
+    Not the folder's name: two runs of one name would become one there.
+    """
+    path = run_dir / WANDB_ID
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()

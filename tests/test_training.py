@@ -15,6 +15,8 @@ import pytest
 import ranks
 import yaml
 
+from pipeline.run_log import wandb_id
+
 PROJECT = Path(__file__).resolve().parent.parent
 STRATEGIES = PROJECT / "ds_configs"
 
@@ -186,6 +188,29 @@ def test_an_export_is_the_model_that_was_trained(
     assert {"config.json", "model.safetensors", "tokenizer", "training.json"} <= names
 
 
+def test_an_export_replaces_nothing_but_an_export(
+    pool: ranks.RankPool, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    run = str(reference["vae"])
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    for name in ("config.json", "training.json"):  # a model folder of somebody else
+        (foreign / name).write_text("{}")
+        [message] = pool.run(1, ranks.export_error, run, str(foreign))
+        assert "foreign exists and was not written by `sllm export`" in message and "\n" not in message
+        assert (foreign / name).read_text() == "{}"
+    (tmp_path / "file").write_text("text")
+    assert "was not written by" in pool.run(1, ranks.export_error, run, str(tmp_path / "file"))[0]
+
+    model = tmp_path / "model"
+    model.mkdir()  # an empty folder, then an older export
+    for _ in range(2):
+        assert pool.run(1, ranks.export_error, run, str(model)) == [""]
+        assert (model / "model.safetensors").is_file()
+        assert not (model / "stale").exists()
+        (model / "stale").touch()
+
+
 def test_the_best_checkpoint_is_kept_and_exported(
     pool: ranks.RankPool, recipes: Path, tmp_path: Path
 ) -> None:
@@ -277,6 +302,15 @@ def test_a_loss_that_is_not_finite_stops_every_rank(
     answers = pool.run(2, ranks.train, arguments(recipes, "vae", "zero3", tmp_path, *broken))
     assert "stopped before the update; last checkpoint: step-0000000" in answers[0]
     assert answers[1] == 2
+
+
+def test_two_runs_of_one_name_are_two_at_weights_and_biases(tmp_path: Path) -> None:
+    runs = [tmp_path / parent / "try" for parent in "ab"]
+    for run in runs:
+        run.mkdir(parents=True)
+    first, second = map(wandb_id, runs)
+    assert first != second
+    assert [wandb_id(run) for run in runs] == [first, second]  # a resumed run goes on under its id
 
 
 def test_the_deepspeed_launcher_trains(recipes: Path, reference: dict[str, Path], tmp_path: Path) -> None:
