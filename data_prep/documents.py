@@ -91,7 +91,7 @@ def find_inputs(paths: list[str | Path]) -> list[InputFile]:
 
 
 def find_unread(paths: list[str | Path]) -> list[str]:
-    """Packed files below folders among `paths`, which `find_inputs` passes over: last folder and name each."""
+    """Packed files below folders among `paths`, which `find_inputs` passes over: last folder and name."""
     unread: list[str] = []
     for given in (Path(os.path.abspath(path)) for path in paths):
         for path in sorted(given.rglob("*")):  # nothing where `given` is a file

@@ -15,19 +15,38 @@ class UserError(Exception):
 
 
 def run_main(prog: str, main: Callable[[], int | None]) -> int:
-    """Run `main` and return the process's exit status: 0, its own, 2 for a `UserError`, 130 for Ctrl-C."""
+    """Run `main`; the process's exit status: 0, its own, 2 for `UserError` and `OSError`, 130 for Ctrl-C."""
     try:
         status = main()
         sys.stdout.flush()
         return status or 0
     except UserError as error:
-        line = " ".join(str(error).split())
-        print(f"{prog}: error: {line}", file=sys.stderr)
-        return 2
+        return _refuse(prog, str(error))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone: let the last flush of the interpreter go nowhere, quietly.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except OSError as error:  # a full disk, a folder without permission, a file where a folder should be
+        status = _refuse(prog, _describe(error))
+        try:
+            sys.stdout.flush()
+        except OSError:  # standard output itself is what cannot be written
+            _drop_output()
+        return status
+
+
+def _refuse(prog: str, message: str) -> int:
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _describe(error: OSError) -> str:
+    # Libraries raise OSError with a text alone, too.
+    return f"{error.filename or 'cannot read or write'}: {error.strerror}" if error.strerror else str(error)
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

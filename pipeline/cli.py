@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from data_prep.errors import UserError, run_main
+from data_prep.errors import run_main
 
 DESCRIPTION = "Evaluate, generate with, check and export sentence-level language models (SLLM)."
 
@@ -258,11 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv` (default: the process's arguments) and run the command; returns its exit status."""
     args = build_parser().parse_args(argv)
     _quiet_libraries()
-    try:
-        return args.run(args)
-    except FileNotFoundError as error:
-        # A file that went missing between our checks and its use is the user's to know about, not a bug.
-        raise UserError(f"{error.filename or error}: no such file or folder") from error
+    return args.run(args)
 
 
 def console() -> int:

@@ -350,6 +350,37 @@ def test_packed_files_are_told_and_kept_in_the_manifest(
     assert known["not_read"] == [] and known["fingerprint"] == manifest["fingerprint"]
 
 
+def test_places_that_cannot_be_written(corpus: Path, tokenizer: Path, tmp_path: Path):
+    """One line with the place and the reason, status 2, whatever the command; as a process, so that no
+    library's or interpreter's own words slip through.
+    """
+    (tmp_path / "file").write_bytes(b"")
+    for output, reason in (
+        (tmp_path / "file", "File exists"),
+        (tmp_path / "file/below", "Not a directory"),
+        (Path("/proc/nowhere"), "No such file or directory"),  # cannot be made, not even by root
+    ):
+        for command in (
+            ["tokenizer", "--input", corpus, "--vocab-size", "400"],
+            ["shard", "--input", corpus, "--tokenizer", tokenizer],
+        ):
+            err = run(*command, "--output", output, status=2).stderr.decode()
+            assert err.count("\n") == 1, err
+            assert err.startswith("data-prep: error: ") and str(output.parent) in err, err
+            assert reason in err or "is a file" in err, err
+    assert "Not a directory" in run("segment", tmp_path / "file/below", status=2).stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, the disk that is always full")
+def test_a_full_disk_is_told(shards: Path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "stats", str(shards)], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "data-prep: error: cannot read or write: No space left on device\n"
+
+
 def test_an_explicit_language_wins(corpus: Path, tokenizer: Path, tmp_path: Path):
     """Below folders named CN, and from folders named EN and CN themselves."""
     made = []
