@@ -109,7 +109,13 @@ class Generation(Iterator[Sentence]):
         self._text = codecs.getincrementaldecoder("utf-8")("replace")  # holds back unfinished characters
         settings, vae = model.config.sentence_settings, model.config.vae
         self._max_tokens = min(settings["max_tokens"], vae.max_sentence_tokens)
+        settings = {**settings, "max_tokens": self._max_tokens}
         self._prompt, self._forced = split_prompt(prompt, tokenizer, settings)
+        if len(self._prompt) > model.max_sentences:
+            raise UserError(
+                f"the prompt has {len(self._prompt)} complete sentences, but the model's backbone has "
+                f"positions for {model.max_sentences}: shorten the prompt, for example to its last sentences"
+            )
         self._end = model.config.eos_token_id
         # Control symbols add no bytes to a text; embedding rows above the tokenizer's entries have never
         # been trained.
@@ -229,7 +235,8 @@ def generate(
     complete prompt too, so that nothing may follow it. Returns an iterator of `Sentence` whose `stopped`
     tells in the end why it stopped.
 
-    Raises: UserError for sampling settings that make no sense.
+    Raises: UserError for sampling settings that make no sense, and for a prompt with more sentences than the
+    backbone has positions.
     """
     return Generation(model, tokenizer, prompt, max_sentences, Sampling(temperature, top_p, top_k, seed))
 

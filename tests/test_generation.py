@@ -274,8 +274,24 @@ def test_exhausted_positions_stop_with_a_reason(model, tokenizer):
     generation = generate(model, tokenizer, "", room + 5)
     assert len(list(generation)) == room + 1  # the last one is decoded from the last position
     assert generation.stopped == POSITIONS_EXHAUSTED
-    generation = generate(model, tokenizer, "It is. " * (room + 3), 2)
-    assert list(generation) == [] and generation.stopped == POSITIONS_EXHAUSTED
+    generation = generate(model, tokenizer, "It is. " * room, 2)  # a prompt that just fits
+    assert len(list(generation)) == 1 and generation.stopped == POSITIONS_EXHAUSTED
+
+
+def test_a_prompt_of_too_many_sentences_is_refused(model, tokenizer):
+    room = model.max_sentences
+    with pytest.raises(UserError, match=rf"{room + 3} complete sentences.* for {room}: shorten"):
+        generate(model, tokenizer, "It is. " * (room + 3), 2)
+
+
+def test_the_models_own_limit_holds_where_the_settings_name_a_larger_one(tokenizer):
+    model = small_model("sllm", tokenizer, seed=4, max_tokens=12)
+    with torch.no_grad():
+        model.stop_head.bias.fill_(-100)
+    expected = [s.tokens for s in generate(model, tokenizer, "name " * 40, 2)]
+    assert model.config.vae.max_sentence_tokens == 12
+    model.config.sentence_settings = {**model.config.sentence_settings, "max_tokens": 500}
+    assert [s.tokens for s in generate(model, tokenizer, "name " * 40, 2)] == expected
 
 
 # --- characters of several bytes ---
