@@ -8,9 +8,9 @@ In: nothing but this project (the corpus is Python's own documentation). Out: ev
     logs/ stamps/                  per step: its output, and the record that it is done
     report.md report.html          the report (demo_report.py)
 
-A step runs again only when its command, its recipe, or a step that it builds on has changed, or its output is
-gone (`make clean` forgets everything). A killed training goes on from its last checkpoint. Exit status: 0, or
-that of the step that failed.
+A step runs again only when its command, its recipe (or a base of it), or a step that it builds on has changed,
+or its output is gone. Changed code is not noticed: `make clean` forgets everything. A killed training goes on
+from its last checkpoint. Exit status: 0, or that of the step that failed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from data_prep.errors import UserError, run_main
 from pipeline.demo_report import KINDS, build_report
 
 PROJECT = Path(__file__).resolve().parent.parent
 PORT = "PORT"  # in a command: stands for a free port, so that the step's stamp does not depend on it
 LAST_LINES = 25
-PACKAGES = "torch deepspeed transformers tokenizers sentencepiece sentencex webdataset numpy".split()
+PACKAGES = "torch deepspeed transformers tokenizers sentencepiece webdataset numpy".split()
 
 # (prompt, further options of `sllm generate`): drawn once each, all of them shown.
 SAMPLES = (
@@ -109,7 +111,8 @@ def steps(demo: Path) -> list[Step]:
         if kind == "sllm":
             command += ("--model.vae.path", str(demo / "models" / "vae"))
             needs += ("export-vae",)
-        found.append(Step(f"train-{kind}", command, run, needs, reads=(recipe, strategy), resumes=True))
+        reads = (*recipe_files(recipe), strategy)
+        found.append(Step(f"train-{kind}", command, run, needs, reads, resumes=True))
         export = ("sllm", "export", str(run), "--output", str(model))
         found.append(Step(f"export-{kind}", export, model, needs=(f"train-{kind}",)))
     for kind in KINDS:
@@ -127,6 +130,12 @@ def steps(demo: Path) -> list[Step]:
         output = measured / f"sample-{number}.json"
         found.append(Step(f"generate-{number}", command, output, needs=("export-sllm",), captures=True))
     return found
+
+
+def recipe_files(recipe: Path, project: Path = PROJECT) -> tuple[Path, ...]:
+    """A recipe and the ones it builds on by `base`: an edit in any of them changes the run."""
+    base = yaml.safe_load((project / recipe).read_text(encoding="utf-8")).get("base")
+    return (recipe, *(recipe_files(recipe.parent / base, project) if base else ()))
 
 
 class Runner:

@@ -118,6 +118,27 @@ Runner(Path({str(project)!r}), Path("out")).run(step, 1)
     assert psutil.wait_procs(family, timeout=30)[1] == []
 
 
+def test_an_edited_base_recipe_redoes_every_training_built_on_it(project: Path) -> None:
+    for step in steps(Path("demo")):
+        for file in step.reads:
+            (project / file).parent.mkdir(parents=True, exist_ok=True)
+            (project / file).write_bytes((PROJECT / file).read_bytes())
+    trainings = [replace(step, needs=()) for step in steps(Path("demo")) if step.name.startswith("train-")]
+
+    def keys() -> dict[str, str]:
+        return {step.name: Runner(project, Path("demo")).key(step) for step in trainings}
+
+    def changed_by(kind: str) -> set[str]:
+        before = keys()
+        with open(project / f"pipeline/recipes/demo-{kind}.yaml", "a") as recipe:
+            recipe.write("seed: 2\n")
+        return {name for name, key in keys().items() if key != before[name]}
+
+    assert changed_by("lm") == {"train-lm"}
+    assert changed_by("sllm") == {"train-sllm", "train-lm"}
+    assert changed_by("vae") == {"train-vae", "train-sllm", "train-lm"}
+
+
 def test_every_step_uses_the_projects_own_files() -> None:
     seen: set[str] = set()
     for step in steps(Path("demo")):
