@@ -125,8 +125,7 @@ def compose(folder: Path, runs: Sequence[Run]) -> Iterable[Block]:
     yield Heading("Results")
     yield results_table(runs)
     yield Text(
-        "Bits per byte and ppl of the SLLM and of the token model are over the same tokens of the same "
-        "windows of the validation documents; the SLLM also pays for sentence ends and for stop decisions. "
+        f"{scored(sllm, lm)} The SLLM also pays for sentence ends and for stop decisions. "
         "The SentenceVAE's column is another task: it rebuilds a sentence from that sentence's own vector. "
         "**Vector gain** is what the SLLM loses in bits per byte when every sentence vector is replaced by "
         "the start vector: what the backbone contributes at all."
@@ -147,15 +146,38 @@ def compose(folder: Path, runs: Sequence[Run]) -> Iterable[Block]:
 def summary(vae: Run, sllm: Run, lm: Run) -> Iterable[Block]:
     checks = [run for run in (vae, sllm, lm) if run.check["passed"]]
     gap = sllm.result["bits_per_byte"] - lm.result["bits_per_byte"]
-    side = "more" if gap > 0 else "fewer"
+    verdict = f"the SLLM needs {abs(gap):.3f} {'more' if gap > 0 else 'fewer'}"
+    if differences(sllm, lm):
+        verdict = "**these two must not be compared**, for they were not scored on the same (see below)"
     yield Text(
         "The whole line ran on this machine: text, shards, SentenceVAE, SLLM and a token-level baseline, "
         f"all trained by two processes under ZeRO-3. On {grouped(sllm.result['bytes'])} bytes of unseen "
         f"documents the SLLM needs **{sllm.result['bits_per_byte']:.3f}** bits per byte after "
         f"{grouped(sllm.tokens())} training tokens, the token model **{lm.result['bits_per_byte']:.3f}** "
-        f"after {grouped(lm.tokens())}: the SLLM needs {abs(gap):.3f} {side}. The SentenceVAE rebuilds "
+        f"after {grouped(lm.tokens())}: {verdict}. The SentenceVAE rebuilds "
         f"{percent(vae.result['exact_match'])} of unseen sentences exactly. {len(checks)} of 3 models pass "
         "the checks on causality, caching and packing."
+    )
+
+
+def differences(sllm: Run, lm: Run) -> list[str]:
+    """In words, what keeps the two figures from being compared; empty: same tokens, same windows."""
+    names = {"data_fingerprint": "text", "window_tokens": "longest window", "tokens": "number of tokens"}
+    return [
+        f"{name} ({str(sllm.result[key])[:12]} for the SLLM, {str(lm.result[key])[:12]} for the token model)"
+        for key, name in names.items()
+        if sllm.result[key] != lm.result[key]
+    ]
+
+
+def scored(sllm: Run, lm: Run) -> str:
+    """What bits per byte and ppl of the two predictors are over, as their results say."""
+    if found := differences(sllm, lm):
+        return f"**SLLM and token model were not scored on the same: {'; '.join(found)} differ.**"
+    return (
+        "Bits per byte and ppl of the SLLM and of the token model are over the same "
+        f"{grouped(lm.result['tokens'])} tokens of the same windows (at most "
+        f"{grouped(lm.result['window_tokens'])} tokens each) of the validation documents."
     )
 
 
@@ -330,14 +352,17 @@ def limits(sllm: Run, lm: Run) -> Iterable[Block]:
         comparable = "and the checks below show that neither looks ahead"
     else:
         comparable = "but a check below FAILED, so they must not be trusted before that is understood"
+    if differences(sllm, lm):
+        same = "what each predictor scores by itself (they were NOT scored on the same)"
+    else:
+        same = "that the figures can be compared: SLLM and token model are scored on the same text"
     yield Text(
         "It can show:",
         (
             "that every real part works together: these are the programs, file formats, launcher, "
             "sharding strategy and measurements that a large run uses, only with small numbers in the "
             "recipes;",
-            "that the figures can be compared: SLLM and token model are scored on the same text with "
-            f"everything counted, {comparable};",
+            f"{same}, with everything counted, {comparable};",
             f"whether the backbone is used at all: a vector gain of {gain:.4f} bits per byte means that "
             f"here it contributes {used}.",
         ),

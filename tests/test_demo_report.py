@@ -13,7 +13,14 @@ from data_prep.errors import UserError
 from pipeline.demo_charts import Series, bar_chart, line_chart, ticks
 from pipeline.demo_report import build_report
 
-PREDICTION = {"bytes": 40123, "tokens": 12345, "sentences": 1100, "documents": 20}
+PREDICTION = {
+    "bytes": 40123,
+    "tokens": 12345,
+    "sentences": 1100,
+    "documents": 20,
+    "window_tokens": 512,
+    "data_fingerprint": "ab" * 32,
+}
 RESULTS = {
     "vae": PREDICTION
     | {
@@ -202,6 +209,26 @@ def test_words_follow_the_checks(demo: Path) -> None:
     path = demo / "measured" / "check-lm.json"
     write(path, json.loads(path.read_text()) | {"passed": True})
     assert "neither looks ahead" in build_report(demo)[0].read_text()
+
+
+@pytest.mark.parametrize(
+    "other, word",
+    [
+        ({"window_tokens": 1024}, "longest window (512 for the SLLM, 1024 for the token model)"),
+        ({"data_fingerprint": "cd" * 32}, "text (abababababab for the SLLM, cdcdcdcdcdcd"),
+        ({"tokens": 12344}, "number of tokens (12345 for the SLLM, 12344"),
+    ],
+)
+def test_unlike_evaluations_are_not_compared(demo: Path, other: dict, word: str) -> None:
+    markdown = build_report(demo)[0].read_text()
+    assert "same 12,345 tokens of the same windows (at most 512 tokens each)" in markdown
+    assert "scored on the same text, with everything counted" in markdown
+    write(demo / "measured" / "evaluate-lm.json", RESULTS["lm"] | other)
+    markdown = build_report(demo)[0].read_text()
+    assert f"not scored on the same: {word}" in markdown
+    assert "these two must not be compared" in markdown
+    for claim in ("0.222 more", "same windows", "scored on the same text", "can be compared"):
+        assert claim not in markdown
 
 
 def test_unequal_budgets_are_said(demo: Path) -> None:
