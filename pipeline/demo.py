@@ -9,8 +9,8 @@ In: nothing but this project (the corpus is Python's own documentation). Out: ev
     report.md report.html          the report (demo_report.py)
 
 A step runs again only when its command, its recipe (or a base of it), or a step that it builds on has
-changed, or its output is gone. Changed code is not noticed: `make clean` forgets everything. A killed training goes on
-from its last checkpoint. Exit status: 0, or that of the step that failed.
+changed, or its output is gone. Changed code is not noticed: `make clean` forgets everything. A killed
+training goes on from its last checkpoint. Exit status: 0, or that of the step that failed.
 """
 
 from __future__ import annotations
