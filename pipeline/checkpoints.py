@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TMP = ".tmp-"
 
 
@@ -27,8 +27,9 @@ class Meta:
     """What `meta.json` holds: where the run stands and what a reader needs to make sense of the weights.
 
     `epoch` and `number` are the position of the next bin in the plan's stream; `tokens` counts the real
-    tokens trained on; `best` is the best evaluation so far (`{"step", "bits_per_byte"}`) or None; `files`
-    maps file names to sizes in bytes.
+    tokens trained on; `best` is the best evaluation so far (`{"step", "bits_per_byte"}`) or None; `shards`
+    and `validation` are the fingerprints of the shard sets, in the recipe's order; `files` maps file names to
+    sizes in bytes.
     """
 
     objective: str
@@ -39,10 +40,16 @@ class Meta:
     best: dict[str, Any] | None
     world: int
     zero_stage: int
+    shards: list[str]
+    validation: str | None
     model_config: dict[str, Any]
     recipe: dict[str, Any]
     files: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not whole: an older one may do instead."""
 
 
 def checkpoints_folder(run_dir: str | Path) -> Path:
@@ -61,26 +68,63 @@ def find(run_dir: str | Path, which: str = "latest") -> Path | None:
     return folder / name
 
 
+def newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:
+    """The checkpoint to go on from: the latest, or the newest before it that is whole; None when there is
+    none yet.
+
+    Returns (folder, its meta, one line that names the damaged ones passed over, else empty). Raises UserError
+    when every one is damaged.
+    """
+    folder = checkpoints_folder(run_dir)
+    try:
+        latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    names = sorted((path.name for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    damages = []
+    if latest in names:
+        names = names[names.index(latest) :]
+    else:
+        damages.append(f"{folder / 'latest'} names the checkpoint {latest!r}, which is not there")
+    for name in names:
+        try:
+            meta = read_meta(folder / name)
+        except DamagedCheckpoint as error:
+            damages.append(str(error))
+            continue
+        passed_over = "; ".join(damages)
+        return folder / name, meta, f"{passed_over}: using {name} instead" if damages else ""
+    raise UserError(
+        f"no checkpoint of {run_dir} is whole: {'; '.join(damages)}; begin anew with another --output_dir"
+    )
+
+
 def read_meta(checkpoint: Path) -> Meta:
-    """Read and check `meta.json`: known version, every file there with its full size. UserError otherwise."""
+    """Read and check `meta.json`: known version, every file there with its full size.
+
+    Raises DamagedCheckpoint, or UserError for another format.
+    """
     path = checkpoint / "meta.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format_version"] > FORMAT_VERSION:
+        if values["format_version"] != FORMAT_VERSION:
             raise UserError(
-                f"{path} was written by a newer release (format {values['format_version']}): upgrade"
+                f"{path} was written by another release: format {values['format_version']}, this one reads "
+                f"{FORMAT_VERSION}"
             )
         meta = Meta(**values)
     except FileNotFoundError:
-        raise UserError(f"checkpoint {checkpoint} is damaged: meta.json is missing") from None
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: meta.json is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {checkpoint} is damaged: meta.json does not parse ({error})") from None
+        raise DamagedCheckpoint(
+            f"checkpoint {checkpoint} is damaged: meta.json does not parse ({error})"
+        ) from None
     for name, size in meta.files.items():
         file = checkpoint / name
         if not file.is_file():
-            raise UserError(f"checkpoint {checkpoint} is damaged: {name} is missing")
+            raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {name} is missing")
         if file.stat().st_size != size:
-            raise UserError(
+            raise DamagedCheckpoint(
                 f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes, not {size}"
             )
     return meta
@@ -90,36 +134,66 @@ def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
     """Refuse a checkpoint that this run cannot continue: `ours` is the Meta this run would write now.
 
     Raises UserError naming the first difference and what to do: another objective, model, data order, world
-    or stage.
+    or stage. Length, learning rate and validation shards may change.
     """
-    other = "use another --output_dir, or the recipe that began this run"
-    if meta.objective != ours.objective:
-        raise UserError(
-            f"{checkpoint} is of another model: objective {meta.objective}, not {ours.objective}; {other}"
-        )
-    difference = _first_difference(meta.model_config, ours.model_config)
-    if difference:
-        raise UserError(f"{checkpoint} is of another model: {difference}; {other}")
-    # What decides the order of bins. The validation shards may change.
-    was, now = (dict(m.recipe["data"], seed=m.recipe["seed"], validation=None) for m in (meta, ours))
+    was, now = _identity(meta), _identity(ours)
     difference = _first_difference(was, now)
     if difference:
-        raise UserError(f"{checkpoint} was trained on other data: {difference}; {other}")
+        raise UserError(
+            f"checkpoint {checkpoint} is of another model: {difference}; "
+            "use another --output_dir, or the recipe that began this run"
+        )
     if meta.world != ours.world:
         raise UserError(
-            f"{checkpoint} was written by {meta.world} ranks and this run has {ours.world}: "
+            f"checkpoint {checkpoint} was written by {meta.world} ranks and this run has {ours.world}: "
             f"start with {meta.world} ranks, or export the weights and begin a new run from them"
         )
     if meta.zero_stage != ours.zero_stage:
         raise UserError(
-            f"{checkpoint} was written with ZeRO stage {meta.zero_stage} and this run has stage "
+            f"checkpoint {checkpoint} was written with ZeRO stage {meta.zero_stage} and this run has stage "
             f"{ours.zero_stage}: use a DeepSpeed config of stage {meta.zero_stage}"
         )
 
 
+def require_same_model_recipe(meta: Meta, checkpoint: Path, recipe: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose recipe asks for another model than `recipe` (`Recipe.to_dict()`).
+
+    For a finished run, of which no model is built: what is written in the recipe counts, not the model config
+    that comes of it.
+    """
+    was, now = (
+        {
+            "model": r["model"],
+            "loss": r["loss"] if r["loss"]["kind"] == "focal" else {"kind": "cross_entropy"},
+        }
+        for r in (meta.recipe, recipe)
+    )
+    difference = _first_difference(was, now)
+    if difference:
+        raise UserError(
+            f"checkpoint {checkpoint} is of another model: {difference}; "
+            "use another --output_dir, or the recipe that began this run"
+        )
+
+
+def _identity(meta: Meta) -> dict[str, Any]:
+    """What makes a run the same run: the model, and what decides which bins come in which order.
+
+    Shards count by content: a set may move, but not change in its place.
+    """
+    data = {key: value for key, value in meta.recipe["data"].items() if key != "validation"}
+    data["shards"] = [fingerprint[:12] for fingerprint in meta.shards]
+    return {
+        "objective": meta.objective,
+        "model": meta.model_config,
+        "data": data,
+        "seed": meta.recipe["seed"],
+    }
+
+
 def _first_difference(was: Any, now: Any, where: str = "") -> str | None:
     if isinstance(was, dict) and isinstance(now, dict):
-        for key in sorted(set(was) | set(now)):
+        for key in [*was, *(key for key in now if key not in was)]:
             if key in ("transformers_version", "_name_or_path"):
                 continue
             found = _first_difference(was.get(key), now.get(key), f"{where}.{key}" if where else key)
@@ -158,6 +232,8 @@ def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
         best = step_name(meta.best["step"]) if meta.best else None
         if best and (folder / best).is_dir():
             write_atomically(folder / "best", best + "\n")
+        elif best is None:  # none yet, or no longer comparable: the next evaluation names one
+            (folder / "best").unlink(missing_ok=True)
         _prune(folder, name, best, keep)
     dist.barrier()
     return folder / name
@@ -169,16 +245,24 @@ def restore(engine: Any, checkpoint: Path) -> None:
         path, _ = engine.load_checkpoint(
             str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
         )
-    except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"checkpoint {checkpoint} cannot be loaded: {error}") from error
+    except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for a damaged file
+        raise DamagedCheckpoint(
+            f"checkpoint {checkpoint} is damaged, a file of it does not load ({first_line(error)}): "
+            "delete the folder to go on from the checkpoint before it"
+        ) from error
     if path is None:
-        raise UserError(f"checkpoint {checkpoint} is damaged: DeepSpeed finds no state in it")
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: DeepSpeed finds no state in it")
 
 
 def remove_unfinished(run_dir: str | Path) -> None:
     """Delete what a killed run was writing when it died (rank 0 only)."""
     for path in checkpoints_folder(run_dir).glob(f"{_TMP}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message, for a message of one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].rstrip(": ")
 
 
 def step_name(step: int) -> str:

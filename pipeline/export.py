@@ -114,4 +114,4 @@ def consolidated_weights(checkpoint: Path, meta: Meta) -> dict[str, torch.Tensor
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a page of its own progress
             return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for a damaged file
-        raise UserError(f"checkpoint {checkpoint} is damaged: {str(error).splitlines()[0]}") from error
+        raise UserError(f"checkpoint {checkpoint} is damaged: {checkpoints.first_line(error)}") from error

@@ -31,6 +31,10 @@ _LAUNCHERS = (
 )
 
 
+class AgreedError(UserError):
+    """Raised by every rank alike, because all of them see the same figure: rank 0 says it for all."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's place: `rank` of `world`, `local` on its machine."""

@@ -9,6 +9,7 @@ pipeline/train.py`, or plainly by `python pipeline/train.py` (one process). Exit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ if (
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.errors import UserError, run_main
+from data_prep.shards import ShardSet
 from pipeline import checkpoints, launch
-from pipeline.launch import Ranks, StopSignals
+from pipeline.launch import AgreedError, Ranks, StopSignals
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.strategy import read_strategy
+from pipeline.strategy import read_strategy, zero_stage
 
 EXAMPLE = """\
 example:
@@ -51,27 +53,41 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(arguments.config, overrides)
         strategy = read_strategy(arguments.deepspeed_config)
-        return train(recipe, strategy, ranks, StopSignals())
     except UserError:
-        if ranks.local == 0:  # one line for each machine is enough
+        if ranks.local == 0:  # all ranks read the same files: one line for each machine is enough
             raise
         return 2
+    try:
+        return train(recipe, strategy, ranks, StopSignals())
+    except AgreedError:
+        if ranks.rank == 0:
+            raise
+        return 2
+    except UserError as error:  # it may be this rank's alone (a disk of its machine): say it, and say whose
+        if ranks.world == 1:
+            raise
+        raise UserError(f"rank {ranks.rank}: {error}") from error
 
 
 def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSignals) -> int:
     """Run one training, or go on with it, to its end or to a signal. Called by every rank; returns the exit
     status."""
-    latest = checkpoints.find(recipe.output_dir)
-    if latest and is_finished(recipe, checkpoints.read_meta(latest)):
-        if ranks.rank == 0:
-            print(f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do")
-        return 0
+    found = checkpoints.newest_whole(recipe.output_dir)
+    if found:
+        latest, meta, damage = found
+        if damage and ranks.rank == 0:
+            print(damage, flush=True)
+        if recipe.training.progress(meta.step, meta.tokens) >= 1:
+            require_same(recipe, strategy, ranks, meta, latest)
+            if ranks.rank == 0:
+                print(f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do")
+            return 0
 
     from pipeline.training_run import TrainingRun  # torch and DeepSpeed: seconds, so only now
 
     with TrainingRun(recipe, strategy, ranks) as run:
-        if latest:
-            run.resume(latest)
+        if found:
+            run.resume(latest, meta)
         run.begin()
         while not run.finished:
             step = run.next_step()
@@ -89,8 +105,23 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
     return 0
 
 
-def is_finished(recipe: Recipe, meta: checkpoints.Meta) -> bool:
-    return meta.objective == recipe.objective and recipe.training.progress(meta.step, meta.tokens) >= 1
+def require_same(
+    recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, meta: checkpoints.Meta, checkpoint: Path
+) -> None:
+    """Refuse a finished run's checkpoint that this recipe, strategy and number of ranks would not have made.
+
+    Compares what can be known without building the model; `TrainingRun.resume` compares the model itself.
+    """
+    ours = dataclasses.replace(
+        meta,
+        objective=recipe.objective,
+        recipe=recipe.to_dict(),
+        shards=[ShardSet.open(folder).fingerprint for folder in recipe.data.shards],
+        world=ranks.world,
+        zero_stage=zero_stage(strategy),
+    )
+    checkpoints.require_same_run(meta, checkpoint, ours)
+    checkpoints.require_same_model_recipe(meta, checkpoint, ours.recipe)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ class TrainingRun:
         data = recipe.data
         shard_sets, self.tokenizer = open_shards(data.shards)
         validation_sets = open_shards([data.validation], self.tokenizer)[0] if data.validation else []
+        self.shards = [shard_set.fingerprint for shard_set in shard_sets]
+        self.validation_shards = validation_sets[0].fingerprint if validation_sets else None
 
         device = launch.join(ranks)
         self._open.callback(launch.leave)
@@ -119,13 +121,22 @@ class TrainingRun:
         is_best = self.state.best is not None and self.state.best["step"] == self.state.step
         return self.finished or is_best or self.state.step % self.recipe.training.save_every == 0
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, saved: Meta) -> None:
         """Go on from a checkpoint; UserError when it is of another model, data order, world size or ZeRO
         stage."""
-        saved = checkpoints.read_meta(checkpoint)
-        checkpoints.require_same_run(saved, checkpoint, self._meta())
+        ours = self._meta()
+        checkpoints.require_same_run(saved, checkpoint, ours)
         checkpoints.restore(self.engine.deepspeed, checkpoint)
         self.state = State(saved.step, saved.tokens, (saved.epoch, saved.number), saved.best)
+        was, now = ((meta.validation, meta.recipe["training"]["eval_bins"]) for meta in (saved, ours))
+        if saved.best and was != now:
+            self.state.best = None
+            if self.ranks.rank == 0:
+                print(
+                    "the validation sample is another than before: the best checkpoint so far "
+                    f"(step {saved.best['step']}) no longer counts as best",
+                    flush=True,
+                )
 
     def begin(self) -> None:
         """Write down what this run is, open its log and start loading data."""
@@ -245,6 +256,8 @@ class TrainingRun:
             best=self.state.best,
             world=self.ranks.world,
             zero_stage=zero_stage(self.config),
+            shards=self.shards,
+            validation=self.validation_shards,
             model_config=self.model_config,
             recipe=self.recipe.to_dict(),
         )

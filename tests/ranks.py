@@ -114,6 +114,16 @@ def train(arguments: list[str]) -> int | str:
         return str(error)
 
 
+def train_and_listen(arguments: list[str]) -> tuple[int | str, str]:
+    """As `train`, with what the rank wrote to standard output."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        answer = train(arguments)
+    return answer, out.getvalue()
+
+
 def train_with_signal(arguments: list[str], number: int, rank: int, after_step: int) -> int | str:
     """As `train`, but `rank` sends itself a signal once metrics.jsonl has `after_step` steps."""
     import threading

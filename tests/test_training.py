@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -244,23 +245,39 @@ def test_a_finished_run_is_left_alone(
     assert {path: path.stat().st_mtime_ns for path in reference["vae"].rglob("*")} == before
 
 
+@pytest.mark.parametrize("max_steps", [6, 9])  # finished, and to be continued
 @pytest.mark.parametrize(
     ("objective", "strategy", "world", "override", "message"),
     [
-        ("sllm", "zero0", 1, (), "another model: objective vae, not sllm"),
+        ("sllm", "zero0", 1, (), "is of another model: objective is 'vae' there and 'sllm' here"),
         (
             "vae",
             "zero0",
             1,
             ("--model.vae.hidden_size", 64),
-            "another model: embedding_size is 32 there and 64 here",
+            r"is of another model: model\.(vae\.hidden|embedding)_size is 32 there and 64 here",
         ),
-        ("vae", "zero0", 1, ("--seed", 2), "other data: seed is 1 there and 2 here"),
+        (
+            "vae",
+            "zero0",
+            1,
+            ("--loss.kind", "focal"),
+            r"is of another model: (model.focal_gamma is 0.0 there and 2.0|loss.kind is 'cross_entropy' there)",
+        ),
+        ("vae", "zero0", 1, ("--seed", 2), "is of another model: seed is 1 there and 2 here"),
+        (
+            "vae",
+            "zero0",
+            1,
+            ("--data.bin_tokens", 512),
+            "another model: data.bin_tokens is 256 there and 512",
+        ),
         ("vae", "zero0", 2, (), "written by 1 ranks and this run has 2"),
         ("vae", "zero3", 1, (), "ZeRO stage 0 and this run has stage 3"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(
+def test_a_checkpoint_of_another_model_is_refused(
+    max_steps: int,
     objective: str,
     strategy: str,
     world: int,
@@ -270,22 +287,119 @@ def test_a_checkpoint_of_another_run_is_refused(
     recipes: Path,
     reference: dict[str, Path],
 ) -> None:
-    longer = arguments(recipes, objective, strategy, reference["vae"], "--training.max_steps", 9, *override)
-    answers = pool.run(world, ranks.train, longer)
-    assert message in answers[0]
-    assert answers[1:] == [2] * (world - 1)  # the other ranks of a machine fail silently
+    options = "--training.max_steps", max_steps, *override
+    answers = pool.run(
+        world, ranks.train, arguments(recipes, objective, strategy, reference["vae"], *options)
+    )
+    for rank, answer in enumerate(answers):
+        assert re.search(message, answer) and "\n" not in answer
+        assert answer.startswith(f"rank {rank}: " if world > 1 else "checkpoint ")
 
 
-def test_damaged_checkpoints_are_refused(
+def test_shards_count_by_content_not_by_place(
+    pool: ranks.RankPool,
+    recipes: Path,
+    reference: dict[str, Path],
+    tiny_shards: Path,
+    tiny_valid_shards: Path,
+    tmp_path: Path,
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(reference["vae"], run)
+    shutil.copytree(tiny_shards, moved)
+    here = arguments(recipes, "vae", "zero0", run, "--data.shards", moved)
+    assert pool.run(1, ranks.train, here) == [0]  # finished, and the same set
+    assert pool.run(1, ranks.train, [*here, "--training.max_steps", "7"]) == [0]  # goes on
+    assert len(losses(run)) == 7
+
+    shutil.rmtree(moved)
+    shutil.copytree(tiny_valid_shards, moved)  # other shards where the first ones were
+    for steps in ("7", "9"):
+        [message] = pool.run(1, ranks.train, [*here, "--training.max_steps", steps])
+        assert "is of another model: data.shards is ['" in message
+    assert len(losses(run)) == 7
+
+
+def test_best_is_forgotten_when_the_validation_shards_change(
+    pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tiny_shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference["vae"], run)
+    checkpoints = run / "checkpoints"
+    meta_file = checkpoints / "step-00000006" / "meta.json"
+    meta = json.loads(meta_file.read_text())
+    meta["best"]["bits_per_byte"] = 0.001  # nothing measured on the same sample could be better
+    meta_file.write_text(json.dumps(meta))
+    longer = arguments(recipes, "vae", "zero0", run, "--training.eval_every", 100, "--training.max_steps")
+
+    [(status, said)] = pool.run(1, ranks.train_and_listen, [*longer, "7"])
+    assert status == 0 and "no longer counts as best" not in said
+    assert (checkpoints / "best").read_text().strip() == "step-00000006"
+    assert not records(run, "evaluations")[-1]["best"]
+
+    [(status, said)] = pool.run(
+        1, ranks.train_and_listen, [*longer, "8", "--data.validation", str(tiny_shards)]
+    )
+    assert status == 0 and "(step 6) no longer counts as best" in said
+    assert (checkpoints / "best").read_text().strip() == "step-00000008"
+    assert records(run, "evaluations")[-1]["best"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(
     pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference["vae"], run)
+    checkpoints = run / "checkpoints"
+    weights = checkpoints / "step-00000006" / "mp_rank_00_model_states.pt"
+    whole = weights.read_bytes()
+    os.truncate(weights, len(whole) // 2)
+    again = arguments(recipes, "vae", "zero0", run)
+    [(status, said)] = pool.run(1, ranks.train_and_listen, again)
+    assert status == 0
+    [line] = [line for line in said.splitlines() if " is damaged: " in line]
+    assert "step-00000006 is damaged: mp_rank_00_model_states.pt has" in line
+    assert line.endswith("using step-00000004 instead")
+    assert "going on from step 4" in said
+    assert losses(run) == losses(reference["vae"])  # steps 5 and 6 once more, and once only
+    assert pool.run(1, ranks.train_and_listen, again) == [
+        (0, f"{run}: already finished, at step-00000006; nothing to do\n")
+    ]
+
+    for step in ("step-00000004", "step-00000006"):
+        (checkpoints / step / "meta.json").write_text("{")
+    [message] = pool.run(1, ranks.train, again)
+    assert message.startswith("no checkpoint of ") and "\n" not in message
+    assert "step-00000004 is damaged" in message and "step-00000006 is damaged" in message
+
+
+def test_a_checkpoint_spoilt_in_place_is_refused_in_one_line(
+    pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference["vae"], run)
+    weights = run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt"
+    longer = arguments(recipes, "vae", "zero0", run, "--training.max_steps", 9)
+    for content in (b"\0" * weights.stat().st_size, b"x" * weights.stat().st_size):  # same size, other bytes
+        weights.write_bytes(content)
+        [message] = pool.run(1, ranks.train, longer)
+        assert "step-00000006 is damaged, a file of it does not load (" in message and "\n" not in message
+        [message] = pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))
+        assert "step-00000006 is damaged: " in message and "\n" not in message
+    # The advice given is good: without the folder, the run goes on from the one before.
+    shutil.rmtree(weights.parent)
+    [(status, said)] = pool.run(1, ranks.train_and_listen, longer)
+    assert status == 0 and "going on from step 4" in said
+
+
+def test_exports_of_damaged_or_missing_runs_are_refused(
+    pool: ranks.RankPool, reference: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference["vae"], run)
     weights = run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt"
     os.truncate(weights, weights.stat().st_size // 2)
     message = "step-00000006 is damaged: mp_rank_00_model_states.pt has"
-    longer = arguments(recipes, "vae", "zero0", run, "--training.max_steps", 9)
-    assert message in pool.run(1, ranks.train, longer)[0]
     assert message in pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))[0]
     weights.unlink()
     assert "is missing" in pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))[0]
