@@ -38,6 +38,8 @@ class Engine:
         self.objective = recipe.objective
         self.peak_lr = recipe.optimizer.lr
         self.parameters = sum(p.numel() for p in model.parameters())
+        # fp16 with dynamic loss scaling overflows by design: DeepSpeed skips the step and lowers the scale.
+        self.scales_loss = bool(config.get("fp16", {}).get("enabled"))
         self._matrix_weights = _matrix_weights(model, recipe.objective)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.optimizer),
@@ -67,7 +69,12 @@ class Engine:
         return sums
 
     def update(self, lr_factor: float) -> tuple[float, float]:
-        """Apply the step with lr = peak · `lr_factor`. Returns (gradient norm before clipping, lr)."""
+        """Apply the step with lr = peak · `lr_factor`. Returns (gradient norm before clipping, lr).
+
+        The norm is that of the gradient averaged over all ranks, so all of them return the same. When it is
+        not finite, nothing has been applied: DeepSpeed's ZeRO stages drop such a step, stage 0 is checked
+        here.
+        """
         lr = self.peak_lr * lr_factor
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -76,6 +83,8 @@ class Engine:
             # Plain data parallel in fp32: DeepSpeed clips but does not tell the norm.
             gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
+            if not torch.isfinite(norm) and not self.scales_loss:
+                return float(norm), lr
         self.deepspeed.step()
         if self.deepspeed.get_global_grad_norm() is not None:
             norm = self.deepspeed.get_global_grad_norm()

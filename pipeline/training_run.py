@@ -27,7 +27,7 @@ from pipeline.batches import Batch
 from pipeline.bins import BinPlan
 from pipeline.checkpoints import Meta
 from pipeline.engine import Engine
-from pipeline.launch import Ranks
+from pipeline.launch import AgreedError, Ranks
 from pipeline.loader import Step, StepLoader
 from pipeline.model_io import build_model
 from pipeline.recipe import Recipe
@@ -170,8 +170,8 @@ class TrainingRun:
     def compute(self, step: Step, stop_wanted: bool) -> Totals:
         """Forward and backward, then the step's one all-reduce of figures and of the wish to stop.
 
-        Raises UserError on every rank alike when the loss is not finite: before the update, so no weight has
-        changed.
+        Raises AgreedError on every rank alike when the loss is not finite: before the update, so no weight
+        has changed.
         """
         sums = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
@@ -189,22 +189,23 @@ class TrainingRun:
         *figures, stop = everything.tolist()
         totals = Totals(*figures, stop=stop > 0)
         if not math.isfinite(totals.objective):
-            latest = checkpoints.find(self.run_dir)
-            raise UserError(
-                f"the loss of step {self.state.step + 1} is {totals.objective}: stopped before the update; "
-                f"last checkpoint: {latest.name if latest else 'none'}; start again from there with a lower "
-                "--optimizer.lr"
-            )
+            raise self._not_finite(f"the loss of step {self.state.step + 1} is {totals.objective}")
         return totals
 
     def update(self, step: Step, totals: Totals) -> None:
-        """Apply the gradients, move on, and log the step."""
+        """Apply the gradients, move on, and log the step.
+
+        Raises AgreedError on every rank alike when the gradient is not finite: it has not been applied, and
+        no state of this run can be saved any more.
+        """
         state = self.state
+        progress = self.recipe.training.progress(state.step + 1, state.tokens + step.tokens_all)
+        grad_norm, lr = self.engine.update(self.recipe.schedule.factor(progress))
+        if not math.isfinite(grad_norm) and not self.engine.scales_loss:
+            raise self._not_finite(f"the gradient of step {state.step + 1} has the norm {grad_norm}")
         state.step += 1
         state.tokens += step.tokens_all
         state.position = step.position
-        progress = self.recipe.training.progress(state.step, state.tokens)
-        grad_norm, lr = self.engine.update(self.recipe.schedule.factor(progress))
         before, self._clock = self._clock, time.perf_counter()
         seconds = self._clock - before
         nats = totals.token_nll + totals.end_nll + totals.stop_nll
@@ -229,6 +230,13 @@ class TrainingRun:
                 "mfu": self.engine.mfu(step.tokens_all, totals.sentences, seconds),
                 "seconds": seconds,
             }
+        )
+
+    def _not_finite(self, what: str) -> AgreedError:
+        latest = checkpoints.find(self.run_dir)
+        return AgreedError(
+            f"{what}: stopped before the update; last checkpoint: {latest.name if latest else 'none'}; "
+            "start again from there with a lower --optimizer.lr"
         )
 
     def evaluate(self) -> None:

@@ -142,6 +142,52 @@ def train_with_signal(arguments: list[str], number: int, rank: int, after_step: 
     return train(arguments)
 
 
+def train_with_bad_gradient(arguments: list[str], rank: int, after_calls: int) -> int | str:
+    """As `train`, but on `rank` one weight's gradient becomes NaN after that many backward passes."""
+    import itertools
+
+    from pipeline import training_run
+
+    build_model = training_run.build_model
+
+    def build_with_fault(*settings: Any) -> Any:
+        model = build_model(*settings)
+        calls = itertools.count()
+        weight = next(model.parameters())
+        weight.register_hook(lambda g: g * float("nan") if next(calls) >= after_calls else g)
+        return model
+
+    if os.environ["RANK"] == str(rank):
+        training_run.build_model = build_with_fault
+    return train(arguments)
+
+
+def tensors_in_checkpoints(run_dir: str) -> tuple[int, int]:
+    """How many floating-point tensors stand in a run's checkpoints, optimizer states included, and how many
+    of them hold a value that is not finite."""
+    from pathlib import Path
+
+    import torch
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point():
+                yield value
+        elif isinstance(value, dict):
+            for one in value.values():
+                yield from tensors(one)
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                yield from tensors(one)
+
+    found = [
+        bool(tensor.isfinite().all())
+        for file in Path(run_dir).glob("checkpoints/*/*.pt")
+        for tensor in tensors(torch.load(file, weights_only=False))
+    ]
+    return len(found), found.count(False)
+
+
 def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, float]:
     """Export, load, and measure on the run's validation sample by plain torch: (class, bits per byte)."""
     import itertools
