@@ -31,7 +31,7 @@ RECIPE = {
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "ffn_dim": 64,
-            "max_position_embeddings": 128,
+            "max_position_embeddings": 136,
         },
     },
     "optimizer": {"lr": 1e-3},
