@@ -21,7 +21,6 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.shards import ShardSet
-from data_prep.tokenizer import Tokenizer
 from pipeline import checkpoints, launch
 from pipeline.batches import Batch
 from pipeline.bins import BinPlan
@@ -73,8 +72,9 @@ class TrainingRun:
         self.state = State()
         self._open = ExitStack()
         data = recipe.data
-        shard_sets, self.tokenizer = open_shards(data.shards)
-        validation_sets = open_shards([data.validation], self.tokenizer)[0] if data.validation else []
+        shard_sets = open_shards(data.shards)
+        self.tokenizer = shard_sets[0].tokenizer()
+        validation_sets = open_shards([data.validation], shard_sets[0]) if data.validation else []
         self.shards = [shard_set.fingerprint for shard_set in shard_sets]
         self.validation_shards = validation_sets[0].fingerprint if validation_sets else None
 
@@ -287,16 +287,27 @@ class TrainingRun:
         )
 
 
-def open_shards(folders: list[str], tokenizer: Tokenizer | None = None) -> tuple[list[ShardSet], Tokenizer]:
-    """Open shard sets made with one tokenizer, `tokenizer` if given. UserError when they differ."""
+def open_shards(folders: list[str], like: ShardSet | None = None) -> list[ShardSet]:
+    """Open shard sets made alike: one tokenizer, segmenter and sentence limit (those of `like` if given).
+
+    Raises: UserError when they differ.
+    """
     shard_sets = [ShardSet.open(folder) for folder in folders]
-    tokenizer = tokenizer or shard_sets[0].tokenizer()
+    like = like or shard_sets[0]
+    fingerprint = like.tokenizer().fingerprint
     for folder, shard_set in zip(folders, shard_sets, strict=True):
-        if shard_set.tokenizer().fingerprint != tokenizer.fingerprint:
+        if shard_set.tokenizer().fingerprint != fingerprint:
             raise UserError(
                 f"shards {folder} were made with another tokenizer than the training shards: make them anew"
             )
-    return shard_sets, tokenizer
+        for name in ("segmenter", "max_tokens"):
+            ours, theirs = getattr(shard_set.settings, name), getattr(like.settings, name)
+            if ours != theirs:
+                raise UserError(
+                    f"shards {folder} were made with {name} {ours}, the training shards with {theirs}: "
+                    "make them anew"
+                )
+    return shard_sets
 
 
 def _attention_layouts(batch: Batch, objective: str) -> list[Any]:

@@ -142,3 +142,16 @@ def test_scoring_without_gradients_costs_no_gradient_products(monkeypatch):
     assert not calls
     model(random_batch(1))
     assert calls
+
+
+def test_shards_cut_in_another_way_are_refused_together(tiny_corpus, tiny_tokenizer, tiny_shards, tmp_path):
+    from conftest import data_prep
+
+    from pipeline.training_run import open_shards
+
+    other = ("--segmenter", "clause", "--lang", "en", "--max-tokens", "32", "--workers", "1")
+    command = ("shard", "--input", tiny_corpus / "valid.jsonl", "--tokenizer", tiny_tokenizer)
+    data_prep(*command, "--output", tmp_path / "other", *other)
+    assert len(open_shards([str(tiny_shards), str(tiny_shards)])) == 2
+    with pytest.raises(UserError, match="max_tokens 32, the training shards with 64"):
+        open_shards([str(tiny_shards), str(tmp_path / "other")])
