@@ -151,3 +151,12 @@ class StopSignals:
 
     def _remember(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
+
+    def ignore(self) -> None:
+        """From now on these signals do nothing, up to the process's very end: call it when all is saved.
+
+        The first rank to exit with 75 makes `srun --kill-on-bad-exit` terminate the others. Python gives its
+        own handlers up before it ends; a rank killed there would hide the 75, and no job would be requeued.
+        """
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)

@@ -101,6 +101,7 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
                 run.log.say(
                     f"stopped by a signal after step {run.state.step}, saved: start the same command again"
                 )
+                stop.ignore()
                 return launch.REQUEUE
     return 0
 

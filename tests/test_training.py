@@ -455,3 +455,15 @@ def test_the_deepspeed_launcher_trains(recipes: Path, reference: dict[str, Path]
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path) == pytest.approx(losses(reference["sllm"]), abs=1e-4)
+
+
+def test_a_signal_after_the_save_does_not_hide_the_requeue_status() -> None:
+    """`srun --kill-on-bad-exit` sends TERM to the slower ranks once the first has left with 75."""
+    script = (
+        "import os, signal, sys; from pipeline.launch import REQUEUE, StopSignals; stop = StopSignals(); "
+        "os.kill(os.getpid(), signal.SIGUSR1); assert stop.received == 'SIGUSR1'; stop.ignore(); "
+        "[os.kill(os.getpid(), s) for s in (signal.SIGTERM, signal.SIGUSR1)]; "
+        # What the interpreter does to handlers of its own before it ends; ignored signals stay ignored.
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN; sys.exit(REQUEUE)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=PROJECT).returncode == 75
