@@ -153,8 +153,9 @@ def summary(vae: Run, sllm: Run, lm: Run) -> Iterable[Block]:
         "The whole line ran on this machine: text, shards, SentenceVAE, SLLM and a token-level baseline, "
         f"all trained by two processes under ZeRO-3. On {grouped(sllm.result['bytes'])} bytes of unseen "
         f"documents the SLLM needs **{sllm.result['bits_per_byte']:.3f}** bits per byte after "
-        f"{grouped(sllm.tokens())} training tokens, the token model **{lm.result['bits_per_byte']:.3f}** "
-        f"after {grouped(lm.tokens())}: {verdict}. The SentenceVAE rebuilds "
+        f"{grouped(sllm.tokens())} training tokens (and its SentenceVAE's {grouped(vae.tokens())}), "
+        f"the token model **{lm.result['bits_per_byte']:.3f}** after {grouped(lm.tokens())}: {verdict}. "
+        "The SentenceVAE rebuilds "
         f"{percent(vae.result['exact_match'])} of unseen sentences exactly. {len(checks)} of 3 models pass "
         "the checks on causality, caching and packing."
     )
