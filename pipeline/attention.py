@@ -90,9 +90,8 @@ class SegmentLayout:
         return torch.from_numpy(self.starts[1:] - 1).to(self.device)
 
     @cached_property
-    def buckets(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Blocks of similar length: (row index int64 [n, L], key mask bool [n, 1, 1, L] or None when nothing
-        is padded)."""
+    def _blocks(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Blocks of similar length, on the host: (row index int64 [n, L], slot is real bool [n, L])."""
         edges = _bucket_edges(int(self.lengths.max()))
         bucket_of = np.searchsorted(edges, self.lengths)
         blocks = []
@@ -103,26 +102,35 @@ class SegmentLayout:
             # Padded slots repeat the segment's last row: a valid row, masked out as a key, dropped as a
             # query.
             index = self.starts[members][:, None] + np.minimum(slots, lengths[:, None] - 1)
-            real = slots < lengths[:, None]
-            mask = None if real.all() else torch.from_numpy(real)[:, None, None, :].to(self.device)
-            blocks.append((torch.from_numpy(index).to(self.device), mask))
+            blocks.append((index, slots < lengths[:, None]))
         return blocks
+
+    @cached_property
+    def buckets(self) -> list[tuple[Tensor, Tensor | None]]:
+        """The blocks on the device: (row index int64 [n, L], key mask bool [n, 1, 1, L] or None when nothing
+        is padded)."""
+        return [
+            (
+                torch.from_numpy(index).to(self.device),
+                None if real.all() else torch.from_numpy(real)[:, None, None, :].to(self.device),
+            )
+            for index, real in self._blocks
+        ]
 
     @cached_property
     def restore(self) -> Tensor:
         """int64 [T]: where each row's result lies in the concatenated block results."""
         where = np.empty(self.rows, dtype=np.int64)
         offset = 0
-        for index, mask in self.buckets:
-            real = slice(None) if mask is None else mask[:, 0, 0].cpu().numpy().reshape(-1)
-            where[index.cpu().numpy().reshape(-1)[real]] = offset + np.arange(index.numel())[real]
-            offset += index.numel()
+        for index, real in self._blocks:
+            where[index[real]] = offset + np.flatnonzero(real)
+            offset += index.size
         return torch.from_numpy(where).to(self.device)
 
     @property
     def slots(self) -> int:
         """Query slots that the bucketed path computes; `rows / slots` of them are real."""
-        return sum(index.numel() for index, _ in self.buckets)
+        return sum(index.size for index, _ in self._blocks)
 
     @cached_property
     def block_mask(self) -> Tensor:

@@ -124,7 +124,6 @@ class BinPlan:
         window_tokens: longest window in tokens (short for `vae`, so that a bin mixes many documents).
         bin_tokens: token budget of a bin.
         seed: with the epoch, decides the order.
-        shuffle: False keeps corpus order (evaluation).
         shards_at_once: shards whose windows are mixed with each other.
     """
 
@@ -134,14 +133,13 @@ class BinPlan:
         window_tokens: int,
         bin_tokens: int,
         seed: int,
-        shuffle: bool = True,
         shards_at_once: int = 16,
     ):
         if window_tokens > bin_tokens:
             raise UserError(f"window_tokens ({window_tokens}) is larger than bin_tokens ({bin_tokens})")
         self.shard_sets = list(shard_sets)
         self.window_tokens, self.bin_tokens = window_tokens, bin_tokens
-        self.seed, self.shuffle, self.shards_at_once = seed, shuffle, shards_at_once
+        self.seed, self.shards_at_once = seed, shards_at_once
 
     def bins(self, epoch: int = 0, number: int = 0, epochs: int | None = None) -> Iterator[Bin]:
         """Bins from position (epoch, number) on: for ever, or for `epochs` epochs."""
@@ -159,15 +157,13 @@ class BinPlan:
     def _epoch(self, epoch: int) -> Iterator[Bin]:
         shards = [(s, i) for s, shard_set in enumerate(self.shard_sets) for i in range(len(shard_set))]
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(shards)) if self.shuffle else np.arange(len(shards))
+        order = rng.permutation(len(shards))
         number = 0
         for at in range(0, len(order), self.shards_at_once):
             windows = [
                 w for k in order[at : at + self.shards_at_once] for w in self._shard_windows(*shards[k])
             ]
-            if self.shuffle:
-                windows = [windows[k] for k in rng.permutation(len(windows))]
-            for members in self._pack(windows):
+            for members in self._pack([windows[k] for k in rng.permutation(len(windows))]):
                 yield Bin(epoch, number, tuple(members))
                 number += 1
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.batches import Batch
 from pipeline.loader import Step
+from pipeline.model_io import parameter_count
 from pipeline.recipe import OptimizerRecipe, Recipe
 from pipeline.strategy import zero_stage
 
@@ -37,7 +38,7 @@ class Engine:
         self.config = config
         self.objective = recipe.objective
         self.peak_lr = recipe.optimizer.lr
-        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters = parameter_count(model)
         # fp16 with dynamic loss scaling overflows by design: DeepSpeed skips the step and lowers the scale.
         self.scales_loss = bool(config.get("fp16", {}).get("enabled"))
         self._matrix_weights = _matrix_weights(model, recipe.objective)

@@ -86,8 +86,8 @@ class _ProjectedLoss(torch.autograd.Function):
 class VocabularyHead(nn.Linear):
     """Linear [d → vocabulary] with bias, and its loss.
 
-    `loss(hidden_Nd, targets_N)` is the module's `forward`; `logits` serves generation, where one row is
-    needed.
+    Both go through `forward`: with targets it is the loss, without them the logits (generation, where one
+    row is needed).
     """
 
     def forward(

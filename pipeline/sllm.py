@@ -64,8 +64,8 @@ class BackboneState:
     output [1, d_backbone]."""
 
     cache: DynamicCache
-    positions: int
-    hidden: Tensor
+    positions: int = 0
+    hidden: Tensor | None = None
 
 
 class SLLM(PreTrainedModel):
@@ -126,21 +126,22 @@ class SLLM(PreTrainedModel):
 
     # Generation, one document at a time: one backbone position per sentence, one decoder position per symbol.
 
-    def _advance(self, state: BackboneState | None, x_1d: Tensor) -> BackboneState:
-        cache = DynamicCache(config=self.config.backbone) if state is None else state.cache
-        positions = 0 if state is None else state.positions
+    def _advance(self, state: BackboneState, x_1d: Tensor) -> None:
         out = self.backbone(
             inputs_embeds=self._into(x_1d)[None],
-            position_ids=torch.tensor([[positions]], device=x_1d.device),
-            past_key_values=cache,
+            position_ids=torch.tensor([[state.positions]], device=x_1d.device),
+            past_key_values=state.cache,
             use_cache=True,
         )
-        return BackboneState(cache, positions + 1, out.last_hidden_state[0])
+        state.hidden = out.last_hidden_state[0]
+        state.positions += 1
 
     @torch.no_grad()
     def begin(self) -> BackboneState:
         """Start a document: the start position is fed."""
-        return self._advance(None, self.start.weight)
+        state = BackboneState(DynamicCache(config=self.config.backbone))
+        self._advance(state, self.start.weight)
+        return state
 
     @torch.no_grad()
     def append(self, state: BackboneState, tokens: list[int]) -> None:
@@ -154,9 +155,7 @@ class SLLM(PreTrainedModel):
             raise ValueError(
                 f"a sentence has 1 to {self.config.vae.max_sentence_tokens} tokens, not {len(tokens)}"
             )
-        embedding = self.encode_sentence(tokens)
-        advanced = self._advance(state, embedding)
-        state.positions, state.hidden = advanced.positions, advanced.hidden
+        self._advance(state, self.encode_sentence(tokens))
 
     @torch.no_grad()
     def encode_sentence(self, tokens: list[int]) -> Tensor:
