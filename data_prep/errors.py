@@ -14,6 +14,11 @@ class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it, in one line."""
 
 
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its message, for a message of one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].rstrip(": ")
+
+
 def run_main(prog: str, main: Callable[[], int | None]) -> int:
     """Run `main`; the process's exit status: 0, its own, 2 for `UserError` and `OSError`, 130 for Ctrl-C."""
     try:

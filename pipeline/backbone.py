@@ -15,16 +15,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from data_prep.errors import UserError
 from pipeline.attention import HF_ATTENTION, SegmentLayout
-from pipeline.pretrained import load_pretrained, read_config
-
-OWN_TYPES = ("sentence_vae", "sllm")  # they take no token-level model's place
+from pipeline.pretrained import KINDS, load_token_level
 
 
 def backbone_config(settings: dict) -> PreTrainedConfig:
     """A Hugging Face config from a dict with `model_type` (recipe, saved SLLM config)."""
     settings = dict(settings)
     model_type = settings.pop("model_type", "opt")
-    if model_type in OWN_TYPES:
+    if model_type in KINDS:
         raise UserError(f"model.backbone.model_type {model_type}: name a token-level model, for example opt")
     try:
         return AutoConfig.for_model(model_type, **settings)
@@ -42,10 +40,7 @@ def load_backbone(folder: str | Path) -> PreTrainedModel:
 
     Raises: UserError when the folder holds no model, or one of ours.
     """
-    if (model_type := read_config(folder).get("model_type")) in OWN_TYPES:
-        raise UserError(f"backbone folder {folder}: holds a {model_type}, not a token-level model")
-    model = load_pretrained(AutoModel, folder, attn_implementation=HF_ATTENTION)
-    return without_token_embedding(model)
+    return without_token_embedding(load_token_level(AutoModel, folder, attn_implementation=HF_ATTENTION))
 
 
 def without_token_embedding(model: PreTrainedModel) -> PreTrainedModel:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
+from data_prep.shards import write_atomically
 
 FORMAT_VERSION = 2
 _TMP = ".tmp-"
@@ -222,16 +223,18 @@ def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
     if first:
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         meta.files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in files}
-        write_atomically(aside / "meta.json", json.dumps(dataclasses.asdict(meta), indent=1) + "\n")
+        write_atomically(
+            aside / "meta.json", (json.dumps(dataclasses.asdict(meta), indent=1) + "\n").encode()
+        )
         for path in files:
             _flush_to_disk(path)
         shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was continued from further back
         os.rename(aside, folder / name)
         _flush_to_disk(folder)
-        write_atomically(folder / "latest", name + "\n")
+        write_atomically(folder / "latest", f"{name}\n".encode())
         best = step_name(meta.best["step"]) if meta.best else None
         if best and (folder / best).is_dir():
-            write_atomically(folder / "best", best + "\n")
+            write_atomically(folder / "best", f"{best}\n".encode())
         elif best is None:  # none yet, or no longer comparable: the next evaluation names one
             (folder / "best").unlink(missing_ok=True)
         _prune(folder, name, best, keep)
@@ -260,21 +263,8 @@ def remove_unfinished(run_dir: str | Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of its message, for a message of one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].rstrip(": ")
-
-
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file: readers see the old or the new one, never a half."""
-    aside = path.with_name(f"{_TMP}{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    _flush_to_disk(aside)
-    os.replace(aside, path)
 
 
 def _prune(folder: Path, latest: str, best: str | None, keep: int) -> None:

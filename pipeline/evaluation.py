@@ -7,14 +7,13 @@ summed over the corpus in float64 and divided once, at the end:
 
     bits_per_byte = NLL / (ln 2 · UTF-8 bytes of the text)      ppl = exp(NLL / plain tokens)
 
-Called by `pipeline/cli.py` (`sllm evaluate`), the demo, and tests; the trainer reuses `Sums`.
+Called by `pipeline/cli.py` (`sllm evaluate`), the demo, and tests.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,8 +32,10 @@ from data_prep.shards import ShardSet
 from data_prep.tokenizer import LossyTokenization, Tokenizer
 from pipeline.batches import Batch, build_batch
 from pipeline.bins import Span, document_spans
-from pipeline.model_io import KINDS, load_model, load_model_tokenizer, model_kind, read_config
+from pipeline.losses import bits_per_byte, perplexity
+from pipeline.model_io import load_model, load_model_tokenizer, model_kind
 from pipeline.plain_lm import load_plain_lm
+from pipeline.pretrained import KINDS, read_config
 
 DEFAULT_WINDOW_TOKENS = 1024
 DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
@@ -99,11 +100,10 @@ class Sums:
 
     def figures(self) -> dict:
         """All figures of the sums so far (docs/evaluation.md); at least one token must have been scored."""
-        bits = math.log(2) * self.bytes
         figures = {
             "measures": "reconstruction" if self.kind == "vae" else "prediction",
-            "bits_per_byte": self.nll / bits,
-            "ppl": _exp(self.nll / self.tokens),
+            "bits_per_byte": bits_per_byte(self.nll, self.bytes),
+            "ppl": perplexity(self.nll, self.tokens),
             "nll_nats": self.nll,
             "token_nll_nats": self.token_nll,
             "end_nll_nats": self.end_nll,
@@ -115,8 +115,8 @@ class Sums:
             "windows": self.windows,
         }
         if self.kind == "sllm":
-            figures["bits_per_byte_without_vectors"] = self.without_vectors_nll / bits
-            figures["vector_gain"] = (self.without_vectors_nll - self.nll) / bits
+            figures["bits_per_byte_without_vectors"] = bits_per_byte(self.without_vectors_nll, self.bytes)
+            figures["vector_gain"] = bits_per_byte(self.without_vectors_nll - self.nll, self.bytes)
         if self.kind == "vae":
             figures["cross_entropy"] = self.nll / (self.tokens + self.sentences)
             figures["exact_match"] = self.exact_of_length.total() / self.sentences
@@ -125,11 +125,6 @@ class Sums:
                 for length, count in sorted(self.sentences_of_length.items())
             }
         return figures
-
-
-def _exp(nats: float) -> float:
-    """exp that stays a finite, JSON-able number for hopeless models."""
-    return math.exp(min(nats, 700.0))
 
 
 @dataclass
@@ -336,9 +331,7 @@ def score(
         for batch in _batches(spans, batch_tokens):
             sums.add(model, batch.to(model.device), tokenizer.byte_lengths)
             bar.update(batch.tokens)
-            bar.set_postfix_str(
-                f"{sums.nll / (math.log(2) * max(1, sums.bytes)):.4f} bits/byte", refresh=False
-            )
+            bar.set_postfix_str(f"{bits_per_byte(sums.nll, max(1, sums.bytes)):.4f} bits/byte", refresh=False)
     return sums
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from data_prep.tokenizer import load_tokenizer
 from pipeline import checkpoints
 from pipeline.attention import HF_ATTENTION
@@ -114,4 +114,4 @@ def consolidated_weights(checkpoint: Path, meta: Meta) -> dict[str, torch.Tensor
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a page of its own progress
             return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for a damaged file
-        raise UserError(f"checkpoint {checkpoint} is damaged: {checkpoints.first_line(error)}") from error
+        raise UserError(f"checkpoint {checkpoint} is damaged: {first_line(error)}") from error

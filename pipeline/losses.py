@@ -1,8 +1,9 @@
 """What every model's `forward(batch)` returns: sums in nats, never means, so that ranks and batches can be
-added up."""
+added up; and the two figures that are made of such sums (docs/evaluation.md)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,3 +59,13 @@ class LossSums:
             target_correct_N,
             None if stop_nll_S is None else stop_nll_S.detach(),
         )
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """Nats summed over a text, by its UTF-8 bytes."""
+    return nats / math.log(2) / text_bytes
+
+
+def perplexity(nats: float, tokens: float) -> float:
+    """exp of the nats per plain token; a finite, JSON-able number for hopeless models too."""
+    return math.exp(min(nats / tokens, 700.0))

@@ -12,16 +12,14 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from pipeline.attention import HF_ATTENTION
-from pipeline.backbone import OWN_TYPES, backbone_config, load_backbone
-from pipeline.pretrained import load_pretrained, read_config
+from pipeline.backbone import backbone_config, load_backbone
+from pipeline.pretrained import KINDS, load_pretrained, load_token_level, read_config
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
-
-KINDS = {"sentence_vae": "vae", "sllm": "sllm"}  # every other model_type is a token-level causal LM
 
 
 def model_kind(model: nn.Module) -> str:
@@ -105,8 +103,7 @@ def build_model(
     except UserError:
         raise
     except Exception as error:  # wrong types and sizes fail deep in configs and layers, each in its own way
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model: cannot be built from these settings ({reason})") from error
+        raise UserError(f"model: cannot be built from these settings ({first_line(error)})") from error
 
 
 def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, focal_gamma: float) -> SLLM:
@@ -162,9 +159,7 @@ def _same_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
 
 
 def _load_causal_lm(folder: str | Path) -> PreTrainedModel:
-    if (model_type := read_config(folder).get("model_type")) in OWN_TYPES:
-        raise UserError(f"model folder {folder}: holds a {model_type}, not a token-level causal LM")
-    return load_pretrained(AutoModelForCausalLM, folder, attn_implementation=HF_ATTENTION)
+    return load_token_level(AutoModelForCausalLM, folder, attn_implementation=HF_ATTENTION)
 
 
 def save_model(model: nn.Module, folder: str | Path, tokenizer: Tokenizer) -> None:

@@ -15,10 +15,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
 
 # Bars for loading and writing weights would break up logs; our own commands say what they do.
 disable_progress_bar()
+
+
+KINDS = {"sentence_vae": "vae", "sllm": "sllm"}  # our model types; every other one is a token-level causal LM
 
 
 def read_config(folder: str | Path) -> dict:
@@ -64,10 +67,16 @@ def load_pretrained(
     except (
         Exception
     ) as error:  # safetensors, transformers, torch and every architecture raise their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model folder {folder}: cannot be loaded ({reason})") from None
+        raise UserError(f"model folder {folder}: cannot be loaded ({first_line(error)})") from None
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     wrong += info["unexpected_keys"] if strict else []
     if wrong:
         raise UserError(f"model folder {folder}: weights do not match its config (first: {sorted(wrong)[0]})")
     return model.eval()
+
+
+def load_token_level(model_class: type, folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """`load_pretrained` for a token-level model. Raises: UserError also for a folder of ours."""
+    if (model_type := read_config(folder).get("model_type")) in KINDS:
+        raise UserError(f"model folder {folder}: holds a {model_type}, not a token-level causal LM")
+    return load_pretrained(model_class, folder, **kwargs)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from pipeline.checkpoints import write_atomically
+from data_prep.shards import write_atomically
 from pipeline.recipe import Recipe
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -183,5 +183,5 @@ def wandb_id(run_dir: Path) -> str:
     """
     path = run_dir / WANDB_ID
     if not path.exists():
-        write_atomically(path, secrets.token_hex(8) + "\n")
+        write_atomically(path, f"{secrets.token_hex(8)}\n".encode())
     return path.read_text(encoding="utf-8").strip()

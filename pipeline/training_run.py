@@ -20,7 +20,7 @@ import deepspeed.comm as dist
 import torch
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardSet
+from data_prep.shards import ShardSet, write_atomically
 from pipeline import checkpoints, launch
 from pipeline.batches import Batch
 from pipeline.bins import BinPlan
@@ -28,6 +28,7 @@ from pipeline.checkpoints import Meta
 from pipeline.engine import Engine
 from pipeline.launch import AgreedError, Ranks
 from pipeline.loader import Step, StepLoader
+from pipeline.losses import bits_per_byte
 from pipeline.model_io import build_model
 from pipeline.recipe import Recipe
 from pipeline.run_log import RunLog
@@ -143,9 +144,9 @@ class TrainingRun:
         if self.ranks.rank == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_unfinished(self.run_dir)
-            checkpoints.write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml())
-            checkpoints.write_atomically(
-                self.run_dir / "ds_config.json", json.dumps(self.config, indent=1) + "\n"
+            write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml().encode())
+            write_atomically(
+                self.run_dir / "ds_config.json", (json.dumps(self.config, indent=1) + "\n").encode()
             )
             self.tokenizer.save(self.run_dir / "tokenizer")
         self.log = self._open.enter_context(
@@ -215,7 +216,7 @@ class TrainingRun:
                 "epoch": state.position[0],
                 "tokens": state.tokens,
                 "loss": totals.objective / step.targets_all,
-                "bits_per_byte": nats / math.log(2) / totals.text_bytes,
+                "bits_per_byte": bits_per_byte(nats, totals.text_bytes),
                 "token_nll": totals.token_nll,
                 "end_nll": totals.end_nll,
                 "stop_nll": totals.stop_nll,

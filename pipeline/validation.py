@@ -8,7 +8,6 @@ best checkpoint.
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from pipeline.bins import BinPlan
 from pipeline.launch import Ranks
 from pipeline.loader import assign, build
+from pipeline.losses import bits_per_byte, perplexity
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -42,7 +42,7 @@ class Validation:
         _, token_nll, end_nll, stop_nll, text_bytes = sums.tolist()
         nats = token_nll + end_nll + stop_nll
         return {
-            "bits_per_byte": nats / math.log(2) / text_bytes,
+            "bits_per_byte": bits_per_byte(nats, text_bytes),
             "ppl": perplexity(nats, self.tokens),
             "nll_nats": nats,
             "token_nll": token_nll,
@@ -52,8 +52,3 @@ class Validation:
             "tokens": self.tokens,
             "seconds": time.perf_counter() - began,
         }
-
-
-def perplexity(nats: float, tokens: int) -> float:
-    """exp(nats per token), infinite instead of an overflow."""
-    return math.exp(nats / tokens) if nats / tokens < 700 else math.inf
