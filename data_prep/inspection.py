@@ -94,7 +94,7 @@ def _check_shard(shard: Shard, members: list, byte_lengths: np.ndarray, max_toke
         for group in range(groups):
             parts = []
             for member in members[group * len(MEMBER_KINDS) : (group + 1) * len(MEMBER_KINDS)]:
-                stream.seek(member.offset_data)
+                stream.seek(member.data_at)
                 parts.append(stream.read(member.size))
             try:
                 tokens, lengths, sizes = (np.load(io.BytesIO(part), allow_pickle=False) for part in parts[:3])

@@ -30,6 +30,7 @@ class SentenceSettings:
     segmenter: str
     language: str
     max_tokens: int
+    min_tokens: int = 1
 
     def __post_init__(self) -> None:
         if not SHORTEST <= self.max_tokens <= LONGEST:

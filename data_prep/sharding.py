@@ -40,6 +40,7 @@ from data_prep.shards import (
     ShardSet,
     ShardWriter,
     file_sha256,
+    hash64,
     json_bytes,
     token_dtype,
     write_atomically,
@@ -92,6 +93,7 @@ def make_shards(
             "segmenter_version": SEGMENTER_VERSION,
             "shard_bytes": shard_bytes,
             "shard_documents": shard_documents,
+            "compression": "none",
         },
         "tokenizer": {
             "kind": tokenizer.kind,
@@ -202,8 +204,9 @@ def run_unit(job: Job, unit: int, file: InputFile, tokenizer: Tokenizer, tick: C
             if writer is None:
                 names = [folder / f"part-{len(parts):03d}{ending}" for ending in (".tar", ".index.npy")]
                 writer = ShardWriter(*names, token_dtype(tokenizer.vocab_size))
-            size = len(item.content.encode("utf-8"))
-            writer.add(Document(item.id, item.language, item.source, tokens, lengths, size))
+            data = item.content.encode("utf-8")
+            size = len(data)
+            writer.add(Document(item.id, item.language, item.source, tokens, lengths, size, hash64(data)))
             repaired.update(["missing id"] if item.id_repaired else [])
             totals = languages.setdefault(item.language, Counter())
             totals.update(documents=1, sentences=lengths.size, tokens=tokens.size, bytes=size)

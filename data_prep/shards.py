@@ -2,8 +2,8 @@
 
 A shard is `shard-NNNNNN.tar` with `shard-NNNNNN.index.npy`; a set of shards is a folder with `manifest.json`
 and a copy of the tokenizer. In: documents as (tokens, sentence lengths). Out: the same, zero copy from the
-memory-mapped tar, or through plain `webdataset.WebDataset(...).decode()`. docs/shard-format.md describes
-every field.
+memory-mapped tar (unpacked first where members are compressed), or through plain
+`webdataset.WebDataset(...).decode()`. docs/shard-format.md describes every field.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,35 +26,47 @@ from data_prep.errors import UserError
 from data_prep.sentences import SentenceSettings
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
+# A group ends at 256 documents or with the document that fills its arrays: small enough to be unpacked and
+# looked through in well under a millisecond, large enough for headers to be less than 1 %.
 GROUP_DOCUMENTS = 256
+GROUP_BYTES = 512_000
 OPEN_SHARDS = 64  # memory-mapped at once, per process: each holds a file descriptor
+OPEN_GROUPS = 4  # unpacked groups kept, per shard
 COUNTS = ("documents", "sentences", "tokens", "bytes")
+COMPRESSIONS = ("none", "zstd")
+ZSTD_LEVEL = 3
 
-# One row per document, in the order of the tar. `*_at` are byte offsets in the tar file; `group` and `row`
-# say which member and which place in it hold the document.
+# One row per document, in the order of the tar. `*_at` are byte offsets: in the tar file, or in the unpacked
+# member where members are compressed. `group` and `row` say which members and which place in them hold the
+# document. `text_hash` and `key_hash` are `hash64` of the text in UTF-8 and of the id.
 INDEX_DTYPE = np.dtype(
     [
         ("tokens", "<u4"),
         ("sentences", "<u4"),
         ("bytes", "<u4"),
-        ("tokens_at", "<u8"),
-        ("sentences_at", "<u8"),
         ("group", "<u4"),
         ("row", "<u4"),
+        ("tokens_at", "<u8"),
+        ("sentences_at", "<u8"),
+        ("text_hash", "<u8"),
+        ("key_hash", "<u8"),
     ]
 )
 LENGTH_DTYPE = np.dtype("<u2")
-MEMBER_NAME = re.compile(r"(\d{6})\.(tokens\.npy|sentence_lengths\.npy|document_sizes\.npy|documents\.json)")
 MEMBER_KINDS = ("tokens.npy", "sentence_lengths.npy", "document_sizes.npy", "documents.json")
+_MEMBER_NAME = re.compile(rf"(\d{{6,}})\.({'|'.join(map(re.escape, MEMBER_KINDS))})(\.zst)?")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One stored document: tokens uint16/uint32 [T]; sentence_lengths uint16 [S], sum T; bytes of text."""
+    """One stored document: tokens uint16/uint32 [T]; sentence_lengths uint16 [S], sum T; bytes of text.
+
+    text_hash: `hash64` of the text, the same under any tokenizer.
+    """
 
     id: str
     language: str
@@ -61,10 +74,29 @@ class Document:
     tokens: np.ndarray
     sentence_lengths: np.ndarray
     bytes: int
+    text_hash: int
 
     def sentences(self) -> list[np.ndarray]:
         """The S slices of `tokens`."""
         return np.split(self.tokens, np.cumsum(self.sentence_lengths[:-1], dtype=np.int64))
+
+
+class Member(NamedTuple):
+    """One member of a shard's tar: its name, where its data begins in the file, and how long they are."""
+
+    name: str
+    data_at: int
+    size: int
+
+
+class Group(NamedTuple):
+    """One group of D documents: tokens uint16/uint32 [T], sentence_lengths uint16 [S], document_sizes uint32
+    [D] (sentences in each), facts: D dictionaries with `id`, `language` and `source`."""
+
+    tokens: np.ndarray
+    sentence_lengths: np.ndarray
+    document_sizes: np.ndarray
+    facts: list[dict]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -72,26 +104,37 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+def hash64(data: bytes) -> int:
+    """The first 8 bytes of BLAKE2b: for finding and spreading, not against an attacker."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 class ShardWriter:
     """Writes one shard. Both files appear under their names only when complete. The same documents give the
-    same bytes. Memory: one group of 256 documents.
+    same bytes. Memory: one group of documents.
+
+    compression: `none`, or `zstd` for every member by itself (the same bytes for one release of zstd).
     """
 
-    def __init__(self, tar_path: Path, index_path: Path, dtype: np.dtype):
+    def __init__(self, tar_path: Path, index_path: Path, dtype: np.dtype, compression: str = "none"):
         self._tar_path, self._index_path, self._dtype = tar_path, index_path, dtype
-        self._partial = tar_path.with_name(tar_path.name + ".partial")
+        self._compress = _zstd_compressor() if compression == "zstd" else None
+        self._partial = _partial_name(tar_path)
         self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)
         self._group: list[Document] = []
+        self._group_bytes = 0
         self._groups = 0
         self._rows: list[np.ndarray] = []
         self.documents = 0
-        self.payload = 0  # bytes of the arrays written or waiting
+        self.payload = 0  # bytes of the arrays written or waiting, before compression
 
     def add(self, document: Document) -> None:
         self._group.append(document)
         self.documents += 1
-        self.payload += document.tokens.size * self._dtype.itemsize + document.sentence_lengths.size * 2
-        if len(self._group) == GROUP_DOCUMENTS:
+        size = document.tokens.size * self._dtype.itemsize + document.sentence_lengths.size * 2
+        self.payload += size
+        self._group_bytes += size
+        if len(self._group) == GROUP_DOCUMENTS or self._group_bytes >= GROUP_BYTES:
             self._write_group()
 
     def close(self) -> dict:
@@ -101,19 +144,22 @@ class ShardWriter:
         self._tar.close()
         index = np.concatenate(self._rows) if self._rows else np.empty(0, INDEX_DTYPE)
         write_atomically(self._index_path, npy_bytes(index))
+        sha256 = file_sha256(self._partial)
         _sync_and_rename(self._partial, self._tar_path)
         return {
-            "sha256": file_sha256(self._tar_path),
+            "sha256": sha256,
             "index_sha256": file_sha256(self._index_path),
             **index_totals(index),
         }
 
     def _write_group(self) -> None:
-        group, self._group = self._group, []
+        group, self._group, self._group_bytes = self._group, [], 0
         rows = np.zeros(len(group), INDEX_DTYPE)
         rows["tokens"] = [document.tokens.size for document in group]
         rows["sentences"] = [document.sentence_lengths.size for document in group]
         rows["bytes"] = [document.bytes for document in group]
+        rows["text_hash"] = [document.text_hash for document in group]
+        rows["key_hash"] = [hash64(document.id.encode("utf-8")) for document in group]
         rows["group"], rows["row"] = self._groups, np.arange(len(group))
         tokens = np.concatenate([document.tokens for document in group]).astype(self._dtype)
         lengths = np.concatenate([document.sentence_lengths for document in group]).astype(LENGTH_DTYPE)
@@ -128,14 +174,16 @@ class ShardWriter:
         self._groups += 1
 
     def _add_array(self, kind: str, array: np.ndarray) -> int:
-        """Returns the offset of the array's first item in the tar."""
+        """Returns the offset of the array's first item: in the tar, or in its unpacked member."""
         data = npy_bytes(array)
-        return self._add_member(kind, data) + len(data) - array.nbytes
+        data_at = self._add_member(kind, data)
+        return (0 if self._compress else data_at) + len(data) - array.nbytes
 
     def _add_member(self, kind: str, data: bytes) -> int:
-        member = tarfile.TarInfo(
-            f"{self._groups:06d}.{kind}"
-        )  # TarInfo's own defaults: mtime 0, uid 0, gid 0
+        name = f"{self._groups:06d}.{kind}"
+        if self._compress:
+            name, data = f"{name}.zst", self._compress(data)
+        member = tarfile.TarInfo(name)  # TarInfo's own defaults: mtime 0, uid 0, gid 0
         member.size, member.mode = len(data), 0o644
         data_at = self._tar.offset + tarfile.BLOCKSIZE  # short names: the header is one block
         self._tar.addfile(member, io.BytesIO(data))
@@ -149,37 +197,40 @@ class Shard:
     or damaged.
     """
 
-    def __init__(self, tar_path: Path, index_path: Path, dtype: np.dtype):
-        self.path, self._dtype = tar_path, dtype
+    def __init__(self, tar_path: Path, index_path: Path, dtype: np.dtype, compression: str = "none"):
+        self.path, self._dtype, self._zstd = tar_path, dtype, compression == "zstd"
         self.index = read_index(index_path)
-        if not tar_path.is_file():
-            raise UserError(f"shard {tar_path} is missing; restore it or make the shards again")
-        size = tar_path.stat().st_size
-        if self.index.size and size < int((self.index["sentences_at"] + 2 * self.index["sentences"]).max()):
+        self._bytes = _map_file(tar_path)
+        ends = self.index["sentences_at"] + 2 * self.index["sentences"]
+        if not self._zstd and self.index.size and self._bytes.size < int(ends.max()):
             raise UserError(
-                f"shard {tar_path} is cut short ({size} bytes); restore it or make the shards again"
+                f"shard {tar_path} is cut short ({self._bytes.size} bytes); "
+                "restore it or make the shards again"
             )
-        self._bytes = np.memmap(tar_path, dtype=np.uint8, mode="r") if size else np.empty(0, np.uint8)
-        self._groups: list[tarfile.TarInfo] | None = None
+        self._all_members: list[Member] | None = None
         self._facts: tuple[int, list[dict]] = (-1, [])
+        self._unpacked: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         """Documents."""
         return self.index.size
 
     def tokens(self, n: int) -> np.ndarray:
-        """uint16/uint32 [T] tokens of document `n`; a read-only view of the file."""
+        """uint16/uint32 [T] tokens of document `n`; a read-only view of the file, if not compressed."""
         row = self.index[n]
-        return self._view(int(row["tokens_at"]), int(row["tokens"]), self._dtype)
+        return self._view(0, int(row["group"]), int(row["tokens_at"]), int(row["tokens"]), self._dtype)
 
     def sentence_lengths(self, n: int) -> np.ndarray:
-        """uint16 [S], tokens in each sentence of document `n`; a read-only view of the file."""
+        """uint16 [S], tokens in each sentence of document `n`; a read-only view likewise."""
         row = self.index[n]
-        return self._view(int(row["sentences_at"]), int(row["sentences"]), LENGTH_DTYPE)
+        return self._view(1, int(row["group"]), int(row["sentences_at"]), int(row["sentences"]), LENGTH_DTYPE)
 
     def document(self, n: int) -> Document:
         row = self.index[n]
-        facts = self._group_facts(int(row["group"]))[int(row["row"])]
+        group = int(row["group"])
+        if self._facts[0] != group:
+            self._facts = group, json.loads(self._member(group, 3))
+        facts = self._facts[1][int(row["row"])]
         return Document(
             id=facts["id"],
             language=facts["language"],
@@ -187,19 +238,46 @@ class Shard:
             tokens=self.tokens(n),
             sentence_lengths=self.sentence_lengths(n),
             bytes=int(row["bytes"]),
+            text_hash=int(row["text_hash"]),
         )
 
-    def _view(self, at: int, count: int, dtype: np.dtype) -> np.ndarray:
-        return self._bytes[at : at + count * dtype.itemsize].view(dtype)
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return len(self._members()) // len(MEMBER_KINDS)
 
-    def _group_facts(self, group: int) -> list[dict]:
-        if self._facts[0] != group:
-            if self._groups is None:
-                self._groups = [m for m in tar_members(self.path) if m.name.endswith(".documents.json")]
-            member = self._groups[group]
-            data = self._bytes[member.offset_data : member.offset_data + member.size].tobytes()
-            self._facts = group, json.loads(data)
-        return self._facts[1]
+    def group(self, g: int) -> Group:
+        """Group `g` as it is stored, whatever the index says. Raises `UserError` when it cannot be read."""
+        parts = [self._member(g, kind) for kind in range(len(MEMBER_KINDS))]
+        try:
+            return Group(*(_npy_array(part) for part in parts[:3]), json.loads(parts[3]))
+        except ValueError as error:
+            raise UserError(f"shard {self.path}: group {g} is damaged: {error}") from error
+
+    def _view(self, kind: int, group: int, at: int, count: int, dtype: np.dtype) -> np.ndarray:
+        if not self._zstd:
+            return self._bytes[at : at + count * dtype.itemsize].view(dtype)
+        if (group, kind) not in self._unpacked:
+            self._unpacked[group, kind] = np.frombuffer(self._member(group, kind), np.uint8)
+            if len(self._unpacked) > 2 * OPEN_GROUPS:
+                self._unpacked.popitem(last=False)
+        return self._unpacked[group, kind][at : at + count * dtype.itemsize].view(dtype)
+
+    def _member(self, group: int, kind: int) -> bytes:
+        """The bytes of a group's member, unpacked."""
+        member = self._members()[group * len(MEMBER_KINDS) + kind]
+        data = self._bytes[member.data_at : member.data_at + member.size].tobytes()
+        if not self._zstd:
+            return data
+        try:
+            return unpack_zstd(data)
+        except ValueError as error:
+            raise UserError(f"shard {self.path}: {member.name} is damaged: {error}") from error
+
+    def _members(self) -> list[Member]:
+        if self._all_members is None:
+            self._all_members = _walk(self._bytes, self.path)
+        return self._all_members
 
 
 class ShardSet:
@@ -208,18 +286,23 @@ class ShardSet:
     def __init__(self, folder: Path, manifest: dict):
         self.folder = folder
         self.manifest = manifest
+        settings = manifest["settings"]
         self.settings = SentenceSettings(
-            segmenter=manifest["settings"]["segmenter"],
-            language=manifest["settings"]["language"],
-            max_tokens=manifest["settings"]["max_tokens"],
+            segmenter=settings["segmenter"],
+            language=settings["language"],
+            max_tokens=settings["max_tokens"],
+            min_tokens=settings["min_tokens"],
         )
         self.fingerprint: str = manifest["fingerprint"]
         self.dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
+        self.compression: str = settings["compression"]
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._first = np.cumsum([0] + [entry["documents"] for entry in manifest["shards"]], dtype=np.int64)
+        self._keys: tuple[np.ndarray, np.ndarray] | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
-        """Raises `UserError` when `folder` holds no manifest, a broken one, or one of a newer format."""
+        """Raises `UserError` when `folder` holds no manifest, a broken one, or one of another format."""
         folder = Path(folder)
         path = folder / MANIFEST
         if not folder.is_dir():
@@ -236,7 +319,9 @@ class ShardSet:
                     f"{path} has format version {version}, newer than {FORMAT_VERSION}: update this package"
                 )
             if version != FORMAT_VERSION:
-                raise UserError(f"{path} has the unknown format version {version!r}; make the shards again")
+                raise UserError(
+                    f"{path} has format version {version!r}, not {FORMAT_VERSION}: make the shards again"
+                )
             for entry in manifest["shards"]:
                 for name in (entry["file"], entry["index"]):
                     if name != os.path.basename(name):
@@ -260,7 +345,8 @@ class ShardSet:
         """Shard `i`, memory-mapped; the last few used stay open."""
         if i not in self._open:
             entry = self.manifest["shards"][i]
-            self._open[i] = Shard(self.folder / entry["file"], self.folder / entry["index"], self.dtype)
+            paths = self.folder / entry["file"], self.folder / entry["index"]
+            self._open[i] = Shard(*paths, self.dtype, self.compression)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(i)
@@ -272,6 +358,32 @@ class ShardSet:
             shard = self.shard(i)
             for n in range(len(shard)):
                 yield shard.document(n)
+
+    def document(self, number: int) -> Document:
+        """Document `number` of the whole set, from 0. Raises `UserError` when there is none."""
+        total = int(self._first[-1])
+        if not 0 <= number < total:
+            raise UserError(f"{self.folder} has documents 0 to {total - 1}, not {number}")
+        i = int(np.searchsorted(self._first, number, side="right")) - 1
+        return self.shard(i).document(number - int(self._first[i]))
+
+    def find(self, key: str) -> Document:
+        """The first document whose id is `key`. Raises `UserError` when there is none.
+
+        The first call reads all indexes and sorts them: 16 bytes of memory a document, kept; later calls take
+        microseconds.
+        """
+        if self._keys is None:
+            hashes = [self.shard(i).index["key_hash"] for i in range(len(self))]
+            joined = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+            order = np.argsort(joined, kind="stable")
+            self._keys = joined[order], order
+        hashes, order = self._keys
+        wanted = np.uint64(hash64(key.encode("utf-8")))
+        for place in range(*(int(np.searchsorted(hashes, wanted, side)) for side in ("left", "right"))):
+            if (document := self.document(int(order[place]))).id == key:
+                return document
+        raise UserError(f"{self.folder} holds no document with the id {key!r}")
 
 
 def read_index(path: Path) -> np.ndarray:
@@ -287,27 +399,80 @@ def read_index(path: Path) -> np.ndarray:
     return index
 
 
-def tar_members(path: Path) -> list[tarfile.TarInfo]:
+def tar_members(path: Path) -> list[Member]:
     """Members of a shard, in order, whole groups. Raises `UserError` on damage, foreign names and links."""
+    return _walk(_map_file(path), path)
+
+
+def unpack_zstd(data: bytes) -> bytes:
+    """One zstd frame, unpacked. Raises `ValueError` when it is damaged."""
+    import zstandard
+
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = tar.getmembers()
-            ended = tar.fileobj.seek(0, os.SEEK_END) >= tar.offset
+        return zstandard.ZstdDecompressor().decompress(data)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+
+
+def zstd_handler(key: str, data: bytes) -> object:
+    """For webdataset: `WebDataset(...).decode(pre=[gzfilter, zstd_handler])` reads compressed shards too."""
+    from webdataset.autodecode import Continue
+
+    return Continue(key[: -len(".zst")], unpack_zstd(data)) if key.endswith(".zst") else None
+
+
+def _zstd_compressor():
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress
+
+
+def _map_file(path: Path) -> np.ndarray:
+    try:
+        return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     except FileNotFoundError:
         raise UserError(f"shard {path} is missing; restore it or make the shards again") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"shard {path} is cut short or damaged: {error}") from error
-    if not ended:
-        raise UserError(f"shard {path} is cut short")
-    for n, member in enumerate(members):
-        if not MEMBER_NAME.fullmatch(member.name) or not member.isreg():
-            raise UserError(f"shard {path} holds a foreign member {member.name!r}")
-        expected = f"{n // len(MEMBER_KINDS):06d}.{MEMBER_KINDS[n % len(MEMBER_KINDS)]}"
-        if member.name != expected:
-            raise UserError(f"shard {path} holds {member.name} where {expected} should be")
+
+
+def _walk(data: np.ndarray, path: Path) -> list[Member]:
+    """Every member of a shard's tar. Reads no more than the headers, and trusts none of them."""
+    members: list[Member] = []
+    at, block = 0, tarfile.BLOCKSIZE
+    zst: str | None = None
+    while True:
+        header = data[at : at + block].tobytes()
+        if len(header) < block:
+            raise UserError(f"shard {path} is cut short")
+        if header == bytes(block):
+            break
+        try:
+            entry = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise UserError(f"shard {path} is damaged at byte {at}: {error}") from error
+        name = _MEMBER_NAME.fullmatch(entry.name)
+        if name is None or not entry.isreg():
+            raise UserError(f"shard {path} holds a foreign member {entry.name!r}")
+        zst = (name.group(3) or "") if zst is None else zst
+        group, kind = divmod(len(members), len(MEMBER_KINDS))
+        expected = f"{group:06d}.{MEMBER_KINDS[kind]}{zst}"
+        if entry.name != expected:
+            raise UserError(f"shard {path} holds {entry.name} where {expected} should be")
+        members.append(Member(entry.name, at + block, entry.size))
+        at += block + -(-entry.size // block) * block
     if len(members) % len(MEMBER_KINDS):
         raise UserError(f"shard {path} is cut short: its last group is not whole")
     return members
+
+
+def _npy_array(data: bytes) -> np.ndarray:
+    """The array of an .npy file's bytes, read-only, not copied. Raises `ValueError` when they are damaged."""
+    stream = io.BytesIO(data)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("not an .npy file of version 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject or len(shape) != 1 or len(data) - stream.tell() != shape[0] * dtype.itemsize:
+        raise ValueError("an array of another size or kind than its header says")
+    return np.frombuffer(data, dtype, offset=stream.tell())
 
 
 def index_totals(index: np.ndarray) -> dict[str, int]:
@@ -333,9 +498,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is complete or absent, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
+def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None:
+    """Write a file that is complete or absent, also after a crash or when two processes write the same one.
+
+    aside: the folder, on the same file system, for the file while it is incomplete; else beside `path`.
+    """
+    partial = _partial_name((aside or path.parent) / path.name)
     partial.write_bytes(data)
     _sync_and_rename(partial, path)
 
@@ -343,6 +511,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 def json_bytes(value: object) -> bytes:
     """JSON as all our files hold it: sorted keys, indented, ASCII, so that equal values are equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
 
 
 def _sync_and_rename(partial: Path, path: Path) -> None:
