@@ -1,4 +1,4 @@
-"""Looking at finished shards: `verify` trusts nothing, `stats` counts, `show` prints.
+"""Looking at finished shards: `verify` trusts nothing, `show` prints.
 
 In: a shard folder. Out: plain dictionaries (the `--json` results) and text for people. Called by
 `data_prep/cli.py`.
@@ -26,9 +26,6 @@ from data_prep.shards import (
     index_totals,
     tar_members,
 )
-
-HISTOGRAM_WIDTH = 40  # characters
-HISTOGRAM_STEP = 4  # tokens per line of the histogram
 
 REMEDY = "restore it or make the shards again"
 
@@ -131,134 +128,6 @@ def _check_shard(shard: Shard, members: list, byte_lengths: np.ndarray, max_toke
             require(np.array_equal(stored, lengths), "the index points to the wrong sentence lengths")
 
 
-def stats(folder: str | Path) -> dict:
-    """Counts and distributions of a shard set, in all and per language.
-
-    Per group: documents, sentences, tokens, bytes, bytes_per_token, tokens_per_sentence (mean, median, p95,
-    max), sentences_per_document (mean, median, p95, max), share_at_limit (sentences of exactly `max_tokens`,
-    the longest allowed: nearly all were split), histogram (sentences by length, item n = length n).
-    """
-    shards = ShardSet.open(folder)
-    limit = shards.settings.max_tokens
-    tallies: dict[str, _Tally] = {}
-    for document in shards.documents():
-        tallies.setdefault(document.language, _Tally(limit)).add(
-            document.sentence_lengths, document.tokens.size, document.bytes
-        )
-    everything = _Tally(limit)
-    for tally in tallies.values():
-        everything.merge(tally)
-    return {
-        "folder": str(folder),
-        "shards": len(shards),
-        "settings": shards.manifest["settings"],
-        "tokenizer": {
-            key: shards.manifest["tokenizer"][key] for key in ("kind", "vocab_size", "fingerprint")
-        },
-        **everything.summary(),
-        "languages": {language: tallies[language].summary() for language in sorted(tallies)},
-        "rejected": shards.manifest["rejected"],
-        "repaired": shards.manifest["repaired"],
-        "damaged": shards.manifest["damaged"],
-    }
-
-
-class _Tally:
-    """Counts of one language, as histograms: memory does not grow with the corpus."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.documents = self.tokens = self.bytes = 0
-        self.lengths = np.zeros(limit + 1, dtype=np.int64)
-        self.sizes: dict[int, int] = {}
-
-    def add(self, sentence_lengths: np.ndarray, tokens: int, size: int) -> None:
-        self.documents += 1
-        self.tokens += tokens
-        self.bytes += size
-        self.lengths += np.bincount(sentence_lengths, minlength=self.limit + 1)
-        self.sizes[sentence_lengths.size] = self.sizes.get(sentence_lengths.size, 0) + 1
-
-    def merge(self, other: _Tally) -> None:
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.bytes += other.bytes
-        self.lengths += other.lengths
-        for size, count in other.sizes.items():
-            self.sizes[size] = self.sizes.get(size, 0) + count
-
-    def summary(self) -> dict:
-        sentences = int(self.lengths.sum())
-        sizes = np.array(sorted(self.sizes), dtype=np.int64)
-        counts = np.array([self.sizes[size] for size in sizes], dtype=np.int64)
-        return {
-            "documents": self.documents,
-            "sentences": sentences,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "bytes_per_token": round(self.bytes / self.tokens, 4) if self.tokens else None,
-            "tokens_per_sentence": _distribution(np.arange(self.limit + 1), self.lengths),
-            "sentences_per_document": _distribution(sizes, counts),
-            "share_at_limit": round(int(self.lengths[self.limit]) / sentences, 6) if sentences else None,
-            "histogram": self.lengths.tolist(),
-        }
-
-
-def _distribution(values: np.ndarray, counts: np.ndarray) -> dict | None:
-    total = int(counts.sum())
-    if not total:
-        return None
-    up_to = np.cumsum(counts)
-
-    def quantile(share: float) -> int:
-        return int(values[np.searchsorted(up_to, share * total)])
-
-    return {
-        "mean": round(float((values * counts).sum() / total), 4),
-        "median": quantile(0.5),
-        "p95": quantile(0.95),
-        "max": int(values[np.flatnonzero(counts)[-1]]),
-    }
-
-
-def stats_text(result: dict) -> str:
-    """`stats` for people."""
-    settings = result["settings"]
-    lines = [
-        f"{result['folder']}: {result['shards']} shards, segmenter {settings['segmenter']}, "
-        f"at most {settings['max_tokens']} tokens a sentence, "
-        f"{result['tokenizer']['kind']} tokenizer with {result['tokenizer']['vocab_size']:,} entries"
-    ]
-    for name, group in [("all", result), *result["languages"].items()]:
-        lines.append(
-            f"{name}: {group['documents']:,} documents, {group['sentences']:,} sentences, "
-            f"{group['tokens']:,} tokens, {group['bytes']:,} bytes ({group['bytes_per_token']} bytes a token)"
-        )
-        for key in ("tokens_per_sentence", "sentences_per_document"):
-            spread = group[key]
-            lines.append(
-                f"  {key.replace('_', ' ')}: mean {spread['mean']:.1f}, median {spread['median']}, "
-                f"p95 {spread['p95']}, max {spread['max']}"
-            )
-        lines.append(f"  at the limit: {100 * group['share_at_limit']:.2f} % of the sentences")
-    for what in ("rejected", "repaired"):
-        said = ", ".join(f"{count:,} × {reason}" for reason, count in result[what].items()) or "none"
-        lines.append(f"{what} records: {said}")
-    lines += [f"damaged input: {item['file']}: {item['damage']}" for item in result["damaged"]]
-    lines.append("sentences by length in tokens:")
-    lines += _histogram_lines(result["histogram"])
-    return "\n".join(lines)
-
-
-def _histogram_lines(histogram: list[int]) -> Iterator[str]:
-    last = max((length for length, count in enumerate(histogram) if count), default=0)
-    steps = [sum(histogram[start : start + HISTOGRAM_STEP]) for start in range(1, last + 1, HISTOGRAM_STEP)]
-    for number, count in enumerate(steps):
-        start = 1 + number * HISTOGRAM_STEP
-        bar = "█" * round(HISTOGRAM_WIDTH * count / max(steps))
-        yield f"{start:5d}–{start + HISTOGRAM_STEP - 1:<5d} {count:12,} {bar}"
-
-
 def show(folder: str | Path, count: int) -> Iterator[str]:
     """Lines that show the first `count` documents sentence by sentence, each as a JSON string."""
     shards = ShardSet.open(folder)
@@ -273,3 +142,6 @@ def show(folder: str | Path, count: int) -> Iterator[str]:
         )
         for place, tokens in enumerate(document.sentences(), start=1):
             yield f"{place:5d} [{tokens.size:3d}] {json.dumps(tokenizer.decode(tokens), ensure_ascii=False)}"
+
+
+from data_prep.stats import stats, stats_text  # noqa: E402, F401  (until cli.py imports them itself)
