@@ -35,7 +35,7 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         _drop_output()
         return 141
     except OSError as error:  # a full disk, a folder without permission, a file where a folder should be
-        status = _refuse(prog, _describe(error))
+        status = _refuse(prog, describe(error))
         try:
             sys.stdout.flush()
         except OSError:  # standard output itself is what cannot be written
@@ -48,9 +48,11 @@ def _refuse(prog: str, message: str) -> int:
     return 2
 
 
-def _describe(error: OSError) -> str:
+def describe(error: UserError | OSError) -> str:
+    """What to tell the user about an error that ends the program: a path and a reason, or a message."""
     # Libraries raise OSError with a text alone, too.
-    return f"{error.filename or 'cannot read or write'}: {error.strerror}" if error.strerror else str(error)
+    strerror = getattr(error, "strerror", None)
+    return f"{error.filename or 'cannot read or write'}: {strerror}" if strerror else str(error)
 
 
 def _drop_output() -> None:

@@ -1,0 +1,161 @@
+"""Sharing work through a folder: every unit once, dead holders replaced, results published whole."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from data_prep import execution
+from data_prep.errors import UserError
+from data_prep.execution import RECORD, Board, Phase, run_in_processes, run_phases
+
+UNITS = 12
+
+
+def board(folder: Path) -> Board:
+    return Board(folder / "work", (folder / "finished").is_file)
+
+
+def run_unit(folder: Path, unit: int, aside: Path, beat, seconds: float = 0.05) -> None:
+    with open(folder / "runs.log", "a") as log:  # O_APPEND: one line per write, whoever writes
+        log.write(f"{unit} {os.getpid()}\n")
+    time.sleep(seconds)
+    beat({"bytes": unit})
+    (aside / RECORD).write_text(json.dumps({"unit": unit}))
+
+
+def work(folder: Path, seconds: float = 0.05) -> None:
+    run_phases(board(folder), [Phase("a", range(UNITS), partial(run_unit, folder, seconds=seconds))])
+
+
+def runs(folder: Path) -> list[tuple[int, int]]:
+    return [tuple(map(int, line.split())) for line in (folder / "runs.log").read_text().splitlines()]
+
+
+def check_results(folder: Path) -> None:
+    for unit in range(UNITS):
+        assert json.loads((folder / f"work/a/{unit:06d}" / RECORD).read_text()) == {"unit": unit}
+    assert list((folder / "work/claims").iterdir()) == []
+    assert not any((folder / "work/aside").iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "work").mkdir()
+    return tmp_path
+
+
+def test_processes_share_the_units(folder: Path):
+    run_in_processes(3, partial(work, folder), lambda: None)
+    check_results(folder)
+    assert sorted(unit for unit, _ in runs(folder)) == list(range(UNITS))  # each once
+    assert len({pid for _, pid in runs(folder)}) == 3
+
+
+def test_the_unit_of_a_killed_process_is_done_by_another(folder: Path):
+    context = multiprocessing.get_context("spawn")
+    slow = context.Process(target=work, args=(folder, 1000.0))
+    slow.start()
+    while not list((folder / "work").glob("claims/*")):
+        time.sleep(0.02)
+    os.kill(slow.pid, signal.SIGKILL)
+    slow.join()
+    began = time.monotonic()
+    work(folder)
+    assert time.monotonic() - began < execution.STALE_SECONDS / 2  # a dead process is seen at once
+    check_results_but_leftovers(folder)
+    assert [unit for unit, pid in runs(folder) if pid == slow.pid] == [0]
+
+
+def check_results_but_leftovers(folder: Path) -> None:
+    for leftover in (folder / "work/aside").iterdir():
+        for path in leftover.iterdir():
+            path.unlink()
+        leftover.rmdir()
+    check_results(folder)
+
+
+def test_a_holder_on_another_machine_is_believed_while_its_claim_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(execution, "STALE_SECONDS", 0.6)
+    elsewhere = {"machine": "another", "pid": os.getpid(), "start": "0"}
+    claim = folder / "work/claims/a-000000"
+    claim.parent.mkdir()
+    mine = board(folder)
+
+    def beat(n: int) -> None:
+        claim.write_text(json.dumps({"holder": elsewhere, "at": n}))
+
+    began = time.monotonic()
+    n = 0
+    while time.monotonic() - began < 1.5:  # alive, though far longer than STALE_SECONDS
+        beat(n := n + 1)
+        assert mine.take("a", [0]) is None
+        time.sleep(0.05)
+    silent = time.monotonic()
+    while mine.take("a", [0]) is None:
+        assert time.monotonic() - silent < 30
+        time.sleep(0.05)
+    assert time.monotonic() - silent > 0.5
+
+
+def test_a_second_result_for_one_unit_is_dropped(folder: Path):
+    """Two holders at once (one was believed dead): the first result stays, and nobody fails."""
+    mine = board(folder)
+    assert mine.take("a", [0]) == 0
+    with mine.work("a", 0) as (aside, _):
+        (aside / RECORD).write_text("late")
+        published = mine.result("a", 0)
+        published.mkdir(parents=True)
+        (published / RECORD).write_text("early")
+    assert (published / RECORD).read_text() == "early"
+    assert not aside.exists()
+
+
+def test_an_error_is_told_and_the_unit_stays_free(folder: Path):
+    def fail(unit: int, aside: Path, beat) -> None:
+        raise UserError("no room")
+
+    with pytest.raises(UserError, match="no room"):
+        run_phases(board(folder), [Phase("a", [0], fail)])
+    assert list((folder / "work/claims").iterdir()) == []
+    work(folder)
+    check_results(folder)
+
+
+def fail_in_process(folder: Path) -> None:
+    raise UserError(f"cannot use {folder.name}")
+
+
+def test_an_error_in_a_process_reaches_the_parent(folder: Path):
+    with pytest.raises(UserError, match=f"cannot use {folder.name}"):
+        run_in_processes(2, partial(fail_in_process, folder), lambda: None)
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_told():
+    with pytest.raises(UserError, match="a worker process was killed"):
+        run_in_processes(2, kill_self, lambda: None)
+
+
+def test_a_folder_that_is_gone_ends_the_wait(folder: Path):
+    (folder / "work").rmdir()
+    with pytest.raises(UserError, match="another process gave up"):
+        work(folder)
+
+
+def test_finished_work_is_not_begun(folder: Path):
+    (folder / "finished").touch()
+    work(folder)
+    assert not (folder / "runs.log").exists()
