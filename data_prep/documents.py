@@ -1,49 +1,56 @@
-"""WanJuan jsonl files → documents, line by line; what cannot be used is handed on with its place and reason.
+"""Pieces of the input → documents, record by record; what cannot be used is handed on with place and reason.
 
-In: files or folders of `*.jsonl` and `*.jsonl.gz` with the fields `id` and `content`. Out: `RawDocument` and
-`Reject` objects in file order. Called by the sharder and by tokenizer training. One bad byte costs one line,
-never a file.
+In: an `InputFile` or a `Piece` of one (jsonl, packed jsonl, text, parquet, dataset). Out: `RawDocument` and
+`Reject` objects in the order of the file; the pieces of a file together give exactly the file's records.
+Called by the sharder, tokenizer training and evaluation. One bad byte costs one line, never a file; memory is
+bounded by a chunk and a line, whatever the size of the file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import os
-import re
-import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line
+from data_prep.hygiene import TEXT_FIELDS, Hygiene, detect_language, encodable, normal_language
+from data_prep.inputs import (
+    CHUNK_BYTES,
+    ROWS,
+    InputFile,
+    Piece,
+    find_inputs,  # noqa: F401
+    find_unread,  # noqa: F401
+    folder_language,
+    hash_row_groups,
+    hash_rows,
+    open_dataset,
+    open_input,
+    open_parquet,
+    records,
+    split,
+    told,
+    unread_line,  # noqa: F401
+    whole,
+)
+from data_prep.unpack import TarMembers, Unpacked
 
-ENDINGS = (".jsonl", ".jsonl.gz")
-# WanJuan comes as `*.jsonl.tar.gz` too; such files are told, not read.
-PACKED_ENDINGS = (".gz", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar")
-FOLDER_LANGUAGES = {"EN": "en", "CN": "zh"}  # WanJuan's folder names
-CHUNK_BYTES = 1 << 20
-_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_LETTER = re.compile(r"[^\W\d_]")
-SCRIPT_SAMPLE = 2000  # characters; enough to tell Chinese from English
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One file to read. `name`, its last folder and file name, is what manifests show: no machine's paths.
-
-    `folder_language`: that of the nearest folder named EN or CN, from the input path's own name downwards.
-    """
-
-    path: Path
-    name: str
-    source: str
-    folder_language: str | None
+TAIL_BYTES = 1 << 16  # steps in which the last line of a piece is followed past its end
+MAX_LINE_BYTES = 64_000_000  # longer lines, texts and text files are left out, not held in memory
+MAX_DEPTH = 200  # of brackets in a record: what the JSON parser stands must not depend on who calls it
+SAMPLE_PLACES = 8  # parts of a file that a sample is taken from
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class RawDocument:
-    """One good record. `id_repaired`: the record had no usable id and got one made of its file and line."""
+    """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar member, or the table.
+
+    `id_repaired`: the record had no usable id and got one made of its place.
+    """
 
     id: str
     content: str
@@ -55,206 +62,355 @@ class RawDocument:
 
 @dataclass(frozen=True)
 class Reject:
-    """One record that was left out; `line` counts from 1."""
+    """One record that was left out, or with line 0 a whole member of a tar."""
 
     line: int
     reason: str
+    member: str = ""
 
 
-def find_inputs(paths: list[str | Path]) -> list[InputFile]:
-    """Files among `paths` and below folders among them, folders in sorted order.
+@dataclass(frozen=True)
+class _Place:
+    """Where lines come from: a file, or a member of a tar."""
 
-    Raises `UserError` on a missing path, a file of another kind, a folder without inputs, or a file named
-    twice.
-    """
-    files: list[InputFile] = []
-    for given in map(Path, paths):
-        if given.is_dir():
-            found = sorted(p for p in given.rglob("*.jsonl*") if p.name.endswith(ENDINGS) and p.is_file())
-            if not found:
-                unread = find_unread([given])
-                advice = f", only {unread_line(unread)}" if unread else ""
-                raise UserError(f"input folder {given} holds no .jsonl or .jsonl.gz file{advice}")
-            files += (_input_file(p, given) for p in found)
-        elif given.is_file():
-            if not given.name.endswith(ENDINGS):
-                raise UserError(f"input {given} is neither .jsonl nor .jsonl.gz")
-            files.append(_input_file(given, given))
-        else:
-            raise UserError(f"input {given} does not exist")
-    seen: set[Path] = set()
-    for file in files:
-        if file.path.resolve() in seen:
-            raise UserError(f"input {file.path} is named twice; give each file once")
-        seen.add(file.path.resolve())
-    return files
-
-
-def find_unread(paths: list[str | Path]) -> list[str]:
-    """Packed files below folders among `paths`, which `find_inputs` passes over: last folder and name."""
-    unread: list[str] = []
-    for given in (Path(os.path.abspath(path)) for path in paths):
-        for path in sorted(given.rglob("*")):  # nothing where `given` is a file
-            name = path.name.lower()
-            if name.endswith(PACKED_ENDINGS) and not path.name.endswith(ENDINGS) and path.is_file():
-                unread.append(f"{path.parent.name}/{path.name}")
-    return unread
-
-
-def unread_line(unread: list[str], shown: int = 5) -> str:
-    """`find_unread`'s answer for people, in one line: how many, the first few names, what to do."""
-    more = ", …" if len(unread) > shown else ""
-    files = f"{len(unread)} packed file{'s' if len(unread) > 1 else ''}"
-    return f"{files} that cannot be read: {', '.join(unread[:shown])}{more}; unpack them first"
-
-
-def _input_file(path: Path, given: Path) -> InputFile:
-    # Links are followed when read, but name and folder are the ones given.
-    path, given = Path(os.path.abspath(path)), Path(os.path.abspath(given))
-    folder = path.parent.name
-    # Folders above the input are this machine's own, and must not decide what is made of it.
-    parts = (given.name, *path.relative_to(given).parts)
-    language = next((FOLDER_LANGUAGES[part] for part in reversed(parts) if part in FOLDER_LANGUAGES), None)
-    return InputFile(path, f"{folder}/{path.name}", folder, language)
+    name: str
+    source: str
+    folder_language: str | None
+    member: str = ""
 
 
 class DocumentReader:
-    """Reads one input file; iterate once.
+    """Reads one piece, or a file as one piece; iterate once. `language`: en, zh, other, or auto.
 
-    While iterating: `bytes_read` (of the file as stored). After: `sha256` of the file and `damage`, None or
-    what stopped the reading before the end.
+    While iterating: `bytes_read` (as stored). After: `sha256` of the piece's stored bytes (of the rows, for a
+    dataset), `lines` (lines or rows seen), `repaired` (documents by what was changed in them), and `damage`,
+    None or what stopped the reading before the end.
+
+    Raises `UserError` when the file cannot be read, or has become another one since it was found.
     """
 
-    def __init__(self, file: InputFile, language: str = "auto"):
-        self.file = file
+    def __init__(self, source: InputFile | Piece, language: str = "auto", hygiene: Hygiene | None = None):
+        self.piece = source if isinstance(source, Piece) else whole(source)
+        self.file = self.piece.file
         self.language = language
+        self.hygiene = hygiene or Hygiene()
         self.bytes_read = 0
+        self.lines = 0
         self.damage: str | None = None
+        self.repaired: Counter[str] = Counter()
         self._hash = hashlib.sha256()
+        self._first = 0  # offset of the first line that is the piece's own
+        self._here = _Place(self.file.name, self.file.source, self.file.folder_language)
 
     @property
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[RawDocument | Reject]:
-        for number, line in enumerate(self._lines(), start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield self._parse(number, line)
+        if self.file.kind == "jsonl":
+            return self._lines(self._own_lines(), self._here)
+        if self.file.kind == "parquet":
+            return self._parquet()
+        if self.file.kind == "dataset":
+            return self._dataset()
+        return self._unpacked()
 
-    def _parse(self, number: int, line: bytes) -> RawDocument | Reject:
+    # Bytes ----------------------------------------------------------------------------------------------
+
+    def _stored(self) -> Iterator[bytes]:
+        """The piece as it is stored, hashed and counted."""
+        with told(self.file.path), open_input(self.file) as stream:
+            stream.seek(self.piece.start)
+            yield from self._read(stream)
+
+    def _read(self, stream) -> Iterator[bytes]:
+        left = self.piece.end - self.piece.start
+        while left:
+            if not (chunk := stream.read(min(CHUNK_BYTES, left))):
+                raise UserError(f"{self.file.path} has become shorter since it was found; run again")
+            left -= len(chunk)
+            self.bytes_read += len(chunk)
+            self._hash.update(chunk)
+            yield chunk
+
+    def _own_lines(self) -> Iterator[bytes]:
+        """The bytes of the lines that begin in the piece, `self._first` being the place of the first."""
+        start = self.piece.start
+        with told(self.file.path), open_input(self.file) as stream:
+            inside = False  # a line of an earlier piece
+            if start:
+                stream.seek(start - 1)
+                inside = stream.read(1) != b"\n"
+            self._first, last = start, b"\n"
+            for chunk in self._read(stream):
+                if inside:
+                    end = chunk.find(b"\n") + 1
+                    inside = not end
+                    self._first += end or len(chunk)
+                    chunk = chunk[end:] if end else b""
+                if chunk:
+                    last = chunk[-1:]
+                    yield chunk
+            followed = 0
+            while last != b"\n" and followed <= MAX_LINE_BYTES and (chunk := stream.read(TAIL_BYTES)):
+                end = chunk.find(b"\n") + 1
+                chunk = chunk[:end] if end else chunk
+                last = chunk[-1:]
+                followed += len(chunk)
+                yield chunk
+
+    def _unpacked(self) -> Iterator[RawDocument | Reject]:
+        plain = Unpacked(self._stored(), self.file.packing)
+        archive = None
+        if self.file.kind == "text":
+            yield from self._text(plain)
+        elif self.file.is_tar:
+            archive = TarMembers(plain)
+            for member in archive:
+                yield from self._member(member)
+        else:
+            yield from self._lines(plain, self._here)
+        self.damage = plain.damage or (archive.damage if archive else None)
+
+    def _member(self, member) -> Iterator[RawDocument | Reject]:
+        if not member.regular:
+            yield Reject(0, "not a regular file", member.name)
+            return
+        if not member.name.lower().endswith(".jsonl"):
+            yield Reject(0, "not a .jsonl member", member.name)
+            return
+        folders = member.parts[:-1]
+        place = _Place(
+            f"{self.file.name}!{member.name}",
+            folders[-1] if folders else self.file.source,
+            folder_language(folders) or self.file.folder_language,
+            member.name,
+        )
+        yield from self._lines(member.content, place)
+
+    def _text(self, plain: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
+        """A text file is one document with the file's name as its id."""
+        chunks, held = [], 0
+        for chunk in plain:
+            held += len(chunk)
+            if held <= MAX_LINE_BYTES:
+                chunks.append(chunk)
+            else:
+                chunks.clear()
+        self.lines += 1
+        if held > MAX_LINE_BYTES:
+            yield Reject(1, "file too long")
+            return
+        try:
+            text = b"".join(chunks).removeprefix(_BOM).decode("utf-8")
+        except UnicodeDecodeError:
+            yield Reject(1, "undecodable bytes")
+            return
+        record = {"id": self.file.name, "content": text}
+        yield self._judge(1, record, self._here, "", dataclasses.replace(self.hygiene, text_field=None))
+
+    # Records --------------------------------------------------------------------------------------------
+
+    def _lines(self, chunks: Iterable[bytes], place: _Place) -> Iterator[RawDocument | Reject]:
+        for number, (offset, line) in enumerate(cut_lines(chunks), start=1):
+            self.lines += 1
+            if line is None:
+                yield Reject(number, "line too long", place.member)
+                continue
+            line = line.removeprefix(_BOM)  # also where files were put together
+            if line and not line.isspace():
+                yield self._parse(number, line, place, offset)
+
+    def _parse(self, number: int, line: bytes, place: _Place, offset: int) -> RawDocument | Reject:
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
-            return Reject(number, "undecodable bytes")
+            return Reject(number, "undecodable bytes", place.member)
         except (ValueError, RecursionError):
-            return Reject(number, "invalid JSON")
+            return Reject(number, "invalid JSON", place.member)
+        if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _too_deep(record):
+            return Reject(number, "invalid JSON", place.member)
         if not isinstance(record, dict):
-            return Reject(number, "not an object")
-        if "content" not in record:
-            return Reject(number, "no content")
-        content = record["content"]
-        if not isinstance(content, str):
-            return Reject(number, "content is not text")
-        if not content.strip():
-            return Reject(number, "empty content")
-        if not _encodable(content):
-            return Reject(number, "lone surrogate")
+            return Reject(number, "not an object", place.member)
+        return self._judge(number, record, place, f"@{self._first + offset}", self.hygiene)
+
+    def _judge(
+        self, number: int, record: dict, place: _Place, mark: str, hygiene: Hygiene
+    ) -> RawDocument | Reject:
+        """`mark`: what the place of the record adds to the name of its file, if it must serve as its id."""
+        text, reason = hygiene.text_of(record)
+        if reason:
+            return Reject(number, reason, place.member)
+        if len(text) > MAX_LINE_BYTES:  # a row of a table
+            return Reject(number, "line too long", place.member)
+        text, changed = hygiene.clean(text)
+        if not text or text.isspace():
+            return Reject(number, "empty content", place.member)
+        if not encodable(text):
+            return Reject(number, "lone surrogate", place.member)
+        language = self._language(record, text, place)
+        if reason := hygiene.refusal(record, text, language):
+            return Reject(number, reason, place.member)
         identity = record.get("id")
         if isinstance(identity, int) and not isinstance(identity, bool):
             identity = str(identity)
-        usable = isinstance(identity, str) and identity != "" and _encodable(identity)
-        return RawDocument(
-            id=identity if usable else f"{self.file.name}:{number}",
-            content=content,
-            language=self._language(content),
-            source=self.file.source,
-            line=number,
-            id_repaired=not usable,
-        )
+        usable = isinstance(identity, str) and identity != "" and encodable(identity)
+        if not usable:
+            identity = place.name + mark
+            changed.append("missing id")
+        if changed:
+            self.repaired.update(changed)
+        return RawDocument(identity, text, language, place.source, number, not usable)
 
-    def _language(self, content: str) -> str:
+    def _language(self, record: dict, text: str, place: _Place) -> str:
+        """The one asked for, else the record's own, else the folder's, else by the script."""
         if self.language != "auto":
             return self.language
-        return self.file.folder_language or detect_language(content)
+        return normal_language(record.get("language")) or place.folder_language or detect_language(text)
 
-    def _lines(self) -> Iterator[bytes]:
-        begun: list[bytes] = []  # pieces of a line whose end has not come yet
-        for chunk in self._chunks():
-            first, *others = chunk.split(b"\n")
+    # Tables ---------------------------------------------------------------------------------------------
+
+    def _parquet(self) -> Iterator[RawDocument | Reject]:
+        with open_parquet(self.file) as table:
+            facts = table.metadata
+            columns, hygiene = self._columns(table.schema_arrow)
+            first = sum(facts.row_group(n).num_rows for n in range(self.piece.start))
+            with told(self.file.path):
+                hash_row_groups(self._hash, self.piece, facts)
+            for group in range(self.piece.start, self.piece.end):
+                number = first
+                for batch in self._batches(table, group, columns):
+                    yield from self._rows(batch, number, hygiene)
+                    number += batch.num_rows
+                first += facts.row_group(group).num_rows
+                size, groups = self.file.size, facts.num_row_groups
+                self.bytes_read += size * (group + 1) // groups - size * group // groups
+
+    def _batches(self, table, group: int, columns: list[str]) -> Iterator:
+        """One row group in small batches; a damaged one gives what can be had."""
+        import pyarrow
+
+        with told(self.file.path):
+            try:
+                yield from table.iter_batches(ROWS, row_groups=[group], columns=columns)
+            except (pyarrow.ArrowException, OSError) as error:
+                # A disk or a network that fails is not damage: the next try may read it all.
+                if getattr(error, "errno", None) is not None or "://" in self.file.path:
+                    raise
+                self.damage = self.damage or f"damaged row group {group}: {first_line(error)}"
+
+    def _dataset(self) -> Iterator[RawDocument | Reject]:
+        table = open_dataset(self.file.path)
+        if self.piece.end > len(table):
+            raise UserError(f"{self.file.path} has fewer rows than when it was found; run again")
+        columns, hygiene = self._columns(table.features.arrow_schema)
+        table = table.with_format("arrow")
+        for at in range(self.piece.start, self.piece.end, ROWS):
+            end = min(at + ROWS, self.piece.end)
+            with told(self.file.path):
+                batch = table[at:end]
+                hash_rows(self._hash, batch)
+            yield from self._rows(batch.select(columns), at, hygiene)
+            size, count = self.file.size, len(table)
+            self.bytes_read += size * end // count - size * at // count
+
+    def _columns(self, schema) -> tuple[list[str], Hygiene]:
+        """The columns to read, and the rules for their rows.
+
+        Raises `UserError` when no column tells by itself that it holds the text.
+        """
+        rules = self.hygiene
+        if rules.text_field is None and not set(TEXT_FIELDS) & set(schema.names):
+            strings = [field.name for field in schema if _is_text(field.type)]
+            strings = [name for name in strings if name not in ("id", "language")]
+            if len(strings) != 1:
+                raise UserError(
+                    f"{self.file.path} does not tell which column holds the text "
+                    f"(it has {', '.join(schema.names) or 'none'}); name it with --text-field"
+                )
+            rules = dataclasses.replace(rules, text_field=strings[0])
+        wanted = rules.fields()
+        columns = [name for name in schema.names if name in wanted]
+        if rules.text_field and not {rules.text_field, rules.text_field.split(".")[0]} & set(columns):
+            raise UserError(
+                f"{self.file.path} has no column {rules.text_field}; --text-field can name one of "
+                f"{', '.join(schema.names)}"
+            )
+        return columns, rules
+
+    def _rows(self, batch, first: int, hygiene: Hygiene) -> Iterator[RawDocument | Reject]:
+        """`batch`: some rows of a table; `first`: rows of the table before them."""
+        for number, record in enumerate(records(batch), start=first + 1):
+            self.lines += 1
+            if record is None:
+                yield Reject(number, "undecodable bytes")
+            else:
+                yield self._judge(number, record, self._here, f"#{number}", hygiene)
+
+
+def cut_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line without its line feed) for every line; None for one longer than `MAX_LINE_BYTES`."""
+    begun: list[bytes] = []  # parts of a line whose end has not come yet
+    held = at = 0
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        held += len(first)
+        if held <= MAX_LINE_BYTES:
             begun.append(first)
-            for line in others:
-                yield b"".join(begun)
-                begun = [line]
-        if last := b"".join(begun):
-            yield last
-
-    def _chunks(self) -> Iterator[bytes]:
-        """Plain bytes of the file. A damaged gzip gives all that can be had, then sets `damage`."""
-        compressed = self.file.path.name.endswith(".gz")
-        member = zlib.decompressobj(wbits=31) if compressed else None
-        try:
-            with open(self.file.path, "rb") as stream:
-                while stored := stream.read(CHUNK_BYTES):
-                    self.bytes_read += len(stored)
-                    self._hash.update(stored)
-                    if member is None:
-                        yield stored
-                        continue
-                    while stored and self.damage is None:
-                        if member.eof:  # another member follows, or padding
-                            stored = stored.lstrip(b"\0")
-                            if not stored:
-                                break
-                            member = zlib.decompressobj(wbits=31)
-                        # Small steps: a step that meets damage gives nothing, not even the good bytes before
-                        # it.
-                        step, stored = stored[:1024], stored[1024:]
-                        try:
-                            yield member.decompress(step)
-                        except zlib.error as error:
-                            self.damage = f"damaged gzip data: {error}"
-                        stored = member.unused_data + stored if member.eof else stored
-        except OSError as error:
-            raise UserError(f"cannot read {self.file.path}: {error.strerror or error}") from error
-        if member is not None and not member.eof and self.damage is None and self.bytes_read:
-            yield member.flush()
-            self.damage = "the gzip file ends too early"
+        else:
+            begun.clear()
+        for line in others:
+            yield at, b"".join(begun) if held <= MAX_LINE_BYTES else None
+            at += held + 1
+            begun, held = [line], len(line)
+    if held:
+        yield at, b"".join(begun) if held <= MAX_LINE_BYTES else None
 
 
-def sample_lines(files: list[InputFile], budget: int) -> Iterator[str]:
-    """Lines of text, about `budget` UTF-8 bytes in all: from every file an equal share, taken from its start.
+def sample_lines(files: list[InputFile], budget: int, hygiene: Hygiene | None = None) -> Iterator[str]:
+    """Lines of text, about `budget` UTF-8 bytes in all: from every file an equal share, from several places
+    of it where it can be split, else from its start.
 
     What short files leave goes to the others. Raises `UserError` when no file has a usable document.
     """
-    files = sorted(files, key=lambda file: file.path.stat().st_size)
+    files = sorted(files, key=lambda file: file.size)
     found = False
     for position, file in enumerate(files):
-        share = budget // (len(files) - position)
-        for document in DocumentReader(file):
-            if isinstance(document, RawDocument) and share > 0:
+        file_share = budget // (len(files) - position)
+        places = split(file, SAMPLE_PLACES)
+        for number, piece in enumerate(places):
+            share = file_share // (len(places) - number)
+            for line in _lines_of_text(piece, hygiene):
+                if share <= 0:
+                    break
                 found = True
-                for line in document.content.split("\n"):
-                    size = len(line.encode("utf-8")) + 1
-                    share -= size
-                    budget -= size
-                    yield line
-            if share <= 0:
-                break
+                size = len(line.encode("utf-8")) + 1
+                share -= size
+                file_share -= size
+                budget -= size
+                yield line
     if not found:
         raise UserError("the input holds no usable document to learn a tokenizer from")
 
 
-def detect_language(text: str) -> str:
-    """`zh` when at least a fifth of the first letters are Chinese characters, else `en`."""
-    sample = text[:SCRIPT_SAMPLE]
-    return "zh" if 5 * len(_HAN.findall(sample)) > len(_LETTER.findall(sample)) else "en"
+def _lines_of_text(piece: Piece, hygiene: Hygiene | None) -> Iterator[str]:
+    for document in DocumentReader(piece, hygiene=hygiene):
+        if isinstance(document, RawDocument):
+            yield from document.content.split("\n")
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _too_deep(value: object) -> bool:
+    """Whether there are more than `MAX_DEPTH` brackets inside one another."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+    return bool(level)
+
+
+def _is_text(kind) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

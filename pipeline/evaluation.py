@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep.documents import DocumentReader, Reject, find_inputs
+from data_prep.documents import DocumentReader, Reject
 from data_prep.errors import UserError
+from data_prep.inputs import find_inputs
 from data_prep.segment import get_segmenter
 from data_prep.sentences import SentenceSettings, cut_document
 from data_prep.shards import ShardSet
