@@ -66,7 +66,7 @@ def stats(
     20), `damaged`, `not_read` and `samples` (by language and band of lengths).
 
     `report(shards done, shards)` is called after each shard. Raises `UserError` when the folder is no shard
-    set or one of its files is missing or damaged.
+    set, holds no document, or one of its files is missing or damaged.
     """
     shards = ShardSet.open(folder)
     limit = shards.settings.max_tokens
@@ -90,6 +90,8 @@ def stats(
             report(i + 1, len(shards))
     if done != hashes.size:
         raise UserError(f"{shards.folder}: the manifest counts other documents; run `data-prep verify`")
+    if not done:
+        raise UserError(f"{shards.folder} holds no document to count")
     everything = _merged(tallies.values(), limit)
     manifest = shards.manifest
     return {
@@ -219,7 +221,7 @@ class _Tally:
             "sentences": sentences,
             "tokens": self.tokens,
             "bytes": self.bytes,
-            "bytes_per_token": round(self.bytes / self.tokens, 4) if self.tokens else None,
+            "bytes_per_token": round(self.bytes / self.tokens, 4),
             "tokens_per_sentence": _distribution(np.arange(self.limit + 1), self.lengths),
             "sentences_per_document": _distribution(sizes, documents),
             "tokens_per_document": _distribution(*_sorted(self.document_tokens)),
@@ -254,14 +256,12 @@ def _sorted(counter: Counter[int]) -> tuple[np.ndarray, np.ndarray]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _share(part: int, whole: int) -> float | None:
-    return round(part / whole, 6) if whole else None
+def _share(part: int, whole: int) -> float:
+    return round(part / whole, 6)
 
 
-def _distribution(values: np.ndarray, counts: np.ndarray) -> dict | None:
+def _distribution(values: np.ndarray, counts: np.ndarray) -> dict:
     total = int(counts.sum())
-    if not total:
-        return None
     up_to = np.cumsum(counts)
 
     def quantile(percent: int) -> int:
@@ -282,7 +282,7 @@ def _doubling(values: np.ndarray, counts: np.ndarray) -> list[list[int]]:
     """Rows [first, last, count] for 1, 2–3, 4–7, … up to the largest value."""
     rows = []
     first = 1
-    while values.size and first <= values[-1]:
+    while first <= values[-1]:
         inside = (values >= first) & (values < 2 * first)
         rows.append([first, 2 * first - 1, int(counts[inside].sum())])
         first *= 2
@@ -341,8 +341,7 @@ class _Padding:
         tensor_cells = everything.documents * SIDE * SIDE
 
         def way(cells: int, real: int) -> dict:
-            per_token = round(cells / real, 4) if real else None
-            return {"padding": _share(cells - real, cells), "cells_per_token": per_token}
+            return {"padding": _share(cells - real, cells), "cells_per_token": round(cells / real, 4)}
 
         return {
             "tensor_64x64": way(tensor_cells, everything.kept)
@@ -553,9 +552,9 @@ def stats_text(result: dict) -> str:
         if "source" in group:
             continue
         for key in COUNTED:
-            if spread := group[key]:
-                said = ", ".join(f"{part} {spread[part]}" for part in ("p5", "median", "p95", "p99", "max"))
-                lines.append(f"  {key.replace('_', ' ')}: mean {spread['mean']:.1f}, {said}")
+            spread = group[key]
+            said = ", ".join(f"{part} {spread[part]}" for part in ("p5", "median", "p95", "p99", "max"))
+            lines.append(f"  {key.replace('_', ' ')}: mean {spread['mean']:.1f}, {said}")
         lines.append(
             f"  at the limit: {percent(group['share_at_limit'])} of the sentences; "
             f"of one token: {percent(group['share_one_token'])}"
@@ -582,10 +581,8 @@ def stats_text(result: dict) -> str:
     return "\n".join(lines)
 
 
-def percent(share: float | None) -> str:
-    """A share as `12.3 %`, a small one as `0.012 %`, none as `–`."""
-    if share is None:
-        return "–"
+def percent(share: float) -> str:
+    """A share as `12.3 %`, a small one as `0.012 %`."""
     if share == 0:
         return "0 %"
     return f"{100 * share:.1f} %" if share >= 0.01 else f"{100 * share:#.2g} %"

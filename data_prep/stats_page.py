@@ -98,26 +98,24 @@ def stats_page(result: dict) -> str:
 
 def _sections(result: dict) -> Iterator[str]:
     yield from _summary(result)
-    if result["documents"]:
-        languages = sorted(result["languages"], key=lambda name: (-result["languages"][name]["tokens"], name))
-        drawn = [(name, result["languages"][name]) for name in languages[:SERIES]]
-        yield "<h2>How long sentences are</h2>"
-        yield from _lengths(result, drawn, len(languages))
-        yield "<h2>How long documents are</h2>"
-        yield from _document_sizes(drawn)
-        yield "<h2>Bytes per token</h2>"
-        yield from _bytes_per_token(result)
-        yield "<h2>Padding</h2>"
-        yield from _padding(result["padding"])
-        yield "<h2>Sub-corpora</h2>"
-        yield from _sub_corpora(result)
-        yield "<h2>Copies</h2>"
-        yield from _copies(result["duplicates"])
+    languages = sorted(result["languages"], key=lambda name: (-result["languages"][name]["tokens"], name))
+    drawn = [(name, result["languages"][name]) for name in languages[:SERIES]]
+    yield "<h2>How long sentences are</h2>"
+    yield from _lengths(result, drawn, len(languages))
+    yield "<h2>How long documents are</h2>"
+    yield from _document_sizes(drawn)
+    yield "<h2>Bytes per token</h2>"
+    yield from _bytes_per_token(result, languages)
+    yield "<h2>Padding</h2>"
+    yield from _padding(result["padding"])
+    yield "<h2>Sub-corpora</h2>"
+    yield from _sub_corpora(result)
+    yield "<h2>Copies</h2>"
+    yield from _copies(result["duplicates"])
     yield "<h2>What was left out or mended</h2>"
     yield from _left_out(result)
-    if result["documents"]:
-        yield "<h2>Sentences to look at</h2>"
-        yield from _samples(result)
+    yield "<h2>Sentences to look at</h2>"
+    yield from _samples(result, languages)
     yield "<h2>How the shards were made</h2>"
     yield from _settings(result)
 
@@ -126,9 +124,6 @@ def _sections(result: dict) -> Iterator[str]:
 
 
 def _summary(result: dict) -> Iterator[str]:
-    if not result["documents"]:
-        yield '<p class="lead">The set holds no document.</p>'
-        return
     lengths, padding = result["tokens_per_sentence"], result["padding"]
     limit = result["settings"]["max_tokens"]
     yield (
@@ -242,14 +237,12 @@ def _document_sizes(drawn: list[tuple[str, dict]]) -> Iterator[str]:
     yield _table(["language", "a document’s", "mean", "p5", "median", "p95", "p99", "longest"], rows, left=2)
 
 
-def _bytes_per_token(result: dict) -> Iterator[str]:
+def _bytes_per_token(result: dict, languages: list[str]) -> Iterator[str]:
     rows: list[tuple[str, str, float]] = []
-    for language, group in sorted(
-        result["languages"].items(), key=lambda item: (-item[1]["tokens"], item[0])
-    ):
+    for language in languages:
         parts = _largest([part for part in result["groups"] if part["language"] == language])
         name = language if len(parts) > 1 else f"{language}: {parts[0]['source']}"
-        rows.append(("", name, group["bytes_per_token"]))
+        rows.append(("", name, result["languages"][language]["bytes_per_token"]))
         if len(parts) > 1:
             rows += ((" part", part["source"], part["bytes_per_token"]) for part in parts)
     high = max(value for _, _, value in rows)
@@ -379,13 +372,12 @@ def _left_out(result: dict) -> Iterator[str]:
         yield f"<p>{named}{', …' if len(result['not_read']) > 20 else ''}</p>"
 
 
-def _samples(result: dict) -> Iterator[str]:
+def _samples(result: dict, languages: list[str]) -> Iterator[str]:
     limit = result["settings"]["max_tokens"]
     yield (
         '<p class="note">Picked by the hash of their document and place: the same texts give the same '
         "sentences. Each stands as it is stored, white space at its front included (↵ is a line break).</p>"
     )
-    languages = sorted(result["samples"], key=lambda name: (-result["languages"][name]["tokens"], name))
     for language in languages[:SERIES]:
         yield f"<h3>{_text(language)}</h3>"
         for band in result["samples"][language]:
@@ -401,7 +393,7 @@ def _settings(result: dict) -> Iterator[str]:
     settings, tokenizer = result["settings"], result["tokenizer"]
     said = ", ".join(f"{_text(key)} <code>{_text(str(settings[key]))}</code>" for key in sorted(settings))
     yield (
-        f"<p>{_count(result['inputs'], 'input')} became {_count(result['shards'], 'shard')}. "
+        f"<p>{_count(result['shards'], 'shard')} of {_count(result['inputs'], 'input file')}. "
         f"Settings: {said}. Tokenizer: {_text(tokenizer['kind'])} with {tokenizer['vocab_size']:,} entries, "
         f"fingerprint <code>{_text(tokenizer['fingerprint'][:16])}</code>. Fingerprint of the set: "
         f"<code>{_text(result['fingerprint'][:16])}</code>.</p>"
