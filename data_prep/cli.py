@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
+from data_prep import hygiene
 from data_prep.errors import UserError, run_main
 
 # JSON leaves these as they are, but programs that read line by line may take them for line ends.
@@ -67,19 +69,85 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_segmenter(sub)
     sub.add_argument("--max-tokens", type=int, default=64, metavar="N", help="longest sentence (default 64)")
-    sub.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes (default 1)")
     sub.add_argument(
+        "--min-tokens",
+        type=int,
+        default=1,
+        metavar="N",
+        help="join shorter sentences to a neighbour (default 1: off)",
+    )
+    hygiene.add_arguments(sub)
+    sub.add_argument("--deduplicate", action="store_true", help="keep one of documents with the same text")
+    group = sub.add_argument_group("shards and work")
+    group.add_argument(
         "--shard-mb", type=_positive_float, default=64.0, metavar="MB", help="size of a shard (default 64)"
     )
-    sub.add_argument("--shard-documents", type=_positive, default=0, metavar="N", help="at most N in a shard")
+    group.add_argument(
+        "--shard-documents", type=_positive, default=0, metavar="N", help="at most N in a shard"
+    )
+    group.add_argument(
+        "--compression",
+        choices=("none", "zstd"),
+        default="none",
+        help="of each member of a shard (default none)",
+    )
+    group.add_argument(
+        "--unit-mb",
+        type=_positive_float,
+        metavar="MB",
+        help="text per unit of work (default: 8 to 256, by the size of the input)",
+    )
+    group.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="processes on this machine (default 1; for the slurm backend $SLURM_CPUS_PER_TASK)",
+    )
+    group.add_argument(
+        "--backend",
+        choices=("auto", "local", "mpi", "slurm"),
+        default="auto",
+        help="local processes, MPI ranks, or tasks of a Slurm array; auto (default): by the environment",
+    )
     sub.add_argument("--json", action="store_true", help="print the summary as JSON")
 
-    sub = command("verify", _verify, "Check every file of a shard folder.", "shards")
+    sub = command("verify", _verify, "Check every file of a shard folder.", "shards --deep")
     _add_folder(sub)
+    sub.add_argument(
+        "--deep",
+        action="store_true",
+        help="also decode every document, compare its text's hash, and check that its sentences join to it",
+    )
+    sub.add_argument(
+        "--input", nargs="+", metavar="PATH", help="with --deep: compare with the text of these files, too"
+    )
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    sub = command("stats", _stats, "Count documents, sentences and tokens.", "shards --json")
+    sub = command(
+        "split",
+        _split,
+        "Split a shard set by document hash into parts, such as train, valid and test.",
+        "shards --output parts --parts train=0.98 valid=0.01 test=0.01",
+    )
     _add_folder(sub)
+    sub.add_argument("--output", required=True, metavar="DIR", help="folder for one shard set per part")
+    sub.add_argument(
+        "--parts", required=True, nargs="+", metavar="NAME=SHARE", help="names and shares, which add up to 1"
+    )
+    sub.add_argument("--by", choices=("text", "id"), default="text", help="what is hashed (default text)")
+    sub.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="another seed, another split (default 0)"
+    )
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    sub = command(
+        "stats",
+        _stats,
+        "Count documents, sentences and tokens, as text or as a page.",
+        "shards --html stats.html",
+    )
+    _add_folder(sub)
+    sub.add_argument("--html", metavar="FILE", help="write a page with pictures")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
     sub = command("show", _show, "Print documents sentence by sentence.", "shards --count 3")
@@ -115,7 +183,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_input(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--input", required=True, nargs="+", metavar="PATH", help="files or folders of .jsonl and .jsonl.gz"
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="files, folders or URLs of jsonl (.gz, .zst, .tar.gz), text, parquet; hf:NAME: a dataset",
     )
 
 
@@ -126,7 +198,7 @@ def _add_folder(sub: argparse.ArgumentParser) -> None:
 def _add_segmenter(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--lang",
-        choices=("en", "zh", "auto"),
+        choices=("en", "zh", "other", "auto"),
         default="auto",
         help="language; auto (default): by a folder named EN or CN (the input or below it), else by script",
     )
@@ -172,11 +244,24 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 def _shard(arguments: argparse.Namespace) -> None:
     from data_prep.sentences import SentenceSettings
-    from data_prep.sharding import Progress, make_shards
+    from data_prep.sharding import ProgressLine, ShardSettings, choose_backend, make_shards
 
-    settings = SentenceSettings(arguments.segmenter, arguments.lang, arguments.max_tokens)
-    _find_inputs(arguments)  # bad input and files that are passed over are told before hours of work
-    progress = Progress(sys.stderr)
+    backend = choose_backend(arguments.backend)
+    settings = ShardSettings(
+        sentences=SentenceSettings(
+            arguments.segmenter, arguments.lang, arguments.max_tokens, arguments.min_tokens
+        ),
+        hygiene=hygiene.from_arguments(arguments),
+        deduplicate=arguments.deduplicate,
+        shard_bytes=int(arguments.shard_mb * 1e6),
+        shard_documents=arguments.shard_documents,
+        compression=arguments.compression,
+        unit_bytes=arguments.unit_mb and int(arguments.unit_mb * 1e6),
+    )
+    speaks = backend != "mpi" or _mpi_rank() == 0
+    if speaks:
+        _find_inputs(arguments)  # bad input and files that are passed over are told before hours of work
+    progress = ProgressLine(sys.stderr)
     began = time.monotonic()
     try:
         manifest, found = make_shards(
@@ -184,13 +269,14 @@ def _shard(arguments: argparse.Namespace) -> None:
             arguments.output,
             arguments.tokenizer,
             settings,
-            workers=arguments.workers,
-            shard_bytes=int(arguments.shard_mb * 1e6),
-            shard_documents=arguments.shard_documents,
+            workers=arguments.workers or _default_workers(backend),
+            backend=backend,
             report=progress,
         )
     finally:
         progress.close()
+    if not speaks:
+        return
     seconds = time.monotonic() - began
     totals = manifest["totals"]
     for item in manifest["damaged"]:
@@ -222,8 +308,16 @@ def _shard(arguments: argparse.Namespace) -> None:
     )
 
 
+def _default_workers(backend: str) -> int:
+    return int(os.environ.get("SLURM_CPUS_PER_TASK", 1)) if backend == "slurm" else 1
+
+
+def _mpi_rank() -> int:
+    return int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or 0)
+
+
 def _find_inputs(arguments: argparse.Namespace) -> list:
-    from data_prep.documents import find_inputs, find_unread, unread_line
+    from data_prep.inputs import find_inputs, find_unread, unread_line
 
     files = find_inputs(arguments.input)
     if unread := find_unread(arguments.input):
@@ -232,20 +326,45 @@ def _find_inputs(arguments: argparse.Namespace) -> list:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from data_prep.inspection import verify
+    from data_prep.verification import verify, verify_deep
 
+    if arguments.input and not arguments.deep:
+        raise UserError("--input is for --deep: give both")
     result = verify(arguments.folder)
-    print(
-        json.dumps(result)
-        if arguments.json
-        else f"{arguments.folder}: {result['shards']} shards with {result['documents']:,} documents are whole"
-    )
+    deep = ""
+    if arguments.deep:
+        result |= verify_deep(arguments.folder, arguments.input)
+        deep = "; every text comes back from its tokens, and from its sentences"
+        if arguments.input:
+            deep += f"; {result['compared']:,} documents are the input's, byte for byte"
+    found = f"{result['shards']} shards with {result['documents']:,} documents are whole"
+    print(json.dumps(result) if arguments.json else f"{arguments.folder}: {found}{deep}")
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    from data_prep.splitting import parse_parts, split
+
+    parts = parse_parts(arguments.parts)
+    result = split(arguments.folder, arguments.output, parts, by=arguments.by, seed=arguments.seed)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, totals in result.items():
+        print(
+            f"{Path(arguments.output) / name}: {totals['shards']} shards, {totals['documents']:,} documents, "
+            f"{totals['tokens']:,} tokens"
+        )
 
 
 def _stats(arguments: argparse.Namespace) -> None:
-    from data_prep.inspection import stats, stats_text
+    from data_prep.stats import stats, stats_text
 
     result = stats(arguments.folder)
+    if arguments.html:
+        from data_prep.shards import write_atomically
+        from data_prep.stats_page import stats_page
+
+        write_atomically(Path(arguments.html), stats_page(result).encode("utf-8"))
     print(json.dumps(result) if arguments.json else stats_text(result))
 
 

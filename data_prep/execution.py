@@ -118,11 +118,12 @@ class Board:
             aside.mkdir(parents=True)
             yield aside, beat
             target = self.result(phase, unit)
-            target.parent.mkdir(exist_ok=True)
             try:
+                target.parent.mkdir(exist_ok=True)
                 os.rename(aside, target)
             except OSError:
-                if not target.is_dir() and not self.is_finished():  # else another one was here first
+                # Another one was here first, or this was the last unit and the folder is gone.
+                if not target.is_dir() and not self.is_finished():
                     raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)

@@ -229,7 +229,7 @@ class Shard:
         row = self.index[n]
         group = int(row["group"])
         if self._facts[0] != group:
-            self._facts = group, json.loads(self._member(group, 3))
+            self._facts = group, self.group(group).facts
         facts = self._facts[1][int(row["row"])]
         return Document(
             id=facts["id"],
@@ -265,7 +265,10 @@ class Shard:
 
     def _member(self, group: int, kind: int) -> bytes:
         """The bytes of a group's member, unpacked."""
-        member = self._members()[group * len(MEMBER_KINDS) + kind]
+        members, n = self._members(), group * len(MEMBER_KINDS) + kind
+        if n >= len(members):
+            raise UserError(f"shard {self.path} is cut short: its index names group {group}")
+        member = members[n]
         data = self._bytes[member.data_at : member.data_at + member.size].tobytes()
         if not self._zstd:
             return data
@@ -326,6 +329,10 @@ class ShardSet:
                 for name in (entry["file"], entry["index"]):
                     if name != os.path.basename(name):
                         raise UserError(f"{path} names the file {name!r}, which is not a plain name")
+            if manifest != seal_manifest(manifest):
+                raise UserError(
+                    f"{path} is damaged (its checksum differs); restore it or make the shards again"
+                )
             return cls(folder, manifest)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a shard manifest ({type(error).__name__}: {error})") from error
@@ -384,6 +391,12 @@ class ShardSet:
             if (document := self.document(int(order[place]))).id == key:
                 return document
         raise UserError(f"{self.folder} holds no document with the id {key!r}")
+
+
+def seal_manifest(manifest: dict) -> dict:
+    """The manifest with its own checksum: sha256 over `json_bytes` of all the rest."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return content | {"checksum": hashlib.sha256(json_bytes(content)).hexdigest()}
 
 
 def read_index(path: Path) -> np.ndarray:
@@ -473,6 +486,14 @@ def _npy_array(data: bytes) -> np.ndarray:
     if dtype.hasobject or len(shape) != 1 or len(data) - stream.tell() != shape[0] * dtype.itemsize:
         raise ValueError("an array of another size or kind than its header says")
     return np.frombuffer(data, dtype, offset=stream.tell())
+
+
+def add_counts(sums: dict[str, dict[str, int]], key: str, document: Document) -> None:
+    """Add a document to the counts (`COUNTS`) of its language, or source, or whatever `key` is."""
+    row = sums.setdefault(key, dict.fromkeys(COUNTS, 0))
+    sizes = (1, document.sentence_lengths.size, document.tokens.size, document.bytes)
+    for name, size in zip(COUNTS, sizes, strict=True):
+        row[name] += size
 
 
 def index_totals(index: np.ndarray) -> dict[str, int]:

@@ -13,27 +13,33 @@ import numpy as np
 import pytest
 import tokenizer_folders
 import webdataset
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import inspection
 from data_prep.errors import UserError
 from data_prep.segment import get_segmenter
 from data_prep.sentences import SentenceSettings, cut_document
-from data_prep.sharding import make_shards
+from data_prep.sharding import ShardSettings, make_shards
 from data_prep.shards import (
+    COMPRESSIONS,
     INDEX_DTYPE,
     Document,
     Shard,
     ShardSet,
     ShardWriter,
     file_sha256,
+    hash64,
     json_bytes,
     npy_bytes,
+    seal_manifest,
     tar_members,
     token_dtype,
+    unpack_zstd,
+    zstd_handler,
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.verification import verify, verify_deep
 
 PIECES = [
     "Well, ",
@@ -164,39 +170,44 @@ def made_documents(count: int, vocab_size: int, seed: int = 0) -> list[Document]
     for n in range(count):
         lengths = random.integers(1, 9, size=random.integers(1, 12)).astype(np.uint16)
         tokens = random.integers(0, vocab_size, size=lengths.sum()).astype(np.uint32)
-        documents.append(Document(f"id-{n}-é", "en", "books", tokens, lengths, int(n) + 5))
+        documents.append(Document(f"id-{n}-é", "en", "books", tokens, lengths, n + 5, hash64(b"%d" % n)))
     return documents
 
 
-def write(folder: Path, documents: list[Document], vocab_size: int) -> tuple[Path, Path, dict]:
+def write(
+    folder: Path, documents: list[Document], vocab_size: int, compression: str = "none"
+) -> tuple[Path, Path, dict]:
     tar, index = folder / "shard-000000.tar", folder / "shard-000000.index.npy"
-    writer = ShardWriter(tar, index, token_dtype(vocab_size))
+    writer = ShardWriter(tar, index, token_dtype(vocab_size), compression)
     for document in documents:
         writer.add(document)
     return tar, index, writer.close()
 
 
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("vocab_size", [300, 1 << 16, (1 << 16) + 1, 250_000])
-def test_what_is_written_is_read(tmp_path: Path, vocab_size: int):
+def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, compression: str):
     documents = made_documents(600, vocab_size)
-    tar, index, entry = write(tmp_path, documents, vocab_size)
+    tar, index, entry = write(tmp_path, documents, vocab_size, compression)
     assert entry["documents"] == 600
     assert entry["tokens"] == sum(d.tokens.size for d in documents)
     assert entry["sentences"] == sum(d.sentence_lengths.size for d in documents)
     assert entry["bytes"] == sum(d.bytes for d in documents)
     assert entry["sha256"] == hashlib.sha256(tar.read_bytes()).hexdigest()
-    shard = Shard(tar, index, token_dtype(vocab_size))
+    shard = Shard(tar, index, token_dtype(vocab_size), compression)
     assert shard.index.dtype == INDEX_DTYPE and len(shard) == 600
     assert shard.tokens(0).dtype == (np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     for n in (599, 0, 255, 256, 300, 511, 512):
         read = shard.document(n)
         assert (read.id, read.language, read.source, read.bytes) == (f"id-{n}-é", "en", "books", n + 5)
+        assert read.text_hash == hash64(b"%d" % n) == int(shard.index["text_hash"][n])
         assert np.array_equal(read.tokens, documents[n].tokens)
         assert np.array_equal(read.sentence_lengths, documents[n].sentence_lengths)
         assert np.array_equal(np.concatenate(read.sentences()), documents[n].tokens)
         assert [s.size for s in read.sentences()] == documents[n].sentence_lengths.tolist()
-    assert not shard.tokens(3).flags.owndata and not shard.tokens(3).flags.writeable  # a view of the file
-    assert isinstance(shard.tokens(3), np.memmap)
+    assert not shard.tokens(3).flags.owndata and not shard.tokens(3).flags.writeable
+    if compression == "none":
+        assert isinstance(shard.tokens(3), np.memmap)  # a view of the file
 
 
 def test_the_same_documents_give_the_same_bytes(tmp_path: Path):
@@ -212,6 +223,14 @@ def test_the_same_documents_give_the_same_bytes(tmp_path: Path):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [index.name, tar.name]  # nothing partial
 
 
+def test_large_documents_make_small_groups(tmp_path: Path):
+    lengths = np.full(3000, 50, np.uint16)
+    tokens = np.arange(150_000, dtype=np.uint32) % 500
+    documents = [Document(str(n), "en", "x", tokens, lengths, 1, n) for n in range(5)]
+    tar, index, _ = write(tmp_path, documents, 500)
+    assert Shard(tar, index, token_dtype(500)).index["group"].tolist() == [0, 0, 1, 1, 2]  # 306 kB each
+
+
 def test_a_writer_that_is_not_closed_leaves_no_shard(tmp_path: Path):
     writer = ShardWriter(tmp_path / "s.tar", tmp_path / "s.index.npy", token_dtype(500))
     for document in made_documents(300, 500):
@@ -219,10 +238,13 @@ def test_a_writer_that_is_not_closed_leaves_no_shard(tmp_path: Path):
     assert not (tmp_path / "s.tar").exists() and not (tmp_path / "s.index.npy").exists()
 
 
-def test_plain_webdataset_reads_shards(tmp_path: Path):
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_plain_webdataset_reads_shards(tmp_path: Path, compression: str):
     documents = made_documents(300, 500)
-    tar, _, _ = write(tmp_path, documents, 500)
-    samples = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode())
+    tar, _, _ = write(tmp_path, documents, 500, compression)
+    pre = None if compression == "none" else [zstd_handler]
+    samples = list(webdataset.WebDataset(str(tar), shardshuffle=False).decode(pre=pre))
+    samples = [{key.removesuffix(".zst"): value for key, value in sample.items()} for sample in samples]
     assert [sample["__key__"] for sample in samples] == ["000000", "000001"]
     tokens = np.concatenate([sample["tokens.npy"] for sample in samples])
     assert np.array_equal(tokens, np.concatenate([d.tokens for d in documents]))
@@ -251,18 +273,20 @@ def write_corpus(folder: Path, files: int = 3, documents: int = 12) -> Path:
     return folder
 
 
-@pytest.fixture
-def shard_set(tmp_path: Path, folders: dict[str, Path]) -> Path:
+@pytest.fixture(params=COMPRESSIONS)
+def shard_set(request: pytest.FixtureRequest, tmp_path: Path, folders: dict[str, Path]) -> Path:
     corpus = write_corpus(tmp_path / "corpus" / "EN")
     output = tmp_path / "shards"
-    settings = SentenceSettings("clause", "auto", 64)
-    make_shards([corpus], output, folders["sentencepiece"], settings, shard_documents=7)
+    settings = ShardSettings(
+        SentenceSettings("clause", "auto", 64), shard_documents=7, compression=request.param
+    )
+    make_shards([corpus], output, folders["sentencepiece"], settings)
     return output
 
 
 def test_a_set_reads_back_every_document(shard_set: Path, tmp_path: Path):
     shards = ShardSet.open(shard_set)
-    assert len(shards) == 6  # two per input file: 7 and 5 documents
+    assert len(shards) == 6  # 7 documents each, and one
     assert shards.settings == SentenceSettings("clause", "auto", 64)
     assert shards.manifest["totals"]["documents"] == 36
     tokenizer = shards.tokenizer()
@@ -275,9 +299,10 @@ def test_a_set_reads_back_every_document(shard_set: Path, tmp_path: Path):
     assert [d.id for d in documents] == [line["id"] for line in lines]
     assert [tokenizer.decode(d.tokens) for d in documents] == [line["content"] for line in lines]
     assert {(d.language, d.source) for d in documents} == {("en", "EN")}
-    segmenter = get_segmenter("clause", "en")
+    segmenter = get_segmenter("clause", "auto")
     for document, line in zip(documents, lines, strict=True):
         assert document.bytes == len(line["content"].encode())
+        assert document.text_hash == hash64(line["content"].encode())
         cut = cut_document(line["content"], tokenizer, segmenter, 64)
         assert np.array_equal(cut[1], document.sentence_lengths)
 
@@ -291,9 +316,50 @@ def test_few_files_stay_open(shard_set: Path, monkeypatch: pytest.MonkeyPatch):
     assert shards.shard(0) is shards.shard(0)
 
 
-def test_verify_is_content(shard_set: Path):
-    result = inspection.verify(shard_set)
+def test_documents_by_number_and_by_key(shard_set: Path):
+    shards = ShardSet.open(shard_set)
+    every = list(shards.documents())
+    for number in (35, 0, 6, 7, 20):
+        for document in (shards.document(number), shards.find(every[number].id)):
+            assert document.id == every[number].id
+            assert np.array_equal(document.tokens, every[number].tokens)
+    for number in (-1, 36):
+        with pytest.raises(UserError, match="has documents 0 to 35"):
+            shards.document(number)
+    with pytest.raises(UserError, match="holds no document with the id 'x'"):
+        shards.find("x")
+
+
+def test_a_key_hash_shared_by_two_ids_is_told_apart(shard_set: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("data_prep.shards.hash64", lambda data: 7)
+    shards = ShardSet.open(shard_set)
+    shards._keys = np.full(36, 7, np.uint64), np.arange(36)
+    assert shards.find("2-3").id == "2-3"
+    with pytest.raises(UserError, match="no document with the id"):
+        shards.find("2-99")
+
+
+def test_verify_is_content(shard_set: Path, tmp_path: Path):
+    result = verify(shard_set)
     assert result["ok"] and result["shards"] == 6 and result["documents"] == 36
+    assert verify_deep(shard_set) == {"decoded": 36, "compared": 0}
+    assert verify_deep(shard_set, [tmp_path / "corpus/EN"]) == {"decoded": 36, "compared": 36}
+
+
+def test_deep_verification_finds_another_input(shard_set: Path, tmp_path: Path):
+    path = tmp_path / "corpus/EN/part-000001.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for changed, said in (
+        ([lines[1], lines[0], *lines[2:]], "not in the input, or not in this place"),
+        ([*lines[:-1], lines[-1].replace("1/11.", "1/12.")], "not in the input, or not in this place"),
+        ([*lines[:-1], "x" + lines[-1][1:]], "has 35 good documents, the shards explain 36"),
+        (lines[1:], "made from other files"),
+    ):
+        path.write_text("".join(changed), encoding="utf-8")
+        with pytest.raises(UserError, match=said):
+            verify_deep(shard_set, [tmp_path / "corpus/EN"])
+    with pytest.raises(UserError, match="made from other files"):
+        verify_deep(shard_set, [path])
 
 
 def flip(path: Path, at: int) -> None:
@@ -305,6 +371,7 @@ def flip(path: Path, at: int) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "manifest.json",
         "shard-000002.tar",
         "shard-000002.index.npy",
         "tokenizer/tokenizer.model",
@@ -319,24 +386,24 @@ def test_verify_finds_a_changed_a_missing_and_a_cut_file(shard_set: Path, name: 
         for at in (len(whole) // 3, len(whole) - 40):
             flip(path, at)
             with pytest.raises(UserError, match=name):
-                inspection.verify(shard_set)
+                verify(shard_set)
             path.write_bytes(whole)
         for size in (0, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:size])
             with pytest.raises(UserError, match=name):
-                inspection.verify(shard_set)
+                verify(shard_set)
     path.write_bytes(whole + b"x")
     with pytest.raises(UserError, match=name):
-        inspection.verify(shard_set)
+        verify(shard_set)
     path.unlink()
-    with pytest.raises(UserError, match=f"{name} is missing"):
-        inspection.verify(shard_set)
+    with pytest.raises(UserError, match=f"{name} is missing|holds no {name}"):
+        verify(shard_set)
 
 
 def test_verify_finds_a_foreign_file(shard_set: Path):
     (shard_set / "shard-000006.tar").write_bytes(b"")
     with pytest.raises(UserError, match="shard-000006.tar does not belong"):
-        inspection.verify(shard_set)
+        verify(shard_set)
 
 
 def reseal(folder: Path, number: int) -> None:
@@ -345,7 +412,13 @@ def reseal(folder: Path, number: int) -> None:
     entry = manifest["shards"][number]
     entry["sha256"] = file_sha256(folder / entry["file"])
     entry["index_sha256"] = file_sha256(folder / entry["index"])
-    (folder / "manifest.json").write_bytes(json_bytes(manifest))
+    (folder / "manifest.json").write_bytes(json_bytes(seal_manifest(manifest)))
+
+
+def test_verify_names_the_input_to_read_again(shard_set: Path):
+    (shard_set / "shard-000002.tar").unlink()
+    with pytest.raises(UserError, match="made from EN/part-000000.jsonl, EN/part-000001.jsonl, EN/part-"):
+        verify(shard_set)
 
 
 @pytest.mark.parametrize("field", INDEX_DTYPE.names)
@@ -355,8 +428,12 @@ def test_verify_compares_index_and_tar(shard_set: Path, field: str):
     index[field][2] += 2 if field.endswith("_at") else 1
     path.write_bytes(npy_bytes(index))
     reseal(shard_set, 1)
-    with pytest.raises(UserError, match="shard-000001"):
-        inspection.verify(shard_set)
+    if field == "text_hash":  # only the text itself can tell
+        with pytest.raises(UserError, match="do not give the text"):
+            verify_deep(shard_set)
+    else:
+        with pytest.raises(UserError, match="shard-000001"):
+            verify(shard_set)
 
 
 def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> None:
@@ -372,12 +449,16 @@ def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> No
 
 def test_verify_finds_a_token_outside_the_vocabulary(shard_set: Path):
     def change(name: str, data: bytes) -> tuple[str, bytes]:
-        return name, data[:-2] + b"\xff\xff" if name.endswith("tokens.npy") else data
+        if name.endswith("tokens.npy"):
+            return name, data[:-2] + b"\xff\xff"
+        if name.endswith("tokens.npy.zst"):
+            return name, zstandard.compress(unpack_zstd(data)[:-2] + b"\xff\xff")
+        return name, data
 
     rewrite(shard_set / "shard-000000.tar", change)
     reseal(shard_set, 0)
     with pytest.raises(UserError, match="shard-000000.tar: a token id lies outside"):
-        inspection.verify(shard_set)
+        verify(shard_set)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +466,7 @@ def test_verify_finds_a_token_outside_the_vocabulary(shard_set: Path):
 )
 def test_members_with_other_names_are_refused(shard_set: Path, foreign: str):
     def change(name: str, data: bytes) -> tuple[str, bytes]:
-        return (foreign if name == "000000.tokens.npy" else name), data
+        return (foreign if name.startswith("000000.tokens.npy") else name), data
 
     rewrite(shard_set / "shard-000000.tar", change)
     with pytest.raises(UserError, match="shard-000000.tar holds"):
@@ -405,21 +486,26 @@ def test_reading_a_truncated_shard_is_one_clear_line(shard_set: Path):
     path = shard_set / "shard-000000.tar"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="shard-000000.tar is cut short"):
-        ShardSet.open(shard_set).shard(0)
+        ShardSet.open(shard_set).shard(0).document(5)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format_version": 2}, "newer than 1"),
-        ({"format_version": "x"}, "unknown format version"),
+        ({"format_version": 3}, "newer than 2"),
+        ({"format_version": 1}, "format version 1, not 2: make the shards again"),
+        ({"format_version": "x"}, "format version 'x', not 2"),
+        ({"totals": {}}, "is damaged"),
         ({"settings": {}}, "not a shard manifest"),
         ({"shards": [{"file": "../x.tar", "index": "y.npy"}]}, "not a plain name"),
     ],
 )
 def test_manifests_that_cannot_be_used(shard_set: Path, change: dict, said: str):
     manifest = json.loads((shard_set / "manifest.json").read_bytes())
-    (shard_set / "manifest.json").write_bytes(json_bytes(manifest | change))
+    changed = manifest | change
+    (shard_set / "manifest.json").write_bytes(
+        json_bytes(changed if "totals" in change else seal_manifest(changed))
+    )
     with pytest.raises(UserError, match=said):
         ShardSet.open(shard_set)
 

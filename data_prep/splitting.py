@@ -1,0 +1,157 @@
+"""`data-prep split`: one shard set → several, by document hash.
+
+In: a shard folder, names and shares. Out: a folder with one complete shard set per part, under the same
+tokenizer and settings. A document's part follows from the hash of its text (or id) and the seed alone, never
+from its place: more documents, another order or another tokenizer move none, and equal texts stay together.
+Called by `data_prep/cli.py`.
+
+One pass, streaming; nothing is tokenized again. The parts appear together, when all are complete; a run that
+was killed is simply made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.errors import UserError
+from data_prep.shards import (
+    COUNTS,
+    MANIFEST,
+    QUARANTINE,
+    TOKENIZER_FOLDER,
+    Document,
+    ShardSet,
+    ShardWriter,
+    add_counts,
+    file_sha256,
+    hash64,
+    json_bytes,
+    seal_manifest,
+    write_atomically,
+)
+
+UNFINISHED = ".unfinished"
+
+
+def parse_parts(given: list[str]) -> dict[str, float]:
+    """`["train=0.98", "valid=0.02"]` → names and shares. Raises `UserError` unless the shares add up to 1."""
+    parts: dict[str, float] = {}
+    for text in given:
+        name, _, share = text.partition("=")
+        try:
+            parts[name] = float(share)
+        except ValueError:
+            parts[name] = float("nan")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not 0 < parts[name] <= 1:
+            raise UserError(f"--parts {text!r}: write NAME=SHARE with a share above 0, such as train=0.98")
+    if len(parts) != len(given) or abs(sum(parts.values()) - 1) > 1e-9:
+        raise UserError(f"--parts {' '.join(given)}: names must differ and shares add up to 1")
+    return parts
+
+
+def split(
+    folder: str | Path, output: str | Path, parts: dict[str, float], by: str = "text", seed: int = 0
+) -> dict[str, dict[str, int]]:
+    """Write `output/NAME` for every part. Returns name → shards, documents, sentences, tokens and bytes.
+
+    Raises `UserError` when `output` exists already, or a part would be empty.
+    """
+    shards, output = ShardSet.open(folder), Path(output)
+    if output.exists() and any(path.name != UNFINISHED for path in output.iterdir()):
+        raise UserError(f"output folder {output} is not empty; choose another one")
+    if output.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"output {output} lies inside the shard folder {folder}; choose another place")
+    work = output / UNFINISHED
+    shutil.rmtree(work, ignore_errors=True)
+    names = list(parts)
+    writers = [_Part(shards, work / name) for name in names]
+    # A uniform number in [0, 2^64) per document, cut at the running sums of the shares.
+    bounds = np.array([int(share * 2**64) for share in np.cumsum(list(parts.values()))[:-1]], dtype=np.uint64)
+    for i in range(len(shards)):
+        shard = shards.shard(i)
+        hashes = shard.index["text_hash" if by == "text" else "key_hash"]
+        numbers = np.array([_mix(int(value), seed) for value in hashes], dtype=np.uint64)
+        for n, part in enumerate(np.searchsorted(bounds, numbers, side="right").tolist()):
+            writers[part].add(shard.document(n))
+    result = {}
+    for name, writer in zip(names, writers, strict=True):
+        told = {"of": shards.fingerprint, "part": name, "parts": parts, "by": by, "seed": seed}
+        result[name] = writer.finish(told)
+        if not result[name]["documents"]:
+            raise UserError(
+                f"part {name!r} would be empty: {shards.folder} has too few documents for its share"
+            )
+    for name in names:
+        os.rename(work / name, output / name)
+    work.rmdir()
+    return result
+
+
+def _mix(value: int, seed: int) -> int:
+    """Another hash for every seed; the stored one alone would tie all splits of a corpus together."""
+    return hash64(value.to_bytes(8, "little") + seed.to_bytes(8, "little", signed=True))
+
+
+class _Part:
+    """One part while it is written."""
+
+    def __init__(self, shards: ShardSet, folder: Path):
+        self.shards, self.folder = shards, folder
+        self.entries: list[dict] = []
+        self.languages: dict[str, dict[str, int]] = {}
+        self.sources: dict[str, dict[str, int]] = {}
+        self._writer: ShardWriter | None = None
+        folder.mkdir(parents=True)
+
+    def add(self, document: Document) -> None:
+        settings = self.shards.manifest["settings"]
+        if self._writer is None:
+            stem = self.folder / f"shard-{len(self.entries):06d}"
+            names = [stem.with_name(stem.name + ending) for ending in (".tar", ".index.npy")]
+            self._writer = ShardWriter(*names, self.shards.dtype, self.shards.compression)
+        self._writer.add(document)
+        add_counts(self.languages, document.language, document)
+        add_counts(self.sources, document.source, document)
+        full = self._writer.documents == settings["shard_documents"]
+        if full or self._writer.payload >= settings["shard_bytes"]:
+            self._close()
+
+    def _close(self) -> None:
+        name = f"shard-{len(self.entries):06d}"
+        entry = {"file": f"{name}.tar", "index": f"{name}.index.npy", "unit": len(self.entries)}
+        self.entries.append(entry | self._writer.close())
+        self._writer = None
+
+    def finish(self, told: dict) -> dict[str, int]:
+        """Close the last shard and write the rest of the set. Returns its counts."""
+        if self._writer is not None:
+            self._close()
+        source = self.shards.manifest
+        write_atomically(self.folder / QUARANTINE, b"")
+        self.shards.tokenizer().save(self.folder / TOKENIZER_FOLDER)
+        files = {p.name: file_sha256(p) for p in sorted((self.folder / TOKENIZER_FOLDER).iterdir())}
+        totals = {name: sum(entry[name] for entry in self.entries) for name in COUNTS}
+        facts = {key: source[key] for key in ("format_version", "settings", "settings_fingerprint")}
+        manifest = facts | {
+            "fingerprint": hashlib.sha256(json_bytes([source["fingerprint"], told])).hexdigest(),
+            "tokenizer": source["tokenizer"] | {"files": files},
+            "split": told,
+            "shards": self.entries,
+            "totals": totals,
+            "languages": dict(sorted(self.languages.items())),
+            "sources": dict(sorted(self.sources.items())),
+            "rejected": {},
+            "repaired": {},
+            "damaged": [],
+            "quarantine_sha256": file_sha256(self.folder / QUARANTINE),
+            "inputs": [],
+            "not_read": [],
+        }
+        write_atomically(self.folder / MANIFEST, json_bytes(seal_manifest(manifest)))
+        return {"shards": len(self.entries), **totals}
