@@ -3,8 +3,8 @@
 In: a shard folder. Out: `stats` gives one plain dictionary (`data-prep stats --json`, the demo's report,
 `stats_page.py`), `stats_text` its short form for a terminal. Called by `data_prep/cli.py`.
 
-All figures are exact, over every document. Work goes shard by shard on whole arrays; memory is one shard's
-sentences, the counts, and 8 bytes a document to find duplicates.
+All figures are exact, over every document. Work goes by some groups of a shard at a time, on whole arrays;
+memory is their sentences, the counts, and 8 bytes a document to find duplicates.
 
 Padding is what a batch computes beyond real tokens, as a share of all it computes. It is counted, in stored
 order, for four ways of batching:
@@ -32,9 +32,11 @@ import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.shards import QUARANTINE, Shard, ShardSet
+from data_prep.tokenizer import Tokenizer
 
 SIDE = 64  # sentences a document and tokens a sentence in the published tensors; sentences in a batch
 POOL = 100  # batches sorted together
+BATCH_GROUPS = 16  # read at once: at most about 8 MB of a shard
 OPEN_BINS = 64
 WINDOW_TOKENS, BIN_TOKENS = 1024, 8192
 BAND_STARTS = (1, 3, 9, 17, 33)  # samples are picked per band of lengths; later bands double
@@ -76,16 +78,17 @@ def stats(
     hashes = np.empty(shards.manifest["totals"]["documents"], dtype=np.uint64)
     done = 0
     for i in range(len(shards)):
-        batch = _Batch.read(shards.shard(i), limit, hashes[done:])
-        done += len(batch.sizes)
-        kept = batch.kept_in_tensor()
-        lengths_by_code = batch.lengths_by_code()
-        for code, key in enumerate(batch.keys):
-            mine = batch.codes == code
-            tally = tallies.setdefault(key, _Tally(limit))
-            tally.add(batch, mine, lengths_by_code[code], int(kept[mine].sum()))
-        padding.add(batch)
-        samples.add(i, batch)
+        for batch in _batches_of(shards.shard(i), limit, hashes.size - done):
+            hashes[done : done + batch.sizes.size] = batch.hashes
+            done += batch.sizes.size
+            kept = batch.kept_in_tensor()
+            lengths_by_code = batch.lengths_by_code()
+            for code, key in enumerate(batch.keys):
+                mine = batch.codes == code
+                tally = tallies.setdefault(key, _Tally(limit))
+                tally.add(batch, mine, lengths_by_code[code], int(kept[mine].sum()))
+            padding.add(batch)
+            samples.add(i, batch)
         if report is not None:
             report(i + 1, len(shards))
     if done != hashes.size:
@@ -93,7 +96,7 @@ def stats(
     if not done:
         raise UserError(f"{shards.folder} holds no document to count")
     everything = _merged(tallies.values(), limit)
-    manifest = shards.manifest
+    manifest, tokenizer = shards.manifest, shards.tokenizer()
     return {
         "folder": str(folder),
         "shards": len(shards),
@@ -108,27 +111,29 @@ def stats(
             {"language": key[0], "source": key[1], **tallies[key].summary()} for key in sorted(tallies)
         ],
         "padding": padding.summary(everything),
-        "duplicates": _duplicates(shards, hashes),
+        "duplicates": _duplicates(shards, hashes, tokenizer),
         "rejected": manifest["rejected"],
         "rejected_files": _rejected_files(shards.folder / QUARANTINE),
         "repaired": manifest["repaired"],
         "damaged": manifest["damaged"],
         "not_read": manifest["not_read"],
-        "samples": samples.decoded(shards),
+        "samples": samples.decoded(shards, tokenizer),
     }
 
 
-# One shard as arrays -----------------------------------------------------------------------------------
+# Some groups as arrays ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """One shard, D documents, S sentences.
+    """Some groups of a shard: D documents, S sentences.
 
-    lengths: int64 [S] tokens; sizes: int64 [D] sentences; tokens, bytes: int64 [D]; hashes: uint64 [D] of the
-    texts; codes: int64 [D], places in `keys`, the (language, source) pairs of the shard.
+    first: place of the first document in the shard; lengths: int64 [S] tokens; sizes: int64 [D] sentences;
+    tokens, bytes: int64 [D]; hashes: uint64 [D] of the texts; codes: int64 [D], places in `keys`, the
+    (language, source) pairs of these documents.
     """
 
+    first: int
     lengths: np.ndarray
     sizes: np.ndarray
     tokens: np.ndarray
@@ -136,27 +141,6 @@ class _Batch:
     hashes: np.ndarray
     codes: np.ndarray
     keys: list[tuple[str, str]]
-
-    @classmethod
-    def read(cls, shard: Shard, limit: int, hashes: np.ndarray) -> _Batch:
-        """The hashes are left in the front of `hashes`. Raises `UserError` where the files disagree."""
-        index = shard.index
-        keys: dict[tuple[str, str], int] = {}
-        codes: list[int] = []
-        lengths = [np.empty(0, np.int64)]
-        for group in map(shard.group, range(shard.groups)):
-            lengths.append(group.sentence_lengths.astype(np.int64))
-            codes += [keys.setdefault((fact["language"], fact["source"]), len(keys)) for fact in group.facts]
-        all_lengths = np.concatenate(lengths)
-        tokens = index["tokens"].astype(np.int64)
-        sizes = index["sentences"].astype(np.int64)
-        whole = len(codes) == index.size <= hashes.size and all_lengths.size == sizes.sum()
-        if not whole or all_lengths.sum() != tokens.sum() or (all_lengths > limit).any():
-            raise UserError(f"{shard.path} does not agree with its index or manifest; run `data-prep verify`")
-        hashes = hashes[: index.size]
-        hashes[:] = index["text_hash"]
-        counts = all_lengths, sizes, tokens, index["bytes"].astype(np.int64)
-        return cls(*counts, hashes, np.array(codes, dtype=np.int64), list(keys))
 
     @property
     def starts(self) -> np.ndarray:
@@ -178,6 +162,32 @@ class _Batch:
         width = int(self.lengths.max(initial=0)) + 1
         flat = np.repeat(self.codes, self.sizes) * width + self.lengths
         return np.bincount(flat, minlength=len(self.keys) * width).reshape(len(self.keys), width)
+
+
+def _batches_of(shard: Shard, limit: int, expected: int) -> Iterator[_Batch]:
+    """A whole shard in order. Raises `UserError` where it disagrees with its index or has more documents than
+    `expected`.
+    """
+    index = shard.index
+    groups = shard.groups
+    whole = index.size <= expected and int(index["group"].max(initial=0)) < max(groups, 1)
+    for begin in range(0, groups, BATCH_GROUPS):
+        end = min(begin + BATCH_GROUPS, groups)
+        first, last = np.searchsorted(index["group"], [begin, end]).tolist()
+        rows = index[first:last]
+        keys: dict[tuple[str, str], int] = {}
+        codes: list[int] = []
+        lengths = [np.empty(0, np.int64)]
+        for group in map(shard.group, range(begin, end)):
+            lengths.append(group.sentence_lengths.astype(np.int64))
+            codes += [keys.setdefault((fact["language"], fact["source"]), len(keys)) for fact in group.facts]
+        all_lengths = np.concatenate(lengths)
+        sizes, tokens, size = (rows[name].astype(np.int64) for name in ("sentences", "tokens", "bytes"))
+        whole = whole and len(codes) == rows.size and all_lengths.size == sizes.sum()
+        if not whole or all_lengths.sum() != tokens.sum() or all_lengths.max(initial=0) > limit:
+            raise UserError(f"{shard.path} does not agree with its index or manifest; run `data-prep verify`")
+        hashes, places = rows["text_hash"], np.array(codes, dtype=np.int64)
+        yield _Batch(first, all_lengths, sizes, tokens, size, hashes, places, list(keys))
 
 
 # Counts ------------------------------------------------------------------------------------------------
@@ -384,7 +394,7 @@ def _windows(batch: _Batch, window_tokens: int) -> Iterator[int]:
 # Duplicates and rejects --------------------------------------------------------------------------------
 
 
-def _duplicates(shards: ShardSet, hashes: np.ndarray) -> dict:
+def _duplicates(shards: ShardSet, hashes: np.ndarray, tokenizer: Tokenizer) -> dict:
     """Documents whose whole text stands in the set already. Sorts `hashes` in place.
 
     Texts are told apart by 64-bit hashes: among 500 million documents the chance of even one false pair is
@@ -405,7 +415,6 @@ def _duplicates(shards: ShardSet, hashes: np.ndarray) -> dict:
         for place in wanted:
             if place not in first and (found := rows[places[rows] == place]).size:
                 first[place] = i, int(found[0])
-    tokenizer = shards.tokenizer() if copied.size else None
     most = []
     for place in wanted:
         i, n = first[place]
@@ -495,16 +504,16 @@ class _Samples:
             mine = chosen[cells[chosen] == cell]
             if mine.size > CANDIDATES:
                 mine = mine[np.argpartition(hashes[mine], CANDIDATES)[:CANDIDATES]]
-            found = zip(hashes[mine].tolist(), documents[mine].tolist(), places[mine].tolist(), strict=True)
+            rows = (documents[mine] + batch.first).tolist()
+            found = zip(hashes[mine].tolist(), rows, places[mine].tolist(), strict=True)
             key = languages[cell // len(self.bands)], cell % len(self.bands)
             known = {entry[0]: entry for entry in self._kept.get(key, [])}
             for value, document, place in found:
                 known.setdefault(value, (value, shard, document, place))
             self._kept[key] = sorted(known.values())[:CANDIDATES]
 
-    def decoded(self, shards: ShardSet) -> dict[str, list[dict]]:
+    def decoded(self, shards: ShardSet, tokenizer: Tokenizer) -> dict[str, list[dict]]:
         """Language → bands with sentences: `from`, `to` (tokens), `sentences` (`tokens`, `text`, `id`)."""
-        tokenizer = shards.tokenizer()
         result: dict[str, list[dict]] = {}
         for language, band in sorted(self._kept):
             texts: dict[str, dict] = {}

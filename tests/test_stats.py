@@ -274,6 +274,23 @@ def test_the_size_of_shards_changes_no_figure(corpus: Path, result: dict, tmp_pa
     }
 
 
+def test_a_shard_may_be_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "EN"
+    folder.mkdir()
+    lines = "".join(record(f"{n}", text(n, 1 + n % 20)) + "\n" for n in range(600))
+    (folder / "part.jsonl").write_text(lines, encoding="utf-8")
+    shards = make(folder, tmp_path / "shards")
+    assert len(ShardSet.open(shards)) == 1 and ShardSet.open(shards).shard(0).groups == 3
+    whole = stats(shards)
+    monkeypatch.setattr("data_prep.stats.BATCH_GROUPS", 1)
+    assert stats(shards) == whole
+    stored = {document.id: document for document in ShardSet.open(shards).documents()}
+    tokenizer = ShardSet.open(shards).tokenizer()
+    for band in whole["samples"]["en"]:
+        for one in band["sentences"]:
+            assert one["text"] in tokenizer.decode(stored[one["id"]].tokens)
+
+
 def test_progress_is_reported(shards: Path, result: dict):
     said: list[tuple[int, int]] = []
     stats(shards, report=lambda done, total: said.append((done, total)))
@@ -302,9 +319,13 @@ def test_damage_is_told_in_one_line(shards: Path, tmp_path: Path):
             shutil.copy(copy / entries[0][kind], copy / entries[-1][kind])
 
     assert "verify" in refused(exchange)
-    assert "does not agree" in refused(
-        lambda copy: shutil.copy(copy / "shard-000001.index.npy", copy / "shard-000000.index.npy")
-    )
+
+    def miscount(copy: Path) -> None:
+        index = np.load(copy / "shard-000000.index.npy")
+        index["tokens"][0] += 1
+        np.save(copy / "shard-000000.index.npy", index)
+
+    assert "does not agree" in refused(miscount)
 
 
 def test_text_for_people(result: dict):
