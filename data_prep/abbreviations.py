@@ -1,4 +1,4 @@
-"""Word lists for the English side of `segment.py`: which full stops do not end a sentence.
+"""Word lists, nearly all for the English side of `segment.py`: which full stops do not end a sentence.
 
 Data only. Changing a list changes where documents are cut: raise `segment.VERSION` in the same commit.
 Tokens are written without their last full stop ("e.g", "Mr").
@@ -18,6 +18,12 @@ NEVER_LAST = _words("e.g i.e eg ie cf viz vs resp incl excl esp approx ca messrs
 TITLES = _words(
     "Mr Mrs Ms Mx Dr Drs Prof Profs Gen Lt Col Capt Cmdr Maj Sgt Cpl Adm Rev Revd Fr Hon Gov Pres Sen Rep "
     "Mme Mlle MM Mons Sra Srta Supt Insp Amb Msgr mr mrs ms dr prof"
+)
+
+# The only list for other languages: titles before a name. Compared as written.
+TITLES_ELSEWHERE = _words(
+    "Prof Dra Sra Srta Sras Sres Mme Mmes Mlle Mlles MM Mgr Ing Lic Avv Dott Dipl Hr Fr Frl Frk проф акад "
+    "доц тов стр ул"
 )
 
 # Stand before a number ("No. 5", "Fig. 3", "pp. 10-12", "Jan. 5"). Compared in lower case.
