@@ -142,6 +142,3 @@ def show(folder: str | Path, count: int) -> Iterator[str]:
         )
         for place, tokens in enumerate(document.sentences(), start=1):
             yield f"{place:5d} [{tokens.size:3d}] {json.dumps(tokenizer.decode(tokens), ensure_ascii=False)}"
-
-
-from data_prep.stats import stats, stats_text  # noqa: E402, F401  (until cli.py imports them itself)
