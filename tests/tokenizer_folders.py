@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.tokenizer import train_sentencepiece
 
@@ -54,6 +54,16 @@ def tails_and_heads(folder: Path) -> Path:
     return write_json(folder, tokenizer)
 
 
+def apostrophe(folder: Path) -> Path:
+    """A byte-level BPE in OPT's manner whose only merge is "'s"."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + alphabet + ["'s"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("'", "s")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return write_json(folder, tokenizer)
+
+
 def write_json(folder: Path, tokenizer: Tokenizer) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -70,4 +80,68 @@ def write_json(folder: Path, tokenizer: Tokenizer) -> Path:
 def sentence_piece(folder: Path, vocab_size: int = 600) -> Path:
     """What `data-prep tokenizer` makes."""
     train_sentencepiece(LINES, folder, vocab_size)
+    return folder
+
+
+def llama_like(folder: Path, entries: int = 70_000) -> Path:
+    """Byte-level as in Llama 3: its split, `ignore_merges`, special tokens above the vocabulary; large."""
+    split = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"]
+    return _split_by_regex(folder, split, entries, special, plain=[], ignore_merges=True)
+
+
+def qwen_like(folder: Path, nfc: bool = False) -> Path:
+    """Byte-level as in Qwen: single digits, added tokens that are plain text; `nfc` as published."""
+    split = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return _split_by_regex(folder, split, 3000, special, plain=["<tool_call>", "</tool_call>"], nfc=nfc)
+
+
+def _split_by_regex(
+    folder: Path,
+    split: str,
+    entries: int,
+    special: list[str],
+    plain: list[str],
+    ignore_merges: bool = False,
+    nfc: bool = False,
+) -> Path:
+    """`entries` of vocabulary: bytes, some that real training finds, then made up ones that only count."""
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    learned.train_from_iterator(LINES, trainer)
+    model = json.loads(learned.to_str())["model"]
+    vocabulary, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
+    letters = [c for c in alphabet if c.isascii() and c.isalpha()]
+    pairs = (
+        (left, right) for left in [*letters, *(a + b for a in letters for b in letters)] for right in letters
+    )
+    for left, right in pairs:
+        if len(vocabulary) == entries:
+            break
+        if left in vocabulary and left + right not in vocabulary:
+            vocabulary[left + right] = len(vocabulary)
+            merges.append((left, right))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
+    tokenizer.normalizer = normalizers.NFC() if nfc else None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+    write_json(folder, tokenizer)
+    config = {"bos_token": special[0], "eos_token": special[1], "pad_token": special[2]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
