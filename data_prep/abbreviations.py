@@ -70,6 +70,6 @@ STARTERS = _words(
 SPEECH_VERBS = _words(
     "said says say asked asks answered answers cried cries replied replies exclaimed shouted whispered "
     "muttered murmured inquired enquired returned demanded called repeated added continued remarked "
-    "observed thought screamed growled gasped sighed laughed retorted interrupted ejaculated responded "
+    "began observed thought screamed growled gasped sighed laughed retorted interrupted ejaculated responded "
     "echoed"
 )

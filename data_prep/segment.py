@@ -139,7 +139,7 @@ _SURE = {
         _SURE_STOPS,
         rf"(?<=[{_HAN}A-Za-z][，；：]){_WIDE_GOES_ON}",
         rf"(?<=[{_HAN}]、)(?<![一二三四五六七八九十]、){_WIDE_GOES_ON}",
-        rf"(?<=[{_HAN}A-Za-z][。！？])[”’」』]*{_WIDE_GOES_ON}",
+        rf"(?<=[{_HAN}A-Za-z][。！？])(?:[”’」』]+(?![的之这這一二两兩三四几幾为為云]))?{_WIDE_GOES_ON}",
     ),
     "sentence": (
         _SURE_STOPS,
@@ -154,7 +154,7 @@ _TITLED = r"(?<=\.)(?:(?<=[\s“‘(—][MD]r\.)|(?<=[\s“‘(—]Mrs\.))\s[^.]
 _PASSED = {
     "clause": (_LINE_END, _TITLED, r"(?<=-)[^\W_]", r"(?<=\d[.,:])\d"),
     "sentence": (
-        rf"(?<=[{re.escape(PAUSES + DASHES)}-])[{_CLOSE}]*(?:[^\W_]|[“‘「『]|\s[^.])",
+        rf"(?:(?<=[{re.escape(PAUSES)}])[{_CLOSE}]*|(?<=[{DASHES}-]))(?:[^\W_]|[“‘「『]|\s[^.])",
         _LINE_END,
         _TITLED,
         r"(?<=[!?])[”’\"']*\s[a-z]",
@@ -175,10 +175,17 @@ _SCANNERS = {
 }
 _JUDGE_ALL = {english: _scanner(english=english) for english in (True, False)}
 
+# 。——然后 and 、-b: the dash or minus opens what follows.
+_BEFORE_DASH = re.compile(
+    rf"[{_MARK}]*?(?:[{re.escape(WIDE_STOPS)}][{_CLOSE}]*(?=[{DASHES}-])|[{WIDE_PAUSES}][{_CLOSE}]*(?=-))"
+)
+_ANY_MARK = re.compile(rf"[{_MARK}-]")
+_DOUBLE_QUOTE = re.compile('["“”]')
 _NOT_MARKS = re.compile(rf"[^{_MARK}{_FAR_STOPS}-]+")
 _WORD_CHARACTER = re.compile(r"[^\W_]")
 _OPENING = re.compile(r"[“‘「『«﹁﹃(\[{（［｛【《〈〔〖〘〚]|(?<!\S)[\"']")
 _NEXT_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+_SKIP_DASH = re.compile(rf"[{DASHES}\s]*[{re.escape(OPENERS)}\s]*")
 _SKIP = re.compile(rf"\s*[{re.escape(OPENERS)}\s]*")
 _NOT_TOKEN = re.compile(
     rf"[\s/{re.escape(OPENERS + DASHES + WIDE_STOPS + WIDE_PAUSES + _OTHER_PAUSES)}\u2e80-\U0003ffff]"
@@ -211,8 +218,14 @@ _UNIT = re.compile(
     r"《[^《》\n]{1,60}》|`[^`。！？．，；\n]{1,200}`|\$(?![\s\d{$])[^$。！？．，；\n]{0,200}(?<!\s)\$(?!\d)"
 )
 _SPEAKER = re.compile(r"(?:I|(?:[A-Z][^\W\d_]*\.? ){0,2}[A-Z][^\W\d_]+) ([a-z]+)\b")
+# A quotation that is a term of the sentence around it: “为什么？”这个问题很难。
+_QUOTED_TERM = re.compile(
+    r"的|之|[这這](?:[个個]|一)?(?:问题|問題|词|詞|字|句?话|句?話|说法|說法)|一[词詞]|[二两兩三四几幾][个個]?字|[为為]题|云云"
+)
 # “你好！”他说。 but not 「……。」那妖精聽說，……
-_WIDE_SPEAKER = re.compile(r"[\u4e00-\u9fff]{1,4}?(?<![听聽不再小所分])[说說道問问喊叫答]道?[。，！]")
+_WIDE_SPEAKER = re.compile(
+    r"[\u4e00-\u9fff]{1,4}?(?<![听聽不再小所分知难難味街地])[说說道問问喊叫答]道?[。，！]"
+)
 
 
 @dataclass(frozen=True)
@@ -357,7 +370,7 @@ class _Judge:
     def open_line(self, begin: int, end: int, english: bool, chinese: bool, units: bool) -> None:
         self.begin, self.end, self.english, self.chinese = begin, end, english, chinese
         self.start = self._seen = begin  # no letter or digit between `start` and `_seen`
-        self._counted, self._odd_quotes = begin, False  # parity of straight double quotes before `_counted`
+        self._counted, self._quoted = begin, False  # whether a double quotation is open at `_counted`
         self._units = _UNIT.finditer(self.text, begin, end) if units else None
         self._unit_begin, self._unit_end = 0, begin  # the last unit (see _UNIT) that begins before the mark
 
@@ -367,10 +380,18 @@ class _Judge:
         first, cut = run.span()
         if cut >= self.end:
             return 0, False
+        if self._units is not None and self.in_unit(first):
+            after = _ANY_MARK.search(text, self._unit_end, cut) if cut > self._unit_end else None
+            if after is None:
+                return 0, False
+            first = after.start()  # `a.b();`， the unit ends in marks of its own
         self.start = start
-        marks = run.group()
+        marks = text[first:cut]
         if cut - first > 1:
             cut = self._closed(first, cut, marks)
+            stopped = _BEFORE_DASH.match(text, first, cut)
+            if stopped is not None:
+                cut = stopped.end()
             marks = _NOT_MARKS.sub("", text[first:cut])
         mark = marks[-1]
         if mark == "-" and (marks[-2:] != "--" or marks[-3:] == "---"):
@@ -378,9 +399,7 @@ class _Judge:
         pause = mark in _PAUSES_AND_DASHES
         if mark == ";" and not self.english and _GREEK.match(text[first - 1]):
             pause = False
-        if pause and not self.clause and (mark in PAUSES or not self._stops_before_dash(cut, marks)):
-            return 0, False
-        if self._units is not None and self.in_unit(first):
+        if pause and not self.clause and (mark in PAUSES or not self._stops_at_dash(cut, marks)):
             return 0, False
         worded = _WORD_CHARACTER.search(text, max(self._seen, start), first) is not None
         if not worded:
@@ -392,7 +411,7 @@ class _Judge:
         return 0, False
 
     def _joins_before(self, start: int, cut: int, mark: str) -> bool:
-        """Whether marks without words belong to what is before them; not when they open what follows: “… so"""
+        """Whether marks without words belong to what is before them; not when they open the next: “… so"""
         opened = _OPENING.search(self.text, start, cut) is not None
         return not (mark in DASHES or mark == "-" or (opened and self.text[cut - 1] not in CLOSERS))
 
@@ -401,11 +420,12 @@ class _Judge:
         text = self.text
         if text[cut].isspace():
             return cut
-        if '"' in run:  # a straight quote opens what follows, if none is open already
+        if '"' in run:  # a straight quote opens what follows, if none is open already (“Go!" he said)
             quote = first + run.index('"')
-            self._odd_quotes ^= text.count('"', self._counted, quote) % 2 == 1
+            for sign in _DOUBLE_QUOTE.findall(text, self._counted, quote):
+                self._quoted = sign == "“" or (sign == '"' and not self._quoted)
             self._counted = quote
-            if not self._odd_quotes:
+            if not self._quoted:
                 return quote
         if not self.english:
             for at in range(first + 1, cut):
@@ -423,7 +443,7 @@ class _Judge:
         text, mark = self.text, marks[-1]
         before, following = text[first - 1], text[cut]
         if mark in DASHES or mark == "-":
-            return self._stops_before_dash(cut, marks) or self._dash_is_pause(first, cut, mark)
+            return self._stops_at_dash(cut, marks) or self._dash_is_pause(first, cut, mark)
         if mark in WIDE_PAUSES:
             if before.isdigit() and following.isdigit():  # 1，234 and 12：30
                 return False
@@ -437,9 +457,18 @@ class _Judge:
             return not _MONTH_DAY.search(text[max(self.begin, first - 5) : first])
         return True
 
-    def _stops_before_dash(self, cut: int, marks: str) -> bool:
-        """A sentence ends before the dash, and the next begins right after it: “Was it so?—Nobody knew.”"""
-        return marks[0] in STOPS and self.text[cut].isupper()
+    def _stops_at_dash(self, cut: int, marks: str) -> bool:
+        """The next sentence begins right after the dash (“Was it so?—Nobody knew.”), or speech breaks off."""
+        text = self.text
+        if marks[0] in STOPS and text[cut].isupper():
+            return True
+        if text[cut - 1] not in QUOTE_CLOSERS:
+            return False
+        if text[cut].isspace():  # “I never—” The door opened.
+            next_at = _SKIP.match(text, cut, self.end).end()
+            character = text[next_at : next_at + 1]
+            return (character.isupper() or _is_east_asian(character)) and not self._names_speaker(next_at)
+        return _is_east_asian(text[cut]) and not _WIDE_SPEAKER.match(text, cut, self.end)  # “我——”门开了。
 
     def _dash_is_pause(self, first: int, cut: int, mark: str) -> bool:
         text = self.text
@@ -454,7 +483,7 @@ class _Judge:
         if not (space_after or following.isalnum() or following in OPENERS):
             return False
         if _is_east_asian(before) or _is_east_asian(following):
-            return first - self.start > 1
+            return first - self.start > 1 and not (mark == "-" and following.isascii())  # 使用--all
         return len(text[max(self.start, first - 200) : first].split(None, 2)) > 1  # "I—I never" is no pause
 
     def _ends_sentence(self, first: int, cut: int, marks: str) -> bool:
@@ -465,6 +494,8 @@ class _Judge:
         if not marks.isascii() and any(mark in WIDE_STOPS for mark in marks):
             if text[cut - 1] in ")）" and marks[-1] not in "。｡":
                 return text[self.start : first].lstrip()[0] in "(（"  # an aside goes on: 他（可怜！）病了
+            if quoted and marks[-1] not in "。｡" and _QUOTED_TERM.match(text, cut, self.end):
+                return False
             return clause or not (quoted and _WIDE_SPEAKER.match(text, cut, self.end))
         spaced = following.isspace()
         if not spaced and not (self.chinese and (_is_east_asian(before) or _is_east_asian(following))):
@@ -481,6 +512,10 @@ class _Judge:
             stopped = len(set(marks)) > 1 or marks == "...."
             goes_on = self.english and not (stopped or opened) and self._next_word(next_at) in _I
             return not (next_character.islower() or goes_on)
+        if not self.english and next_character in DASHES and spaced:  # — Иди! — сказал он.
+            after = _SKIP_DASH.match(text, next_at, self.end).end()
+            if text[after : min(after + 1, self.end)].islower():
+                return clause
         if next_character.islower():  # “Go!” he said. He (poor man!) wept.
             if marks == text[cut - 1] == "." and spaced:
                 return self._is_careless(first)
@@ -557,7 +592,7 @@ class _Judge:
             return token == "v" and not starts
         if token == "I" and last.islower():  # "taller than I. Jim went on"
             return False
-        return not starts or last.endswith(".")
+        return not starts or (last.endswith(".") and len(last) == 2)  # J. R. R. In ..., but not Mr. X. The
 
     def _token(self, stop: int) -> str:
         """What stands before `stop` back to white space, a bracket, quote, dash or Chinese character."""
