@@ -114,7 +114,7 @@ class FastEncoder:
         ids = np.array([index for index, piece in enumerate(table) if piece], dtype=np.uint32)
         # In two orders, so that no byte can have moved from one token to the next.
         return all(
-            self._engine.decode(order) == b"".join(table[index] for index in order.tolist())
+            self._engine.decode(order) == b"".join(map(table.__getitem__, order.tolist()))
             for order in (ids, np.random.default_rng(0).permutation(ids))
         )
 

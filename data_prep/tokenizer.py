@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -70,7 +71,12 @@ class Tokenizer:
 
     @property
     def engine(self) -> str:
-        return self._fast.name if self._fast else self._reference_name()
+        return self._fast.name if self._fast else self.reference_name
+
+    @property
+    def reference_name(self) -> str:
+        """The library that defines the ids, with its version."""
+        return f"{self.reference} {version(self.reference)}"
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 [T] token ids of `text`, without BOS or EOS.
@@ -110,13 +116,10 @@ class Tokenizer:
         """Write the defining files into `folder`; `load_tokenizer(folder)` reads the same tokenizer back."""
         raise NotImplementedError
 
-    def _reference_name(self) -> str:
-        return f"{self.reference} {version(self.reference)}"
-
     def _seek_fast(
         self, build: Callable[[], object], reference: Callable[[str], np.ndarray], added: list[str]
     ) -> None:
-        self._fast = fast_encoder(build, reference, self._reference_name(), added)
+        self._fast = fast_encoder(build, reference, self.reference_name, added)
         self._fast_decodes = self._fast is not None and self._fast.same_bytes(self._table)
 
 
@@ -393,6 +396,7 @@ def _byte_alphabet() -> dict[str, int]:
 def _byte_level_table(rust: object, spec: dict) -> list[bytes]:
     """Bytes of each id. Entries that no text gives (`<unk>`, `madeupword0000`) count as control symbols."""
     alphabet = _byte_alphabet()
+    to_latin = defaultdict(lambda: 0xFFFF, {ord(c): byte for c, byte in alphabet.items()})
     model = spec.get("model", {})
     merges = model.get("merges", [])
     reachable = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1) for merge in merges}
@@ -400,9 +404,9 @@ def _byte_level_table(rust: object, spec: dict) -> list[bytes]:
     vocabulary: dict[str, int] = rust.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values()) + 1)
     for token, index in rust.get_vocab(with_added_tokens=False).items():
-        known = every or len(token) == 1 or token in reachable
-        if known and all(character in alphabet for character in token):
-            table[index] = bytes(alphabet[character] for character in token)
+        if every or len(token) == 1 or token in reachable:
+            spelled = token.translate(to_latin)
+            table[index] = b"" if "\uffff" in spelled else spelled.encode("latin-1")
     for index, added in rust.get_added_tokens_decoder().items():
         table[index] = b"" if added.special else added.content.encode("utf-8")
     return table
