@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,18 @@ def test_other_ids_are_found_in_passing(both: dict[str, Tokenizer]):
     with pytest.raises(UserError, match=r"text that starts with 'The 1\d\d\. sea'.*DATA_PREP_TOKENIZER=hf"):
         for i in range(200):
             encoder.encode(f"The {i}. sea")
+
+
+def test_without_gigatoken_the_reference_encodes(
+    both: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setitem(sys.modules, "gigatoken", None)  # as if it were not installed
+    for kind, tokenizer in both.items():
+        slow = load_tokenizer(tokenizer.folder)
+        assert slow.engine == slow.reference_name != tokenizer.engine
+        assert "it is not installed" in capsys.readouterr().err
+        text = tokenizer_folders.ENGLISH + "\u2581" + tokenizer_folders.CHINESE
+        assert np.array_equal(slow.encode_exactly(text, text.encode()), tokenizer.encode(text)), kind
 
 
 def test_a_definition_that_the_engine_cannot_read(both: dict[str, Tokenizer], capsys: pytest.CaptureFixture):
