@@ -178,6 +178,7 @@ def _begin(job: Job) -> None:
                 f"{output} holds an unfinished run with other settings or input; "
                 "finish that one, choose another --output, or delete the folder"
             )
+        _drop_cut_short(job)
         return
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file; --output must name a folder")
@@ -188,6 +189,25 @@ def _begin(job: Job) -> None:
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}") from error
     write_atomically(work / "plan.json", content)
+
+
+def _drop_cut_short(job: Job) -> None:
+    """Forget units with a shard of another size than was written: the machine crashed, or the disk was full.
+
+    A shard that is not there at all has been moved by a merge that was stopped. Bits that flipped without a
+    change of size are `verify`'s business: looking for them here would read all shards again at every start.
+    """
+    board = _board(job)
+    for unit in board.done("shard"):
+        folder = board.result("shard", unit)
+        try:
+            parts = json.loads((folder / RECORD).read_bytes())["parts"]
+            sizes = [(folder / f"part-{number:03d}.tar", part["size"]) for number, part in enumerate(parts)]
+            whole = all(path.stat().st_size == size for path, size in sizes if path.exists())
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _changed_at(file: InputFile) -> int | None:

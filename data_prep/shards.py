@@ -144,9 +144,10 @@ class ShardWriter:
         self._tar.close()
         index = np.concatenate(self._rows) if self._rows else np.empty(0, INDEX_DTYPE)
         write_atomically(self._index_path, npy_bytes(index))
-        sha256 = file_sha256(self._partial)
+        sha256, size = file_sha256(self._partial), self._partial.stat().st_size
         _sync_and_rename(self._partial, self._tar_path)
         return {
+            "size": size,
             "sha256": sha256,
             "index_sha256": file_sha256(self._index_path),
             **index_totals(index),

@@ -7,22 +7,18 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
-import psutil
 import pytest
 import tokenizer_folders
 
-from data_prep import cli, sharding
+from data_prep import cli
 from data_prep.segment import get_segmenter
 from data_prep.sentences import SentenceSettings
 from data_prep.shards import ShardSet
-from data_prep.tokenizer import ByteLevelTokenizer, load_tokenizer
+from data_prep.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "data_prep.cli"]
@@ -129,16 +125,6 @@ def test_segment_of_bad_input(tmp_path: Path):
 # shard -------------------------------------------------------------------------------------------------
 
 
-def test_the_number_of_workers_changes_no_byte(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
-    done = run(*shard_arguments(corpus, tmp_path / "three", tokenizer, "--workers", "3", "--json"))
-    assert contents(tmp_path / "three") == contents(shards)
-    summary = json.loads(done.stdout)
-    assert summary["documents"] == 630 and summary["shards"] == 15
-    assert summary["rejected"] == {"empty content": 1, "invalid JSON": 1, "not an object": 1}
-    assert summary["repaired"] == {"missing id": 1}
-    assert set(summary["languages"]) == {"en", "zh"}
-
-
 def test_the_place_of_the_corpus_changes_no_byte(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
     place = tmp_path / "EN/elsewhere/CN/corpus"
     shutil.copytree(corpus, place)
@@ -157,142 +143,8 @@ def test_rejected_records_are_told(shards: Path):
     ]
     manifest = ShardSet.open(shards).manifest
     assert [entry["documents"] for entry in manifest["inputs"]] == [90, 180, 30, 60, 120, 150]
-    assert "books/part-000001.jsonl.gz:10" in {d.id for d in ShardSet.open(shards).documents()}
-
-
-def test_running_again_finds_the_work_done(
-    corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    before = {name: (shards / name).stat().st_mtime_ns for name in contents(shards)}
-    assert call(*shard_arguments(corpus, shards, tokenizer, "--json")) == 0
-    assert json.loads(capsys.readouterr().out)["already_there"] is True
-    assert {name: (shards / name).stat().st_mtime_ns for name in contents(shards)} == before
-    # Other settings, another tokenizer or other input are refused.
-    assert "other settings" in refused(
-        capsys, *shard_arguments(corpus, shards, tokenizer, "--max-tokens", "32")
-    )
-    other = tokenizer_folders.sentence_piece(tmp_path / "other")
-    assert "another tokenizer" in refused(capsys, *shard_arguments(corpus, shards, other))
-    assert "other input" in refused(capsys, *shard_arguments(corpus / "EN", shards, tokenizer))
-
-
-def wait_for(what, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not what():
-        assert process.poll() is None, "the command ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="module")
-def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three small files and a large one, so that a run can be caught between them."""
-    folder = tmp_path_factory.mktemp("long") / "EN"
-    folder.mkdir()
-    for number, count in enumerate((20, 20, 20, 2000)):
-        record = json.dumps({"id": "x", "content": tokenizer_folders.ENGLISH * 4})
-        (folder / f"{number}.jsonl").write_text(f"{record}\n" * count, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def long_shards(long_corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("long-reference") / "shards"
-    assert call(*shard_arguments(long_corpus, output, tokenizer)) == 0
-    return output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_goes_on(
-    long_corpus: Path, long_shards: Path, tokenizer: Path, tmp_path: Path, number: int
-):
-    output = tmp_path / "shards"
-    arguments = [str(a) for a in shard_arguments(long_corpus, output, tokenizer, "--workers", "2")]
-    process = subprocess.Popen(
-        [*COMMAND, *arguments],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        # A suite that a script runs in the background has Ctrl-C ignored, and would hand that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    record = output / ".unfinished/unit-000001/record.json"
-    wait_for(record.is_file, process)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    assert len(workers) >= 2
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    assert b"Traceback" not in err
-    _, alive = psutil.wait_procs(workers, timeout=60)
-    assert not alive  # nobody goes on working for a parent that is gone
-    assert not (output / "manifest.json").exists()
-    kept = output / ".unfinished/unit-000001/part-000.tar"
-    inode, written = kept.stat().st_ino, kept.stat().st_mtime_ns
-    # A unit that was damaged meanwhile is noticed and made again.
-    (output / ".unfinished/unit-000000/part-000.tar").write_bytes(b"damaged")
-    run(*arguments)
-    final = (output / "shard-000001.tar").stat()
-    assert (final.st_ino, final.st_mtime_ns) == (inode, written)  # not made again
-    assert not (output / ".unfinished").exists()
-    assert contents(output) == contents(long_shards)
-
-
-def test_a_run_stopped_while_it_merges_goes_on(
-    corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    output = tmp_path / "shards"
-    real = os.replace
-    moved = []
-
-    def replace(source: Path, target: Path) -> None:
-        if Path(target).parent == output:
-            moved.append(target)
-            if len(moved) == 8:
-                raise KeyboardInterrupt
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        assert call(*shard_arguments(corpus, output, tokenizer)) == 130
-    assert len(list(output.glob("shard-*"))) == 7
-    with monkeypatch.context() as patch:
-        patch.setattr(sharding, "run_unit", None)  # nothing needs to be made again
-        assert call(*shard_arguments(corpus, output, tokenizer)) == 0
-    assert contents(output) == contents(shards)
-
-
-def test_an_unfinished_run_with_other_settings_is_refused(
-    corpus: Path,
-    tokenizer: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-):
-    def stop(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ByteLevelTokenizer, "encode", stop)
-        patch.setattr("data_prep.tokenizer._probe", lambda tokenizer: None)
-        assert call(*shard_arguments(corpus, tmp_path / "shards", tokenizer)) == 130
-    arguments = shard_arguments(corpus, tmp_path / "shards", tokenizer, "--max-tokens", "32")
-    assert "unfinished run with other settings" in refused(capsys, *arguments)
-
-
-@pytest.mark.slow
-def test_a_worker_that_dies_is_told(long_corpus: Path, tokenizer: Path, tmp_path: Path):
-    output = tmp_path / "shards"
-    arguments = [str(a) for a in shard_arguments(long_corpus, output, tokenizer, "--workers", "2")]
-    process = subprocess.Popen([*COMMAND, *arguments], cwd=ROOT, stderr=subprocess.PIPE)
-    wait_for((output / ".unfinished/unit-000001/record.json").is_file, process)
-    children = psutil.Process(process.pid).children(recursive=True)
-    worker = max(children, key=lambda child: child.cpu_times().user)
-    worker.kill()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert err.decode().splitlines()[-1].startswith("data-prep: error: a worker process was killed")
-    assert b"Traceback" not in err
+    ids = {d.id for d in ShardSet.open(shards).documents()}
+    assert len([one for one in ids if one.startswith("books/part-000001.jsonl.gz@")]) == 1
 
 
 def test_a_truncated_gzip_is_kept_and_told(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -338,14 +190,14 @@ def test_packed_files_are_told_and_kept_in_the_manifest(
     corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     shutil.copytree(corpus, tmp_path / "corpus")
-    for name in ("EN/books/more.jsonl.tar.gz", "CN/news/more.jsonl.zst"):
+    for name in ("EN/books/more.jsonl.xz", "CN/news/more.zip"):
         (tmp_path / "corpus" / name).write_bytes(b"packed")
     capsys.readouterr()
     assert call(*shard_arguments(tmp_path / "corpus", tmp_path / "shards", tokenizer)) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "not read: 2 packed files" in line and "news/more.jsonl.zst" in line and "unpack" in line
+    assert "not read: 2 files passed over" in line and "news/more.zip" in line and "unpack" in line
     manifest = ShardSet.open(tmp_path / "shards").manifest
-    assert manifest["not_read"] == ["news/more.jsonl.zst", "books/more.jsonl.tar.gz"]
+    assert manifest["not_read"] == ["news/more.zip", "books/more.jsonl.xz"]
     known = ShardSet.open(shards).manifest
     assert known["not_read"] == [] and known["fingerprint"] == manifest["fingerprint"]
 
@@ -396,9 +248,12 @@ def test_an_explicit_language_wins(corpus: Path, tokenizer: Path, tmp_path: Path
 # verify, stats, show -----------------------------------------------------------------------------------
 
 
-def test_verify(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_verify(corpus: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert call("verify", shards) == 0
-    assert "15 shards with 630 documents are whole" in capsys.readouterr().out
+    assert "13 shards with 630 documents are whole" in capsys.readouterr().out
+    assert call("verify", shards, "--deep", "--input", corpus) == 0
+    assert "630 documents are the input's, byte for byte" in capsys.readouterr().out
+    assert "give both" in refused(capsys, "verify", shards, "--input", corpus)
     assert call("verify", shards, "--json") == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
     shutil.copytree(shards, tmp_path / "copy")
@@ -406,32 +261,6 @@ def test_verify(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     tar.write_bytes(tar.read_bytes()[:5000])
     assert "shard-000004.tar is cut short" in refused(capsys, "verify", tmp_path / "copy")
     assert "holds no manifest.json" in refused(capsys, "verify", tmp_path)
-
-
-def test_stats(shards: Path, capsys: pytest.CaptureFixture):
-    assert call("stats", shards, "--json") == 0
-    result = json.loads(capsys.readouterr().out)
-    documents = list(ShardSet.open(shards).documents())
-    lengths = np.concatenate([document.sentence_lengths for document in documents]).astype(int)
-    sizes = np.array([document.sentence_lengths.size for document in documents])
-    assert result["documents"] == 630
-    assert result["sentences"] == lengths.size == sum(result["histogram"])
-    assert result["tokens"] == lengths.sum()
-    assert result["bytes"] == sum(document.bytes for document in documents)
-    assert result["bytes_per_token"] == pytest.approx(result["bytes"] / result["tokens"], abs=1e-4)
-    for key, values in (("tokens_per_sentence", lengths), ("sentences_per_document", sizes)):
-        assert result[key]["mean"] == pytest.approx(values.mean(), abs=1e-3)
-        assert result[key]["median"] == np.quantile(values, 0.5, method="inverted_cdf")
-        assert result[key]["p95"] == np.quantile(values, 0.95, method="inverted_cdf")
-        assert result[key]["max"] == values.max()
-    assert result["share_at_limit"] == pytest.approx((lengths == 64).mean(), abs=1e-6)
-    assert result["histogram"] == np.bincount(lengths, minlength=65).tolist()
-    assert sum(group["tokens"] for group in result["languages"].values()) == result["tokens"]
-    assert result["languages"]["zh"]["documents"] == 270
-    assert result["rejected"]["invalid JSON"] == 1
-    assert call("stats", shards) == 0
-    text = capsys.readouterr().out
-    assert "630 documents" in text and "1 × invalid JSON" in text and "█" in text
 
 
 def test_show(shards: Path, capsys: pytest.CaptureFixture):
@@ -492,7 +321,7 @@ def test_help_is_quick_and_has_examples():
     code = "import sys, data_prep.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout
     assert out.strip() == b"[]"
-    for name in ("segment", "shard", "verify", "stats", "show", "tokenizer", "demo-corpus"):
+    for name in ("segment", "shard", "verify", "split", "stats", "show", "tokenizer", "demo-corpus"):
         assert f"example: data-prep {name} ".encode() in b" ".join(run(name, "--help").stdout.split())
     assert b"example: data-prep shard" in run("--help").stdout
 
@@ -513,3 +342,66 @@ def test_settings_reach_the_manifest(corpus: Path, tokenizer: Path, tmp_path: Pa
     shards = ShardSet.open(tmp_path / "shards")
     assert shards.settings == SentenceSettings("sentence", "en", 16)
     assert max(document.sentence_lengths.max() for document in shards.documents()) == 16
+    assert shards.manifest["settings"]["hygiene"]["min_chars"] == 0
+
+
+def test_hygiene_and_format_reach_the_shards(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    rows = [
+        {"id": "a", "body": {"text": "Kept,  as it is.\x07"}, "toxic_score": 0.1, "language": "en"},
+        {"id": "b", "body": {"text": "Too toxic for us."}, "toxic_score": 0.9, "language": "en"},
+        {"id": "c", "body": {"text": "Une phrase, deux virgules."}, "toxic_score": 0, "language": "fr"},
+        {"id": "d", "body": {"text": "Hm."}, "toxic_score": 0, "language": "en"},
+        {"id": "e", "body": {"text": "Kept, as it is."}, "toxic_score": 0, "language": "eng"},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rules = [
+        "--text-field",
+        "body.text",
+        "--filter",
+        "toxic_score<0.5",
+        "--keep-lang",
+        "en",
+        "--min-chars",
+        "5",
+    ]
+    rules += [
+        "--strip-control",
+        "--white-space",
+        "--deduplicate",
+        "--compression",
+        "zstd",
+        "--min-tokens",
+        "9",
+    ]
+    output = tmp_path / "shards"
+    assert call(*shard_arguments(tmp_path / "x.jsonl", output, tokenizer, *rules, "--json")) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["rejected"] == {
+        "duplicate": 1,
+        "filter: toxic_score<0.5": 1,
+        "language: fr": 1,
+        "too short": 1,
+    }
+    assert summary["repaired"] == {"control characters removed": 1, "white space": 1}
+    (document,) = ShardSet.open(output).documents()
+    assert (document.id, document.sentence_lengths.size) == ("a", 1)  # two clauses, joined by --min-tokens
+    assert load_tokenizer(tokenizer).decode(document.tokens) == "Kept, as it is."
+    assert call("verify", output, "--deep", "--input", tmp_path / "x.jsonl") == 0
+    names = {tuple(entry[key] for key in ("line", "reason")) for entry in read_quarantine(output)}
+    assert names == {(5, "duplicate"), (2, "filter: toxic_score<0.5"), (3, "language: fr"), (4, "too short")}
+
+
+def read_quarantine(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_stats_page_and_split(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert call("stats", shards, "--html", tmp_path / "stats.html") == 0
+    assert "630 documents" in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "stats.html").read_text(encoding="utf-8")
+    assert "No such file" in refused(capsys, "stats", shards, "--html", tmp_path / "nowhere/stats.html")
+    parts = ("--parts", "train=0.9", "valid=0.1")
+    assert call("split", shards, "--output", tmp_path / "parts", *parts, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["train"]["documents"] + result["valid"]["documents"] == 630
+    assert call("verify", tmp_path / "parts/valid") == 0
