@@ -1,7 +1,7 @@
 """The segmenter: nothing is lost, cuts stand where a reader would put them, and it knows a finished sentence.
 
-Golden sets: `data/segment_{en,zh,other}.jsonl`, one case a line. In `cut`, `‖` is a cut of both segmenters and
-`¦` one of `clause` only; the text is `cut` without them. `known` gives the reason why a case is cut otherwise.
+Golden sets: `data/segment_{en,zh,other}.jsonl`, one case a line. In `cut`, `‖` is a cut of both segmenters
+and `¦` one of `clause` only; the text is `cut` without them. `known` says why a case is cut otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import segment_quality
 from data_prep.errors import UserError
 from data_prep.segment import (
     _FAR_LETTER,
@@ -53,7 +54,7 @@ TEXTS = ANY_TEXT | RULE_TEXT
 def golden(language: str) -> list[dict]:
     path = Path(__file__).parent / "data" / f"segment_{language}.jsonl"
     cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [{"language": language, **case} for case in cases]
+    return [{**case, "language": language} for case in cases]
 
 
 GOLDEN = golden("en") + golden("zh") + golden("other")
@@ -82,8 +83,9 @@ def test_golden_sets_are_whole() -> None:
 def test_examples_of_the_page_are_golden() -> None:
     page = (Path(__file__).parent.parent / "docs" / "segmentation.md").read_text(encoding="utf-8")
     rows = [line.split("|")[2] for line in page.split("## Measured")[0].splitlines() if line.startswith("| ")]
-    examples = [example.strip().strip("`").strip() for row in rows[2:] for example in row.split(" · ")]
-    assert len(examples) > 20
+    rows = [row for row in rows if "`" in row]
+    examples = [example.strip().strip("`").strip() for row in rows for example in row.split(" · ")]
+    assert len(examples) > 40
     assert not set(examples) - {case["cut"] for case in GOLDEN if "known" not in case}
 
 
@@ -285,3 +287,25 @@ def test_unknown_names_are_refused() -> None:
         get_segmenter("word", "en")
     with pytest.raises(UserError, match="en, zh, other, auto"):
         get_segmenter("clause", "fr")
+
+
+def test_quality_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    golden_set = tmp_path / "set_en.jsonl"
+    cases = ["One, ¦two.‖ Three.", "Mr. Fox ran.‖ He won."]
+    golden_set.write_text("".join(json.dumps({"topic": c, "cut": c}) + "\n" for c in cases), encoding="utf-8")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"content": "One. Two.\n" * 50}) + "\n", encoding="utf-8")
+    assert segment_quality.main([str(golden_set), "--text", str(text), "--json"]) == 0
+    rows = {(row["cutter"], row["segmenter"]): row for row in json.loads(capsys.readouterr().out)}
+    ours, naive = rows["ours", "sentence"], rows["naive regex", "sentence"]
+    assert (ours["exact"], ours["f1"], ours["kept"], ours["cases"]) == (1, 1, 1, 2)
+    assert (naive["exact"], naive["precision"], naive["recall"]) == (0.5, 2 / 3, 1)
+    assert rows["ours", "clause"]["exact"] == 1  # where the space goes does not matter
+    assert ours["speed"] > 0
+    assert segment_quality.main([str(golden_set)]) == 0
+    assert "| en | ours | sentence | 2 | 100.0% | 1.000 | 100% |  |" in capsys.readouterr().out
+    golden_set.write_text('{"topic": "no cut"}\n', encoding="utf-8")
+    assert segment_quality.main([str(golden_set)]) == 2
+    assert f"{golden_set}:1: not a golden case" in capsys.readouterr().err
+    assert segment_quality.main([str(text)]) == 2
+    assert "name a golden set" in capsys.readouterr().err
