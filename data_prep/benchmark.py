@@ -71,8 +71,9 @@ def run(arguments: argparse.Namespace) -> dict:
         raise UserError(f"--big-mb must be at least {SMALL_MB:g}, not {arguments.big_mb:g}")
     only = [part for part in PARTS if part in arguments.only]
     result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")} | machine()
-    result["input"] = [str(path) for path in arguments.input]
-    result["tokenizer"] = str(arguments.tokenizer)
+    # Names alone: a result file is kept, and this machine's folders mean nothing elsewhere.
+    result["input"] = ["/".join(Path(path).absolute().parts[-2:]) for path in arguments.input]
+    result["tokenizer"] = Path(arguments.tokenizer).absolute().name
     with tempfile.TemporaryDirectory(prefix="data-prep-benchmark-") as folder:
         bench = Bench(Path(folder), [str(path) for path in arguments.input], str(arguments.tokenizer))
         if "speed" in only or "workers" in only:

@@ -13,8 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-from data_prep import hygiene
+from data_prep import benchmark, hygiene
 from data_prep.errors import UserError, run_main
+
+# Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # JSON leaves these as they are, but programs that read line by line may take them for line ends.
 LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
@@ -170,6 +173,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MB",
         help="text to learn from (default 20)",
     )
+
+    sub = command(
+        "benchmark",
+        _benchmark,
+        "Measure speed, memory, ids and reading back on this machine.",
+        "--input corpus/EN --tokenizer opt --against-python other-env/bin/python --output figures.json",
+    )
+    benchmark.add_arguments(sub)
 
     sub = command(
         "demo-corpus",
@@ -384,6 +395,11 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
         sample_lines(files, int(arguments.sample_mb * 1e6)), arguments.output, arguments.vocab_size
     )
     print(f"{arguments.output}: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint[:16]}")
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    result = benchmark.run(arguments)
+    print(json.dumps(result) if arguments.json else benchmark.text(result))
 
 
 def _demo_corpus(arguments: argparse.Namespace) -> None:

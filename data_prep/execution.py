@@ -186,7 +186,9 @@ def run_in_processes(workers: int, start: Callable[[], None], watch: Callable[[]
 
     Raises `UserError` when a process was killed, and what `start` raised when it raised a `UserError`.
     """
-    context = get_context("spawn")  # a fork would copy the threads and locks of the libraries in use
+    # A fork has all that is loaded here at once; but it would also copy locks that other threads hold.
+    alone = len(os.listdir("/proc/self/task")) == 1
+    context = get_context("fork" if alone else "spawn")
     errors = context.SimpleQueue()
     processes = [context.Process(target=_process, args=(start, errors)) for _ in range(workers)]
     for process in processes:

@@ -88,7 +88,6 @@ class Job:
     """One run, the same for every process that takes part. `only`: the units to shard, None for all."""
 
     output: Path
-    tokenizer_folder: Path
     settings: ShardSettings
     facts: dict
     files: list[InputFile]
@@ -121,20 +120,21 @@ def make_shards(
     report = report or (lambda progress: None)
     if backend == "mpi":
         return _make_by_mpi(inputs, output, tokenizer_folder, settings, report)
-    job = plan(inputs, output, tokenizer_folder, settings)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    job = plan(inputs, output, tokenizer, settings)
     if job is None:
         return ShardSet.open(output).manifest, True
     watch = functools.partial(_watch, job, report, Progress(job))
     if min(workers, len(job.units)) <= 1:
-        take_part(job, watch)
+        take_part(job, tokenizer, watch)
     else:
-        run_in_processes(min(workers, len(job.units)), functools.partial(take_part, job), watch)
+        run_in_processes(min(workers, len(job.units)), functools.partial(take_part, job, tokenizer), watch)
     watch()
     return ShardSet.open(output).manifest, False
 
 
 def plan(
-    inputs: list[str | Path], output: str | Path, tokenizer_folder: str | Path, settings: ShardSettings
+    inputs: list[str | Path], output: str | Path, tokenizer: Tokenizer, settings: ShardSettings
 ) -> Job | None:
     """What is to be done; None when it is done. Prepares the work folder, or checks the one that is there."""
     output = Path(output)
@@ -142,7 +142,6 @@ def plan(
         if given.is_dir() and output.resolve().is_relative_to(given.resolve()):
             raise UserError(f"output {output} lies inside the input folder {given}; choose another place")
     files = find_inputs(inputs)
-    tokenizer = load_tokenizer(tokenizer_folder)
     # Refuses unknown names before any work.
     get_segmenter(settings.sentences.segmenter, settings.sentences.language)
     facts = {
@@ -155,7 +154,7 @@ def plan(
         },
     }
     units = plan_units(files, settings.unit_bytes)
-    job = Job(output, Path(tokenizer_folder).resolve(), settings, facts, files, units, find_unread(inputs))
+    job = Job(output, settings, facts, files, units, find_unread(inputs))
     if (output / MANIFEST).is_file():
         shutil.rmtree(job.work, ignore_errors=True)  # a merge that was killed while it tidied up
         return _check_finished(job)
@@ -225,9 +224,9 @@ def _fingerprint(*values: object) -> str:
 # What every process does -------------------------------------------------------------------------------
 
 
-def take_part(job: Job, watch: Callable[[], None] | None = None) -> None:
+def take_part(job: Job, tokenizer: Tokenizer, watch: Callable[[], None] | None = None) -> None:
     """Do units of the job until all of it is done, by whomever. `watch()` is called now and then."""
-    worker = _Worker(job, watch or (lambda: None))
+    worker = _Worker(job, tokenizer, watch or (lambda: None))
     every = range(len(job.units))
     # The largest first, so that nobody is left alone with a long one at the end.
     order = sorted(every, key=lambda unit: -_unit_bytes(job.units[unit]))
@@ -254,12 +253,8 @@ def _board(job: Job) -> Board:
 class _Worker:
     """One process's part in a job."""
 
-    def __init__(self, job: Job, watch: Callable[[], None]):
-        self.job, self.board, self._watch = job, _board(job), watch
-
-    @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.job.tokenizer_folder)
+    def __init__(self, job: Job, tokenizer: Tokenizer, watch: Callable[[], None]):
+        self.job, self.tokenizer, self.board, self._watch = job, tokenizer, _board(job), watch
 
     def _pieces(self, unit: int) -> list[tuple[Piece, DocumentReader]]:
         settings = self.job.settings
@@ -587,18 +582,22 @@ def _make_by_mpi(
     except (ImportError, RuntimeError) as error:
         raise UserError(f"the mpi backend needs mpi4py and an MPI: {error}") from error
     world = MPI.COMM_WORLD
+    planned = None
     if world.rank == 0:
         try:
-            planned = plan(inputs, output, tokenizer_folder, settings), None
+            tokenizer = load_tokenizer(tokenizer_folder)
+            planned = plan(inputs, output, tokenizer, settings), None
         except (UserError, OSError) as error:
             planned = None, describe(error)
-    job, refused = world.bcast(planned if world.rank == 0 else None, root=0)
+    job, refused = world.bcast(planned, root=0)
     if refused is not None:
         raise UserError(refused) if world.rank == 0 else SystemExit(2)
+    if world.rank:
+        tokenizer = load_tokenizer(tokenizer_folder)
     if job is not None:
         watch = functools.partial(_watch, job, report, Progress(job)) if world.rank == 0 else None
         try:
-            take_part(job, watch)
+            take_part(job, tokenizer, watch)
         except (UserError, OSError) as error:
             # The others wait for this one's unit: end them, after one line that says why.
             print(f"data-prep: error: {describe(error)}", file=sys.stderr, flush=True)

@@ -78,6 +78,10 @@ class Tokenizer:
         """The library that defines the ids, with its version."""
         return f"{self.reference} {version(self.reference)}"
 
+    def __reduce__(self) -> tuple:
+        """A worker process that is given a tokenizer loads it again."""
+        return load_tokenizer, (self.folder.absolute(),)
+
     def encode(self, text: str) -> np.ndarray:
         """uint32 [T] token ids of `text`, without BOS or EOS.
 

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from data_prep.documents import DocumentReader, Reject
 from data_prep.errors import UserError
 from data_prep.inputs import find_inputs
-from data_prep.segment import get_segmenter
 from data_prep.sentences import SentenceSettings, cut_document
 from data_prep.shards import ShardSet
 from data_prep.tokenizer import LossyTokenization, Tokenizer
@@ -173,20 +172,18 @@ def _shard_source(shards: ShardSet, tokenizer: Tokenizer, model_folder: str) -> 
 
 
 def _text_source(path: str, tokenizer: Tokenizer, settings: dict) -> Source:
-    # As `data-prep shard` does it: every document by the rules of its own language.
-    segmenters = {language: get_segmenter(settings["segmenter"], language) for language in ("en", "zh")}
+    cut = SentenceSettings(**settings)
     source = Source(path, settings, iter(()))
 
     def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for file in files:
-            reader = DocumentReader(file, settings["language"])
+            reader = DocumentReader(file, cut.language)
             for record in reader:
                 reason = record.reason if isinstance(record, Reject) else None
                 if reason is None:
                     try:
-                        document = cut_document(
-                            record.content, tokenizer, segmenters[record.language], settings["max_tokens"]
-                        )
+                        segmenter = cut.segmenter_for(record.language)  # as `data-prep shard` does it
+                        document = cut_document(record.content, tokenizer, segmenter, cut)
                     except LossyTokenization:
                         reason = "tokenizer loses text"
                 if reason is None:

@@ -23,10 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep.documents import detect_language
 from data_prep.errors import UserError
-from data_prep.segment import get_segmenter
-from data_prep.sentences import cut_document
+from data_prep.hygiene import detect_language
+from data_prep.sentences import SentenceSettings, cut_document
 from data_prep.tokenizer import LossyTokenization, Tokenizer
 from pipeline.model_io import load_model, load_model_tokenizer, model_kind
 from pipeline.sllm import SLLM
@@ -198,10 +197,10 @@ def split_prompt(prompt: str, tokenizer: Tokenizer, settings: dict) -> tuple[lis
     """
     if not prompt:
         return [], []
-    language = settings["language"] if settings["language"] != "auto" else detect_language(prompt)
-    segmenter = get_segmenter(settings["segmenter"], language)
+    cut = SentenceSettings(**settings)
+    segmenter = cut.segmenter_for(detect_language(prompt))
     try:
-        tokens_T, lengths_S = cut_document(prompt, tokenizer, segmenter, settings["max_tokens"])
+        tokens_T, lengths_S = cut_document(prompt, tokenizer, segmenter, cut)
     except LossyTokenization:
         raise UserError(
             "the model's tokenizer cannot give this prompt back: change its unusual characters"
@@ -212,7 +211,7 @@ def split_prompt(prompt: str, tokenizer: Tokenizer, settings: dict) -> tuple[lis
         spaces_from_end = np.cumsum(tokenizer.byte_lengths[tail[::-1]])
         begun = len(tail) - int(np.searchsorted(spaces_from_end, space, side="right"))
         sentences, tail = [*sentences, tail[:begun]], tail[begun:]
-    if len(tail) >= settings["max_tokens"]:
+    if len(tail) >= cut.max_tokens:
         sentences, tail = [*sentences, tail], []
     return [sentence for sentence in sentences if sentence], tail
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import data_prep
 from slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -78,23 +79,36 @@ def test_failed_job_says_so(cluster: SlurmCluster, tmp_path: Path) -> None:
     assert "here" in log
 
 
-def test_prepare_data_writes_verified_shards(
+def test_prepare_data_by_an_array_of_tasks(
     cluster: SlurmCluster, tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    cluster.environment |= {"INPUT": str(tiny_corpus / "valid.jsonl"), "TOKENIZER": str(tiny_tokenizer)}
+    """Three tasks on two nodes, one of them killed in the middle: the bytes of a single process."""
+    cluster.environment |= {"INPUT": str(tiny_corpus / "train.jsonl"), "TOKENIZER": str(tiny_tokenizer)}
     cluster.environment |= {"OUTPUT": str(tmp_path / "shards"), "TEXT_LANGUAGE": "en"}
-    record = cluster.wait_for_job(
-        submit(cluster, tmp_path / "log", "--cpus-per-task=1", "slurm/prepare_data.sh")
+    more = ("--unit-mb", "0.01", "--shard-documents", "20")
+    log = tmp_path / "log-%a"
+    array = ("--array=0-2", "--cpus-per-task=1", "slurm/prepare_data.sh")
+    job_id = submit(cluster, log, *array, *more)
+    unfinished = tmp_path / "shards/.unfinished"
+    while not list(unfinished.glob("claims/shard-*")):
+        assert cluster.job(job_id)["JobState"] in ("PENDING", "RUNNING"), read_log(
+            cluster, tmp_path / "log-0"
+        )
+        time.sleep(0.02)
+    cluster.run("scancel", "--signal=KILL", f"{job_id}_1")
+    states = {task: cluster.wait_for_job(f"{job_id}_{task}")["JobState"] for task in (0, 2)}
+    assert set(states.values()) == {"COMPLETED"}, read_log(cluster, tmp_path / "log-0")
+    assert "shards with" in read_log(cluster, tmp_path / "log-0")  # the first task has verified them
+    data_prep(
+        *("shard", "--input", tiny_corpus / "train.jsonl", "--tokenizer", tiny_tokenizer, "--lang", "en"),
+        *("--output", tmp_path / "alone", *more),
     )
-    assert record["JobState"] == "COMPLETED", read_log(cluster, tmp_path / "log")
-
-    from data_prep.shards import ShardSet
-
-    lines = (tiny_corpus / "valid.jsonl").read_text().splitlines()
-    assert ShardSet.open(tmp_path / "shards").settings.language == "en"
-    tokenizer = ShardSet.open(tmp_path / "shards").tokenizer()
-    texts = {d.id: tokenizer.decode(d.tokens) for d in ShardSet.open(tmp_path / "shards").documents()}
-    assert texts == {json.loads(line)["id"]: json.loads(line)["content"] for line in lines}
+    files = sorted(p.relative_to(tmp_path / "alone") for p in (tmp_path / "alone").rglob("*") if p.is_file())
+    assert files == sorted(
+        p.relative_to(tmp_path / "shards") for p in (tmp_path / "shards").rglob("*") if p.is_file()
+    )
+    for name in files:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shards" / name).read_bytes(), name
 
 
 def test_train_sllm_on_two_nodes_stopped_and_requeued(
