@@ -9,6 +9,7 @@ for. Called by `documents.py` for every record; `add_arguments` and `from_argume
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import operator
 import re
@@ -24,9 +25,7 @@ OPTIONS = tuple("abcde")  # of a question in WanJuan's Exam-cn
 EXAM_FIELDS = ("q_main", *(f"option_{letter}" for letter in OPTIONS), "std_ans", "answer", "answer_detail")
 TEXT_FIELDS = ("content", "text", "q_main")  # the first one that a record has decides its schema
 SCRIPT_SAMPLE = 2000  # characters; enough to tell one script from another
-_HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+")
-_LETTERS = re.compile(r"[^\W\d_]+")
-_LATIN = re.compile(r"[A-Za-zªºÀ-ÖØ-öø-ɏḀ-ỿＡ-Ｚａ-ｚ]+")
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 # Names and three-letter codes that corpora use; any other code stands for itself.
 LANGUAGE_NAMES = {
     name: code
@@ -293,12 +292,33 @@ def detect_language(text: str) -> str:
     sample = text[:SCRIPT_SAMPLE]
     if sample.isascii():
         return "en"
-    letters = sum(map(len, _LETTERS.findall(sample)))
-    chinese = sum(map(len, _HAN.findall(sample)))
+    plain = sample.encode("ascii", "ignore")
+    # Too few other characters to matter, whatever they are: most English texts end here.
+    if 5 * (len(sample) - len(plain)) <= len(plain.translate(None, _NO_LETTERS)):
+        return "en"
+    import numpy as np  # not for `data-prep --help`
+
+    codes = np.frombuffer(sample.encode("utf-32-le", "surrogatepass"), np.uint32)
+    table = _scripts()
+    _, latin, chinese, rest = np.bincount(table[np.minimum(codes, table.size - 1)], minlength=4)
+    letters = latin + chinese + rest
     if 5 * chinese > letters:
         return "zh"
-    latin = sum(map(len, _LATIN.findall(sample)))
-    return "other" if 2 * (latin + chinese) < letters else "en"
+    return "other" if 2 * rest > letters else "en"
+
+
+@functools.cache
+def _scripts():
+    """uint8 [characters]: 1 Latin letter, 2 Chinese character, 3 other letter, 0 anything else."""
+    import numpy as np
+
+    # Planes 0 to 3; nothing above is a letter, and all of it shares the last entry.
+    table = np.fromiter((3 * chr(code).isalpha() for code in range(0x32001)), np.uint8)
+    for first, last in ("AZ", "az", "ªª", "ºº", "ÀÖ", "Øö", "øɏ", "Ḁỿ", "ＡＺ", "ａｚ"):
+        table[ord(first) : ord(last) + 1] = 1
+    for first, last in ("\u3400\u9fff", "\uf900\ufaff", "\U00020000\U00031fff"):
+        table[ord(first) : ord(last) + 1] = 2
+    return table
 
 
 def encodable(text: str) -> bool:
