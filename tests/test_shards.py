@@ -1,4 +1,4 @@
-"""Sentences are cut where the text allows, and shards hold them exactly, for us and for plain webdataset."""
+"""Shards hold documents exactly, for us and for plain webdataset, and betray any change."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import pytest
 import tokenizer_folders
 import webdataset
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.segment import get_segmenter
@@ -38,25 +36,8 @@ from data_prep.shards import (
     unpack_zstd,
     zstd_handler,
 )
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizer import load_tokenizer
 from data_prep.verification import verify, verify_deep
-
-PIECES = [
-    "Well, ",
-    "he said.",
-    " 3.14 ",
-    "“No!”",
-    "他说：",
-    "“好。”",
-    "……",
-    "\n\n",
-    "é",
-    "🙂",
-    "\u2581",
-    "word ",
-    "  ",
-]
-TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=40).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -65,100 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "byte-level": tokenizer_folders.byte_level(folder / "bytes"),
         "sentencepiece": tokenizer_folders.sentence_piece(folder / "pieces"),
-        "tails": tokenizer_folders.tails_and_heads(folder / "tails"),
     }
-
-
-@pytest.fixture(scope="module", params=["byte-level", "sentencepiece", "tails"])
-def tokenizer(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Tokenizer:
-    return load_tokenizer(folders[request.param])
-
-
-# Cutting -----------------------------------------------------------------------------------------------
-
-
-def check_cut(text: str, tokenizer: Tokenizer, segmenter: Callable, max_tokens: int) -> list[str]:
-    tokens, lengths = cut_document(text, tokenizer, segmenter, max_tokens)
-    assert lengths.dtype == np.uint16
-    assert lengths.sum() == tokens.size
-    assert tokenizer.decode(tokens) == text
-    if not text:
-        assert lengths.size == 0
-        return []
-    assert 1 <= lengths.min() and lengths.max() <= max_tokens
-    # Strict: a sentence that began or ended inside a character would not decode.
-    ends = np.cumsum(lengths, dtype=np.int64)
-    sentences = [
-        tokenizer.decode_bytes(tokens[end - length : end]).decode("utf-8")
-        for end, length in zip(ends, lengths.astype(int), strict=True)
-    ]
-    assert "".join(sentences) == text
-    return sentences
-
-
-@given(text=TEXTS, name=st.sampled_from(["clause", "sentence"]), max_tokens=st.integers(4, 40))
-@settings(max_examples=150, deadline=None)
-def test_any_text_is_cut_without_loss(tokenizer: Tokenizer, text: str, name: str, max_tokens: int):
-    check_cut(text, tokenizer, get_segmenter(name, "auto"), max_tokens)
-
-
-@given(text=TEXTS)
-@settings(max_examples=100, deadline=None)
-def test_every_cut_is_the_first_place_after_its_boundary(tokenizer: Tokenizer, text: str):
-    segmenter = get_segmenter("clause", "auto")
-    sentences = check_cut(text, tokenizer, segmenter, 65535)
-    tokens, _ = cut_document(text, tokenizer, segmenter, 65535)
-    # Token boundaries that are character boundaries, in characters, found the slow way.
-    places = {0}
-    for n in range(1, tokens.size + 1):
-        try:
-            places.add(len(tokenizer.decode_bytes(tokens[:n]).decode("utf-8")))
-        except UnicodeDecodeError:
-            continue
-    wanted = np.cumsum([len(sentence) for sentence in segmenter(text)])
-    expected = sorted({min(place for place in places if place >= boundary) for boundary in wanted})
-    assert np.cumsum([len(sentence) for sentence in sentences]).tolist() == expected
-
-
-def test_boundaries_inside_a_token_move_on_and_merge(tokenizer: Tokenizer):
-    def every_character(text: str) -> list[str]:
-        return list(text)
-
-    text = "the engineer " * 3
-    sentences = check_cut(text, tokenizer, every_character, 64)
-    tokens = tokenizer.encode(text)
-    assert len(sentences) == tokens.size  # as many cuts as tokens, not as characters
-
-
-def test_long_sentences_are_split_before_white_space(folders: dict[str, Path]):
-    tokenizer = load_tokenizer(folders["byte-level"])
-    text = " quartz" * 100
-    sentences = check_cut(text, tokenizer, lambda text: [text], 20)
-    assert len(sentences) > 10
-    assert all(sentence.startswith(" quartz") for sentence in sentences)
-    solid = "qx" * 100
-    lengths = [len(tokenizer.encode(s)) for s in check_cut(solid, tokenizer, lambda text: [text], 20)]
-    assert lengths[:-1] == [20] * (len(lengths) - 1)
-
-
-def test_a_row_of_characters_without_a_place_to_cut(folders: dict[str, Path]):
-    tokenizer = load_tokenizer(folders["tails"])
-    text = "a, " + "é" * 50 + " b."
-    assert tokenizer.encode(text).size == 3 + 51 + 3  # joined across the characters
-    sentences = check_cut(text, tokenizer, get_segmenter("clause", "en"), 16)
-    assert sentences[0] == "a,"
-    assert all(len(sentence) >= 7 for sentence in sentences[1:-1])
-
-
-def test_a_segmenter_that_loses_text_is_noticed(tokenizer: Tokenizer):
-    with pytest.raises(AssertionError, match="lost text"):
-        cut_document("One. Two.", tokenizer, lambda text: ["One."], 64)
-
-
-@pytest.mark.parametrize("limit", [3, 0, 65536])
-def test_impossible_limits(limit: int):
-    with pytest.raises(UserError, match="between 4 and 65535"):
-        SentenceSettings("clause", "en", limit)
 
 
 # Shards ------------------------------------------------------------------------------------------------
