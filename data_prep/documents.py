@@ -22,8 +22,6 @@ from data_prep.inputs import (
     ROWS,
     InputFile,
     Piece,
-    find_inputs,  # noqa: F401
-    find_unread,  # noqa: F401
     folder_language,
     hash_row_groups,
     hash_rows,
@@ -33,7 +31,6 @@ from data_prep.inputs import (
     records,
     split,
     told,
-    unread_line,  # noqa: F401
     whole,
 )
 from data_prep.unpack import TarMembers, Unpacked

@@ -122,6 +122,8 @@ def test_links_keep_the_names_given(tmp_path: Path):
     (tmp_path / "CN/part.jsonl").symlink_to(tmp_path / "store/blob.jsonl")
     (file,) = find_inputs([tmp_path / "CN"])
     assert (file.name, file.source, file.folder_language) == ("CN/part.jsonl", "CN", "zh")
+    with pytest.raises(UserError, match="named twice"):
+        find_inputs([tmp_path / "CN", tmp_path / "store"])
 
 
 @pytest.fixture

@@ -33,6 +33,13 @@ def test_whole_files(step: int):
     assert unpacked(text, "", step) == (text, None)
 
 
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+def test_what_is_stored_is_used_up_after_damage(packing: str):
+    stored = iter([b"neither of both", b"more", b"end"])
+    stream = Unpacked(stored, packing)
+    assert b"".join(stream) == b"" and stream.damage and list(stored) == []
+
+
 def salvage(data: bytes) -> bytes:
     """What a gzip decoder that is fed byte by byte gives before it meets damage."""
     decoder = zlib.decompressobj(wbits=31)
