@@ -425,7 +425,7 @@ def open_dataset(path: str):
             found = datasets.load_dataset(name, options.get("config"))
     if not isinstance(found, dict):
         if "split" in options and str(found.split) != options["split"]:
-            raise UserError(f"{path} has no such split; it was saved as {found.split}")
+            raise UserError(f"{path} has no such split, it is one table; leave split= out")
         return found
     split = options.get("split") or (next(iter(found)) if len(found) == 1 else None)
     if split not in found:
