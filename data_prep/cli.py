@@ -156,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("show", _show, "Print documents sentence by sentence.", "shards --count 3")
     _add_folder(sub)
     sub.add_argument("--count", type=_positive, default=1, metavar="N", help="documents to print (default 1)")
+    sub.add_argument("--number", type=int, default=0, metavar="N", help="the first one to print, from 0")
+    sub.add_argument("--id", metavar="ID", help="print the document with this id")
 
     sub = command(
         "tokenizer",
@@ -171,8 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive_float,
         default=20.0,
         metavar="MB",
-        help="text to learn from (default 20)",
+        help="text to learn from, in memory (default 20)",
     )
+    hygiene.add_arguments(sub)
 
     sub = command(
         "benchmark",
@@ -382,7 +385,7 @@ def _stats(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     from data_prep.inspection import show
 
-    for line in show(arguments.folder, arguments.count):
+    for line in show(arguments.folder, arguments.count, arguments.number, arguments.id):
         print(line)
 
 
@@ -392,7 +395,9 @@ def _tokenizer(arguments: argparse.Namespace) -> None:
 
     files = _find_inputs(arguments)
     tokenizer = train_sentencepiece(
-        sample_lines(files, int(arguments.sample_mb * 1e6)), arguments.output, arguments.vocab_size
+        sample_lines(files, int(arguments.sample_mb * 1e6), hygiene.from_arguments(arguments)),
+        arguments.output,
+        arguments.vocab_size,
     )
     print(f"{arguments.output}: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint[:16]}")
 

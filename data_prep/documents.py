@@ -44,7 +44,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class RawDocument:
-    """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar member, or the table.
+    """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar's `member`, or the table.
 
     `id_repaired`: the record had no usable id and got one made of its place.
     """
@@ -55,6 +55,7 @@ class RawDocument:
     source: str
     line: int
     id_repaired: bool = False
+    member: str = ""
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ class DocumentReader:
             changed.append("missing id")
         if changed:
             self.repaired.update(changed)
-        return RawDocument(identity, text, language, place.source, number, not usable)
+        return RawDocument(identity, text, language, place.source, number, not usable, place.member)
 
     def _language(self, record: dict, text: str, place: _Place) -> str:
         """The one asked for, else the record's own, else the folder's, else by the script."""

@@ -12,13 +12,18 @@ from pathlib import Path
 from data_prep.shards import ShardSet
 
 
-def show(folder: str | Path, count: int) -> Iterator[str]:
-    """Lines that show the first `count` documents sentence by sentence, each as a JSON string."""
+def show(folder: str | Path, count: int, number: int = 0, key: str | None = None) -> Iterator[str]:
+    """Lines that show documents sentence by sentence, each as a JSON string: `count` from `number` on, or the
+    one whose id is `key`. Raises `UserError` when there is no such document.
+    """
     shards = ShardSet.open(folder)
     tokenizer = shards.tokenizer()
-    for number, document in enumerate(shards.documents()):
-        if number >= count:
-            return
+    if key is not None:
+        documents = [shards.find(key)]
+    else:
+        last = min(number + count, max(shards.manifest["totals"]["documents"], number + 1))
+        documents = map(shards.document, range(number, last))
+    for document in documents:
         yield (
             f"── {json.dumps(document.id)} ({document.language}, {document.source}): "
             f"{document.sentence_lengths.size} sentences, "

@@ -303,7 +303,7 @@ class _Worker:
                         try:
                             item = self._refuse_duplicate(item, good - 1, dropped) or self._cut(item)
                         except LossyTokenization:
-                            item = Reject(item.line, "tokenizer loses text")
+                            item = Reject(item.line, "tokenizer loses text", item.member)
                     if isinstance(item, Reject):
                         rejected[item.reason] += 1
                         quarantine.write(json.dumps(_quarantine_entry(piece, item)) + "\n")
@@ -339,7 +339,7 @@ class _Worker:
         write_atomically(folder / RECORD, json_bytes(record))
 
     def _refuse_duplicate(self, document: RawDocument, number: int, dropped: set[int]) -> Reject | None:
-        return Reject(document.line, "duplicate") if number in dropped else None
+        return Reject(document.line, "duplicate", document.member) if number in dropped else None
 
     def _cut(self, raw: RawDocument) -> Document:
         """Raises `LossyTokenization`."""

@@ -455,12 +455,12 @@ def test_archives(tmp_path: Path, ending: str, form: int):
     pack = PACKERS[".gz"] if ending.endswith("gz") else PACKERS[".zst"] if ending.endswith("zst") else bytes
     items, reader = read(path, pack(data))
     assert items == [
-        RawDocument("a", "One two. 二", "en", "news", 1),
+        RawDocument("a", "One two. 二", "en", "news", 1, member="part.jsonl"),
         Reject(2, "invalid JSON", "part.jsonl"),
-        RawDocument(f"news/w{ending}!CN/web/part.jsonl@0", "Two", "zh", "web", 1, id_repaired=True),
-        RawDocument("a", "One two. 二", "zh", "web", 2),
-        RawDocument("a", "One two. 二", "en", "x" * 90, 1),
-        RawDocument("a", "One two. 二", "en", "news", 1),
+        RawDocument(f"news/w{ending}!CN/web/part.jsonl@0", "Two", "zh", "web", 1, True, "CN/web/part.jsonl"),
+        RawDocument("a", "One two. 二", "zh", "web", 2, member="CN/web/part.jsonl"),
+        RawDocument("a", "One two. 二", "en", "x" * 90, 1, member=f"EN/{long}.jsonl"),
+        RawDocument("a", "One two. 二", "en", "news", 1, member="escape.jsonl"),
         Reject(0, "not a .jsonl member", "web/README.md"),
         *[Reject(0, "not a regular file", "link.jsonl")] * 4,
     ]

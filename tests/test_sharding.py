@@ -15,9 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import test_documents
 import tokenizer_folders
 
-from data_prep import cli, sharding
+from data_prep import cli, documents, sharding
 from data_prep.shards import ShardSet
 from data_prep.splitting import parse_parts, split
 from data_prep.tokenizer import ByteLevelTokenizer, load_tokenizer
@@ -181,6 +182,42 @@ def test_tasks_of_an_array_share_the_work_and_outlive_one_of_them(
     out, _ = late.communicate(timeout=120)
     assert json.loads(out)["already_there"] is True
     assert contents(tmp_path / "s") == contents(shards)
+
+
+@pytest.mark.slow
+def test_ten_thousand_fuzzed_lines_among_good_ones(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Every good document is in the shards, every bad line in quarantine with its reason."""
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 100_000)
+    chance = random.Random(11)
+    lines, good, bad = [], {}, []
+    kinds = [True] * 3000 + [False] * 10_000
+    chance.shuffle(kinds)
+    for number, is_good in enumerate(kinds, start=1):
+        if is_good:
+            line, (identity, text) = test_documents.good_line(chance, number)
+            good[identity] = text
+        else:
+            line, reason = test_documents.bad_line(chance)
+            bad += [(number, reason)] if reason else []
+        lines.append(line)
+    (tmp_path / "EN").mkdir()
+    (tmp_path / "EN/x.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "EN/y.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    arguments = ["shard", "--input", tmp_path / "EN", "--output", tmp_path / "s", "--tokenizer", tokenizer]
+    assert call(*arguments, "--unit-mb", "0.3") == 0
+    shards = ShardSet.open(tmp_path / "s")
+    assert len(shards.manifest["inputs"][0]["pieces"]) > 3
+    stored = list(shards.documents())
+    decode = shards.tokenizer().decode
+    assert len(stored) == 2 * len(good)
+    for document in stored:
+        assert decode(document.tokens) == good[document.id]
+    told = [json.loads(line) for line in (tmp_path / "s/quarantine.jsonl").read_text().splitlines()]
+    for name in ("EN/x.jsonl", "EN/y.jsonl.gz"):
+        assert [(e["line"], e["reason"]) for e in told if e["file"] == name] == bad
+    assert len(bad) > 9000
 
 
 # Stopped and begun again -------------------------------------------------------------------------------
