@@ -686,9 +686,9 @@ class ProgressLine:
             if self._bar is None:
                 from tqdm import tqdm
 
-                self._bar = tqdm(
-                    total=progress.total, unit="B", unit_scale=True, desc=self._label, file=self._stream
-                )
+                shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}B{postfix}"
+                options = {"unit_scale": True, "desc": self._label, "bar_format": shape}
+                self._bar = tqdm(total=progress.total, file=self._stream, **options)
             self._bar.set_postfix_str(self._said_of(progress), refresh=False)
             self._bar.update(progress.done - self._bar.n)
         elif time.monotonic() - self._said >= 10:
