@@ -226,6 +226,21 @@ class Shard:
         row = self.index[n]
         return self._view(1, int(row["group"]), int(row["sentences_at"]), int(row["sentences"]), LENGTH_DTYPE)
 
+    def sentence_lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """uint16 [N]: the sentence lengths of several documents (int [D], ascending), back to back.
+
+        Neighbours are read at once: this is much faster than one by one.
+        """
+        rows = self.index[documents]
+        ends = rows["sentences_at"] + LENGTH_DTYPE.itemsize * rows["sentences"].astype(np.uint64)
+        apart = (rows["group"][1:] != rows["group"][:-1]) | (rows["sentences_at"][1:] != ends[:-1])
+        firsts = np.concatenate([[0], np.flatnonzero(apart) + 1]) if rows.size else np.empty(0, np.int64)
+        counts = np.add.reduceat(rows["sentences"], firsts, dtype=np.int64) if rows.size else firsts
+        groups, starts = rows["group"][firsts], rows["sentences_at"][firsts]
+        runs = zip(groups.tolist(), starts.tolist(), counts.tolist(), strict=True)
+        parts = [self._view(1, group, at, count, LENGTH_DTYPE) for group, at, count in runs]
+        return np.concatenate(parts) if parts else np.empty(0, LENGTH_DTYPE)
+
     def document(self, n: int) -> Document:
         row = self.index[n]
         group = int(row["group"])
@@ -443,7 +458,9 @@ def _zstd_compressor():
 
 def _map_file(path: Path) -> np.ndarray:
     try:
-        return np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        # As a plain array: slices of a memmap object cost microseconds each, and readers make millions.
+        data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        return data.view(np.ndarray)
     except FileNotFoundError:
         raise UserError(f"shard {path} is missing; restore it or make the shards again") from None
 

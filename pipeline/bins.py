@@ -1,4 +1,4 @@
-"""Which windows of which documents make bin *n*: planning, from the shards' index and sentence lengths alone.
+"""Which windows of which documents make bin *n*: planning, from the shards' index.
 
 In: shard sets (`data_prep.shards.ShardSet`). Out: a stream of `Bin`s, each a group of document windows that
 fits one token budget; `batches.build_batch` turns a bin into tensors. Called by the trainer and by
@@ -10,12 +10,14 @@ that a resumed run needs.
 
 Planning is hierarchical: shards are permuted, then worked on in windows of `shards_at_once` shards, so that
 nobody ever holds the index of the whole corpus. Within them, document windows are permuted and packed
-best-fit with a bounded look-ahead.
+best-fit with a bounded look-ahead. A document that fits one window needs its index row only; sentence
+lengths are read for longer ones. Windows are rows of one array, 33 bytes each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,22 @@ if TYPE_CHECKING:
     from data_prep.shards import ShardSet
 
 LOOK_AHEAD = 64  # open bins that best-fit chooses among
+
+# A run of whole sentences of one document, at most `window_tokens` long, by reference into the shards:
+# document `document` of shard `shard` of the plan's shard set `shard_set`; `document_end`: the window ends
+# its document.
+WINDOW_DTYPE = np.dtype(
+    [
+        ("shard_set", "<i4"),
+        ("shard", "<i4"),
+        ("document", "<i4"),
+        ("first_sentence", "<i4"),
+        ("sentences", "<i4"),
+        ("tokens", "<i4"),
+        ("first_token", "<i8"),
+        ("document_end", "?"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -42,40 +60,33 @@ class Span:
     document_end: bool
 
 
-@dataclass(frozen=True)
-class Window:
-    """A run of whole sentences of one document, at most `window_tokens` long, by reference into the
-    shards."""
-
-    shard_set: int
-    shard: int
-    document: int
-    first_sentence: int
-    sentences: int
-    first_token: int
-    tokens: int
-    document_end: bool
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bin:
-    """The windows of one rank's micro-batch. `epoch` and `number` give its place in the stream."""
+    """The windows of one rank's micro-batch: `windows`, WINDOW_DTYPE [D]. `epoch` and `number` give its place
+    in the stream."""
 
     epoch: int
     number: int
-    windows: tuple[Window, ...]
+    windows: np.ndarray
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Bin)
+            and (self.epoch, self.number) == (other.epoch, other.number)
+            and np.array_equal(self.windows, other.windows)
+        )
 
     @property
     def tokens(self) -> int:
-        return sum(w.tokens for w in self.windows)
+        return int(self.windows["tokens"].sum(dtype=np.int64))
 
     @property
     def sentences(self) -> int:
-        return sum(w.sentences for w in self.windows)
+        return int(self.windows["sentences"].sum(dtype=np.int64))
 
     @property
     def document_ends(self) -> int:
-        return sum(w.document_end for w in self.windows)
+        return int(self.windows["document_end"].sum())
 
     @property
     def next_position(self) -> tuple[int, int]:
@@ -87,22 +98,45 @@ class Bin:
         return self.tokens + (self.document_ends if objective == "lm" else self.sentences)
 
 
-def cut_windows(sentence_lengths: np.ndarray, window_tokens: int) -> Iterator[tuple[int, int]]:
-    """Cut a document into windows of whole sentences: yields [first, end) sentence ranges, greedily filled.
+def cut_documents(
+    sentence_lengths: np.ndarray, document_sizes: np.ndarray, window_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents into windows of whole sentences, greedily filled; all documents at once.
 
+    Args:
+        sentence_lengths: int [N], each >= 1: tokens of every sentence, documents back to back.
+        document_sizes: int [D], each >= 1: sentences of every document; their sum is N.
+    Returns: int64 [W] three times: each window's document, its first sentence and the one after its last,
+        both counted over all N; by document, in reading order.
     Raises: UserError when a single sentence is longer than the window.
     """
-    ends = np.cumsum(sentence_lengths, dtype=np.int64)
-    first, done = 0, 0
-    while first < len(ends):
-        end = int(np.searchsorted(ends, done + window_tokens, side="right"))
-        if end == first:
+    token_starts = np.concatenate([[0], np.cumsum(sentence_lengths, dtype=np.int64)])
+    last = np.cumsum(document_sizes, dtype=np.int64)
+    live, first = np.arange(len(last)), last - document_sizes
+    found = []
+    while len(live):  # the next window of every document that has one
+        end = np.searchsorted(token_starts, token_starts[first] + window_tokens, side="right") - 1
+        end = np.minimum(end, last[live])
+        if (end == first).any():
+            longest = int(sentence_lengths[first[end == first][0]])
             raise UserError(
-                f"a sentence of {int(sentence_lengths[first])} tokens does not fit a window of "
-                f"{window_tokens}; raise window_tokens or shard with a smaller --max-tokens"
+                f"a sentence of {longest} tokens does not fit a window of {window_tokens}; "
+                "raise window_tokens or shard with a smaller --max-tokens"
             )
-        yield first, end
-        first, done = end, int(ends[end - 1])
+        found.append((live, first, end))
+        more = end < last[live]
+        live, first = live[more], end[more]
+    if not found:
+        return (np.empty(0, np.int64),) * 3
+    document, first, end = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(document, kind="stable")
+    return document[order], first[order], end[order]
+
+
+def cut_windows(sentence_lengths: np.ndarray, window_tokens: int) -> Iterator[tuple[int, int]]:
+    """One document's windows (`cut_documents`): yields [first, end) sentence ranges."""
+    _, first, end = cut_documents(sentence_lengths, np.asarray([len(sentence_lengths)]), window_tokens)
+    yield from zip(first.tolist(), end.tolist(), strict=True)
 
 
 def document_spans(tokens: np.ndarray, sentence_lengths: np.ndarray, window_tokens: int) -> Iterator[Span]:
@@ -160,64 +194,77 @@ class BinPlan:
         order = rng.permutation(len(shards))
         number = 0
         for at in range(0, len(order), self.shards_at_once):
-            windows = [
-                w for k in order[at : at + self.shards_at_once] for w in self._shard_windows(*shards[k])
-            ]
-            for members in self._pack([windows[k] for k in rng.permutation(len(windows))]):
-                yield Bin(epoch, number, tuple(members))
+            windows = np.concatenate(
+                [self._shard_windows(*shards[k]) for k in order[at : at + self.shards_at_once]]
+            )
+            windows = windows[rng.permutation(len(windows))]
+            for members in pack(windows["tokens"].tolist(), self.bin_tokens):
+                yield Bin(epoch, number, windows[members])
                 number += 1
 
-    def _shard_windows(self, shard_set: int, shard: int) -> Iterator[Window]:
+    def _shard_windows(self, shard_set: int, shard: int) -> np.ndarray:
+        """WINDOW_DTYPE [W]: every window of a shard."""
         data = self.shard_sets[shard_set].shard(shard)
-        for document in range(len(data.index)):
-            lengths = data.sentence_lengths(document)
-            token_ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            for first, end in cut_windows(lengths, self.window_tokens):
-                start = int(token_ends[first])
-                yield Window(
-                    shard_set,
-                    shard,
-                    document,
-                    first,
-                    end - first,
-                    start,
-                    int(token_ends[end]) - start,
-                    end == len(lengths),
-                )
+        tokens, sentences = (data.index[name].astype(np.int64) for name in ("tokens", "sentences"))
+        whole = np.flatnonzero((tokens > 0) & (tokens <= self.window_tokens))
+        longer = np.flatnonzero(tokens > self.window_tokens)
+        lengths = data.sentence_lengths_of(longer)
+        which, first, end = cut_documents(lengths, sentences[longer], self.window_tokens)
+        token_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        sentence_at = np.cumsum(sentences[longer]) - sentences[longer]  # of each longer document, in lengths
 
-    def _pack(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
-        """Best fit into at most LOOK_AHEAD open bins; the fullest is closed when another must be opened."""
-        room: list[int] = []
-        members: list[list[Window]] = []
-        for window in windows:
-            fits = [(left, i) for i, left in enumerate(room) if left >= window.tokens]
-            if fits:
-                _, i = min(fits)
-            else:
-                if len(room) == LOOK_AHEAD:
-                    fullest = min(range(len(room)), key=room.__getitem__)
-                    room.pop(fullest)
-                    yield members.pop(fullest)
-                i = len(room)
-                room.append(self.bin_tokens)
-                members.append([])
-            room[i] -= window.tokens
-            members[i].append(window)
-            if room[i] == 0:
-                room.pop(i)
-                yield members.pop(i)
-        yield from members
+        windows = np.zeros(len(whole) + len(which), WINDOW_DTYPE)
+        windows["shard_set"], windows["shard"] = shard_set, shard
+        one, part = windows[: len(whole)], windows[len(whole) :]
+        one["document"], one["sentences"], one["tokens"] = whole, sentences[whole], tokens[whole]
+        one["document_end"] = True
+        part["document"], part["sentences"] = longer[which], end - first
+        part["first_sentence"] = first - sentence_at[which]
+        part["tokens"] = token_starts[end] - token_starts[first]
+        part["first_token"] = token_starts[first] - token_starts[sentence_at[which]]
+        part["document_end"] = first + part["sentences"] == (sentence_at + sentences[longer])[which]
+        return windows
 
     def spans(self, bin_: Bin) -> list[Span]:
         """The content of a bin's windows, read from the memory-mapped shards."""
         spans = []
-        for w in bin_.windows:
-            shard = self.shard_sets[w.shard_set].shard(w.shard)
+        for window in bin_.windows.tolist():
+            shard_set, shard, document, first_sentence, sentences, tokens, first_token, end = window
+            data = self.shard_sets[shard_set].shard(shard)
             spans.append(
                 Span(
-                    shard.tokens(w.document)[w.first_token : w.first_token + w.tokens],
-                    shard.sentence_lengths(w.document)[w.first_sentence : w.first_sentence + w.sentences],
-                    w.document_end,
+                    data.tokens(document)[first_token : first_token + tokens],
+                    data.sentence_lengths(document)[first_sentence : first_sentence + sentences],
+                    end,
                 )
             )
         return spans
+
+
+def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:
+    """Best fit: which of `sizes` (by their place, each at most `budget`) share a bin of `budget`.
+
+    Each goes into the fullest of at most LOOK_AHEAD open bins that has room for it; when none has, the
+    fullest is closed for a new one. A full bin is closed at once, those left at the end in the order in which
+    they were opened.
+    """
+    rooms: list[int] = []  # of the open bins, sorted: room << 40 | the bin's number
+    members: dict[int, list[int]] = {}
+    bins = 0
+    for n, size in enumerate(sizes):
+        at = bisect_left(rooms, size << 40)
+        if at < len(rooms):
+            key = rooms.pop(at)
+            room, which = key >> 40, key & ((1 << 40) - 1)
+            members[which].append(n)
+        else:
+            if len(rooms) == LOOK_AHEAD:
+                yield members.pop(rooms.pop(0) & ((1 << 40) - 1))
+            bins += 1
+            room, which = budget, bins
+            members[which] = [n]
+        if room > size:
+            insort(rooms, (room - size) << 40 | which)
+        else:
+            yield members.pop(which)
+    yield from members.values()

@@ -20,7 +20,7 @@ from models import (
 )
 from transformers import AutoModel, OPTForCausalLM, OPTModel
 
-from pipeline.attention import PATHS, SegmentLayout, attention_path, packed_attention
+from pipeline.attention import PATHS, SegmentLayout, attention_path
 from pipeline.batches import build_batch, empty_batch
 from pipeline.bins import Span
 from pipeline.head import VocabularyHead
@@ -38,33 +38,6 @@ MODELS = {
 
 def total(sums) -> float:
     return (sums.token_nll + sums.end_nll + sums.stop_nll).item()
-
-
-# --- attention ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_paths_agree_in_values_and_gradients(causal):
-    torch.manual_seed(0)
-    layout = SegmentLayout(np.random.default_rng(0).integers(1, 40, 23))
-    results = {}
-    for path in PATHS:
-        torch.manual_seed(1)
-        q, k, v = (torch.randn(layout.rows, 4, 8, requires_grad=True) for _ in range(3))
-        with attention_path(path):
-            out = packed_attention(q, k, v, layout, causal)
-            (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
-        results[path] = (out, q.grad, k.grad, v.grad)
-    for a, b in zip(results["bucketed"], results["masked"], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-def test_layout_restores_every_row_and_pads_little():
-    lengths = np.random.default_rng(3).integers(1, 65, 500)
-    layout = SegmentLayout(lengths)
-    flat = torch.cat([index.reshape(-1) for index, _ in layout.buckets])
-    assert torch.equal(flat[layout.restore], torch.arange(layout.rows))
-    assert layout.rows <= layout.slots <= 1.25 * layout.rows
 
 
 # --- causality ------------------------------------------------------------------------------------
