@@ -7,7 +7,19 @@ see a partitioned tensor.
 
 Rows are worked off in chunks. Each chunk's gradients are computed with its logits, in the forward pass, so
 that nothing of size [N, V] is kept and no logit is computed twice: three matrix products per row in all, the
-least there is.
+least there is. What else touches a chunk is one softmax (in place where the dtype allows) and reductions.
+
+The loss of one row, with p the probability of its target and log Z the log of the softmax's denominator:
+
+    (1 − ε) · (1 − p)^γ · (−ln p)  +  ε · mean over the vocabulary of −ln p_v  +  z · (log Z)²
+
+focal γ (paper §3.3 uses 2), label smoothing ε (Szegedy et al. 2016, as in torch), z-loss z (Chowdhery et al.
+2022: keeps log Z near 0, against logits that drift away in bf16). All 0: cross-entropy. What is reported per
+target is plain cross-entropy always.
+
+Liger's fused head is the same scheme (chunks, gradients in the forward pass). It is not used, because it
+gives neither the plain cross-entropy of each row beside another objective, which the metric contract needs,
+nor a focal loss.
 """
 
 from __future__ import annotations
@@ -20,52 +32,56 @@ CHUNK_ELEMENTS = 1 << 23  # logits held at once (32 MB in fp32)
 
 
 class _ProjectedLoss(torch.autograd.Function):
-    """sum of CE or focal loss over rows; the backward only scales what the forward computed."""
+    """Sum of the loss over rows; the backward only scales what the forward computed."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, focal_gamma, want_correct, want_grad):
+    def forward(ctx, hidden, weight, bias, targets, gamma, smoothing, z_loss, want_correct, want_grad):
         rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        exact = torch.promote_types(hidden.dtype, torch.float32)
         # `needs_input_grad` is true under no_grad too: evaluation must not pay for gradients.
         need = [want_grad and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if need[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need[2] else None
-        nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        grad_weight = torch.zeros_like(weight, dtype=exact) if need[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if need[2] else None
+        nll = torch.empty(len(targets), dtype=exact, device=hidden.device)
         correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device) if want_correct else None
-        objective = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        objective = torch.zeros((), dtype=exact, device=hidden.device)
         for at in range(0, len(targets), rows):
             h, t = hidden[at : at + rows], targets[at : at + rows]
-            logits = F.linear(h, weight, bias).float()
-            log_z = logits.logsumexp(-1)
-            chunk_nll = log_z - logits.gather(1, t[:, None])[:, 0]
-            nll[at : at + rows] = chunk_nll
+            logits = F.linear(h, weight, bias)
             if want_correct:
                 correct[at : at + rows] = logits.argmax(-1) == t
-            if focal_gamma:
-                # focal = (1-p)^γ · nll, p = exp(-nll)  (paper §3.3; γ = 2)
-                p = torch.exp(-chunk_nll)
-                rest = (1 - p).clamp_min(0)
-                objective += (rest**focal_gamma * chunk_nll).sum()
-                slope = rest**focal_gamma + focal_gamma * rest ** (focal_gamma - 1) * p * chunk_nll
+            target_logit = logits.gather(1, t[:, None])[:, 0].to(exact)
+            top_logit = logits.amax(-1).to(exact)
+            mean_logit = logits.mean(-1, dtype=exact) if smoothing else None
+            if logits.dtype == exact:
+                p = torch.softmax(logits, -1, out=logits)
             else:
-                objective += chunk_nll.sum()
-                slope = None
-            if any(need):
-                # d nll / d logits = softmax - onehot, in place of the logits
-                grad = logits.sub_(log_z[:, None]).exp_()
-                grad.scatter_add_(1, t[:, None], grad.new_full((len(t), 1), -1.0))
-                if slope is not None:
-                    grad.mul_(slope[:, None])
-                grad_low = grad.to(hidden.dtype)
-                if need[0]:
-                    torch.mm(grad_low, weight, out=grad_hidden[at : at + rows])
-                if need[1]:
-                    if grad_weight.dtype == grad_low.dtype:
-                        grad_weight.addmm_(grad_low.t(), h)
-                    else:
-                        grad_weight += grad_low.t() @ h
-                if need[2]:
-                    grad_bias += grad.sum(0)
+                p = torch.softmax(logits, -1, dtype=exact)
+            # The likeliest symbol's probability gives log Z exactly, also where the target's is 0 in fp32.
+            log_z = top_logit - p.amax(-1).log()
+            chunk_nll = log_z - target_logit
+            nll[at : at + rows] = chunk_nll
+            loss, target_slope, p_slope = _row_loss(chunk_nll, log_z, mean_logit, gamma, smoothing, z_loss)
+            objective += loss.sum()
+            if not any(need):
+                continue
+            # d loss / d logits = p_slope · p − target_slope · onehot − ε / V, in place of the probabilities
+            if p_slope is not None:
+                p.mul_(p_slope[:, None])
+            if smoothing:
+                p.sub_(smoothing / weight.shape[0])
+            p.scatter_add_(1, t[:, None], -target_slope[:, None])
+            grad = p.to(hidden.dtype)
+            if need[0]:
+                torch.mm(grad, weight, out=grad_hidden[at : at + rows])
+            if need[1]:
+                if grad.dtype == exact:
+                    grad_weight.addmm_(grad.t(), h)
+                else:
+                    grad_weight += grad.t() @ h
+            if need[2]:
+                grad_bias += p.sum(0)
         ctx.grads = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -80,7 +96,31 @@ class _ProjectedLoss(torch.autograd.Function):
         # memory.
         grads = tuple(None if g is None else g.mul_(grad_objective) for g in ctx.grads)
         del ctx.grads
-        return (*grads, None, None, None, None)
+        return (*grads, *[None] * 6)
+
+
+def _row_loss(
+    nll: Tensor, log_z: Tensor, mean_logit: Tensor | None, gamma: float, smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of each row [n], and what its target and its probabilities count for in d loss / d logits:
+    (loss [n], target slope [n], slope of the probabilities [n], None where it is 1)."""
+    loss, slope = nll, torch.ones_like(nll)
+    if gamma:
+        p = torch.exp(-nll)
+        rest = (1 - p).clamp_min(0)
+        loss = rest**gamma * nll
+        slope = rest**gamma + gamma * rest ** (gamma - 1) * p * nll
+    if not (gamma or smoothing or z_loss):
+        return loss, slope, None
+    target_slope = (1 - smoothing) * slope
+    p_slope = target_slope + smoothing
+    loss = (1 - smoothing) * loss
+    if smoothing:
+        loss = loss + smoothing * (log_z - mean_logit)
+    if z_loss:
+        loss = loss + z_loss * log_z.square()
+        p_slope = p_slope + 2 * z_loss * log_z
+    return loss, target_slope, p_slope
 
 
 class VocabularyHead(nn.Linear):
@@ -96,18 +136,28 @@ class VocabularyHead(nn.Linear):
         targets_N: Tensor | None = None,
         focal_gamma: float = 0.0,
         want_correct: bool = False,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor | None] | Tensor:
         """Sum of the training loss over rows, per-row cross-entropy, and per-row arg-max hits.
 
         Args:
             hidden_Nd: [N, d].
             targets_N: int64 [N]; None returns float32 logits [N, V] instead (generation, checks).
-            focal_gamma: 0 is cross-entropy; the paper's focal loss uses 2.
+            focal_gamma, label_smoothing, z_loss: γ, ε and z of the loss above; all 0 is cross-entropy.
             want_correct: also compare the arg max with the target.
         Returns: (objective scalar with gradient, nll float32 [N] in nats without gradient, bool [N] or None).
         """
         if targets_N is None:
             return F.linear(hidden_Nd, self.weight, self.bias).float()
         return _ProjectedLoss.apply(
-            hidden_Nd, self.weight, self.bias, targets_N, focal_gamma, want_correct, torch.is_grad_enabled()
+            hidden_Nd,
+            self.weight,
+            self.bias,
+            targets_N,
+            focal_gamma,
+            label_smoothing,
+            z_loss,
+            want_correct,
+            torch.is_grad_enabled(),
         )

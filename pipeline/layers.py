@@ -1,10 +1,14 @@
-"""Transformer layers shared by the sentence encoder and the sentence decoder (pre-norm, GELU).
+"""Transformer layers shared by the sentence encoder and the sentence decoder.
 
-Two ways in: `forward` on packed rows [T, d] with a `SegmentLayout`, for training and evaluation; `step` on
-one row with a cache of keys and values, for generation. Both use the same weights and give the same numbers.
+`TransformerLayer` (pre-norm, GELU) is the default; `PostNormLayer` is that of the published model (config
+`layout: paper`). Two ways in: `forward` on packed rows [T, d] with a `SegmentLayout`, for training and
+evaluation; `step` on one row with a cache of keys and values, for generation. Both use the same weights and
+give the same numbers.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +29,9 @@ class SelfAttention(nn.Module):
     def _project(self, x_Td: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.qkv(x_Td).view(len(x_Td), 3, self.heads, -1).unbind(1)
 
-    def forward(self, x_Td: Tensor, layout: SegmentLayout, causal: bool) -> Tensor:
-        """[T, d] → [T, d], within the layout's segments."""
-        return self.out(packed_attention(*self._project(x_Td), layout, causal).flatten(1))
+    def forward(self, x_Td: Tensor, layout: SegmentLayout, causal: bool, dropout: float = 0.0) -> Tensor:
+        """[T, d] → [T, d], within the layout's segments; `dropout` acts on the attention weights."""
+        return self.out(packed_attention(*self._project(x_Td), layout, causal, dropout=dropout).flatten(1))
 
     def step(self, x_1d: Tensor, cache: dict[str, Tensor]) -> Tensor:
         """One more row [1, d] of one segment; `cache` holds and receives keys and values [t, H, d_head]."""
@@ -43,7 +47,7 @@ class TransformerLayer(nn.Module):
 
     `conditioned=True` adds the decoder's cross-attention. Over ONE vector the softmax is 1 whatever the
     query, so cross-attention is exactly an affine map of that vector: one Linear, computed once per
-    sentence, without query, key or norm weights.
+    sentence, without query, key or norm weights. Dropout acts where OPT has it: on what each part adds.
     """
 
     def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: bool = False):
@@ -78,19 +82,92 @@ class TransformerLayer(nn.Module):
         return self._feed_forward(x)
 
 
-class TokenEmbedding(nn.Module):
-    """Token + learned position embedding; `embedding_size` below the width adds a projection (OPT-350M's
-    shape)."""
+class CrossAttention(nn.Module):
+    """The published decoder's cross-attention, with all four of its matrices (arXiv 2408.00655, §3.1).
 
-    def __init__(self, vocabulary: int, embedding_size: int, width: int, positions: int):
+    There is one vector to attend to, so every query gives it the weight 1 and the query and key weights never
+    get a gradient. The query is therefore read from the vector, not from the tokens: the same output and the
+    same (zero) gradients at one row per sentence.
+    """
+
+    def __init__(self, width: int, heads: int):
         super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, vector_Sd: Tensor) -> Tensor:
+        """[S, d] → [S, d]."""
+        q, k, v = self.qkv(vector_Sd).view(len(vector_Sd), 3, self.heads, -1).unbind(1)
+        weight = (q * k).sum(-1, keepdim=True).softmax(-1)  # over one key
+        return self.out((weight * v).flatten(1))
+
+
+class PostNormLayer(TransformerLayer):
+    """The published layer (`torch.nn.TransformerEncoderLayer` and `…DecoderLayer` as they come): norm(x +
+    attention(x)); in the decoder, norm(x + cross-attention(vector)); then norm(x + ffn(x)), ReLU.
+
+    Dropout acts where those layers have it: on what each part adds, inside the feed-forward part, and on the
+    weights of self-attention.
+    """
+
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: bool = False):
+        super().__init__(width, heads, ffn, dropout)
+        self.condition = CrossAttention(width, heads) if conditioned else None
+        self.condition_norm = nn.LayerNorm(width) if conditioned else None
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        inner = self.dropout(F.relu(self.ffn_in(x)))
+        return self.ffn_norm(x + self.dropout(self.ffn_out(inner)))
+
+    def forward(
+        self, x_Td: Tensor, layout: SegmentLayout, causal: bool, vector_Sd: Tensor | None = None
+    ) -> Tensor:
+        """[T, d] → [T, d], as `TransformerLayer.forward`."""
+        weight_dropout = self.dropout.p if self.training else 0.0
+        x = self.attention_norm(x_Td + self.dropout(self.attention(x_Td, layout, causal, weight_dropout)))
+        if self.condition is not None:
+            x = self.condition_norm(x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row]))
+        return self._feed_forward(x)
+
+    def step(self, x_1d: Tensor, cache: dict[str, Tensor], condition_1d: Tensor | None = None) -> Tensor:
+        """One row with cached attention, as `TransformerLayer.step`."""
+        x = self.attention_norm(x_1d + self.attention.step(x_1d, cache))
+        if condition_1d is not None:
+            x = self.condition_norm(x + condition_1d)
+        return self._feed_forward(x)
+
+
+class TokenEmbedding(nn.Module):
+    """Token + position embedding; `embedding_size` below the width adds a projection (OPT-350M's shape).
+
+    Positions are learned, or (`sinusoidal`) the fixed ones of Vaswani et al. 2017, §3.5, which hold no
+    weights; beside those the token part is scaled by √width (§3.4), or waves of amplitude 1 would drown it.
+    """
+
+    def __init__(
+        self, vocabulary: int, embedding_size: int, width: int, positions: int, sinusoidal: bool = False
+    ):
+        super().__init__()
+        self.positions = positions
+        self.width = width
         self.token = nn.Embedding(vocabulary, embedding_size)
         self.project = nn.Linear(embedding_size, width, bias=False) if embedding_size != width else None
-        self.position = nn.Embedding(positions, width)
+        self.position = None if sinusoidal else nn.Embedding(positions, width)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
-        """int64 [T], int64 [T] → [T, d]."""
+        """int64 [T], int64 [T] below `positions` → [T, d]."""
         x = self.token(tokens_T)
         if self.project is not None:
             x = self.project(x)
-        return x + self.position(positions_T)
+        if self.position is not None:
+            return x + self.position(positions_T)
+        waves = sinusoids(self.positions, self.width, x.device).to(x.dtype)
+        return x * math.sqrt(self.width) + waves[positions_T]
+
+
+def sinusoids(positions: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """float32 [positions, width]: sine and cosine in turn, wavelengths from 2π to 10000 · 2π."""
+    rates = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
+    angles = torch.arange(positions, device=device)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]

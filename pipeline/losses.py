@@ -14,12 +14,13 @@ from torch import Tensor
 class LossSums:
     """Sums over one batch.
 
-    objective: scalar with gradient, nats: CE or focal over the vocabulary targets, plus stop decisions;
-        exactly 0 (but
-        connected to every parameter) for an unscored batch.
+    objective: scalar with gradient, nats: the training loss over the vocabulary targets (CE, focal, label
+        smoothing, z-loss), plus stop decisions (`sllm`), plus the weighted KL (variational `vae`); exactly 0
+        (but connected to every parameter) for an unscored batch.
     token_nll, end_nll, stop_nll: float32 scalars without gradient, always plain cross-entropy; ends are
-        sentence ends (`vae`, `sllm`)
-        or document ends (`lm`).
+        sentence ends (`vae`, `sllm`) or document ends (`lm`).
+    kl: float32 scalar without gradient: divergence of the sentences' latent distributions from the standard
+        normal, unweighted and without free bits (variational `vae`, else 0); in none of the nll figures.
     target_nll_N: float32, every vocabulary target in order; target_correct_N: bool, arg max == target, if
         asked for.
     is_end_N: bool, the target is an end symbol.
@@ -30,6 +31,7 @@ class LossSums:
     token_nll: Tensor
     end_nll: Tensor
     stop_nll: Tensor
+    kl: Tensor
     target_nll_N: Tensor
     is_end_N: Tensor
     target_correct_N: Tensor | None = None
@@ -44,6 +46,7 @@ class LossSums:
         is_end_N: Tensor,
         target_correct_N: Tensor | None = None,
         stop_nll_S: Tensor | None = None,
+        kl: Tensor | None = None,
     ) -> LossSums:
         """Split the per-target figures into their sums; an unscored batch counts for nothing."""
         weight = 1.0 if scored else 0.0
@@ -54,6 +57,7 @@ class LossSums:
             target_nll_N.sum() * weight - ends,
             ends,
             stop,
+            objective.new_zeros(()) if kl is None else kl.detach() * weight,
             target_nll_N,
             is_end_N,
             target_correct_N,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.attention import SegmentLayout
-from pipeline.layers import TokenEmbedding, TransformerLayer
+from pipeline.layers import PostNormLayer, TokenEmbedding, TransformerLayer
 
 
 @dataclass
@@ -36,22 +36,28 @@ class SentenceDecoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.hidden_size
+        paper = config.layout == "paper"
+        layer = PostNormLayer if paper else TransformerLayer
         # One position more than the longest sentence: BOS stands before it.
         self.embedding = TokenEmbedding(
-            config.vocab_size, config.embedding_size, width, config.max_sentence_tokens + 1
+            config.vocab_size, config.embedding_size, width, config.max_sentence_tokens + 1, sinusoidal=paper
         )
         self.layers = nn.ModuleList(
-            TransformerLayer(width, config.heads, config.ffn_size, config.dropout, conditioned=True)
+            layer(width, config.heads, config.ffn_size, config.dropout, conditioned=True)
             for _ in range(config.layers)
         )
-        self.final_norm = nn.LayerNorm(width)
+        # Post-norm layers end in a norm of their own.
+        self.final_norm = None if paper else nn.LayerNorm(width)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return x if self.final_norm is None else self.final_norm(x)
 
     def forward(self, symbols_N: Tensor, layout: SegmentLayout, vector_Sd: Tensor) -> Tensor:
         """int64 [T+S] (BOS before every sentence), vectors [S, d] → hidden states [T+S, d] for the head."""
         x = self.embedding(symbols_N, layout.position_of_row)
         for layer in self.layers:
             x = layer(x, layout, causal=True, vector_Sd=vector_Sd)
-        return self.final_norm(x)
+        return self._finish(x)
 
     def begin(self, vector_1d: Tensor) -> DecoderState:
         """Start a sentence conditioned on one vector [1, d]."""
@@ -63,12 +69,12 @@ class SentenceDecoder(nn.Module):
 
         Raises: ValueError when the sentence already has its most tokens.
         """
-        if state.fed >= self.embedding.position.num_embeddings:
+        if state.fed >= self.embedding.positions:
             raise ValueError("the sentence is full: no position is left for another symbol")
         device = state.conditions[0].device
         x = self.embedding(torch.tensor([symbol], device=device), torch.tensor([state.fed], device=device))
         for layer, cache, condition in zip(self.layers, state.caches, state.conditions, strict=True):
             x = layer.step(x, cache, condition)
         state.fed += 1
-        state.hidden = self.final_norm(x)
+        state.hidden = self._finish(x)
         return state.hidden

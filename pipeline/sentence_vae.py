@@ -1,20 +1,30 @@
-"""SentenceVAE: sentence encoder + sentence decoder, trained to reconstruct (paper §3.1; deterministic, "VAE"
-as in the paper).
+"""SentenceVAE: sentence encoder + sentence decoder, trained to reconstruct (paper §3.1).
 
 In: a `Batch`. Out: `LossSums` over its N = T + S targets (every token, then the sentence's end, sentence by
 sentence). Hugging Face model: `save_pretrained` / `from_pretrained` in safetensors.
+
+"VAE" is the paper's name for it; it is deterministic unless `latent_noise` or `variational` is set. Both act
+on the embedding between encoder and decoder, in training only: `encode` and `embed`, which the SLLM reads,
+always give the embedding itself (variational: the mean).
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from data_prep.errors import UserError
+from pipeline.attention import SegmentLayout
 from pipeline.batches import Batch
 from pipeline.head import VocabularyHead
 from pipeline.losses import LossSums
 from pipeline.sentence_decoder import DecoderState, SentenceDecoder
-from pipeline.sentence_encoder import SentenceEncoder
+from pipeline.sentence_encoder import FUSIONS, SentenceEncoder
+
+LAYOUTS = ("lean", "paper")
 
 
 class SentenceVAEConfig(PreTrainedConfig):
@@ -23,7 +33,20 @@ class SentenceVAEConfig(PreTrainedConfig):
     embedding_size: width of the token embeddings; None is hidden_size.
     ffn_size: None is 2 · hidden_size, the paper's choice.
     tie_word_embeddings: encoder embedding, decoder embedding and head share one matrix.
+    layout: `lean` (pre-norm, learned positions, one matrix of cross-attention), or `paper`: the published
+        layers, parameter for parameter (docs/sizes.md).
     max_sentence_tokens: longest sentence, without BOS and end symbol.
+    fusion: how an embedding is made of a sentence's tokens: `sum` (the paper's), `mean`, or `attention`
+        (sentence_encoder.py).
+    dropout: in [0, 1); where it acts: layers.py.
+    latent_noise: standard deviation of Gaussian noise on the embedding (whose channels have about size 1)
+        while training; 0 is none. The SLLM's backbone never hits an embedding exactly: a decoder trained with
+        noise is used to that.
+    variational: the encoder also gives a log-variance; training decodes a sample, all else the mean. Then the
+        objective has `kl_weight` · KL from the standard normal (nats), where every channel of every sentence
+        counts at least `free_bits` nats (Kingma et al. 2016, per sentence instead of per batch, so that
+        packing changes nothing).
+    focal_gamma, label_smoothing, z_loss: the training loss (head.py); 0 each is plain cross-entropy.
     bos/pad/eos_token_id: of the tokenizer (OPT's by default); eos is the sentence end here.
     sentence_settings: how the training text was cut (`segmenter`, `language`, `max_tokens`); window_tokens:
         longest window.
@@ -39,9 +62,17 @@ class SentenceVAEConfig(PreTrainedConfig):
         heads: int = 12,
         embedding_size: int | None = None,
         ffn_size: int | None = None,
+        layout: str = "lean",
         max_sentence_tokens: int = 64,
+        fusion: str = "sum",
         dropout: float = 0.0,
+        latent_noise: float = 0.0,
+        variational: bool = False,
+        kl_weight: float = 1.0,
+        free_bits: float = 0.0,
         focal_gamma: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = False,
         sentence_settings: dict | None = None,
@@ -57,9 +88,17 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.heads = heads
         self.embedding_size = embedding_size or hidden_size
         self.ffn_size = ffn_size or 2 * hidden_size
+        self.layout = _one_of("layout", layout, LAYOUTS)
         self.max_sentence_tokens = max_sentence_tokens
-        self.dropout = dropout
+        self.fusion = _one_of("fusion", fusion, FUSIONS)
+        self.dropout = _number("dropout", dropout, below=1.0)
+        self.latent_noise = _number("latent_noise", latent_noise)
+        self.variational = variational
+        self.kl_weight = _number("kl_weight", kl_weight)
+        self.free_bits = _number("free_bits", free_bits)
         self.focal_gamma = focal_gamma
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
         self.initializer_range = initializer_range
         self.sentence_settings = sentence_settings or {}
         self.window_tokens = window_tokens
@@ -67,6 +106,14 @@ class SentenceVAEConfig(PreTrainedConfig):
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
         if tie_word_embeddings and self.embedding_size != hidden_size:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
+        if not isinstance(variational, bool):
+            raise UserError(f"model.vae.variational must be true or false, not {variational!r}")
+        if variational and self.latent_noise:
+            raise UserError(
+                "model.vae.latent_noise and model.vae.variational both put noise on the embedding: set one"
+            )
+        if not variational and (self.free_bits or self.kl_weight != 1.0):
+            raise UserError("model.vae.kl_weight and model.vae.free_bits need model.vae.variational true")
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -74,6 +121,24 @@ class SentenceVAEConfig(PreTrainedConfig):
             eos_token_id=eos_token_id,
             **kwargs,
         )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise UserError(f"model.vae.{name} must be one of {', '.join(allowed)}, not {value!r}")
+    return value
+
+
+def _number(name: str, value: float, below: float = math.inf) -> float:
+    """`value` as a float in [0, below); YAML reads 1e-3 as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < below:
+        limit = "" if below == math.inf else f" and below {below:g}"
+        raise UserError(f"model.vae.{name} must be a number of at least 0{limit}, not {value!r}")
+    return number
 
 
 class SentenceVAE(PreTrainedModel):
@@ -97,9 +162,57 @@ class SentenceVAE(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embedding.token
 
+    @torch.no_grad()
+    def init_embeddings_from(self, model: PreTrainedModel, name: str) -> None:
+        """Start from a token model's embedding, in encoder and decoder; the head too, where shapes fit.
+
+        Args:
+            model: a Hugging Face causal LM with this model's tokenizer and at least its vocabulary.
+            name: where it comes from, for messages.
+        Raises: UserError when its embedding is of another width, or has too few rows.
+        """
+        source = model.get_input_embeddings().weight
+        rows, width = self.encoder.embedding.token.weight.shape
+        if source.shape[1] != width:
+            raise UserError(
+                f"model.vae.init_embeddings_from {name}: its embeddings are {source.shape[1]} wide, these "
+                f"{width}: set model.vae.embedding_size {source.shape[1]}"
+            )
+        if len(source) < rows:
+            raise UserError(
+                f"model.vae.init_embeddings_from {name}: it has {len(source)} entries, this vocabulary "
+                f"{rows}: name a model with the shards' tokenizer"
+            )
+        head = model.get_output_embeddings()
+        # The head first: when it is tied, the embedding, which is what a token model ties it to, has the say.
+        if head is not None and head.weight.shape[1] == self.head.weight.shape[1]:
+            self.head.weight.copy_(head.weight[:rows])
+        self.encoder.embedding.token.weight.copy_(source[:rows])
+        self.decoder.embedding.token.weight.copy_(source[:rows])
+
+    def embed(self, tokens_T: Tensor, layout: SegmentLayout) -> Tensor:
+        """int64 [T] in S segments → sentence embeddings [S, d], without noise."""
+        return self.encoder(tokens_T, layout)
+
     def encode(self, batch: Batch) -> Tensor:
-        """Sentence embeddings [S, d]."""
-        return self.encoder(batch.tokens_T, batch.sentence_layout)
+        """Sentence embeddings [S, d] of a batch, without noise."""
+        return self.embed(batch.tokens_T, batch.sentence_layout)
+
+    def _latent(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the decoder reconstructs from: vectors [S, d]; and KL float32 [S, d] when variational."""
+        config = self.config
+        if not config.variational:
+            vector_Sd = self.encode(batch)
+            if self.training and config.latent_noise:
+                vector_Sd = vector_Sd + config.latent_noise * torch.randn_like(vector_Sd)
+            return vector_Sd, None
+        mean_Sd, log_variance_Sd = self.encoder(batch.tokens_T, batch.sentence_layout, with_variance=True)
+        mean, log_variance = mean_Sd.float(), log_variance_Sd.float()
+        kl_Sd = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
+        if self.training:
+            sample = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+            return sample.to(mean_Sd.dtype), kl_Sd
+        return mean_Sd, kl_Sd
 
     def decode_loss(
         self, batch: Batch, vector_Sd: Tensor, want_correct: bool = False
@@ -111,15 +224,22 @@ class SentenceVAE(PreTrainedModel):
         inputs, targets = batch.decoder_symbols(self.config.bos_token_id, self.config.eos_token_id)
         layout = batch.decoder_layout
         hidden = self.decoder(inputs, layout, vector_Sd)
-        objective, nll, correct = self.head(hidden, targets, self.config.focal_gamma, want_correct)
+        config = self.config
+        objective, nll, correct = self.head(
+            hidden, targets, config.focal_gamma, want_correct, config.label_smoothing, config.z_loss
+        )
         is_end = nll.new_zeros(layout.rows).bool()
         is_end[layout.last_rows] = True
         return objective, nll, is_end, correct
 
     def forward(self, batch: Batch, want_correct: bool = False) -> LossSums:
         """Reconstruction loss of every sentence of the batch from its own embedding."""
-        objective, nll, is_end, correct = self.decode_loss(batch, self.encode(batch), want_correct)
-        return LossSums.collect(batch.scored, objective, nll, is_end, correct)
+        vector_Sd, kl_Sd = self._latent(batch)
+        objective, nll, is_end, correct = self.decode_loss(batch, vector_Sd, want_correct)
+        if kl_Sd is None:
+            return LossSums.collect(batch.scored, objective, nll, is_end, correct)
+        objective = objective + self.config.kl_weight * kl_Sd.clamp_min(self.config.free_bits).sum()
+        return LossSums.collect(batch.scored, objective, nll, is_end, correct, kl=kl_Sd.sum())
 
     def decode_begin(self, vector_1d: Tensor) -> DecoderState:
         """Begin to write a sentence from one vector [1, d]: BOS is fed, `state.logits` predict its first
