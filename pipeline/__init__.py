@@ -1,1 +1,25 @@
-"""Sentence shards → SentenceVAE → SLLM: models, training, evaluation and generation."""
+"""Sentence shards → SentenceVAE → SLLM: models, training, evaluation and generation.
+
+`from pipeline import SLLM` (or any name below) also makes Hugging Face's `AutoConfig` and `AutoModel` know
+our model folders. The names are imported when they are first used: `import pipeline` alone loads neither
+torch nor transformers, so that a wrong recipe key is refused within a second.
+"""
+
+import importlib
+
+_HOMES = {
+    "SentenceVAE": "pipeline.sentence_vae",
+    "SentenceVAEConfig": "pipeline.sentence_vae",
+    "SLLM": "pipeline.sllm",
+    "SLLMConfig": "pipeline.sllm",
+    "load_model": "pipeline.model_io",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "load_model":
+        importlib.import_module("pipeline.sllm")  # registers both model types, whichever name was asked for
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,8 +1,9 @@
 """`sllm export`: the weights of a training run as a model folder that `from_pretrained` loads.
 
-In: a run directory. Out: `OUTPUT/` with model.safetensors (fp32), config.json, `tokenizer/` and
-`training.json` (where the weights come from). ZeRO's partitions are put together on the CPU, by this one
-process, whatever the number of ranks that wrote them.
+In: a run directory. Out: `OUTPUT/` with model.safetensors (fp32; several files and an index when large),
+config.json, `tokenizer/`, README.md (the model card) and `training.json` (where the weights come from).
+ZeRO's partitions are put together on the CPU, by this one process, whatever the number of ranks that wrote
+them.
 
 DeepSpeed's checkpoint files are pickles: export runs of your own only. Nothing else in the project is ever
 unpickled.
@@ -26,7 +27,8 @@ from data_prep.tokenizer import load_tokenizer
 from pipeline import checkpoints
 from pipeline.attention import HF_ATTENTION
 from pipeline.checkpoints import Meta
-from pipeline.model_io import save_model
+from pipeline.model_card import model_card
+from pipeline.model_io import parameter_count, save_model
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
@@ -61,6 +63,7 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
     except RuntimeError as error:
         raise UserError(f"checkpoint {checkpoint} does not fit its own meta.json: {error}") from None
 
+    card = model_card(run_dir, checkpoint.name, meta, parameter_count(model), output.name)
     aside = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +76,7 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
     }
     origin |= {"best": meta.best, "recipe": meta.recipe}
     (aside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    (aside / "README.md").write_text(card, encoding="utf-8")
     if output.exists():
         shutil.rmtree(output)
     os.replace(aside, output)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from data_prep.errors import UserError, first_line
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from pipeline.attention import HF_ATTENTION
-from pipeline.backbone import backbone_config, load_backbone
-from pipeline.pretrained import KINDS, load_pretrained, load_token_level, read_config
+from pipeline.backbone import backbone_config, load_backbone, load_packable
+from pipeline.pretrained import KINDS, load_pretrained, read_config
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
@@ -79,34 +79,47 @@ def build_model(
     sentence_settings: dict,
     window_tokens: int,
     focal_gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> nn.Module:
     """A new model for one training run, fp32 on the CPU.
 
     Args:
         objective: `vae`, `sllm` or `lm`.
-        vae: `SentenceVAEConfig` keys, or `{"path": FOLDER}` of a trained SentenceVAE (`sllm`).
+        vae: `SentenceVAEConfig` keys and `init_embeddings_from` (folder of a token model), or
+            `{"path": FOLDER}` of a trained SentenceVAE (`sllm`).
         backbone: Hugging Face config keys with `model_type`, or `{"path": FOLDER}` (`sllm`, `lm`).
         tokenizer: the shards' tokenizer; gives vocabulary size and special ids.
         sentence_settings: how the shards were cut (`segmenter`, `language`, `max_tokens`); kept in the
             model's config.
         window_tokens: longest window, kept in the config; must fit the backbone's positions.
-        focal_gamma: 0 trains on cross-entropy.
+        focal_gamma, label_smoothing, z_loss: the training loss (head.py); all 0 is cross-entropy.
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
+    loss = {"focal_gamma": focal_gamma, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    vae = dict(vae)
+    embeddings = vae.pop("init_embeddings_from", None)  # acts once: no part of the model's config
     try:
-        if objective == "vae":
-            return SentenceVAE(_vae_config({**vae, "focal_gamma": focal_gamma}, text, tokenizer))
         if objective == "lm":
-            return TokenLM(_build_causal_lm(backbone, text, tokenizer), focal_gamma)
-        return _build_sllm(vae, backbone, text, tokenizer, focal_gamma)
+            return TokenLM(_build_causal_lm(backbone, text, tokenizer), **loss)
+        if objective == "vae":
+            model = SentenceVAE(_vae_config({**vae, **loss}, text, tokenizer))
+        else:
+            model = _build_sllm(vae, backbone, text, tokenizer, loss)
+        if embeddings is not None:
+            if (Path(embeddings) / "tokenizer").is_dir():
+                _same_tokenizer(embeddings, tokenizer)
+            source = load_packable(AutoModelForCausalLM, embeddings)
+            (model if objective == "vae" else model.vae).init_embeddings_from(source, str(embeddings))
+        return model
     except UserError:
         raise
     except Exception as error:  # wrong types and sizes fail deep in configs and layers, each in its own way
         raise UserError(f"model: cannot be built from these settings ({first_line(error)})") from error
 
 
-def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, focal_gamma: float) -> SLLM:
+def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, loss: dict) -> SLLM:
     trained_vae = loaded_backbone = None
     if vae.get("path"):
         trained_vae = load_model(vae["path"])
@@ -116,10 +129,10 @@ def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, foc
             )
         _same_tokenizer(vae["path"], tokenizer)
         vae_config = trained_vae.config
-        vae_config.focal_gamma = focal_gamma
+        vae_config.update(loss)
         _require_sentence_room(vae_config, text)
     else:
-        vae_config = _vae_config({**vae, "focal_gamma": focal_gamma}, text, tokenizer)
+        vae_config = _vae_config({**vae, **loss}, text, tokenizer)
     if backbone.get("path"):
         loaded_backbone = load_backbone(backbone["path"])
         config = loaded_backbone.config
@@ -130,26 +143,32 @@ def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, foc
     if trained_vae is not None:
         model.vae.load_state_dict(trained_vae.state_dict())
     if loaded_backbone is not None:
-        model.backbone.load_state_dict(loaded_backbone.state_dict())
+        # The published layout has no final norm and no projections; every weight that it has must be there.
+        has = model.backbone.state_dict().keys()
+        model.backbone.load_state_dict({k: v for k, v in loaded_backbone.state_dict().items() if k in has})
     return model
 
 
 def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> nn.Module:
     if backbone.get("path"):
-        model = _load_causal_lm(backbone["path"])
+        model = load_packable(AutoModelForCausalLM, backbone["path"])
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"model.backbone.path {backbone['path']}: vocabulary of {model.config.vocab_size}, but "
                 f"the shards' tokenizer has {tokenizer.vocab_size} entries"
             )
     else:
-        config = backbone_config(
-            {**backbone, "vocab_size": backbone.get("vocab_size") or tokenizer.vocab_size}
-        )
+        vocab_size = backbone.get("vocab_size") or tokenizer.vocab_size
+        config = backbone_config({**backbone, **text, "vocab_size": vocab_size})
         model = AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION)
     _require_room(model.config, text["window_tokens"])
+    # Batches hold no padding, and the family's default pad id may be a real symbol of this tokenizer, whose
+    # embedding would then never learn.
+    model.get_input_embeddings().padding_idx = None
     for key, value in text.items():
         setattr(model.config, key, value)
+        if key.endswith("_token_id"):  # written to generation_config.json, which `generate` goes by
+            setattr(model.generation_config, key, value)
     return model
 
 
@@ -158,14 +177,13 @@ def _same_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
         raise UserError(f"{folder}: was trained with another tokenizer than the one that made the shards")
 
 
-def _load_causal_lm(folder: str | Path) -> PreTrainedModel:
-    return load_token_level(AutoModelForCausalLM, folder, attn_implementation=HF_ATTENTION)
-
-
-def save_model(model: nn.Module, folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Write safetensors, config.json and tokenizer/ (a `TokenLM` as the Hugging Face model it wraps)."""
+def save_model(
+    model: nn.Module, folder: str | Path, tokenizer: Tokenizer, max_shard_size: str = "5GB"
+) -> None:
+    """Write safetensors (several files and an index above `max_shard_size`), config.json and tokenizer/ (a
+    `TokenLM` as the Hugging Face model it wraps)."""
     inner = model.model if isinstance(model, TokenLM) else model
-    inner.save_pretrained(folder)
+    inner.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save(Path(folder) / "tokenizer")
 
 
@@ -178,7 +196,7 @@ def load_model(folder: str | Path) -> nn.Module:
     folder = Path(folder)
     kind = KINDS.get(read_config(folder).get("model_type"), "lm")
     if kind == "lm":
-        return TokenLM(_load_causal_lm(folder)).eval()
+        return TokenLM(load_packable(AutoModelForCausalLM, folder)).eval()
     return load_pretrained(SentenceVAE if kind == "vae" else SLLM, folder, strict=True)
 
 

@@ -60,6 +60,7 @@ def load_pretrained(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed then, and refused below with a name
             **kwargs,
         )
     except UserError:
@@ -73,10 +74,3 @@ def load_pretrained(
     if wrong:
         raise UserError(f"model folder {folder}: weights do not match its config (first: {sorted(wrong)[0]})")
     return model.eval()
-
-
-def load_token_level(model_class: type, folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """`load_pretrained` for a token-level model. Raises: UserError also for a folder of ours."""
-    if (model_type := read_config(folder).get("model_type")) in KINDS:
-        raise UserError(f"model folder {folder}: holds a {model_type}, not a token-level causal LM")
-    return load_pretrained(model_class, folder, **kwargs)

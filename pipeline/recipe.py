@@ -24,9 +24,11 @@ from data_prep.errors import UserError
 OBJECTIVES = ("vae", "sllm", "lm")
 
 # Keys of `model.vae`: `path`, or those of SentenceVAEConfig. What is left out comes from the shards'
-# tokenizer and settings (vocabulary size, longest sentence) or is the usual value.
+# tokenizer and settings (vocabulary size, longest sentence) or is the usual value. `init_embeddings_from`,
+# the folder of a token model, acts once, when the model is made, and is kept in no config.
 VAE_KEYS = (
     "path",
+    "init_embeddings_from",
     "hidden_size",
     "embedding_size",
     "layers",
@@ -34,12 +36,19 @@ VAE_KEYS = (
     "ffn_size",
     "vocab_size",
     "max_sentence_tokens",
+    "layout",
+    "fusion",
     "dropout",
+    "latent_noise",
+    "variational",
+    "kl_weight",
+    "free_bits",
     "initializer_range",
     "tie_word_embeddings",
 )
 
-# Keys of `model.backbone` when its `model_type` is opt; for other model types Hugging Face's config decides.
+# Keys of `model.backbone` by its `model_type`: the families whose packing, causality and cache are under
+# test, and those of their Hugging Face config's keys that a model is made from.
 OPT_KEYS = (
     "path",
     "model_type",
@@ -60,6 +69,29 @@ OPT_KEYS = (
     "layer_norm_elementwise_affine",
     "tie_word_embeddings",
 )
+QWEN2_KEYS = (
+    "path",
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_dropout",
+    "tie_word_embeddings",
+)
+BACKBONE_KEYS = {
+    "opt": OPT_KEYS,
+    "llama": (*QWEN2_KEYS, "head_dim", "attention_bias", "mlp_bias"),
+    "qwen2": (*QWEN2_KEYS, "use_sliding_window"),
+    "qwen3": (*QWEN2_KEYS, "use_sliding_window", "head_dim", "attention_bias"),
+}
 
 
 @dataclass
@@ -91,8 +123,15 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         _require_known("model.vae.", self.vae, VAE_KEYS)
-        if self.backbone.get("model_type", "opt") == "opt":
-            _require_known("model.backbone.", self.backbone, OPT_KEYS)
+        family = str(self.backbone.get("model_type", "opt"))
+        if family not in BACKBONE_KEYS:
+            near = difflib.get_close_matches(family, BACKBONE_KEYS, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(
+                f"recipe: model.backbone.model_type must be one of {', '.join(BACKBONE_KEYS)}, "
+                f"not {family!r}{hint}"
+            )
+        _require_known("model.backbone.", self.backbone, BACKBONE_KEYS[family])
         for name, part in (("vae", self.vae), ("backbone", self.backbone)):
             sizes = sorted(set(part) - {"path"})
             if part.get("path") and sizes:
@@ -103,13 +142,30 @@ class ModelRecipe:
 
 @dataclass
 class LossRecipe:
-    """`cross_entropy`, or `focal` with the paper's gamma (section 4: focal loss, gamma 2)."""
+    """`cross_entropy`, or `focal` with the paper's gamma (section 4: focal loss, gamma 2); either with label
+    smoothing and z-loss (pipeline/head.py). Plain cross-entropy is reported whatever is trained on."""
 
     kind: str = "cross_entropy"
     focal_gamma: float = 2.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         _require_one_of("loss.kind", self.kind, ("cross_entropy", "focal"))
+        if not self.focal_gamma >= 1:  # below 1 its gradient has a pole where the target is certain
+            raise UserError(f"recipe: loss.focal_gamma must be at least 1, not {self.focal_gamma}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"recipe: loss.label_smoothing must lie in [0, 1), not {self.label_smoothing}")
+        if not 0 <= self.z_loss < math.inf:
+            raise UserError(f"recipe: loss.z_loss must not be negative, not {self.z_loss}")
+
+    def head_settings(self) -> dict[str, float]:
+        """What the vocabulary head takes: focal_gamma (0 for cross-entropy), label_smoothing, z_loss."""
+        return {
+            "focal_gamma": self.focal_gamma if self.kind == "focal" else 0.0,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+        }
 
 
 @dataclass
@@ -337,7 +393,8 @@ def known_keys() -> list[str]:
     keys = []
     for name, kind in typing.get_type_hints(Recipe).items():
         if name == "model":
-            keys += [f"model.vae.{key}" for key in VAE_KEYS] + [f"model.backbone.{key}" for key in OPT_KEYS]
+            keys += [f"model.vae.{key}" for key in VAE_KEYS]
+            keys += [f"model.backbone.{key}" for key in dict.fromkeys(sum(BACKBONE_KEYS.values(), ()))]
         elif dataclasses.is_dataclass(kind):
             keys += [f"{name}.{part.name}" for part in dataclasses.fields(kind)]
         else:

@@ -11,6 +11,7 @@ In: a `Batch`. Out: `LossSums` over N = T + S vocabulary targets and S stop deci
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from data_prep.errors import UserError
+from data_prep.tokenizer import Tokenizer
 from pipeline.attention import SegmentLayout
 from pipeline.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.batches import Batch
@@ -45,6 +48,8 @@ class SLLMConfig(PreTrainedConfig):
         self.backbone = (
             backbone if isinstance(backbone, PreTrainedConfig) else backbone_config(backbone or {})
         )
+        if self.vae.layout == "paper":
+            self.backbone = _published_layout(self.backbone)
         self.sentence_settings = sentence_settings or {}
         self.window_tokens = window_tokens
         kwargs["tie_word_embeddings"] = self.vae.tie_word_embeddings
@@ -54,8 +59,22 @@ class SLLMConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         output = super().to_dict()
-        output["vae"], output["backbone"] = self.vae.to_dict(), self.backbone.to_dict()
+        for name in ("vae", "backbone"):
+            output[name] = getattr(self, name).to_dict()
+            output[name].pop("_name_or_path", None)  # the folder it came from: no part of the model
         return output
+
+
+def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """OPT as the published code runs it: position table and layers, no final norm, no projections."""
+    if config.model_type != "opt":
+        raise UserError(
+            f"model.vae.layout paper is laid around an OPT backbone, not {config.model_type}: use lean"
+        )
+    config = copy.deepcopy(config)
+    config.word_embed_proj_dim = config.hidden_size
+    config._remove_final_layer_norm = True
+    return config
 
 
 @dataclass
@@ -85,7 +104,8 @@ class SLLM(PreTrainedModel):
         self.to_backbone = nn.Linear(width, vector, bias=False) if width != vector else None
         self.from_backbone = nn.Linear(vector, width, bias=False) if width != vector else None
         self.start = nn.Embedding(1, width)
-        self.stop_head = nn.Linear(vector, 1)
+        # The published head has a logit for stopping and one for going on: only their difference counts.
+        self.stop_head = nn.Linear(vector, 2 if config.vae.layout == "paper" else 1)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -95,6 +115,11 @@ class SLLM(PreTrainedModel):
     def max_sentences(self) -> int:
         """Most sentences of one context: the backbone's positions less the start position."""
         return getattr(self.config.backbone, "max_position_embeddings", 1 << 30) - 1
+
+    def _stop_logits(self, hidden_Rd: Tensor) -> Tensor:
+        """float32 [R]: log-odds of the document's end after each row."""
+        logits = self.stop_head(hidden_Rd).float()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
     def _into(self, x: Tensor) -> Tensor:
         return x if self.to_backbone is None else self.to_backbone(x)
@@ -120,7 +145,7 @@ class SLLM(PreTrainedModel):
         objective, nll, is_end, correct = self.vae.decode_loss(
             batch, self._out_of(hidden[rows_S]), want_correct
         )
-        stop_logits_S = self.stop_head(hidden[batch.predicting_row_S + 1])[:, 0].float()
+        stop_logits_S = self._stop_logits(hidden[batch.predicting_row_S + 1])
         stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
         return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
 
@@ -161,14 +186,14 @@ class SLLM(PreTrainedModel):
     def encode_sentence(self, tokens: list[int]) -> Tensor:
         """One sentence's embedding [1, d]."""
         tokens_T = torch.tensor(list(tokens), dtype=torch.long, device=self.device)
-        return self.vae.encoder(tokens_T, SegmentLayout([len(tokens)], self.device))
+        return self.vae.embed(tokens_T, SegmentLayout([len(tokens)], self.device))
 
     @torch.no_grad()
     def stop_probability(self, state: BackboneState) -> float:
         """Probability that the document ends here. Raises: ValueError before the first sentence."""
         if state.positions < 2:
             raise ValueError("no sentence yet: the stop head speaks after a sentence")
-        return torch.sigmoid(self.stop_head(state.hidden).float()).item()
+        return torch.sigmoid(self._stop_logits(state.hidden)).item()
 
     @torch.no_grad()
     def decode_begin(self, state: BackboneState) -> DecoderState:
@@ -180,6 +205,39 @@ class SLLM(PreTrainedModel):
         """Feed one token; `.logits` then predict the next symbol (`config.eos_token_id` is the sentence
         end)."""
         self.vae.decode_step(state, token)
+
+    def generate(
+        self,
+        prompt: str = "",
+        tokenizer: Tokenizer | None = None,
+        max_sentences: int = 10,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        return_tokens: bool = False,
+    ) -> str | list[list[int]]:
+        """Continue `prompt` by up to `max_sentences` sentences (paper section 3.3); `pipeline.generation` has
+        the details, and `generation.generate` gives sentence after sentence instead.
+
+        Args:
+            tokenizer: the model's own; None takes the one in the folder that the model was loaded from.
+            temperature, top_p, top_k, seed: greedy at 0; else sampling, repeatable by its seed.
+            return_tokens: give token ids.
+        Returns: the new text (without the prompt), or the new tokens of each sentence.
+        Raises: UserError for settings that make no sense, a prompt that is too long, or a missing tokenizer.
+        """
+        from pipeline.generation import generate
+        from pipeline.model_io import load_model_tokenizer
+
+        if tokenizer is None:
+            if not self.name_or_path:
+                raise UserError("generate: this model was not loaded from a folder: give its tokenizer")
+            tokenizer = load_model_tokenizer(self.name_or_path)
+        sentences = list(generate(self, tokenizer, prompt, max_sentences, temperature, top_p, top_k, seed))
+        if return_tokens:
+            return [list(sentence.tokens) for sentence in sentences]
+        return "".join(sentence.text for sentence in sentences)
 
 
 AutoConfig.register(SLLMConfig.model_type, SLLMConfig)

@@ -21,9 +21,15 @@ class TokenLM(nn.Module):
     """`model` is a Hugging Face `…ForCausalLM` with `attn_implementation=HF_ATTENTION`; its `lm_head` is
     replaced by a `VocabularyHead` that shares the very same weight."""
 
-    def __init__(self, model: PreTrainedModel, focal_gamma: float = 0.0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        focal_gamma: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ):
         super().__init__()
-        self.focal_gamma = focal_gamma
+        self.focal_gamma, self.label_smoothing, self.z_loss = focal_gamma, label_smoothing, z_loss
         old = model.get_output_embeddings()
         head = VocabularyHead(old.in_features, old.out_features, bias=old.bias is not None)
         head.weight, head.bias = old.weight, old.bias
@@ -52,5 +58,7 @@ class TokenLM(nn.Module):
         """Next-token loss over N = T + E targets (E document ends)."""
         hidden, targets, is_end = self.hidden(batch)
         head = self.model.get_output_embeddings()
-        objective, nll, correct = head(hidden, targets, self.focal_gamma, want_correct)
+        objective, nll, correct = head(
+            hidden, targets, self.focal_gamma, want_correct, self.label_smoothing, self.z_loss
+        )
         return LossSums.collect(batch.scored, objective, nll, is_end, correct)

@@ -29,6 +29,7 @@ from pipeline.engine import Engine
 from pipeline.launch import AgreedError, Ranks
 from pipeline.loader import Step, StepLoader
 from pipeline.losses import bits_per_byte
+from pipeline.model_card import PROVENANCE, provenance
 from pipeline.model_io import build_model
 from pipeline.recipe import Recipe
 from pipeline.run_log import RunLog
@@ -81,6 +82,8 @@ class TrainingRun:
 
         device = launch.join(ranks)
         self._open.callback(launch.leave)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self.provenance = provenance(shard_sets, validation_sets, name)
         torch.manual_seed(recipe.seed)
         model = build_model(
             recipe.objective,
@@ -89,7 +92,7 @@ class TrainingRun:
             self.tokenizer,
             shard_sets[0].settings.to_dict(),
             data.window_tokens,
-            recipe.loss.focal_gamma if recipe.loss.kind == "focal" else 0.0,
+            **recipe.loss.head_settings(),
         )
         self.model_config = json.loads(model.config.to_json_string(use_diff=False))
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
@@ -148,6 +151,9 @@ class TrainingRun:
             write_atomically(
                 self.run_dir / "ds_config.json", (json.dumps(self.config, indent=1) + "\n").encode()
             )
+            write_atomically(
+                self.run_dir / PROVENANCE, (json.dumps(self.provenance, indent=1) + "\n").encode()
+            )
             self.tokenizer.save(self.run_dir / "tokenizer")
         self.log = self._open.enter_context(
             RunLog(self.run_dir, self.recipe, self.ranks.rank, self.state.step)
@@ -181,7 +187,7 @@ class TrainingRun:
             step.text_bytes,
             sum(batch.sentences for batch in scored),
             sum(layout.rows for layout in layouts),
-            sum(layout.slots for layout in layouts),
+            sum(layout.blocks.slots for layout in layouts),
             step.wait_seconds / self.ranks.world,
             float(stop_wanted),
         ]

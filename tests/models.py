@@ -44,9 +44,9 @@ def opt_config(**kwargs) -> OPTConfig:
     return OPTConfig(**{**settings, **kwargs})
 
 
-def post_norm_opt_config() -> OPTConfig:
+def post_norm_opt_config(**kwargs) -> OPTConfig:
     """OPT-350M's shape: post-norm layers, narrower embedding with projections, no final norm."""
-    return opt_config(do_layer_norm_before=False, word_embed_proj_dim=16)
+    return opt_config(do_layer_norm_before=False, word_embed_proj_dim=16, **kwargs)
 
 
 def _wake(model: torch.nn.Module) -> torch.nn.Module:

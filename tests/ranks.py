@@ -150,8 +150,8 @@ def train_with_bad_gradient(arguments: list[str], rank: int, after_calls: int) -
 
     build_model = training_run.build_model
 
-    def build_with_fault(*settings: Any) -> Any:
-        model = build_model(*settings)
+    def build_with_fault(*settings: Any, **loss: float) -> Any:
+        model = build_model(*settings, **loss)
         calls = itertools.count()
         weight = next(model.parameters())
         weight.register_hook(lambda g: g * float("nan") if next(calls) >= after_calls else g)
