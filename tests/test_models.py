@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from models import (
     IDS,
-    VOCABULARY,
     opt_config,
     post_norm_opt_config,
     random_batch,
@@ -23,7 +22,6 @@ from transformers import AutoModel, OPTForCausalLM, OPTModel
 from pipeline.attention import PATHS, SegmentLayout, attention_path
 from pipeline.batches import build_batch, empty_batch
 from pipeline.bins import Span
-from pipeline.head import VocabularyHead
 
 MODELS = {
     "vae": lambda: small_vae(),
@@ -235,41 +233,6 @@ def test_limits_are_refused():
         model.append(state, [5, 6])
     with pytest.raises(ValueError, match="1 to 16 tokens"):
         model.append(model.begin(), list(range(4, 21)))
-
-
-# --- head and loss --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gamma", [0.0, 2.0])
-@pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
-def test_head_equals_the_textbook_loss(gamma, rows_at_once, monkeypatch):
-    monkeypatch.setattr("pipeline.head.CHUNK_ELEMENTS", rows_at_once * VOCABULARY)
-    torch.manual_seed(0)
-    head = VocabularyHead(16, VOCABULARY)
-    hidden = torch.randn(20, 16, requires_grad=True)
-    targets = torch.randint(0, VOCABULARY, (20,))
-    objective, nll, correct = head(hidden, targets, gamma, True)
-    (objective * 0.37).backward()
-    got = [hidden.grad.clone(), head.weight.grad.clone(), head.bias.grad.clone()]
-    hidden.grad = None
-    head.zero_grad()
-    logits = head(hidden)
-    reference = F.cross_entropy(logits, targets, reduction="none")
-    focal = ((1 - torch.exp(-reference)) ** gamma * reference).sum()
-    (focal * 0.37).backward()
-    torch.testing.assert_close(objective, focal)
-    torch.testing.assert_close(nll, reference.detach())
-    assert torch.equal(correct, logits.argmax(-1) == targets)
-    for a, b in zip(got, [hidden.grad, head.weight.grad, head.bias.grad], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-def test_cross_entropy_is_reported_under_focal_loss():
-    model, batch = small_sllm(focal_gamma=2.0), random_batch(13)
-    focal = model(batch)
-    plain = small_sllm()(batch)
-    torch.testing.assert_close(focal.target_nll_N, plain.target_nll_N)
-    assert focal.objective < plain.objective
 
 
 # --- what a leak would look like ------------------------------------------------------------------

@@ -131,6 +131,32 @@ def test_every_strategy_and_world_size_trains_alike(
     assert measured[-1]["bits_per_byte"] == pytest.approx(expected[-1]["bits_per_byte"], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("objective", "strategy", "options"),
+    [
+        ("vae", "zero3", "fusion=attention variational=true kl_weight=0.01 dropout=0.1"),
+        ("vae", "zero2", "layout=paper latent_noise=0.1 tie_word_embeddings=true"),
+        # An SLLM around a variational SentenceVAE: the layer of its log-variances is never called.
+        ("sllm", "zero3", "layout=paper fusion=attention variational=true dropout=0.1"),
+        ("sllm", "zero1", "fusion=mean variational=true"),
+    ],
+)
+def test_every_option_of_the_sentence_vae_trains_alike_on_two_ranks(
+    objective: str, strategy: str, options: str, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    extra = [f"--model.vae.{option}" for option in options.split()]
+    extra += ["--loss.label_smoothing=0.1", "--loss.z_loss=0.001"]
+    alone = arguments(recipes, objective, "zero0", tmp_path / "one", *extra)
+    assert pool.run(1, ranks.train, alone) == [0]
+    assert pool.run(2, ranks.train, arguments(recipes, objective, strategy, tmp_path / "two", *extra)) == [
+        0,
+        0,
+    ]
+    learned = losses(tmp_path / "one")
+    assert learned[-1] < learned[0] - 0.2, "the run learns nothing: comparing losses would say nothing"
+    assert losses(tmp_path / "two") == pytest.approx(learned, abs=2e-4)
+
+
 @pytest.mark.parametrize(("objective", "strategy", "world"), [("vae", "zero3", 2), ("sllm", "zero1", 2)])
 def test_a_run_stopped_by_a_signal_goes_on_exactly(
     objective: str, strategy: str, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
