@@ -1,4 +1,4 @@
-"""The `sllm` command: evaluate, generate, check and export trained models.
+"""The `sllm` command: evaluate, generate, check and export trained models, inspect recipes, measure speed.
 
 Comes in: command-line arguments (`sllm COMMAND …`, or `python -m pipeline.cli COMMAND …`). Goes out: a
 readable result, or one JSON object with `--json`, on stdout; progress on stderr; exit status 0, 1 (a check
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from data_prep.errors import run_main
 
-DESCRIPTION = "Evaluate, generate with, check and export sentence-level language models (SLLM)."
+DESCRIPTION = "Evaluate, generate with, check, export, inspect and measure sentence-level language models."
+VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
 
 
 def _quiet_libraries() -> None:
@@ -108,6 +109,40 @@ def _export(args: argparse.Namespace) -> int:
         _print_json({"run_dir": args.run_dir, "output": args.output, "which": args.which})
     else:
         print(f"exported {args.which} of {args.run_dir} to {args.output}")
+    return 0
+
+
+def _benchmark_train(args: argparse.Namespace) -> int:
+    from pipeline.benchmark_training import format_benchmark, run
+
+    result = run(args)
+    if args.json:
+        _print_json(result)
+    else:
+        print(format_benchmark(result))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from pipeline import inspection
+
+    if args.all:
+        result, text = inspection.inspect_all(args.vocab_size), inspection.format_all
+    else:
+        text = inspection.format_inspection
+        result = inspection.inspect(
+            args.recipe,
+            vae_recipe=args.vae_recipe,
+            vocab_size=args.vocab_size,
+            tokens=args.tokens,
+            tokens_per_sentence=args.tokens_per_sentence,
+            worlds=args.world,
+            dtype=args.dtype,
+        )
+    if args.json:
+        _print_json(result)
+    else:
+        print(text(result))
     return 0
 
 
@@ -251,6 +286,74 @@ def build_parser() -> argparse.ArgumentParser:
         help="best by validation bits per byte, or the last checkpoint (default best)",
     )
     export.add_argument("--json", action="store_true", help="print one JSON object")
+
+    inspect = _command(
+        commands,
+        "inspect",
+        _inspect,
+        "Parameters, operations per token and memory per GPU of a recipe's model; nothing is allocated.",
+        "sllm inspect --recipe sllm-1.3b-h1 --world 8 64",
+    )
+    which = inspect.add_mutually_exclusive_group(required=True)
+    which.add_argument("--recipe", metavar="FILE", help="recipe file, or the name of one that comes along")
+    which.add_argument(
+        "--all", action="store_true", help="one row per published size, beside the paper's count"
+    )
+    inspect.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
+    inspect.add_argument(
+        "--vocab-size", type=_positive, default=50272, metavar="N", help="vocabulary (default 50272, OPT's)"
+    )
+    inspect.add_argument(
+        "--tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens of a bin (default: the recipe's data.bin_tokens)",
+    )
+    inspect.add_argument(
+        "--tokens-per-sentence", type=float, default=10.9, metavar="X", help="of the text (default 10.9)"
+    )
+    inspect.add_argument(
+        "--world",
+        type=_positive,
+        nargs="+",
+        default=[1, 8, 64],
+        metavar="N",
+        help="numbers of GPUs (default 1 8 64)",
+    )
+    inspect.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="default bf16")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+    benchmark = commands.add_parser("benchmark", help="Measure speed and memory on this machine.")
+    kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="KIND")
+    train = _command(
+        kinds,
+        "train",
+        _benchmark_train,
+        "Real tokens per second of forward and backward, padding and memory, beside another model.",
+        "sllm benchmark train --recipe sllm-125m-h1 --against opt-125m --shards shards/train",
+    )
+    train.add_argument(
+        "--recipe", required=True, metavar="FILE", help="recipe file, or the name of one that comes along"
+    )
+    train.add_argument(
+        "--against",
+        metavar="WHAT",
+        help="opt-125m, opt-350m or opt-1.3b (Hugging Face's own, its own loss), a recipe, or a model folder",
+    )
+    train.add_argument("--shards", metavar="DIR", help="shard folder (default: the recipe's data.shards)")
+    train.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
+    train.add_argument(
+        "--tokens", type=_positive, default=8192, metavar="N", help="tokens of a step (default 8192)"
+    )
+    train.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of each (default 5)")
+    train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
+    train.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default fp32")
+    train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    train.add_argument("--step", action="store_true", help="with the update of AdamW")
+    train.add_argument("--no-memory", action="store_true", help="do not measure memory (a process per model)")
+    train.add_argument("--memory-of", choices=["model", "against"], help=argparse.SUPPRESS)
+    train.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+    train.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
