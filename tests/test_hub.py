@@ -17,6 +17,7 @@ import yaml
 from backbone_families import CONFIGS, family_lm, family_sllm
 from model_folders import save, small_model
 from models import random_batch, small_vae
+from safetensors.torch import load_file, save_file
 from test_training import MODELS, arguments
 from transformers import AutoConfig, AutoModel
 
@@ -198,6 +199,23 @@ def test_weights_of_another_family_are_refused(tmp_path):
     shutil.copy(tmp_path / "llama" / "model.safetensors", tmp_path / "qwen3" / "model.safetensors")
     with pytest.raises(UserError, match="weights do not match its config"):
         load_model(tmp_path / "qwen3")
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown"])
+@pytest.mark.parametrize("name", ["vae", "sllm-qwen2"])
+def test_missing_and_unknown_weights_are_refused_by_name(name, change, tmp_path):
+    MAKERS[name]().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(key for key in sorted(weights) if key.endswith("ffn_in.weight"))
+    other = key.replace("ffn_in", "ffn_more")
+    if change == "unknown":
+        weights[other] = weights[key].clone()
+    else:
+        del weights[key]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    named = other if change == "unknown" else key
+    with pytest.raises(UserError, match=rf"weights do not match its config \(first: {re.escape(named)}\)"):
+        load_model(tmp_path)
 
 
 # --- generate -------------------------------------------------------------------------------------
