@@ -301,7 +301,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
     inspect.add_argument(
-        "--vocab-size", type=_positive, default=50272, metavar="N", help="vocabulary (default 50272, OPT's)"
+        "--vocab-size",
+        type=_positive,
+        metavar="N",
+        help="vocabulary (default: what the recipe says, else OPT's 50272)",
     )
     inspect.add_argument(
         "--tokens",

@@ -304,7 +304,7 @@ def states_memory(parameters: int, stage: str, world: int, dtype: str) -> dict[s
 def inspect(
     recipe: str | Path,
     vae_recipe: str | Path | None = None,
-    vocab_size: int = 50272,
+    vocab_size: int | None = None,
     tokens: int | None = None,
     tokens_per_sentence: float = TOKENS_PER_SENTENCE,
     worlds: Sequence[int] = WORLDS,
@@ -315,7 +315,7 @@ def inspect(
 
     Args:
         recipe: file, or name of one that comes along. vae_recipe: see `sized_recipe`.
-        vocab_size: rows of the vocabulary, where the recipe does not say.
+        vocab_size: of the tokenizer (default: what the recipe says, else OPT's 50,272).
         tokens: bin size (default: the recipe's `data.bin_tokens`).
         dtype: of weights and activations: `bf16` (GPUs) or `fp32` (CPUs).
     Raises: UserError for a recipe that makes no model.
@@ -325,6 +325,8 @@ def inspect(
     window = min(sized.data.window_tokens, tokens)
     longest = sized.model.vae.get("max_sentence_tokens") or 64
     batch = made_up_batch(window, tokens, tokens_per_sentence, longest)
+    said = (sized.model.backbone if sized.objective == "lm" else sized.model.vae).get("vocab_size")
+    vocab_size = vocab_size or said or Vocabulary().vocab_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _converted(new_model(sized, Vocabulary(vocab_size), {}), DTYPES[dtype]).train()
         step = dry_step(model, batch)
@@ -367,17 +369,17 @@ def inspect(
     }
 
 
-def inspect_all(vocab_size: int = 50272) -> dict[str, Any]:
+def inspect_all(vocab_size: int | None = None) -> dict[str, Any]:
     """One row per published size: our parameters, those of `layout: paper`, the paper's own count."""
-    rows = []
+    rows, vocabulary = [], Vocabulary(vocab_size or Vocabulary().vocab_size)
     for path in sorted([*RECIPES.glob("svae-*.yaml"), *RECIPES.glob("sllm-*-h*.yaml")]):
         recipe, counts = sized_recipe(path), {}
         for layout in LAYOUTS:
             recipe.model.vae["layout"] = layout
             with torch.device("meta"):
-                counts[layout] = parameter_count(new_model(recipe, Vocabulary(vocab_size), {}))
+                counts[layout] = parameter_count(new_model(recipe, vocabulary, {}))
         rows.append({"recipe": path.stem, "parameters": counts, "paper_millions": PUBLISHED.get(path.stem)})
-    return {"vocab_size": vocab_size, "sizes": rows}
+    return {"vocab_size": vocabulary.vocab_size, "sizes": rows}
 
 
 def format_inspection(result: dict[str, Any]) -> str:
