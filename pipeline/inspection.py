@@ -264,38 +264,39 @@ def _vocabulary(model: nn.Module) -> int:
 def states_memory(parameters: int, stage: str, world: int, dtype: str) -> dict[str, int]:
     """Bytes that one rank holds for weights, gradients and AdamW under a file of `ds_configs/`.
 
-    Per parameter, bf16: weights 2; gradients, summed in fp32, 4 (stage 0 and 1 also keep torch's own, 2);
-    optimizer 12 (fp32 master weights and two moments). fp32: weights 4, gradients 4, optimizer 8, under ZeRO
-    12 (it keeps a master copy in any case). A stage divides its share by `world`: 1 the optimizer, 2 also
-    the gradients, 3 also the weights. `gathered` is the most that stage 3 lets come together for use; it
-    frees nothing below a billion parameters. `buckets`: communication buffers of fixed size. `host`: what
-    offloading keeps in host memory instead.
+    Per parameter: weights 4 (bf16 2), optimizer 8 for the two moments, and 4 for fp32 master weights, which
+    ZeRO keeps in fp32 too. Gradients 4; bf16: 2 as torch makes them, from stage 1 on their sum in fp32 (4).
+    Stage 1 divides the optimizer by `world`, 2 also the summed gradients, 3 also the weights.
+
+    `gathered`: the most that stage 3 lets come together for use; it frees nothing below a billion parameters.
+    `buckets`: communication buffers of fixed size. `update`: what the update needs for a moment, when the
+    activations are gone (fp32 copies of the gradients; on GPUs PyTorch's AdamW takes 4 more per parameter).
+    `host`: what offloading keeps in host memory instead.
     """
     low = 2 if dtype == "bf16" else 4
-    optimizer = 8 if dtype == "fp32" and stage == "0" else 12
     share = -(-parameters // world)
     bucket = BUCKET_ELEMENTS * low
     held = {
         "weights": low * parameters,
         "gathered": 0,
-        "optimizer": optimizer * share,
-        "buckets": 0,
-        "host": 0,
+        "gradients": low * parameters,
+        "optimizer": 12 * share,
     }
+    held |= {"buckets": 0, "update": 8 * share, "host": 0}
     if stage == "0":
-        # One rank alone divides nothing; bf16 gradients become fp32 when the update is made.
-        held |= {"gradients": (4 if low == 4 else 6) * parameters, "optimizer": optimizer * parameters}
-    elif stage == "1":
-        held["gradients"] = 6 * parameters if low == 2 else 4 * parameters + 4 * share
+        master = 4 if low == 2 else 0
+        held |= {"optimizer": (8 + master) * parameters, "update": (4 + master) * parameters}
+    elif stage == "1" and low == 2:
+        held |= {"gradients": 6 * parameters, "update": 4 * share}
     elif stage == "2":
         held |= {"gradients": 4 * share, "buckets": 2 * bucket}
-    else:
+    elif stage.startswith("3"):
         gathered = low * min(parameters, LIVE_ELEMENTS)
         held |= {"weights": low * share, "gathered": gathered, "gradients": 4 * share, "buckets": bucket}
     if stage == "3-offload":
-        held["host"] = held["weights"] + held["gradients"] + held["optimizer"]
-        held |= {"weights": 0, "gradients": 0, "optimizer": 0}
-    return {key: held[key] for key in ("weights", "gathered", "gradients", "optimizer", "buckets", "host")}
+        host = held["weights"] + held["gradients"] + held["optimizer"]
+        held |= {"weights": 0, "gradients": 0, "optimizer": 0, "update": 0, "host": host}
+    return held
 
 
 # The command -----------------------------------------------------------------------------------------------
@@ -410,13 +411,13 @@ def format_inspection(result: dict[str, Any]) -> str:
         "",
         f"memory of each GPU in GB, {result['dtype']} (ds_configs/)",
         f"{'ZeRO':<11}{'GPUs':>6}{'weights':>9}{'gathered':>10}{'gradients':>11}{'optimizer':>11}{'buckets':>9}"
-        f"{'activations':>13}{'total':>8}{'host':>8}",
+        f"{'activations':>13}{'update':>8}{'total':>8}{'host':>8}",
     ]
     for row in result["memory_per_gpu"]:
         lines.append(
             f"{row['stage']:<11}{row['world']:>6}{_gb(row['weights']):>9}{_gb(row['gathered']):>10}"
             f"{_gb(row['gradients']):>11}{_gb(row['optimizer']):>11}{_gb(row['buckets']):>9}"
-            f"{_gb(row['activations']):>13}{_gb(row['total']):>8}{_gb(row['host']):>8}"
+            f"{_gb(row['activations']):>13}{_gb(row['update']):>8}{_gb(row['total']):>8}{_gb(row['host']):>8}"
         )
     return "\n".join(lines)
 

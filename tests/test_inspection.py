@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
@@ -184,6 +185,63 @@ def test_weights_gradients_and_optimizer_are_exact(tmp_path):
     assert row["optimizer"] == sum(t.nbytes for t in states)
 
 
+HELD = """
+import gc, json, os, sys
+from pathlib import Path
+import deepspeed, torch
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+def held():
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def run(stage, dtype):
+    deepspeed.init_distributed("gloo")
+    config = json.loads(Path(sys.argv[1], f"zero{stage}.json").read_text())
+    if dtype == "fp32":
+        del config["bf16"]
+    config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+    config |= {"zero_allow_untested_optimizer": True}
+    config["zero_optimization"] |= {"reduce_bucket_size": 1}  # its buffers would drown the rest
+    before = held()
+    model = torch.nn.Sequential(*(torch.nn.Linear(200, 200, bias=False) for _ in range(32)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    x = torch.randn(2, 200, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    for micro_batch in range(4):
+        engine.backward(engine(x).float().square().mean())
+        if micro_batch == 3:
+            break
+        engine.step()
+    print("held", stage, dtype, (held() - before) / (32 * 200 * 200), flush=True)
+for stage in "0123":
+    for dtype in ("fp32", "bf16"):
+        if os.fork() == 0:  # a process each, without the others' remains
+            run(stage, dtype)
+            os._exit(0)
+        assert os.wait()[1] == 0
+"""
+
+
+def test_deepspeed_holds_what_is_predicted():
+    """Before the update of the second step: weights, gradients and optimizer of each stage, one rank."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | alone | {"MASTER_PORT": str(ranks.free_port()), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", HELD, str(ROOT / "ds_configs")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("held ")]
+    for stage, dtype, measured in found:
+        states = states_memory(10**6, stage, 1, dtype)
+        predicted = sum(states[name] for name in ("weights", "gradients", "optimizer")) / 10**6
+        assert float(measured) == pytest.approx(predicted, abs=0.2), (stage, dtype)
+    assert len(found) == 8
+
+
 def test_the_stages_divide_what_they_say():
     n = 1_000_000
 
@@ -195,6 +253,7 @@ def test_the_stages_divide_what_they_say():
     assert states("1", 8)["optimizer"] == 12 * n // 8 and states("1", 8)["weights"] == 2 * n
     assert states("2", 8)["gradients"] == 4 * n // 8 and states("2", 8)["weights"] == 2 * n
     assert states("3", 8)["weights"] == 2 * n // 8 and states("3", 8)["gathered"] == 2 * n
+    assert states("0", 8)["gradients"] == 2 * n and states("1", 8)["gradients"] == 6 * n
     offload = states("3-offload", 8)
     assert offload["weights"] == offload["gradients"] == offload["optimizer"] == 0
     assert offload["host"] == 18 * n // 8
