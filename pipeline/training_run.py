@@ -22,7 +22,6 @@ import torch
 from data_prep.errors import UserError
 from data_prep.shards import ShardSet, write_atomically
 from pipeline import checkpoints, launch
-from pipeline.batches import Batch
 from pipeline.bins import BinPlan
 from pipeline.checkpoints import Meta
 from pipeline.engine import Engine
@@ -31,6 +30,7 @@ from pipeline.loader import Step, StepLoader
 from pipeline.losses import bits_per_byte
 from pipeline.model_card import PROVENANCE, provenance
 from pipeline.model_io import build_model
+from pipeline.padding import StepArithmetic
 from pipeline.recipe import Recipe
 from pipeline.run_log import RunLog
 from pipeline.strategy import complete_strategy, zero_stage
@@ -59,8 +59,8 @@ class Totals:
     stop_nll: float
     text_bytes: float
     sentences: float
-    attention_rows: float
-    attention_slots: float
+    padding: float  # multiply-adds spent on padded slots, and all of them (`padding.py`)
+    computed: float
     wait_seconds: float
     stop: bool
 
@@ -95,6 +95,7 @@ class TrainingRun:
             **recipe.loss.head_settings(),
         )
         self.model_config = json.loads(model.config.to_json_string(use_diff=False))
+        self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
         self.engine = Engine(model, recipe, self.config, device)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed)
@@ -182,12 +183,12 @@ class TrainingRun:
         """
         sums = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
-        layouts = [layout for batch in scored for layout in _attention_layouts(batch, self.recipe.objective)]
+        counts = [self._arithmetic.count(batch) for batch in scored]
         rest = [
             step.text_bytes,
             sum(batch.sentences for batch in scored),
-            sum(layout.rows for layout in layouts),
-            sum(layout.blocks.slots for layout in layouts),
+            sum(padding for padding, _ in counts),
+            sum(computed for _, computed in counts),
             step.wait_seconds / self.ranks.world,
             float(stop_wanted),
         ]
@@ -229,7 +230,7 @@ class TrainingRun:
                 "targets": step.targets_all,
                 "bytes": int(totals.text_bytes),
                 "tokens_per_second": step.tokens_all / seconds,
-                "padding_share": 1 - totals.attention_rows / totals.attention_slots,
+                "padding_share": totals.padding / totals.computed,
                 "data_wait_seconds": totals.wait_seconds,
                 "grad_norm": grad_norm,
                 "lr": lr,
@@ -315,11 +316,3 @@ def open_shards(folders: list[str], like: ShardSet | None = None) -> list[ShardS
                     "make them anew"
                 )
     return shard_sets
-
-
-def _attention_layouts(batch: Batch, objective: str) -> list[Any]:
-    """The layouts whose padded slots count: attention is the only place where padding is computed."""
-    if objective == "lm":
-        return [batch.token_model_layout]
-    layouts = [batch.sentence_layout, batch.decoder_layout]
-    return [*layouts, batch.backbone_layout] if objective == "sllm" else layouts
