@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,10 @@ CHUNK_BYTES = 1 << 20
 ROWS = 64  # of a table, in memory at once
 UNPACKED = 3  # bytes of text in a stored byte of a packed file, about
 UNITS, LEAST_UNIT, MOST_UNIT = 256, 8_000_000, 256_000_000  # bytes of text
+# What tells, in fsspec's facts of a remote file, whether it is still the same one; the first that is there.
+STAMPS = ("etag", "ETag", "checksum", "mtime", "LastModified", "created")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
+_LOGIN = re.compile(r"(?<=://)[^/?#]*@")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class InputFile:
     machine's paths. `source`: the folder the file lies in, or the dataset's name. `folder_language`: that of
     the nearest folder named EN or CN, from the input path's own name downwards. `kind`: jsonl, packed (one
     piece), text (one document), parquet or dataset. `size`: bytes as stored; of a dataset, in memory.
+    `stamp`: what changes when the file does (time, etag, a dataset's fingerprint); "" where nothing tells.
     """
 
     path: str
@@ -56,6 +61,12 @@ class InputFile:
     folder_language: str | None
     kind: str
     size: int
+    stamp: str = ""
+
+    @property
+    def shown_path(self) -> str:
+        """`path` without the user and password that a URL may hold."""
+        return _LOGIN.sub("", self.path) if _URL.match(self.path) else self.path
 
     @property
     def packing(self) -> str:
@@ -101,44 +112,50 @@ class Piece:
 # Finding ------------------------------------------------------------------------------------------------
 
 
-def find_inputs(paths: Iterable[str | Path]) -> list[InputFile]:
-    """The inputs named by `paths`: files, folders (searched, in sorted order), their URLs, `hf:` datasets.
+def survey(paths: Iterable[str | Path]) -> tuple[list[InputFile], list[str]]:
+    """The inputs named by `paths`, and the files passed over; everything is listed once.
 
-    Text files in a folder count only when it holds nothing else: a README beside data is no document.
+    Inputs: files, folders (searched, in sorted order), their URLs, `hf:` datasets. Text files in a folder
+    count only when it holds nothing else: a README beside data is no document. Passed over: files in folders
+    that may hold text but are not read (packed otherwise, or text beside data), by last folder and name.
 
     Raises `UserError` on a missing path, a file of another kind, a folder without inputs, or a file named
     twice.
     """
     files: list[InputFile] = []
+    passed: list[str] = []
     for given in map(_spelled, paths):
         if given.startswith(DATASET):
             files.append(_dataset_input(given))
             continue
         place = _Place(given)
-        found, unread = place.chosen
+        found, unread = place.choose()
         if not found:
             advice = f", only {unread_line(unread)}" if unread else ""
             raise UserError(f"input folder {given} holds no {SAID_ENDINGS} file{advice}")
         files += map(place.input_file, found)
+        passed += unread
     seen: set[str] = set()
     for file in files:
         real = file.path if _URL.match(file.path) else os.path.realpath(file.path)
         if real in seen:
             raise UserError(f"input {file.path} is named twice; give each file once")
         seen.add(real)
-    return files
+    return files, passed
+
+
+def find_inputs(paths: Iterable[str | Path]) -> list[InputFile]:
+    """The first half of `survey`'s answer: the inputs."""
+    return survey(paths)[0]
 
 
 def find_unread(paths: Iterable[str | Path]) -> list[str]:
-    """Files below folders among `paths` that `find_inputs` passes over though they may hold text (packed
-    otherwise, or text beside data): last folder and name.
-    """
-    folders = (_Place(given) for given in map(_spelled, paths) if not given.startswith(DATASET))
-    return [name for place in folders for name in place.chosen[1]]
+    """The second half of `survey`'s answer: the files passed over."""
+    return survey(paths)[1]
 
 
 def unread_line(unread: list[str], shown: int = 5) -> str:
-    """`find_unread`'s answer for people, in one line: how many, the first few names, what to do."""
+    """The files that `survey` passed over, for people, in one line: how many, the first few, what to do."""
     more = ", …" if len(unread) > shown else ""
     files = f"{len(unread)} file{'s' if len(unread) > 1 else ''} passed over"
     names = ", ".join(unread[:shown])
@@ -166,8 +183,8 @@ class _Place:
     def __init__(self, given: str):
         self.given = given
         self._remote = bool(_URL.match(given))
-        # Entries by their path as it is opened: (parts, size).
-        self._entries: dict[str, tuple[tuple[str, ...], int]] = {}
+        # Entries by their path as it is opened: (parts, size, stamp).
+        self._entries: dict[str, tuple[tuple[str, ...], int, str]] = {}
         if self._remote:
             with told(given):
                 self.is_folder = self._list_remote()
@@ -179,16 +196,18 @@ class _Place:
     def _list_local(self) -> bool:
         root = Path(os.path.abspath(self.given))
         if root.is_dir():
-            for path in sorted(root.rglob("*")):
-                if _may_hold_text(path.name) and path.is_file():
-                    parts = (root.name, *path.relative_to(root).parts)
-                    self._entries[str(path)] = parts, path.stat().st_size
+            for path in sorted(_files_below(root)):
+                self._add_local(path, (root.name, *path.relative_to(root).parts))
             return True
         if not root.is_file():
             raise UserError(f"input {self.given} does not exist")
         # Links are followed when read, but name and folder are the ones given.
-        self._entries[str(root)] = (root.name,), root.stat().st_size
+        self._add_local(root, (root.name,))
         return False
+
+    def _add_local(self, path: Path, parts: tuple[str, ...]) -> None:
+        facts = path.stat()
+        self._entries[str(path)] = parts, facts.st_size, str(facts.st_mtime_ns)
 
     def _list_remote(self) -> bool:
         from fsspec.core import url_to_fs
@@ -207,11 +226,11 @@ class _Place:
                 if facts.get("size") is None:
                     raise UserError(f"input {path} does not tell its size; copy it to this machine first")
                 url = self.given.rstrip("/") + path.removeprefix(root)
-                self._entries[url] = tuple(_split(path)[above:]), facts["size"]
+                stamp = next((str(facts[name]) for name in STAMPS if facts.get(name) is not None), "")
+                self._entries[url] = tuple(_split(path)[above:]), facts["size"], stamp
         return is_folder
 
-    @functools.cached_property
-    def chosen(self) -> tuple[list[str], list[str]]:
+    def choose(self) -> tuple[list[str], list[str]]:
         """(paths to read, names of the files passed over)."""
         kinds = {path: kind_of(self._name(path)) for path in self._entries}
         only_text = not set(kinds.values()) - {"text", None}
@@ -221,19 +240,35 @@ class _Place:
         return read, passed if self.is_folder else []
 
     def input_file(self, path: str) -> InputFile:
-        parts, size = self._entries[path]
+        parts, size, stamp = self._entries[path]
         # A file that was named itself has no folder of ours, but a name for people all the same.
         folders = parts[:-1] if self.is_folder else ()
         language = folder_language(folders)
         kind = kind_of(parts[-1])
-        return InputFile(path, self._shown(path), _folder_of(path), language, kind, size)
+        source = _in_utf8(_folder_of(path))
+        return InputFile(path, self._shown(path), source, language, kind, size, stamp)
 
     def _name(self, path: str) -> str:
         return self._entries[path][0][-1]
 
     def _shown(self, path: str) -> str:
-        folder = _folder_of(path)
-        return f"{folder}/{self._name(path)}"
+        return _in_utf8(f"{_folder_of(path)}/{self._name(path)}")
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Files below a folder whose names say that they may hold text. Links to folders are followed, but each
+    folder is entered once, by its own name if it has one here: links may lead round in circles."""
+    entered: set[str] = set()
+    starts = deque([str(root)])
+    while starts:
+        for folder, folders, names in os.walk(starts.popleft()):
+            if (real := os.path.realpath(folder)) in entered:
+                folders.clear()
+                continue
+            entered.add(real)
+            folders.sort()
+            starts += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+            yield from filter(Path.is_file, (Path(folder, name) for name in names if _may_hold_text(name)))
 
 
 def folder_language(parts: Iterable[str]) -> str | None:
@@ -243,6 +278,11 @@ def folder_language(parts: Iterable[str]) -> str | None:
 
 def _may_hold_text(name: str) -> bool:
     return kind_of(name) is not None or name.lower().endswith(PACKED_ENDINGS)
+
+
+def _in_utf8(name: str) -> str:
+    """A name of the file system, its bytes that are not UTF-8 written as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _split(path: str) -> list[str]:
@@ -451,5 +491,6 @@ def _dataset_input(given: str) -> InputFile:
         shown = Path(name).name
     query = f"?{urlencode(sorted(options.items()))}" if options else ""
     path = f"{DATASET}{name}{query}"
-    size = open_dataset(path).data.nbytes
-    return InputFile(path, f"{DATASET}{shown}{query}", shown.split("/")[-1], None, "dataset", size)
+    table = open_dataset(path)
+    name, source = f"{DATASET}{_in_utf8(shown)}{query}", _in_utf8(shown.split("/")[-1])
+    return InputFile(path, name, source, None, "dataset", table.data.nbytes, table._fingerprint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from pathlib import Path
 
@@ -14,7 +15,17 @@ import pytest
 
 from data_prep import inputs
 from data_prep.errors import UserError
-from data_prep.inputs import InputFile, Piece, find_inputs, find_unread, plan_units, split, unread_line, whole
+from data_prep.inputs import (
+    InputFile,
+    Piece,
+    find_inputs,
+    find_unread,
+    plan_units,
+    split,
+    survey,
+    unread_line,
+    whole,
+)
 
 
 def touch(folder: Path, *names: str, data: bytes = b"") -> None:
@@ -94,7 +105,9 @@ def test_text_files_count_only_where_nothing_else_is(tmp_path: Path):
 def test_files_passed_over_are_told(tmp_path: Path):
     touch(tmp_path, "a/p1.jsonl.xz", "a/p2.zip", "a/p3.csv.gz", "b/good.jsonl", "b/n.html")
     touch(tmp_path, "a/good.jsonl")
-    names = find_unread([tmp_path / "b", tmp_path / "a", tmp_path / "b/good.jsonl"])
+    touch(tmp_path, "c/only.jsonl", "c/p4.zip")
+    files, names = survey([tmp_path / "b", tmp_path / "a", tmp_path / "c/only.jsonl"])
+    assert [file.name for file in files] == ["b/good.jsonl", "a/good.jsonl", "c/only.jsonl"]
     assert names == ["a/p1.jsonl.xz", "a/p2.zip", "a/p3.csv.gz"]
     assert unread_line(names).startswith("3 files passed over: a/p1.jsonl.xz, a/p2.zip, a/p3.csv.gz; unpack")
     assert "a/4, …;" in unread_line([f"a/{n}" for n in range(1000)])
@@ -126,6 +139,59 @@ def test_links_keep_the_names_given(tmp_path: Path):
         find_inputs([tmp_path / "CN", tmp_path / "store"])
 
 
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path):
+    touch(tmp_path, "in/v3/x.jsonl", "in/a.jsonl", "store/y.jsonl", "store/deep/z.jsonl")
+    for link, target in (
+        ("in/b", "store"),  # elsewhere
+        ("in/latest", "in/v3"),  # read by its own name, though the link's comes first
+        ("in/v3/round", "in"),  # in circles
+        ("store/deep/up", "store"),
+        ("in/other", "store/deep"),  # read already
+        ("in/nowhere", "none"),
+    ):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    names = ["in/a.jsonl", "deep/z.jsonl", "b/y.jsonl", "v3/x.jsonl"]
+    assert [file.name for file in find_inputs([tmp_path / "in"])] == names
+    (tmp_path / "again").symlink_to(tmp_path / "in")
+    assert [file.name for file in find_inputs([tmp_path / "again"])] == ["again/a.jsonl", *names[1:]]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path):
+    folder = os.fsencode(tmp_path) + b"/d\xff"
+    os.mkdir(folder)
+    for name in (b"b\xffd.jsonl", b"p\xff.zip"):
+        with open(folder + b"/" + name, "wb") as out:
+            out.write(b'{"content": "Text."}\n')
+    (file,), passed = survey([os.fsdecode(folder)])
+    assert (file.name, file.source, passed) == (r"d\xff/b\xffd.jsonl", r"d\xff", [r"d\xff/p\xff.zip"])
+    with inputs.open_input(file) as stream:
+        assert stream.read().startswith(b"{")
+
+
+def test_a_stamp_tells_that_a_file_has_changed(tmp_path: Path, memory):
+    touch(tmp_path, "x.jsonl", data=b"1")
+    memory.pipe("/x.jsonl", b"1")
+    places = (tmp_path / "x.jsonl", "memory://x.jsonl")
+    before, again = ([find_inputs([place])[0] for place in places] for _ in range(2))
+    assert before == again and all(file.stamp for file in before)
+    os.utime(tmp_path / "x.jsonl", ns=(0, 5))
+    memory.pipe("/x.jsonl", b"2")
+    after = [find_inputs([place])[0] for place in places]
+    assert after[0].stamp == "5" and after[1].stamp != before[1].stamp
+
+
+def test_logins_are_not_shown():
+    for path, shown in (
+        ("ftp://me:secret@host:21/a@b/x.jsonl", "ftp://host:21/a@b/x.jsonl"),
+        ("https://me:s@cret@host/x.jsonl", "https://host/x.jsonl"),
+        ("zip://x.jsonl::ftp://me:secret@host/x.zip", "zip://x.jsonl::ftp://host/x.zip"),
+        ("s3://bucket/a:b@c.jsonl", "s3://bucket/a:b@c.jsonl"),
+        ("/home/a:b@c/x.jsonl", "/home/a:b@c/x.jsonl"),
+        ("hf:a/b?split=train", "hf:a/b?split=train"),
+    ):
+        assert InputFile(path, "x", "", None, "jsonl", 1).shown_path == shown
+
+
 @pytest.fixture
 def memory():
     files = fsspec.filesystem("memory")
@@ -142,12 +208,14 @@ def test_remote_is_like_local(tmp_path: Path, memory):
         assert [file.path for file in remote] == [
             file.path.replace(f"{tmp_path}/", "memory://bucket/") for file in local
         ]
-        assert [vars(a) | {"path": ""} for a in remote] == [vars(b) | {"path": ""} for b in local]
+        other = {"path": "", "stamp": ""}
+        assert [vars(a) | other for a in remote] == [vars(b) | other for b in local]
         assert (
             find_unread([given]) == find_unread([tmp_path / "corpus"]) == ["corpus/README.md", "corpus/x.zip"]
         )
     (one,) = find_inputs(["memory://bucket/corpus/EN/web/1.jsonl"])
-    assert vars(one) == vars(find_inputs([tmp_path / "corpus/EN/web/1.jsonl"])[0]) | {"path": one.path}
+    here = vars(find_inputs([tmp_path / "corpus/EN/web/1.jsonl"])[0])
+    assert vars(one) == here | {"path": one.path, "stamp": one.stamp}
     with inputs.open_input(one) as stream:
         assert stream.read() == b"12345"
     assert find_inputs([f"file://{tmp_path}/corpus"]) == local
@@ -226,6 +294,8 @@ def test_datasets(tmp_path: Path):
     (file,) = find_inputs([f"hf:{tmp_path}/one"])
     assert (file.name, file.source, file.kind) == ("hf:one", "one", "dataset")
     assert [(p.start, p.end) for p in split(file, 3)] == [(0, 3), (3, 6), (6, 10)]
+    datasets.Dataset.from_dict({"text": ["Other."] * 10}).save_to_disk(tmp_path / "three/one")
+    assert file.stamp not in ("", find_inputs([f"hf:{tmp_path}/three/one"])[0].stamp)
     (file,) = find_inputs([f"hf:{tmp_path}/two?split=test"])
     assert file.name == "hf:two?split=test" and whole(file).end == 3
     for given, message in (
