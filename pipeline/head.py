@@ -17,9 +17,9 @@ focal γ (paper §3.3 uses 2), label smoothing ε (Szegedy et al. 2016, as in to
 2022: keeps log Z near 0, against logits that drift away in bf16). All 0: cross-entropy. What is reported per
 target is plain cross-entropy always.
 
-Liger's fused head is the same scheme (chunks, gradients in the forward pass). It is not used, because it
-gives neither the plain cross-entropy of each row beside another objective, which the metric contract needs,
-nor a focal loss.
+Liger's fused head is the same scheme (chunks, gradients in the forward pass) with one kernel for softmax and
+gradient, where torch runs a few. It is not used: it gives the sum of one objective, while the metric contract
+needs the plain cross-entropy of each row beside it; and it has no focal loss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 1 << 23  # logits held at once (32 MB in fp32)
+# A chunk's logits: many rows, because each chunk reads the weight twice and adds to its gradient once; not
+# more than pays, because a softmax of more rows falls out of the cache (measured: docs/experiments.md).
+CHUNK_ELEMENTS = 1 << 25  # 128 MB in fp32: 667 rows of OPT's vocabulary
+CHUNK_ROWS = 1024  # what small vocabularies stop at
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows whose logits exist at once."""
+    return max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
 
 
 class _ProjectedLoss(torch.autograd.Function):
@@ -36,7 +44,7 @@ class _ProjectedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, gamma, smoothing, z_loss, want_correct, want_grad):
-        rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        rows = chunk_rows(weight.shape[0])
         exact = torch.promote_types(hidden.dtype, torch.float32)
         # `needs_input_grad` is true under no_grad too: evaluation must not pay for gradients.
         need = [want_grad and needed for needed in ctx.needs_input_grad[:3]]
