@@ -277,12 +277,14 @@ def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
 def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str, int]:
     """Bytes: in use `before` a step (weights), at its `peak`, and the `step`'s own, the difference.
 
-    On a CPU it is the process's resident memory (VmHWM), libraries included; on CUDA PyTorch's allocations.
-    A first small step makes the libraries allocate what they keep.
+    On a CPU it is the process's resident memory (VmHWM), libraries included; on CUDA PyTorch's allocations,
+    after a first step.
+    Raises: UserError where Linux's /proc is missing or closed.
     """
     side.prepare(0)
     if device.type == "cuda":
-        stepper(), stepper.clear()
+        stepper()
+        stepper.clear()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         stepper()
@@ -290,7 +292,10 @@ def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str,
         return {"before": before, "peak": peak, "step": peak - before}
     x = torch.randn(64, 64, requires_grad=True)
     torch.mm(x, x).sum().backward()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew at what is resident now
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew at what is resident now
+    except OSError as error:
+        raise UserError(f"memory cannot be measured on this system ({error}): use --no-memory") from None
     before = _resident("VmHWM")
     stepper()
     peak = _resident("VmHWM")

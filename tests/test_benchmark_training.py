@@ -164,6 +164,17 @@ def test_the_memory_measured_is_the_memory_predicted(tmp_path, tiny_shards):
     assert measured["before"] > weights
 
 
+def test_what_was_freed_before_a_step_is_not_its_memory():
+    class Side:
+        def prepare(self, turn: int) -> None:
+            pass
+
+    ballast = np.ones(50_000_000)  # 400 MB
+    del ballast
+    memory = benchmark_training.step_memory(Side(), lambda: np.ones(20_000_000), torch.device("cpu"))
+    assert 150e6 < memory["step"] < 190e6
+
+
 @pytest.mark.parametrize(
     ("size", "parameters"),
     [("opt-125m", 125_239_296), ("opt-350m", 331_196_416), ("opt-1.3b", 1_315_758_080)],
