@@ -11,14 +11,18 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep import benchmark, hygiene
-from data_prep.errors import UserError, run_main
+from data_prep.errors import UserError, describe, run_main
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+LEAST_UNIT_MB = 0.001  # a plan of units of a few bytes is larger than the input
+NO_PATH = "cannot read or write: "  # how `describe` begins when an error names no path
 # JSON leaves these as they are, but programs that read line by line may take them for line ends.
 LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 
@@ -257,9 +261,14 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 
 def _shard(arguments: argparse.Namespace) -> None:
+    from data_prep.job import ShardSettings
+    from data_prep.progress import ProgressLine
     from data_prep.sentences import SentenceSettings
-    from data_prep.sharding import ProgressLine, ShardSettings, choose_backend, make_shards
+    from data_prep.sharding import choose_backend, make_shards
 
+    _check_output(arguments.output)
+    if arguments.unit_mb is not None and arguments.unit_mb < LEAST_UNIT_MB:
+        raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {arguments.unit_mb:g}")
     backend = choose_backend(arguments.backend)
     settings = ShardSettings(
         sentences=SentenceSettings(
@@ -272,24 +281,22 @@ def _shard(arguments: argparse.Namespace) -> None:
         compression=arguments.compression,
         unit_bytes=arguments.unit_mb and int(arguments.unit_mb * 1e6),
     )
-    speaks = backend != "mpi" or _mpi_rank() == 0
-    if speaks:
-        _find_inputs(arguments)  # bad input and files that are passed over are told before hours of work
     progress = ProgressLine(sys.stderr)
     began = time.monotonic()
     try:
-        manifest, found = make_shards(
-            arguments.input,
-            arguments.output,
-            arguments.tokenizer,
-            settings,
-            workers=arguments.workers or _default_workers(backend),
-            backend=backend,
-            report=progress,
-        )
+        with _writing(arguments.output):
+            manifest, found = make_shards(
+                arguments.input,
+                arguments.output,
+                arguments.tokenizer,
+                settings,
+                workers=arguments.workers or _default_workers(backend),
+                backend=backend,
+                report=progress,
+            )
     finally:
         progress.close()
-    if not speaks:
+    if backend == "mpi" and _mpi_rank() != 0:
         return
     seconds = time.monotonic() - began
     totals = manifest["totals"]
@@ -330,13 +337,24 @@ def _mpi_rank() -> int:
     return int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or 0)
 
 
-def _find_inputs(arguments: argparse.Namespace) -> list:
-    from data_prep.inputs import find_inputs, find_unread, unread_line
+def _check_output(output: str) -> None:
+    """Raises `UserError` on a URL: output is written to this machine's file systems only."""
+    if "://" in output:
+        raise UserError(f"--output {output} is a URL; name a folder, and copy it from there when it is done")
 
-    files = find_inputs(arguments.input)
-    if unread := find_unread(arguments.input):
-        print(f"data-prep: not read: {unread_line(unread)}", file=sys.stderr)
-    return files
+
+@contextmanager
+def _writing(output: str) -> Iterator[None]:
+    """Errors without a path (a full disk, met by a file that is open already) name the output folder."""
+    try:
+        yield
+    except BrokenPipeError:  # of a stream, not of the output
+        raise
+    except (UserError, OSError) as error:
+        # A worker's error comes as the `UserError` that `describe` made of it.
+        if not (said := describe(error)).startswith(NO_PATH):
+            raise
+        raise UserError(f"cannot write to {output}: {said.removeprefix(NO_PATH)}") from error
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -358,8 +376,10 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _split(arguments: argparse.Namespace) -> None:
     from data_prep.splitting import parse_parts, split
 
+    _check_output(arguments.output)
     parts = parse_parts(arguments.parts)
-    result = split(arguments.folder, arguments.output, parts, by=arguments.by, seed=arguments.seed)
+    with _writing(arguments.output):
+        result = split(arguments.folder, arguments.output, parts, by=arguments.by, seed=arguments.seed)
     if arguments.json:
         print(json.dumps(result))
         return
@@ -391,9 +411,13 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _tokenizer(arguments: argparse.Namespace) -> None:
     from data_prep.documents import sample_lines
+    from data_prep.inputs import survey, unread_line
     from data_prep.tokenizer import train_sentencepiece
 
-    files = _find_inputs(arguments)
+    _check_output(arguments.output)
+    files, unread = survey(arguments.input)
+    if unread:
+        print(f"data-prep: not read: {unread_line(unread)}", file=sys.stderr)
     tokenizer = train_sentencepiece(
         sample_lines(files, int(arguments.sample_mb * 1e6), hygiene.from_arguments(arguments)),
         arguments.output,

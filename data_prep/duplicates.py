@@ -6,13 +6,13 @@ workers. Called by `sharding.py`.
 
 The hash is 128 bits of BLAKE2b: among 10^9 documents two different ones meet with a probability below
 10^-20. Memory of `find`: one bucket of hashes at a time (of 256 by their first byte, when there are many),
-and 4 bytes for every duplicate.
+and 8 bytes for every duplicate.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,33 +26,53 @@ def hash128(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def write_hashes(path: Path, hashes: list[bytes]) -> None:
-    """One unit's `hash128`s, in the order of its documents, as rows sorted by hash."""
-    words = np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2)
+def write_hashes(path: Path, hashes: bytes | bytearray) -> None:
+    """One unit's `hash128`s, joined in the order of its documents, as rows (HASH_DTYPE) sorted by hash."""
+    words = np.frombuffer(hashes, dtype="<u8").reshape(-1, 2)
     rows = np.empty(len(words), HASH_DTYPE)
     rows["high"], rows["low"], rows["number"] = words[:, 0], words[:, 1], np.arange(len(words))
-    np.save(path, rows[np.argsort(rows["high"], kind="stable")])
+    rows[np.argsort(rows["high"], kind="stable")].tofile(path)
 
 
-def find(files: list[Path]) -> Iterator[np.ndarray]:
-    """For each unit's file, in order: uint32 [n], ascending, the documents that repeat an earlier one."""
-    units = [np.load(path, mmap_mode="r") for path in files]
-    bits = 8 if sum(rows.size for rows in units) > BUCKETED_ABOVE else 0
-    found: list[list[np.ndarray]] = [[] for _ in units]
-    for bucket in range(1 << bits):
-        low, high = bucket << (64 - bits), ((bucket + 1) << (64 - bits)) - 1
-        parts = []
-        for rows in units:
-            first = np.searchsorted(rows["high"], np.uint64(low), side="left")
-            parts.append(np.array(rows[first : np.searchsorted(rows["high"], np.uint64(high), side="right")]))
-        unit = np.repeat(np.arange(len(units), dtype=np.uint32), [part.size for part in parts])
+def find(files: list[Path], beat: Callable[[], None] = lambda: None) -> Iterator[np.ndarray]:
+    """For each unit's file, in order: uint32 [n], ascending, the documents that repeat an earlier one.
+
+    `beat()` is called now and then. No file stays open: there may be more of them than a process may open.
+    """
+    bounds = _bucket_bounds(files, beat)
+    buckets = bounds.shape[1] - 1
+    found = []
+    for bucket in range(buckets):
+        parts = [_rows(path, *bounds[n, bucket : bucket + 2]) for n, path in enumerate(files)]
+        unit = np.repeat(np.arange(len(files), dtype=np.uint32), [part.size for part in parts])
         joined = np.concatenate(parts)
         order = np.lexsort((joined["number"], unit, joined["low"], joined["high"]))
         joined, unit = joined[order], unit[order]
-        again = np.flatnonzero(
-            (joined["high"][1:] == joined["high"][:-1]) & (joined["low"][1:] == joined["low"][:-1])
-        )
-        for n in np.unique(unit[again + 1]):
-            found[n].append(joined["number"][again + 1][unit[again + 1] == n])
-    for numbers in found:
-        yield np.sort(np.concatenate(numbers)) if numbers else np.empty(0, "<u4")
+        same = (joined["high"][1:] == joined["high"][:-1]) & (joined["low"][1:] == joined["low"][:-1])
+        again = np.flatnonzero(same) + 1
+        found.append(np.stack([unit[again], joined["number"][again]]))
+        beat()
+    unit, number = np.concatenate(found, axis=1)
+    order = np.lexsort((number, unit))
+    starts = np.searchsorted(unit[order], np.arange(len(files) + 1))
+    for n in range(len(files)):
+        yield number[order[starts[n] : starts[n + 1]]]
+
+
+def _bucket_bounds(files: list[Path], beat: Callable[[], None]) -> np.ndarray:
+    """int64 [files, buckets + 1]: where each bucket's rows begin in each file."""
+    sizes = [path.stat().st_size // HASH_DTYPE.itemsize for path in files]
+    if sum(sizes) <= BUCKETED_ABOVE:
+        return np.array([[0, size] for size in sizes], dtype=np.int64)
+    marks = np.arange(1, 256, dtype=np.uint64) << np.uint64(56)
+    bounds = np.zeros((len(files), 257), dtype=np.int64)
+    for n, (path, size) in enumerate(zip(files, sizes, strict=True)):
+        bounds[n, 1:-1] = np.searchsorted(_rows(path, 0, size)["high"], marks)
+        bounds[n, -1] = size
+        beat()
+    return bounds
+
+
+def _rows(path: Path, start: int, end: int) -> np.ndarray:
+    at = int(start) * HASH_DTYPE.itemsize
+    return np.fromfile(path, HASH_DTYPE, count=int(end) - int(start), offset=at)

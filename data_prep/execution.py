@@ -11,13 +11,19 @@ killed at any moment, and may even be mixed.
 
 A claim is a file that names its holder and is rewritten while the work goes on. It is void when the holder's
 process is gone (same machine), or when it has not changed for `STALE_SECONDS` by the watcher's own clock
-(another machine: no common clock is needed). Two processes may then run one unit at the same time. That costs
-time, nothing else: they make the same bytes, and the second to publish finds the place taken.
+(another machine: no common clock is needed). A holder that was only paused may then share its unit with
+another. Whatever runs as a unit must stand that: it works in its own folder and makes the same bytes, the
+second to publish finds the place taken, and who is late when all is finished goes home quietly.
+
+A result carries the sizes of its files. What a crash of the machine has cut short is found out before it is
+used: whoever reads a result asks `Board.whole`, drops what is not, and raises `Incomplete`; everybody then
+goes through the phases again.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -25,7 +31,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -36,6 +42,11 @@ STALE_SECONDS = 60.0
 BEAT_SECONDS = 0.5  # between two rewritings of a claim, and between two looks at the others' claims
 POLL_SECONDS = 0.1
 RECORD = "record.json"
+SIZES = "sizes.json"  # beside every result: its files and their sizes
+
+
+class Incomplete(Exception):
+    """A result that was needed is missing or was cut short, and has been dropped: make it again."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +93,40 @@ class Board:
             except (OSError, ValueError):
                 continue  # released or just being written
 
+    def is_busy(self) -> bool:
+        """Whether somebody is at work, or may be: on another machine only time can tell."""
+        return any(not self._is_void(self._claim(phase, unit)) for phase, unit, _ in self.claims())
+
+    def whole(self, phase: str, unit: int, elsewhere: Callable[[str], Path | None] | None = None) -> bool:
+        """Whether all files of a result are there in full size; `elsewhere(name)`: where one may have moved."""
+        folder = self.result(phase, unit)
+        try:
+            sizes = json.loads((folder / SIZES).read_bytes())
+        except (OSError, ValueError):
+            return False
+        for name, size in sizes.items():
+            found = _size(folder / name)
+            if found is None and elsewhere is not None and (moved := elsewhere(name)) is not None:
+                found = _size(moved)
+            if found != size:
+                return False
+        return True
+
+    def drop(self, phase: str, unit: int) -> None:
+        """Forget a result."""
+        shutil.rmtree(self.result(phase, unit), ignore_errors=True)
+
     def take(self, phase: str, units: Sequence[int]) -> int | None:
         """Claim the first of `units` that is free; None when there is none."""
         for unit in units:
             path = self._claim(phase, unit)
             try:
                 path.parent.mkdir(exist_ok=True)
+                if self._is_void(path):
+                    self._void(path)
                 claim = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
-                if not self._is_void(path):
-                    continue
-                self._write_claim(path, {})
-                return unit
+                continue
             except FileNotFoundError:  # somebody has finished everything and tidied up
                 return None
             with os.fdopen(claim, "wb") as stream:
@@ -101,11 +134,30 @@ class Board:
             return unit
         return None
 
+    def _void(self, path: Path) -> None:
+        """Take a void claim away. Of several who try, one succeeds."""
+        judged = self._seen.pop(path, (b"", 0.0))[0]
+        mine = self.folder / f"void-{_signature()}"
+        os.rename(path, mine)
+        if mine.read_bytes() != judged:  # somebody was quicker: this is the claim of the new holder
+            with suppress(FileExistsError):
+                os.link(mine, path)
+        else:
+            holder = _holder(judged)
+            if holder is not None and holder["machine"] == _machine():  # certainly dead
+                phase, _, unit = path.name.rpartition("-")
+                leftover = self._aside(phase, int(unit), _signature(holder["pid"], holder["start"]))
+                shutil.rmtree(leftover, ignore_errors=True)
+        mine.unlink(missing_ok=True)
+
     @contextmanager
     def work(self, phase: str, unit: int) -> Iterator[tuple[Path, Callable[[dict], None]]]:
-        """(folder, beat) for a unit that was taken; what is in the folder afterwards becomes its result."""
+        """(folder, beat) for a unit that was taken; what is in the folder afterwards becomes its result.
+
+        Errors count for nothing once all is finished, by somebody else then.
+        """
         claim, told = self._claim(phase, unit), time.monotonic()
-        aside = self.folder / "aside" / f"{phase}-{unit:06d}-{os.uname().nodename}-{os.getpid()}"
+        aside = self._aside(phase, unit, _signature())
 
         def beat(counts: dict) -> None:
             nonlocal told
@@ -117,23 +169,36 @@ class Board:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             yield aside, beat
-            target = self.result(phase, unit)
-            try:
-                target.parent.mkdir(exist_ok=True)
-                os.rename(aside, target)
-            except OSError:
-                # Another one was here first, or this was the last unit and the folder is gone.
-                if not target.is_dir() and not self.is_finished():
-                    raise
+            if not self.is_finished():
+                self._publish(aside, self.result(phase, unit))
+        except Exception:
+            if not self.is_finished():
+                raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
             claim.unlink(missing_ok=True)
+
+    def _publish(self, aside: Path, target: Path) -> None:
+        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
+        (aside / SIZES).write_text(json.dumps(sizes), encoding="ascii")
+        for path in [*aside.iterdir(), aside]:
+            _sync(path)
+        target.parent.mkdir(exist_ok=True)
+        try:
+            os.rename(aside, target)
+        except OSError:
+            if not target.is_dir():  # else another one was here first
+                raise
+        _sync(target.parent)
+
+    def _aside(self, phase: str, unit: int, signature: str) -> Path:
+        return self.folder / "aside" / f"{phase}-{unit:06d}-{signature}"
 
     def _claim(self, phase: str, unit: int) -> Path:
         return self.folder / "claims" / f"{phase}-{unit:06d}"
 
     def _write_claim(self, path: Path, counts: dict) -> None:
-        beside = path.parent.with_name(f"claim-{os.uname().nodename}-{os.getpid()}")
+        beside = self.folder / f"claim-{_signature()}"
         try:
             beside.write_bytes(_claim_bytes(counts))
             os.replace(beside, path)
@@ -144,17 +209,14 @@ class Board:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            return False  # released this very moment: it is done, or free at the next look
-        try:
-            holder = json.loads(content)["holder"]
-        except (ValueError, KeyError):
-            holder = None
-        if holder is not None and holder["machine"] == _machine():
-            return _start_time(holder["pid"]) != holder["start"]
+            return False  # there is none, or it was released this very moment
         seen, since = self._seen.get(path, (None, 0.0))
         if seen != content:
-            self._seen[path] = content, time.monotonic()
-            return False
+            since = time.monotonic()
+            self._seen[path] = content, since
+        holder = _holder(content)
+        if holder is not None and holder["machine"] == _machine():
+            return _start_time(holder["pid"]) != holder["start"]
         return time.monotonic() - since > STALE_SECONDS
 
 
@@ -163,6 +225,14 @@ def run_phases(board: Board, phases: Sequence[Phase]) -> None:
 
     Raises what `run` raises, and `UserError` when somebody else has given up and removed the folder.
     """
+    while True:
+        try:
+            return _run_phases(board, phases)
+        except Incomplete:
+            continue
+
+
+def _run_phases(board: Board, phases: Sequence[Phase]) -> None:
     for phase in phases:
         while not board.is_finished():
             done = board.done(phase.name)
@@ -239,6 +309,36 @@ def _process(start: Callable[[], None], errors: object) -> None:
 def _claim_bytes(counts: dict) -> bytes:
     holder = {"machine": _machine(), "pid": os.getpid(), "start": _start_time(os.getpid())}
     return json.dumps({"holder": holder, "at": time.monotonic(), **counts}).encode("ascii")
+
+
+def _holder(claim: bytes) -> dict | None:
+    try:
+        return json.loads(claim)["holder"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _signature(pid: int | None = None, start: str | None = None) -> str:
+    """A name that no other process anywhere has, made of machine, process number and start time."""
+    pid = os.getpid() if pid is None else pid
+    told = f"{_machine()} {pid} {_start_time(pid) if start is None else start}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk for good."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import pytest
 import test_documents
 import tokenizer_folders
 
-from data_prep import cli, documents, sharding
+from data_prep import cli, documents, units
 from data_prep.shards import ShardSet
 from data_prep.splitting import parse_parts, split
 from data_prep.tokenizer import ByteLevelTokenizer, load_tokenizer
@@ -339,7 +339,7 @@ def test_a_run_stopped_while_it_merges_goes_on(
         assert call(*arguments_for(corpus, output, tokenizer)) == 130
     assert len(list(output.glob("shard-*"))) == 7
     with monkeypatch.context() as patch:
-        patch.setattr(sharding._Worker, "shard_unit", None)  # nothing needs to be made again
+        patch.setattr(units.Worker, "shard_unit", None)  # nothing needs to be made again
         assert call(*arguments_for(corpus, output, tokenizer)) == 0
     assert contents(output) == contents(shards)
 
@@ -356,7 +356,7 @@ def test_an_unfinished_run_with_other_settings_or_input_is_refused(
 
     shutil.copytree(corpus, tmp_path / "corpus")
     with monkeypatch.context() as patch:
-        patch.setattr(sharding._Worker, "shard_unit", stop)
+        patch.setattr(units.Worker, "shard_unit", stop)
         assert call(*arguments_for(tmp_path / "corpus", tmp_path / "shards", tokenizer)) == 130
     arguments = arguments_for(tmp_path / "corpus", tmp_path / "shards", tokenizer)
     assert "unfinished run with other settings" in refused(capsys, *arguments, "--max-tokens", "32")
@@ -418,13 +418,13 @@ def test_a_damaged_shard_is_made_again_from_its_own_input(
     assert "run the same `data-prep shard` again" in refused(capsys, "verify", tmp_path / "s")
     path.unlink()
     made = []
-    real = sharding._Worker.shard_unit
+    real = units.Worker.shard_unit
 
     def shard_unit(worker, unit: int, *others: object) -> None:
         made.append(unit)
         real(worker, unit, *others)
 
-    monkeypatch.setattr(sharding._Worker, "shard_unit", shard_unit)
+    monkeypatch.setattr(units.Worker, "shard_unit", shard_unit)
     assert call(*arguments_for(corpus, tmp_path / "s", tokenizer)) == 0
     assert made == [ShardSet.open(shards).manifest["shards"][5]["unit"]]
     assert contents(tmp_path / "s") == contents(shards)

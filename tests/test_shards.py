@@ -16,9 +16,10 @@ import webdataset
 import zstandard
 
 from data_prep.errors import UserError
+from data_prep.job import ShardSettings
 from data_prep.segment import get_segmenter
 from data_prep.sentences import SentenceSettings, cut_document
-from data_prep.sharding import ShardSettings, make_shards
+from data_prep.sharding import make_shards
 from data_prep.shards import (
     COMPRESSIONS,
     INDEX_DTYPE,
