@@ -7,15 +7,18 @@ In: text, tokenizer, segmenter, limits. Out: tokens uint32 [T] of the WHOLE text
 A text boundary rarely falls between two tokens that are whole characters; it moves forward to the next place
 that does. So the token model and the sentence model read the very same tokens, and every sentence is valid
 UTF-8. Three units are at work: the segmenter counts characters, offsets into the text are in bytes, sentences
-are cut in tokens.
+are cut in tokens. Positions are int32: documents of some MB must not fill the memory, and none has 2 GB. What
+is looked up in them is int32 as well, or numpy would convert them as a whole.
 """
 
 from __future__ import annotations
 
 import re
+from array import array
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -27,6 +30,7 @@ LONGEST = 65535  # sentence lengths are stored as uint16
 SHORTEST = 4  # one character may need four tokens, and is never cut
 JUDGED_BY_LINE = ("en", "zh", "", "auto")  # document languages that the `auto` segmenter handles
 
+_BLOCK = 1 << 20  # of an array, where a whole one in int64 would be large
 _BREAK_AHEAD = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
@@ -90,7 +94,8 @@ def cut_document(
     if places.size < tokens.size and max(places[0], np.diff(places).max(initial=0)) > max_tokens:
         tokens = _respell(tokens, places, np.diff(places, prepend=0) > max_tokens, tokenizer)
         places, ends = _character_boundaries(tokens, starts, tokenizer)
-    offsets = None if starts is None else np.flatnonzero(starts)  # character → byte
+    offsets = None if starts is None else _places_of(starts)  # character → byte
+    del data, starts
     text_cuts = _text_cuts(text, segmenter)
     index = np.searchsorted(ends, text_cuts if offsets is None else offsets[text_cuts])
     cuts = places[index[np.append(index[1:] != index[:-1], True)]]
@@ -99,19 +104,19 @@ def cut_document(
     if min_tokens > 1:
         line_ends = {
             int(places[at])
-            for at, cut in zip(index, text_cuts.tolist(), strict=True)
+            for at, cut in zip(index, text_cuts.data, strict=True)
             if cut == len(text) or _BREAK_AHEAD.match(text, cut)
         }
-        cuts = _join_short(cuts.tolist(), line_ends, min_tokens, max_tokens)
+        cuts = _join_short(cuts.data, line_ends, min_tokens, max_tokens)
     return tokens, np.diff(cuts, prepend=0).astype(np.uint16)
 
 
 def _text_cuts(text: str, segmenter: Segmenter | Callable[[str], list[str]]) -> np.ndarray:
-    """Ends of the sentences in characters, int64 [S], ascending."""
+    """Ends of the sentences in characters, int32 [S], ascending."""
     if isinstance(segmenter, Segmenter):
-        cuts = np.array(segmenter.cuts(text), dtype=np.int64)
+        cuts = np.array(segmenter.cuts(text), dtype=np.int32)
     else:
-        cuts = np.cumsum([len(sentence) for sentence in segmenter(text)], dtype=np.int64)
+        cuts = np.cumsum([len(sentence) for sentence in segmenter(text)], dtype=np.int32)
     if not cuts.size or cuts[-1] != len(text):
         raise AssertionError("the segmenter lost text: its sentences do not add up to the document")
     return cuts
@@ -124,15 +129,23 @@ def _character_starts(data: bytes) -> np.ndarray:
     return starts
 
 
+def _places_of(flags: np.ndarray) -> np.ndarray:
+    """Where bool [N] holds, int32, ascending."""
+    blocks = range(0, flags.size, _BLOCK)
+    return np.concatenate([np.flatnonzero(flags[at : at + _BLOCK]).astype(np.int32) + at for at in blocks])
+
+
 def _character_boundaries(
     tokens: np.ndarray, starts: np.ndarray | None, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a cut is possible: token counts int64 [P], ascending, and the byte offsets int64 [P] of each."""
-    ends = np.cumsum(tokenizer.byte_lengths[tokens], dtype=np.int64)
+    """Where a cut is possible: token counts int32 [P], ascending, and the byte offsets int32 [P] of each."""
+    ends = np.cumsum(tokenizer.byte_lengths[tokens], dtype=np.int32)
     if starts is None:
-        return np.arange(1, tokens.size + 1), ends
-    places = np.flatnonzero(starts[ends])
-    return places + 1, ends[places]
+        return np.arange(1, tokens.size + 1, dtype=np.int32), ends
+    whole = starts[ends]
+    places = _places_of(whole)
+    places += 1
+    return places, ends[whole]
 
 
 def _respell(tokens: np.ndarray, places: np.ndarray, too_far: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -174,14 +187,14 @@ def _split_long(
             else:
                 start = _last_white(start + quarter, start + max_tokens, places, ends, text, offsets)
             extra.append(start)
-    return np.sort(np.concatenate([cuts, np.array(extra, dtype=cuts.dtype)]))
+    return np.sort(np.concatenate([cuts, np.array(extra, dtype=np.int32)]))
 
 
 def _last_white(
     low: int, high: int, places: np.ndarray, ends: np.ndarray, text: str, offsets: np.ndarray | None
 ) -> int:
     """The last place in (low, high] that stands before white space, else the last one up to `high`."""
-    first, last = np.searchsorted(places, [low, high], side="right").tolist()
+    first, last = np.searchsorted(places, np.array([low, high], dtype=np.int32), side="right").tolist()
     at = ends[first:last] if offsets is None else np.searchsorted(offsets, ends[first:last])
     for index, character in zip(range(last - 1, first - 1, -1), at[::-1].tolist(), strict=True):
         if text[character].isspace():
@@ -197,28 +210,29 @@ def _clause_ends(
     text: str,
     offsets: np.ndarray | None,
     segmenter: Segmenter | Callable[[str], list[str]],
-) -> list[int]:
+) -> Sequence[int]:
     """Places, ascending, where the clause segmenter would cut the sentences from `begins` to `finals`."""
     if not isinstance(segmenter, Segmenter) or segmenter.name == "clause":
         return []
     clauses = get_segmenter("clause", segmenter.language)
     # Places → bytes → characters; then back.
-    bounds = [np.append(0, ends)[np.searchsorted(places, at, side="right")] for at in (begins, finals)]
+    last = [np.searchsorted(places, at, side="right") - 1 for at in (begins, finals)]
+    bounds = [np.where(at < 0, 0, ends[at]).astype(np.int32) for at in last]
     if offsets is not None:
         bounds = [np.searchsorted(offsets, at) for at in bounds]
-    inner: list[int] = []
+    inner = [np.zeros(0, np.int32)]
     for begin, end in zip(bounds[0].tolist(), bounds[1].tolist(), strict=True):
-        inner += [begin + cut for cut in clauses.cuts(text[begin:end])[:-1]]
-    at = np.array(inner, dtype=np.int64)
-    return places[np.searchsorted(ends, at if offsets is None else offsets[at])].tolist()
+        inner.append(np.array(clauses.cuts(text[begin:end])[:-1], dtype=np.int32) + begin)
+    at = np.concatenate(inner)
+    return places[np.searchsorted(ends, at if offsets is None else offsets[at])].data
 
 
-def _join_short(cuts: list[int], line_ends: set[int], min_tokens: int, max_tokens: int) -> list[int]:
+def _join_short(cuts: Sequence[int], line_ends: set[int], min_tokens: int, max_tokens: int) -> np.ndarray:
     """Join sentences below `min_tokens` to the next one on their line; at its end to the one before. One that
     is alone on its line goes to the line after it, else before it. Nothing grows beyond `max_tokens`."""
-    joined: list[int] = []
+    joined = array("i")
     start = 0
-    for cut, following in zip(cuts, [*cuts[1:], None], strict=True):
+    for cut, following in zip(cuts, chain(cuts[1:], [None]), strict=True):
         if cut - start < min_tokens:
             alone = start == 0 or start in line_ends
             if following is not None and (alone or cut not in line_ends) and following - start <= max_tokens:
@@ -228,4 +242,4 @@ def _join_short(cuts: list[int], line_ends: set[int], min_tokens: int, max_token
                 joined.pop()
         joined.append(cut)
         start = cut
-    return joined
+    return np.array(joined)
