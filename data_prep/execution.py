@@ -98,7 +98,7 @@ class Board:
         return any(not self._is_void(self._claim(phase, unit)) for phase, unit, _ in self.claims())
 
     def whole(self, phase: str, unit: int, elsewhere: Callable[[str], Path | None] | None = None) -> bool:
-        """Whether all files of a result are there in full size; `elsewhere(name)`: where one may have moved."""
+        """Whether all files of a result are there in full size; `elsewhere(name)`: where one may be now."""
         folder = self.result(phase, unit)
         try:
             sizes = json.loads((folder / SIZES).read_bytes())

@@ -30,7 +30,7 @@ from data_prep.shards import (
     tar_members,
 )
 
-REMEDY = "restore it or make the shards again"
+REMEDY = "restore it, or delete the whole folder and make the shards again"
 
 
 def verify(folder: str | Path) -> dict:
@@ -43,17 +43,21 @@ def verify(folder: str | Path) -> dict:
     if (folder / MANIFEST).read_bytes() != json_bytes(shards.manifest):
         raise UserError(f"{folder / MANIFEST} has changed since it was written; {REMEDY}")
     _check_names(shards)
-    if file_sha256(folder / QUARANTINE) != shards.manifest["quarantine_sha256"]:
-        raise UserError(f"{folder / QUARANTINE} has changed since it was written; {REMEDY}")
+    written = {QUARANTINE: shards.manifest["quarantine_sha256"]}
     for name, sha256 in shards.manifest["tokenizer"]["files"].items():
-        if file_sha256(folder / TOKENIZER_FOLDER / name) != sha256:
-            raise UserError(f"{folder / TOKENIZER_FOLDER / name} has changed since it was written; {REMEDY}")
+        written[f"{TOKENIZER_FOLDER}/{name}"] = sha256
+    for name, sha256 in written.items():
+        if file_sha256(folder / name) != sha256:
+            raise UserError(f"{folder / name} has changed since it was written; {REMEDY}")
     byte_lengths = shards.tokenizer().byte_lengths
     totals = dict.fromkeys(shards.manifest["totals"], 0)
     for i, entry in enumerate(shards.manifest["shards"]):
         tar, index = folder / entry["file"], folder / entry["index"]
         remedy = _remedy(shards, entry)
-        tar_members(tar)  # first: it can tell a file that was cut short from one that was altered
+        try:
+            tar_members(tar)  # first: it can tell a file that was cut short from one that was altered
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from None
         for path, sha256 in ((tar, entry["sha256"]), (index, entry["index_sha256"])):
             if file_sha256(path) != sha256:
                 raise UserError(f"{path} has changed since it was written (its sha256 differs); {remedy}")

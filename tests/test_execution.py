@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from functools import partial
@@ -80,6 +81,63 @@ def check_results_but_leftovers(folder: Path) -> None:
             path.unlink()
         leftover.rmdir()
     check_results(folder)
+
+
+def grab(folder: Path, gate, taken) -> None:
+    mine = board(folder)
+    gate.wait()
+    taken.put(mine.take("a", [0]))
+
+
+def test_of_many_who_find_a_dead_claim_one_gets_it(folder: Path):
+    context = multiprocessing.get_context("fork")
+    dead = context.Process(target=time.sleep, args=(0,))
+    dead.start()
+    claim = folder / "work/claims/a-000000"
+    claim.parent.mkdir()
+    told = {"machine": execution._machine(), "pid": dead.pid, "start": execution._start_time(dead.pid)}
+    dead.join()
+    for _ in range(25):
+        claim.write_text(json.dumps({"holder": told}))
+        gate, taken = context.Barrier(4), context.SimpleQueue()
+        racers = [context.Process(target=grab, args=(folder, gate, taken)) for _ in range(4)]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join()
+        got = [taken.get() for _ in racers]
+        assert got.count(0) <= 1
+        holder = json.loads(claim.read_text())["holder"]["pid"]
+        assert (holder in [racer.pid for racer in racers]) == (got.count(0) == 1)
+        claim.unlink()
+
+
+@pytest.mark.parametrize("name", [RECORD, execution.SIZES, "data"])
+def test_a_result_cut_short_is_not_whole(folder: Path, name: str):
+    mine = board(folder)
+    assert mine.take("a", [0]) == 0
+    with mine.work("a", 0) as (aside, _):
+        (aside / RECORD).write_text("{}")
+        (aside / "data").write_text("1234")
+    assert mine.whole("a", 0)
+    path = mine.result("a", 0) / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not mine.whole("a", 0)
+    path.rename(folder / "elsewhere")
+    assert not mine.whole("a", 0)
+    if name == "data":
+        (folder / "elsewhere").write_text("1234")
+        assert mine.whole("a", 0, {"data": folder / "elsewhere"}.get)
+
+
+def test_who_is_late_when_all_is_finished_goes_home_quietly(folder: Path):
+    mine = board(folder)
+    assert mine.take("a", [0]) == 0
+    with mine.work("a", 0) as (aside, _):
+        (folder / "finished").touch()
+        shutil.rmtree(folder / "work")
+        (aside / RECORD).write_text("{}")  # its folder is gone
+    assert not (folder / "work").exists()
 
 
 def test_a_holder_on_another_machine_is_believed_while_its_claim_changes(

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import test_documents
 import tokenizer_folders
 
-from data_prep import cli, documents, units
+from data_prep import cli, documents, duplicates, units
 from data_prep.shards import ShardSet
 from data_prep.splitting import parse_parts, split
 from data_prep.tokenizer import ByteLevelTokenizer, load_tokenizer
@@ -298,6 +299,64 @@ def _read(path: Path) -> bytes:
 
 
 @pytest.mark.slow
+def test_killed_while_it_merges_it_is_finished_by_many(corpus: Path, tokenizer: Path, tmp_path: Path):
+    """All who resume find the dead holder's claim at once; two may merge, and nothing is lost."""
+    many = ("--shard-documents", "2")  # hundreds of files to move
+    assert call(*arguments_for(corpus, tmp_path / "whole", tokenizer, *many)) == 0
+    killed = 0
+    for attempt in range(10):
+        output = tmp_path / f"s{attempt}"
+        arguments = arguments_for(corpus, output, tokenizer, *many, "--workers", "1")
+        process = start(arguments)
+        moved = attempt * 20
+        wait_for(lambda o=output, n=moved: len(list(o.glob("shard-*"))) > n, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        killed += not (output / "manifest.json").exists()
+        assert call(*arguments[:-1], "4") == 0
+        assert contents(output) == contents(tmp_path / "whole")
+        if killed == 3:
+            return
+    raise AssertionError(f"only {killed} kills came before the end of a merge")
+
+
+def test_what_a_crash_of_the_machine_cut_short_is_made_again(
+    corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    assert call(*arguments_for(corpus, tmp_path / "whole", tokenizer, "--deduplicate")) == 0
+    kinds = ["shard/000002/part-000.tar", "shard/000002/part-000.index.npy", "shard/000003/quarantine.jsonl"]
+    kinds += ["shard/000001/record.json", "shard/000001/sizes.json"]
+    kinds += ["hash/000004/hashes.bin", "duplicates/000000/000001.npy", "plan.json"]
+    for number, kind in enumerate(kinds):
+        output = tmp_path / str(number)
+        method = "find_duplicates" if kind.startswith("hash") else "shard_unit" if "dup" in kind else "merge"
+        with monkeypatch.context() as patch:
+            patch.setattr(units.Worker, method, stop)
+            assert call(*arguments_for(corpus, output, tokenizer, "--deduplicate")) == 130
+        path = output / ".unfinished" / kind
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        assert call(*arguments_for(corpus, output, tokenizer, "--deduplicate")) == 0, kind
+        assert contents(output) == contents(tmp_path / "whole"), kind
+
+
+def test_several_mend_a_set_together(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
+    shutil.copytree(shards, tmp_path / "s")
+    for path in sorted((tmp_path / "s").glob("*.tar"))[::2]:
+        path.unlink()
+    running = []
+    for _ in range(4):
+        running.append(start(arguments_for(corpus, tmp_path / "s", tokenizer)))
+        time.sleep(0.3)
+    for process in running:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err.decode()
+    assert contents(tmp_path / "s") == contents(shards)
+
+
+@pytest.mark.slow
 def test_ctrl_c_is_quiet_and_finished_units_are_kept(
     long_corpus: Path, long_shards: Path, tokenizer: Path, tmp_path: Path
 ):
@@ -451,6 +510,33 @@ def test_of_equal_texts_the_first_stays_at_any_number_of_workers(
     assert kept.manifest["rejected"]["duplicate"] == dropped > 20
     assert verify(tmp_path / "1")["ok"]
     assert verify_deep(tmp_path / "1", [str(corpus)])["compared"] == len(first)
+
+
+def test_more_units_than_files_may_be_open(long_corpus: Path, tokenizer: Path, tmp_path: Path):
+    arguments = arguments_for(long_corpus, tmp_path / "s", tokenizer, "--deduplicate", *LONG)
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(ShardSet.open(tmp_path / "s").manifest["inputs"][0]["pieces"]) > 40
+
+
+def test_duplicates_in_many_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The way of large corpora gives what a plain loop gives."""
+    monkeypatch.setattr(duplicates, "BUCKETED_ABOVE", 100)
+    chance = random.Random(5)
+    seen, files, expected = set(), [], []
+    for unit in range(30):
+        texts = [str(chance.randrange(700)).encode() for _ in range(chance.randrange(60))]
+        hashes = [duplicates.hash128(text) for text in texts]
+        expected.append([n for n, one in enumerate(hashes) if one in seen or seen.add(one)])
+        files.append(tmp_path / f"{unit}.bin")
+        duplicates.write_hashes(files[-1], b"".join(hashes))
+    assert [found.tolist() for found in duplicates.find(files)] == expected
 
 
 # Split -------------------------------------------------------------------------------------------------

@@ -310,8 +310,15 @@ def reseal(folder: Path, number: int) -> None:
 
 def test_verify_names_the_input_to_read_again(shard_set: Path):
     (shard_set / "shard-000002.tar").unlink()
-    with pytest.raises(UserError, match="made from EN/part-000000.jsonl, EN/part-000001.jsonl, EN/part-"):
+    said = "made from EN/part-000000.jsonl, EN/part-000001.jsonl, EN/part-000002.jsonl: "
+    with pytest.raises(UserError, match=said + "run the same"):
         verify(shard_set)
+    whole = (shard_set / "shard-000001.tar").read_bytes()
+    for data in (whole[:1000], b"x" + whole[1:], whole[:600] + b"x" + whole[601:], whole + b"x"):
+        (shard_set / "shard-000001.tar").write_bytes(data)
+        (shard_set / "shard-000002.tar").write_bytes(whole)  # only so that it is there
+        with pytest.raises(UserError, match=f"shard-000001.*{said}delete it and run the same"):
+            verify(shard_set)
 
 
 @pytest.mark.parametrize("field", INDEX_DTYPE.names)
