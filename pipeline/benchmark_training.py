@@ -335,28 +335,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.memory_of:
         side = make_side(arguments.memory_of, arguments, settings)
         return step_memory(side, Stepper(side, settings.recipe, arguments.step), settings.device)
-    sides = {name: make_side(name, arguments, settings) for name in SIDES[: 2 if arguments.against else 1]}
-    steppers = {name: Stepper(side, settings.recipe, arguments.step) for name, side in sides.items()}
-    counted = {}
-    for name, side in sides.items():  # counts, and warms up
-        side.prepare(0)
-        counted[name] = count(side)
-        steppers[name]()
-        steppers[name].clear()
-    speeds = {name: matmul_speeds(side, counted[name].rows) for name, side in sides.items()}
-    taken: dict[str, list[tuple[int, float]]] = {name: [] for name in sides}
-    for turn in range(arguments.runs):
-        for name, side in sides.items():
-            side.prepare(turn + 1)
-            seconds = _timed(settings.device, steppers[name])
-            steppers[name].clear()
-            taken[name].append((side.tokens, seconds))
-            _say(f"run {turn + 1} of {arguments.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
-    peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
-    figures = {}
-    for name, side in sides.items():
-        figures[name] = _figures(side, counted[name], speeds[name], taken[name], peak)
-    del sides, steppers  # their memory is needed below
+    # In a function of its own: the models are gone when memory is measured.
+    figures, peak = _side_by_side(arguments, settings)
     if not arguments.no_memory:
         for name in figures:
             figures[name]["memory_bytes"] = _memory_in_own_process(name, arguments)
@@ -388,9 +368,39 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _side_by_side(
+    arguments: argparse.Namespace, settings: Settings
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Speed and arithmetic of each side, by its name in `SIDES`; the best matrix product, GFLOP/s."""
+    sides = {name: make_side(name, arguments, settings) for name in SIDES[: 2 if arguments.against else 1]}
+    steppers = {name: Stepper(side, settings.recipe, arguments.step) for name, side in sides.items()}
+    counted = {}
+    for name, side in sides.items():  # counts, and warms up
+        side.prepare(0)
+        counted[name] = count(side)
+        steppers[name]()
+        steppers[name].clear()
+    speeds = {name: matmul_speeds(side, counted[name].rows) for name, side in sides.items()}
+    taken: dict[str, list[tuple[int, float]]] = {name: [] for name in sides}
+    for turn in range(arguments.runs):
+        for name, side in sides.items():
+            side.prepare(turn + 1)
+            seconds = _timed(settings.device, steppers[name])
+            steppers[name].clear()
+            taken[name].append((side.tokens, seconds))
+            _say(f"run {turn + 1} of {arguments.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
+    peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
+    figures = {}
+    for name, side in sides.items():
+        figures[name] = _figures(side, counted[name], speeds[name], taken[name], peak)
+    return figures, peak
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise UserError(f"--output {arguments.output}: its folder does not exist")
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     recipe = _fitting(sized_recipe(arguments.recipe, arguments.vae_recipe), arguments.tokens)
     folder = arguments.shards or recipe.data.shards[0]

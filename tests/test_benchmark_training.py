@@ -194,6 +194,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path, tiny_shards, capsys):
         ([*base, *shards, "--against", "opt-9b"], "opt-125m"),
         ([*base, *shards, "--against", str(small)], "vocabulary of 100"),
         ([*base, "--shards", str(tmp_path / "gone")], "gone"),
+        ([*base, *shards, "--output", str(tmp_path / "no" / "x.json")], "folder"),
         (base, "nowhere"),  # the recipe's own shards
     ]
     if not torch.cuda.is_available():
