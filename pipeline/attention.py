@@ -338,6 +338,7 @@ class SegmentLayout:
 # --- the paths ------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable  # host arithmetic on layouts, and kernels that a compiler cannot improve
 def packed_attention(
     q: Tensor,
     k: Tensor,

@@ -77,7 +77,10 @@ class Batch:
     @cached_property
     def decoder_layout(self) -> SegmentLayout:
         """BOS + tokens by sentence: T+S rows (sentence decoder)."""
-        return SegmentLayout(np.diff(self.cu_sentences) + 1, self.device)
+        layout = SegmentLayout(np.diff(self.cu_sentences) + 1, self.device)
+        # Decoder layers read it: worked out here, it is not part of what torch.compile traces.
+        _ = layout.segment_of_row
+        return layout
 
     @cached_property
     def backbone_layout(self) -> SegmentLayout:

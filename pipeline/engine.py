@@ -10,14 +10,19 @@ each is multiplied by both first: the update does not depend on how many ranks s
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
+from data_prep.errors import UserError
 from pipeline.batches import Batch
+from pipeline.layers import TransformerLayer
 from pipeline.loader import Step
 from pipeline.model_io import parameter_count
 from pipeline.recipe import OptimizerRecipe, Recipe
@@ -25,6 +30,8 @@ from pipeline.strategy import zero_stage
 
 # Dense peak of one device in FLOP/s with bf16 inputs; MFU is null on anything that is not listed.
 _BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+COMPILE_BACKEND = "inductor"  # of torch.compile
 
 # Parts that run once per sentence (SLLM); everything else runs once per token.
 _PER_SENTENCE = ("backbone", "condition", "stop_head")
@@ -48,7 +55,10 @@ class Engine:
             betas=tuple(recipe.optimizer.betas),
             eps=recipe.optimizer.eps,
         )
+        layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
 
     def compute(self, step: Step) -> Tensor:
         """Forward and backward over the step's micro-batches; gradients stay in the engine until `update`.
@@ -119,6 +129,29 @@ class Engine:
         per_token, per_sentence = self._matrix_weights
         flops = 6 * (per_token * tokens + per_sentence * sentences)
         return flops / seconds / peak / dist.get_world_size()
+
+
+def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
+    """The transformer layers of a model, ready for DeepSpeed; call it before `deepspeed.initialize`.
+
+    Only they are compiled, each one's `forward` by itself, with row counts left open: the rest of a step is
+    host arithmetic on a batch's layout (which torch.compile would trace and break on), the loss, and
+    attention, which stays outside of the graph (`attention.py`). Under ZeRO-3 every layer becomes one of
+    DeepSpeed's leaf modules: its weights are gathered at once, by a hook around the compiled forward, not by
+    hooks inside, each of which would cut the graph. No collective runs in compiled code, so ranks may compile
+    at different times.
+
+    Raises: UserError when there is no compiler that torch.compile could use.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if COMPILE_BACKEND == "inductor" and not (shutil.which(compiler) or shutil.which("clang++")):
+        raise UserError(f"training.compile needs a C++ compiler, and there is no {compiler}: install one")
+    backbone = getattr(model, "backbone", None) or getattr(model, "model", None)
+    kinds = set(getattr(backbone, "_no_split_modules", None) or ())
+    layers = [m for m in model.modules() if isinstance(m, TransformerLayer) or type(m).__name__ in kinds]
+    if stage == 3:
+        set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda t: t.__name__))
+    return layers
 
 
 def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:

@@ -217,7 +217,8 @@ class TrainingRecipe:
     """How long a run is (`max_tokens` or `max_steps`, whichever comes first) and what happens on the way.
 
     `eval_every`, `save_every` and `eval_bins` count steps, steps and bins; `keep` is the number of last
-    checkpoints kept.
+    checkpoints kept. `compile`: transformer layers go through torch.compile (a minute or more at the start;
+    `engine.layers_to_compile`).
     """
 
     max_tokens: int | None = None
@@ -226,6 +227,7 @@ class TrainingRecipe:
     eval_bins: int = 32
     save_every: int = 200
     keep: int = 2
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is None and self.max_steps is None:

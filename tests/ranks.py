@@ -162,6 +162,28 @@ def train_with_bad_gradient(arguments: list[str], rank: int, after_calls: int) -
     return train(arguments)
 
 
+def train_compiled(arguments: list[str], backend: str) -> tuple[int | str, int, list[str]]:
+    """As `train`, with a given backend of torch.compile: (status, graphs, reasons why one was cut).
+
+    A function that has to be compiled too often is an error, not given up silently.
+    """
+    import torch
+
+    from pipeline import engine
+
+    engine.COMPILE_BACKEND = backend
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    status = train(arguments)
+    counters = torch._dynamo.utils.counters
+    return status, counters["stats"]["unique_graphs"], [r.splitlines()[0] for r in counters["graph_break"]]
+
+
+def train_without_programs(arguments: list[str]) -> int | str:
+    """As `train`, on a machine where no program can be found."""
+    os.environ["PATH"] = ""
+    return train(arguments)
+
+
 def tensors_in_checkpoints(run_dir: str) -> tuple[int, int]:
     """How many floating-point tensors stand in a run's checkpoints, optimizer states included, and how many
     of them hold a value that is not finite."""

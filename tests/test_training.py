@@ -131,6 +131,38 @@ def test_every_strategy_and_world_size_trains_alike(
     assert measured[-1]["bits_per_byte"] == pytest.approx(expected[-1]["bits_per_byte"], abs=1e-4)
 
 
+@pytest.mark.parametrize(("objective", "stage", "world"), [("sllm", 3, 2), ("sllm", 0, 1), ("lm", 2, 1)])
+def test_compiled_layers_train_alike(
+    objective: str,
+    stage: int,
+    world: int,
+    pool: ranks.RankPool,
+    recipes: Path,
+    reference: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    strategy = json.loads((STRATEGIES / f"zero{stage}.json").read_text())
+    # Partition every weight: by default small ones stay whole, and here all are small.
+    strategy["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "strategy.json").write_text(json.dumps(strategy))
+    run = tmp_path / "run"
+    settings = arguments(recipes, objective, f"zero{stage}", run, "--training.compile", "true")
+    settings[settings.index("--deepspeed_config") + 1] = str(tmp_path / "strategy.json")
+    # Not torch's own backend, which needs a C++ compiler: the graphs are the same, run by torch's kernels.
+    for status, graphs, reasons in pool.run(world, ranks.train_compiled, settings, "aot_eager"):
+        assert status == 0 and graphs >= 4
+        assert len(reasons) == 1 and "disable" in reasons[0], "attention, and nothing else, cuts the graphs"
+    assert losses(run) == pytest.approx(losses(reference[objective]), abs=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = arguments(recipes, "vae", "zero0", tmp_path, "--training.compile", "true")
+    (answer,) = pool.run(1, ranks.train_without_programs, settings)
+    assert "training.compile needs a C++ compiler" in answer
+
+
 @pytest.mark.parametrize(
     ("objective", "strategy", "options"),
     [
