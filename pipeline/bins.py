@@ -191,15 +191,15 @@ class BinPlan:
     def _epoch(self, epoch: int) -> Iterator[Bin]:
         shards = [(s, i) for s, shard_set in enumerate(self.shard_sets) for i in range(len(shard_set))]
         rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(len(shards))
+        shard_order = rng.permutation(len(shards))
         number = 0
-        for at in range(0, len(order), self.shards_at_once):
+        for at in range(0, len(shard_order), self.shards_at_once):
             windows = np.concatenate(
-                [self._shard_windows(*shards[k]) for k in order[at : at + self.shards_at_once]]
+                [self._shard_windows(*shards[k]) for k in shard_order[at : at + self.shards_at_once]]
             )
-            windows = windows[rng.permutation(len(windows))]
-            for members in pack(windows["tokens"].tolist(), self.bin_tokens):
-                yield Bin(epoch, number, windows[members])
+            order = rng.permutation(len(windows))
+            for members in pack(windows["tokens"][order].tolist(), self.bin_tokens):
+                yield Bin(epoch, number, windows[order[members]])
                 number += 1
 
     def _shard_windows(self, shard_set: int, shard: int) -> np.ndarray:
