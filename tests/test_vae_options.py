@@ -350,6 +350,13 @@ def test_the_published_backbone_is_opts_layers_without_norm_and_projections():
     assert lean.backbone.decoder.final_layer_norm is not None and lean.stop_head.out_features == 1
 
 
+def test_the_published_stop_head_is_a_choice_of_two():
+    model, batch = small_sllm(layout="paper"), random_batch(4)
+    logits = model.stop_head(model.contextualise(batch)[batch.predicting_row_S + 1])
+    expected = F.cross_entropy(logits, batch.stop_label_S.long(), reduction="none")
+    torch.testing.assert_close(model(batch).stop_nll_S, expected.detach())
+
+
 def test_weights_of_a_pretrained_backbone_reach_the_published_layout(tokenizer, tmp_path):
     plain = OPTForCausalLM(opt_config(max_position_embeddings=300))
     plain.save_pretrained(tmp_path)
