@@ -165,7 +165,7 @@ def require_same_model_recipe(meta: Meta, checkpoint: Path, recipe: dict[str, An
     was, now = (
         {
             "model": r["model"],
-            "loss": r["loss"] if r["loss"]["kind"] == "focal" else {"kind": "cross_entropy"},
+            "loss": LossRecipe(**r["loss"]).head_settings(),
         }
         for r in (meta.recipe, recipe)
     )
