@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.errors import UserError, first_line
 from data_prep.shards import write_atomically
+from pipeline.recipe import LossRecipe
 
 FORMAT_VERSION = 2
 _TMP = ".tmp-"
