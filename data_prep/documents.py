@@ -36,7 +36,10 @@ from data_prep.inputs import (
 from data_prep.unpack import TarMembers, Unpacked
 
 TAIL_BYTES = 1 << 16  # steps in which the last line of a piece is followed past its end
-MAX_LINE_BYTES = 64_000_000  # longer lines, texts and text files are left out, not held in memory
+# Longer lines, texts and text files are left out, not held in memory: the tokenizer takes up to 40 bytes for
+# each of a text without gaps (docs/inputs.md, Measured).
+MAX_LINE_BYTES = 4_000_000
+BATCH_BYTES = 4 << 20  # about the most that is taken from a parquet file at once
 MAX_DEPTH = 200  # of brackets in a record: what the JSON parser stands must not depend on who calls it
 SAMPLE_PLACES = 8  # parts of a file that a sample is taken from
 _BOM = b"\xef\xbb\xbf"
@@ -239,9 +242,11 @@ class DocumentReader:
         text, reason = hygiene.text_of(record)
         if reason:
             return Reject(number, reason, place.member)
-        if len(text) > MAX_LINE_BYTES:  # a row of a table
+        if _too_large(text):  # a row of a table
             return Reject(number, "line too long", place.member)
         text, changed = hygiene.clean(text)
+        if changed and _too_large(text):  # a normal form may be many times as long
+            return Reject(number, "line too long", place.member)
         if not text or text.isspace():
             return Reject(number, "empty content", place.member)
         if not encodable(text):
@@ -288,9 +293,11 @@ class DocumentReader:
         """One row group in small batches; a damaged one gives what can be had."""
         import pyarrow
 
+        facts = table.metadata.row_group(group)
+        rows = BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1)
         with told(self.file.path):
             try:
-                yield from table.iter_batches(ROWS, row_groups=[group], columns=columns)
+                yield from table.iter_batches(min(max(rows, 1), ROWS), row_groups=[group], columns=columns)
             except (pyarrow.ArrowException, OSError) as error:
                 # A disk or a network that fails is not damage: the next try may read it all.
                 if getattr(error, "errno", None) is not None or "://" in self.file.path:
@@ -395,6 +402,13 @@ def _lines_of_text(piece: Piece, hygiene: Hygiene | None) -> Iterator[str]:
     for document in DocumentReader(piece, hygiene=hygiene):
         if isinstance(document, RawDocument):
             yield from document.content.split("\n")
+
+
+def _too_large(text: str) -> bool:
+    """Whether a text has more than `MAX_LINE_BYTES` in UTF-8."""
+    if len(text) <= MAX_LINE_BYTES // 4:
+        return False
+    return len(text) > MAX_LINE_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_LINE_BYTES
 
 
 def _too_deep(value: object) -> bool:

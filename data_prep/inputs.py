@@ -433,11 +433,12 @@ def hash_rows(found, batch) -> None:
 
 def records(batch) -> Iterator[dict | None]:
     """The rows of an arrow batch or table; None for one with a string that is not UTF-8."""
-    try:
-        yield from batch.to_pylist()
-        return
-    except UnicodeDecodeError:
-        pass
+    if batch.nbytes <= CHUNK_BYTES:  # else row by row, so that large ones are in memory only once
+        try:
+            yield from batch.to_pylist()
+            return
+        except UnicodeDecodeError:
+            pass
     for n in range(batch.num_rows):
         try:
             yield batch.slice(n, 1).to_pylist()[0]

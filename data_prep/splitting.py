@@ -5,8 +5,9 @@ tokenizer and settings. A document's part follows from the hash of its text (or 
 from its place: more documents, another order or another tokenizer move none, and equal texts stay together.
 Called by `data_prep/cli.py`.
 
-One pass, streaming; nothing is tokenized again. The parts appear together, when all are complete; a run that
-was killed is simply made again.
+One pass, streaming; nothing is tokenized again. Parts are written in `.unfinished/` and moved to their places
+when all are complete. After a kill the same command again goes on with the parts that are there; an error
+leaves none half done.
 """
 
 from __future__ import annotations
@@ -60,42 +61,86 @@ def split(
 ) -> dict[str, dict[str, int]]:
     """Write `output/NAME` for every part. Returns name → shards, documents, sentences, tokens and bytes.
 
-    Raises `UserError` when `output` exists already, or a part would be empty.
+    Parts that this very split has written before are kept. Raises `UserError` when `output` holds anything
+    else, or a part would be empty.
     """
     shards, output = ShardSet.open(folder), Path(output)
-    if output.exists() and any(path.name != UNFINISHED for path in output.iterdir()):
-        raise UserError(f"output folder {output} is not empty; choose another one")
     if output.resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"output {output} lies inside the shard folder {folder}; choose another place")
+    told = {
+        name: {"of": shards.fingerprint, "part": name, "parts": parts, "by": by, "seed": seed}
+        for name in parts
+    }
     work = output / UNFINISHED
-    shutil.rmtree(work, ignore_errors=True)
-    names = list(parts)
-    writers = [_Part(shards, work / name) for name in names]
+    there = _parts_there(shards, output, told)
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        if missing := [name for name in parts if name not in there]:
+            there |= _write(shards, work, told, missing)
+        for name in missing:
+            os.rename(work / name, output / name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if output.is_dir() and not any(output.iterdir()):
+            output.rmdir()
+    return {name: there[name] for name in parts}
+
+
+def _parts_there(shards: ShardSet, output: Path, told: dict[str, dict]) -> dict[str, dict[str, int]]:
+    """Counts of the parts that a run of this very split has moved to their places.
+
+    Raises `UserError` when `output` holds anything else.
+    """
+    there = {}
+    for path in sorted(output.iterdir()) if output.exists() else ():
+        if path.name == UNFINISHED:
+            if (path / "plan.json").exists():
+                raise UserError(f"{output} holds an unfinished run of `data-prep shard`; choose another one")
+        elif path.name in told and (path / MANIFEST).is_file():
+            part = ShardSet.open(path)  # sealed by its checksum, and written last
+            if part.fingerprint != _fingerprint(shards, told[path.name]):
+                raise UserError(f"{path} is a part of another split; choose another --output")
+            there[path.name] = {"shards": len(part), **part.manifest["totals"]}
+        else:
+            raise UserError(f"output folder {output} is not empty; choose another one")
+    return there
+
+
+def _write(
+    shards: ShardSet, work: Path, told: dict[str, dict], missing: list[str]
+) -> dict[str, dict[str, int]]:
+    """Write the missing parts, complete, below `work`; one pass. Returns their counts."""
+    parts, by, seed = (told[missing[0]][key] for key in ("parts", "by", "seed"))
+    writers = {name: _Part(shards, work / name) for name in missing}
+    order = [writers.get(name) for name in parts]
     # A uniform number in [0, 2^64) per document, cut at the running sums of the shares.
-    bounds = np.array([int(share * 2**64) for share in np.cumsum(list(parts.values()))[:-1]], dtype=np.uint64)
+    sums = np.cumsum(list(parts.values()))[:-1].tolist()
+    bounds = np.array([min(int(share * 2**64), 2**64 - 1) for share in sums], dtype=np.uint64)
     for i in range(len(shards)):
         shard = shards.shard(i)
         hashes = shard.index["text_hash" if by == "text" else "key_hash"]
         numbers = np.array([_mix(int(value), seed) for value in hashes], dtype=np.uint64)
         for n, part in enumerate(np.searchsorted(bounds, numbers, side="right").tolist()):
-            writers[part].add(shard.document(n))
-    result = {}
-    for name, writer in zip(names, writers, strict=True):
-        told = {"of": shards.fingerprint, "part": name, "parts": parts, "by": by, "seed": seed}
-        result[name] = writer.finish(told)
-        if not result[name]["documents"]:
+            if order[part] is not None:
+                order[part].add(shard.document(n))
+    result = {name: writer.finish(told[name]) for name, writer in writers.items()}
+    for name, counts in result.items():
+        if not counts["documents"]:
             raise UserError(
                 f"part {name!r} would be empty: {shards.folder} has too few documents for its share"
             )
-    for name in names:
-        os.rename(work / name, output / name)
-    work.rmdir()
     return result
+
+
+def _fingerprint(shards: ShardSet, told: dict) -> str:
+    # The order of the parts decides as well, and JSON objects do not keep it.
+    return hashlib.sha256(json_bytes([shards.fingerprint, told, list(told["parts"])])).hexdigest()
 
 
 def _mix(value: int, seed: int) -> int:
     """Another hash for every seed; the stored one alone would tie all splits of a corpus together."""
-    return hash64(value.to_bytes(8, "little") + seed.to_bytes(8, "little", signed=True))
+    size = max(8, seed.bit_length() // 8 + 1)
+    return hash64(value.to_bytes(8, "little") + seed.to_bytes(size, "little", signed=True))
 
 
 class _Part:
@@ -139,7 +184,7 @@ class _Part:
         totals = {name: sum(entry[name] for entry in self.entries) for name in COUNTS}
         facts = {key: source[key] for key in ("format_version", "settings", "settings_fingerprint")}
         manifest = facts | {
-            "fingerprint": hashlib.sha256(json_bytes([source["fingerprint"], told])).hexdigest(),
+            "fingerprint": _fingerprint(self.shards, told),
             "tokenizer": source["tokenizer"] | {"files": files},
             "split": told,
             "shards": self.entries,

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import tokenizer_folders
 
 from data_prep import cli
+from data_prep.documents import MAX_LINE_BYTES
 from data_prep.segment import get_segmenter
 from data_prep.sentences import SentenceSettings
 from data_prep.shards import ShardSet
@@ -231,6 +233,104 @@ def test_a_full_disk_is_told(shards: Path):
         )
     assert done.returncode == 2
     assert done.stderr == "data-prep: error: cannot read or write: No space left on device\n"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_write_that_fails_is_told_by_the_output_folder(
+    corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path, workers: str
+):
+    """As on a full disk, the error comes from a file that is open already, and names none."""
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
+
+    def say(*command: str | Path) -> str:
+        arguments = [*COMMAND, *map(str, command)]
+        done = subprocess.run(
+            arguments, cwd=ROOT, capture_output=True, text=True, preexec_fn=small_files_only
+        )
+        assert done.returncode == 2
+        return done.stderr
+
+    said = "data-prep: error: cannot write to {}: File too large\n"
+    output = tmp_path / "shards"
+    assert say(*shard_arguments(corpus, output, tokenizer, "--workers", workers)) == said.format(output)
+    output = tmp_path / "parts"
+    assert say("split", shards, "--output", output, "--parts", "a=1") == said.format(output)
+    assert not output.exists()
+
+
+def test_output_must_be_a_folder_of_this_machine(
+    corpus: Path,
+    shards: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("shard", "--input", corpus, "--tokenizer", tokenizer),
+        ("split", shards, "--parts", "a=1"),
+        ("tokenizer", "--input", corpus, "--vocab-size", "400"),
+    ):
+        for url in ("memory://x", "s3://bucket/x"):
+            assert f"--output {url} is a URL" in refused(capsys, *command, "--output", url)
+    assert not any(tmp_path.iterdir())
+
+
+def test_units_have_a_least_size(
+    corpus: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    arguments = shard_arguments(corpus, tmp_path / "shards", tokenizer, "--unit-mb")
+    assert "--unit-mb must be at least 0.001, not 1e-07" in refused(capsys, *arguments, "1e-7")
+    assert "at least 0.001" in refused(capsys, *arguments, "0.00099")
+    assert not (tmp_path / "shards").exists()
+
+
+def test_files_passed_over_are_told_once(
+    corpus: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(corpus, tmp_path / "in")
+    (tmp_path / "in/x.zip").write_bytes(b"")
+    for command in (
+        shard_arguments(tmp_path / "in", tmp_path / "shards", tokenizer),
+        ("tokenizer", "--input", tmp_path / "in", "--output", tmp_path / "t", "--vocab-size", "400"),
+    ):
+        capsys.readouterr()
+        assert call(*command) == 0
+        assert capsys.readouterr().err.count("not read: 1 file passed over: in/x.zip; ") == 1
+
+
+def test_names_that_are_not_utf8(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = os.fsencode(tmp_path) + b"/i\xffn"
+    os.mkdir(folder)
+    for name in (b"b\xffd.jsonl", b"t\xff.txt", b"z\xff.zip"):
+        with open(folder + b"/" + name, "wb") as out:
+            out.write(b'{"content": "No id."}\nbroken\n' if b"json" in name else b"A text.")
+    given = [os.fsdecode(folder), os.fsdecode(folder + b"/t\xff.txt")]
+    arguments = shard_arguments(given[0], tmp_path / "s", tokenizer)
+    assert call(*arguments[:2], *given, *arguments[3:]) == 0
+    assert [document.id for document in ShardSet.open(tmp_path / "s").documents()] == [
+        r"i\xffn/b\xffd.jsonl@0",
+        r"i\xffn/t\xff.txt",
+    ]
+    assert read_quarantine(tmp_path / "s")[0]["file"] == r"i\xffn/b\xffd.jsonl"
+    assert call("verify", tmp_path / "s", "--deep", "--input", *given) == 0
+    assert call("show", tmp_path / "s", "--count", "2") == 0
+
+
+def test_memory_of_the_longest_document(tokenizer: Path, tmp_path: Path):
+    """A word as long as a line may be, and one wide character, which makes Python keep all as four bytes."""
+    text = "a" * (MAX_LINE_BYTES - 40) + "😀"
+    (tmp_path / "x.jsonl").write_text(json.dumps({"id": "0", "content": text}, ensure_ascii=False))
+    arguments = list(map(str, shard_arguments(tmp_path / "x.jsonl", tmp_path / "shards", tokenizer)))
+    # What the system tells of a child's peak begins with its parent's: the process looks for itself.
+    code = f"from data_prep import cli; cli.main({arguments!r}); print(open('/proc/self/status').read())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, text=True)
+    assert ShardSet.open(tmp_path / "shards").manifest["totals"]["bytes"] == len(text.encode())
+    (peak,) = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("VmHWM:"))
+    assert 50_000 < peak < 450_000  # kB
 
 
 def test_an_explicit_language_wins(corpus: Path, tokenizer: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
 import tarfile
 import tracemalloc
@@ -23,7 +24,7 @@ from data_prep import documents
 from data_prep.documents import DocumentReader, RawDocument, Reject, sample_lines
 from data_prep.errors import UserError
 from data_prep.hygiene import Hygiene
-from data_prep.inputs import Piece, find_inputs, split, whole
+from data_prep.inputs import Piece, find_inputs, open_parquet, split, whole
 
 GOOD = b'{"id": "a", "content": "One two. \\u4e8c"}'
 PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -219,6 +220,32 @@ def test_a_line_that_is_too_long_costs_itself_and_no_memory(tmp_path: Path, monk
     expected, _ = joined([whole(file)])
     for count in (2, 3, 7, 60):
         assert joined(split(file, count))[0] == expected
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "二", "😀"])
+def test_the_limit_counts_bytes_after_the_rules_as_well(tmp_path: Path, monkeypatch, letter: str):
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1200)
+    count = 1200 // len(letter.encode())
+    rows = [letter * count, letter * (count + 1)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet")
+    items = list(DocumentReader(find_inputs([tmp_path / "x.parquet"])[0]))
+    assert [type(item) for item in items] == [RawDocument, Reject]
+    assert items[1].reason == "line too long"
+    pq.write_table(pa.table({"text": ["\ufdfa" * 60]}), tmp_path / "x.parquet")  # one gives 18
+    file = find_inputs([tmp_path / "x.parquet"])[0]
+    assert list(DocumentReader(file, hygiene=Hygiene(normal_form="NFKC"))) == [Reject(1, "line too long")]
+    assert len(list(DocumentReader(file))[0].content) == 60
+
+
+def test_ids_of_files_whose_names_are_not_utf8(tmp_path: Path):
+    for name, data, expected in (
+        (b"b\xffd.jsonl", b'{"content": "Text."}\n', r"d/b\xffd.jsonl@0"),
+        (b"t\xff.txt", b"Text.\n", r"d/t\xff.txt"),
+    ):
+        path = tmp_path / "d" / os.fsdecode(name)
+        (document,), reader = read(path, data)
+        assert document.id == expected and document.content.startswith("Text.")
+        assert reader.sha256 == hashlib.sha256(data).hexdigest()
 
 
 def test_a_file_that_changes_under_the_reader_is_told(tmp_path: Path):
@@ -553,6 +580,17 @@ def test_parquet(tmp_path: Path):
         assert sum(part.bytes_read for part in readers) == file.size
         assert [part.sha256 for part in readers] == [piece.sha256() for piece in pieces]
         assert len({part.sha256 for part in readers}) == len(pieces)
+
+
+def test_few_large_rows_of_a_table_are_in_memory_at_once(tmp_path: Path):
+    rows = [hashlib.sha256(b"%d" % n).hexdigest() * 8000 for n in range(100)]  # of 0.5 MB
+    options = {"use_dictionary": False, "write_batch_size": 1, "compression": "zstd"}
+    pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet", **options)
+    reader = DocumentReader(find_inputs([tmp_path / "x.parquet"])[0])
+    with open_parquet(reader.file) as table:
+        sizes = [batch.num_rows for batch in reader._batches(table, 0, ["text"])]
+    assert sum(sizes) == 100 and max(sizes) == 8
+    assert [document.content for document in reader] == rows
 
 
 def test_a_damaged_row_group_costs_itself(tmp_path: Path):
