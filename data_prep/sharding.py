@@ -118,6 +118,8 @@ def plan(
 def _begin(job: Job) -> Job:
     """Make the work folder, or check that the one found is this very job's. Returns the job as begun."""
     output, work = job.output, job.work
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file; --output must name a folder")
     told = {
         "facts": job.facts,
         "inputs": [[file.name, file.shown_path, file.size, file.stamp] for file in job.files],
@@ -130,8 +132,6 @@ def _begin(job: Job) -> Job:
                 "finish that one, choose another --output, or delete the folder"
             )
         return replace(job, only=None if only is None else tuple(only))
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file; --output must name a folder")
     if job.only is None and output.is_dir() and any(path.name != UNFINISHED for path in output.iterdir()):
         raise UserError(f"output folder {output} is not empty and holds no shards; choose another one")
     try:
@@ -154,7 +154,7 @@ def _read_plan(job: Job) -> dict | None:
     """The plan of the run that was begun; None when there is none, or a crash left half of it."""
     try:
         return json.loads((job.work / PLAN).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         shutil.rmtree(job.work, ignore_errors=True)

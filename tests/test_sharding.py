@@ -580,7 +580,9 @@ def test_split_refuses(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     for wrong in ("train", "train=x", "../x=1", "a=nan", "a=-1", "=1"):
         assert "write NAME=SHARE" in say(wrong)
     assert "'few' would be empty" in say("many=0.9999999", "few=0.0000001")
-    assert "not empty" in refused(capsys, "split", shards, "--output", tmp_path, "--parts", "a=1")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/something").touch()
+    assert "not empty" in refused(capsys, "split", shards, "--output", tmp_path / "full", "--parts", "a=1")
     assert "lies inside" in refused(capsys, "split", shards, "--output", shards / "x", "--parts", "a=1")
 
 
