@@ -320,7 +320,7 @@ def test_a_finished_run_is_left_alone(
             "zero0",
             1,
             ("--loss.kind", "focal"),
-            r"another model: (model.focal_gamma is 0.0 there and 2|loss.kind is 'cross_entropy' there)",
+            r"another model: (model.focal_gamma is 0.0 there and 2|loss.focal_gamma is 0.0 there)",
         ),
         ("vae", "zero0", 1, ("--seed", 2), "is of another model: seed is 1 there and 2 here"),
         (
