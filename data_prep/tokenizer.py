@@ -405,13 +405,16 @@ def _byte_level_table(rust: object, spec: dict) -> list[bytes]:
     merges = model.get("merges", [])
     reachable = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1) for merge in merges}
     every = model.get("type") != "BPE" or model.get("ignore_merges", False)
-    vocabulary: dict[str, int] = rust.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values()) + 1)
-    for token, index in rust.get_vocab(with_added_tokens=False).items():
+    vocabulary = model.get("vocab")
+    if not isinstance(vocabulary, dict):  # asking the library takes longer than all the rest
+        vocabulary = rust.get_vocab(with_added_tokens=False)
+    added_tokens = rust.get_added_tokens_decoder()
+    table = [b""] * (max([*vocabulary.values(), *added_tokens]) + 1)
+    for token, index in vocabulary.items():
         if every or len(token) == 1 or token in reachable:
             spelled = token.translate(to_latin)
             table[index] = b"" if "\uffff" in spelled else spelled.encode("latin-1")
-    for index, added in rust.get_added_tokens_decoder().items():
+    for index, added in added_tokens.items():
         table[index] = b"" if added.special else added.content.encode("utf-8")
     return table
 
