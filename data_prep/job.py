@@ -14,10 +14,10 @@ from data_prep.hygiene import Hygiene
 from data_prep.inputs import InputFile, Piece
 from data_prep.segment import VERSION as SEGMENTER_VERSION
 from data_prep.sentences import SentenceSettings
-from data_prep.shards import MANIFEST, ZSTD_LEVEL, ShardSet, json_bytes
+from data_prep.shards import MANIFEST, SHARD_ENDINGS, ZSTD_LEVEL, ShardSet, json_bytes
 
 UNFINISHED = ".unfinished"
-SHARD_ENDINGS = {"file": ".tar", "index": ".index.npy"}  # by the manifest's key
+PLAN = "plan.json"  # in it
 
 
 @dataclass(frozen=True)

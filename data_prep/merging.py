@@ -18,11 +18,12 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.execution import RECORD, Board, Incomplete
-from data_prep.job import SHARD_ENDINGS, Job, fingerprint
+from data_prep.job import Job, fingerprint
 from data_prep.shards import (
     COUNTS,
     MANIFEST,
     QUARANTINE,
+    SHARD_ENDINGS,
     TOKENIZER_FOLDER,
     ShardSet,
     file_sha256,

@@ -23,14 +23,13 @@ from pathlib import Path
 from data_prep.errors import UserError, describe
 from data_prep.execution import run_in_processes
 from data_prep.inputs import Piece, plan_units, survey, unread_line
-from data_prep.job import UNFINISHED, Job, ShardSettings, fingerprint, missing_units
+from data_prep.job import PLAN, UNFINISHED, Job, ShardSettings, fingerprint, missing_units
 from data_prep.progress import Progress
 from data_prep.segment import get_segmenter
 from data_prep.shards import FORMAT_VERSION, MANIFEST, ShardSet, json_bytes
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.units import take_part
 
-PLAN = "plan.json"
 COMPARED_BYTES = (
     2_000_000_000  # of input, when a set is there already: more is compared by name and size alone
 )

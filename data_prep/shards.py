@@ -37,6 +37,7 @@ GROUP_BYTES = 512_000
 OPEN_SHARDS = 64  # memory-mapped at once, per process: each holds a file descriptor
 OPEN_GROUPS = 4  # unpacked groups kept, per shard
 COUNTS = ("documents", "sentences", "tokens", "bytes")
+SHARD_ENDINGS = {"file": ".tar", "index": ".index.npy"}  # by the manifest's key
 COMPRESSIONS = ("none", "zstd")
 ZSTD_LEVEL = 3
 
@@ -189,6 +190,51 @@ class ShardWriter:
         data_at = self._tar.offset + tarfile.BLOCKSIZE  # short names: the header is one block
         self._tar.addfile(member, io.BytesIO(data))
         return data_at
+
+
+class ShardSeries:
+    """Writes documents into one shard after another: `STEM000.tar`, `STEM001.tar`, … with their indexes.
+
+    stem: folder and beginning of the names; digits: of their numbers. A shard is full when its arrays have
+    `shard_bytes` bytes or it holds `shard_documents` documents (0: no limit).
+
+    After `close`: entries, the shards' manifest entries without file names; languages and sources, the counts
+    (`COUNTS`) of all documents by language and by source.
+    """
+
+    def __init__(
+        self,
+        stem: Path,
+        digits: int,
+        dtype: np.dtype,
+        compression: str,
+        shard_bytes: int,
+        shard_documents: int,
+    ):
+        self._stem, self._digits, self._dtype, self._compression = stem, digits, dtype, compression
+        self._shard_bytes, self._shard_documents = shard_bytes, shard_documents
+        self._writer: ShardWriter | None = None
+        self.entries: list[dict] = []
+        self.languages: dict[str, dict[str, int]] = {}
+        self.sources: dict[str, dict[str, int]] = {}
+
+    def add(self, document: Document) -> None:
+        if self._writer is None:
+            name = f"{self._stem.name}{len(self.entries):0{self._digits}d}"
+            paths = [self._stem.with_name(name + ending) for ending in SHARD_ENDINGS.values()]
+            self._writer = ShardWriter(*paths, self._dtype, self._compression)
+        self._writer.add(document)
+        _add_counts(self.languages, document.language, document)
+        _add_counts(self.sources, document.source, document)
+        full = self._writer.documents == self._shard_documents
+        if full or self._writer.payload >= self._shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the last shard."""
+        if self._writer is not None:
+            self.entries.append(self._writer.close())
+            self._writer = None
 
 
 class Shard:
@@ -506,7 +552,7 @@ def _npy_array(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=stream.tell())
 
 
-def add_counts(sums: dict[str, dict[str, int]], key: str, document: Document) -> None:
+def _add_counts(sums: dict[str, dict[str, int]], key: str, document: Document) -> None:
     """Add a document to the counts (`COUNTS`) of its language, or source, or whatever `key` is."""
     row = sums.setdefault(key, dict.fromkeys(COUNTS, 0))
     sizes = (1, document.sentence_lengths.size, document.tokens.size, document.bytes)

@@ -12,7 +12,6 @@ leaves none half done.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -21,23 +20,22 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.job import PLAN, UNFINISHED, fingerprint
 from data_prep.shards import (
     COUNTS,
     MANIFEST,
     QUARANTINE,
+    SHARD_ENDINGS,
     TOKENIZER_FOLDER,
     Document,
+    ShardSeries,
     ShardSet,
-    ShardWriter,
-    add_counts,
     file_sha256,
     hash64,
     json_bytes,
     seal_manifest,
     write_atomically,
 )
-
-UNFINISHED = ".unfinished"
 
 
 def parse_parts(given: list[str]) -> dict[str, float]:
@@ -94,7 +92,7 @@ def _parts_there(shards: ShardSet, output: Path, told: dict[str, dict]) -> dict[
     there = {}
     for path in sorted(output.iterdir()) if output.exists() else ():
         if path.name == UNFINISHED:
-            if (path / "plan.json").exists():
+            if (path / PLAN).exists():
                 raise UserError(f"{output} holds an unfinished run of `data-prep shard`; choose another one")
         elif path.name in told and (path / MANIFEST).is_file():
             part = ShardSet.open(path)  # sealed by its checksum, and written last
@@ -134,7 +132,7 @@ def _write(
 
 def _fingerprint(shards: ShardSet, told: dict) -> str:
     # The order of the parts decides as well, and JSON objects do not keep it.
-    return hashlib.sha256(json_bytes([shards.fingerprint, told, list(told["parts"])])).hexdigest()
+    return fingerprint(shards.fingerprint, told, list(told["parts"]))
 
 
 def _mix(value: int, seed: int) -> int:
@@ -148,49 +146,35 @@ class _Part:
 
     def __init__(self, shards: ShardSet, folder: Path):
         self.shards, self.folder = shards, folder
-        self.entries: list[dict] = []
-        self.languages: dict[str, dict[str, int]] = {}
-        self.sources: dict[str, dict[str, int]] = {}
-        self._writer: ShardWriter | None = None
+        settings = shards.manifest["settings"]
+        limits = settings["shard_bytes"], settings["shard_documents"]
+        self._series = ShardSeries(folder / "shard-", 6, shards.dtype, shards.compression, *limits)
         folder.mkdir(parents=True)
 
     def add(self, document: Document) -> None:
-        settings = self.shards.manifest["settings"]
-        if self._writer is None:
-            stem = self.folder / f"shard-{len(self.entries):06d}"
-            names = [stem.with_name(stem.name + ending) for ending in (".tar", ".index.npy")]
-            self._writer = ShardWriter(*names, self.shards.dtype, self.shards.compression)
-        self._writer.add(document)
-        add_counts(self.languages, document.language, document)
-        add_counts(self.sources, document.source, document)
-        full = self._writer.documents == settings["shard_documents"]
-        if full or self._writer.payload >= settings["shard_bytes"]:
-            self._close()
-
-    def _close(self) -> None:
-        name = f"shard-{len(self.entries):06d}"
-        entry = {"file": f"{name}.tar", "index": f"{name}.index.npy", "unit": len(self.entries)}
-        self.entries.append(entry | self._writer.close())
-        self._writer = None
+        self._series.add(document)
 
     def finish(self, told: dict) -> dict[str, int]:
         """Close the last shard and write the rest of the set. Returns its counts."""
-        if self._writer is not None:
-            self._close()
+        self._series.close()
+        entries = [
+            {key: f"shard-{n:06d}{ending}" for key, ending in SHARD_ENDINGS.items()} | {"unit": n} | entry
+            for n, entry in enumerate(self._series.entries)
+        ]
         source = self.shards.manifest
         write_atomically(self.folder / QUARANTINE, b"")
         self.shards.tokenizer().save(self.folder / TOKENIZER_FOLDER)
         files = {p.name: file_sha256(p) for p in sorted((self.folder / TOKENIZER_FOLDER).iterdir())}
-        totals = {name: sum(entry[name] for entry in self.entries) for name in COUNTS}
+        totals = {name: sum(entry[name] for entry in entries) for name in COUNTS}
         facts = {key: source[key] for key in ("format_version", "settings", "settings_fingerprint")}
         manifest = facts | {
             "fingerprint": _fingerprint(self.shards, told),
             "tokenizer": source["tokenizer"] | {"files": files},
             "split": told,
-            "shards": self.entries,
+            "shards": entries,
             "totals": totals,
-            "languages": dict(sorted(self.languages.items())),
-            "sources": dict(sorted(self.sources.items())),
+            "languages": dict(sorted(self._series.languages.items())),
+            "sources": dict(sorted(self._series.sources.items())),
             "rejected": {},
             "repaired": {},
             "damaged": [],
@@ -199,4 +183,4 @@ class _Part:
             "not_read": [],
         }
         write_atomically(self.folder / MANIFEST, json_bytes(seal_manifest(manifest)))
-        return {"shards": len(self.entries), **totals}
+        return {"shards": len(entries), **totals}

@@ -21,13 +21,12 @@ from data_prep import duplicates, merging
 from data_prep.documents import DocumentReader, RawDocument, Reject
 from data_prep.execution import BEAT_SECONDS, RECORD, Incomplete, Phase, run_phases
 from data_prep.inputs import Piece
-from data_prep.job import SHARD_ENDINGS, Job
+from data_prep.job import Job
 from data_prep.sentences import cut_document
 from data_prep.shards import (
     QUARANTINE,
     Document,
-    ShardWriter,
-    add_counts,
+    ShardSeries,
     hash64,
     json_bytes,
     token_dtype,
@@ -85,11 +84,11 @@ class Worker:
         settings = self.job.settings
         counts = _Counts(beat, self._watch)
         dropped = self._dropped(unit)
-        sums: dict[str, dict] = {"languages": {}, "sources": {}}
+        dtype = token_dtype(self.tokenizer.vocab_size)
+        limits = settings.shard_bytes, settings.shard_documents
+        shards = ShardSeries(folder / "part-", 3, dtype, settings.compression, *limits)
         repaired: Counter[str] = Counter()
         pieces: list[dict] = []
-        parts: list[dict] = []
-        writer: ShardWriter | None = None
         good = 0  # documents that hygiene let pass
         with open(folder / QUARANTINE, "wb") as quarantine:
             for piece, reader in self._pieces(unit):
@@ -105,17 +104,8 @@ class Worker:
                         rejected[item.reason] += 1
                         quarantine.write(_quarantine_line(piece, item))
                         continue
-                    if writer is None:
-                        names = [folder / f"part-{len(parts):03d}{end}" for end in SHARD_ENDINGS.values()]
-                        dtype = token_dtype(self.tokenizer.vocab_size)
-                        writer = ShardWriter(*names, dtype, settings.compression)
-                    writer.add(item)
+                    shards.add(item)
                     documents += 1
-                    add_counts(sums["languages"], item.language, item)
-                    add_counts(sums["sources"], item.source, item)
-                    if writer.payload >= settings.shard_bytes or writer.documents == settings.shard_documents:
-                        parts.append(writer.close())
-                        writer = None
                 repaired.update(reader.repaired)
                 pieces.append(
                     {
@@ -130,9 +120,9 @@ class Worker:
                         "damage": reader.damage,
                     }
                 )
-        if writer is not None:
-            parts.append(writer.close())
-        record = {"pieces": pieces, "repaired": repaired, "parts": parts, "counts": counts.final(), **sums}
+        shards.close()
+        record = {"pieces": pieces, "repaired": repaired, "parts": shards.entries, "counts": counts.final()}
+        record |= {"languages": shards.languages, "sources": shards.sources}
         (folder / RECORD).write_bytes(json_bytes(record))
 
     def merge(self, unit: int, folder: Path, beat: Beat) -> None:

@@ -14,7 +14,7 @@ from data_prep import splitting
 from data_prep.errors import UserError
 from data_prep.sentences import SentenceSettings
 from data_prep.sharding import ShardSettings, make_shards
-from data_prep.shards import MANIFEST, ShardSet
+from data_prep.shards import MANIFEST, ShardSet, ShardWriter
 from data_prep.splitting import UNFINISHED, parse_parts, split
 from data_prep.verification import verify
 
@@ -99,7 +99,7 @@ def test_an_error_leaves_nothing(shards: Path, tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(splitting.ShardWriter, "close", full)
+        patch.setattr(ShardWriter, "close", full)
         with pytest.raises(OSError, match="No space"):
             split(shards, tmp_path / "out", PARTS)
     assert not (tmp_path / "out").exists()
