@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep import benchmark, hygiene
-from data_prep.errors import UserError, describe, run_main
+from data_prep.errors import NO_PATH, UserError, describe, run_main
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 LEAST_UNIT_MB = 0.001  # a plan of units of a few bytes is larger than the input
-NO_PATH = "cannot read or write: "  # how `describe` begins when an error names no path
 # JSON leaves these as they are, but programs that read line by line may take them for line ends.
 LINE_SEPARATORS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 
@@ -264,7 +263,7 @@ def _shard(arguments: argparse.Namespace) -> None:
     from data_prep.job import ShardSettings
     from data_prep.progress import ProgressLine
     from data_prep.sentences import SentenceSettings
-    from data_prep.sharding import choose_backend, make_shards
+    from data_prep.sharding import choose_backend, make_shards, mpi_number
 
     _check_output(arguments.output)
     if arguments.unit_mb is not None and arguments.unit_mb < LEAST_UNIT_MB:
@@ -296,7 +295,7 @@ def _shard(arguments: argparse.Namespace) -> None:
             )
     finally:
         progress.close()
-    if backend == "mpi" and _mpi_rank() != 0:
+    if backend == "mpi" and mpi_number("RANK") != 0:  # one of them speaks
         return
     seconds = time.monotonic() - began
     totals = manifest["totals"]
@@ -333,10 +332,6 @@ def _default_workers(backend: str) -> int:
     return int(os.environ.get("SLURM_CPUS_PER_TASK", 1)) if backend == "slurm" else 1
 
 
-def _mpi_rank() -> int:
-    return int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or 0)
-
-
 def _check_output(output: str) -> None:
     """Raises `UserError` on a URL: output is written to this machine's file systems only."""
     if "://" in output:
@@ -352,9 +347,10 @@ def _writing(output: str) -> Iterator[None]:
         raise
     except (UserError, OSError) as error:
         # A worker's error comes as the `UserError` that `describe` made of it.
-        if not (said := describe(error)).startswith(NO_PATH):
+        path, _, reason = describe(error).partition(": ")
+        if path != NO_PATH:
             raise
-        raise UserError(f"cannot write to {output}: {said.removeprefix(NO_PATH)}") from error
+        raise UserError(f"cannot write to {output}: {reason}") from error
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -395,7 +391,7 @@ def _stats(arguments: argparse.Namespace) -> None:
 
     result = stats(arguments.folder)
     if arguments.html:
-        from data_prep.shards import write_atomically
+        from data_prep.files import write_atomically
         from data_prep.stats_page import stats_page
 
         write_atomically(Path(arguments.html), stats_page(result).encode("utf-8"))

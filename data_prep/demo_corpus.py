@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.shards import write_atomically
+from data_prep.files import write_atomically
 
 WRAPPED = (
     45  # characters; a paragraph whose lines, but for the last, all reach this was wrapped by its editor

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Callable
 
+NO_PATH = "cannot read or write"  # what `describe` says in place of a path that an error does not name
+
 
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it, in one line."""
@@ -52,7 +54,7 @@ def describe(error: UserError | OSError) -> str:
     """What to tell the user about an error that ends the program: a path and a reason, or a message."""
     # Libraries raise OSError with a text alone, too.
     strerror = getattr(error, "strerror", None)
-    return f"{error.filename or 'cannot read or write'}: {strerror}" if strerror else str(error)
+    return f"{error.filename or NO_PATH}: {strerror}" if strerror else str(error)
 
 
 def _drop_output() -> None:

@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, describe
+from data_prep.files import flush_to_disk
 
 STALE_SECONDS = 60.0
 BEAT_SECONDS = 0.5  # between two rewritings of a claim, and between two looks at the others' claims
@@ -182,14 +183,14 @@ class Board:
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
         (aside / SIZES).write_text(json.dumps(sizes), encoding="ascii")
         for path in [*aside.iterdir(), aside]:
-            _sync(path)
+            flush_to_disk(path)
         target.parent.mkdir(exist_ok=True)
         try:
             os.rename(aside, target)
         except OSError:
             if not target.is_dir():  # else another one was here first
                 raise
-        _sync(target.parent)
+        flush_to_disk(target.parent)
 
     def _aside(self, phase: str, unit: int, signature: str) -> Path:
         return self.folder / "aside" / f"{phase}-{unit:06d}-{signature}"
@@ -300,8 +301,6 @@ def _process(start: Callable[[], None], errors: object) -> None:
     try:
         start()
     except (UserError, OSError) as error:
-        from data_prep.errors import describe
-
         errors.put(describe(error))
         raise SystemExit(2) from None
 
@@ -330,15 +329,6 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk for good."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @functools.cache

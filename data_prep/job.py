@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep.execution import Board
+from data_prep.files import json_bytes
 from data_prep.hygiene import Hygiene
 from data_prep.inputs import InputFile, Piece
 from data_prep.segment import VERSION as SEGMENTER_VERSION
 from data_prep.sentences import SentenceSettings
-from data_prep.shards import MANIFEST, SHARD_ENDINGS, ZSTD_LEVEL, ShardSet, json_bytes
+from data_prep.shards import MANIFEST, SHARD_ENDINGS, ZSTD_LEVEL, ShardSet
 
 UNFINISHED = ".unfinished"
 PLAN = "plan.json"  # in it

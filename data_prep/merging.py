@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.execution import RECORD, Board, Incomplete
+from data_prep.files import file_sha256, json_bytes, write_atomically
 from data_prep.job import Job, fingerprint
 from data_prep.shards import (
     COUNTS,
@@ -26,10 +27,7 @@ from data_prep.shards import (
     SHARD_ENDINGS,
     TOKENIZER_FOLDER,
     ShardSet,
-    file_sha256,
-    json_bytes,
     seal_manifest,
-    write_atomically,
 )
 from data_prep.tokenizer import Tokenizer
 

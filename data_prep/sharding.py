@@ -22,11 +22,12 @@ from pathlib import Path
 
 from data_prep.errors import UserError, describe
 from data_prep.execution import run_in_processes
+from data_prep.files import json_bytes, partial_name
 from data_prep.inputs import Piece, plan_units, survey, unread_line
 from data_prep.job import PLAN, UNFINISHED, Job, ShardSettings, fingerprint, missing_units
 from data_prep.progress import Progress
 from data_prep.segment import get_segmenter
-from data_prep.shards import FORMAT_VERSION, MANIFEST, ShardSet, json_bytes
+from data_prep.shards import FORMAT_VERSION, MANIFEST, ShardSet
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from data_prep.units import take_part
 
@@ -138,7 +139,7 @@ def _begin(job: Job) -> Job:
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}") from error
     # Of several who begin at the same time one writes the plan, and the others compare theirs with it.
-    mine = work / f"{PLAN}.{os.uname().nodename}-{os.getpid()}"
+    mine = partial_name(work / PLAN)
     mine.write_bytes(json_bytes(told | {"only": job.only}))
     try:
         os.link(mine, work / PLAN)
@@ -193,9 +194,14 @@ def choose_backend(name: str) -> str:
     """`auto` by the environment: `mpi` under mpirun, `slurm` in an array job, else `local`."""
     if name != "auto":
         return name
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1) > 1:
+    if mpi_number("SIZE") > 1:
         return "mpi"
     return "slurm" if "SLURM_ARRAY_TASK_ID" in os.environ else "local"
+
+
+def mpi_number(name: str) -> int:
+    """RANK or SIZE of an MPI start, from the environment: known before MPI is. 0 outside one."""
+    return int(os.environ.get(f"OMPI_COMM_WORLD_{name}") or os.environ.get(f"PMI_{name}") or 0)
 
 
 def _make_by_mpi(

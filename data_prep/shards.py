@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.files import file_sha256, flush_and_rename, json_bytes, partial_name, write_atomically
 from data_prep.sentences import SentenceSettings
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
@@ -120,7 +121,7 @@ class ShardWriter:
     def __init__(self, tar_path: Path, index_path: Path, dtype: np.dtype, compression: str = "none"):
         self._tar_path, self._index_path, self._dtype = tar_path, index_path, dtype
         self._compress = _zstd_compressor() if compression == "zstd" else None
-        self._partial = _partial_name(tar_path)
+        self._partial = partial_name(tar_path)
         self._tar = tarfile.open(self._partial, "w", format=tarfile.USTAR_FORMAT)
         self._group: list[Document] = []
         self._group_bytes = 0
@@ -146,7 +147,7 @@ class ShardWriter:
         index = np.concatenate(self._rows) if self._rows else np.empty(0, INDEX_DTYPE)
         write_atomically(self._index_path, npy_bytes(index))
         sha256, size = file_sha256(self._partial), self._partial.stat().st_size
-        _sync_and_rename(self._partial, self._tar_path)
+        flush_and_rename(self._partial, self._tar_path)
         return {
             "size": size,
             "sha256": sha256,
@@ -572,40 +573,6 @@ def npy_bytes(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None:
-    """Write a file that is complete or absent, also after a crash or when two processes write the same one.
-
-    aside: the folder, on the same file system, for the file while it is incomplete; else beside `path`.
-    """
-    partial = _partial_name((aside or path.parent) / path.name)
-    partial.write_bytes(data)
-    _sync_and_rename(partial, path)
-
-
-def json_bytes(value: object) -> bytes:
-    """JSON as all our files hold it: sorted keys, indented, ASCII, so that equal values are equal bytes."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
-
-
-def _partial_name(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
-
-
-def _sync_and_rename(partial: Path, path: Path) -> None:
-    with open(partial, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.files import file_sha256, json_bytes, write_atomically
 from data_prep.job import PLAN, UNFINISHED, fingerprint
 from data_prep.shards import (
     COUNTS,
@@ -30,11 +31,8 @@ from data_prep.shards import (
     Document,
     ShardSeries,
     ShardSet,
-    file_sha256,
     hash64,
-    json_bytes,
     seal_manifest,
-    write_atomically,
 )
 
 

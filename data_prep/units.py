@@ -20,17 +20,11 @@ import numpy as np
 from data_prep import duplicates, merging
 from data_prep.documents import DocumentReader, RawDocument, Reject
 from data_prep.execution import BEAT_SECONDS, RECORD, Incomplete, Phase, run_phases
+from data_prep.files import json_bytes
 from data_prep.inputs import Piece
 from data_prep.job import Job
 from data_prep.sentences import cut_document
-from data_prep.shards import (
-    QUARANTINE,
-    Document,
-    ShardSeries,
-    hash64,
-    json_bytes,
-    token_dtype,
-)
+from data_prep.shards import QUARANTINE, Document, ShardSeries, hash64, token_dtype
 from data_prep.tokenizer import LossyTokenization, Tokenizer
 
 HASHES = "hashes.bin"

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_prep.documents import DocumentReader, RawDocument
 from data_prep.errors import UserError
+from data_prep.files import file_sha256, json_bytes
 from data_prep.hygiene import Hygiene
 from data_prep.inputs import Piece, find_inputs
 from data_prep.shards import (
@@ -23,10 +24,8 @@ from data_prep.shards import (
     Document,
     Shard,
     ShardSet,
-    file_sha256,
     hash64,
     index_totals,
-    json_bytes,
     tar_members,
 )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError, first_line
-from data_prep.shards import write_atomically
+from data_prep.files import flush_to_disk, write_atomically
 from pipeline.recipe import LossRecipe
 
 FORMAT_VERSION = 2
@@ -228,10 +228,10 @@ def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
             aside / "meta.json", (json.dumps(dataclasses.asdict(meta), indent=1) + "\n").encode()
         )
         for path in files:
-            _flush_to_disk(path)
+            flush_to_disk(path)
         shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was continued from further back
         os.rename(aside, folder / name)
-        _flush_to_disk(folder)
+        flush_to_disk(folder)
         write_atomically(folder / "latest", f"{name}\n".encode())
         best = step_name(meta.best["step"]) if meta.best else None
         if best and (folder / best).is_dir():
@@ -273,11 +273,3 @@ def _prune(folder: Path, latest: str, best: str | None, keep: int) -> None:
     for name in older[:-keep]:
         if name != best:
             shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

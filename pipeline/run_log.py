@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.shards import write_atomically
+from data_prep.files import write_atomically
 from pipeline.recipe import Recipe
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"

@@ -20,7 +20,8 @@ import deepspeed.comm as dist
 import torch
 
 from data_prep.errors import UserError
-from data_prep.shards import ShardSet, write_atomically
+from data_prep.files import write_atomically
+from data_prep.shards import ShardSet
 from pipeline import checkpoints, launch
 from pipeline.bins import BinPlan
 from pipeline.checkpoints import Meta

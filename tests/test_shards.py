@@ -16,6 +16,7 @@ import webdataset
 import zstandard
 
 from data_prep.errors import UserError
+from data_prep.files import file_sha256, json_bytes
 from data_prep.job import ShardSettings
 from data_prep.segment import get_segmenter
 from data_prep.sentences import SentenceSettings, cut_document
@@ -27,9 +28,7 @@ from data_prep.shards import (
     Shard,
     ShardSet,
     ShardWriter,
-    file_sha256,
     hash64,
-    json_bytes,
     npy_bytes,
     seal_manifest,
     tar_members,
