@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+import torch.nn.functional as F
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from pipeline.attention import HF_ATTENTION
 from pipeline.batches import Batch, build_batch
@@ -75,3 +76,31 @@ def small_lm(seed: int = 0, config: OPTConfig | None = None) -> TokenLM:
     return _wake(
         TokenLM(OPTForCausalLM._from_config(config or opt_config(), attn_implementation=HF_ATTENTION))
     )
+
+
+def cached_scores(model: SLLM, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+    """One document scored by cached generation: nll of every symbol float32 [T+S], stop probabilities [S]."""
+    nll, stops, at, state = [], [], 0, model.begin()
+    for length in span.sentence_lengths:
+        sentence = span.tokens[at : at + length].tolist()
+        at += length
+        decoder = model.decode_begin(state)
+        for symbol in [*sentence, IDS["eos_token_id"]]:
+            nll.append(-decoder.logits.log_softmax(-1)[symbol])
+            if symbol != IDS["eos_token_id"]:
+                model.decode_step(decoder, symbol)
+        model.append(state, sentence)
+        stops.append(model.stop_probability(state))
+    return torch.stack(nll), torch.tensor(stops)
+
+
+def plain_nll(model: PreTrainedModel, spans: list[Span]) -> torch.Tensor:
+    """float32 [N]: the token model's targets, scored window by window by the plain Hugging Face model."""
+    nll = []
+    for span in spans:
+        ids = torch.tensor([[IDS["bos_token_id"], *span.tokens.tolist()]])
+        targets = span.tokens.tolist() + ([IDS["eos_token_id"]] if span.document_end else [])
+        with torch.no_grad():
+            logits = model(ids).logits[0, : len(targets)]
+        nll.append(F.cross_entropy(logits, torch.tensor(targets), reduction="none"))
+    return torch.cat(nll)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-import torch.nn.functional as F
 import yaml
 from backbone_families import CONFIGS, MAKERS, ROTARY, family_lm, family_sllm, rotary_config
 from models import (
@@ -16,6 +15,7 @@ from models import (
     VOCABULARY,
     _wake,
     opt_config,
+    plain_nll,
     post_norm_opt_config,
     random_batch,
     random_spans,
@@ -86,14 +86,7 @@ def test_the_token_model_is_the_plain_model(name):
         sums = wrapped(build_batch(spans))
     plain = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
     plain.load_state_dict(wrapped.model.state_dict())
-    nll = []
-    for span in spans:
-        ids = torch.tensor([[IDS["bos_token_id"], *span.tokens.tolist()]])
-        targets = span.tokens.tolist() + ([IDS["eos_token_id"]] if span.document_end else [])
-        with torch.no_grad():
-            logits = plain(ids).logits[0, : len(targets)]
-        nll.append(F.cross_entropy(logits, torch.tensor(targets), reduction="none"))
-    torch.testing.assert_close(sums.target_nll_N, torch.cat(nll), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(sums.target_nll_N, plain_nll(plain, spans), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROTARY)

@@ -14,16 +14,13 @@ from pathlib import Path
 
 import pytest
 import tokenizer_folders
+from data_prep_command import COMMAND, ROOT, call, contents, refused
 
-from data_prep import cli
 from data_prep.documents import MAX_LINE_BYTES
 from data_prep.segment import get_segmenter
 from data_prep.sentences import SentenceSettings
 from data_prep.shards import ShardSet
 from data_prep.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "data_prep.cli"]
 
 
 def run(*arguments: str | Path, status: int = 0, stdin: bytes = b"") -> subprocess.CompletedProcess:
@@ -31,21 +28,6 @@ def run(*arguments: str | Path, status: int = 0, stdin: bytes = b"") -> subproce
     done = subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, cwd=ROOT)
     assert done.returncode == status, done.stderr.decode()
     return done
-
-
-def call(*arguments: str | Path) -> int:
-    """The same in this process, through the console entry point's error handling; returns the exit status."""
-    return cli.run_main("data-prep", lambda: cli.main([str(argument) for argument in arguments]))
-
-
-def refused(capsys: pytest.CaptureFixture, *arguments: str | Path) -> str:
-    """Check that a command ends in one line on stderr and status 2; returns the line."""
-    capsys.readouterr()
-    assert call(*arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("data-prep: error: ") and err.count("\n") == 1
-    return err
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +68,6 @@ def shards(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
     output = tmp_path_factory.mktemp("reference") / "shards"
     assert call(*shard_arguments(corpus, output, tokenizer)) == 0
     return output
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 # segment -----------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import (
-    IDS,
+    cached_scores,
     opt_config,
+    plain_nll,
     post_norm_opt_config,
     random_batch,
     random_spans,
@@ -169,14 +170,7 @@ def test_the_token_model_is_the_hugging_face_model():
     sums = wrapped(build_batch(spans))
     plain = OPTForCausalLM(opt_config()).eval()
     plain.load_state_dict(wrapped.model.state_dict())
-    nll = []
-    for span in spans:
-        ids = torch.tensor([[IDS["bos_token_id"], *span.tokens.tolist()]])
-        targets = span.tokens.tolist() + ([IDS["eos_token_id"]] if span.document_end else [])
-        with torch.no_grad():
-            logits = plain(ids).logits[0, : len(targets)]
-        nll.append(F.cross_entropy(logits, torch.tensor(targets), reduction="none"))
-    torch.testing.assert_close(sums.target_nll_N, torch.cat(nll), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sums.target_nll_N, plain_nll(plain, spans), atol=1e-4, rtol=1e-4)
     assert int(sums.is_end_N.sum()) == sum(span.document_end for span in spans)
 
 
@@ -202,23 +196,11 @@ def test_cached_steps_equal_the_uncached_forward(config):
     model, spans = small_sllm(backbone=config()), random_spans(12, documents=1, most_sentences=7)
     span = spans[0]
     sums = model(build_batch(spans))
-    nll, stops = [], []
-    state = model.begin()
-    at = 0
-    for length in span.sentence_lengths:
-        sentence = span.tokens[at : at + length].tolist()
-        at += length
-        decoder = model.decode_begin(state)
-        for symbol in [*sentence, IDS["eos_token_id"]]:
-            nll.append(-decoder.logits.log_softmax(-1)[symbol])
-            if symbol != IDS["eos_token_id"]:
-                model.decode_step(decoder, symbol)
-        model.append(state, sentence)
-        stops.append(model.stop_probability(state))
-    torch.testing.assert_close(torch.stack(nll), sums.target_nll_N, atol=1e-5, rtol=1e-4)
+    nll, stops = cached_scores(model, span)
+    torch.testing.assert_close(nll, sums.target_nll_N, atol=1e-5, rtol=1e-4)
     labels = torch.zeros(len(stops))
     labels[-1] = float(span.document_end)
-    expected = F.binary_cross_entropy(torch.tensor(stops), labels, reduction="none")
+    expected = F.binary_cross_entropy(stops, labels, reduction="none")
     torch.testing.assert_close(expected, sums.stop_nll_S, atol=1e-4, rtol=1e-3)
 
 

@@ -18,33 +18,16 @@ import psutil
 import pytest
 import test_documents
 import tokenizer_folders
+from data_prep_command import COMMAND, ROOT, call, contents, refused
 
-from data_prep import cli, documents, duplicates, units
+from data_prep import documents, duplicates, units
 from data_prep.shards import ShardSet
 from data_prep.splitting import parse_parts, split
 from data_prep.tokenizer import ByteLevelTokenizer, load_tokenizer
 from data_prep.verification import verify, verify_deep
 
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "data_prep.cli"]
 MPIRUN = Path(sys.executable).with_name("mpirun")
 KILLS = 20
-
-
-def call(*arguments: str | Path) -> int:
-    return cli.run_main("data-prep", lambda: cli.main([str(argument) for argument in arguments]))
-
-
-def refused(capsys: pytest.CaptureFixture, *arguments: str | Path) -> str:
-    capsys.readouterr()
-    assert call(*arguments) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("data-prep: error: ") and err.count("\n") == 1
-    return err
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

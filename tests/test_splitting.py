@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tokenizer_folders
+from data_prep_command import contents
 
 from data_prep import splitting
 from data_prep.errors import UserError
@@ -30,10 +31,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ShardSettings(SentenceSettings("clause", "en", 64), shard_documents=30)
     make_shards([folder / "x.jsonl"], folder / "shards", tokenizer, settings)
     return folder / "shards"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 class Killed(BaseException):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import IDS, opt_config, random_batch, random_spans, small_sllm, small_vae
+from models import IDS, cached_scores, opt_config, random_batch, random_spans, small_sllm, small_vae
 from torch import nn
 from transformers import AutoModel, OPTForCausalLM
 
@@ -81,21 +81,11 @@ def test_changing_a_sentence_changes_nothing_before_it(variant, path):
 def test_cached_steps_are_the_uncached_forward(variant):
     model, spans = small_sllm(**variant), random_spans(12, documents=1, most_sentences=7)
     sums = model(build_batch(spans))
-    nll, stops, at, state = [], [], 0, model.begin()
-    for length in spans[0].sentence_lengths:
-        sentence = spans[0].tokens[at : at + length].tolist()
-        at += length
-        decoder = model.decode_begin(state)
-        for symbol in [*sentence, IDS["eos_token_id"]]:
-            nll.append(-decoder.logits.log_softmax(-1)[symbol])
-            if symbol != IDS["eos_token_id"]:
-                model.decode_step(decoder, symbol)
-        model.append(state, sentence)
-        stops.append(model.stop_probability(state))
-    torch.testing.assert_close(torch.stack(nll), sums.target_nll_N, atol=2e-5, rtol=1e-4)
+    nll, stops = cached_scores(model, spans[0])
+    torch.testing.assert_close(nll, sums.target_nll_N, atol=2e-5, rtol=1e-4)
     labels = torch.zeros(len(stops))
     labels[-1] = float(spans[0].document_end)
-    expected = F.binary_cross_entropy(torch.tensor(stops), labels, reduction="none")
+    expected = F.binary_cross_entropy(stops, labels, reduction="none")
     torch.testing.assert_close(expected, sums.stop_nll_S, atol=1e-4, rtol=1e-3)
 
 
