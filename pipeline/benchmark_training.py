@@ -32,7 +32,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from data_prep.benchmark import machine
+from data_prep.benchmark import machine, package_versions
 from data_prep.errors import UserError
 from data_prep.shards import ShardSet
 from pipeline import arithmetic
@@ -345,7 +344,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     result = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **machine(),
-        "packages": _versions(),
+        "packages": package_versions(PACKAGES),
         "gpu": torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None,
         "device": settings.device.type,
         "threads": torch.get_num_threads(),
@@ -458,16 +457,6 @@ def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, float]:
         for key in ("peak", "step"):
             ratios[f"memory_{key}"] = model["memory_bytes"][key] / against["memory_bytes"][key]
     return ratios
-
-
-def _versions() -> dict[str, str | None]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def _say(line: str) -> None:

@@ -12,7 +12,6 @@ Called by `training_run.py` (provenance) and `export.py` (the card).
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.benchmark import package_versions
 from data_prep.errors import UserError
 from data_prep.shards import ShardSet
 from pipeline.checkpoints import Meta
@@ -70,15 +70,9 @@ _RESULT_COLUMNS = (
 def provenance(shard_sets: list[ShardSet], validation: list[ShardSet], device: str) -> dict[str, Any]:
     """What `provenance.json` holds: packages, Python, device, and each shard set's folder, fingerprint,
     settings and totals."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": {name: found for name, found in package_versions(_PACKAGES).items() if found},
         "device": device,
         "shards": [_describe(shard_set) for shard_set in shard_sets],
         "validation": [_describe(shard_set) for shard_set in validation],
