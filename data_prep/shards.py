@@ -292,7 +292,7 @@ class Shard:
         row = self.index[n]
         group = int(row["group"])
         if self._facts[0] != group:
-            self._facts = group, self.group(group).facts
+            self._facts = group, self._read(group, 3)
         facts = self._facts[1][int(row["row"])]
         return Document(
             id=facts["id"],
@@ -311,11 +311,15 @@ class Shard:
 
     def group(self, g: int) -> Group:
         """Group `g` as it is stored, whatever the index says. Raises `UserError` when it cannot be read."""
-        parts = [self._member(g, kind) for kind in range(len(MEMBER_KINDS))]
+        return Group(*(self._read(g, kind) for kind in range(len(MEMBER_KINDS))))
+
+    def _read(self, group: int, kind: int) -> np.ndarray | list[dict]:
+        """A group's member: an array, or its facts. Raises `UserError` when it cannot be read."""
+        data = self._member(group, kind)
         try:
-            return Group(*(_npy_array(part) for part in parts[:3]), json.loads(parts[3]))
+            return _npy_array(data) if MEMBER_KINDS[kind].endswith(".npy") else json.loads(data)
         except ValueError as error:
-            raise UserError(f"shard {self.path}: group {g} is damaged: {error}") from error
+            raise UserError(f"shard {self.path}: group {group} is damaged: {error}") from error
 
     def _view(self, kind: int, group: int, at: int, count: int, dtype: np.dtype) -> np.ndarray:
         if not self._zstd:
