@@ -11,8 +11,9 @@ killed at any moment, and may even be mixed.
 
 A claim is a file that names its holder and is rewritten while the work goes on. It is void when the holder's
 process is gone (same machine), or when it has not changed for `STALE_SECONDS` by the watcher's own clock
-(another machine: no common clock is needed). A holder that was only paused may then share its unit with
-another. Whatever runs as a unit must stand that: it works in its own folder and makes the same bytes, the
+(another machine: no common clock is needed). A void claim is left where it is; whoever creates the claim with
+the next number has the unit, so no live claim is ever moved or removed by another, and of many who find a
+dead holder one succeeds. A holder that was only paused may share its unit with its successor. Whatever runs as a unit must stand that: it works in its own folder and makes the same bytes, the
 second to publish finds the place taken, and who is late when all is finished goes home quietly.
 
 A result carries the sizes of its files. What a crash of the machine has cut short is found out before it is
@@ -69,6 +70,7 @@ class Board:
     def __init__(self, folder: Path, is_finished: Callable[[], bool]):
         self.folder, self.is_finished = folder, is_finished
         self._seen: dict[Path, tuple[bytes, float]] = {}  # claims of others: content, when first seen
+        self._taken: dict[tuple[str, int], int] = {}  # the number of each claim taken here and not worked on yet
 
     def result(self, phase: str, unit: int) -> Path:
         """Where the published result of a unit lies."""
@@ -83,20 +85,16 @@ class Board:
 
     def claims(self) -> Iterator[tuple[str, int, dict]]:
         """(phase, unit, claim) of the units somebody is, or was, at work on."""
-        try:
-            paths = sorted((self.folder / "claims").iterdir())
-        except FileNotFoundError:
-            return
-        for path in paths:
-            phase, _, unit = path.name.rpartition("-")
+        for (phase, unit), number in sorted(self._newest().items()):
             try:
-                yield phase, int(unit), json.loads(path.read_bytes())
+                yield phase, unit, json.loads(self._claim(phase, unit, number).read_bytes())
             except (OSError, ValueError):
                 continue  # released or just being written
 
     def is_busy(self) -> bool:
         """Whether somebody is at work, or may be: on another machine only time can tell."""
-        return any(not self._is_void(self._claim(phase, unit)) for phase, unit, _ in self.claims())
+        newest = self._newest().items()
+        return any(not self._is_void(self._claim(phase, unit, number)) for (phase, unit), number in newest)
 
     def whole(self, phase: str, unit: int, elsewhere: Callable[[str], Path | None] | None = None) -> bool:
         """Whether all files of a result are there in full size; `elsewhere(name)`: where one may be now."""
@@ -119,37 +117,24 @@ class Board:
 
     def take(self, phase: str, units: Sequence[int]) -> int | None:
         """Claim the first of `units` that is free; None when there is none."""
+        newest = self._newest()
         for unit in units:
-            path = self._claim(phase, unit)
+            number = newest.get((phase, unit), -1)
+            path = self._claim(phase, unit, number + 1)
             try:
+                if number >= 0 and not self._is_void(self._claim(phase, unit, number)):
+                    continue
                 path.parent.mkdir(exist_ok=True)
-                if self._is_void(path):
-                    self._void(path)
                 claim = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
+            except FileExistsError:  # somebody was quicker
                 continue
             except FileNotFoundError:  # somebody has finished everything and tidied up
                 return None
             with os.fdopen(claim, "wb") as stream:
                 stream.write(_claim_bytes({}))
+            self._taken[phase, unit] = number + 1
             return unit
         return None
-
-    def _void(self, path: Path) -> None:
-        """Take a void claim away. Of several who try, one succeeds."""
-        judged = self._seen.pop(path, (b"", 0.0))[0]
-        mine = self.folder / f"void-{_signature()}"
-        os.rename(path, mine)
-        if mine.read_bytes() != judged:  # somebody was quicker: this is the claim of the new holder
-            with suppress(FileExistsError):
-                os.link(mine, path)
-        else:
-            holder = _holder(judged)
-            if holder is not None and holder["machine"] == _machine():  # certainly dead
-                phase, _, unit = path.name.rpartition("-")
-                leftover = self._aside(phase, int(unit), _signature(holder["pid"], holder["start"]))
-                shutil.rmtree(leftover, ignore_errors=True)
-        mine.unlink(missing_ok=True)
 
     @contextmanager
     def work(self, phase: str, unit: int) -> Iterator[tuple[Path, Callable[[dict], None]]]:
@@ -157,7 +142,8 @@ class Board:
 
         Errors count for nothing once all is finished, by somebody else then.
         """
-        claim, told = self._claim(phase, unit), time.monotonic()
+        number, told = self._taken.pop((phase, unit)), time.monotonic()
+        claim = self._claim(phase, unit, number)
         aside = self._aside(phase, unit, _signature())
 
         def beat(counts: dict) -> None:
@@ -167,6 +153,7 @@ class Board:
                 self._write_claim(claim, counts)
 
         try:
+            self._tidy_after_the_dead(phase, unit, number)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             yield aside, beat
@@ -177,7 +164,17 @@ class Board:
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-            claim.unlink(missing_ok=True)
+            for gone in range(number + 1):  # the newest last: without it, an older one would count
+                self._claim(phase, unit, gone).unlink(missing_ok=True)
+
+    def _tidy_after_the_dead(self, phase: str, unit: int, number: int) -> None:
+        """Remove what earlier holders of this machine, certainly dead, have left aside."""
+        for earlier in range(number):
+            with suppress(OSError):
+                holder = _holder(self._claim(phase, unit, earlier).read_bytes())
+                if holder is not None and holder["machine"] == _machine():
+                    leftover = self._aside(phase, unit, _signature(holder["pid"], holder["start"]))
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     def _publish(self, aside: Path, target: Path) -> None:
         sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
@@ -195,8 +192,17 @@ class Board:
     def _aside(self, phase: str, unit: int, signature: str) -> Path:
         return self.folder / "aside" / f"{phase}-{unit:06d}-{signature}"
 
-    def _claim(self, phase: str, unit: int) -> Path:
-        return self.folder / "claims" / f"{phase}-{unit:06d}"
+    def _claim(self, phase: str, unit: int, number: int) -> Path:
+        return self.folder / "claims" / f"{phase}-{unit:06d}-{number}"
+
+    def _newest(self) -> dict[tuple[str, int], int]:
+        """Of each unit that has claims, the number of the last one: the only one that counts."""
+        newest: dict[tuple[str, int], int] = {}
+        with suppress(FileNotFoundError):
+            for entry in os.scandir(self.folder / "claims"):
+                phase, unit, number = entry.name.rsplit("-", 2)
+                newest[phase, int(unit)] = max(int(number), newest.get((phase, int(unit)), 0))
+        return newest
 
     def _write_claim(self, path: Path, counts: dict) -> None:
         beside = self.folder / f"claim-{_signature()}"

@@ -64,7 +64,7 @@ def test_the_unit_of_a_killed_process_is_done_by_another(folder: Path):
     context = multiprocessing.get_context("spawn")
     slow = context.Process(target=work, args=(folder, 1000.0))
     slow.start()
-    while not list((folder / "work").glob("claims/*")):
+    while not (folder / "runs.log").exists() or not runs(folder):
         time.sleep(0.02)
     os.kill(slow.pid, signal.SIGKILL)
     slow.join()
@@ -86,16 +86,18 @@ def check_results_but_leftovers(folder: Path) -> None:
 def grab(folder: Path, gate, taken) -> None:
     mine = board(folder)
     gate.wait()
-    taken.put(mine.take("a", [0]))
+    taken.put((os.getpid(), mine.take("a", [0])))
+    gate.wait()  # who has left is dead to the others, and its claim free
 
 
 def test_of_many_who_find_a_dead_claim_one_gets_it(folder: Path):
     context = multiprocessing.get_context("fork")
-    dead = context.Process(target=time.sleep, args=(0,))
+    dead = context.Process(target=time.sleep, args=(1000,))
     dead.start()
-    claim = folder / "work/claims/a-000000"
+    claim = folder / "work/claims/a-000000-0"
     claim.parent.mkdir()
     told = {"machine": execution._machine(), "pid": dead.pid, "start": execution._start_time(dead.pid)}
+    dead.kill()
     dead.join()
     for _ in range(25):
         claim.write_text(json.dumps({"holder": told}))
@@ -105,11 +107,31 @@ def test_of_many_who_find_a_dead_claim_one_gets_it(folder: Path):
             racer.start()
         for racer in racers:
             racer.join()
-        got = [taken.get() for _ in racers]
-        assert got.count(0) <= 1
-        holder = json.loads(claim.read_text())["holder"]["pid"]
-        assert (holder in [racer.pid for racer in racers]) == (got.count(0) == 1)
-        claim.unlink()
+        got = dict(taken.get() for _ in racers)
+        (holder,) = [pid for pid, unit in got.items() if unit == 0]
+        successor = claim.with_name("a-000000-1")
+        assert json.loads(successor.read_text())["holder"]["pid"] == holder
+        successor.unlink()
+
+
+def test_a_paused_holder_does_not_disturb_its_successor(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(execution, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr(execution, "BEAT_SECONDS", 0.0)
+    paused, successor = board(folder), board(folder)
+    machines = iter(["one", "another"])  # whose claims are judged by time alone
+    monkeypatch.setattr(execution, "_machine", lambda machine=next(machines): machine)
+    assert paused.take("a", [0]) == 0
+    with paused.work("a", 0) as (aside, beat):
+        (aside / RECORD).write_text("late")
+        monkeypatch.setattr(execution, "_machine", lambda machine=next(machines): machine)
+        assert successor.take("a", [0]) == 0
+        monkeypatch.setattr(execution, "STALE_SECONDS", 1000.0)
+        with successor.work("a", 0) as (aside_too, _):
+            beat({"bytes": 1})
+            assert board(folder).take("a", [0]) is None  # the beat of a claim that no longer counts
+            (aside_too / RECORD).write_text("in time")
+    assert (successor.result("a", 0) / RECORD).read_text() == "in time"
+    assert list((folder / "work/claims").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [RECORD, execution.SIZES, "data"])
@@ -145,7 +167,7 @@ def test_a_holder_on_another_machine_is_believed_while_its_claim_changes(
 ):
     monkeypatch.setattr(execution, "STALE_SECONDS", 0.6)
     elsewhere = {"machine": "another", "pid": os.getpid(), "start": "0"}
-    claim = folder / "work/claims/a-000000"
+    claim = folder / "work/claims/a-000000-0"
     claim.parent.mkdir()
     mine = board(folder)
 
