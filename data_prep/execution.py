@@ -12,9 +12,10 @@ killed at any moment, and may even be mixed.
 A claim is a file that names its holder and is rewritten while the work goes on. It is void when the holder's
 process is gone (same machine), or when it has not changed for `STALE_SECONDS` by the watcher's own clock
 (another machine: no common clock is needed). A void claim is left where it is; whoever creates the claim with
-the next number has the unit, so no live claim is ever moved or removed by another, and of many who find a
-dead holder one succeeds. A holder that was only paused may share its unit with its successor. Whatever runs as a unit must stand that: it works in its own folder and makes the same bytes, the
-second to publish finds the place taken, and who is late when all is finished goes home quietly.
+the next number has the unit. So no live claim is ever moved or removed by another, and of many who find a
+dead holder one succeeds. A holder that was only paused may share its unit with its successor. Whatever runs
+as a unit must stand that: it works in its own folder and makes the same bytes, the second to publish finds
+the place taken, and who is late when all is finished goes home quietly.
 
 A result carries the sizes of its files. What a crash of the machine has cut short is found out before it is
 used: whoever reads a result asks `Board.whole`, drops what is not, and raises `Incomplete`; everybody then
@@ -70,7 +71,7 @@ class Board:
     def __init__(self, folder: Path, is_finished: Callable[[], bool]):
         self.folder, self.is_finished = folder, is_finished
         self._seen: dict[Path, tuple[bytes, float]] = {}  # claims of others: content, when first seen
-        self._taken: dict[tuple[str, int], int] = {}  # the number of each claim taken here and not worked on yet
+        self._taken: dict[tuple[str, int], int] = {}  # numbers of claims taken here
 
     def result(self, phase: str, unit: int) -> Path:
         """Where the published result of a unit lies."""

@@ -118,12 +118,11 @@ def test_a_paused_holder_does_not_disturb_its_successor(folder: Path, monkeypatc
     monkeypatch.setattr(execution, "STALE_SECONDS", 0.0)
     monkeypatch.setattr(execution, "BEAT_SECONDS", 0.0)
     paused, successor = board(folder), board(folder)
-    machines = iter(["one", "another"])  # whose claims are judged by time alone
-    monkeypatch.setattr(execution, "_machine", lambda machine=next(machines): machine)
+    monkeypatch.setattr(execution, "_machine", lambda: "one")
     assert paused.take("a", [0]) == 0
     with paused.work("a", 0) as (aside, beat):
         (aside / RECORD).write_text("late")
-        monkeypatch.setattr(execution, "_machine", lambda machine=next(machines): machine)
+        monkeypatch.setattr(execution, "_machine", lambda: "another")  # judges by time alone
         assert successor.take("a", [0]) == 0
         monkeypatch.setattr(execution, "STALE_SECONDS", 1000.0)
         with successor.work("a", 0) as (aside_too, _):
