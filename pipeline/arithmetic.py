@@ -4,7 +4,7 @@ In: a model (ours, or any Hugging Face causal LM) and what it is run on. Out: `O
 counted by the rows that really reach them (forward hooks), attention cores from the lengths of their
 segments. Adds, norms, activations and look-ups are left out: time they take, but hardly any arithmetic.
 One training pass (forward and backward) costs three times the forward: each product has two gradients, each
-as large as itself. Called by `inspection.py` and `benchmark_training.py`.
+as large as itself. Called by `inspection.py`, `benchmark_training.py` and (`utilisation`) `training_run.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,7 +25,19 @@ from pipeline.model_io import model_kind
 from pipeline.token_lm import TokenLM
 
 TRAINING_FACTOR = 3  # forward 1, gradient of the inputs 1, gradient of the weights 1
+# Dense peak of one device in FLOP/s with bf16 inputs.
+_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 PARTS = ("embedding", "encoder", "decoder", "head", "backbone", "adapters", "start vector", "stop head")
+
+
+def utilisation(multiply_adds: float, seconds: float, device: torch.device) -> float | None:
+    """Share of the device's bf16 peak that so many multiply-adds in so many seconds are (MFU, if they are
+    those that the model needs); None where the peak is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peak = next((flops for key, flops in _BF16_PEAK.items() if key in name), None)
+    return peak and 2 * multiply_adds / seconds / peak
 
 
 def part_of(model: nn.Module) -> dict[str, str]:

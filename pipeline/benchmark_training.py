@@ -439,11 +439,7 @@ def _figures(
         "share_of_limit": median / limit,
     }
     if (device := next(side.model.parameters()).device).type == "cuda":
-        from pipeline.engine import _BF16_PEAK
-
-        name = torch.cuda.get_device_name(device)
-        known = next((flops for key, flops in _BF16_PEAK.items() if key in name), None)
-        figures["mfu"] = known and median * 2 * TRAINING_FACTOR * per_token / known
+        figures["mfu"] = arithmetic.utilisation(median * TRAINING_FACTOR * per_token, 1.0, device)
     return figures
 
 

@@ -28,13 +28,7 @@ from pipeline.model_io import parameter_count
 from pipeline.recipe import OptimizerRecipe, Recipe
 from pipeline.strategy import zero_stage
 
-# Dense peak of one device in FLOP/s with bf16 inputs; MFU is null on anything that is not listed.
-_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-
 COMPILE_BACKEND = "inductor"  # of torch.compile
-
-# Parts that run once per sentence (SLLM); everything else runs once per token.
-_PER_SENTENCE = ("backbone", "condition", "stop_head")
 
 
 class Engine:
@@ -48,7 +42,6 @@ class Engine:
         self.parameters = parameter_count(model)
         # fp16 with dynamic loss scaling overflows by design: DeepSpeed skips the step and lowers the scale.
         self.scales_loss = bool(config.get("fp16", {}).get("enabled"))
-        self._matrix_weights = _matrix_weights(model, recipe.objective)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, recipe.optimizer),
             lr=recipe.optimizer.lr,
@@ -114,22 +107,6 @@ class Engine:
         """float64 on the engine's device, ready for an all-reduce."""
         return torch.tensor(values, dtype=torch.float64, device=self.device)
 
-    def mfu(self, tokens: float, sentences: float, seconds: float) -> float | None:
-        """Model FLOPs utilisation of all devices; None when this device's peak is not known.
-
-        Counts 6 FLOPs per weight of every linear layer and row that it is applied to; attention scores are
-        left out.
-        """
-        if self.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        peak = next((flops for key, flops in _BF16_PEAK.items() if key in name), None)
-        if peak is None:
-            return None
-        per_token, per_sentence = self._matrix_weights
-        flops = 6 * (per_token * tokens + per_sentence * sentences)
-        return flops / seconds / peak / dist.get_world_size()
-
 
 def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
     """The transformer layers of a model, ready for DeepSpeed; call it before `deepspeed.initialize`.
@@ -165,19 +142,6 @@ def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str
         {"params": others, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _matrix_weights(model: nn.Module, objective: str) -> tuple[int, int]:
-    """Weights of the linear layers that run (per token, per sentence)."""
-    per_token = per_sentence = 0
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Linear):
-            weights = part.in_features * part.out_features
-            if objective != "lm" and any(word in name for word in _PER_SENTENCE):
-                per_sentence += weights
-            else:
-                per_token += weights
-    return per_token, per_sentence
 
 
 def _nats(losses: Any) -> Tensor:

@@ -1,9 +1,10 @@
-"""What a run writes down: metrics.jsonl and evaluations.jsonl, TensorBoard, Weights & Biases if asked for,
-and the console.
+"""What a run writes down: metrics.jsonl, evaluations.jsonl, saves.jsonl and starts.jsonl, TensorBoard,
+Weights & Biases if asked for, and the console.
 
-In: one record per step and per evaluation, from rank 0. Out: files in the run directory; each step stands in
-them once, also after a resume (records of steps that a killed run had computed but not saved are removed
-first). Called by `train.py`.
+In: one record per step, evaluation, save and start, from rank 0. Out: files in the run directory; each step
+stands in them once, also after a resume (records of steps that a killed run had computed but not saved are
+removed first), and starts.jsonl keeps every start. Called by `training_run.py`; docs/training.md names the
+fields.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from data_prep.files import write_atomically
 from pipeline.recipe import Recipe
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+SAVES, STARTS = "saves.jsonl", "starts.jsonl"
 WANDB_ID = "wandb-id"
 _CURVES = (
     "loss",
@@ -32,6 +34,7 @@ _CURVES = (
     "lr",
     "memory_bytes",
     "mfu",
+    "save_seconds",
 )
 
 
@@ -45,8 +48,10 @@ class RunLog:
         self._training = recipe.training
         if not self._on:
             return
-        self._metrics = _open_after(run_dir / METRICS, resumed_step)
-        self._evaluations = _open_after(run_dir / EVALUATIONS, resumed_step)
+        self._metrics, self._lost = _open_after(run_dir / METRICS, resumed_step)
+        self._evaluations, _ = _open_after(run_dir / EVALUATIONS, resumed_step)
+        self._saves, _ = _open_after(run_dir / SAVES, resumed_step)
+        self._starts = run_dir / STARTS
         if recipe.log.tensorboard:
             self._board = _tensorboard(run_dir / "tensorboard", resumed_step)
         if recipe.log.wandb:
@@ -64,7 +69,7 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if not self._on:
             return
-        for part in (self._metrics, self._evaluations, self._board, self._bar):
+        for part in (self._metrics, self._evaluations, self._saves, self._board, self._bar):
             if part is not None:
                 part.close()
         if self._wandb is not None:
@@ -78,6 +83,14 @@ class RunLog:
             self._bar.write(text)
         else:
             print(text, flush=True)
+
+    def start(self, record: dict[str, Any]) -> None:
+        """That the run begins, or goes on. `lost_steps` is added: the steps that stood in metrics.jsonl and
+        are computed again, because they came after the checkpoint."""
+        if self._on:
+            whole = read_records(self._starts)  # a kill may have left half a line
+            lines = "".join(json.dumps(one) + "\n" for one in [*whole, record | {"lost_steps": self._lost}])
+            write_atomically(self._starts, lines.encode())
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step's figures."""
@@ -109,6 +122,13 @@ class RunLog:
             f"ppl {record['ppl']:.2f}{best}"
         )
 
+    def save(self, record: dict[str, Any]) -> None:
+        """That a checkpoint was written, and how long training stood still for it."""
+        if not self._on:
+            return
+        _write(self._saves, record)
+        self._publish("train", record)
+
     def _publish(self, group: str, record: dict[str, Any]) -> None:
         curves = {
             f"{group}/{name}": record[name]
@@ -119,12 +139,13 @@ class RunLog:
             for name, value in curves.items():
                 self._board.add_scalar(name, value, record["step"])
         if self._wandb is not None:
-            self._wandb.log({**curves, "tokens": record["tokens"]}, step=record["step"])
+            if "loss" in record:  # an evaluation's tokens are those of its sample
+                curves["tokens"] = record["tokens"]
+            self._wandb.log(curves, step=record["step"])
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics or evaluations file; a half line that a killed run left at the end is
-    dropped."""
+    """The records of one of these files; a half line that a killed run left at the end is dropped."""
     if not path.exists():
         return []
     records = []
@@ -136,15 +157,16 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _open_after(path: Path, step: int) -> Any:
-    """Open for appending, with only the records up to `step` kept."""
-    kept = [record for record in read_records(path) if record["step"] <= step]
+def _open_after(path: Path, step: int) -> tuple[Any, int]:
+    """Open for appending, with only the records up to `step` kept; and how many were not."""
+    records = read_records(path)
+    kept = [record for record in records if record["step"] <= step]
     aside = path.with_name(f".tmp-{path.name}")
     with open(aside, "w", encoding="utf-8") as out:
         for record in kept:
             _write(out, record)
     os.replace(aside, path)
-    return open(path, "a", encoding="utf-8")
+    return open(path, "a", encoding="utf-8"), len(records) - len(kept)
 
 
 def _write(file: Any, record: dict[str, Any]) -> None:

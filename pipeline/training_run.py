@@ -23,6 +23,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.shards import ShardSet
 from pipeline import checkpoints, launch
+from pipeline.arithmetic import TRAINING_FACTOR, utilisation
 from pipeline.bins import BinPlan
 from pipeline.checkpoints import Meta
 from pipeline.engine import Engine
@@ -170,6 +171,7 @@ class TrainingRun:
                 self.state.position,
             )
         )
+        self.log.start(self._start())
         self.log.say(self._description())
         self._clock = time.perf_counter()
 
@@ -217,6 +219,7 @@ class TrainingRun:
         state.position = step.position
         before, self._clock = self._clock, time.perf_counter()
         seconds = self._clock - before
+        needed = TRAINING_FACTOR * (totals.computed - totals.padding) / self.ranks.world  # of one device
         nats = totals.token_nll + totals.end_nll + totals.stop_nll
         self.log.step(
             {
@@ -236,8 +239,10 @@ class TrainingRun:
                 "grad_norm": grad_norm,
                 "lr": lr,
                 "memory_bytes": self._memory_bytes(),
-                "mfu": self.engine.mfu(step.tokens_all, totals.sentences, seconds),
+                "operations": int(TRAINING_FACTOR * totals.computed),
+                "mfu": utilisation(needed, seconds, self.engine.device),
                 "seconds": seconds,
+                "time": time.time(),
             }
         )
 
@@ -255,12 +260,15 @@ class TrainingRun:
         is_best = best is None or figures["bits_per_byte"] < best["bits_per_byte"]
         if is_best:
             self.state.best = {"step": self.state.step, "bits_per_byte": figures["bits_per_byte"]}
-        self.log.evaluation({"step": self.state.step, **figures, "best": is_best})
+        seconds = time.perf_counter() - self._clock
+        self.log.evaluation({"step": self.state.step, **figures, "best": is_best, "seconds": seconds})
         self._clock = time.perf_counter()  # not part of the next step's time
 
     def save(self) -> None:
         """Write a checkpoint, make it current, drop the oldest."""
+        before = time.perf_counter()
         checkpoints.save(self.engine.deepspeed, self.run_dir, self._meta(), self.recipe.training.keep)
+        self.log.save({"step": self.state.step, "save_seconds": time.perf_counter() - before})
         self._clock = time.perf_counter()
 
     def _meta(self) -> Meta:
@@ -278,6 +286,19 @@ class TrainingRun:
             model_config=self.model_config,
             recipe=self.recipe.to_dict(),
         )
+
+    def _start(self) -> dict[str, Any]:
+        """What this start runs on; called by every rank."""
+        hosts = self.engine.device_tensor([float(self.ranks.local == 0)])
+        dist.all_reduce(hosts)
+        return {
+            "time": time.time(),
+            "step": self.state.step,
+            "world": self.ranks.world,
+            "zero_stage": zero_stage(self.config),
+            "hosts": int(hosts.item()),
+            "versions": {"python": self.provenance["python"], **self.provenance["packages"]},
+        }
 
     def _memory_bytes(self) -> int:
         """Peak memory of this rank: of its GPU, or resident on the host where it computes on CPUs."""

@@ -9,7 +9,7 @@ from backbone_families import family_lm, family_sllm
 from models import post_norm_opt_config, random_batch, small_lm, small_sllm, small_vae
 
 from data_prep.shards import ShardSet
-from pipeline.arithmetic import batch_cores, count_operations, counted_rows
+from pipeline.arithmetic import batch_cores, count_operations, counted_rows, utilisation
 from pipeline.attention import KERNELS, attention_path, choose_path
 from pipeline.batches import build_batch
 from pipeline.bins import BinPlan, Span
@@ -83,3 +83,11 @@ def test_kernels_compute_no_padding(monkeypatch):
     monkeypatch.setattr("pipeline.arithmetic.choose_path", lambda *a, **k: KERNELS[0])
     assert StepArithmetic(small_sllm()).count(random_batch(0))[0] == 0
     assert choose_path(torch.device("cpu"), torch.float32, 8, True) == "bucketed"
+
+
+def test_utilisation_is_known_where_the_peak_is(monkeypatch):
+    assert utilisation(1e12, 1.0, torch.device("cpu")) is None
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert utilisation(989e12, 4.0, torch.device("cuda")) == pytest.approx(0.5)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Unheard-of 1")
+    assert utilisation(1e12, 1.0, torch.device("cuda")) is None

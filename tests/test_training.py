@@ -16,7 +16,7 @@ import pytest
 import ranks
 import yaml
 
-from pipeline.run_log import wandb_id
+from pipeline.run_log import read_records, wandb_id
 
 PROJECT = Path(__file__).resolve().parent.parent
 STRATEGIES = PROJECT / "ds_configs"
@@ -122,6 +122,7 @@ def test_every_strategy_and_world_size_trains_alike(
         ("grad_norm", 1e-3),
         ("tokens", 0),
         ("bytes", 0),
+        ("operations", 0),
         ("lr", 0),
     ):
         ours, theirs = ([r[name] for r in records(run)] for run in (tmp_path, reference[objective]))
@@ -207,6 +208,11 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(
 
     assert [r["step"] for r in records(tmp_path / "cut")] == list(range(1, 41))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    starts = records(tmp_path / "cut", "starts")
+    assert [(start["step"], start["lost_steps"]) for start in starts] == [(0, 0), (reached, 0)]
+    assert all(start["world"] == world and start["hosts"] == 1 for start in starts)
+    saves = records(tmp_path / "cut", "saves")
+    assert all(save["save_seconds"] > 0 for save in saves) and reached in [save["step"] for save in saves]
     ours, theirs = (
         [r["bits_per_byte"] for r in records(tmp_path / name, "evaluations")] for name in ("cut", "whole")
     )
@@ -225,11 +231,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert latest.startswith("step-") and latest != "step-00000040"
     unfinished = tmp_path / "cut" / "checkpoints" / ".tmp-step-00000010"
     unfinished.mkdir(exist_ok=True)
+    computed = len(read_records(tmp_path / "cut" / "metrics.jsonl"))
 
     assert pool.run(1, ranks.train, cut) == [0]
     assert [r["step"] for r in records(tmp_path / "cut")] == list(range(1, 41))
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert not unfinished.exists()
+    first, second = records(tmp_path / "cut", "starts")
+    assert second["step"] == int(latest.removeprefix("step-"))
+    assert second["lost_steps"] == computed - second["step"]
 
 
 @pytest.mark.parametrize(
