@@ -1,17 +1,22 @@
 """Which windows of which documents make bin *n*: planning, from the shards' index.
 
-In: shard sets (`data_prep.shards.ShardSet`). Out: a stream of `Bin`s, each a group of document windows that
-fits one token budget; `batches.build_batch` turns a bin into tensors. Called by the trainer and by
-`evaluation.py`.
+In: shard sets (`data_prep.shards.ShardSet`), mixture weights if wanted. Out: a stream of `Bin`s, each a group
+of document windows that fits one token budget; `batches.build_batch` turns a bin into tensors. Called by the
+trainer, `audit.py` and `evaluation.py`.
 
-The order of bins is a function of (seed, epoch) alone, never of world size, workers or nodes: step k of a
-run with G bins a step consumes bins [k·G, (k+1)·G) of the stream, and a position `(epoch, number)` is all
-that a resumed run needs.
+The order of bins is a function of (seed, epoch, mixture weights) alone, never of world size, workers or
+nodes: step k of a run with G bins a step consumes bins [k·G, (k+1)·G) of the stream.
 
-Planning is hierarchical: shards are permuted, then worked on in windows of `shards_at_once` shards, so that
-nobody ever holds the index of the whole corpus. Within them, document windows are permuted and packed
-best-fit with a bounded look-ahead. A document that fits one window needs its index row only; sentence
-lengths are read for longer ones. Windows are rows of one array, 33 bytes each.
+Planning is hierarchical: an epoch permutes the shards and works on them in groups of `shards_at_once`, so
+that nobody ever holds the index of the whole corpus. Within a group, document windows are permuted and packed
+best-fit with a bounded look-ahead. A group's order is drawn for itself, so a bin is found by its `Place`
+(epoch, group, number in the group), and going on late in an epoch plans one group, as beginning does. A
+document that fits one window needs its index row only; sentence lengths are read for longer ones. Windows are
+rows of one array, 33 bytes each.
+
+Without weights all shard sets are one source. With weights each is a source with epochs of its own, and the
+source of bin *n* of the stream is the one that lacks most of its share: |taken - weight · n| stays below the
+number of sources.
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -60,42 +66,143 @@ class Span:
     document_end: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Bin:
-    """The windows of one rank's micro-batch: `windows`, WINDOW_DTYPE [D]. `epoch` and `number` give its place
-    in the stream."""
+class Place(NamedTuple):
+    """Where a bin stands in its source; places of one source are ordered as its bins come."""
 
     epoch: int
+    group: int
     number: int
-    windows: np.ndarray
+
+
+class Bin:
+    """The windows of one rank's micro-batch, as rows of its group's windows.
+
+    source: number of the source. place, next: the bin's place in it, and the place of the bin after it.
+    """
+
+    def __init__(self, source: int, place: Place, next: Place, of: np.ndarray, rows: np.ndarray):
+        self.source, self.place, self.next = source, place, next
+        self.of, self.rows = of, rows  # WINDOW_DTYPE [group], int64 [D]
+
+    @cached_property
+    def windows(self) -> np.ndarray:
+        """WINDOW_DTYPE [D]."""
+        return self.of[self.rows]
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Bin)
-            and (self.epoch, self.number) == (other.epoch, other.number)
+            and (self.source, self.place) == (other.source, other.place)
             and np.array_equal(self.windows, other.windows)
         )
 
+    __hash__ = None
+
+    def __str__(self) -> str:
+        epoch, group, number = self.place
+        return f"bin {number} of group {group}, epoch {epoch}, source {self.source}"
+
     @property
     def tokens(self) -> int:
-        return int(self.windows["tokens"].sum(dtype=np.int64))
+        return int(self.of["tokens"][self.rows].sum(dtype=np.int64))
 
     @property
     def sentences(self) -> int:
-        return int(self.windows["sentences"].sum(dtype=np.int64))
+        return int(self.of["sentences"][self.rows].sum(dtype=np.int64))
 
     @property
     def document_ends(self) -> int:
-        return int(self.windows["document_end"].sum())
-
-    @property
-    def next_position(self) -> tuple[int, int]:
-        return self.epoch, self.number + 1
+        return int(self.of["document_end"][self.rows].sum())
 
     def targets(self, objective: str) -> int:
         """Vocabulary targets of the bin: tokens + sentence ends (`vae`, `sllm`), tokens + document ends
         (`lm`)."""
         return self.tokens + (self.document_ends if objective == "lm" else self.sentences)
+
+
+def count(bins: Sequence[Bin], objective: str) -> tuple[int, int]:
+    """Tokens and targets (`Bin.targets`) of many bins, faster than one by one."""
+    tokens = targets = 0
+    for of in {id(bin_.of): bin_.of for bin_ in bins}.values():
+        windows = of[np.concatenate([bin_.rows for bin_ in bins if bin_.of is of])]
+        tokens += int(windows["tokens"].sum(dtype=np.int64))
+        targets += int(windows["document_end" if objective == "lm" else "sentences"].sum(dtype=np.int64))
+    return tokens, tokens + targets
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the stream stands: of every source, how many bins were taken and the place of its next one. All
+    that a resumed run needs."""
+
+    taken: tuple[int, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def epochs_begun(self) -> int:
+        """Of the source that is furthest."""
+        return max(place.epoch + (place > (place.epoch, 0, 0)) for place in self.places)
+
+    def after(self, bins: Sequence[Bin]) -> Position:
+        """The position after `bins`, the next ones of the stream."""
+        taken, places = list(self.taken), list(self.places)
+        for bin_ in bins:
+            taken[bin_.source] += 1
+            places[bin_.source] = bin_.next
+        return Position(tuple(taken), tuple(places))
+
+    def to_json(self) -> list[list[int]]:
+        """By source: taken, epoch, group, number."""
+        return [[taken, *place] for taken, place in zip(self.taken, self.places, strict=True)]
+
+    @classmethod
+    def from_json(cls, values: list[list[int]]) -> Position:
+        return cls(tuple(value[0] for value in values), tuple(Place(*value[1:]) for value in values))
+
+
+class Consumed:
+    """The bins that a run has trained on: of every source, ranges [first place, place after the last).
+
+    Ranges that touch are one, across groups and epochs too: a run that repeated and skipped nothing has one
+    range of each source, from its beginning. Ranges that overlap stay apart, so that a repeated bin shows.
+    """
+
+    def __init__(self, sources: int):
+        self.ranges: list[list[tuple[Place, Place]]] = [[] for _ in range(sources)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Consumed) and self.ranges == other.ranges
+
+    __hash__ = None
+
+    def add(self, bins: Iterable[Bin]) -> None:
+        for bin_ in bins:
+            ranges = self.ranges[bin_.source]
+            if ranges and ranges[-1][1] == bin_.place:
+                ranges[-1] = ranges[-1][0], bin_.next
+            else:
+                insort(ranges, (bin_.place, bin_.next))
+                self.ranges[bin_.source] = _joined(ranges)
+
+    def to_json(self) -> list[list[list[list[int]]]]:
+        """By source, by range: [[epoch, group, number], [epoch, group, number]]."""
+        return [[[list(place) for place in pair] for pair in ranges] for ranges in self.ranges]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Consumed:
+        consumed = cls(len(values))
+        consumed.ranges = [[(Place(*first), Place(*end)) for first, end in ranges] for ranges in values]
+        return consumed
+
+
+def _joined(ranges: list[tuple[Place, Place]]) -> list[tuple[Place, Place]]:
+    joined = ranges[:1]
+    for first, end in ranges[1:]:
+        if joined[-1][1] == first:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((first, end))
+    return joined
 
 
 def cut_documents(
@@ -157,8 +264,10 @@ class BinPlan:
         shard_sets: opened shard sets, made with one tokenizer.
         window_tokens: longest window in tokens (short for `vae`, so that a bin mixes many documents).
         bin_tokens: token budget of a bin.
-        seed: with the epoch, decides the order.
+        seed: with the epoch and the weights, decides the order.
+        weights: each shard set's share of the bins, in any unit; None: the sets are one pool.
         shards_at_once: shards whose windows are mixed with each other.
+    Raises: UserError when a source holds no text, or a window no place in a bin.
     """
 
     def __init__(
@@ -167,6 +276,7 @@ class BinPlan:
         window_tokens: int,
         bin_tokens: int,
         seed: int,
+        weights: Sequence[float] | None = None,
         shards_at_once: int = 16,
     ):
         if window_tokens > bin_tokens:
@@ -174,33 +284,76 @@ class BinPlan:
         self.shard_sets = list(shard_sets)
         self.window_tokens, self.bin_tokens = window_tokens, bin_tokens
         self.seed, self.shards_at_once = seed, shards_at_once
+        self._shares = [1.0] if weights is None else [weight / sum(weights) for weight in weights]
+        # Of every source its (shard set, shard); shards without text would make groups without bins.
+        by_set = [
+            [(s, i) for i, entry in enumerate(shard_set.manifest["shards"]) if entry["tokens"]]
+            for s, shard_set in enumerate(self.shard_sets)
+        ]
+        self._sources = [sum(by_set, [])] if weights is None else by_set
+        for number, shards in enumerate(self._sources):
+            if not shards:
+                names = self.shard_sets if weights is None else [self.shard_sets[number]]
+                raise UserError(f"no documents in {', '.join(str(one.folder) for one in names)}")
 
-    def bins(self, epoch: int = 0, number: int = 0, epochs: int | None = None) -> Iterator[Bin]:
-        """Bins from position (epoch, number) on: for ever, or for `epochs` epochs."""
-        last = None if epochs is None else epoch + epochs
-        while last is None or epoch < last:
-            produced = False
-            for bin_ in self._epoch(epoch):
-                produced = True
-                if bin_.number >= number:
+    @property
+    def sources(self) -> int:
+        return len(self._sources)
+
+    def start(self) -> Position:
+        """The position of the stream's first bin."""
+        return Position((0,) * self.sources, (Place(0, 0, 0),) * self.sources)
+
+    def bins(self, position: Position | None = None) -> Iterator[Bin]:
+        """Bins from a position on, for ever."""
+        position = position or self.start()
+        streams = [self._source_bins(source, place) for source, place in enumerate(position.places)]
+        taken = list(position.taken)
+        number = sum(taken)
+        while True:
+            number += 1
+            lacks = [share * number - n for share, n in zip(self._shares, taken, strict=True)]
+            source = lacks.index(max(lacks))
+            taken[source] += 1
+            yield next(streams[source])
+
+    def epoch(self, epoch: int = 0, source: int = 0) -> Iterator[Bin]:
+        """The bins of one epoch of a source."""
+        for group in range(self._groups(source)):
+            yield from self._group_bins(source, epoch, group)
+
+    def _groups(self, source: int) -> int:
+        return -(-len(self._sources[source]) // self.shards_at_once)
+
+    def _source_bins(self, source: int, place: Place) -> Iterator[Bin]:
+        epoch, group, number = place
+        while True:
+            for bin_ in self._group_bins(source, epoch, group):
+                if bin_.place.number >= number:
                     yield bin_
-            if not produced:
-                raise UserError("the shard sets hold no documents")
-            epoch, number = epoch + 1, 0
+            epoch, group = self._next_group(source, epoch, group)
+            number = 0
 
-    def _epoch(self, epoch: int) -> Iterator[Bin]:
-        shards = [(s, i) for s, shard_set in enumerate(self.shard_sets) for i in range(len(shard_set))]
-        rng = np.random.default_rng([self.seed, epoch])
-        shard_order = rng.permutation(len(shards))
-        number = 0
-        for at in range(0, len(shard_order), self.shards_at_once):
-            windows = np.concatenate(
-                [self._shard_windows(*shards[k]) for k in shard_order[at : at + self.shards_at_once]]
-            )
-            order = rng.permutation(len(windows))
-            for members in pack(windows["tokens"][order].tolist(), self.bin_tokens):
-                yield Bin(epoch, number, windows[order[members]])
-                number += 1
+    def _next_group(self, source: int, epoch: int, group: int) -> tuple[int, int]:
+        return (epoch, group + 1) if group + 1 < self._groups(source) else (epoch + 1, 0)
+
+    def _group_bins(self, source: int, epoch: int, group: int) -> Iterator[Bin]:
+        shards = self._sources[source]
+        # Numbers in the last place tell apart what is drawn: a seed that is shorter would be filled with 0.
+        shard_order = np.random.default_rng([self.seed, source, epoch, 0]).permutation(len(shards))
+        at = group * self.shards_at_once
+        windows = np.concatenate(
+            [self._shard_windows(*shards[k]) for k in shard_order[at : at + self.shards_at_once]]
+        )
+        order = np.random.default_rng([self.seed, source, epoch, group + 1]).permutation(len(windows))
+        place, last = Place(epoch, group, 0), None
+        for members in pack(_numbers(windows["tokens"][order]), self.bin_tokens):
+            if last is not None:
+                following = place._replace(number=place.number + 1)
+                yield Bin(source, place, following, windows, last)
+                place = following
+            last = order[members]
+        yield Bin(source, place, Place(*self._next_group(source, epoch, group), 0), windows, last)
 
     def _shard_windows(self, shard_set: int, shard: int) -> np.ndarray:
         """WINDOW_DTYPE [W]: every window of a shard."""
@@ -239,6 +392,12 @@ class BinPlan:
                 )
             )
         return spans
+
+
+def _numbers(array: np.ndarray) -> Iterator[int]:
+    """The items as Python's integers, of which few exist at a time."""
+    for at in range(0, len(array), 1 << 16):
+        yield from array[at : at + (1 << 16)].tolist()
 
 
 def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:

@@ -20,7 +20,7 @@ from data_prep.errors import UserError, first_line
 from data_prep.files import flush_to_disk, write_atomically
 from pipeline.recipe import LossRecipe
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _TMP = ".tmp-"
 
 
@@ -28,16 +28,16 @@ _TMP = ".tmp-"
 class Meta:
     """What `meta.json` holds: where the run stands and what a reader needs to make sense of the weights.
 
-    `epoch` and `number` are the position of the next bin in the plan's stream; `tokens` counts the real
-    tokens trained on; `best` is the best evaluation so far (`{"step", "bits_per_byte"}`) or None; `shards`
-    and `validation` are the fingerprints of the shard sets, in the recipe's order; `files` maps file names to
-    sizes in bytes.
+    `position` is where the stream of bins stands and `consumed` says which ones were trained on
+    (`bins.Position`, `bins.Consumed`, as JSON); `tokens` counts the real tokens trained on; `best` is the
+    best evaluation so far (`{"step", "bits_per_byte"}`) or None; `shards` and `validation` are the
+    fingerprints of the shard sets, in the recipe's order; `files` maps file names to sizes in bytes.
     """
 
     objective: str
     step: int
-    epoch: int
-    number: int
+    position: list[list[int]]
+    consumed: list[Any]
     tokens: int
     best: dict[str, Any] | None
     world: int

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.batches import Batch, build_batch, empty_batch
-from pipeline.bins import Bin, BinPlan
+from pipeline.bins import Bin, BinPlan, Position, count
 from pipeline.launch import Ranks
 from pipeline.strategy import micro_batches
 
@@ -28,8 +28,8 @@ class Step:
     this rank's.
 
     batches: `micro_batches` of them, on the CPU. seeds: one per batch, a function of the bin alone (dropout).
-    text_bytes: UTF-8 bytes of this rank's real tokens. position: (epoch, number) of the bin after the step's
-    last.
+    text_bytes: UTF-8 bytes of this rank's real tokens. bins_all: the step's bins; position: where the stream
+    stands after them.
     """
 
     batches: list[Batch]
@@ -37,7 +37,8 @@ class Step:
     text_bytes: int
     targets_all: int
     tokens_all: int
-    position: tuple[int, int]
+    bins_all: list[Bin]
+    position: Position
     wait_seconds: float = 0.0
 
 
@@ -70,7 +71,7 @@ class StepLoader:
         bins_per_step: int,
         ranks: Ranks,
         byte_lengths: np.ndarray,
-        position: tuple[int, int],
+        position: Position,
         ahead: int = 2,
     ):
         self._plan, self._objective, self._bins_per_step = plan, objective, bins_per_step
@@ -114,25 +115,26 @@ class StepLoader:
         return False
 
     def _steps(self) -> Iterator[Step]:
-        stream = self._plan.bins(*self._position)
+        stream, position = self._plan.bins(self._position), self._position
         while True:
             bins = list(itertools.islice(stream, self._bins_per_step))
             mine = assign(bins, self._ranks)
             batches, text_bytes = build(self._plan, mine, self._byte_lengths)
+            tokens, targets = count(bins, self._objective)
+            position = position.after(bins)
             yield Step(
                 batches=batches,
                 seeds=[0 if bin_ is None else bin_seed(self._plan.seed, bin_) for bin_ in mine],
                 text_bytes=text_bytes,
-                targets_all=sum(bin_.targets(self._objective) for bin_ in bins),
-                tokens_all=sum(bin_.tokens for bin_ in bins),
-                position=bins[-1].next_position,
+                targets_all=targets,
+                tokens_all=tokens,
+                bins_all=bins,
+                position=position,
             )
 
 
 def bin_seed(seed: int, bin_: Bin) -> int:
     """A seed for what is random inside a forward pass: the same for a bin whichever rank and run computes
     it."""
-    return int(
-        np.random.SeedSequence([seed, bin_.epoch, bin_.number]).generate_state(1, np.uint64)[0]
-        >> np.uint64(1)
-    )
+    sequence = np.random.SeedSequence([seed, bin_.source, *bin_.place])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -22,6 +22,7 @@ import yaml
 from data_prep.benchmark import package_versions
 from data_prep.errors import UserError
 from data_prep.shards import ShardSet
+from pipeline.bins import Position
 from pipeline.checkpoints import Meta
 from pipeline.run_log import EVALUATIONS, read_records
 
@@ -240,7 +241,7 @@ def _training(run_dir: Path, checkpoint: str, meta: Meta, known: dict[str, Any])
         ["checkpoint", checkpoint],
         ["steps", _number(meta.step)],
         ["tokens", _number(meta.tokens)],
-        ["epochs begun", _number(meta.epoch + (meta.number > 0))],
+        ["epochs begun", _number(Position.from_json(meta.position).epochs_begun)],
         ["ranks", _number(meta.world)],
         ["ZeRO stage", _number(meta.zero_stage)],
         ["precision", half],

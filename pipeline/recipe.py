@@ -96,9 +96,13 @@ BACKBONE_KEYS = {
 
 @dataclass
 class DataRecipe:
-    """Which shards are read; one step is `bins_per_step` bins of at most `bin_tokens` tokens."""
+    """Which shards are read; one step is `bins_per_step` bins of at most `bin_tokens` tokens.
+
+    weights: each shard set's share of the bins, in any unit; without them the sets are one pool.
+    """
 
     shards: list[str] = field(default_factory=list)
+    weights: list[float] | None = None
     validation: str | None = None
     window_tokens: int = 1024
     bin_tokens: int = 8192
@@ -112,6 +116,14 @@ class DataRecipe:
                 f"recipe: data.window_tokens ({self.window_tokens}) is larger than data.bin_tokens "
                 f"({self.bin_tokens}): a window must fit into a bin"
             )
+        if self.weights is not None:
+            if len(self.weights) != len(self.shards):
+                raise UserError(
+                    f"recipe: data.weights has {len(self.weights)} numbers for {len(self.shards)} shard "
+                    "sets: give one for each of data.shards"
+                )
+            if not all(0 < weight < math.inf for weight in self.weights):
+                raise UserError(f"recipe: data.weights must be positive numbers, not {self.weights}")
 
 
 @dataclass

@@ -24,7 +24,7 @@ from data_prep.files import write_atomically
 from data_prep.shards import ShardSet
 from pipeline import checkpoints, launch
 from pipeline.arithmetic import TRAINING_FACTOR, utilisation
-from pipeline.bins import BinPlan
+from pipeline.bins import BinPlan, Consumed, Position
 from pipeline.checkpoints import Meta
 from pipeline.engine import Engine
 from pipeline.launch import AgreedError, Ranks
@@ -45,9 +45,10 @@ VALIDATION_SEED = 0  # every run looks at the same sample of a validation set
 class State:
     """Where a run stands: what a checkpoint brings back beside weights and optimizer."""
 
+    position: Position  # of the stream's next bin
+    consumed: Consumed
     step: int = 0
     tokens: int = 0
-    position: tuple[int, int] = (0, 0)  # (epoch, number) of the next bin
     best: dict[str, Any] | None = None
 
 
@@ -73,7 +74,6 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, strategy: dict[str, Any], ranks: Ranks):
         self.recipe, self.ranks = recipe, ranks
         self.run_dir = Path(recipe.output_dir)
-        self.state = State()
         self._open = ExitStack()
         data = recipe.data
         shard_sets = open_shards(data.shards)
@@ -100,7 +100,8 @@ class TrainingRun:
         self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
         self.engine = Engine(model, recipe, self.config, device)
-        self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed)
+        self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
+        self.state = State(self.plan.start(), Consumed(self.plan.sources))
         self.validation = None
         if validation_sets:
             sample = BinPlan(validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED)
@@ -134,7 +135,13 @@ class TrainingRun:
         ours = self._meta()
         checkpoints.require_same_run(saved, checkpoint, ours)
         checkpoints.restore(self.engine.deepspeed, checkpoint)
-        self.state = State(saved.step, saved.tokens, (saved.epoch, saved.number), saved.best)
+        self.state = State(
+            position=Position.from_json(saved.position),
+            consumed=Consumed.from_json(saved.consumed),
+            step=saved.step,
+            tokens=saved.tokens,
+            best=saved.best,
+        )
         was, now = ((meta.validation, meta.recipe["training"]["eval_bins"]) for meta in (saved, ours))
         if saved.best and was != now:
             self.state.best = None
@@ -217,6 +224,7 @@ class TrainingRun:
         state.step += 1
         state.tokens += step.tokens_all
         state.position = step.position
+        state.consumed.add(step.bins_all)
         before, self._clock = self._clock, time.perf_counter()
         seconds = self._clock - before
         needed = TRAINING_FACTOR * (totals.computed - totals.padding) / self.ranks.world  # of one device
@@ -224,7 +232,7 @@ class TrainingRun:
         self.log.step(
             {
                 "step": state.step,
-                "epoch": state.position[0],
+                "epoch": max(place.epoch for place in state.position.places),
                 "tokens": state.tokens,
                 "loss": totals.objective / step.targets_all,
                 "bits_per_byte": bits_per_byte(nats, totals.text_bytes),
@@ -275,8 +283,8 @@ class TrainingRun:
         return Meta(
             objective=self.recipe.objective,
             step=self.state.step,
-            epoch=self.state.position[0],
-            number=self.state.position[1],
+            position=self.state.position.to_json(),
+            consumed=self.state.consumed.to_json(),
             tokens=self.state.tokens,
             best=self.state.best,
             world=self.ranks.world,

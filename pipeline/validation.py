@@ -29,7 +29,7 @@ class Validation:
     runs share them."""
 
     def __init__(self, plan: BinPlan, bins: int, ranks: Ranks, byte_lengths: np.ndarray):
-        chosen = list(itertools.islice(plan.bins(epochs=1), bins))
+        chosen = list(itertools.islice(plan.epoch(), bins))
         self.tokens = sum(bin_.tokens for bin_ in chosen)
         self._batches, self._text_bytes = build(plan, assign(chosen, ranks), byte_lengths)
 

@@ -235,7 +235,7 @@ def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, floa
     )
     nats = text_bytes = 0.0
     with torch.no_grad():
-        for bin_ in itertools.islice(plan.bins(epochs=1), recipe["training"]["eval_bins"]):
+        for bin_ in itertools.islice(plan.epoch(), recipe["training"]["eval_bins"]):
             batch = build_batch(plan.spans(bin_))
             sums = model(batch)
             nats += float(sums.token_nll + sums.end_nll + sums.stop_nll)

@@ -3,21 +3,51 @@ budget."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import islice
 
 import numpy as np
 import pytest
+from conftest import data_prep
 
 from data_prep.errors import UserError
 from data_prep.shards import Shard, ShardSet
 from pipeline.batches import build_batch
-from pipeline.bins import LOOK_AHEAD, BinPlan, cut_documents, cut_windows, document_spans, pack
+from pipeline.bins import (
+    LOOK_AHEAD,
+    BinPlan,
+    Consumed,
+    Position,
+    count,
+    cut_documents,
+    cut_windows,
+    document_spans,
+    pack,
+)
 
 
 @pytest.fixture(scope="module")
 def shards(tiny_shards):
     return ShardSet.open(tiny_shards)
+
+
+@pytest.fixture(scope="module")
+def many_shards(tiny_corpus, tiny_tokenizer, tmp_path_factory):
+    """The tiny corpus in seven shards or more."""
+    folder = tmp_path_factory.mktemp("many") / "shards"
+    settings = ("--segmenter", "clause", "--lang", "en", "--workers", "1", "--shard-documents", "24")
+    data_prep(
+        "shard",
+        "--input",
+        tiny_corpus / "train.jsonl",
+        "--output",
+        folder,
+        "--tokenizer",
+        tiny_tokenizer,
+        *settings,
+    )
+    return ShardSet.open(folder)
 
 
 def plan(shards, seed=1, window_tokens=128, bin_tokens=1024, **kwargs) -> BinPlan:
@@ -81,7 +111,7 @@ def test_documents_that_fit_a_window_need_the_index_only(shards, monkeypatch):
         Shard, "sentence_lengths_of", lambda self, rows: read.append(rows.copy()) or real(self, rows)
     )
     monkeypatch.setattr(Shard, "sentence_lengths", lambda *_: pytest.fail("read one by one"))
-    for _ in plan(shards, window_tokens=400).bins(epochs=1):
+    for _ in plan(shards, window_tokens=400).epoch():
         pass
     tokens = shards.shard(0).index["tokens"]
     assert len(shards) == len(read) == 1 and 0 < len(read[0]) < len(tokens)
@@ -93,9 +123,14 @@ def test_a_sentence_longer_than_the_window_is_refused():
         list(cut_windows(np.array([4, 17]), 16))
 
 
-def test_an_epoch_holds_every_token_exactly_once(shards):
-    bins = list(plan(shards).bins(epochs=1))
-    assert [b.number for b in bins] == list(range(len(bins)))
+@pytest.mark.parametrize("shards_at_once", [2, 16])
+def test_an_epoch_holds_every_token_exactly_once(many_shards, shards_at_once):
+    bins = list(plan(many_shards, shards_at_once=shards_at_once).epoch())
+    groups = -(-len(many_shards) // shards_at_once)
+    assert {b.place.group for b in bins} == set(range(groups)) and (groups > 2) == (shards_at_once == 2)
+    for b, following in zip(bins, bins[1:], strict=False):
+        assert b.next == following.place
+    assert bins[0].place == (0, 0, 0) and bins[-1].next == (1, 0, 0)
     assert all(b.tokens <= 1024 for b in bins)
     covered = Counter()
     for b in bins:
@@ -103,38 +138,95 @@ def test_an_epoch_holds_every_token_exactly_once(shards):
             sentences = range(w["first_sentence"], w["first_sentence"] + w["sentences"])
             covered.update((w["shard"], w["document"], s) for s in sentences)
     expected = Counter()
-    for i in range(len(shards)):
-        for n, row in enumerate(shards.shard(i).index):
+    for i in range(len(many_shards)):
+        for n, row in enumerate(many_shards.shard(i).index):
             expected.update((i, n, s) for s in range(int(row["sentences"])))
     assert covered == expected
-    totals = shards.manifest["totals"]
+    totals = many_shards.manifest["totals"]
     assert sum(b.tokens for b in bins) == totals["tokens"]
     assert sum(b.sentences for b in bins) == totals["sentences"]
     assert sum(b.document_ends for b in bins) == totals["documents"]
+    assert count(bins, "sllm") == (totals["tokens"], totals["tokens"] + totals["sentences"])
+    assert count(bins, "lm") == (totals["tokens"], totals["tokens"] + totals["documents"])
 
 
 def test_bins_are_well_filled(shards):
-    bins = list(plan(shards).bins(epochs=1))
+    bins = list(plan(shards).epoch())
     # All but the bins that were still open at the epoch's end.
     filled = np.array(sorted((b.tokens for b in bins), reverse=True)[: len(bins) * 9 // 10])
     assert filled.mean() > 0.97 * 1024
 
 
-def test_the_order_is_a_function_of_seed_and_epoch(shards):
-    def first(seed, epoch):
-        return [b.windows.tolist() for b in plan(shards, seed).bins(epoch=epoch, epochs=1)]
+def test_the_order_is_a_function_of_seed_epoch_and_source(shards):
+    def first(seed, epoch, source=0):
+        made = BinPlan([shards, shards], 128, 1024, seed, weights=[1, 1])
+        return [
+            b.windows[["shard", "document", "first_sentence"]].tolist() for b in made.epoch(epoch, source)
+        ]
 
     assert first(1, 0) == first(1, 0)
     assert first(1, 0) != first(2, 0)
     assert first(1, 0) != first(1, 1)
+    assert first(1, 0) != first(1, 0, source=1)
 
 
-def test_the_stream_goes_on_from_any_position(shards):
-    whole = list(islice(plan(shards).bins(), 400))
-    assert whole[-1].epoch >= 1, "the stream should have gone into another epoch"
-    for at in (0, 1, 17, 399):
-        again = plan(shards).bins(*((whole[at - 1].next_position) if at else (0, 0)))
-        assert next(again) == whole[at]
+def test_the_stream_goes_on_from_any_position(many_shards):
+    def made():
+        return BinPlan([many_shards, many_shards], 128, 1024, 1, weights=[3, 1], shards_at_once=2)
+
+    whole = list(islice(made().bins(), 900))
+    assert max(b.place.epoch for b in whole) >= 1, "the stream should have gone into another epoch"
+    assert len({(b.place.epoch, b.place.group) for b in whole}) > 3
+    for at in (0, 1, 17, 400, 899):
+        position = made().start().after(whole[:at])
+        position = Position.from_json(json.loads(json.dumps(position.to_json())))
+        assert sum(position.taken) == at
+        assert next(made().bins(position)) == whole[at]
+
+
+def test_going_on_late_in_an_epoch_reads_one_group(many_shards, monkeypatch):
+    made = plan(many_shards, shards_at_once=2)
+    late = list(made.epoch())[-3]
+    assert late.place.group >= 2
+    opened = set()
+    real = ShardSet.shard
+    monkeypatch.setattr(ShardSet, "shard", lambda self, i: opened.add(i) or real(self, i))
+    assert next(made.bins(Position((0,), (late.place,)))) == late
+    assert opened == set(late.of["shard"].tolist()) and len(opened) <= 2
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 1], [5, 2, 1, 1], [0.1, 0.2, 0.7], [1000, 1]])
+def test_every_source_gets_its_share_at_every_moment(shards, weights):
+    made = BinPlan([shards] * len(weights), 128, 1024, 1, weights=weights)
+    taken = np.zeros(len(weights))
+    for n, b in enumerate(islice(made.bins(), 600), 1):
+        taken[b.source] += 1
+        assert set(b.windows["shard_set"]) == {b.source}
+        assert np.abs(taken - n * np.asarray(weights) / sum(weights)).max() < len(weights) - 0.99
+
+
+def test_one_source_has_the_order_of_no_weights(shards):
+    weighted = BinPlan([shards], 128, 1024, 1, weights=[0.3])
+    assert list(islice(weighted.bins(), 50)) == list(islice(plan(shards).bins(), 50))
+
+
+def test_consumed_bins_are_one_range_unless_one_is_skipped_or_repeated(many_shards):
+    made = BinPlan([many_shards, many_shards], 128, 1024, 1, weights=[3, 1], shards_at_once=2)
+    bins = list(islice(made.bins(), 900))
+    consumed = Consumed(2)
+    for at in range(0, 900, 7):
+        consumed.add(bins[at : at + 7])
+    end = made.start().after(bins).places
+    assert consumed.ranges == [[((0, 0, 0), end[0])], [((0, 0, 0), end[1])]]
+    assert Consumed.from_json(json.loads(json.dumps(consumed.to_json()))) == consumed
+
+    skipped = Consumed(2)
+    skipped.add(bins[:300] + bins[301:])
+    assert sorted(map(len, skipped.ranges)) == [1, 2]
+    skipped.add([bins[300]])
+    assert skipped == consumed
+    skipped.add([bins[500]])
+    assert sorted(map(len, skipped.ranges)) == [1, 2]
 
 
 def test_spans_are_the_documents_text(shards):

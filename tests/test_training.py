@@ -192,10 +192,19 @@ def test_every_option_of_the_sentence_vae_trains_alike_on_two_ranks(
 
 @pytest.mark.parametrize(("objective", "strategy", "world"), [("vae", "zero3", 2), ("sllm", "zero1", 2)])
 def test_a_run_stopped_by_a_signal_goes_on_exactly(
-    objective: str, strategy: str, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+    objective: str,
+    strategy: str,
+    world: int,
+    pool: ranks.RankPool,
+    recipes: Path,
+    tiny_shards: Path,
+    tiny_valid_shards: Path,
+    tmp_path: Path,
 ) -> None:
     # Dropout is on, so that its random numbers must come back too; only the last rank gets the signal.
     dropout = "--model.vae.dropout", 0.1, "--training.max_steps", 40
+    if objective == "sllm":  # a mixture, too
+        dropout += "--data.shards", tiny_shards, tiny_valid_shards, "--data.weights", 2, 1
     whole = arguments(recipes, objective, strategy, tmp_path / "whole", *dropout)
     assert pool.run(world, ranks.train, whole) == [0] * world
 
@@ -217,6 +226,9 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(
         [r["bits_per_byte"] for r in records(tmp_path / name, "evaluations")] for name in ("cut", "whole")
     )
     assert ours == theirs
+    meta = json.loads((tmp_path / "cut/checkpoints/step-00000040/meta.json").read_text())
+    assert [taken for taken, *_ in meta["position"]] == ([80, 40] if objective == "sllm" else [120])
+    assert meta["consumed"] == [[[[0, 0, 0], place]] for _, *place in meta["position"]]
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
