@@ -455,17 +455,24 @@ def _hf_attention(
     """Attention function with Hugging Face's signature: q, k, v [1, H, T, d_head] → ([1, T, H, d_head],
     None).
 
-    Without a `layout` (cached generation, a model called by itself) it is Hugging Face's own SDPA.
+    The layout is one of training, or one that keeps keys and values (caches.py). Without a `layout` (a model
+    called by itself) it is Hugging Face's own SDPA.
     """
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return packed_attention(*rows, layout, causal=True, scale=scaling, dropout=dropout)[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if hasattr(layout, "attend"):
+        return layout.attend(module.layer_idx, q, k, v, scaling)[None], None
+    k, v = repeat_heads(k, v, q.shape[1])
+    return packed_attention(q, k, v, layout, causal=True, scale=scaling, dropout=dropout)[None], None
+
+
+def repeat_heads(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [T, H_kv, d_head] → [T, heads, d_head]: grouped queries share theirs."""
+    groups = heads // k.shape[1]
+    return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
 
 AttentionInterface.register(HF_ATTENTION, _hf_attention)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from data_prep.errors import UserError
 from pipeline.attention import HF_ATTENTION, SegmentLayout
+from pipeline.caches import CachedStep
 from pipeline.pretrained import KINDS, load_pretrained, read_config
 from pipeline.recipe import BACKBONE_KEYS
 
@@ -115,18 +116,19 @@ def vector_width(config: PreTrainedConfig) -> int:
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
-def run_packed(model: nn.Module, layout: SegmentLayout, **inputs: Tensor) -> Tensor:
+def run_packed(model: nn.Module, layout: SegmentLayout | CachedStep, **inputs: Tensor) -> Tensor:
     """Run a Hugging Face decoder over packed rows: `input_ids` [R] or `inputs_embeds` [R, d] → last hidden
     states [R, d].
 
     Every segment of the layout is a document window of its own: positions restart, attention stays inside.
+    A layout of `caches.py` keeps the keys and values beside, or continues from those kept.
     Raises: UserError when a segment is longer than the model's positions; ValueError for a model without our
     attention, which would see across documents.
     """
     if model.config._attn_implementation != HF_ATTENTION:
         raise ValueError(f"a packed run needs attn_implementation {HF_ATTENTION!r}")
     limit = getattr(model.config, "max_position_embeddings", None)
-    longest = int(layout.lengths.max())
+    longest = layout.longest
     if limit is not None and longest > limit:
         raise UserError(
             f"a window of {longest} positions is longer than the model's {limit}; lower window_tokens"

@@ -157,7 +157,7 @@ class Generation(Iterator[Sentence]):
 
     def _append(self, state, tokens: list[int], decide: bool) -> str | None:
         """Advance the backbone by one sentence; the reason to stop there, if there is one."""
-        if state.positions > self.model.max_sentences:
+        if state.cache.lengths[0] > self.model.max_sentences:
             return POSITIONS_EXHAUSTED
         self.model.append(state, tokens)
         if decide and self._document_ends(self.model.stop_probability(state)):

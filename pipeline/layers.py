@@ -2,8 +2,8 @@
 
 `TransformerLayer` (pre-norm, GELU) is the default; `PostNormLayer` is that of the published model (config
 `layout: paper`). Two ways in: `forward` on packed rows [T, d] with a `SegmentLayout`, for training and
-evaluation; `step` on one row with a cache of keys and values, for generation. Both use the same weights and
-give the same numbers.
+evaluation; `step` on one new row of each of many sentences, with their keys and values in a cache
+(`caches.py`), for generation. Both use the same weights and give the same numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.attention import SegmentLayout, packed_attention
+from pipeline.caches import CachedStep
 
 
 class SelfAttention(nn.Module):
@@ -33,13 +34,9 @@ class SelfAttention(nn.Module):
         """[T, d] → [T, d], within the layout's segments; `dropout` acts on the attention weights."""
         return self.out(packed_attention(*self._project(x_Td), layout, causal, dropout=dropout).flatten(1))
 
-    def step(self, x_1d: Tensor, cache: dict[str, Tensor]) -> Tensor:
-        """One more row [1, d] of one segment; `cache` holds and receives keys and values [t, H, d_head]."""
-        q, k, v = self._project(x_1d)
-        cache["k"] = k = torch.cat([cache["k"], k]) if "k" in cache else k
-        cache["v"] = v = torch.cat([cache["v"], v]) if "v" in cache else v
-        out = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))
-        return self.out(out[0].transpose(0, 1).flatten(1))
+    def step(self, x_Rd: Tensor, layer: int, step: CachedStep) -> Tensor:
+        """One more row of each of R sentences, [R, d] → [R, d]; `step` keeps this layer's keys and values."""
+        return self.out(step.attend(layer, *self._project(x_Rd)).flatten(1))
 
 
 class TransformerLayer(nn.Module):
@@ -73,13 +70,11 @@ class TransformerLayer(nn.Module):
             x = x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row])
         return self._feed_forward(x)
 
-    def step(self, x_1d: Tensor, cache: dict[str, Tensor], condition_1d: Tensor | None = None) -> Tensor:
-        """One row with cached attention; `condition_1d` is `condition(vector)`, computed once per
-        sentence."""
-        x = x_1d + self.attention.step(self.attention_norm(x_1d), cache)
-        if condition_1d is not None:
-            x = x + condition_1d
-        return self._feed_forward(x)
+    def step(self, x_Rd: Tensor, layer: int, step: CachedStep, condition_Rd: Tensor) -> Tensor:
+        """One row of each of R sentences with cached attention; `condition_Rd` is `condition(vector)`,
+        computed once per sentence."""
+        x = x_Rd + self.attention.step(self.attention_norm(x_Rd), layer, step)
+        return self._feed_forward(x + condition_Rd)
 
 
 class CrossAttention(nn.Module):
@@ -130,12 +125,10 @@ class PostNormLayer(TransformerLayer):
             x = self.condition_norm(x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row]))
         return self._feed_forward(x)
 
-    def step(self, x_1d: Tensor, cache: dict[str, Tensor], condition_1d: Tensor | None = None) -> Tensor:
-        """One row with cached attention, as `TransformerLayer.step`."""
-        x = self.attention_norm(x_1d + self.attention.step(x_1d, cache))
-        if condition_1d is not None:
-            x = self.condition_norm(x + condition_1d)
-        return self._feed_forward(x)
+    def step(self, x_Rd: Tensor, layer: int, step: CachedStep, condition_Rd: Tensor) -> Tensor:
+        """One row of each of R sentences with cached attention, as `TransformerLayer.step`."""
+        x = self.attention_norm(x_Rd + self.attention.step(x_Rd, layer, step))
+        return self._feed_forward(self.condition_norm(x + condition_Rd))
 
 
 class TokenEmbedding(nn.Module):

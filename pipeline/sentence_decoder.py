@@ -6,27 +6,27 @@ is the sentence's own embedding) and `sllm.py` (the vector is the backbone's out
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.attention import SegmentLayout
+from pipeline.caches import CachedStep, KeyValueCache
 from pipeline.layers import PostNormLayer, TokenEmbedding, TransformerLayer
 
 
 @dataclass
 class DecoderState:
-    """One sentence being written: per-layer condition [1, d] and key/value cache, symbols fed, last hidden
-    [1, d].
+    """R sentences being written, each at a place of its own: per layer the conditions [R, d], and the cache.
 
-    `logits` float32 [V] predict the next symbol; filled in by the model that owns the head.
+    `logits` float32 [V] predict the next symbol of a single sentence; filled in by the model that owns the
+    head.
     """
 
     conditions: list[Tensor]
-    caches: list[dict[str, Tensor]] = field(default_factory=list)
-    fed: int = 0
-    hidden: Tensor | None = None
+    cache: KeyValueCache
     logits: Tensor | None = None
 
 
@@ -59,22 +59,31 @@ class SentenceDecoder(nn.Module):
             x = layer(x, layout, causal=True, vector_Sd=vector_Sd)
         return self._finish(x)
 
-    def begin(self, vector_1d: Tensor) -> DecoderState:
-        """Start a sentence conditioned on one vector [1, d]."""
-        conditions = [layer.condition(vector_1d) for layer in self.layers]
-        return DecoderState(conditions, [{} for _ in self.layers])
+    def begin(self, vector_Rd: Tensor) -> DecoderState:
+        """Start R sentences, each conditioned on one vector [R, d]."""
+        conditions = [layer.condition(vector_Rd) for layer in self.layers]
+        positions = self.embedding.positions
+        return DecoderState(conditions, KeyValueCache(len(vector_Rd), most=positions, places=positions))
 
-    def step(self, state: DecoderState, symbol: int) -> Tensor:
-        """Feed one symbol; returns and stores the hidden state [1, d] that predicts the next one.
+    def restart(self, state: DecoderState, rows: np.ndarray, vector_nd: Tensor) -> None:
+        """Start new sentences in some rows (int64 [n]) of a state, conditioned on [n, d]."""
+        rows_n = torch.from_numpy(rows).to(vector_nd.device)
+        for layer, conditions in zip(self.layers, state.conditions, strict=True):
+            conditions[rows_n] = layer.condition(vector_nd)
+        state.cache.lengths[rows] = 0
 
-        Raises: ValueError when the sentence already has its most tokens.
+    def step(self, state: DecoderState, rows: np.ndarray, symbols_n: Tensor) -> Tensor:
+        """Feed one symbol (int64 [n]) to each of `rows` (int64 [n], ascending); returns the hidden states
+        [n, d] that predict the next ones.
+
+        Raises: ValueError when a sentence already has its most tokens.
         """
-        if state.fed >= self.embedding.positions:
+        if (state.cache.lengths[rows] >= self.embedding.positions).any():
             raise ValueError("the sentence is full: no position is left for another symbol")
-        device = state.conditions[0].device
-        x = self.embedding(torch.tensor([symbol], device=device), torch.tensor([state.fed], device=device))
-        for layer, cache, condition in zip(self.layers, state.caches, state.conditions, strict=True):
-            x = layer.step(x, cache, condition)
-        state.fed += 1
-        state.hidden = self._finish(x)
-        return state.hidden
+        step = CachedStep(state.cache, rows, symbols_n.device)
+        all_rows = len(rows) == state.cache.rows
+        rows_n = None if all_rows else torch.from_numpy(rows).to(symbols_n.device)
+        x = self.embedding(symbols_n, step.position_of_row)
+        for number, (layer, conditions) in enumerate(zip(self.layers, state.conditions, strict=True)):
+            x = layer.step(x, number, step, conditions if all_rows else conditions[rows_n])
+        return self._finish(x)

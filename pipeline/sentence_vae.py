@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -25,6 +26,7 @@ from pipeline.sentence_decoder import DecoderState, SentenceDecoder
 from pipeline.sentence_encoder import FUSIONS, SentenceEncoder
 
 LAYOUTS = ("lean", "paper")
+FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one sentence
 
 
 class SentenceVAEConfig(PreTrainedConfig):
@@ -250,7 +252,8 @@ class SentenceVAE(PreTrainedModel):
 
     def decode_step(self, state: DecoderState, symbol: int) -> None:
         """Feed one symbol; `state.logits` (float32 [V]) then predict the next one."""
-        state.logits = self.head(self.decoder.step(state, symbol))[0]
+        symbol_1 = torch.tensor([symbol], device=self.device)
+        state.logits = self.head(self.decoder.step(state, FIRST_ROW, symbol_1))[0]
 
 
 AutoConfig.register(SentenceVAEConfig.model_type, SentenceVAEConfig)

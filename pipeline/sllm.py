@@ -14,19 +14,21 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pipeline.attention import SegmentLayout
 from pipeline.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.batches import Batch
+from pipeline.caches import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
 from pipeline.losses import LossSums
 from pipeline.sentence_decoder import DecoderState
-from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
+from pipeline.sentence_vae import FIRST_ROW, SentenceVAE, SentenceVAEConfig
 
 
 class SLLMConfig(PreTrainedConfig):
@@ -79,12 +81,11 @@ def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 @dataclass
 class BackboneState:
-    """A document being read or written: key/value cache (one entry per sentence), positions used, last
-    output [1, d_backbone]."""
+    """R documents being read or written: key/value cache (one place per sentence and one for the start), last
+    outputs [R, d_backbone]."""
 
-    cache: DynamicCache
-    positions: int = 0
-    hidden: Tensor | None = None
+    cache: KeyValueCache
+    hidden: Tensor
 
 
 class SLLM(PreTrainedModel):
@@ -149,55 +150,99 @@ class SLLM(PreTrainedModel):
         stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
         return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
 
-    # Generation, one document at a time: one backbone position per sentence, one decoder position per symbol.
+    # Generation: one backbone position per sentence, one decoder position per symbol. First for many
+    # documents at once (`generation_batch.py`), each in a row of its own; then for one.
 
-    def _advance(self, state: BackboneState, x_1d: Tensor) -> None:
-        out = self.backbone(
-            inputs_embeds=self._into(x_1d)[None],
-            position_ids=torch.tensor([[state.positions]], device=x_1d.device),
-            past_key_values=state.cache,
-            use_cache=True,
+    def new_state(self, rows: int, sentences: int = 0) -> BackboneState:
+        """Room for R documents that begin empty-handed: `read` starts them. `sentences`: of each, where
+        known; the room grows up to `max_sentences`."""
+        cache = KeyValueCache(
+            rows, most=self.max_sentences + 1, places=sentences + 1 if sentences else FIRST_PLACES
         )
-        state.hidden = out.last_hidden_state[0]
-        state.positions += 1
+        hidden = torch.zeros(rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device)
+        return BackboneState(cache, hidden)
+
+    def _encode(self, sentences: list[list[int]]) -> Tensor:
+        """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for a length of 0 or above
+        the longest."""
+        lengths = [len(sentence) for sentence in sentences]
+        longest = self.config.vae.max_sentence_tokens
+        for length in lengths:
+            if not 1 <= length <= longest:
+                raise ValueError(f"a sentence has 1 to {longest} tokens, not {length}")
+        tokens_T = torch.from_numpy(np.concatenate(sentences).astype(np.int64)).to(self.device)
+        return self.vae.embed(tokens_T, SegmentLayout(lengths, self.device))
 
     @torch.no_grad()
+    def read(self, state: BackboneState, rows: np.ndarray, documents: list[list[list[int]]]) -> None:
+        """Start documents in `rows` (int64 [n]), each with the sentences it begins with (may be none): one
+        packed pass, as in training.
+
+        Raises: ValueError when a document has more sentences than `max_sentences`, or one is too long.
+        """
+        start_1d = self.start.weight
+        parts = [
+            torch.cat([start_1d, self._encode(document)]) if document else start_1d for document in documents
+        ]
+        lengths = np.asarray([len(part) for part in parts])
+        layout = CachedPrompt(state.cache, rows, lengths, self.device)
+        out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
+        state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
+
+    @torch.no_grad()
+    def extend(self, state: BackboneState, rows: np.ndarray, sentences: list[list[int]]) -> None:
+        """Add one whole sentence to each of `rows` (int64 [n], ascending), encoded exactly as in training.
+
+        Raises: ValueError when a row has no position left, or a sentence is empty or too long.
+        """
+        if (state.cache.lengths[rows] > self.max_sentences).any():
+            raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
+        x = self._into(self._encode(sentences))
+        layout = CachedStep(state.cache, rows, self.device)
+        out = run_packed(self.backbone, layout, inputs_embeds=x)
+        state.hidden[torch.from_numpy(rows).to(self.device)] = out
+
+    @torch.no_grad()
+    def stop_log_odds(self, state: BackboneState, rows: np.ndarray) -> Tensor:
+        """float32 [n], host: log-odds that the documents in `rows` end here."""
+        return self._stop_logits(state.hidden[torch.from_numpy(rows).to(self.device)]).cpu()
+
+    @torch.no_grad()
+    def new_decoder(self, state: BackboneState) -> DecoderState:
+        """A decoder row for each of the state's documents; `sentence_begin` starts their sentences."""
+        return self.vae.decoder.begin(self._out_of(state.hidden))
+
+    @torch.no_grad()
+    def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
+        """The next sentence of each of `rows` begins: conditioned on its document, nothing fed yet."""
+        hidden = state.hidden[torch.from_numpy(rows).to(self.device)]
+        self.vae.decoder.restart(decoder, rows, self._out_of(hidden))
+
+    @torch.no_grad()
+    def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
+        """Feed one symbol to each of `rows` (BOS first); float32 [n, V], logits of the next ones."""
+        symbols_n = torch.tensor(symbols, device=self.device)
+        return self.vae.head(self.vae.decoder.step(decoder, rows, symbols_n))
+
     def begin(self) -> BackboneState:
-        """Start a document: the start position is fed."""
-        state = BackboneState(DynamicCache(config=self.config.backbone))
-        self._advance(state, self.start.weight)
+        """Start one document: the start position is fed."""
+        state = self.new_state(1)
+        self.read(state, FIRST_ROW, [[]])
         return state
 
-    @torch.no_grad()
     def append(self, state: BackboneState, tokens: list[int]) -> None:
-        """Add one whole sentence, encoded exactly as in training, and advance the backbone by one position.
+        """`extend` for one document."""
+        self.extend(state, FIRST_ROW, [tokens])
 
-        Raises: ValueError when the backbone has no position left, or the sentence is empty or too long.
-        """
-        if state.positions > self.max_sentences:
-            raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
-        if not 1 <= len(tokens) <= self.config.vae.max_sentence_tokens:
-            raise ValueError(
-                f"a sentence has 1 to {self.config.vae.max_sentence_tokens} tokens, not {len(tokens)}"
-            )
-        self._advance(state, self.encode_sentence(tokens))
-
-    @torch.no_grad()
-    def encode_sentence(self, tokens: list[int]) -> Tensor:
-        """One sentence's embedding [1, d]."""
-        tokens_T = torch.tensor(list(tokens), dtype=torch.long, device=self.device)
-        return self.vae.embed(tokens_T, SegmentLayout([len(tokens)], self.device))
-
-    @torch.no_grad()
     def stop_probability(self, state: BackboneState) -> float:
-        """Probability that the document ends here. Raises: ValueError before the first sentence."""
-        if state.positions < 2:
+        """Probability that the one document ends here. Raises: ValueError before the first sentence."""
+        if state.cache.lengths[0] < 2:
             raise ValueError("no sentence yet: the stop head speaks after a sentence")
-        return torch.sigmoid(self._stop_logits(state.hidden)).item()
+        return torch.sigmoid(self.stop_log_odds(state, FIRST_ROW)).item()
 
     @torch.no_grad()
     def decode_begin(self, state: BackboneState) -> DecoderState:
-        """Begin the next sentence; `.logits` float32 [V] predict its first token."""
+        """Begin the one document's next sentence; `.logits` float32 [V] predict its first token."""
         return self.vae.decode_begin(self._out_of(state.hidden))
 
     @torch.no_grad()

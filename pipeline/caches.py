@@ -1,0 +1,146 @@
+"""Keys and values kept while generating: of the backbone one place per sentence, of the decoder one per
+symbol.
+
+`KeyValueCache` is the storage of many rows (texts being written), allocated once. Two layouts say where a
+forward pass writes into it and what it sees; both stand where a `SegmentLayout` stands in training, so that
+the models' own layers run unchanged:
+
+CachedPrompt    whole sequences, packed: stored, then attended to exactly as in training
+CachedStep      one new place in each of some rows, which sees its own row up to itself
+
+Called by `sllm.py` (backbone, through the hook in `attention.py`) and `sentence_decoder.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.attention import SegmentLayout, packed_attention, repeat_heads
+
+FIRST_PLACES = 64  # what a row begins with where its length is not known
+
+
+class KeyValueCache:
+    """Keys and values of every layer, [rows, places, heads, d_head] each; a layer's storage is made when its
+    first key comes, and all grow (doubling) up to `most` places a row."""
+
+    def __init__(self, rows: int, most: int, places: int = FIRST_PLACES):
+        self.rows, self.most = rows, most
+        self.lengths = np.zeros(rows, dtype=np.int64)  # places used, of every row
+        self._places = min(most, places)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, places: int) -> None:
+        """Make room for `places` in every row. Raises: ValueError above `most`."""
+        if places > self.most:
+            raise ValueError(f"a row of {places} places, but the model has {self.most} positions")
+        if places <= self._places:
+            return
+        before, self._places = self._places, min(self.most, max(places, 2 * self._places))
+        for layer, pair in self._layers.items():
+            grown = tuple(x.new_empty(self.rows, self._places, *x.shape[2:]) for x in pair)
+            for new, old in zip(grown, pair, strict=True):
+                new[:, :before] = old
+            self._layers[layer] = grown
+
+    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer; `like` [n, heads, d_head] is what they will hold."""
+        if number not in self._layers:
+            shape = (self.rows, self._places, *like.shape[1:])
+            self._layers[number] = (like.new_empty(shape), like.new_empty(shape))
+        return self._layers[number]
+
+    @property
+    def bytes_per_place(self) -> int:
+        """Bytes that one place of one row takes, all layers, by the storage itself."""
+        tensors = [x for pair in self._layers.values() for x in pair]
+        return sum(x.untyped_storage().nbytes() for x in tensors) // (self.rows * self._places)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        return self.bytes_per_place * self.rows * self._places
+
+
+class CachedPrompt(SegmentLayout):
+    """One whole sequence for each of `rows`, back to back: replaces what those rows held."""
+
+    def __init__(self, cache: KeyValueCache, rows: np.ndarray, lengths: np.ndarray, device: torch.device):
+        super().__init__(lengths, device)
+        self._cache, self._rows = cache, rows
+        cache.reserve(self.longest)
+        cache.lengths[rows] = lengths
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
+        keys, values = self._cache.layer(layer, k)
+        for row, start, end in zip(self._rows, self.starts[:-1], self.starts[1:], strict=True):
+            keys[row, : end - start] = k[start:end]
+            values[row, : end - start] = v[start:end]
+        k, v = repeat_heads(k, v, q.shape[1])
+        return packed_attention(q, k, v, self, causal=True, scale=scale)
+
+
+class CachedStep:
+    """One more place in each of `rows` (int64 [n], ascending); made once per step, used by every layer.
+
+    Rows of one length that lie side by side are read where they are. Others are attended to one by one on a
+    CPU (no padding, no copy), together and masked on a GPU (few kernels).
+    """
+
+    def __init__(self, cache: KeyValueCache, rows: np.ndarray, device: torch.device):
+        self._cache, self._rows = cache, rows
+        self.lengths = cache.lengths[rows]  # the new place of every row
+        self.longest = int(self.lengths.max()) + 1
+        cache.reserve(self.longest)
+        cache.lengths[rows] += 1
+        self.position_of_row = torch.from_numpy(self.lengths).to(device)  # int64 [n]
+        first, last = int(rows[0]), int(rows[-1])
+        together = last - first + 1 == len(rows) and int(self.lengths.min()) + 1 == self.longest
+        self._block = slice(first, last + 1) if together else None
+        if not together:
+            self._rows_n = torch.from_numpy(rows).to(device)
+            places = torch.arange(self.longest, device=device)
+            self._mask = (places <= self.position_of_row[:, None])[:, None, None]  # [n, 1, 1, longest]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """q [n, H, d_head], k and v [n, H_kv, d_head] → [n, H, d_head]."""
+        keys, values = self._cache.layer(layer, k)
+        shape = q.shape
+        # Query heads that share a key head become queries of that head: nothing is repeated.
+        q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+        if self._block is not None:
+            keys[self._block, self.longest - 1] = k
+            values[self._block, self.longest - 1] = v
+            out = _attend(q, keys[self._block, : self.longest], values[self._block, : self.longest], scale)
+            return out.reshape(shape)
+        keys.index_put_((self._rows_n, self.position_of_row), k)
+        values.index_put_((self._rows_n, self.position_of_row), v)
+        if q.device.type == "cpu":
+            out = torch.cat(
+                [
+                    _attend(q[n : n + 1], keys[row, None, : at + 1], values[row, None, : at + 1], scale)
+                    for n, (row, at) in enumerate(zip(self._rows, self.lengths, strict=True))
+                ]
+            )
+        else:
+            out = self.attend_masked(q, keys, values, scale)
+        return out.reshape(shape)
+
+    def attend_masked(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+        """q [n, H_kv, queries, d_head] over the whole storage → as q: the GPU's way for ragged rows."""
+        k, v = (x[self._rows_n, : self.longest] for x in (keys, values))
+        # Places behind a row's end may hold anything, NaN too, which a masked weight of 0 would not undo.
+        v = v.masked_fill(~self._mask[:, 0, 0, :, None, None], 0)
+        return _attend(q, k, v, scale, self._mask)
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float | None, mask: Tensor | None = None
+) -> Tensor:
+    """q [n, H, queries, d_head]; keys, values [n, places, H, d_head] → as q."""
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
