@@ -7,6 +7,7 @@ models only gather.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,6 +54,14 @@ class Batch:
     @property
     def device(self) -> torch.device:
         return self.tokens_T.device
+
+    def digest(self) -> int:
+        """A checksum of 32 bits over the content: tokens, sentences, windows and ends; of a batch on the
+        CPU."""
+        crc = zlib.crc32(self.tokens_T.numpy())
+        for array in (self.cu_sentences, self.cu_documents, self.document_end_D):
+            crc = zlib.crc32(array, crc)
+        return crc
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device (host arrays stay on the host)."""

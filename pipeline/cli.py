@@ -1,4 +1,4 @@
-"""The `sllm` command: evaluate, generate, check and export trained models, inspect recipes, measure speed.
+"""The `sllm` command: evaluate, generate, check, export models; audit runs, inspect recipes, measure speed.
 
 Comes in: command-line arguments (`sllm COMMAND …`, or `python -m pipeline.cli COMMAND …`). Goes out: a
 readable result, or one JSON object with `--json`, on stdout; progress on stderr; exit status 0, 1 (a check
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from data_prep.errors import run_main
 
-DESCRIPTION = "Evaluate, generate with, check, export, inspect and measure sentence-level language models."
+DESCRIPTION = "Evaluate, generate with, check, export, audit, inspect and measure sentence-level models."
 VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
 
 
@@ -110,6 +110,17 @@ def _export(args: argparse.Namespace) -> int:
     else:
         print(f"exported {args.which} of {args.run_dir} to {args.output}")
     return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from pipeline.audit import audit, format_audit
+
+    result = audit(args.run_dir, args.shards)
+    if args.json:
+        _print_json(result)
+    else:
+        print(format_audit(result))
+    return 0 if result["clean"] else 1
 
 
 def _benchmark_train(args: argparse.Namespace) -> int:
@@ -286,6 +297,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="best by validation bits per byte, or the last checkpoint (default best)",
     )
     export.add_argument("--json", action="store_true", help="print one JSON object")
+
+    audit = _command(
+        commands,
+        "audit",
+        _audit,
+        "Prove that a training run skipped and repeated no bin, over all its restarts. Status 1 if it did.",
+        "sllm audit runs/sllm-demo",
+    )
+    audit.add_argument("run_dir", metavar="RUN_DIR", help="run directory of pipeline/train.py")
+    audit.add_argument(
+        "--shards", nargs="+", metavar="DIR", help="the recipe's shard folders, where they lie now"
+    )
+    audit.add_argument("--json", action="store_true", help="print one JSON object")
 
     inspect = _command(
         commands,

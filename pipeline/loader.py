@@ -28,13 +28,14 @@ class Step:
     this rank's.
 
     batches: `micro_batches` of them, on the CPU. seeds: one per batch, a function of the bin alone (dropout).
-    text_bytes: UTF-8 bytes of this rank's real tokens. bins_all: the step's bins; position: where the stream
-    stands after them.
+    text_bytes: UTF-8 bytes of this rank's real tokens. digest: sum of its scored batches' digests. bins_all:
+    the step's bins; position: where the stream stands after them.
     """
 
     batches: list[Batch]
     seeds: list[int]
     text_bytes: int
+    digest: int
     targets_all: int
     tokens_all: int
     bins_all: list[Bin]
@@ -126,6 +127,7 @@ class StepLoader:
                 batches=batches,
                 seeds=[0 if bin_ is None else bin_seed(self._plan.seed, bin_) for bin_ in mine],
                 text_bytes=text_bytes,
+                digest=sum(batch.digest() for batch in batches if batch.scored),
                 targets_all=targets,
                 tokens_all=tokens,
                 bins_all=bins,

@@ -64,6 +64,8 @@ class Totals:
     sentences: float
     padding: float  # multiply-adds spent on padded slots, and all of them (`padding.py`)
     computed: float
+    bins: float  # scored batches, and the sum of their digests: exact, being whole and below 2^53
+    bins_digest: float
     wait_seconds: float
     stop: bool
 
@@ -199,6 +201,8 @@ class TrainingRun:
             sum(batch.sentences for batch in scored),
             sum(padding for padding, _ in counts),
             sum(computed for _, computed in counts),
+            len(scored),
+            step.digest,
             step.wait_seconds / self.ranks.world,
             float(stop_wanted),
         ]
@@ -241,6 +245,8 @@ class TrainingRun:
                 "stop_nll": totals.stop_nll,
                 "targets": step.targets_all,
                 "bytes": int(totals.text_bytes),
+                "bins": int(totals.bins),
+                "bins_digest": int(totals.bins_digest),
                 "tokens_per_second": step.tokens_all / seconds,
                 "padding_share": totals.padding / totals.computed,
                 "data_wait_seconds": totals.wait_seconds,
