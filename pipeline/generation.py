@@ -1,219 +1,84 @@
-"""Continue a text sentence by sentence with an SLLM: `sllm generate`, and `generate` for Python.
+"""Continue texts sentence by sentence with an SLLM: `generate`, `generate_many` and `sllm generate`.
 
-Comes in: an SLLM, its tokenizer and a prompt (any text, also none). Goes out: an iterator of `Sentence`,
-each with its text as soon as it is there. One sentence costs one step of the backbone and one cached step
-of the decoder per symbol:
+Comes in: an SLLM, its tokenizer and prompts (any text, also none). Goes out: the new text as soon as it is
+there, token by token or sentence by sentence, and in the end all that is known of it. One sentence costs one
+step of the backbone and one cached step of the decoder per symbol:
 
     prompt → sentences, cut and tokenized as in training → encoder → backbone state
     repeat: stop head → decoder, symbol by symbol, until the sentence end or the sentence limit → re-encode
     → backbone
 
 A prompt that ends inside a sentence is continued from there: its tail is forced as the decoder's prefix.
-Called by `pipeline/cli.py` and the demo.
+The loop itself, for one text or many, is `generation_batch.py`. Called by `pipeline/cli.py` and the demo.
 """
 
 from __future__ import annotations
 
-import codecs
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data_prep.errors import UserError
-from data_prep.hygiene import detect_language
-from data_prep.sentences import SentenceSettings, cut_document
-from data_prep.tokenizer import LossyTokenization, Tokenizer
+from data_prep.tokenizer import Tokenizer
+from pipeline.generation_batch import (
+    BatchWriter,
+    Continuation,
+    Limits,
+    Piece,
+    Request,
+    Sentence,
+)
 from pipeline.model_io import load_model, load_model_tokenizer, model_kind
+from pipeline.sampling import Sampling
 from pipeline.sllm import SLLM
-
-DOCUMENT_END = "document end"
-SENTENCE_LIMIT = "sentence limit"
-POSITIONS_EXHAUSTED = "no positions left in the backbone"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next symbol is chosen from logits: greedy at temperature 0, else temperature, then top-k,
-    then top-p.
-
-    Special symbols are never chosen: `forbidden_V` (bool [V]) masks them.
-    """
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature {self.temperature}: must be 0 (greedy) or a positive number")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top-k {self.top_k}: must be at least 1")
-
-    def choose(self, logits_V: torch.Tensor, forbidden_V: torch.Tensor, rng: torch.Generator) -> int:
-        """The next symbol. `logits_V` float [V] on the CPU; `rng` is drawn from once per sampled symbol."""
-        logits_V = logits_V.double().masked_fill(forbidden_V, -torch.inf)
-        if self.temperature == 0:
-            return int(logits_V.argmax())
-        scaled_V = (logits_V - logits_V.max()) / self.temperature
-        scaled_V, symbol_V = scaled_V.sort(descending=True, stable=True)
-        if self.top_k is not None:
-            scaled_V[self.top_k :] = -torch.inf
-        probability_V = scaled_V.softmax(0)
-        if self.top_p is not None:
-            # A symbol stays when the likelier ones before it have not reached the mass yet: at least one
-            # always stays.
-            probability_V[probability_V.cumsum(0) - probability_V >= self.top_p] = 0
-        return int(symbol_V[torch.multinomial(probability_V, 1, generator=rng)])
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """One generated sentence.
-
-    `text` continues the prompt and the sentences before it: the prompt + all texts is the document. A
-    character whose bytes are not complete at the end of a sentence appears with the sentence that completes
-    it.
-    """
-
-    text: str
-    tokens: tuple[int, ...]  # new tokens, without the sentence end
-    forced: int  # tokens of the prompt's unfinished tail that this sentence began with
-    ended: bool  # True: the model chose the sentence end; False: cut at the sentence limit, as in training
 
 
 class Generation(Iterator[Sentence]):
-    """The iterator `generate` returns. When it is exhausted, `stopped` says why, in words."""
+    """One text being written: an iterator of its `Sentence`s, or (`pieces`) of its tokens' `Piece`s.
+
+    When it is exhausted, `stopped` says why, in words, and `result` is the whole `Continuation`.
+    """
 
     def __init__(
         self,
         model: SLLM,
         tokenizer: Tokenizer,
         prompt: str,
-        max_sentences: int,
         sampling: Sampling,
+        limits: Limits,
+        seed: int | None = None,
     ) -> None:
-        self.model = model
-        self.stopped: str | None = None
-        self._max_sentences = max_sentences
-        self._sampling = sampling
-        self._rng = torch.Generator().manual_seed(sampling.seed or 0)
-        self._tokenizer = tokenizer
-        self._text = codecs.getincrementaldecoder("utf-8")("replace")  # holds back unfinished characters
-        settings, vae = model.config.sentence_settings, model.config.vae
-        self._max_tokens = min(settings["max_tokens"], vae.max_sentence_tokens)
-        settings = {**settings, "max_tokens": self._max_tokens}
-        self._prompt, self._forced = split_prompt(prompt, tokenizer, settings)
-        if len(self._prompt) > model.max_sentences:
-            raise UserError(
-                f"the prompt has {len(self._prompt)} complete sentences, but the model's backbone has "
-                f"positions for {model.max_sentences}: shorten the prompt, for example to its last sentences"
-            )
-        self._end = model.config.eos_token_id
-        # Control symbols add no bytes to a text; embedding rows above the tokenizer's entries have never
-        # been trained.
-        forbidden_V = np.ones(vae.vocab_size, dtype=bool)
-        forbidden_V[: tokenizer.vocab_size] = tokenizer.byte_lengths == 0
-        forbidden_V[[model.config.bos_token_id, model.config.pad_token_id, self._end]] = True
-        self._not_first_V = torch.from_numpy(
-            forbidden_V.copy()
-        )  # an empty sentence does not exist in training
-        forbidden_V[self._end] = False
-        self._not_later_V = torch.from_numpy(forbidden_V)
-        self._steps = self._run()
+        self.result: Continuation | None = None
+        self._events = BatchWriter(model, tokenizer, sampling, limits).run([Request(0, prompt, seed or 0)])
+        # A prompt that does not fit is refused here, not when the first sentence is asked for.
+        self._first = next(self._events, None)
+        if self._first is not None and isinstance(self._first[1], UserError):
+            raise self._first[1]
+
+    @property
+    def stopped(self) -> str | None:
+        return self.result and self.result.stopped
+
+    def _next(self) -> Piece | Sentence | None:
+        event, self._first = self._first or next(self._events, None), None
+        if event is not None and isinstance(event[1], Continuation):
+            self.result, event = event[1], None
+        return event and event[1]
 
     def __next__(self) -> Sentence:
-        with torch.inference_mode():
-            return next(self._steps)
+        while (event := self._next()) is not None:
+            if isinstance(event, Sentence):
+                return event
+        raise StopIteration
 
-    def _run(self) -> Iterator[Sentence]:
-        state = self.model.begin()
-        for number, tokens in enumerate(self._prompt, 1):
-            # Only after its last sentence, and not before an unfinished one, may the prompt's document be
-            # over.
-            decide = number == len(self._prompt) and not self._forced
-            self.stopped = self._append(state, tokens, decide)
-            if self.stopped:
-                return
-        forced = self._forced
-        for number in range(1, self._max_sentences + 1):
-            tokens, ended = self._decode(self.model.decode_begin(state), forced)
-            if number == self._max_sentences:
-                self.stopped = SENTENCE_LIMIT
-            else:
-                self.stopped = self._append(state, tokens, decide=True)
-            new = tokens[len(forced) :]
-            text = self._text.decode(self._tokenizer.decode_bytes(new), final=self.stopped is not None)
-            yield Sentence(text, tuple(new), len(forced), ended)
-            if self.stopped:
-                return
-            forced = []
-
-    def _append(self, state, tokens: list[int], decide: bool) -> str | None:
-        """Advance the backbone by one sentence; the reason to stop there, if there is one."""
-        if state.cache.lengths[0] > self.model.max_sentences:
-            return POSITIONS_EXHAUSTED
-        self.model.append(state, tokens)
-        if decide and self._document_ends(self.model.stop_probability(state)):
-            return DOCUMENT_END
-        return None
-
-    def _document_ends(self, probability: float) -> bool:
-        if self._sampling.temperature == 0:
-            return probability > 0.5
-        return float(torch.rand((), generator=self._rng)) < probability
-
-    def _decode(self, decoder, forced: list[int]) -> tuple[list[int], bool]:
-        """One sentence's tokens, the forced ones first, and whether the model ended it (else: the limit
-        did).
-        """
-        tokens = list(forced)
-        for token in forced:
-            self.model.decode_step(decoder, token)
-        while len(tokens) < self._max_tokens:
-            forbidden_V = self._not_later_V if tokens else self._not_first_V
-            symbol = self._sampling.choose(decoder.logits.float().cpu(), forbidden_V, self._rng)
-            if symbol == self._end:
-                return tokens, True
-            tokens.append(symbol)
-            if len(tokens) < self._max_tokens:
-                self.model.decode_step(decoder, symbol)
-        return tokens, False
-
-
-def split_prompt(prompt: str, tokenizer: Tokenizer, settings: dict) -> tuple[list[list[int]], list[int]]:
-    """Cut a prompt as training cuts a document: (complete sentences, tokens of the unfinished one at its
-    end).
-
-    `settings`: segmenter, language and max_tokens of the model. White space at the prompt's end belongs to
-    the sentence that will follow. A last sentence that has reached the limit is complete: training would
-    have cut it there.
-    """
-    if not prompt:
-        return [], []
-    cut = SentenceSettings(**settings)
-    segmenter = cut.segmenter_for(detect_language(prompt))
-    try:
-        tokens_T, lengths_S = cut_document(prompt, tokenizer, segmenter, cut)
-    except LossyTokenization:
-        raise UserError(
-            "the model's tokenizer cannot give this prompt back: change its unusual characters"
-        ) from None
-    *sentences, tail = (part.tolist() for part in np.split(tokens_T, np.cumsum(lengths_S)[:-1]))
-    if segmenter.is_complete(prompt):
-        space = len(prompt.encode()) - len(prompt.rstrip().encode())
-        spaces_from_end = np.cumsum(tokenizer.byte_lengths[tail[::-1]])
-        begun = len(tail) - int(np.searchsorted(spaces_from_end, space, side="right"))
-        sentences, tail = [*sentences, tail[:begun]], tail[begun:]
-    if len(tail) >= cut.max_tokens:
-        sentences, tail = [*sentences, tail], []
-    return [sentence for sentence in sentences if sentence], tail
+    def pieces(self) -> Iterator[Piece]:
+        """The text token by token, instead of sentence by sentence: whole characters only."""
+        while (event := self._next()) is not None:
+            if isinstance(event, Piece):
+                yield event
 
 
 def generate(
@@ -225,19 +90,115 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    max_tokens: int | None = None,
+    stop: Iterable[str] = (),
 ) -> Generation:
     """Continue `prompt` by up to `max_sentences` sentences (arXiv 2408.00655, section 3.3: next-sentence
     prediction).
 
     Greedy at temperature 0: the likeliest symbol, and the document ends where the stop head gives more than
     0.5. Otherwise both are sampled; the same `seed` gives the same text. The stop head is asked after a
-    complete prompt too, so that nothing may follow it. Returns an iterator of `Sentence` whose `stopped`
-    tells in the end why it stopped.
+    complete prompt too, so that nothing may follow it. Returns an iterator of `Sentence`; `pieces()` of it
+    gives token after token instead; its `result` and `stopped` tell in the end what came out and why it
+    stopped. `Sampling` and `Limits` say what the settings mean.
 
     Raises: UserError for sampling settings that make no sense, and for a prompt with more sentences than the
     backbone has positions.
     """
-    return Generation(model, tokenizer, prompt, max_sentences, Sampling(temperature, top_p, top_k, seed))
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+    return Generation(
+        model, tokenizer, prompt, sampling, Limits(max_sentences, max_tokens, tuple(stop)), seed
+    )
+
+
+def generate_many(
+    model: SLLM,
+    tokenizer: Tokenizer,
+    prompts: Iterable[str],
+    sampling: Sampling | None = None,
+    limits: Limits | None = None,
+    batch_size: int = 8,
+    samples: int = 1,
+    best_of: bool = False,
+    seed: int = 0,
+) -> Iterator[list[Continuation] | UserError]:
+    """Continue many prompts, `batch_size` texts at a time; yields each prompt's texts, in the prompts' order.
+
+    Args:
+        samples: texts of each prompt. The one with number j of the prompt with number i has the seed
+            `seed + i · samples + j`, and is what `generate` gives with that seed.
+        best_of: of each prompt's texts only the likeliest, by the model's own log-probability of all that was
+            written: tokens, sentence ends and decisions to go on or stop.
+    Yields: a list of texts, or the UserError that says what is wrong with that prompt.
+    """
+    writer = BatchWriter(model, tokenizer, sampling or Sampling(), limits or Limits(), batch_size)
+    requests = (
+        Request(i * samples + j, prompt, seed + i * samples + j)
+        for i, prompt in enumerate(prompts)
+        for j in range(samples)
+    )
+    done: dict[int, Continuation | UserError] = {}
+    ready = 0  # prompts handed out
+    for number, event in writer.run(requests):
+        if not isinstance(event, Continuation | UserError):
+            continue
+        done[number] = event
+        while all(ready * samples + j in done for j in range(samples)):
+            texts = [done.pop(ready * samples + j) for j in range(samples)]
+            ready += 1
+            refused = next((text for text in texts if isinstance(text, UserError)), None)
+            if refused is not None:
+                yield refused
+            elif best_of:
+                yield [max(texts, key=lambda text: text.log_probability)]
+            else:
+                yield texts
+
+
+def load_for_generation(folder: str | Path) -> tuple[SLLM, Tokenizer]:
+    """A model folder's SLLM, laid out for generation, and its tokenizer.
+
+    Raises: UserError for another kind of model.
+    """
+    model = load_model(folder)
+    if (kind := model_kind(model)) != "sllm":
+        what = {"vae": "a SentenceVAE rebuilds sentences and", "lm": "a token-level model"}[kind]
+        raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
+    return lay_out(model), load_model_tokenizer(folder)
+
+
+def lay_out(model: torch.nn.Module) -> torch.nn.Module:
+    """Store the matrices of a model by columns, in place: on a CPU one row times such a matrix is up to 1.8
+    times as fast, where it is bound by reading it. The same numbers, shapes and names; returns the model."""
+    if next(model.parameters()).device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = module.weight
+                weight.data = weight.data.t().contiguous().t()
+    return model
+
+
+def valid_prompt(prompt: str) -> str:
+    """The prompt. Raises: UserError for one that is no text."""
+    if any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
+        raise UserError("the prompt is not valid UTF-8 text: give it in UTF-8")
+    return prompt
+
+
+def default_temperature(
+    temperature: float | None, top_p: float | None, top_k: int | None, min_p: float | None
+) -> float:
+    """Greedy, unless something is asked for that only sampling has."""
+    if temperature is not None:
+        return temperature
+    return 0.0 if top_p is None and top_k is None and min_p is None else 1.0
+
+
+def drawn_seed() -> int:
+    """A new seed, below 2³²."""
+    return int(np.random.SeedSequence().generate_state(1)[0])
 
 
 def generate_command(
@@ -249,44 +210,48 @@ def generate_command(
     top_k: int | None = None,
     seed: int | None = None,
     on_text: Callable[[str], None] | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    max_tokens: int | None = None,
+    stop: Iterable[str] = (),
 ) -> dict:
     """`sllm generate`: load a folder, continue the prompt, hand every piece of text to `on_text` (prompt
     first).
 
     Returns: prompt, text (prompt + continuation), sentences (their new texts), tokens (new ones), stopped,
-    seconds (without loading), temperature, top_p, top_k, seed, model.
+    log_probability (nats), stop_probabilities, seconds (without loading), the settings, seed, model.
     """
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
-        raise UserError("the prompt is not valid UTF-8 text: give it in UTF-8")
-    if temperature is None:
-        temperature = 0.0 if top_p is None and top_k is None else 1.0
+    valid_prompt(prompt)
+    temperature = default_temperature(temperature, top_p, top_k, min_p)
     if temperature and seed is None:
-        seed = int(np.random.SeedSequence().generate_state(1)[0])
-    sampling = Sampling(temperature, top_p, top_k, seed)  # refuse bad settings before loading a large model
-    model = load_model(folder)
-    if (kind := model_kind(model)) != "sllm":
-        what = {"vae": "a SentenceVAE rebuilds sentences and", "lm": "a token-level model"}[kind]
-        raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
-    tokenizer = load_model_tokenizer(folder)
+        seed = drawn_seed()
+    # Refuse bad settings before loading a large model.
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+    limits = Limits(max_sentences, max_tokens, tuple(stop))
+    model, tokenizer = load_for_generation(folder)
     started = time.perf_counter()
-    generation = Generation(model, tokenizer, prompt, max_sentences, sampling)
+    generation = Generation(model, tokenizer, prompt, sampling, limits, seed)
     if on_text:
         on_text(prompt)
-    sentences = []
-    for sentence in generation:
-        sentences.append(sentence)
+    for piece in generation.pieces():
         if on_text:
-            on_text(sentence.text)
+            on_text(piece.text)
+    result = generation.result
     return {
         "prompt": prompt,
-        "text": prompt + "".join(sentence.text for sentence in sentences),
-        "sentences": [sentence.text for sentence in sentences],
-        "tokens": sum(len(sentence.tokens) for sentence in sentences),
-        "stopped": generation.stopped,
+        "text": prompt + result.text,
+        "sentences": [sentence.text for sentence in result.sentences],
+        "tokens": sum(len(sentence.tokens) for sentence in result.sentences),
+        "stopped": result.stopped,
+        "log_probability": round(result.log_probability, 6),
+        "sentence_log_probabilities": [round(s.log_probability, 6) for s in result.sentences],
+        "stop_probabilities": [s.stop_probability for s in result.sentences],
         "seconds": round(time.perf_counter() - started, 4),
         "temperature": temperature,
         "top_p": top_p,
         "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
         "seed": seed,
         "model": str(folder),
     }

@@ -36,7 +36,8 @@ from pipeline.attention import PATHS, SegmentLayout, attention_path
 from pipeline.backbone import backbone_config, load_backbone, run_packed
 from pipeline.batches import build_batch, empty_batch
 from pipeline.checking import Checker
-from pipeline.generation import POSITIONS_EXHAUSTED, generate
+from pipeline.generation import generate
+from pipeline.generation_batch import POSITIONS_EXHAUSTED
 from pipeline.model_io import build_model, load_model
 from pipeline.recipe import BACKBONE_KEYS, load_recipe
 from pipeline.sllm import SLLM, SLLMConfig

@@ -14,15 +14,10 @@ from data_prep.tokenizer import load_tokenizer
 from pipeline.attention import SegmentLayout
 from pipeline.batches import build_batch
 from pipeline.bins import Span
-from pipeline.generation import (
-    DOCUMENT_END,
-    POSITIONS_EXHAUSTED,
-    SENTENCE_LIMIT,
-    Sampling,
-    generate,
-    generate_command,
-    split_prompt,
-)
+from pipeline.generation import generate, generate_command
+from pipeline.generation_batch import DOCUMENT_END, POSITIONS_EXHAUSTED, SENTENCE_LIMIT
+from pipeline.prompt import split_prompt
+from pipeline.sampling import Sampling
 
 PROMPT = "The list is set by hand, and its value is"
 
@@ -143,25 +138,51 @@ def test_sampling_is_reproducible_by_seed(model, tokenizer):
     assert first == again != other
 
 
-def test_sampling_follows_temperature_top_k_and_top_p():
-    probability = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    allowed = torch.zeros(4, dtype=torch.bool)
+def shares(probability: torch.Tensor, **settings) -> np.ndarray:
+    """How often each symbol is drawn, at 4,000 evenly spread random numbers."""
+    rows = 4000
+    logits_RV = probability.log().float().expand(rows, -1)
+    uniform_R = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
+    drawn_R = Sampling(**settings).choose(logits_RV, uniform_R)
+    return np.bincount(drawn_R.numpy(), minlength=len(probability)) / rows
 
-    def shares(**settings) -> np.ndarray:
-        rng, sampling = torch.Generator().manual_seed(0), Sampling(**settings)
-        drawn = [sampling.choose(probability.log(), allowed, rng) for _ in range(4000)]
-        return np.bincount(drawn, minlength=4) / len(drawn)
 
-    near = dict(abs=0.03)
-    assert shares(temperature=1.0) == pytest.approx(probability.numpy(), **near)
-    assert shares(temperature=1.0, top_k=2) == pytest.approx([0.625, 0.375, 0, 0], **near)
-    # 0.5 has not reached 0.6, so the second stays; the third does not.
-    assert shares(temperature=1.0, top_p=0.6) == pytest.approx([0.625, 0.375, 0, 0], **near)
-    assert shares(temperature=1.0, top_p=0.4) == pytest.approx([1, 0, 0, 0])
+def test_sampling_follows_temperature_top_k_top_p_and_min_p():
+    probability = torch.tensor([0.3, 0.5, 0.05, 0.15])
+    near = dict(abs=0.002)
+    cases = [
+        ({"temperature": 1.0}, [0.3, 0.5, 0.05, 0.15]),
+        ({"temperature": 1.0, "top_k": 2}, [0.375, 0.625, 0, 0]),
+        # 0.5 has not reached 0.6, so the second likeliest stays; the third does not.
+        ({"temperature": 1.0, "top_p": 0.6}, [0.375, 0.625, 0, 0]),
+        ({"temperature": 1.0, "top_p": 0.4}, [0, 1, 0, 0]),
+        ({"temperature": 1.0, "min_p": 0.2}, [0.3 / 0.95, 0.5 / 0.95, 0, 0.15 / 0.95]),
+        ({"temperature": 1.0, "min_p": 1.0}, [0, 1, 0, 0]),
+        # Cut one after another: of the two that top-k leaves, the likelier one has 0.625.
+        ({"temperature": 1.0, "top_k": 2, "top_p": 0.62}, [0, 1, 0, 0]),
+        ({"temperature": 1e-6}, [0, 1, 0, 0]),
+        ({"temperature": 0.0}, [0, 1, 0, 0]),
+    ]
+    for settings, expected in cases:
+        assert shares(probability, **settings) == pytest.approx(expected, **near), settings
     squared = probability.numpy() ** 2
-    assert shares(temperature=0.5) == pytest.approx(squared / squared.sum(), **near)
-    assert shares(temperature=0.0) == pytest.approx([1, 0, 0, 0])
-    assert shares(temperature=1e-6) == pytest.approx([1, 0, 0, 0])
+    assert shares(probability, temperature=0.5) == pytest.approx(squared / squared.sum(), **near)
+
+
+def test_top_p_is_the_same_where_the_nucleus_is_larger_than_the_first_look():
+    probability = torch.rand(2000, generator=torch.Generator().manual_seed(0)).softmax(0)
+    kept = shares(probability, temperature=1.0, top_p=0.9) > 0
+    order = probability.argsort(descending=True)
+    nucleus = int((probability[order].double().cumsum(0) < 0.9).sum()) + 1
+    assert nucleus > 1000
+    assert not kept[order[nucleus:].numpy()].any() and kept[order[:nucleus].numpy()].mean() > 0.9
+
+
+def test_the_repetition_penalty_lowers_what_was_seen():
+    logits_RV = torch.tensor([[2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
+    seen_RV = torch.tensor([[True, True, False], [False, False, True]])
+    penalised = Sampling(repetition_penalty=2.0).penalise(logits_RV, seen_RV)
+    assert penalised.tolist() == [[1.0, -4.0, 1.0], [2.0, -2.0, 0.5]]
 
 
 def test_special_symbols_are_never_generated(tokenizer):
@@ -305,18 +326,16 @@ def test_characters_split_over_sentences_are_streamed_whole(tokenizer):
     assert len(tokens) == len(text.encode()), (
         "the test wants a tokenizer that spells these characters in bytes"
     )
-    spans = iter([tokens[at : at + 2] + [tokenizer.eos_id] for at in range(0, len(tokens), 2)])
-    script: list[int] = []
+    script = [
+        symbol for at in range(0, len(tokens), 2) for symbol in (*tokens[at : at + 2], tokenizer.eos_id)
+    ]
 
-    def scripted(state, token=None):
-        logits = torch.zeros(model.config.vae.vocab_size)
-        logits[script.pop(0)] = 1
-        state.logits = logits
-        return state
+    def scripted(decoder, rows, symbols):
+        logits = torch.zeros(1, model.config.vae.vocab_size)
+        logits[0, script.pop(0)] = 1
+        return logits
 
-    begin = model.decode_begin
-    model.decode_begin = lambda state: (script.extend(next(spans)), scripted(begin(state)))[1]
-    model.decode_step = scripted
+    model.sentence_step = scripted
     pieces = texts(generate(model, tokenizer, "", len(tokens) // 2))
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces)
