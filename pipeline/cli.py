@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from data_prep.errors import run_main
+from data_prep.errors import UserError, run_main
 
 DESCRIPTION = "Evaluate, generate with, check, export, audit, inspect and measure sentence-level models."
 VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
@@ -66,18 +66,38 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from pipeline.generation import generate_command
+    from pipeline import generate_command as command
 
-    result = generate_command(
-        args.model,
-        prompt=args.prompt,
+    how = command.settings(
         max_sentences=args.max_sentences,
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        max_tokens=args.max_tokens,
+        stop=args.stop or (),
+        samples=args.samples,
+        best_of=args.best_of,
         seed=args.seed,
-        on_text=None if args.json else lambda piece: print(piece, end="", flush=True),
     )
+    if (args.prompts is None) != (args.output is None):
+        raise UserError("--prompts FILE and --output FILE belong together")
+    if args.prompts is not None:
+        result = command.generate_file(args.model, args.prompts, args.output, how, args.batch)
+        if args.json:
+            _print_json(result)
+        else:
+            print(
+                "{prompts} prompts ({resumed} were there), {errors} refused, {tokens} new tokens in "
+                "{seconds:.2f} s: {output}".format(**result)
+            )
+        return 1 if result["errors"] else 0
+    if args.interactive:
+        for _ in command.converse(args.model, how, lambda: input("> "), command.show):
+            pass
+        return 0
+    result = command.generate_prompt(args.model, args.prompt, how, None if args.json else command.show)
     if args.json:
         _print_json(result)
     else:
@@ -237,20 +257,59 @@ def build_parser() -> argparse.ArgumentParser:
         "sllm generate --model demo/models/sllm --prompt 'The list is' --max-sentences 5 --temperature 0.8",
     )
     generate.add_argument("--model", required=True, metavar="DIR", help="folder of an exported SLLM")
-    generate.add_argument(
+    source = generate.add_mutually_exclusive_group()
+    source.add_argument(
         "--prompt", default="", metavar="TEXT", help="text to continue (default: start a document)"
+    )
+    source.add_argument(
+        "--prompts", metavar="FILE", help='file of prompts, a line {"prompt": TEXT} each, with --output'
+    )
+    source.add_argument(
+        "--interactive", action="store_true", help="type text, let the model go on; /new begins anew"
+    )
+    generate.add_argument(
+        "--output", metavar="FILE", help="JSON lines, one per prompt; a file begun before is continued"
+    )
+    generate.add_argument(
+        "--batch",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="with --prompts: texts written at once (default 8)",
     )
     generate.add_argument(
         "--max-sentences", type=_positive, default=10, metavar="N", help="stop after N sentences (default 10)"
+    )
+    generate.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N new tokens")
+    generate.add_argument(
+        "--stop", action="append", metavar="TEXT", help="stop before TEXT; may be given more than once"
     )
     generate.add_argument(
         "--temperature",
         type=float,
         metavar="T",
-        help="0 is greedy (default; 1 when --top-p or --top-k is given)",
+        help="0 is greedy (default; 1 when --top-p, --top-k, --min-p or several texts are asked for)",
     )
     generate.add_argument("--top-p", type=float, metavar="P", help="sample from the smallest set of mass P")
     generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest symbols")
+    generate.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="sample from what has P times the likeliest one's probability",
+    )
+    generate.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="above 1: tokens of the text so far become less likely (default 1)",
+    )
+    several = generate.add_mutually_exclusive_group()
+    several.add_argument("--samples", type=_positive, default=1, metavar="N", help="texts of each prompt")
+    several.add_argument(
+        "--best-of", type=_positive, metavar="N", help="write N texts, keep the likeliest by the model's own"
+    )
     generate.add_argument(
         "--seed", type=int, metavar="S", help="makes sampling repeatable (default: drawn, printed)"
     )

@@ -1,4 +1,4 @@
-"""Continue texts sentence by sentence with an SLLM: `generate`, `generate_many` and `sllm generate`.
+"""Continue texts sentence by sentence with an SLLM: `generate` for one, `generate_many` for many.
 
 Comes in: an SLLM, its tokenizer and prompts (any text, also none). Goes out: the new text as soon as it is
 there, token by token or sentence by sentence, and in the end all that is known of it. One sentence costs one
@@ -9,16 +9,15 @@ step of the backbone and one cached step of the decoder per symbol:
     → backbone
 
 A prompt that ends inside a sentence is continued from there: its tail is forced as the decoder's prefix.
-The loop itself, for one text or many, is `generation_batch.py`. Called by `pipeline/cli.py` and the demo.
+The loop itself, for one text or many, is `generation_batch.py`. Called by `generate_command.py`, by
+`SLLM.generate` and by users.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from data_prep.errors import UserError
@@ -178,80 +177,3 @@ def lay_out(model: torch.nn.Module) -> torch.nn.Module:
                 weight = module.weight
                 weight.data = weight.data.t().contiguous().t()
     return model
-
-
-def valid_prompt(prompt: str) -> str:
-    """The prompt. Raises: UserError for one that is no text."""
-    if any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
-        raise UserError("the prompt is not valid UTF-8 text: give it in UTF-8")
-    return prompt
-
-
-def default_temperature(
-    temperature: float | None, top_p: float | None, top_k: int | None, min_p: float | None
-) -> float:
-    """Greedy, unless something is asked for that only sampling has."""
-    if temperature is not None:
-        return temperature
-    return 0.0 if top_p is None and top_k is None and min_p is None else 1.0
-
-
-def drawn_seed() -> int:
-    """A new seed, below 2³²."""
-    return int(np.random.SeedSequence().generate_state(1)[0])
-
-
-def generate_command(
-    folder: str | Path,
-    prompt: str,
-    max_sentences: int,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    seed: int | None = None,
-    on_text: Callable[[str], None] | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    max_tokens: int | None = None,
-    stop: Iterable[str] = (),
-) -> dict:
-    """`sllm generate`: load a folder, continue the prompt, hand every piece of text to `on_text` (prompt
-    first).
-
-    Returns: prompt, text (prompt + continuation), sentences (their new texts), tokens (new ones), stopped,
-    log_probability (nats), stop_probabilities, seconds (without loading), the settings, seed, model.
-    """
-    valid_prompt(prompt)
-    temperature = default_temperature(temperature, top_p, top_k, min_p)
-    if temperature and seed is None:
-        seed = drawn_seed()
-    # Refuse bad settings before loading a large model.
-    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
-    limits = Limits(max_sentences, max_tokens, tuple(stop))
-    model, tokenizer = load_for_generation(folder)
-    started = time.perf_counter()
-    generation = Generation(model, tokenizer, prompt, sampling, limits, seed)
-    if on_text:
-        on_text(prompt)
-    for piece in generation.pieces():
-        if on_text:
-            on_text(piece.text)
-    result = generation.result
-    return {
-        "prompt": prompt,
-        "text": prompt + result.text,
-        "sentences": [sentence.text for sentence in result.sentences],
-        "tokens": sum(len(sentence.tokens) for sentence in result.sentences),
-        "stopped": result.stopped,
-        "log_probability": round(result.log_probability, 6),
-        "sentence_log_probabilities": [round(s.log_probability, 6) for s in result.sentences],
-        "stop_probabilities": [s.stop_probability for s in result.sentences],
-        "seconds": round(time.perf_counter() - started, 4),
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "model": str(folder),
-    }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from pipeline.caches import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCach
 from pipeline.losses import LossSums
 from pipeline.sentence_decoder import DecoderState
 from pipeline.sentence_vae import FIRST_ROW, SentenceVAE, SentenceVAEConfig
+
+if TYPE_CHECKING:
+    from pipeline.generation import Generation
 
 
 class SLLMConfig(PreTrainedConfig):
@@ -261,17 +265,37 @@ class SLLM(PreTrainedModel):
         top_k: int | None = None,
         seed: int | None = None,
         return_tokens: bool = False,
+        **settings,
     ) -> str | list[list[int]]:
         """Continue `prompt` by up to `max_sentences` sentences (paper section 3.3); `pipeline.generation` has
-        the details, and `generation.generate` gives sentence after sentence instead.
+        the details.
 
         Args:
             tokenizer: the model's own; None takes the one in the folder that the model was loaded from.
             temperature, top_p, top_k, seed: greedy at 0; else sampling, repeatable by its seed.
             return_tokens: give token ids.
+            settings: min_p, repetition_penalty, max_tokens, stop (`generation.generate`).
         Returns: the new text (without the prompt), or the new tokens of each sentence.
         Raises: UserError for settings that make no sense, a prompt that is too long, or a missing tokenizer.
         """
+        run = self.stream(
+            prompt, tokenizer, max_sentences, temperature, top_p=top_p, top_k=top_k, seed=seed, **settings
+        )
+        sentences = list(run)
+        if return_tokens:
+            return [list(sentence.tokens) for sentence in sentences]
+        return "".join(sentence.text for sentence in sentences)
+
+    def stream(
+        self,
+        prompt: str = "",
+        tokenizer: Tokenizer | None = None,
+        max_sentences: int = 10,
+        temperature: float = 0.0,
+        **settings,
+    ) -> Generation:
+        """As `generate`, while it is written: iterate over it for sentences, over its `pieces()` for
+        tokens."""
         from pipeline.generation import generate
         from pipeline.model_io import load_model_tokenizer
 
@@ -279,10 +303,7 @@ class SLLM(PreTrainedModel):
             if not self.name_or_path:
                 raise UserError("generate: this model was not loaded from a folder: give its tokenizer")
             tokenizer = load_model_tokenizer(self.name_or_path)
-        sentences = list(generate(self, tokenizer, prompt, max_sentences, temperature, top_p, top_k, seed))
-        if return_tokens:
-            return [list(sentence.tokens) for sentence in sentences]
-        return "".join(sentence.text for sentence in sentences)
+        return generate(self, tokenizer, prompt, max_sentences, temperature, **settings)
 
 
 AutoConfig.register(SLLMConfig.model_type, SLLMConfig)

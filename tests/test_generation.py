@@ -11,10 +11,12 @@ from model_folders import SETTINGS, save, small_model
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import load_tokenizer
+from pipeline import generate_command
 from pipeline.attention import SegmentLayout
 from pipeline.batches import build_batch
 from pipeline.bins import Span
-from pipeline.generation import generate, generate_command
+from pipeline.generate_command import generate_prompt
+from pipeline.generation import generate
 from pipeline.generation_batch import DOCUMENT_END, POSITIONS_EXHAUSTED, SENTENCE_LIMIT
 from pipeline.prompt import split_prompt
 from pipeline.sampling import Sampling
@@ -249,7 +251,9 @@ def test_forced_prefix_is_kept_and_continued(model, tokenizer):
 def test_output_begins_with_the_prompt(prompt, model, tokenizer, tmp_path):
     folder = save(model, tmp_path / "sllm", tokenizer)
     pieces = []
-    result = generate_command(folder, prompt, 3, temperature=1.0, seed=5, on_text=pieces.append)
+    result = generate_prompt(
+        folder, prompt, generate_command.settings(3, temperature=1.0, seed=5), pieces.append
+    )
     assert result["text"].startswith(prompt) and pieces[0] == prompt
     assert "".join(pieces) == result["text"] == prompt + "".join(result["sentences"])
     assert len(result["sentences"]) == 3 and result["stopped"] == SENTENCE_LIMIT
@@ -258,9 +262,10 @@ def test_output_begins_with_the_prompt(prompt, model, tokenizer, tmp_path):
 
 def test_a_drawn_seed_is_told_and_repeats_the_text(model, tokenizer, tmp_path):
     folder = save(model, tmp_path / "sllm", tokenizer)
-    first = generate_command(folder, PROMPT, 3, top_p=0.95)
+    first = generate_prompt(folder, PROMPT, generate_command.settings(3, top_p=0.95))
     assert first["temperature"] == 1.0 and first["seed"] is not None
-    assert generate_command(folder, PROMPT, 3, top_p=0.95, seed=first["seed"])["text"] == first["text"]
+    again = generate_prompt(folder, PROMPT, generate_command.settings(3, top_p=0.95, seed=first["seed"]))
+    assert again["text"] == first["text"]
 
 
 # --- where it stops ---
@@ -364,9 +369,9 @@ def test_unfinished_character_at_the_very_end_is_shown(tokenizer, model):
 def test_other_kinds_are_refused_in_a_clear_line(kind, tokenizer, tmp_path):
     folder = save(small_model(kind, tokenizer), tmp_path / kind, tokenizer)
     with pytest.raises(UserError, match="cannot continue"):
-        generate_command(folder, "The", 1)
+        generate_prompt(folder, "The", generate_command.settings(1))
 
 
 def test_a_prompt_that_is_no_text_is_refused(tmp_path):
     with pytest.raises(UserError, match="UTF-8"):
-        generate_command(tmp_path, "bad \udce9", 1)
+        generate_prompt(tmp_path, "bad \udce9", generate_command.settings(1))
