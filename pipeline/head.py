@@ -56,6 +56,7 @@ class _ProjectedLoss(torch.autograd.Function):
         objective = torch.zeros((), dtype=exact, device=hidden.device)
         for at in range(0, len(targets), rows):
             h, t = hidden[at : at + rows], targets[at : at + rows]
+            logits = p = grad = None  # the chunk before is freed first: never two of them at once
             logits = F.linear(h, weight, bias)
             if want_correct:
                 correct[at : at + rows] = logits.argmax(-1) == t
@@ -90,6 +91,7 @@ class _ProjectedLoss(torch.autograd.Function):
                     grad_weight += grad.t() @ h
             if need[2]:
                 grad_bias += p.sum(0)
+        logits = p = grad = None
         ctx.grads = (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

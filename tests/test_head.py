@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline import head as head_module
 from pipeline.head import VocabularyHead
+from pipeline.inspection import _Memory
 
 ROWS, WIDTH, VOCABULARY = 20, 16, 97
 LOSSES = [
@@ -179,6 +180,25 @@ def test_no_tensor_of_all_logits_ever_exists(loss, dtype, train, monkeypatch):
     with _Largest() as largest:
         head(hidden)
     assert largest.elements == rows * vocabulary, "the measure sees whole logits where they exist"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_one_chunk_is_freed_before_the_next_is_made(loss, dtype, monkeypatch):
+    """The most memory of five chunks is that of one."""
+    vocabulary, at_once = 4099, 16
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", at_once * vocabulary)
+    head = VocabularyHead(4, vocabulary).to(dtype)
+
+    def most(rows: int) -> int:
+        memory = _Memory()
+        hidden = torch.randn(rows, 4, dtype=dtype, requires_grad=True)
+        with memory:
+            head(hidden, torch.zeros(rows, dtype=torch.long), **loss)[0].backward()
+        return memory.peak(set())
+
+    chunk = at_once * vocabulary * (4 if dtype == torch.float32 else 2)
+    assert most(5 * at_once) - most(at_once) < chunk / 2
 
 
 def test_a_training_step_of_each_model_holds_no_tensor_of_all_logits(monkeypatch):
