@@ -24,8 +24,7 @@ class StepArithmetic:
         self._model, kind = model, model_kind(model)
         self._weights: dict[str, int] = {}  # kind of row → weights of the linear layers that such rows reach
         for name, part in model.named_modules():
-            if isinstance(part, (nn.Linear, Conv1D)):
-                row = _row_kind(name, kind)
+            if isinstance(part, (nn.Linear, Conv1D)) and (row := _row_kind(name, kind)):
                 self._weights[row] = self._weights.get(row, 0) + part.weight.numel()
 
     def count(self, batch: Batch) -> tuple[int, int]:
@@ -61,11 +60,14 @@ def _rows(batch: Batch) -> dict[str, int]:
     }
 
 
-def _row_kind(name: str, kind: str) -> str:
-    """The kind of row that reaches the linear layer `name` of a model of `kind` (`vae`, `sllm` or `lm`)."""
+def _row_kind(name: str, kind: str) -> str | None:
+    """The kind of row that reaches the linear layer `name` of a model of `kind` (`vae`, `sllm` or `lm`); None
+    for the layer that an SLLM never runs: it reads means alone."""
     path = name.removeprefix("vae.").split(".")
     if kind == "lm":
         return "lm target" if path[-1] == "lm_head" else "lm position"
+    if kind == "sllm" and "log_variance" in path:
+        return None
     if path[0] in ("stop_head", "from_backbone") or "condition" in path or "log_variance" in path:
         return "sentence"
     kinds = {"encoder": "token", "decoder": "symbol", "head": "symbol"}

@@ -25,6 +25,7 @@ MODELS = {
     "sllm": small_sllm,
     "sllm-paper": lambda: small_sllm(layout="paper"),
     "sllm-adapters": lambda: small_sllm(backbone=post_norm_opt_config()),
+    "sllm-variational": lambda: small_sllm(variational=True),
     "sllm-qwen3": lambda: family_sllm("qwen3-narrow"),
     "lm": small_lm,
     "lm-post-norm": lambda: small_lm(config=post_norm_opt_config()),
