@@ -336,7 +336,9 @@ def inspect(
     for stage in STAGES:
         for world in worlds:
             states = states_memory(parameters, stage, world, dtype)
-            on_device = sum(states.values()) - states["host"] + step.activations
+            # The update comes when the activations are gone.
+            held = sum(states.values()) - states["host"] - states["update"]
+            on_device = held + max(states["update"], step.activations)
             memory.append(
                 {
                     "stage": stage,

@@ -119,9 +119,8 @@ def test_padding_is_weighed_by_operations(tmp_path):
     lengths = torch.tensor([40, 41]).numpy()  # long ones share a block of 41 columns
     batch = build_batch([Span(torch.zeros(81, dtype=torch.long).numpy(), lengths, True)])
     operations = count_operations(model, {}, batch_cores(model, batch))
-    if operations.padding:
-        each = 2 * 64 * 2
-        assert operations.padding == each * ((2 * 41**2 - 40**2 - 41**2) + (2 * 42**2 - 41**2 - 42**2))
+    each = 2 * 64 * 2
+    assert operations.padding == each * ((2 * 41**2 - 40**2 - 41**2) + (2 * 42**2 - 41**2 - 42**2))
     computed = sum(operations.attention.values()) + operations.masked + operations.padding
     assert operations.padding_share == operations.padding / computed
 
@@ -257,6 +256,16 @@ def test_the_stages_divide_what_they_say():
     offload = states("3-offload", 8)
     assert offload["weights"] == offload["gradients"] == offload["optimizer"] == 0
     assert offload["host"] == 18 * n // 8
+
+
+def test_the_total_takes_the_larger_of_activations_and_update(tmp_path):
+    """The update needs its memory when the activations are gone."""
+    for tokens, larger in ((32, "update"), (8192, "activations")):
+        rows = inspect(write_recipe(tmp_path), vocab_size=2000, tokens=tokens, worlds=[1])["memory_per_gpu"]
+        for row in rows[:-1]:
+            assert row[larger] == max(row["update"], row["activations"]) > 0
+            parts = ("weights", "gathered", "gradients", "optimizer", "buckets", larger)
+            assert row["total"] == sum(row[part] for part in parts)
 
 
 def test_bf16_halves_the_activations_and_larger_bins_cost_more(tmp_path):
