@@ -18,12 +18,14 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pipeline.batches import Batch
 from pipeline.layers import TransformerLayer
 from pipeline.loader import Step
+from pipeline.losses import LossSums
 from pipeline.model_io import parameter_count
 from pipeline.recipe import OptimizerRecipe, Recipe
 from pipeline.strategy import zero_stage
@@ -48,6 +50,11 @@ class Engine:
             betas=tuple(recipe.optimizer.betas),
             eps=recipe.optimizer.eps,
         )
+        # DeepSpeed begins its backward pass (timers, swapping from disks) by hooks on the outputs that it
+        # finds, and it looks into dicts, not into dataclasses.
+        model.register_forward_hook(lambda _model, _inputs, losses: vars(losses))
+        if config.get("flops_profiler", {}).get("enabled"):  # it would also print timings, lines a step
+            SynchronizedWallClockTimer.log = lambda *_given, **_named: None
         layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for layer in layers:
@@ -65,7 +72,7 @@ class Engine:
             batch = step.batches[number] = batch.to(self.device)
             # Dropout depends on the bin alone, so that resumed runs and other world sizes agree.
             torch.manual_seed(seed)
-            losses = self.deepspeed(batch)
+            losses = LossSums(**self.deepspeed(batch))
             self.deepspeed.backward(losses.objective * scale)
             sums += _nats(losses)
             if number + 1 < len(step.batches):
@@ -100,7 +107,7 @@ class Engine:
         self.deepspeed.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         for batch in batches:
-            sums += _nats(self.deepspeed(batch.to(self.device)))
+            sums += _nats(LossSums(**self.deepspeed(batch.to(self.device))))
         return sums
 
     def device_tensor(self, values: list[float]) -> Tensor:
@@ -144,7 +151,7 @@ def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def _nats(losses: Any) -> Tensor:
+def _nats(losses: LossSums) -> Tensor:
     """float64 [4] of one batch's `LossSums`."""
     parts = (losses.objective.detach(), losses.token_nll, losses.end_nll, losses.stop_nll)
     return torch.stack([part.double() for part in parts])

@@ -45,14 +45,20 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe, a YAML file")
-    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="a file from ds_configs/")
+    parser.add_argument(
+        "--deepspeed_config",
+        required=True,
+        nargs="+",
+        metavar="JSON",
+        help="a file from ds_configs/, and any that add to it (fp16.json, flops-profiler.json)",
+    )
     parser.add_argument("--local_rank", help="set by the deepspeed launcher; the environment is what counts")
     arguments, overrides = parser.parse_known_args(argv)
 
     ranks = launch.find_ranks()
     try:
         recipe = load_recipe(arguments.config, overrides)
-        strategy = read_strategy(arguments.deepspeed_config)
+        strategy = read_strategy(*arguments.deepspeed_config)
     except UserError:
         if ranks.local == 0:  # all ranks read the same files: one line for each machine is enough
             raise

@@ -35,7 +35,7 @@ from pipeline.model_io import build_model
 from pipeline.padding import StepArithmetic
 from pipeline.recipe import Recipe
 from pipeline.run_log import RunLog
-from pipeline.strategy import complete_strategy, zero_stage
+from pipeline.strategy import COMMS, complete_strategy, zero_stage
 from pipeline.validation import Validation
 
 VALIDATION_SEED = 0  # every run looks at the same sample of a validation set
@@ -180,6 +180,7 @@ class TrainingRun:
                 self.state.position,
             )
         )
+        self._open.callback(self._write_comms)
         self.log.start(self._start())
         self.log.say(self._description())
         self._clock = time.perf_counter()
@@ -313,6 +314,12 @@ class TrainingRun:
             "hosts": int(hosts.item()),
             "versions": {"python": self.provenance["python"], **self.provenance["packages"]},
         }
+
+    def _write_comms(self) -> None:
+        """What DeepSpeed's comms logger has counted on rank 0, when it is on."""
+        if dist.has_comm_data() and self.ranks.rank == 0:
+            summary = dist.comms_logger.log_all(print_log=False, return_dict=True)["summary"]
+            write_atomically(self.run_dir / COMMS, (json.dumps(summary, indent=1) + "\n").encode())
 
     def _memory_bytes(self) -> int:
         """Peak memory of this rank: of its GPU, or resident on the host where it computes on CPUs."""

@@ -124,6 +124,15 @@ def train_and_listen(arguments: list[str]) -> tuple[int | str, str]:
     return answer, out.getvalue()
 
 
+def train_as_on_gpus(arguments: list[str]) -> int | str:
+    """As `train`, but nothing is dropped from the strategy for CPUs."""
+    from pipeline import training_run
+
+    complete = training_run.complete_strategy
+    training_run.complete_strategy = lambda *given, on_gpu: complete(*given, on_gpu=True)
+    return train(arguments)
+
+
 def train_with_signal(arguments: list[str], number: int, rank: int, after_step: int) -> int | str:
     """As `train`, but `rank` sends itself a signal once metrics.jsonl has `after_step` steps."""
     import threading

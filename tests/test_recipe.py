@@ -17,7 +17,8 @@ from pipeline.strategy import complete_strategy, read_strategy, zero_stage
 
 PROJECT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((PROJECT / "pipeline" / "recipes").glob("*.yaml"))
-STRATEGIES = sorted((PROJECT / "ds_configs").glob("*.json"))
+CONFIGS = PROJECT / "ds_configs"
+STRATEGIES = sorted(path for path in CONFIGS.glob("zero*.json") if path.stem != "zero3-nvme")
 DEMO = PROJECT / "pipeline" / "recipes" / "demo-vae.yaml"
 
 
@@ -174,6 +175,7 @@ def test_progress_ends_at_whichever_limit_comes_first(tmp_path: Path) -> None:
 def test_strategies_are_completed_from_the_recipe(path: Path) -> None:
     recipe = load_recipe(DEMO, ["--data.bins_per_step", "5", "--optimizer.clip", "0.7"])
     config = complete_strategy(read_strategy(path), recipe, world=2, on_gpu=True)
+    assert "//" not in config
     assert config["gradient_accumulation_steps"] == 3 and config["train_batch_size"] == 6
     assert config["gradient_clipping"] == 0.7
     assert config["bf16"] == {"enabled": True}
@@ -182,7 +184,38 @@ def test_strategies_are_completed_from_the_recipe(path: Path) -> None:
     expected = None if zero_stage(config) == 0 else {"grad_accum_dtype": "fp32"}
     assert config.get("data_types") == expected
     on_cpu = complete_strategy(read_strategy(path), recipe, world=2, on_gpu=False)
-    assert "bf16" not in on_cpu
+    assert "bf16" not in on_cpu and not any("quantized" in key for key in on_cpu["zero_optimization"])
+
+
+def test_added_files_win_and_lead_into_the_run_directory() -> None:
+    recipe = load_recipe(DEMO, ["--output_dir", "runs/here"])
+    files = [CONFIGS / f"{name}.json" for name in ("zero2", "fp16", "flops-profiler", "comms-logger")]
+    strategy = read_strategy(*files)
+    assert strategy["zero_optimization"] == read_strategy(files[0])["zero_optimization"]
+    config = complete_strategy(strategy, recipe, world=2, on_gpu=True)
+    assert config["fp16"]["enabled"] and not config["bf16"]["enabled"]
+    assert config["flops_profiler"]["output_file"] == "runs/here/flops-profile.txt"
+    assert "fp16" not in complete_strategy(strategy, recipe, world=2, on_gpu=False)
+
+
+def test_every_file_says_what_it_is_for_and_where_it_ran() -> None:
+    table = (CONFIGS / "README.md").read_text()
+    for path in CONFIGS.glob("*.json"):
+        header = " ".join(json.loads(path.read_text())["//"])
+        assert "ested" in header and ("Never run on a GPU" in header or "NEVER RUN" in header), path
+        assert f"`{path.name}`" in table
+
+
+def test_nvme_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    recipe, strategy = load_recipe(DEMO, []), read_strategy(CONFIGS / "zero3-nvme.json")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
+    with pytest.raises(UserError, match="offloads to an NVMe disk, and .* install libaio"):
+        complete_strategy(strategy, recipe, world=2, on_gpu=True)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
+    config = complete_strategy(strategy, recipe, world=2, on_gpu=True)
+    assert config["zero_optimization"]["offload_param"]["nvme_path"] == "/local_nvme"
 
 
 @pytest.mark.parametrize(
@@ -240,15 +273,3 @@ def test_several_machines_need_an_address() -> None:
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(UserError, match="export MASTER_ADDR"):
         launch.find_ranks(mpi)
-
-
-def test_strategy_files_are_plain_json() -> None:
-    assert [path.name for path in STRATEGIES] == [
-        "zero0.json",
-        "zero1.json",
-        "zero2.json",
-        "zero3-offload.json",
-        "zero3.json",
-    ]
-    for path in STRATEGIES:
-        assert isinstance(json.loads(path.read_text()), dict)

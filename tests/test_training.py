@@ -67,8 +67,9 @@ def recipes(tiny_shards: Path, tiny_valid_shards: Path, tmp_path_factory: pytest
 
 
 def arguments(recipes: Path, objective: str, strategy: str, run: Path, *overrides: object) -> list[str]:
-    config = ["--config", str(recipes / f"{objective}.yaml")]
-    config += ["--deepspeed_config", str(STRATEGIES / f"{strategy}.json"), "--output_dir", str(run)]
+    """`strategy`: names of files of ds_configs/, with spaces between."""
+    config = ["--config", str(recipes / f"{objective}.yaml"), "--output_dir", str(run), "--deepspeed_config"]
+    config += [str(STRATEGIES / f"{name}.json") for name in strategy.split()]
     return config + [str(one) for one in overrides]
 
 
@@ -100,7 +101,10 @@ def reference(
         *[("vae", f"zero{stage}", 2) for stage in range(4)],
         *[("sllm", f"zero{stage}", 2) for stage in range(4)],
         ("sllm", "zero3", 1),
+        ("sllm", "zero2-offload", 2),
         ("sllm", "zero3-offload", 2),
+        ("sllm", "zero3-plusplus", 2),
+        ("sllm", "zero3 fp16", 2),
         ("lm", "zero1", 2),
         ("lm", "zero3", 2),
     ],
@@ -130,6 +134,37 @@ def test_every_strategy_and_world_size_trains_alike(
     measured, expected = (records(run, "evaluations") for run in (tmp_path, reference[objective]))
     assert [r["step"] for r in measured] == [4, 6]
     assert measured[-1]["bits_per_byte"] == pytest.approx(expected[-1]["bits_per_byte"], abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero3"])
+def test_deepspeeds_profilers_write_into_the_run_directory(
+    strategy: str, pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    with_both = f"{strategy} flops-profiler comms-logger"
+    answers = pool.run(2, ranks.train_and_listen, arguments(recipes, "sllm", with_both, tmp_path))
+    assert [status for status, _ in answers] == [0, 0]
+    assert losses(tmp_path) == pytest.approx(losses(reference["sllm"]), abs=1e-4)
+    for _, said in answers:
+        assert all(line.startswith((f"{tmp_path}: ", "step ")) for line in said.splitlines()), said
+    profile = (tmp_path / "flops-profile.txt").read_text()
+    assert "Profile Summary at step 4" in profile and "SentenceEncoder" in profile
+    summary = json.loads((tmp_path / "comms.json").read_text())
+    gathers = [name for name in summary if "gather" in name and "object" not in name]
+    assert bool(gathers) == (strategy == "zero3")
+    reductions = summary["all_reduce"]
+    assert sum(size["count"] for size in reductions.values()) >= 6  # figures of six steps at the least
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"])
+def test_bf16_trains_nearly_alike(
+    strategy: str, pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    # As on GPUs; CPUs are spared bf16 because it is slow there, not because it would not work.
+    settings = arguments(recipes, "sllm", strategy, tmp_path)
+    assert pool.run(2, ranks.train_as_on_gpus, settings) == [0, 0]
+    assert json.loads((tmp_path / "ds_config.json").read_text())["bf16"] == {"enabled": True}
+    found, expected = losses(tmp_path), losses(reference["sllm"])
+    assert found == pytest.approx(expected, abs=0.05) and found != pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(("objective", "stage", "world"), [("sllm", 3, 2), ("sllm", 0, 1), ("lm", 2, 1)])
