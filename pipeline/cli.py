@@ -177,6 +177,12 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from pipeline import doctor
+
+    return doctor.run(args)
+
+
 def _command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -408,6 +414,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="default bf16")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+    doctor = _command(
+        commands,
+        "doctor",
+        _doctor,
+        "Are these machines fit for a run? Versions, shards, disks, clocks, GPUs, network; names a bad one.",
+        "srun --nodes=8 --ntasks-per-node=8 sllm doctor --shards shards/train --output_dir runs/svae",
+    )
+    from pipeline.doctor import add_arguments
+
+    add_arguments(doctor)
 
     benchmark = commands.add_parser("benchmark", help="Measure speed and memory on this machine.")
     kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="KIND")

@@ -284,3 +284,20 @@ def export_error(run_dir: str, output: str) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[int, str, str]:
+    """`sllm doctor` with the rank's own further environment (`CWD`: its working folder, `SITE`: a folder of
+    packages that come before the installed ones): its status, and what it wrote to stdout and stderr."""
+    import contextlib
+    import io
+    import sys
+
+    from pipeline.cli import main
+
+    os.environ.update(environments[int(os.environ["RANK"])])
+    os.chdir(os.environ.get("CWD", "."))
+    sys.path.insert(0, os.environ.get("SITE", ""))
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(["doctor", *arguments])
+    return status, out.getvalue(), err.getvalue()
