@@ -14,6 +14,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from data_prep.files import file_sha256, flush_and_rename, json_bytes, partial_n
 from data_prep.sentences import SentenceSettings
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
@@ -44,7 +45,8 @@ ZSTD_LEVEL = 3
 
 # One row per document, in the order of the tar. `*_at` are byte offsets: in the tar file, or in the unpacked
 # member where members are compressed. `group` and `row` say which members and which place in them hold the
-# document. `text_hash` and `key_hash` are `hash64` of the text in UTF-8 and of the id.
+# document. `text_hash` and `key_hash` are `hash64` of the text in UTF-8 and of the id; `checksum` is CRC-32
+# of the stored tokens and sentence lengths.
 INDEX_DTYPE = np.dtype(
     [
         ("tokens", "<u4"),
@@ -56,6 +58,7 @@ INDEX_DTYPE = np.dtype(
         ("sentences_at", "<u8"),
         ("text_hash", "<u8"),
         ("key_hash", "<u8"),
+        ("checksum", "<u4"),
     ]
 )
 LENGTH_DTYPE = np.dtype("<u2")
@@ -173,6 +176,11 @@ class ShardWriter:
         self._add_member("documents.json", json.dumps(facts, separators=(",", ":")).encode("ascii"))
         rows["tokens_at"] = tokens_at + _starts(rows["tokens"]) * self._dtype.itemsize
         rows["sentences_at"] = lengths_at + _starts(rows["sentences"]) * LENGTH_DTYPE.itemsize
+        parts = (
+            np.split(array, ends[:-1])
+            for array, ends in ((tokens, np.cumsum(rows["tokens"])), (lengths, np.cumsum(rows["sentences"])))
+        )
+        rows["checksum"] = [_checksum(*pair) for pair in zip(*parts, strict=True)]
         self._rows.append(rows)
         self._groups += 1
 
@@ -241,13 +249,28 @@ class ShardSeries:
 class Shard:
     """One shard, read by seek.
 
-    index: structured array (`INDEX_DTYPE`), one row per document. Raises `UserError` when a file is missing
-    or damaged.
+    index: structured array (`INDEX_DTYPE`), one row per document; checked against `index_sha256` where it is
+    given. A document's tokens and sentence lengths are checked when either is first read. Raises `UserError`
+    when a file is missing or damaged.
     """
 
-    def __init__(self, tar_path: Path, index_path: Path, dtype: np.dtype, compression: str = "none"):
+    def __init__(
+        self,
+        tar_path: Path,
+        index_path: Path,
+        dtype: np.dtype,
+        compression: str = "none",
+        index_sha256: str | None = None,
+    ):
         self.path, self._dtype, self._zstd = tar_path, dtype, compression == "zstd"
-        self.index = read_index(index_path)
+        self.index = read_index(index_path, index_sha256)
+        self._good = bytearray(self.index.size)  # 1: the document has been checked
+        # Fields by themselves: a field of a row costs many times as much.
+        self._group, self._checksum = self.index["group"], self.index["checksum"]
+        self._places = (
+            (self.index["tokens_at"], self.index["tokens"], dtype),
+            (self.index["sentences_at"], self.index["sentences"], LENGTH_DTYPE),
+        )
         self._bytes = _map_file(tar_path)
         ends = self.index["sentences_at"] + 2 * self.index["sentences"]
         if not self._zstd and self.index.size and self._bytes.size < int(ends.max()):
@@ -265,18 +288,36 @@ class Shard:
 
     def tokens(self, n: int) -> np.ndarray:
         """uint16/uint32 [T] tokens of document `n`; a read-only view of the file, if not compressed."""
-        row = self.index[n]
-        return self._view(0, int(row["group"]), int(row["tokens_at"]), int(row["tokens"]), self._dtype)
+        if not self._good[n]:
+            self._check(n)
+        return self._array(0, n)
 
     def sentence_lengths(self, n: int) -> np.ndarray:
         """uint16 [S], tokens in each sentence of document `n`; a read-only view likewise."""
-        row = self.index[n]
-        return self._view(1, int(row["group"]), int(row["sentences_at"]), int(row["sentences"]), LENGTH_DTYPE)
+        if not self._good[n]:
+            self._check(n)
+        return self._array(1, n)
+
+    def _array(self, kind: int, n: int) -> np.ndarray:
+        at, count, dtype = self._places[kind]
+        return self._view(kind, self._group.item(n), at.item(n), count.item(n), dtype)
+
+    def _check(self, n: int) -> None:
+        if _checksum(self._array(0, n), self._array(1, n)) != self._checksum.item(n):
+            raise self._damaged(n)
+        self._good[n] = 1
+
+    def _damaged(self, n: int) -> UserError:
+        return UserError(
+            f"shard {self.path}: document {n} is damaged; restore the shard or make it again "
+            "(`data-prep verify` says of what)"
+        )
 
     def sentence_lengths_of(self, documents: np.ndarray) -> np.ndarray:
         """uint16 [N]: the sentence lengths of several documents (int [D], ascending), back to back.
 
-        Neighbours are read at once: this is much faster than one by one.
+        Neighbours are read at once: this is much faster than one by one. They add up to the documents'
+        tokens; the checksum is looked at only when a document itself is read.
         """
         rows = self.index[documents]
         ends = rows["sentences_at"] + LENGTH_DTYPE.itemsize * rows["sentences"].astype(np.uint64)
@@ -286,7 +327,14 @@ class Shard:
         groups, starts = rows["group"][firsts], rows["sentences_at"][firsts]
         runs = zip(groups.tolist(), starts.tolist(), counts.tolist(), strict=True)
         parts = [self._view(1, group, at, count, LENGTH_DTYPE) for group, at, count in runs]
-        return np.concatenate(parts) if parts else np.empty(0, LENGTH_DTYPE)
+        if not parts:
+            return np.empty(0, LENGTH_DTYPE)
+        lengths = np.concatenate(parts)
+        starts = np.cumsum(rows["sentences"], dtype=np.int64) - rows["sentences"]
+        wrong = np.add.reduceat(lengths, starts, dtype=np.int64) != rows["tokens"]
+        if wrong.any():
+            raise self._damaged(int(documents[wrong][0]))
+        return lengths
 
     def document(self, n: int) -> Document:
         row = self.index[n]
@@ -382,7 +430,8 @@ class ShardSet:
                 f"{folder} holds no {MANIFEST}: not a shard folder, or `data-prep shard` has not finished"
             )
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            data = path.read_bytes()
+            manifest = json.loads(data)
             version = manifest["format_version"]
             if isinstance(version, int) and version > FORMAT_VERSION:
                 raise UserError(
@@ -396,7 +445,7 @@ class ShardSet:
                 for name in (entry["file"], entry["index"]):
                     if name != os.path.basename(name):
                         raise UserError(f"{path} names the file {name!r}, which is not a plain name")
-            if manifest != seal_manifest(manifest):
+            if data != json_bytes(seal_manifest(manifest)):
                 raise UserError(
                     f"{path} is damaged (its checksum differs); restore it or make the shards again"
                 )
@@ -405,11 +454,15 @@ class ShardSet:
             raise UserError(f"{path} is not a shard manifest ({type(error).__name__}: {error})") from error
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the shards. Raises `UserError` when the folder now holds another one."""
-        tokenizer = load_tokenizer(self.folder / TOKENIZER_FOLDER)
-        if tokenizer.fingerprint != self.manifest["tokenizer"]["fingerprint"]:
-            raise UserError(f"{self.folder / TOKENIZER_FOLDER} is not the tokenizer that made these shards")
-        return tokenizer
+        """The tokenizer that made the shards. Raises `UserError` when the folder now holds another one, or
+        files that have changed."""
+        folder = self.folder / TOKENIZER_FOLDER
+        for name, sha256 in self.manifest["tokenizer"]["files"].items():
+            if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
+                raise UserError(
+                    f"{folder} is not the tokenizer that made these shards: {name} is another one, or missing"
+                )
+        return load_tokenizer(folder)
 
     def __len__(self) -> int:
         """Shards."""
@@ -420,7 +473,7 @@ class ShardSet:
         if i not in self._open:
             entry = self.manifest["shards"][i]
             paths = self.folder / entry["file"], self.folder / entry["index"]
-            self._open[i] = Shard(*paths, self.dtype, self.compression)
+            self._open[i] = Shard(*paths, self.dtype, self.compression, entry["index_sha256"])
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(i)
@@ -466,15 +519,22 @@ def seal_manifest(manifest: dict) -> dict:
     return content | {"checksum": hashlib.sha256(json_bytes(content)).hexdigest()}
 
 
-def read_index(path: Path) -> np.ndarray:
-    """The index rows [documents]. Raises `UserError` when the file is missing, damaged or not an index."""
+def read_index(path: Path, sha256: str | None = None) -> np.ndarray:
+    """The index rows [documents], read-only. Raises `UserError` when the file is missing, damaged (its sha256
+    is another one) or not an index."""
     try:
-        index = np.load(path, allow_pickle=False)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"shard index {path} is missing; restore it or make the shards again") from None
-    except (ValueError, EOFError, OSError) as error:
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(
+            f"shard index {path} is damaged (its sha256 differs); restore it or make the shards again"
+        )
+    try:
+        index = _npy_array(data)
+    except ValueError as error:
         raise UserError(f"shard index {path} is damaged: {error}") from error
-    if index.dtype != INDEX_DTYPE or index.ndim != 1:
+    if index.dtype != INDEX_DTYPE:
         raise UserError(f"shard index {path} has another layout than this format's")
     return index
 
@@ -490,8 +550,8 @@ def unpack_zstd(data: bytes) -> bytes:
 
     try:
         return zstandard.ZstdDecompressor().decompress(data)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from error
+    except (zstandard.ZstdError, MemoryError) as error:  # a damaged frame may name any size
+        raise ValueError(str(error) or "no memory for it") from error
 
 
 def zstd_handler(key: str, data: bytes) -> object:
@@ -570,6 +630,10 @@ def index_totals(index: np.ndarray) -> dict[str, int]:
     return {"documents": int(index.size)} | {
         name: int(index[name].sum(dtype=np.uint64)) for name in COUNTS[1:]
     }
+
+
+def _checksum(tokens: np.ndarray, sentence_lengths: np.ndarray) -> int:
+    return zlib.crc32(sentence_lengths, zlib.crc32(tokens))
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
