@@ -31,7 +31,8 @@ class Meta:
     `position` is where the stream of bins stands and `consumed` says which ones were trained on
     (`bins.Position`, `bins.Consumed`, as JSON); `tokens` counts the real tokens trained on; `best` is the
     best evaluation so far (`{"step", "bits_per_byte"}`) or None; `shards` and `validation` are the
-    fingerprints of the shard sets, in the recipe's order; `files` maps file names to sizes in bytes.
+    fingerprints of the shard sets, in the recipe's order; `guard` is
+    `health.Guard`; `files` maps file names to sizes in bytes.
     """
 
     objective: str
@@ -46,6 +47,7 @@ class Meta:
     validation: str | None
     model_config: dict[str, Any]
     recipe: dict[str, Any]
+    guard: dict[str, Any] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -10,8 +10,10 @@ each is multiplied by both first: the update does not depend on how many ranks s
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -33,6 +35,30 @@ from pipeline.strategy import zero_stage
 COMPILE_BACKEND = "inductor"  # of torch.compile
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, of which a step can be vetoed: then weights, moments and step counters stay as they are.
+
+    DeepSpeed knows the gradient's global norm before it calls this, once for each of its groups. It drops
+    most steps whose norm is not finite itself, but knows nothing of the loss or of spikes.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.veto: Callable[[], bool] = lambda: False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if not self.veto():
+            return super().step(closure)
+        # DeepSpeed reads the moments after its first step, applied or not.
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not self.state[p]:
+                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[p] = {"step": torch.tensor(0.0), **moments}
+        return None
+
+
 class Engine:
     """A DeepSpeed engine with our optimizer, and the arithmetic of one step."""
 
@@ -44,7 +70,7 @@ class Engine:
         self.parameters = parameter_count(model)
         # fp16 with dynamic loss scaling overflows by design: DeepSpeed skips the step and lowers the scale.
         self.scales_loss = bool(config.get("fp16", {}).get("enabled"))
-        optimizer = torch.optim.AdamW(
+        optimizer = AdamW(
             parameter_groups(model, recipe.optimizer),
             lr=recipe.optimizer.lr,
             betas=tuple(recipe.optimizer.betas),
@@ -57,17 +83,18 @@ class Engine:
             SynchronizedWallClockTimer.log = lambda *_given, **_named: None
         layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._optimizer = optimizer
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
 
     def compute(self, step: Step) -> Tensor:
         """Forward and backward over the step's micro-batches; gradients stay in the engine until `update`.
 
-        Returns float64 [4], this rank's sums in nats: objective, tokens, ends, stop decisions.
+        Returns float64 [5], this rank's sums in nats: objective, tokens, ends, stop decisions, KL.
         """
         self.deepspeed.train()
         scale = dist.get_world_size() * len(step.batches) / step.targets_all
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for number, (batch, seed) in enumerate(zip(step.batches, step.seeds, strict=True)):
             batch = step.batches[number] = batch.to(self.device)
             # Dropout depends on the bin alone, so that resumed runs and other world sizes agree.
@@ -79,33 +106,45 @@ class Engine:
                 self.deepspeed.step()  # no boundary yet: DeepSpeed only counts the micro-batch
         return sums
 
-    def update(self, lr_factor: float) -> tuple[float, float]:
-        """Apply the step with lr = peak · `lr_factor`. Returns (gradient norm before clipping, lr).
+    def update(
+        self, lr_factor: float, skip: str | None = None, norm_limit: float = math.inf
+    ) -> tuple[float, float, str | None]:
+        """Apply the step with lr = peak · `lr_factor`, unless it is to be skipped.
 
-        The norm is that of the gradient averaged over all ranks, so all of them return the same. When it is
-        not finite, nothing has been applied: DeepSpeed's ZeRO stages drop such a step, stage 0 is checked
-        here.
+        skip: a reason to skip it, whatever its gradient. norm_limit: the largest gradient norm applied.
+        Returns (gradient norm before clipping, lr, why the step was skipped or None). The norm is that of the
+        gradient averaged over all ranks, so all of them decide alike. Of a skipped step nothing stays: no
+        weight, moment or counter of the optimizer changes, and its gradients are dropped.
         """
         lr = self.peak_lr * lr_factor
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         norm = None
         if zero_stage(self.config) == 0:
-            # Plain data parallel in fp32: DeepSpeed clips but does not tell the norm.
+            # Plain data parallel: in fp32 DeepSpeed clips but does not tell the norm.
             gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if not torch.isfinite(norm) and not self.scales_loss:
-                return float(norm), lr
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+
+        def veto() -> bool:
+            known = getattr(self.deepspeed.optimizer, "_global_grad_norm", None)
+            now = norm if known is None else float(known)
+            return skip is not None or not math.isfinite(now) or now > norm_limit
+
+        self._optimizer.veto = veto
         self.deepspeed.step()
         if self.deepspeed.get_global_grad_norm() is not None:
-            norm = self.deepspeed.get_global_grad_norm()
-        return float(norm), lr
+            norm = float(self.deepspeed.get_global_grad_norm())
+        if skip is None and not math.isfinite(norm):
+            skip = f"the gradient's norm is {norm}"
+        elif skip is None and norm > norm_limit:
+            skip = f"the gradient's norm {norm:.4g} is above {norm_limit:.4g}"
+        return norm, lr, skip
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Tensor:
-        """Forward only. Returns the same float64 [4] as `compute`."""
+        """Forward only. Returns the same float64 [5] as `compute`."""
         self.deepspeed.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for batch in batches:
             sums += _nats(LossSums(**self.deepspeed(batch.to(self.device))))
         return sums
@@ -152,6 +191,6 @@ def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str
 
 
 def _nats(losses: LossSums) -> Tensor:
-    """float64 [4] of one batch's `LossSums`."""
-    parts = (losses.objective.detach(), losses.token_nll, losses.end_nll, losses.stop_nll)
+    """float64 [5] of one batch's `LossSums`."""
+    parts = (losses.objective.detach(), losses.token_nll, losses.end_nll, losses.stop_nll, losses.kl)
     return torch.stack([part.double() for part in parts])

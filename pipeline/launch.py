@@ -12,6 +12,9 @@ import logging
 import os
 import signal
 import subprocess
+import sys
+import threading
+import time
 import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -22,7 +25,11 @@ from data_prep.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal after saving
+REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
+HUNG = 76  # exit status of a rank in which nothing was finished for too long (`health.Watchdog`)
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SECOND_SIGNAL_SECONDS = 1.0
 
 # Launchers that set no RANK, and what they call rank, world size and local rank.
 _LAUNCHERS = (
@@ -121,10 +128,12 @@ def join(ranks: Ranks) -> torch.device:
 
 
 def _silence(logger: logging.Logger) -> None:
-    """Drop two kinds of lines that call for nothing: one for every rank of every run."""
+    """Drop lines that call for nothing and come with every run."""
     # Models return a LossSums; ZeRO-3 does not look for tensors in it and need not: no weight belongs to the
     # outermost module.
-    logger.addFilter(lambda record: "module has unknown inputs or outputs type" not in record.getMessage())
+    # The optimizer is torch's AdamW with a veto.
+    unwanted = ("module has unknown inputs or outputs type", "using ZeRO with an untested optimizer")
+    logger.addFilter(lambda record: not any(words in record.getMessage() for words in unwanted))
     # DeepSpeed calls collectives by names that torch has replaced.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -141,16 +150,36 @@ class StopSignals:
     """USR1 (Slurm's warning) and TERM ask for a stop: the flag is read at the next step's all-reduce, so all
     ranks agree.
 
-    Install it before the slow imports (a USR1 that nobody handles kills) and before any thread starts.
+    A second one, at least a second later (Slurm's tools may deliver one signal twice), ends this process at
+    once, without saving, with the requeue status. A thread does that: Python runs handlers in the main thread
+    only when no collective blocks it.
+
+    Install it before the slow imports (a USR1 that nobody handles kills).
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+        threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
 
     def _remember(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
+
+    def _watch(self, read: int) -> None:
+        first = None
+        while number := os.read(read, 1):
+            if number[0] not in STOP_SIGNALS:
+                continue
+            if first is None:
+                first = time.monotonic()
+            elif time.monotonic() - first >= SECOND_SIGNAL_SECONDS:
+                name = signal.Signals(number[0]).name
+                print(f"a second signal ({name}): ends at once, nothing saved", file=sys.stderr, flush=True)
+                os._exit(REQUEUE)
 
     def ignore(self) -> None:
         """From now on these signals do nothing, up to the process's very end: call it when all is saved.
@@ -158,5 +187,5 @@ class StopSignals:
         The first rank to exit with 75 makes `srun --kill-on-bad-exit` terminate the others. Python gives its
         own handlers up before it ends; a rank killed there would hide the 75, and no job would be requeued.
         """
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -261,6 +261,32 @@ class TrainingRecipe:
 
 
 @dataclass
+class HealthRecipe:
+    """When a step is skipped, and when the run ends because it is not well (`health.py`).
+
+    max_skips: skipped steps in a row that end the run. loss_spike, norm_spike: skip a step whose loss or
+    gradient norm is above so many times the median of the last accepted ones; null skips for values that are
+    not finite only. hang_seconds: a run in which nothing is finished for so long ends; null: never.
+    """
+
+    max_skips: int = 5
+    loss_spike: float | None = None
+    norm_spike: float | None = None
+    hang_seconds: float | None = 1200.0
+
+    def __post_init__(self) -> None:
+        _require_positive("health.max_skips", self.max_skips)
+        for name in ("loss_spike", "norm_spike"):
+            factor = getattr(self, name)
+            if factor is not None and not 1 < factor < math.inf:
+                raise UserError(f"recipe: health.{name} must be null or a number above 1, not {factor}")
+        if self.hang_seconds is not None and not 0 < self.hang_seconds < math.inf:
+            raise UserError(
+                f"recipe: health.hang_seconds must be null or a positive number, not {self.hang_seconds}"
+            )
+
+
+@dataclass
 class LogRecipe:
     """Where figures go beside metrics.jsonl; without a terminal, a line every `console_every` steps."""
 
@@ -285,6 +311,7 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    health: HealthRecipe = field(default_factory=HealthRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
 
     def __post_init__(self) -> None:

@@ -7,12 +7,13 @@ operations.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import resource
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.arithmetic import TRAINING_FACTOR, utilisation
 from pipeline.bins import BinPlan, Consumed, Position
 from pipeline.checkpoints import Meta
 from pipeline.engine import Engine
+from pipeline.health import Guard, Watchdog, facts, require_agreement
 from pipeline.launch import AgreedError, Ranks
 from pipeline.loader import Step, StepLoader
 from pipeline.losses import bits_per_byte
@@ -50,6 +52,7 @@ class State:
     step: int = 0
     tokens: int = 0
     best: dict[str, Any] | None = None
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Totals:
     token_nll: float
     end_nll: float
     stop_nll: float
+    kl: float
     text_bytes: float
     sentences: float
     padding: float  # multiply-adds spent on padded slots, and all of them (`padding.py`)
@@ -88,6 +92,7 @@ class TrainingRun:
         self._open.callback(launch.leave)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
+        require_agreement(ranks, facts(recipe.to_dict(), strategy, self.provenance))
         torch.manual_seed(recipe.seed)
         model = build_model(
             recipe.objective,
@@ -129,7 +134,10 @@ class TrainingRun:
     @property
     def save_due(self) -> bool:
         is_best = self.state.best is not None and self.state.best["step"] == self.state.step
-        return self.finished or is_best or self.state.step % self.recipe.training.save_every == 0
+        if self.finished or is_best:
+            return True
+        # After a skipped step the weights may be what is wrong: the checkpoint before stays the last one.
+        return self.state.step % self.recipe.training.save_every == 0 and not self.state.guard.in_row
 
     def resume(self, checkpoint: Path, saved: Meta) -> None:
         """Go on from a checkpoint; UserError when it is of another model, data order, world size or ZeRO
@@ -143,6 +151,7 @@ class TrainingRun:
             step=saved.step,
             tokens=saved.tokens,
             best=saved.best,
+            guard=Guard(**saved.guard),
         )
         was, now = ((meta.validation, meta.recipe["training"]["eval_bins"]) for meta in (saved, ours))
         if saved.best and was != now:
@@ -182,6 +191,9 @@ class TrainingRun:
         )
         self._open.callback(self._write_comms)
         self.log.start(self._start())
+        self._watchdog = self._open.enter_context(
+            Watchdog(self.run_dir, self.ranks.rank, self.recipe.health.hang_seconds)
+        )
         self.log.say(self._description())
         self._clock = time.perf_counter()
 
@@ -190,9 +202,8 @@ class TrainingRun:
 
     def compute(self, step: Step, stop_wanted: bool) -> Totals:
         """Forward and backward, then the step's one all-reduce of figures and of the wish to stop.
-
-        Raises AgreedError on every rank alike when the loss is not finite: before the update, so no weight
-        has changed.
+        Every rank gets the same
+               totals.
         """
         sums = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
@@ -210,22 +221,26 @@ class TrainingRun:
         everything = torch.cat([sums, self.engine.device_tensor(rest)])
         dist.all_reduce(everything)
         *figures, stop = everything.tolist()
-        totals = Totals(*figures, stop=stop > 0)
-        if not math.isfinite(totals.objective):
-            raise self._not_finite(f"the loss of step {self.state.step + 1} is {totals.objective}")
-        return totals
+        return Totals(*figures, stop=stop > 0)
 
     def update(self, step: Step, totals: Totals) -> None:
         """Apply the gradients, move on, and log the step.
 
-        Raises AgreedError on every rank alike when the gradient is not finite: it has not been applied, and
-        no state of this run can be saved any more.
+        A step that the guard finds bad is not applied, on any rank; its data counts as consumed. Raises
+        AgreedError on every rank alike after `health.max_skips` such steps in a row.
         """
-        state = self.state
+        state, health = self.state, self.recipe.health
+        loss = totals.objective / step.targets_all
         progress = self.recipe.training.progress(state.step + 1, state.tokens + step.tokens_all)
-        grad_norm, lr = self.engine.update(self.recipe.schedule.factor(progress))
-        if not math.isfinite(grad_norm) and not self.engine.scales_loss:
-            raise self._not_finite(f"the gradient of step {state.step + 1} has the norm {grad_norm}")
+        grad_norm, lr, skipped = self.engine.update(
+            self.recipe.schedule.factor(progress),
+            state.guard.bad_loss(loss, health),
+            state.guard.norm_limit(health),
+        )
+        # With dynamic loss scaling gradients overflow by design: DeepSpeed skips and lowers the scale.
+        rescaled = self.engine.scales_loss and math.isfinite(loss) and not math.isfinite(grad_norm)
+        if not rescaled:
+            state.guard.record(loss, grad_norm, skipped, health)
         state.step += 1
         state.tokens += step.tokens_all
         state.position = step.position
@@ -239,11 +254,12 @@ class TrainingRun:
                 "step": state.step,
                 "epoch": max(place.epoch for place in state.position.places),
                 "tokens": state.tokens,
-                "loss": totals.objective / step.targets_all,
+                "loss": loss,
                 "bits_per_byte": bits_per_byte(nats, totals.text_bytes),
                 "token_nll": totals.token_nll,
                 "end_nll": totals.end_nll,
                 "stop_nll": totals.stop_nll,
+                **({"kl": totals.kl / totals.sentences} if totals.kl else {}),  # variational only
                 "targets": step.targets_all,
                 "bytes": int(totals.text_bytes),
                 "bins": int(totals.bins),
@@ -253,6 +269,8 @@ class TrainingRun:
                 "data_wait_seconds": totals.wait_seconds,
                 "grad_norm": grad_norm,
                 "lr": lr,
+                "skips": state.guard.skips,
+                **({"skipped": skipped} if skipped else {}),
                 "memory_bytes": self._memory_bytes(),
                 "operations": int(TRAINING_FACTOR * totals.computed),
                 "mfu": utilisation(needed, seconds, self.engine.device),
@@ -261,12 +279,16 @@ class TrainingRun:
             }
         )
 
-    def _not_finite(self, what: str) -> AgreedError:
-        latest = checkpoints.find(self.run_dir)
-        return AgreedError(
-            f"{what}: stopped before the update; last checkpoint: {latest.name if latest else 'none'}; "
-            "start again from there with a lower --optimizer.lr"
-        )
+        self._watchdog.beat()
+        if skipped and not rescaled:
+            self.log.say(f"step {state.step:>7}  skipped on all ranks: {skipped}")
+            if state.guard.in_row >= health.max_skips:
+                latest = checkpoints.find(self.run_dir)
+                raise AgreedError(
+                    f"step {state.step}: {skipped}; {state.guard.in_row} steps in a row were skipped "
+                    f"(health.max_skips); last checkpoint: {latest.name if latest else 'none'}; start again "
+                    "from there with a lower --optimizer.lr"
+                )
 
     def evaluate(self) -> None:
         """Measure on the validation sample, log it, and remember the best."""
@@ -277,6 +299,7 @@ class TrainingRun:
             self.state.best = {"step": self.state.step, "bits_per_byte": figures["bits_per_byte"]}
         seconds = time.perf_counter() - self._clock
         self.log.evaluation({"step": self.state.step, **figures, "best": is_best, "seconds": seconds})
+        self._watchdog.beat()
         self._clock = time.perf_counter()  # not part of the next step's time
 
     def save(self) -> None:
@@ -284,6 +307,7 @@ class TrainingRun:
         before = time.perf_counter()
         checkpoints.save(self.engine.deepspeed, self.run_dir, self._meta(), self.recipe.training.keep)
         self.log.save({"step": self.state.step, "save_seconds": time.perf_counter() - before})
+        self._watchdog.beat()
         self._clock = time.perf_counter()
 
     def _meta(self) -> Meta:
@@ -294,6 +318,7 @@ class TrainingRun:
             consumed=self.state.consumed.to_json(),
             tokens=self.state.tokens,
             best=self.state.best,
+            guard=dataclasses.asdict(self.state.guard),
             world=self.ranks.world,
             zero_stage=zero_stage(self.config),
             shards=self.shards,

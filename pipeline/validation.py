@@ -31,17 +31,18 @@ class Validation:
     def __init__(self, plan: BinPlan, bins: int, ranks: Ranks, byte_lengths: np.ndarray):
         chosen = list(itertools.islice(plan.epoch(), bins))
         self.tokens = sum(bin_.tokens for bin_ in chosen)
+        self.sentences = sum(bin_.sentences for bin_ in chosen)
         self._batches, self._text_bytes = build(plan, assign(chosen, ranks), byte_lengths)
 
     def run(self, engine: Engine) -> dict[str, Any]:
-        """Sums over all ranks' bins: nats by kind, `bits_per_byte` and `ppl` (exp of nats per plain
-        token)."""
+        """Sums over all ranks' bins: nats by kind, `bits_per_byte`, `ppl` (exp of nats per plain
+        token); `kl` (nats per sentence) of a variational SentenceVAE."""
         began = time.perf_counter()
         sums = torch.cat([engine.evaluate(self._batches), engine.device_tensor([self._text_bytes])])
         dist.all_reduce(sums)
-        _, token_nll, end_nll, stop_nll, text_bytes = sums.tolist()
+        _, token_nll, end_nll, stop_nll, kl, text_bytes = sums.tolist()
         nats = token_nll + end_nll + stop_nll
-        return {
+        figures = {
             "bits_per_byte": bits_per_byte(nats, text_bytes),
             "ppl": perplexity(nats, self.tokens),
             "nll_nats": nats,
@@ -52,3 +53,6 @@ class Validation:
             "tokens": self.tokens,
             "seconds": time.perf_counter() - began,
         }
+        if kl:  # a variational SentenceVAE's; 0 for all others
+            figures["kl"] = kl / self.sentences
+        return figures

@@ -151,8 +151,11 @@ def train_with_signal(arguments: list[str], number: int, rank: int, after_step: 
     return train(arguments)
 
 
-def train_with_bad_gradient(arguments: list[str], rank: int, after_calls: int) -> int | str:
-    """As `train`, but on `rank` one weight's gradient becomes NaN after that many backward passes."""
+def train_with_bad_gradient(
+    arguments: list[str], rank: int, after_calls: int, until_calls: int
+) -> tuple[int | str, list[tuple[str, str]]]:
+    """As `train`, but on `rank` one weight's gradient is NaN in the backward passes [after, until): status,
+    and digests of weights and optimizer states before and after each update."""
     import itertools
 
     from pipeline import training_run
@@ -163,7 +166,117 @@ def train_with_bad_gradient(arguments: list[str], rank: int, after_calls: int) -
         model = build_model(*settings, **loss)
         calls = itertools.count()
         weight = next(model.parameters())
-        weight.register_hook(lambda g: g * float("nan") if next(calls) >= after_calls else g)
+        bad = range(after_calls, until_calls)
+        weight.register_hook(lambda g: g * float("nan") if next(calls) in bad else g)
+        return model
+
+    if os.environ["RANK"] == str(rank):
+        training_run.build_model = build_with_fault
+    return _with_digests(arguments)
+
+
+def train_with_bad_loss(
+    arguments: list[str], rank: int, after_calls: int, until_calls: int
+) -> tuple[int | str, list[tuple[str, str]]]:
+    """As `train_with_bad_gradient`, but it is the reported objective that is NaN, and the gradient good."""
+    import itertools
+
+    from pipeline import engine
+
+    nats, calls = engine._nats, itertools.count()
+
+    def bad_nats(losses: Any) -> Any:
+        found = nats(losses)
+        if losses.objective.requires_grad and next(calls) in range(after_calls, until_calls):
+            found[0] = float("nan")
+        return found
+
+    if os.environ["RANK"] == str(rank):
+        engine._nats = bad_nats
+    return _with_digests(arguments)
+
+
+def _with_digests(arguments: list[str]) -> tuple[int | str, list[tuple[str, str]]]:
+    from pipeline.engine import Engine
+
+    update, seen = Engine.update, []
+
+    def watched(engine: Any, *settings: Any) -> Any:
+        before = _digest(engine)
+        answer = update(engine, *settings)
+        seen.append((before, _digest(engine)))
+        return answer
+
+    Engine.update = watched
+    return train(arguments), seen
+
+
+def _digest(engine: Any) -> str:
+    """Of all that an update changes on this rank: (partitioned) weights, master weights, moments,
+    counters."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for parameter in engine.deepspeed.module.parameters():
+        digest.update(getattr(parameter, "ds_tensor", parameter).detach().numpy().tobytes())
+    for parameter, state in engine.deepspeed.basic_optimizer.state.items():
+        for tensor in (parameter, *(state[name] for name in sorted(state))):
+            digest.update(tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_without_update(arguments: list[str], step: int) -> int | str:
+    """As `train`, but torch's AdamW does nothing in one step (one process without partitioning)."""
+    import itertools
+
+    import torch
+
+    original, calls = torch.optim.AdamW.step, itertools.count(1)
+
+    def step_or_not(self: Any, closure: Any = None) -> Any:
+        return None if next(calls) == step else original(self, closure)
+
+    torch.optim.AdamW.step = step_or_not
+    return train(arguments)
+
+
+def train_with_difference(arguments: list[str], fault: str) -> int | str:
+    """As `train`, but rank 1 differs from rank 0 in one respect."""
+    from pipeline import health, training_run
+
+    if os.environ["RANK"] == "1":
+        if fault == "recipe":
+            arguments = [*arguments, "--optimizer.lr", "0.125"]
+        elif fault == "code":
+            health.code_version = lambda: "other"
+        else:
+            provenance = training_run.provenance
+
+            def older(*settings: Any) -> dict:
+                found = provenance(*settings)
+                found["packages"]["torch"] = "0.1"
+                return found
+
+            training_run.provenance = older
+    return train(arguments)
+
+
+def train_and_hang(arguments: list[str], rank: int) -> int | str:
+    """As `train`, but `rank` never returns from the third forward pass."""
+    import itertools
+    import time
+
+    from pipeline import training_run
+
+    build_model, calls = training_run.build_model, itertools.count(1)
+
+    def hang_here(*_: Any) -> None:
+        if next(calls) == 3:
+            time.sleep(600)
+
+    def build_with_fault(*settings: Any, **loss: float) -> Any:
+        model = build_model(*settings, **loss)
+        model.register_forward_pre_hook(hang_here)
         return model
 
     if os.environ["RANK"] == str(rank):
@@ -171,26 +284,42 @@ def train_with_bad_gradient(arguments: list[str], rank: int, after_calls: int) -
     return train(arguments)
 
 
-def train_with_wrong_bins(arguments: list[str], fault: str) -> int | str:
-    """As `train`, but the loader is broken: it leaves out the stream's fifth bin (`skip`), or gives rank 1
-    what is rank 0's (`twice`)."""
-    from pipeline import loader
+def signal_twice_in_a_collective(folder: str) -> None:
+    """Rank 0 waits in a barrier for rank 1, which sends it TERM twice and never comes."""
+    import signal
+    import time
+    from pathlib import Path
 
-    real_bins, real_assign = loader.BinPlan.bins, loader.assign
+    from pipeline import launch
 
-    def bins_with_gap(plan: Any, position: Any = None) -> Any:
-        for number, bin_ in enumerate(real_bins(plan, position), sum(position.taken)):
-            if number != 4:
-                yield bin_
+    pid_file, rank = Path(folder) / "pid", int(os.environ["RANK"])
+    ranks = launch.find_ranks()
+    if rank == 0:
+        launch.StopSignals()
+    launch.join(ranks)
+    import torch.distributed as dist
 
-    def assign_rank_0(bins: list, ranks: Any) -> list:
-        return real_assign(bins, loader.Ranks(0, ranks.world, ranks.local))
-
-    if fault == "skip":
-        loader.BinPlan.bins = bins_with_gap
-    else:
-        loader.assign = assign_rank_0
-    return train(arguments)
+    dist.barrier()
+    if rank == 0:
+        pid_file.with_name("tmp").write_text(str(os.getpid()))
+        os.rename(pid_file.with_name("tmp"), pid_file)
+        dist.barrier()
+        return
+    while not pid_file.exists():
+        time.sleep(0.01)
+    pid = int(pid_file.read_text())
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(launch.SECOND_SIGNAL_SECONDS + 0.5)
+    os.kill(pid, 0)  # still there
+    (Path(folder) / "first").touch()
+    os.kill(pid, signal.SIGTERM)
+    for _ in range(600):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            os._exit(0)  # no leaving of a broken group
+        time.sleep(0.05)
 
 
 def train_compiled(arguments: list[str], backend: str) -> tuple[int | str, int, list[str]]:

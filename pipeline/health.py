@@ -1,0 +1,167 @@
+"""Is the run well? Which steps are skipped, when skipping ends the run, ranks that hang, ranks that differ.
+
+In: figures that all ranks share, so that all of them decide alike. Called by `training_run.py`.
+
+Skipping: a step whose loss or gradient norm is not finite is never applied, under any ZeRO stage. Spikes
+(`health.loss_spike`, `health.norm_spike`: so many times the median of the last accepted steps) are skipped
+only when asked for: clipping bounds what a large gradient does, and a skipped step is data that the model
+never learns from.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import math
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.launch import HUNG, AgreedError, Ranks
+from pipeline.recipe import HealthRecipe
+
+MEMORY = 50  # accepted steps that a spike is measured against
+FEWEST = 10  # before so many there is no median worth the name
+STACKS = "stacks"  # folder in the run directory: what each rank was doing when it hung
+
+
+@dataclass
+class Guard:
+    """Skipped steps so far, and the recent figures that spikes are judged by; part of every checkpoint, so
+    that a resumed run decides as an uninterrupted one.
+
+    skips: steps skipped in the run's life. in_row: how many of them ended the last step, without a good one
+    between. losses, norms: of the last accepted steps; empty while the recipe asks for no spike guard.
+    """
+
+    skips: int = 0
+    in_row: int = 0
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+    def bad_loss(self, loss: float, recipe: HealthRecipe) -> str | None:
+        """Why a step with this loss (nats per target) is not to be applied; None when it is good."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        limit = _limit(self.losses, recipe.loss_spike)
+        if loss > limit:
+            return f"the loss {loss:.4g} is above {limit:.4g}, {recipe.loss_spike:g} times the median"
+        return None
+
+    def norm_limit(self, recipe: HealthRecipe) -> float:
+        """The largest gradient norm that is applied; infinity without a spike guard."""
+        return _limit(self.norms, recipe.norm_spike)
+
+    def record(self, loss: float, norm: float, skipped: str | None, recipe: HealthRecipe) -> None:
+        """Take note of one step. skipped: why it was not applied, if so."""
+        if skipped:
+            self.skips += 1
+            self.in_row += 1
+            return
+        self.in_row = 0
+        for values, value, factor in (
+            (self.losses, loss, recipe.loss_spike),
+            (self.norms, norm, recipe.norm_spike),
+        ):
+            values[:] = [*values, value][-MEMORY:] if factor is not None else []
+
+
+def _limit(recent: list[float], factor: float | None) -> float:
+    if factor is None or len(recent) < FEWEST:
+        return math.inf
+    return factor * statistics.median(recent)
+
+
+class Watchdog:
+    """Ends this process when nothing was finished for `seconds`: stacks of all its threads in
+    RUN/stacks/rank-N.txt, one line to standard error, exit status 76 (`launch.HUNG`).
+
+    Every rank has its own, because one that hangs makes all others wait; without `seconds` it never acts.
+    Use as a context manager; `beat()` says that something was finished.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, seconds: float | None):
+        self._file, self._rank, self._seconds = run_dir / STACKS / f"rank-{rank}.txt", rank, seconds
+        self._ended = threading.Event()
+        self._last = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self.beat()
+        if self._seconds is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._seconds is not None:
+            self._thread.join()
+
+    def beat(self) -> None:
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._seconds / 10)):
+            if time.monotonic() - self._last > self._seconds:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        said = f"rank {self._rank}: nothing finished for {self._seconds:g} s (health.hang_seconds)"
+        try:  # the disk may be what hangs or is full: end all the same
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file, "w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            said += f": stacks in {self._file}"
+        except OSError:
+            pass
+        print(said, file=sys.stderr, flush=True)
+        os._exit(HUNG)
+
+
+def facts(recipe: dict[str, Any], strategy: dict[str, Any], provenance: dict[str, Any]) -> dict[str, str]:
+    """What all ranks must have in common, by name: settings, shards, versions and this project's code."""
+    packages = {name: found for name, found in provenance["packages"].items()}
+    found = {"python": provenance["python"], **packages, "code": code_version()}
+    for key in ("shards", "validation"):
+        for number, shard_set in enumerate(provenance[key]):
+            found[f"data.{key} {number + 1}"] = shard_set["fingerprint"][:12]
+    found |= _flat("recipe", recipe) | _flat("DeepSpeed config", strategy)
+    return found
+
+
+def _flat(name: str, value: Any) -> dict[str, str]:
+    if isinstance(value, dict):
+        return {k: v for key, one in value.items() for k, v in _flat(f"{name}.{key}", one).items()}
+    return {name: str(value)}
+
+
+def code_version() -> str:
+    """A digest of the source files that train: other code is another version, committed or not."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("pipeline/*.py"), *root.glob("data_prep/*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def require_agreement(ranks: Ranks, ours: dict[str, str]) -> None:
+    """Compare `facts` over all ranks (a collective). AgreedError, the same on every rank, names the first
+    rank and fact that differ from rank 0's."""
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * ranks.world
+    dist.all_gather_object(everyone, (platform.node(), ours))
+    first_host, first = everyone[0]
+    for rank, (host, theirs) in enumerate(everyone):
+        for name in [*first, *(name for name in theirs if name not in first)]:
+            if first.get(name) != theirs.get(name):
+                raise AgreedError(
+                    f"rank {rank} ({host}) has {name} {theirs.get(name)}, rank 0 ({first_host}) has "
+                    f"{first.get(name)}: give all ranks the same"
+                )
