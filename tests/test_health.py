@@ -15,7 +15,7 @@ from pipeline.recipe import HealthRecipe
 
 def test_only_what_is_not_finite_is_bad_by_default() -> None:
     guard, recipe = Guard(), HealthRecipe()
-    for step in range(100):
+    for _ in range(100):
         guard.record(5.0, 1.0, None, recipe)
     assert guard.bad_loss(1e9, recipe) is None
     assert guard.norm_limit(recipe) == math.inf
