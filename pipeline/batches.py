@@ -108,15 +108,14 @@ class Batch:
         return self._shifted(self.decoder_layout, bos, end)
 
     def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:
+        # Row t + n predicts token t of segment n, the row after it reads it. By index: a mask on a GPU would
+        # make the host wait for all that runs there.
+        rows_T = self._index(
+            np.arange(self.tokens) + np.repeat(np.arange(len(layout.lengths)), layout.lengths - 1)
+        )
         inputs = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
         targets = torch.full((layout.rows,), end, dtype=torch.long, device=self.device)
-        inner = torch.ones(layout.rows, dtype=torch.bool, device=self.device)
-        inner[layout.first_rows] = False
-        inputs[inner] = self.tokens_T
-        inner.fill_(True)
-        inner[layout.last_rows] = False
-        targets[inner] = self.tokens_T
-        return inputs, targets
+        return inputs.index_copy_(0, rows_T + 1, self.tokens_T), targets.index_copy_(0, rows_T, self.tokens_T)
 
     # Backbone: row s + d + 1 holds sentence s of window d; row s + d, just before it, predicts it.
 

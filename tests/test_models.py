@@ -18,6 +18,8 @@ from models import (
     small_sllm,
     small_vae,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, OPTForCausalLM, OPTModel
 
 from pipeline.attention import PATHS, SegmentLayout, attention_path
@@ -186,6 +188,40 @@ def test_the_backbone_is_the_hugging_face_model(config):
         x = model._into(x)
         reference = plain(inputs_embeds=x[None]).last_hidden_state[0]
     torch.testing.assert_close(packed, reference, atol=1e-5, rtol=1e-4)
+
+
+class _Waits(TorchDispatchMode):
+    """Operations whose result needs a tensor's values on the host: on a GPU they stop the host until all that
+    was started there has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+        if name in ("_local_scalar_dense", "nonzero", "masked_select") or (
+            name in ("index", "index_put", "index_put_")
+            and any(x is index for x in masks for index in args[1])
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"fusion": "mean"}, {"fusion": "attention", "layout": "paper"}], ids=str
+)
+def test_a_step_never_waits_for_a_tensors_values(options):
+    models = [small_vae(variational=True, **options), small_vae(latent_noise=0.1, **options)]
+    models += [small_sllm(**options), small_lm(), small_sllm(backbone=post_norm_opt_config())]
+    for model in models:
+        with _Waits() as waits:
+            model.train()(random_batch(3), want_correct=True).objective.backward()
+        assert not waits.found
+    with _Waits() as waits:
+        (torch.arange(3)[torch.tensor([True, False, True])].sum() > 1).item()
+    assert waits.found == ["index", "_local_scalar_dense"], "the measure sees what it is for"
 
 
 # --- generation interface -------------------------------------------------------------------------
