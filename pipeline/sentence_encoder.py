@@ -82,7 +82,7 @@ class SentenceEncoder(nn.Module):
         else:
             fused = _sum_rows(x, layout)
             if self.fusion == "mean":
-                counts = torch.as_tensor(layout.lengths, device=x.device)[:, None]
+                counts = (layout.last_rows - layout.first_rows + 1)[:, None]
                 fused = fused / counts.to(x.dtype)
         embedding = self.fusion_norm(fused)
         if not with_variance:
@@ -91,5 +91,7 @@ class SentenceEncoder(nn.Module):
 
 
 def _sum_rows(x_Td: Tensor, layout: SegmentLayout) -> Tensor:
-    """[T, d] → [S, d]: the sum of each segment's rows."""
-    return x_Td.new_zeros(len(layout.lengths), x_Td.shape[1]).index_add(0, layout.segment_of_row, x_Td)
+    """[T, d] → [S, d]: the sum of each segment's rows, added up in float32 at least."""
+    exact = torch.promote_types(x_Td.dtype, torch.float32)  # in bf16 each of up to 64 additions would round
+    sums_Sd = x_Td.new_zeros(len(layout.lengths), x_Td.shape[1], dtype=exact)
+    return sums_Sd.index_add(0, layout.segment_of_row, x_Td.to(exact)).to(x_Td.dtype)

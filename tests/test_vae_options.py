@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from models import IDS, cached_scores, opt_config, random_batch, random_spans, small_sllm, small_vae
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, OPTForCausalLM
 
 from data_prep.errors import UserError
@@ -21,7 +22,7 @@ from pipeline.bins import Span
 from pipeline.layers import CrossAttention, PostNormLayer, TokenEmbedding, sinusoids
 from pipeline.model_io import build_model, load_model, save_model
 from pipeline.recipe import load_recipe
-from pipeline.sentence_encoder import AttentionPooling
+from pipeline.sentence_encoder import AttentionPooling, _sum_rows
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 
 PATHS = ("bucketed", "masked")
@@ -148,6 +149,23 @@ def test_sum_and_mean_are_one_embedding_up_to_the_norms_epsilon():
         for model in (a, b):
             model.encoder.fusion_norm.eps = 1.0
         assert (a.encode(batch) - b.encode(batch)).abs().max() > 0.05
+
+
+class _Sums(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "index_add":
+            self.dtype = args[0].dtype
+        return func(*args, **(kwargs or {}))
+
+
+def test_half_precision_rows_are_added_up_in_full():
+    """On CPUs index_add does so by itself; on GPUs it would round after each of 64 additions."""
+    layout = SegmentLayout([64, 3, 64])
+    x = torch.rand(layout.rows, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = torch.stack([part.double().sum(0) for part in x.split([64, 3, 64])])
+    with _Sums() as sums:
+        torch.testing.assert_close(_sum_rows(x, layout), exact.bfloat16(), atol=0, rtol=0)
+    assert sums.dtype == torch.float32
 
 
 def test_attention_pooling_is_a_softmax_over_each_sentence():
