@@ -34,6 +34,7 @@ from pathlib import Path
 
 import yaml
 
+from data_prep.benchmark import machine
 from data_prep.errors import UserError, run_main
 from pipeline.demo_report import KINDS, build_report
 
@@ -259,19 +260,14 @@ def free_port() -> int:
 
 def describe_machine(project: Path) -> dict[str, str]:
     """The machine and the versions, for the report."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux on x86: the platform's own word has to do
+    known = machine()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=project, capture_output=True, text=True
     ).stdout.strip()
     return {
-        "processor": processor,
-        "cores": str(len(os.sched_getaffinity(0))),
+        "processor": known["cpu"],
+        "cores": str(known["cores"]),
         "memory": f"{memory:.0f} GiB",
         "system": platform.platform(terse=True),
         "processes": "2, one thread each, exchanging by gloo",

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 
 class SLLMConfig(PreTrainedConfig):
-    """An SLLM is a SentenceVAE's config, a backbone's config (any Hugging Face decoder-only model) and the
-    text settings."""
+    """An SLLM is a SentenceVAE's config, a backbone's config (Hugging Face's, of one of `backbone.FAMILIES`)
+    and the text settings."""
 
     model_type = "sllm"
     has_no_defaults_at_init = True
