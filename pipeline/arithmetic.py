@@ -25,8 +25,8 @@ from pipeline.model_io import model_kind
 from pipeline.token_lm import TokenLM
 
 TRAINING_FACTOR = 3  # forward 1, gradient of the inputs 1, gradient of the weights 1
-# Dense peak of one device in FLOP/s with bf16 inputs.
-_BF16_PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Dense peak of one device in FLOP/s with bf16 inputs, by what its name holds; the first that fits.
+_BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 PARTS = ("embedding", "encoder", "decoder", "head", "backbone", "adapters", "start vector", "stop head")
 
 

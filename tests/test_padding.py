@@ -90,5 +90,7 @@ def test_utilisation_is_known_where_the_peak_is(monkeypatch):
     assert utilisation(1e12, 1.0, torch.device("cpu")) is None
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert utilisation(989e12, 4.0, torch.device("cuda")) == pytest.approx(0.5)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 PCIe")
+    assert utilisation(756e12, 4.0, torch.device("cuda")) == pytest.approx(0.5)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Unheard-of 1")
     assert utilisation(1e12, 1.0, torch.device("cuda")) is None
