@@ -22,6 +22,7 @@ mode has them).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -54,7 +55,8 @@ from pipeline.recipe import Recipe
 
 ROW_TOKENS = 1024  # of a Hugging Face model's rows
 PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
-GEMM_MULTIPLY_ADDS = 1 << 34  # of one timed matrix product: long enough to be timed, short enough to wait for
+# Of one timed matrix product: long enough to be timed (a GPU is that much faster), short enough to wait for.
+GEMM_MULTIPLY_ADDS = {"cpu": 1 << 34, "cuda": 1 << 38}
 SIDES = ("model", "against")
 
 # As published (arXiv 2205.01068, table 1; 350M's post-norm and 512-wide embedding as in its config).
@@ -263,7 +265,7 @@ def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
         if work * 100 < sum(shapes.values()):
             continue
         most = max(rows[name] for name in rows if tuple(modules[name].weight.shape) == (wide, narrow))
-        height = max(1, min(most, GEMM_MULTIPLY_ADDS // (wide * narrow)))
+        height = max(1, min(most, GEMM_MULTIPLY_ADDS[parameter.device.type] // (wide * narrow)))
         x = torch.randn(height, narrow).to(parameter)
         w = torch.randn(wide, narrow).to(parameter)
         seconds = min(_timed(parameter.device, lambda x=x, w=w: torch.mm(x, w.t())) for _ in range(3))
@@ -336,6 +338,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         return step_memory(side, Stepper(side, settings.recipe, arguments.step), settings.device)
     # In a function of its own: the models are gone when memory is measured.
     figures, peak = _side_by_side(arguments, settings)
+    if settings.device.type == "cuda":  # PyTorch keeps what they held, and other processes need it now
+        gc.collect()
+        torch.cuda.empty_cache()
     if not arguments.no_memory:
         for name in figures:
             figures[name]["memory_bytes"] = _memory_in_own_process(name, arguments)
@@ -443,10 +448,13 @@ def _figures(
     return figures
 
 
-def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, float]:
-    """The model by what it is measured against."""
+def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
+    """The model by what it is measured against. `by_turn`: each turn by the one right after it, which met the
+    same moment of the machine."""
+    pairs = zip(*(side["tokens_per_second"]["values"] for side in (model, against)), strict=True)
     ratios = {
         "tokens_per_second": model["tokens_per_second"]["median"] / against["tokens_per_second"]["median"],
+        "by_turn": [ours / theirs for ours, theirs in pairs],
         "limit": model["limit_tokens_per_second"] / against["limit_tokens_per_second"],
     }
     if "memory_bytes" in model:
@@ -465,7 +473,8 @@ def format_benchmark(result: dict[str, Any]) -> str:
     where = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
     work = "forward, backward and AdamW" if result["with_update"] else "forward and backward"
     lines = [
-        f"{work}, {result['dtype']}, {result['tokens']:,} tokens a step, {where}; "
+        f"{work}, {result['dtype']}, {result['tokens']:,} tokens a step, "
+        f"{result['shards']['tokens_per_sentence']:.1f} a sentence, {where}; "
         f"medians of {result['runs']} runs; best matrix product {result['peak_gflops']:.1f} GFLOP/s",
         "",
         f"{'':<34}" + "".join(f"{side['name']:>18}" for side in sides),
@@ -492,11 +501,12 @@ def format_benchmark(result: dict[str, Any]) -> str:
         row("peak memory of a step, GB", lambda s: f"{s['memory_bytes']['peak'] / 1e9:.2f}")
         row("  beyond what was there before", lambda s: f"{s['memory_bytes']['step'] / 1e9:.2f}")
     if ratios := result.get("ratios"):
-        lines += [
-            "",
-            f"{sides[0]['name']} by {sides[1]['name']}: {ratios['tokens_per_second']:.2f} × the tokens ",
-        ]
-        lines[-1] += f"per second (the arithmetic allows {ratios['limit']:.2f})"
+        turns, allowed = ratios["by_turn"], ratios["limit"]
+        line = (
+            f"{sides[0]['name']} by {sides[1]['name']}: {ratios['tokens_per_second']:.2f} × the tokens per "
+        )
+        line += f"second (turn by turn {min(turns):.2f} to {max(turns):.2f}; arithmetic allows {allowed:.2f})"
+        lines += ["", line]
         if "memory_peak" in ratios:
             lines[-1] += (
                 f", {ratios['memory_peak']:.0%} of the memory ({ratios['memory_step']:.0%} of the step's own)"

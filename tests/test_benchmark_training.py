@@ -77,6 +77,8 @@ def test_everything_side_by_side(tmp_path, tiny_shards, capsys):
     assert result["ratios"]["tokens_per_second"] == pytest.approx(
         ours["tokens_per_second"]["median"] / theirs["tokens_per_second"]["median"]
     )
+    pairs = zip(ours["tokens_per_second"]["values"], theirs["tokens_per_second"]["values"], strict=True)
+    assert result["ratios"]["by_turn"] == [a / b for a, b in pairs]
     assert result["ratios"]["memory_peak"] == ours["memory_bytes"]["peak"] / theirs["memory_bytes"]["peak"]
     assert result["peak_gflops"] == max(
         shape["gflops"] for side in (ours, theirs) for shape in side["matmul_gflops"]
@@ -85,6 +87,9 @@ def test_everything_side_by_side(tmp_path, tiny_shards, capsys):
     assert str(tmp_path) not in json.dumps(result) and str(tiny_shards.parent) not in json.dumps(result)
     text = benchmark_training.format_benchmark(result)
     assert "share of the limit" in text and "tiny by plain-opt" in text
+    turns = result["ratios"]["by_turn"]
+    assert f"turn by turn {min(turns):.2f} to {max(turns):.2f}" in text
+    assert f"512 tokens a step, {result['shards']['tokens_per_sentence']:.1f} a sentence" in text
 
 
 def test_a_plain_model_reads_the_same_text_in_full_rows_with_its_own_loss(tmp_path, tiny_shards):
