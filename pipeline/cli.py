@@ -154,6 +154,17 @@ def _benchmark_train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _benchmark_generation(args: argparse.Namespace) -> int:
+    from pipeline.benchmark_generation import format_benchmark, run
+
+    result = run(args)
+    if args.json:
+        _print_json(result)
+    else:
+        print(format_benchmark(result))
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from pipeline import inspection
 
@@ -457,6 +468,51 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--memory-of", choices=["model", "against"], help=argparse.SUPPRESS)
     train.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
     train.add_argument("--json", action="store_true", help="print one JSON object")
+
+    generation = _command(
+        kinds,
+        "generation",
+        _benchmark_generation,
+        "New tokens per second, time to the first sentence and cached bytes, beside a token-level model.",
+        "sllm benchmark generation --recipe sllm-125m-h1 --against opt-125m --batch 1 8 --context 256 1024",
+    )
+    generation.add_argument(
+        "--recipe", required=True, metavar="FILE", help="recipe file, or the name of one that comes along"
+    )
+    generation.add_argument(
+        "--against",
+        metavar="WHAT",
+        help="opt-125m, opt-350m or opt-1.3b, or a recipe of the objective lm (Hugging Face's generate)",
+    )
+    generation.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
+    generation.add_argument(
+        "--batch", type=_positive, nargs="+", default=[1], metavar="N", help="texts at once (default 1)"
+    )
+    generation.add_argument(
+        "--context",
+        type=_positive,
+        nargs="+",
+        default=[256],
+        metavar="N",
+        help="tokens of the prompts (default 256)",
+    )
+    generation.add_argument(
+        "--sentence-tokens", type=_positive, default=11, metavar="N", help="of every sentence (default 11)"
+    )
+    generation.add_argument(
+        "--sentences", type=_positive, default=5, metavar="N", help="new ones per text (default 5)"
+    )
+    generation.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of each (default 5)")
+    generation.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
+    generation.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default fp32")
+    generation.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    generation.add_argument(
+        "--columns", action="store_true", help="lay the other model's matrices out by columns too"
+    )
+    generation.add_argument(
+        "--output", metavar="FILE", help="write figures to FILE (JSON) and a chart (.svg)"
+    )
+    generation.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 

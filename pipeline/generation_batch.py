@@ -63,10 +63,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """One text to be written. `number` comes back with its events."""
+    """One text to be written. `number` comes back with its events; `prompt`: text, or complete sentences
+    (token ids)."""
 
     number: int
-    prompt: str
+    prompt: str | list[list[int]]
     seed: int = 0
 
 
@@ -100,7 +101,7 @@ class Sentence:
 class Continuation:
     """A finished text: `prompt + text`. `prompt_stop_probability`: that nothing follows a complete prompt."""
 
-    prompt: str
+    prompt: str | list[list[int]]
     text: str
     sentences: tuple[Sentence, ...]
     stopped: str
@@ -219,8 +220,13 @@ class BatchWriter:
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of all caches, backbone and decoder, as allocated."""
-        return self._state.cache.bytes + self._decoder.cache.bytes
+        """Bytes of the backbone's cache, as allocated."""
+        return self._state.cache.bytes
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Bytes of the decoder's cache, as allocated: room for one sentence of every row."""
+        return self._decoder.cache.bytes
 
     def _run(self, requests: Iterator[Request]) -> Iterator[Event]:
         self._state = self._model.new_state(len(self._rows))
@@ -269,8 +275,11 @@ class BatchWriter:
         if taken:
             yield from self._read(taken)
 
-    def _split(self, prompt: str) -> tuple[list[list[int]], list[int]]:
-        sentences, tail = split_prompt(prompt, self._tokenizer, self.settings)
+    def _split(self, prompt: str | list[list[int]]) -> tuple[list[list[int]], list[int]]:
+        if isinstance(prompt, str):
+            sentences, tail = split_prompt(prompt, self._tokenizer, self.settings)
+        else:
+            sentences, tail = prompt, []
         if len(sentences) > self._model.max_sentences:
             raise UserError(
                 f"the prompt has {len(sentences)} complete sentences, but the model's backbone has "

@@ -1,0 +1,122 @@
+"""`sllm benchmark generation`: both sides write what was asked for, caches are counted by their storage, and
+what a model has no positions for is said. Nothing here depends on how fast the machine is.
+"""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import UserError
+from pipeline import cli
+from pipeline.benchmark_generation import Case, SentenceSide, chart, format_benchmark, run
+
+RECIPE = """
+objective: sllm
+output_dir: runs/x
+data: {shards: [x], window_tokens: 40}
+model:
+  vae: {vocab_size: 64, hidden_size: 32, heads: 4, layers: 1}
+  backbone: BACKBONE
+training: {max_steps: 1}
+"""
+TOKENS = RECIPE.replace("objective: sllm", "objective: lm").replace(
+    "  vae: {vocab_size: 64, hidden_size: 32, heads: 4, layers: 1}\n", ""
+)
+BACKBONE = (
+    "{model_type: opt, vocab_size: 64, hidden_size: 32, word_embed_proj_dim: 32, num_hidden_layers: 2, "
+    "num_attention_heads: 4, ffn_dim: 64, max_position_embeddings: 60, dropout: 0.0}"
+)
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    for name, text in (("sllm", RECIPE), ("lm", TOKENS)):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("BACKBONE", BACKBONE))
+    return str(tmp_path / "sllm.yaml"), str(tmp_path / "lm.yaml")
+
+
+def arguments(recipes, *more: str):
+    sllm, lm = recipes
+    flags = ["benchmark", "generation", "--recipe", sllm, "--against", lm, "--runs", "2", "--threads", "1"]
+    return cli.build_parser().parse_args([*flags, *more])
+
+
+def test_figures_and_chart(recipes, tmp_path):
+    output = tmp_path / "result.json"
+    flags = (
+        "--batch",
+        "1",
+        "3",
+        "--context",
+        "10",
+        "37",
+        "100",
+        "--sentences",
+        "2",
+        "--sentence-tokens",
+        "4",
+    )
+    result = run(arguments(recipes, *flags, "--output", str(output)))
+    assert json.loads(output.read_text()) == result
+    assert [(p["batch"], p["context"]) for p in result["points"]] == [
+        (batch, context) for batch in (1, 3) for context in (10, 37, 100)
+    ]
+    for point in result["points"]:
+        ours, other = point["model"], point["against"]
+        assert len(ours["tokens_per_second"]["values"]) == 2 and ours["first_sentence"]["median"] > 0
+        layers, width, fp32 = 2, 32, 4
+        place = 2 * layers * width * fp32
+        sentences = -(-point["context"] // 4) + 1  # of the context, and the first new one
+        cached = (sentences + 1) * place / (point["context"] + 4)
+        assert ours["cached_bytes_per_token"] == pytest.approx(cached)
+        if point["context"] == 100:  # more tokens than positions, but not more sentences
+            assert other == {"refused": "108 tokens, 60 positions"} and "ratios" not in point
+        else:
+            assert other["cached_bytes_per_token"] >= place
+            assert point["ratios"]["cached_bytes_per_token"] < 0.5
+    assert "108 tokens, 60 positions" in format_benchmark(result)
+    root = ElementTree.fromstring(output.with_suffix(".svg").read_text())
+    dots = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert len(dots) == 5  # three contexts of ours, two of the other's
+    assert chart(result) == output.with_suffix(".svg").read_text()
+
+
+def test_forced_lengths_are_what_is_written(recipes):
+    import torch
+
+    side = SentenceSide(recipes[0], None, "fp32", torch.device("cpu"))
+    case = Case(batch=2, context=9, sentences=3, sentence_tokens=5)
+    turn = side.turn(case, np.full((2, 9), 7))
+    assert turn.cached_tokens == 2 * (9 + 10) and turn.step_bytes > 0
+    assert side.limit(Case(1, 58 * 5, 3, 5)) == "61 sentences, 60 positions"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--sentences", "1"), "at least 2"),
+        (("--sentence-tokens", "64"), "must be below 64"),
+        (("--output", "/nowhere/x.json"), "its folder does not exist"),
+        (("--device", "cuda"), "no CUDA device"),
+    ],
+)
+def test_senseless_arguments_are_refused(flags, says, recipes):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("cuda: there is one here")
+    with pytest.raises(UserError, match=says):
+        run(arguments(recipes, *flags))
+
+
+def test_other_objectives_are_refused(recipes):
+    sllm, lm = recipes
+    with pytest.raises(UserError, match="only an SLLM writes sentences"):
+        run(arguments((lm, lm)))
+    with pytest.raises(UserError, match="give a token-level model"):
+        run(arguments((sllm, sllm)))
+    with pytest.raises(UserError, match="neither opt-125m"):
+        run(arguments((sllm, "gone")))
