@@ -165,6 +165,17 @@ def _benchmark_generation(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from pipeline.run_report import format_report, report
+
+    result = report(args.run_dirs, args.output)
+    if args.json:
+        _print_json(result)
+    else:
+        print(format_report(result))
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from pipeline import inspection
 
@@ -386,6 +397,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--shards", nargs="+", metavar="DIR", help="the recipe's shard folders, where they lie now"
     )
     audit.add_argument("--json", action="store_true", help="print one JSON object")
+
+    report = _command(
+        commands,
+        "report",
+        _report,
+        "One HTML page about training runs, side by side: curves, restarts, skips, saves, and what differs.",
+        "sllm report runs/first runs/second --output report.html",
+    )
+    report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="run directories of pipeline/train.py")
+    report.add_argument(
+        "--output", default="report.html", metavar="FILE", help="page to write (default report.html)"
+    )
+    report.add_argument("--json", action="store_true", help="print one JSON object")
 
     inspect = _command(
         commands,

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from pipeline.demo_charts import Series, bar_chart, line_chart
-from pipeline.demo_page import Block, Chart, Heading, Sample, Table, Text, to_html, to_markdown
+from pipeline.charts import Series, bar_chart, line_chart, running_mean
+from pipeline.report_page import Block, Chart, Heading, Sample, Table, Text, to_html, to_markdown
 
 TITLE = "Demo report: from text to a measured sentence-level language model"
 KINDS = ("vae", "sllm", "lm")
@@ -248,12 +247,6 @@ def training(runs: Sequence[Run]) -> Iterable[Block]:
             line_chart(lines, "million tokens", "bits per byte"),
             evaluations_table(predictors),
         )
-
-
-def running_mean(values: Sequence[float], share: float = 0.04) -> list[float]:
-    """Mean of the last few values (a share of the run, at least one)."""
-    width = max(1, round(len(values) * share))
-    return [statistics.fmean(values[max(0, n + 1 - width) : n + 1]) for n in range(len(values))]
 
 
 def quantile_table(runs: Sequence[Run], parts: int = 8) -> Table:

@@ -1,7 +1,8 @@
 """A report as a list of blocks, written as Markdown or as one HTML page that needs no other file.
 
 In: `Heading`, `Text`, `Table`, `Chart`, `Sample` in reading order. Out: two strings with the same figures,
-because both come from the same blocks. Called by `demo_report.py`.
+because both come from the same blocks. `Choice` is for the page alone. Called by `demo_report.py` and
+`run_report.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from pipeline.charts import COLOURS
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG for the page; Markdown shows the table instead, the page offers it folded below."""
+    """An SVG for the page; Markdown shows the table instead, the page offers it folded below (None: the page
+    alone shows it)."""
 
     caption: str
     svg: str
-    table: Table
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,25 @@ class Sample:
     continuation: str
 
 
-Block = Heading | Text | Table | Chart | Sample
+@dataclass(frozen=True)
+class Choice:
+    """A bar that stays in view: radio buttons that choose which SVGs are shown, and the key to the lines.
+
+    options: (name, label); what stands in `by(name, svg)` is shown while that one is chosen, by the style
+    sheet alone. key: the names of series 1, 2, …
+    """
+
+    label: str
+    options: tuple[tuple[str, str], ...]
+    key: tuple[str, ...]
+
+
+def by(name: str, svg: str) -> str:
+    """An SVG that is shown only while the option `name` of a `Choice` is chosen."""
+    return f'<div class="by by-{name}">{svg}</div>'
+
+
+Block = Heading | Text | Table | Chart | Sample | Choice
 
 
 def to_markdown(title: str, blocks: Sequence[Block]) -> str:
@@ -66,9 +88,9 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
             parts.append("\n\n".join(filter(None, (block.text, points))))
         elif isinstance(block, Table):
             parts.append(_markdown_table(block))
-        elif isinstance(block, Chart):
+        elif isinstance(block, Chart) and block.table:
             parts.append(f"**{block.caption}** (drawn in report.html)\n\n{_markdown_table(block.table)}")
-        else:
+        elif isinstance(block, Sample):
             # The text may itself hold a fence: ours is longer than any run of backticks in it.
             body = f"{block.prompt}⟦{block.continuation}⟧"
             longest = max((len(run) for run in re.findall("`+", body)), default=0)
@@ -89,10 +111,12 @@ def _markdown_table(table: Table) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fdfdfc; --ink: #1d2026; --soft: #666d78; --rule: #dfe1e5;
-  --card: #f4f4f2; --c1: #2563c9; --c2: #c2571a; --c3: #24875a; }
+  --card: #f4f4f2; --c1: #2563c9; --c2: #c2571a; --c3: #24875a; --c4: #8a3fb5; --c5: #a88400; --c6: #b3274e;
+  --c7: #1a8795; --c8: #6b6b6b; }
 @media (prefers-color-scheme: dark) {
   :root { --back: #14161a; --ink: #e4e6ea; --soft: #99a1ad; --rule: #32363e;
-  --card: #1d2026; --c1: #79a8f5; --c2: #f0996a; --c3: #69cc9c; } }
+  --card: #1d2026; --c1: #79a8f5; --c2: #f0996a; --c3: #69cc9c; --c4: #c893ea; --c5: #dcbc4b; --c6: #f07f9c;
+  --c7: #63c7d4; --c8: #a9a9a9; } }
 body { background: var(--back); color: var(--ink); margin: 0 auto; max-width: 50rem;
   padding: 2rem 1.25rem 4rem; font: 16px/1.55 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; }
@@ -111,17 +135,33 @@ svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 svg .grid { stroke: var(--rule); } svg .axis { stroke: var(--soft); }
 svg .line { fill: none; stroke-width: 2; } svg .faint { stroke-width: 1; opacity: .25; }
-svg .series-1 { stroke: var(--c1); } svg .series-2 { stroke: var(--c2); } svg .series-3 { stroke: var(--c3); }
+COLOURS
 svg .bar, svg .dot { stroke: none; }
-svg .bar.series-1, svg .dot.series-1 { fill: var(--c1); }
-svg .bar.series-2, svg .dot.series-2 { fill: var(--c2); }
-svg .bar.series-3, svg .dot.series-3 { fill: var(--c3); }
+svg .mark { fill: none; stroke-width: 1.5; } svg .restart { stroke-dasharray: 4 4; opacity: .7; }
+svg .skip { stroke-width: 2; } svg .save { opacity: .6; }
+.choice { position: sticky; top: 0; background: var(--back); border-bottom: 1px solid var(--rule);
+  padding: .5rem 0; margin: 1rem 0; font-size: .9rem; z-index: 1; }
+.choice fieldset { border: 0; margin: 0 0 .3rem; padding: 0; }
+.choice legend { float: left; color: var(--soft); }
+.choice label, .choice .key { margin-left: .9rem; white-space: nowrap; }
+.choice .key:first-child { margin-left: 0; }
+.choice input { margin: 0 .3rem 0 0; } svg.swatch { display: inline-block; width: 22px; height: 6px;
+  margin: 0 .4rem .15rem 0; }
 .sample { background: var(--card); border-radius: 6px; padding: .8rem 1rem; margin: 1rem 0; }
 .sample p { margin: 0 0 .4rem; color: var(--soft); font-size: .9rem; }
 .sample pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
   font: .9rem/1.5 ui-monospace, monospace; }
 .sample .given { color: var(--soft); } .sample .made { color: var(--c1); }
 """
+
+STYLE = STYLE.replace(
+    "COLOURS",
+    "\n".join(
+        f"svg .series-{n} {{ stroke: var(--c{n}); }} "
+        f"svg .bar.series-{n}, svg .dot.series-{n} {{ fill: var(--c{n}); stroke: none; }}"
+        for n in range(1, COLOURS + 1)
+    ),
+)
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
@@ -145,11 +185,34 @@ def _html_block(block: Block) -> str:
         return _html_table(block)
     if isinstance(block, Chart):
         caption = f"<figcaption>{html.escape(block.caption)}</figcaption>"
-        table = f"<details><summary>the figures as a table</summary>{_html_table(block.table)}</details>"
+        table = ""
+        if block.table:
+            table = f"<details><summary>the figures as a table</summary>{_html_table(block.table)}</details>"
         return f"<figure>{caption}{block.svg}{table}</figure>"
+    if isinstance(block, Choice):
+        return _html_choice(block)
     given = f'<span class="given">{html.escape(block.prompt)}</span>'
     made = f'<span class="made">{html.escape(block.continuation)}</span>'
     return f'<div class="sample"><p>{html.escape(block.label)}</p><pre>{given}{made}</pre></div>'
+
+
+def _html_choice(choice: Choice) -> str:
+    buttons = "".join(
+        f'<label><input type="radio" name="by" id="by-{name}"{" checked" if n == 0 else ""}>'
+        f"{html.escape(label)}</label>"
+        for n, (name, label) in enumerate(choice.options)
+    )
+    key = "".join(
+        f'<span class="key"><svg class="swatch" viewBox="0 0 22 6">'
+        f'<line class="line series-{n}" x1="0" x2="22" y1="3" y2="3"></line></svg>{html.escape(name)}</span>'
+        for n, name in enumerate(choice.key, start=1)
+    )
+    rules = "".join(
+        f"body:has(#by-{name}:checked) .by:not(.by-{name}) {{ display: none; }}\n"
+        for name, _ in choice.options
+    )
+    shown = f"<fieldset><legend>{html.escape(choice.label)}</legend>{buttons}</fieldset>"
+    return f'<div class="choice">{shown}<div>{key}</div></div>\n<style>{rules}</style>'
 
 
 def _html_table(table: Table) -> str:

@@ -1,18 +1,20 @@
 """Charts as inline SVG, written by hand: no library, no links, colours from the page's style sheet.
 
 In: plain numbers. Out: one `<svg>` string whose strokes and fills are CSS classes (`series-1` …), so that the
-page shows it in a light or a dark theme. Called by `demo_report.py`.
+page shows it in a light or a dark theme. Called by `demo_report.py` and `run_report.py`.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WIDTH, HEIGHT = 720, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 68, 16, 14, 44
+COLOURS = 8  # series beyond that begin again
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,48 @@ class Series:
     number: int
     faint: bool = False
     dots: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at `x` in series `number`: a `restart` (a line from top to bottom), a `skip` (a
+    cross at the top) or a `save` (a tick on the axis). `title` is shown under the pointer."""
+
+    x: float
+    kind: str
+    number: int
+    title: str
+
+
+def running_mean(values: Sequence[float], share: float = 0.04) -> list[float]:
+    """Mean of the last few values (a share of all, at least one)."""
+    width = max(1, round(len(values) * share))
+    sums = [0.0, *itertools.accumulate(values)]
+    return [(sums[n] - sums[max(0, n - width)]) / min(n, width) for n in range(1, len(sums))]
+
+
+def thinned(points: Sequence[tuple[float, float]], buckets: int = 240) -> list[tuple[float, float]]:
+    """At most four points of each of `buckets` equal parts: its first, lowest, highest and last, in order.
+
+    What a line through all of them would show at that width: no spike is lost.
+    """
+    if len(points) <= 4 * buckets:
+        return list(points)
+    kept = []
+    for bucket in range(buckets):
+        part = range(len(points) * bucket // buckets, len(points) * (bucket + 1) // buckets)
+        lowest, highest = (pick(part, key=lambda n: points[n][1]) for pick in (min, max))
+        kept += [points[n] for n in sorted({part[0], lowest, highest, part[-1]})]
+    return kept
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten in [low, high]; powers alone, every few of them, over a wide range."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    every = max(1, (last - first) // 5)
+    found = [f * 10.0**n for n in range(first, last + 1, every) for f in factors]
+    return [value for value in found if low <= value <= high] or [low]
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -38,28 +82,49 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick label without needless digits."""
+    """A number without needless digits."""
     return f"{value:.6g}"
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Lines over a common pair of axes; the y axis fits the data and need not start at zero."""
+def tick_label(value: float) -> str:
+    """As `number`, but short: 80k, 1.5M."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(unit, 1e4):
+            return f"{value / unit:.6g}{letter}"
+    return number(value)
+
+
+def line_chart(
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    marks: Sequence[Mark] = (),
+    log: bool = False,
+    legend: bool = True,
+) -> str:
+    """Lines over a common pair of axes; the y axis fits the data and need not start at zero. `log`: it is
+    logarithmic, and points that are not above zero are left out."""
+    if log:
+        above = [[(x, math.log10(y)) for x, y in one.points if y > 0] for one in series]
+        series = [replace(one, points=points) for one, points in zip(series, above, strict=True)]
     points = [point for one in series for point in one.points]
     x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
-    margin = (y_high - y_low) * 0.05 or 0.5
-    frame = _Frame(x_low, x_high if x_high > x_low else x_low + 1, y_low - margin, y_high + margin)
+    margin = (y_high - y_low) * 0.05 or abs(y_high) * 0.05 or 0.5
+    frame = _Frame(x_low, x_high if x_high > x_low else x_low + 1, y_low - margin, y_high + margin, log)
     parts = frame.axes(x_label, y_label)
+    parts += [frame.mark(mark) for mark in marks if x_low <= mark.x <= x_high]
     for one in series:
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in one.points)
         kind = f"line series-{one.number}{' faint' if one.faint else ''}"
         parts.append(f'<polyline class="{kind}" points="{path}"/>')
         if one.dots:
             for x, y in one.points:
-                title = f"<title>{html.escape(one.name)}: {number(y)}</title>"
+                title = f"<title>{html.escape(one.name)}: {number(10**y if log else y)}</title>"
                 place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3"'
                 parts.append(f'<circle class="dot series-{one.number}" {place}>{title}</circle>')
-    parts += _legend([one for one in series if not one.faint])
+    if legend:
+        parts += _legend([one for one in series if not one.faint])
     return _svg(parts, f"{y_label} over {x_label}")
 
 
@@ -87,6 +152,7 @@ class _Frame:
     x_high: float
     y_low: float
     y_high: float
+    log: bool = False  # y is the logarithm of what is shown
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
@@ -97,13 +163,18 @@ class _Frame:
     def axes(self, x_label: str, y_label: str) -> list[str]:
         floor = HEIGHT - BOTTOM
         parts = []
-        for value in ticks(self.y_low, self.y_high):
-            y = self.y(value)
+        values = [(value, value) for value in ticks(self.y_low, self.y_high)]
+        if self.log:
+            values = [(math.log10(v), v) for v in log_ticks(10**self.y_low, 10**self.y_high)]
+        for place, value in values:
+            y = self.y(place)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
+            parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick_label(value)}</text>')
         for value in ticks(self.x_low, self.x_high, wanted=8):
             x = self.x(value)
-            parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{number(value)}</text>')
+            parts.append(
+                f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{tick_label(value)}</text>'
+            )
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(
@@ -112,6 +183,16 @@ class _Frame:
         turn = f'transform="translate(14 {(TOP + floor) / 2}) rotate(-90)"'
         parts.append(f'<text {turn} text-anchor="middle">{html.escape(y_label)}</text>')
         return parts
+
+    def mark(self, mark: Mark) -> str:
+        x, title = self.x(mark.x), f"<title>{html.escape(mark.title)}</title>"
+        floor = HEIGHT - BOTTOM
+        path = {
+            "restart": f"M{x:.1f} {TOP}V{floor}",
+            "skip": f"M{x - 4:.1f} {TOP - 4}l8 8m0 -8l-8 8",
+            "save": f"M{x:.1f} {floor - 5}v10",
+        }[mark.kind]
+        return f'<path class="mark {mark.kind} series-{mark.number}" d="{path}">{title}</path>'
 
 
 def _legend(series: Sequence[Series]) -> list[str]:
