@@ -50,6 +50,7 @@ from pipeline.batches import Batch, build_batch
 from pipeline.bins import Bin, BinPlan
 from pipeline.inspection import DTYPES, find_recipe, new_model, sized_recipe
 from pipeline.model_io import parameter_count
+from pipeline.optimizer import parameter_groups
 from pipeline.pretrained import KINDS, load_pretrained, read_config
 from pipeline.recipe import Recipe
 
@@ -220,9 +221,9 @@ class Stepper:
     def __init__(self, side: Side, recipe: Recipe, with_update: bool):
         self.side, self._optimizer = side, None
         if with_update:
-            from pipeline.engine import parameter_groups  # imports DeepSpeed
-
             groups = parameter_groups(side.model, recipe.optimizer)
+            for group in groups:
+                group.pop("lr_scale")  # it costs nothing
             self._optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, eps=recipe.optimizer.eps)
 
     def __call__(self) -> None:

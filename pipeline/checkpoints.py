@@ -192,6 +192,8 @@ def _identity(meta: Meta) -> dict[str, Any]:
         "model": meta.model_config,
         "data": data,
         "seed": meta.recipe["seed"],
+        # They decide what states the optimizer has, and in which groups.
+        "optimizer": {"parts": meta.recipe["optimizer"].get("parts", {})},
     }
 
 

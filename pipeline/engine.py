@@ -10,15 +10,16 @@ each is multiplied by both first: the update does not depend on how many ranks s
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
+import torch.utils.checkpoint
 from deepspeed.utils import set_z3_leaf_modules
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import Tensor, nn
@@ -29,34 +30,11 @@ from pipeline.layers import TransformerLayer
 from pipeline.loader import Step
 from pipeline.losses import LossSums
 from pipeline.model_io import parameter_count
-from pipeline.recipe import OptimizerRecipe, Recipe
+from pipeline.optimizer import AdamW, parameter_groups
+from pipeline.recipe import Recipe
 from pipeline.strategy import zero_stage
 
 COMPILE_BACKEND = "inductor"  # of torch.compile
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, of which a step can be vetoed: then weights, moments and step counters stay as they are.
-
-    DeepSpeed knows the gradient's global norm before it calls this, once for each of its groups. It drops
-    most steps whose norm is not finite itself, but knows nothing of the loss or of spikes.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self.veto: Callable[[], bool] = lambda: False
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        if not self.veto():
-            return super().step(closure)
-        # DeepSpeed reads the moments after its first step, applied or not.
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not self.state[p]:
-                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                    self.state[p] = {"step": torch.tensor(0.0), **moments}
-        return None
 
 
 class Engine:
@@ -70,8 +48,10 @@ class Engine:
         self.parameters = parameter_count(model)
         # fp16 with dynamic loss scaling overflows by design: DeepSpeed skips the step and lowers the scale.
         self.scales_loss = bool(config.get("fp16", {}).get("enabled"))
+        groups = parameter_groups(model, recipe.optimizer)
+        self._lr_scales = [group.pop("lr_scale") for group in groups]
         optimizer = AdamW(
-            parameter_groups(model, recipe.optimizer),
+            groups,
             lr=recipe.optimizer.lr,
             betas=tuple(recipe.optimizer.betas),
             eps=recipe.optimizer.eps,
@@ -86,6 +66,8 @@ class Engine:
         self._optimizer = optimizer
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
+        if recipe.training.activation_checkpointing:
+            checkpoint_layers(model)
 
     def compute(self, step: Step) -> Tensor:
         """Forward and backward over the step's micro-batches; gradients stay in the engine until `update`.
@@ -117,8 +99,8 @@ class Engine:
         weight, moment or counter of the optimizer changes, and its gradients are dropped.
         """
         lr = self.peak_lr * lr_factor
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        for group, scale in zip(self.deepspeed.optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = lr * scale
         norm = None
         if zero_stage(self.config) == 0:
             # Plain data parallel: in fp32 DeepSpeed clips but does not tell the norm.
@@ -169,25 +151,26 @@ def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
     compiler = os.environ.get("CXX", "g++")
     if COMPILE_BACKEND == "inductor" and not (shutil.which(compiler) or shutil.which("clang++")):
         raise UserError(f"training.compile needs a C++ compiler, and there is no {compiler}: install one")
-    backbone = getattr(model, "backbone", None) or getattr(model, "model", None)
-    kinds = set(getattr(backbone, "_no_split_modules", None) or ())
-    layers = [m for m in model.modules() if isinstance(m, TransformerLayer) or type(m).__name__ in kinds]
+    layers = transformer_layers(model)
     if stage == 3:
         set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda t: t.__name__))
     return layers
 
 
-def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: not for biases, norms and embeddings (nor a head tied to one)."""
-    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-    matrices, others = [], []
-    for parameter in model.parameters():
-        (others if parameter.ndim < 2 or id(parameter) in embeddings else matrices).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def transformer_layers(model: nn.Module) -> list[nn.Module]:
+    """All layers of encoder, decoder and backbone."""
+    backbone = getattr(model, "backbone", None) or getattr(model, "model", None)
+    kinds = set(getattr(backbone, "_no_split_modules", None) or ())
+    return [m for m in model.modules() if isinstance(m, TransformerLayer) or type(m).__name__ in kinds]
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep no more than its input of every transformer layer for the backward pass; the rest is computed
+    again there, with the same dropout."""
+    for layer in transformer_layers(model):
+        layer.forward = functools.partial(
+            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
+        )
 
 
 def _nats(losses: LossSums) -> Tensor:

@@ -116,6 +116,15 @@ def consolidated_weights(checkpoint: Path, meta: Meta) -> dict[str, torch.Tensor
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a page of its own progress
-            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if meta.zero_stage == 1 and any(
+            part.get("freeze") for part in meta.recipe["optimizer"].get("parts", {}).values()
+        ):
+            # Of frozen weights, which no optimizer holds, stage 1 tells DeepSpeed's own tool nothing.
+            state = torch.load(
+                checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+            )
+            weights |= {name: t.float() for name, t in state["module"].items() if name not in weights}
+        return weights
     except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for a damaged file
         raise UserError(f"checkpoint {checkpoint} is damaged: {first_line(error)}") from error

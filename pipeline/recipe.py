@@ -182,28 +182,47 @@ class LossRecipe:
 
 @dataclass
 class OptimizerRecipe:
-    """AdamW; weight decay touches matrices only (no biases, no norms, no embeddings)."""
+    """AdamW; weight decay touches matrices only (no biases, no norms, no embeddings).
+
+    parts: by the name of a module in the model (`vae.encoder`, `backbone.decoder.layers.0-5`), either
+    `lr_scale` (times `lr`) or `freeze: true`. Of two names that fit, the longer one counts.
+    """
 
     lr: float = 1.0e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1.0e-8
     weight_decay: float = 0.01
     clip: float = 1.0
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"recipe: optimizer.betas must be two numbers in [0, 1), not {self.betas}")
         if self.lr < 0:
             raise UserError(f"recipe: optimizer.lr must not be negative, not {self.lr}")
+        for name, settings in self.parts.items():
+            where = f"recipe: optimizer.parts.{name}"
+            if settings == {"freeze": True}:
+                continue
+            if not isinstance(settings, dict) or set(settings) != {"lr_scale"}:
+                raise UserError(f"{where} must be {{lr_scale: NUMBER}} or {{freeze: true}}, not {settings!r}")
+            scale = settings["lr_scale"] = _coerce(float, settings["lr_scale"], f"{where[8:]}.lr_scale")
+            if not 0 < scale < math.inf:
+                raise UserError(f"{where}.lr_scale must be above 0, not {scale}: freeze: true trains nothing")
 
 
 @dataclass
 class ScheduleRecipe:
-    """Learning rate: up over `warmup` (a fraction of the run), then down to `final` times the peak."""
+    """Learning rate: up over `warmup` (a fraction of the run), then down to `final` times the peak.
+
+    `cosine` and `linear` fall all the way, `wsd` (warm-up, stable, decay) stays at the peak and falls in a
+    line over the last `decay` of the run, `constant` stays.
+    """
 
     kind: str = "cosine"
     warmup: float = 0.02
     final: float = 0.1
+    decay: float = 0.2
 
     def factor(self, progress: float) -> float:
         """Learning rate as a share of the peak; `progress` in [0, 1] is the run's share done AFTER the step.
@@ -214,14 +233,23 @@ class ScheduleRecipe:
             return progress / self.warmup
         if self.kind == "constant" or self.warmup == 1:
             return 1.0
+        if self.kind == "wsd":
+            return 1 - (1 - self.final) * max(0.0, 1 - (1 - progress) / self.decay)
         way = (progress - self.warmup) / (1 - self.warmup)
+        if self.kind == "linear":
+            return 1 - (1 - self.final) * way
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * way))
 
     def __post_init__(self) -> None:
-        _require_one_of("schedule.kind", self.kind, ("cosine", "constant"))
+        _require_one_of("schedule.kind", self.kind, ("cosine", "linear", "wsd", "constant"))
         for name in ("warmup", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"recipe: schedule.{name} must lie in [0, 1], not {getattr(self, name)}")
+        if self.kind == "wsd" and not 0 < self.decay <= 1 - self.warmup:
+            raise UserError(
+                f"recipe: schedule.decay must be above 0 and leave room for warmup ({self.warmup}), "
+                f"not {self.decay}"
+            )
 
 
 @dataclass
@@ -230,7 +258,8 @@ class TrainingRecipe:
 
     `eval_every`, `save_every` and `eval_bins` count steps, steps and bins; `keep` is the number of last
     checkpoints kept. `compile`: transformer layers go through torch.compile (a minute or more at the start;
-    `engine.layers_to_compile`).
+    `engine.layers_to_compile`). `activation_checkpointing`: every transformer layer is computed a second time
+    in the backward pass, so that little of it is kept in memory.
     """
 
     max_tokens: int | None = None
@@ -240,6 +269,7 @@ class TrainingRecipe:
     save_every: int = 200
     keep: int = 2
     compile: bool = False
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens is None and self.max_steps is None:

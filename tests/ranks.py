@@ -403,6 +403,79 @@ def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, floa
     return type(model).__name__, nats / math.log(2) / text_bytes
 
 
+def export_and_compare(run_dir: str, output: str) -> dict[str, float]:
+    """How far each weight of a run's export is from where the run began: mean absolute difference by name."""
+    from pathlib import Path
+
+    import torch
+
+    from data_prep.shards import ShardSet
+    from pipeline.export import export_run
+    from pipeline.model_io import build_model, load_model
+    from pipeline.recipe import load_recipe
+
+    export_run(run_dir, output, "last")
+    recipe = load_recipe(Path(run_dir) / "recipe.yaml")
+    shards = ShardSet.open(recipe.data.shards[0])
+    torch.manual_seed(recipe.seed)
+    began = build_model(
+        recipe.objective,
+        recipe.model.vae,
+        recipe.model.backbone,
+        shards.tokenizer(),
+        shards.settings.to_dict(),
+        recipe.data.window_tokens,
+        **recipe.loss.head_settings(),
+    )
+    trained = dict(load_model(output).named_parameters())
+    return {name: float((trained[name] - p).abs().mean().detach()) for name, p in began.named_parameters()}
+
+
+def bytes_kept_for_backward(recipe_file: str) -> tuple[int, int]:
+    """Bytes of activations that a forward pass keeps, without and with activation checkpointing."""
+    import torch
+
+    from data_prep.shards import ShardSet
+    from pipeline.batches import build_batch
+    from pipeline.bins import BinPlan
+    from pipeline.engine import checkpoint_layers
+    from pipeline.model_io import build_model
+    from pipeline.recipe import load_recipe
+
+    recipe = load_recipe(recipe_file)
+    shards, data = ShardSet.open(recipe.data.shards[0]), recipe.data
+    model = build_model(
+        recipe.objective,
+        recipe.model.vae,
+        recipe.model.backbone,
+        shards.tokenizer(),
+        shards.settings.to_dict(),
+        data.window_tokens,
+    )
+    plan = BinPlan([shards], data.window_tokens, data.bin_tokens, recipe.seed)
+    batch = build_batch(plan.spans(next(iter(plan.epoch()))))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept() -> int:
+        found = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = model(batch)
+        size = sum(found.values())
+        losses.objective.backward()
+        return size
+
+    plain = kept()
+    checkpoint_layers(model)
+    return plain, kept()
+
+
 def export_error(run_dir: str, output: str) -> str:
     """The message with which `export_run` refuses a run; empty when it does not."""
     from data_prep.errors import UserError

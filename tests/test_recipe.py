@@ -98,6 +98,10 @@ def test_a_path_replaces_the_sizes_of_a_model_part() -> None:
         ("--log.wandb 3", "must be true or false"),
         ("--loss.kind mse", "loss.kind must be one of cross_entropy, focal"),
         ("--schedule.warmup 2", "schedule.warmup must lie in [0, 1]"),
+        ("--schedule.kind wsd --schedule.decay 0", "schedule.decay must be above 0"),
+        ("--schedule.kind wsd --schedule.warmup 0.5 --schedule.decay 0.6", "leave room for warmup (0.5)"),
+        ("--optimizer.parts {a:1}", "optimizer.parts"),
+        ("--optimizer.parts={encoder:{lr_scale:0}}", "optimizer.parts"),
         ("--objective gan", "objective must be one of vae, sllm, lm"),
         ("--objective sllm", "objective sllm needs model.backbone"),
         ("--data.window_tokens 9000", "a window must fit into a bin"),
@@ -150,7 +154,7 @@ def test_help_has_an_example() -> None:
     assert done.returncode == 0 and "example:" in done.stdout and "--deepspeed_config" in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
 def test_the_learning_rate_never_rises_after_the_warm_up(kind: str, tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, SMALL), f"--schedule.kind {kind} --schedule.warmup 0.1".split())
     steps = 50
@@ -158,7 +162,13 @@ def test_the_learning_rate_never_rises_after_the_warm_up(kind: str, tmp_path: Pa
     assert factors[0] > 0 and max(factors) == pytest.approx(1.0, abs=0.01)
     assert all(a < b for a, b in zip(factors[:4], factors[1:5], strict=True))
     assert all(a >= b for a, b in zip(factors[5:], factors[6:], strict=False))
-    assert factors[-1] == pytest.approx(0.1 if kind == "cosine" else 1.0)
+    assert factors[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
+    assert factors[26] == pytest.approx(
+        {"cosine": 0.55, "linear": 0.55, "wsd": 1.0, "constant": 1.0}[kind], abs=0.02
+    )
+    assert factors[44] == pytest.approx(
+        {"cosine": 0.127, "linear": 0.2, "wsd": 0.55, "constant": 1.0}[kind], abs=0.01
+    )
 
 
 def test_progress_ends_at_whichever_limit_comes_first(tmp_path: Path) -> None:

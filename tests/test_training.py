@@ -192,6 +192,94 @@ def test_compiled_layers_train_alike(
     assert losses(run) == pytest.approx(losses(reference[objective]), abs=1e-4)
 
 
+PARTS = {
+    "vae.encoder": {"freeze": True},
+    "backbone.decoder.layers.0-0": {"freeze": True},
+    "backbone": {"lr_scale": 0.5},
+    "vae.decoder.final_norm": {"lr_scale": 2},
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_parts_stay_and_others_have_their_rates(
+    stage: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    strategy = partition_everything(stage, tmp_path)
+    runs = {}
+    for name, world, parts in (("one", 1, PARTS), ("two", 2, PARTS), ("free", 1, {})):
+        if world == 1 and stage:
+            continue  # compared with stage 0 below
+        run = tmp_path / name
+        settings = arguments(recipes, "sllm", "zero0", run, "--optimizer.parts", json.dumps(parts))
+        settings[settings.index("--deepspeed_config") + 1] = strategy
+        assert pool.run(world, ranks.train, settings) == [0] * world
+        [runs[name]] = pool.run(1, ranks.export_and_compare, str(run), str(tmp_path / f"{name}-model"))
+    for name, moved in runs["two"].items():
+        frozen = name.startswith(("vae.encoder.", "backbone.decoder.layers.0."))
+        assert (moved == 0) == frozen or "attention.qkv" in name, (name, moved)
+    if stage == 0:
+        assert runs["two"] == pytest.approx(runs["one"], abs=1e-4)
+        # AdamW's first steps are as long as the rate: so the sizes of the moves show it.
+        moves = {name: runs["two"][name] / runs["free"][name] for name in runs["two"] if runs["free"][name]}
+        assert moves["backbone.decoder.layers.1.fc1.weight"] == pytest.approx(0.5, abs=0.15)
+        assert moves["vae.decoder.final_norm.weight"] == pytest.approx(2, abs=0.6)
+        assert moves["vae.decoder.layers.0.ffn_in.weight"] == pytest.approx(1, abs=0.2)
+
+
+def test_parts_that_the_model_has_not_are_refused(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    for parts, words in (
+        ({"vae.encodr": {"freeze": True}}, "vae.encodr is no part of this model: did you mean vae.encoder?"),
+        ({"backbone.decoder.layers.7-9": {"freeze": True}}, "is no part of this model"),
+        (
+            {
+                "vae": {"freeze": True},
+                "backbone": {"freeze": True},
+                "start": {"freeze": True},
+                "stop_head": {"freeze": True},
+            },
+            "freezes every parameter",
+        ),
+    ):
+        settings = arguments(recipes, "sllm", "zero0", tmp_path, "--optimizer.parts", json.dumps(parts))
+        [answer] = pool.run(1, ranks.train, settings)
+        assert words in answer and "\n" not in answer
+    tied = ("--model.vae.tie_word_embeddings", "true", "--optimizer.parts", '{"head": {"freeze": true}}')
+    [answer] = pool.run(1, ranks.train, arguments(recipes, "vae", "zero0", tmp_path, *tied))
+    assert "one tied matrix" in answer
+
+
+def partition_everything(stage: int, folder: Path) -> str:
+    """A strategy that partitions every weight: by default small ones stay whole, and here all are small."""
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    (folder / "strategy.json").write_text(json.dumps({"zero_optimization": zero}))
+    return str(folder / "strategy.json")
+
+
+@pytest.mark.parametrize(("objective", "stage", "world"), [("sllm", 0, 1), ("sllm", 3, 2), ("lm", 3, 1)])
+def test_activation_checkpointing_changes_no_loss(
+    objective: str, stage: int, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    strategy = partition_everything(stage, tmp_path)
+    for name in ("false", "true"):
+        settings = arguments(recipes, objective, "zero0", tmp_path / name)
+        settings += ["--training.activation_checkpointing", name]
+        settings += [] if objective == "lm" else ["--model.vae.dropout", "0.1"]
+        settings[settings.index("--deepspeed_config") + 1] = strategy
+        assert pool.run(world, ranks.train, settings) == [0] * world
+    assert losses(tmp_path / "true") == losses(tmp_path / "false")
+
+
+def test_activation_checkpointing_keeps_less_for_the_backward_pass(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    for objective in ("sllm", "lm"):
+        recipe = arguments(recipes, objective, "zero0", tmp_path)[1]
+        [(plain, checkpointed)] = pool.run(1, ranks.bytes_kept_for_backward, recipe)
+        assert checkpointed < 0.75 * plain, objective
+
+
 def test_compiling_without_a_compiler_is_refused(
     pool: ranks.RankPool, recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
