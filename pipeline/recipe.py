@@ -318,14 +318,27 @@ class HealthRecipe:
 
 @dataclass
 class LogRecipe:
-    """Where figures go beside metrics.jsonl; without a terminal, a line every `console_every` steps."""
+    """Where figures go beside metrics.jsonl; without a terminal, a line every `console_every` steps.
+
+    `profile`: steps of which `profile_ranks` write a trace, "10-12" or "10" (`profiling.py`).
+    """
 
     tensorboard: bool = True
     wandb: bool = False
     console_every: int = 10
+    profile: str | None = None
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
         _require_positive("log.console_every", self.console_every)
+        if self.profile is not None and not 1 <= self.profile_steps()[0] <= self.profile_steps()[1]:
+            raise UserError(f"recipe: log.profile must be steps such as 10-12, not {self.profile!r}")
+
+    def profile_steps(self) -> tuple[int, int]:
+        """First and last step of `profile`; (0, 0) when it is no such thing."""
+        first, dash, last = (self.profile or "").partition("-")
+        last = last if dash else first
+        return (int(first), int(last)) if first.isdecimal() and last.isdecimal() else (0, 0)
 
 
 @dataclass

@@ -35,6 +35,7 @@ from pipeline.losses import bits_per_byte
 from pipeline.model_card import PROVENANCE, provenance
 from pipeline.model_io import build_model
 from pipeline.padding import StepArithmetic
+from pipeline.profiling import StepProfiler
 from pipeline.recipe import Recipe
 from pipeline.run_log import RunLog
 from pipeline.strategy import COMMS, complete_strategy, zero_stage
@@ -81,6 +82,7 @@ class TrainingRun:
         self.recipe, self.ranks = recipe, ranks
         self.run_dir = Path(recipe.output_dir)
         self._open = ExitStack()
+        self._profiler: StepProfiler | None = None
         data = recipe.data
         shard_sets = open_shards(data.shards)
         self.tokenizer = shard_sets[0].tokenizer()
@@ -194,10 +196,16 @@ class TrainingRun:
         self._watchdog = self._open.enter_context(
             Watchdog(self.run_dir, self.ranks.rank, self.recipe.health.hang_seconds)
         )
+        wanted = self.recipe.log
+        if wanted.profile and self.ranks.rank in wanted.profile_ranks:
+            steps, folder = wanted.profile_steps(), self.run_dir / "profile"
+            self._profiler = self._open.enter_context(StepProfiler(steps, folder, self.ranks.rank))
         self.log.say(self._description())
         self._clock = time.perf_counter()
 
     def next_step(self) -> Step:
+        if self._profiler:
+            self._profiler.begin(self.state.step + 1)
         return self._loader.next_step()
 
     def compute(self, step: Step, stop_wanted: bool) -> Totals:
@@ -278,7 +286,8 @@ class TrainingRun:
                 "time": time.time(),
             }
         )
-
+        if self._profiler:
+            self._profiler.end(state.step)
         self._watchdog.beat()
         if skipped and not rescaled:
             self.log.say(f"step {state.step:>7}  skipped on all ranks: {skipped}")

@@ -283,3 +283,12 @@ def test_several_machines_need_an_address() -> None:
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(UserError, match="export MASTER_ADDR"):
         launch.find_ranks(mpi)
+
+
+def test_steps_to_profile(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    assert load_recipe(path, ["--log.profile", "10-12"]).log.profile_steps() == (10, 12)
+    assert load_recipe(path, ["--log.profile", "7"]).log.profile_steps() == (7, 7)
+    for wrong in ("12-10", "0-3", "a-b", "3-", "-3", "1-2-3"):
+        with pytest.raises(UserError, match="log.profile must be steps such as 10-12"):
+            load_recipe(path, [f"--log.profile={wrong}"])

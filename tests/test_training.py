@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -135,6 +136,20 @@ def test_every_strategy_and_world_size_trains_alike(
     measured, expected = (records(run, "evaluations") for run in (tmp_path, reference[objective]))
     assert [r["step"] for r in measured] == [4, 6]
     assert measured[-1]["bits_per_byte"] == pytest.approx(expected[-1]["bits_per_byte"], abs=1e-4)
+
+
+def test_chosen_ranks_trace_the_chosen_steps(
+    pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "sllm", "zero3", tmp_path, "--log.profile", "2-3", "--log.profile_ranks", 1)
+    assert pool.run(2, ranks.train, settings) == [0, 0]
+    assert losses(tmp_path) == pytest.approx(losses(reference["sllm"]), abs=1e-4)
+    [path] = (tmp_path / "profile").iterdir()
+    assert path.name == "rank-1.steps-2-3.json.gz"
+    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    assert {name for name in names if str(name).startswith("step ")} == {"step 2", "step 3"}
+    assert {"aten::embedding", "aten::addmm", "aten::layer_norm"} <= names
+    assert not (reference["sllm"] / "profile").exists()
 
 
 @pytest.mark.parametrize("strategy", ["zero0", "zero3"])
