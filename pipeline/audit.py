@@ -143,16 +143,13 @@ def format_audit(result: dict[str, Any]) -> str:
 def _checkpoints(run_dir: Path) -> tuple[dict[int, Meta], list[str]]:
     """The metas of whole checkpoints by step, up to `latest` (what is beyond it will be written again); and
     what is wrong with damaged ones."""
-    folder = checkpoints.checkpoints_folder(run_dir)
-    latest = checkpoints.find(run_dir)
     metas, damaged = {}, []
-    for path in sorted(folder.glob("step-*")):
-        if path.is_dir() and latest is not None and path.name <= latest.name:
-            try:
-                meta = checkpoints.read_meta(path)
-                metas[meta.step] = meta
-            except DamagedCheckpoint as error:
-                damaged.append(str(error))
+    for path in reversed(checkpoints.listed(run_dir)[0]):
+        try:
+            meta = checkpoints.read_meta(path)
+            metas[meta.step] = meta
+        except DamagedCheckpoint as error:
+            damaged.append(str(error))
     return metas, damaged
 
 

@@ -1,27 +1,30 @@
-"""Checkpoints: written aside, renamed when complete, then made current; read on resume and by `export.py`.
+"""Checkpoints as folders: which there are, which are whole, and which one a run may go on from.
 
-In: a DeepSpeed engine and a `Meta`. Out: `RUN/checkpoints/step-00000100/` (DeepSpeed's files and
-`meta.json`), and the text files `latest` and `best`, each naming a checkpoint. A folder named `step-…` is
-complete: it got that name after every rank had written its part. Imports no torch, so that a finished run can
-say so at once.
+In: a run directory. Out: `RUN/checkpoints/step-00000100/` (DeepSpeed's files and `meta.json`) as a path and
+its `Meta`; the text files `latest` and `best` each name one. A folder named `step-…` is complete: it got that
+name after every rank had written its part (`checkpoint_saving.py`). `meta.json` holds the sha256 of every
+file and of itself, so a single changed byte is found before anything of it is used. Imports no torch, so that
+a finished run can say so at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError, first_line
-from data_prep.files import flush_to_disk, write_atomically
+from data_prep.errors import UserError
+from data_prep.files import file_sha256, json_bytes, write_atomically
 from pipeline.recipe import LossRecipe
 
 FORMAT_VERSION = 3
-_TMP = ".tmp-"
+META = "meta.json"
+TMP = ".tmp-"
 
 
 @dataclass
@@ -31,8 +34,8 @@ class Meta:
     `position` is where the stream of bins stands and `consumed` says which ones were trained on
     (`bins.Position`, `bins.Consumed`, as JSON); `tokens` counts the real tokens trained on; `best` is the
     best evaluation so far (`{"step", "bits_per_byte"}`) or None; `shards` and `validation` are the
-    fingerprints of the shard sets, in the recipe's order; `guard` is
-    `health.Guard`; `files` maps file names to sizes in bytes.
+    fingerprints of the shard sets, in the recipe's order, `tokenizer` that of their tokenizer; `guard` is
+    `health.Guard`; `files` maps file names to (size in bytes, sha256).
     """
 
     objective: str
@@ -45,10 +48,11 @@ class Meta:
     zero_stage: int
     shards: list[str]
     validation: str | None
+    tokenizer: str
     model_config: dict[str, Any]
     recipe: dict[str, Any]
     guard: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, list[Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -60,57 +64,99 @@ def checkpoints_folder(run_dir: str | Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
-def find(run_dir: str | Path, which: str = "latest") -> Path | None:
-    """The checkpoint that `latest` or `best` names; None when there is none yet. UserError if it is gone."""
-    folder = checkpoints_folder(run_dir)
-    try:
-        name = (folder / which).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+def find(run_dir: str | Path, which: str = "latest") -> tuple[Path, Meta] | None:
+    """The newest checkpoint (`latest`), or the best one by validation (`best`); None when there is none yet.
+
+    The best one's name comes from the newest checkpoint's own record, which is guarded, not from the file
+    `best`. Raises UserError when the newest or the best one is damaged: an older one is not what was asked.
+    """
+    found = _first_whole(run_dir, {})
+    if found is None:
         return None
-    if not name or not (folder / name).is_dir():
-        raise UserError(f"{folder / which} names the checkpoint {name!r}, which is not there")
-    return folder / name
+    checkpoint, meta, damages = found
+    if damages:
+        raise DamagedCheckpoint(f"{'; '.join(damages)}; the training command goes on from {checkpoint.name}")
+    if which == "latest":
+        return checkpoint, meta
+    folder = checkpoint.with_name(step_name(meta.best["step"])) if meta.best else None
+    return (folder, read_meta(folder)) if folder and folder.is_dir() else None
 
 
-def newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:
+def newest_whole(
+    run_dir: str | Path, spoilt: Mapping[str, str] | None = None
+) -> tuple[Path, Meta, str] | None:
     """The checkpoint to go on from: the latest, or the newest before it that is whole; None when there is
     none yet.
 
-    Returns (folder, its meta, one line that names the damaged ones passed over, else empty). Raises UserError
-    when every one is damaged.
+    Whole as far as names, sizes and `meta.json` tell; `damaged_files` reads the bytes, and what it found is
+    passed back in `spoilt` (name of a checkpoint → what is wrong). Returns (folder, its meta, one line that
+    names the damaged ones passed over, else empty). Raises UserError when every one is damaged.
+    """
+    found = _first_whole(run_dir, spoilt or {})
+    if found is None:
+        return None
+    checkpoint, meta, damages = found
+    return checkpoint, meta, f"{'; '.join(damages)}: using {checkpoint.name} instead" if damages else ""
+
+
+def listed(run_dir: str | Path) -> tuple[list[Path], str]:
+    """The checkpoints up to `latest`, newest first, whole or not; and what is wrong with `latest`, else
+    empty.
+
+    What is beyond `latest` was left by a run that went on from further back: it will be written again.
     """
     folder = checkpoints_folder(run_dir)
+    paths = sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
     try:
         latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
+    except FileNotFoundError:  # none yet, or killed between the first checkpoint's rename and this file
+        return paths, ""
+    if folder / latest not in paths:
+        return paths, f"{folder / 'latest'} names the checkpoint {latest!r}, which is not there"
+    return [path for path in paths if path.name <= latest], ""
+
+
+def _first_whole(run_dir: str | Path, spoilt: Mapping[str, str]) -> tuple[Path, Meta, list[str]] | None:
+    paths, wrong = listed(run_dir)
+    if not paths and not wrong:
         return None
-    names = sorted((path.name for path in folder.glob("step-*") if path.is_dir()), reverse=True)
-    damages = []
-    if latest in names:
-        names = names[names.index(latest) :]
-    else:
-        damages.append(f"{folder / 'latest'} names the checkpoint {latest!r}, which is not there")
-    for name in names:
+    damages = [wrong] if wrong else []
+    for path in paths:
         try:
-            meta = read_meta(folder / name)
+            if path.name in spoilt:
+                raise DamagedCheckpoint(spoilt[path.name])
+            return path, read_meta(path), damages
         except DamagedCheckpoint as error:
             damages.append(str(error))
-            continue
-        passed_over = "; ".join(damages)
-        return folder / name, meta, f"{passed_over}: using {name} instead" if damages else ""
     raise UserError(
         f"no checkpoint of {run_dir} is whole: {'; '.join(damages)}; begin anew with another --output_dir"
     )
 
 
+def write_meta(checkpoint: Path, meta: Meta) -> None:
+    """Write `meta.json` with the digest of its own content."""
+    values = dataclasses.asdict(meta)
+    write_atomically(checkpoint / META, json_bytes({**values, "digest": _digest(values)}))
+
+
 def read_meta(checkpoint: Path) -> Meta:
-    """Read and check `meta.json`: known version, every file there with its full size.
+    """Read and check `meta.json`: its own digest, a known version, every file there with its full size.
 
     Raises DamagedCheckpoint, or UserError for another format.
     """
-    path = checkpoint / "meta.json"
+    path = checkpoint / META
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        values = json.loads(raw)
+        if "digest" not in values and values["format_version"] < FORMAT_VERSION:
+            raise UserError(
+                f"{path} was written by another release: format {values['format_version']}, this one reads "
+                f"{FORMAT_VERSION}"
+            )
+        # The bytes too: what is not as we write it was changed by somebody.
+        digest = values.pop("digest")
+        if _digest(values) != digest or json_bytes({**values, "digest": digest}) != raw:
+            raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {META} is not as it was written")
         if values["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path} was written by another release: format {values['format_version']}, this one reads "
@@ -118,12 +164,12 @@ def read_meta(checkpoint: Path) -> Meta:
             )
         meta = Meta(**values)
     except FileNotFoundError:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: meta.json is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {META} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(
-            f"checkpoint {checkpoint} is damaged: meta.json does not parse ({error})"
+            f"checkpoint {checkpoint} is damaged: {META} does not parse ({error})"
         ) from None
-    for name, size in meta.files.items():
+    for name, (size, _) in meta.files.items():
         file = checkpoint / name
         if not file.is_file():
             raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {name} is missing")
@@ -134,11 +180,39 @@ def read_meta(checkpoint: Path) -> Meta:
     return meta
 
 
+def damaged_files(checkpoint: Path, meta: Meta, names: Iterable[str] | None = None) -> list[str]:
+    """Which of a checkpoint's files (all, or these) are not the bytes that were written; reads them whole."""
+    damaged = []
+    for name in meta.files if names is None else names:
+        try:
+            same = file_sha256(checkpoint / name) == meta.files[name][1]
+        except OSError:
+            same = False
+        if not same:
+            damaged.append(name)
+    return damaged
+
+
+def require_undamaged(checkpoint: Path, meta: Meta) -> None:
+    """Read every file of a checkpoint (one process alone); DamagedCheckpoint when one has other bytes."""
+    damaged = damaged_files(checkpoint, meta)
+    if damaged:
+        raise DamagedCheckpoint(spoilt_message(checkpoint, damaged))
+
+
+def spoilt_message(checkpoint: Path, names: Iterable[str]) -> str:
+    return f"checkpoint {checkpoint} is damaged: {', '.join(names)} is not as it was written (sha256)"
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json_bytes(values)).hexdigest()
+
+
 def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
     """Refuse a checkpoint that this run cannot continue: `ours` is the Meta this run would write now.
 
-    Raises UserError naming the first difference and what to do: another objective, model, data order, world
-    or stage. Length, learning rate and validation shards may change.
+    Raises UserError naming the first difference and what to do: another objective, model or data order.
+    Length, learning rate, validation shards, number of ranks and ZeRO stage (among 1, 2 and 3) may change.
     """
     was, now = _identity(meta), _identity(ours)
     difference = _first_difference(was, now)
@@ -147,15 +221,10 @@ def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
             f"checkpoint {checkpoint} is of another model: {difference}; "
             "use another --output_dir, or the recipe that began this run"
         )
-    if meta.world != ours.world:
-        raise UserError(
-            f"checkpoint {checkpoint} was written by {meta.world} ranks and this run has {ours.world}: "
-            f"start with {meta.world} ranks, or export the weights and begin a new run from them"
-        )
-    if meta.zero_stage != ours.zero_stage:
+    if meta.zero_stage != ours.zero_stage and 0 in (meta.zero_stage, ours.zero_stage):
         raise UserError(
             f"checkpoint {checkpoint} was written with ZeRO stage {meta.zero_stage} and this run has stage "
-            f"{ours.zero_stage}: use a DeepSpeed config of stage {meta.zero_stage}"
+            f"{ours.zero_stage}: stages 1, 2 and 3 go on from each other, stage 0 from itself"
         )
 
 
@@ -209,62 +278,9 @@ def _first_difference(was: Any, now: Any, where: str = "") -> str | None:
     return None if was == now else f"{where} is {was!r} there and {now!r} here"
 
 
-def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
-    """Write a checkpoint (called by every rank), make it `latest`, and remove all but the last `keep`.
-
-    The best checkpoint (`meta.best["step"]`) is kept beside them and named by `best`. A kill at any moment
-    leaves the checkpoint before this one current and whole.
-    """
-    import deepspeed.comm as dist
-
-    folder = checkpoints_folder(run_dir)
-    name = step_name(meta.step)
-    aside = folder / f"{_TMP}{name}"
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
-    engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False)
-    dist.barrier()
-    if first:
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        meta.files = {path.relative_to(aside).as_posix(): path.stat().st_size for path in files}
-        write_atomically(
-            aside / "meta.json", (json.dumps(dataclasses.asdict(meta), indent=1) + "\n").encode()
-        )
-        for path in files:
-            flush_to_disk(path)
-        shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was continued from further back
-        os.rename(aside, folder / name)
-        flush_to_disk(folder)
-        write_atomically(folder / "latest", f"{name}\n".encode())
-        best = step_name(meta.best["step"]) if meta.best else None
-        if best and (folder / best).is_dir():
-            write_atomically(folder / "best", f"{best}\n".encode())
-        elif best is None:  # none yet, or no longer comparable: the next evaluation names one
-            (folder / "best").unlink(missing_ok=True)
-        _prune(folder, name, best, keep)
-    dist.barrier()
-    return folder / name
-
-
-def restore(engine: Any, checkpoint: Path) -> None:
-    """Load weights and optimizer state into the engine (called by every rank)."""
-    try:
-        path, _ = engine.load_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
-        )
-    except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for a damaged file
-        raise DamagedCheckpoint(
-            f"checkpoint {checkpoint} is damaged, a file of it does not load ({first_line(error)}): "
-            "delete the folder to go on from the checkpoint before it"
-        ) from error
-    if path is None:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: DeepSpeed finds no state in it")
-
-
 def remove_unfinished(run_dir: str | Path) -> None:
     """Delete what a killed run was writing when it died (rank 0 only)."""
-    for path in checkpoints_folder(run_dir).glob(f"{_TMP}*"):
+    for path in checkpoints_folder(run_dir).glob(f"{TMP}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -272,7 +288,8 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _prune(folder: Path, latest: str, best: str | None, keep: int) -> None:
+def prune(folder: Path, latest: str, best: str | None, keep: int) -> None:
+    """Remove all checkpoints up to `latest` but the last `keep` and the best (rank 0 only)."""
     older = sorted(path.name for path in folder.glob("step-*") if path.is_dir() and path.name <= latest)
     for name in older[:-keep]:
         if name != best:

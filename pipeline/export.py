@@ -46,9 +46,9 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
     run_dir, output = Path(run_dir), Path(output)
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
-    checkpoint = checkpoints.find(run_dir, "best") if which == "best" else None
-    checkpoint = checkpoint or checkpoints.find(run_dir, "latest")
-    if checkpoint is None:
+    found = checkpoints.find(run_dir, "best") if which == "best" else None
+    found = found or checkpoints.find(run_dir)
+    if found is None:
         raise UserError(f"{run_dir} holds no complete checkpoint (no checkpoints/latest): train first")
     if not is_replaceable(output):
         raise UserError(
@@ -56,7 +56,8 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
             "choose another --output"
         )
 
-    meta = checkpoints.read_meta(checkpoint)
+    checkpoint, meta = found
+    checkpoints.require_undamaged(checkpoint, meta)
     model = model_from_config(meta)
     try:
         model.load_state_dict(consolidated_weights(checkpoint, meta))

@@ -81,19 +81,18 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
     found = checkpoints.newest_whole(recipe.output_dir)
     if found:
         latest, meta, damage = found
-        if damage and ranks.rank == 0:
-            print(damage, flush=True)
         if recipe.training.progress(meta.step, meta.tokens) >= 1:
             require_same(recipe, strategy, ranks, meta, latest)
             if ranks.rank == 0:
+                if damage:
+                    print(damage, flush=True)
                 print(f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do")
             return 0
 
     from pipeline.training_run import TrainingRun  # torch and DeepSpeed: seconds, so only now
 
     with TrainingRun(recipe, strategy, ranks) as run:
-        if found:
-            run.resume(latest, meta)
+        run.resume()
         run.begin()
         while not run.finished:
             step = run.next_step()

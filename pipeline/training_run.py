@@ -23,7 +23,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.shards import ShardSet
-from pipeline import checkpoints, launch
+from pipeline import checkpoint_loading, checkpoint_saving, checkpoints, launch
 from pipeline.arithmetic import TRAINING_FACTOR, utilisation
 from pipeline.bins import BinPlan, Consumed, Position
 from pipeline.checkpoints import Meta
@@ -141,12 +141,25 @@ class TrainingRun:
         # After a skipped step the weights may be what is wrong: the checkpoint before stays the last one.
         return self.state.step % self.recipe.training.save_every == 0 and not self.state.guard.in_row
 
-    def resume(self, checkpoint: Path, saved: Meta) -> None:
-        """Go on from a checkpoint; UserError when it is of another model, data order, world size or ZeRO
-        stage."""
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one; another number of ranks and another ZeRO
+        stage than those that wrote it will do. UserError when it is of another model or data order."""
+        found = checkpoint_loading.agree_on_newest_whole(self.run_dir)
+        if not found:
+            return
+        checkpoint, saved, damage = found
         ours = self._meta()
         checkpoints.require_same_run(saved, checkpoint, ours)
-        checkpoints.restore(self.engine.deepspeed, checkpoint)
+        if self.ranks.rank == 0:
+            if damage:
+                print(damage, flush=True)
+            if (saved.world, saved.zero_stage) != (ours.world, ours.zero_stage):
+                print(
+                    f"{checkpoint.name} was written by {saved.world} rank(s) with ZeRO {saved.zero_stage}: "
+                    f"its parts are put together anew for {ours.world} rank(s) with ZeRO {ours.zero_stage}",
+                    flush=True,
+                )
+        checkpoint_loading.restore(self.engine.deepspeed, checkpoint, saved, ours.world, ours.zero_stage)
         self.state = State(
             position=Position.from_json(saved.position),
             consumed=Consumed.from_json(saved.consumed),
@@ -292,11 +305,11 @@ class TrainingRun:
         if skipped and not rescaled:
             self.log.say(f"step {state.step:>7}  skipped on all ranks: {skipped}")
             if state.guard.in_row >= health.max_skips:
-                latest = checkpoints.find(self.run_dir)
+                latest = checkpoints.newest_whole(self.run_dir)
                 raise AgreedError(
                     f"step {state.step}: {skipped}; {state.guard.in_row} steps in a row were skipped "
-                    f"(health.max_skips); last checkpoint: {latest.name if latest else 'none'}; start again "
-                    "from there with a lower --optimizer.lr"
+                    f"(health.max_skips); last checkpoint: {latest[0].name if latest else 'none'}; start "
+                    "again from there with a lower --optimizer.lr"
                 )
 
     def evaluate(self) -> None:
@@ -314,7 +327,7 @@ class TrainingRun:
     def save(self) -> None:
         """Write a checkpoint, make it current, drop the oldest."""
         before = time.perf_counter()
-        checkpoints.save(self.engine.deepspeed, self.run_dir, self._meta(), self.recipe.training.keep)
+        checkpoint_saving.save(self.engine.deepspeed, self.run_dir, self._meta(), self.recipe.training.keep)
         self.log.save({"step": self.state.step, "save_seconds": time.perf_counter() - before})
         self._watchdog.beat()
         self._clock = time.perf_counter()
@@ -332,6 +345,7 @@ class TrainingRun:
             zero_stage=zero_stage(self.config),
             shards=self.shards,
             validation=self.validation_shards,
+            tokenizer=self.tokenizer.fingerprint,
             model_config=self.model_config,
             recipe=self.recipe.to_dict(),
         )

@@ -14,6 +14,7 @@ import functools
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,6 +23,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
 
 import pytest  # noqa: E402
+import ranks  # noqa: E402
+import runs  # noqa: E402
 import slurm_cluster  # noqa: E402
 
 REQUIRED = set(filter(None, os.environ.get("SLLM_REQUIRE", "").replace(",", " ").split()))
@@ -140,3 +143,18 @@ def tiny_valid_shards(
 ) -> Path:
     """Folder of a validation shard set with the same settings: other documents, about 40 kB of text."""
     return make_shards(tiny_corpus / "valid.jsonl", tiny_tokenizer, tmp_path_factory.mktemp("tiny") / "valid")
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ranks.RankPool]:
+    pool = ranks.RankPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def recipes(tiny_shards: Path, tiny_valid_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the small recipes of `runs.write_recipes`."""
+    folder = tmp_path_factory.mktemp("recipes")
+    runs.write_recipes(folder, tiny_shards, tiny_valid_shards)
+    return folder

@@ -151,6 +151,21 @@ def train_with_signal(arguments: list[str], number: int, rank: int, after_step: 
     return train(arguments)
 
 
+def weights_and_moments(run_dir: str) -> dict[str, Any]:
+    """What a run's newest checkpoint holds, as float64 arrays: "weight NAME", "exp_avg NAME", …, "step"."""
+    from pipeline import checkpoints
+    from pipeline.checkpoint_parts import WEIGHT, Parts
+
+    parts = Parts(*checkpoints.find(run_dir))
+    assert {"exp_avg", "exp_avg_sq"} <= set(parts.keys())
+    values = {
+        f"{key} {name}": parts.state(name, key).double().numpy()
+        for name in parts.weights
+        for key in (WEIGHT, *parts.keys())
+    }
+    return values | {"step": parts.scalars(0)["step"].double().numpy()}
+
+
 def train_with_bad_gradient(
     arguments: list[str], rank: int, after_calls: int, until_calls: int
 ) -> tuple[int | str, list[tuple[str, str]]]:

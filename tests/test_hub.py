@@ -17,8 +17,8 @@ import yaml
 from backbone_families import CONFIGS, family_lm, family_sllm
 from model_folders import save, small_model
 from models import random_batch, small_vae
+from runs import MODELS, arguments
 from safetensors.torch import load_file, save_file
-from test_training import MODELS, arguments
 from transformers import AutoConfig, AutoModel
 
 from data_prep.errors import UserError
@@ -258,13 +258,6 @@ def test_generate_refuses_in_one_line(folder):
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[ranks.RankPool]:
-    pool = ranks.RankPool()
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
 def runs(pool, tiny_shards, tiny_valid_shards, tmp_path_factory) -> Path:
     """A folder with one small run per objective, each evaluated twice."""
     folder = tmp_path_factory.mktemp("runs")
@@ -390,6 +383,7 @@ def test_the_cards_example_runs(run, tmp_path):
 
 @one_objective
 def test_results_of_evaluate_enter_the_card(run, tmp_path, tiny_valid_shards):
+    from pipeline import checkpoints
     from pipeline.evaluation import evaluate
 
     model = export_run(run, tmp_path / "model", "last")
@@ -402,12 +396,14 @@ def test_results_of_evaluate_enter_the_card(run, tmp_path, tiny_valid_shards):
     assert f"{result['vector_gain']:.5g}" in card
 
     # The same file beside other weights is refused: the figures would be another model's.
-    meta_path = run / "checkpoints" / "step-00000004" / "meta.json"
-    meta = json.loads(meta_path.read_text())
-    meta_path.write_text(json.dumps(meta | {"tokens": meta["tokens"] + 1}), encoding="utf-8")
+    checkpoint = run / "checkpoints" / "step-00000004"
+    meta = checkpoints.read_meta(checkpoint)
+    meta.tokens += 1
+    checkpoints.write_meta(checkpoint, meta)
     with pytest.raises(UserError, match="valid.json measured .* which does not hold step-00000004"):
         export_run(run, model, "last")
-    meta_path.write_text(json.dumps(meta), encoding="utf-8")
+    meta.tokens -= 1
+    checkpoints.write_meta(checkpoint, meta)
     (run / RESULTS / "valid.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="is no output of `sllm evaluate --json`"):
         export_run(run, model, "last")

@@ -10,76 +10,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ranks
-import yaml
+from runs import MODELS, STRATEGIES, arguments, losses, records
 
+from pipeline.checkpoints import read_meta, write_meta
 from pipeline.run_log import read_records, wandb_id
 
 PROJECT = Path(__file__).resolve().parent.parent
-STRATEGIES = PROJECT / "ds_configs"
-
-VAE = {"hidden_size": 32, "layers": 1, "heads": 4}
-BACKBONE = {
-    "model_type": "opt",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "ffn_dim": 64,
-    "max_position_embeddings": 512,
-    "dropout": 0.0,
-}
-MODELS = {"vae": {"vae": VAE}, "sllm": {"vae": VAE, "backbone": BACKBONE}, "lm": {"backbone": BACKBONE}}
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[ranks.RankPool]:
-    pool = ranks.RankPool()
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
-def recipes(tiny_shards: Path, tiny_valid_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with vae.yaml, sllm.yaml and lm.yaml: six small steps of three bins, so that two ranks share
-    them unequally."""
-    folder = tmp_path_factory.mktemp("recipes")
-    for objective, model in MODELS.items():
-        recipe = {
-            "objective": objective,
-            "output_dir": "set by every test",
-            "data": {
-                "shards": [str(tiny_shards)],
-                "validation": str(tiny_valid_shards),
-                "window_tokens": 128,
-                "bin_tokens": 256,
-                "bins_per_step": 3,
-            },
-            "model": model,
-            "optimizer": {"lr": 5.0e-3},
-            "training": {"max_steps": 6, "eval_every": 4, "eval_bins": 3, "save_every": 4},
-            "log": {"tensorboard": False},
-        }
-        (folder / f"{objective}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    return folder
-
-
-def arguments(recipes: Path, objective: str, strategy: str, run: Path, *overrides: object) -> list[str]:
-    """`strategy`: names of files of ds_configs/, with spaces between."""
-    config = ["--config", str(recipes / f"{objective}.yaml"), "--output_dir", str(run), "--deepspeed_config"]
-    config += [str(STRATEGIES / f"{name}.json") for name in strategy.split()]
-    return config + [str(one) for one in overrides]
-
-
-def records(run: Path, name: str = "metrics") -> list[dict]:
-    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in records(run)]
 
 
 @pytest.fixture(scope="session")
@@ -497,7 +437,6 @@ def test_a_finished_run_is_left_alone(
             ("--data.bin_tokens", 512),
             "another model: data.bin_tokens is 256 there and 512",
         ),
-        ("vae", "zero0", 2, (), "written by 1 ranks and this run has 2"),
         ("vae", "zero3", 1, (), "ZeRO stage 0 and this run has stage 3"),
     ],
 )
@@ -551,10 +490,9 @@ def test_best_is_forgotten_when_the_validation_shards_change(
     run = tmp_path / "run"
     shutil.copytree(reference["vae"], run)
     checkpoints = run / "checkpoints"
-    meta_file = checkpoints / "step-00000006" / "meta.json"
-    meta = json.loads(meta_file.read_text())
-    meta["best"]["bits_per_byte"] = 0.001  # nothing measured on the same sample could be better
-    meta_file.write_text(json.dumps(meta))
+    meta = read_meta(checkpoints / "step-00000006")
+    meta.best["bits_per_byte"] = 0.001  # nothing measured on the same sample could be better
+    write_meta(checkpoints / "step-00000006", meta)
     longer = arguments(recipes, "vae", "zero0", run, "--training.eval_every", 100, "--training.max_steps")
 
     [(status, said)] = pool.run(1, ranks.train_and_listen, [*longer, "7"])
@@ -598,23 +536,27 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "step-00000004 is damaged" in message and "step-00000006 is damaged" in message
 
 
-def test_a_checkpoint_spoilt_in_place_is_refused_in_one_line(
-    pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
+def test_a_checkpoint_spoilt_in_place_is_passed_over_by_all_ranks(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(reference["vae"], run)
-    weights = run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt"
-    longer = arguments(recipes, "vae", "zero0", run, "--training.max_steps", 9)
-    for content in (b"\0" * weights.stat().st_size, b"x" * weights.stat().st_size):  # same size, other bytes
-        weights.write_bytes(content)
-        [message] = pool.run(1, ranks.train, longer)
-        assert "step-00000006 is damaged, a file of it does not load (" in message and "\n" not in message
-        [message] = pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))
-        assert "step-00000006 is damaged: " in message and "\n" not in message
-    # The advice given is good: without the folder, the run goes on from the one before.
-    shutil.rmtree(weights.parent)
-    [(status, said)] = pool.run(1, ranks.train_and_listen, longer)
-    assert status == 0 and "going on from step 4" in said
+    settings = arguments(recipes, "vae", "zero3", run)
+    assert pool.run(2, ranks.train, settings) == [0, 0]
+    expected = losses(run)
+    weights = run / "checkpoints" / "step-00000006" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 4  # one bit, in one of Adam's moments: it would load, and train wrongly
+    weights.write_bytes(content)
+    [message] = pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))
+    assert "step-00000006 is damaged: zero_pp_rank_1_mp_rank_00_optim_states.pt is not" in message
+
+    longer = [*settings, "--training.max_steps", "7"]
+    (status, said), (other_status, other_said) = pool.run(2, ranks.train_and_listen, longer)
+    assert (status, other_status, other_said) == (0, 0, "")
+    [line] = [line for line in said.splitlines() if " is damaged: " in line]
+    assert line.endswith("_optim_states.pt is not as it was written (sha256): using step-00000004 instead")
+    assert "going on from step 4" in said
+    assert losses(run)[:4] == expected[:4] and len(losses(run)) == 7
 
 
 def test_exports_of_damaged_or_missing_runs_are_refused(

@@ -1,0 +1,75 @@
+"""A run goes on as another number of ranks, or with another ZeRO stage, as if nothing had been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+from runs import arguments, losses, records
+
+# Dropout is on, so that its random numbers must be those of the bins, wherever these are computed.
+# The schedule is constant, so that a longer run is the same one.
+OPTIONS = ("--model.vae.dropout", 0.1, "--schedule.kind", "constant", "--schedule.warmup", 0)
+OPTIONS += ("--optimizer.lr", 2.0e-3, "--training.eval_every", 100)
+# The gradient of attention's key bias is rounding noise (softmax does not see it): with Adam's usual eps it
+# would be blown up to full steps, other ones in every order of summation.
+OPTIONS += ("--optimizer.eps", 1.0e-6)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    pool: ranks.RankPool, recipes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], dict]:
+    """Losses and final weights of the run that nothing interrupts."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert pool.run(
+        1, ranks.train, arguments(recipes, "sllm", "zero1", run, *OPTIONS, "--training.max_steps", 12)
+    ) == [0]
+    [weights] = pool.run(1, ranks.weights_and_moments, str(run))
+    return losses(run), weights
+
+
+@pytest.mark.parametrize(
+    ("strategies", "worlds"),
+    [
+        (["zero0"] * 3, [1, 2, 3]),
+        (["zero1"] * 3, [1, 2, 3]),  # three bins a step: two ranks share them unequally
+        (["zero2"] * 3, [2, 1, 2]),
+        (["zero3"] * 4, [1, 2, 3, 2]),
+        (["zero3-offload"] * 2, [2, 1]),
+        (["zero3", "zero1", "zero2", "zero3"], [2, 1, 2, 2]),
+    ],
+)
+def test_a_run_goes_on_as_another_number_of_ranks(
+    strategies: list[str],
+    worlds: list[int],
+    uninterrupted: tuple[list[float], dict],
+    pool: ranks.RankPool,
+    recipes: Path,
+    tmp_path: Path,
+) -> None:
+    # One run, its length raised at every start.
+    expected, weights = uninterrupted
+    said = ""
+    for number, (strategy, world) in enumerate(zip(strategies, worlds, strict=True), start=1):
+        steps = 12 * number // len(worlds)
+        again = arguments(recipes, "sllm", strategy, tmp_path, *OPTIONS, "--training.max_steps", steps)
+        answers = pool.run(world, ranks.train_and_listen, again)
+        assert [status for status, _ in answers] == [0] * world
+        said += answers[0][1]
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))
+    assert losses(tmp_path) == pytest.approx(expected, abs=1e-4)
+    assert said.count("its parts are put together anew for ") == len(worlds) - 1
+    if strategies[-1] == "zero0":
+        return
+    [ours] = pool.run(1, ranks.weights_and_moments, str(tmp_path))
+    assert ours.keys() == weights.keys()
+    for kind in ("weight", "exp_avg", "exp_avg_sq", "step"):
+        names = [name for name in weights if name.split()[0] == kind]
+        ours_all, theirs_all = (
+            np.concatenate([one[name].ravel() for name in names]) for one in (ours, weights)
+        )
+        distance = np.linalg.norm(ours_all - theirs_all) / np.linalg.norm(theirs_all)
+        assert distance < 1e-4, kind
