@@ -166,6 +166,28 @@ def weights_and_moments(run_dir: str) -> dict[str, Any]:
     return values | {"step": parts.scalars(0)["step"].double().numpy()}
 
 
+def train_with_wrong_bins(arguments: list[str], fault: str) -> int | str:
+    """As `train`, but the loader is broken: it leaves out the stream's fifth bin (`skip`), or gives rank 1
+    what is rank 0's (`twice`)."""
+    from pipeline import loader
+
+    real_bins, real_assign = loader.BinPlan.bins, loader.assign
+
+    def bins_with_gap(plan: Any, position: Any = None) -> Any:
+        for number, bin_ in enumerate(real_bins(plan, position), sum(position.taken)):
+            if number != 4:
+                yield bin_
+
+    def assign_rank_0(bins: list, ranks: Any) -> list:
+        return real_assign(bins, loader.Ranks(0, ranks.world, ranks.local))
+
+    if fault == "skip":
+        loader.BinPlan.bins = bins_with_gap
+    else:
+        loader.assign = assign_rank_0
+    return train(arguments)
+
+
 def train_with_bad_gradient(
     arguments: list[str], rank: int, after_calls: int, until_calls: int
 ) -> tuple[int | str, list[tuple[str, str]]]:
