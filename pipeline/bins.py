@@ -8,11 +8,12 @@ The order of bins is a function of (seed, epoch, mixture weights) alone, never o
 nodes: step k of a run with G bins a step consumes bins [k·G, (k+1)·G) of the stream.
 
 Planning is hierarchical: an epoch permutes the shards and works on them in groups of `shards_at_once`, so
-that nobody ever holds the index of the whole corpus. Within a group, document windows are permuted and packed
-best-fit with a bounded look-ahead. A group's order is drawn for itself, so a bin is found by its `Place`
-(epoch, group, number in the group), and going on late in an epoch plans one group, as beginning does. A
-document that fits one window needs its index row only; sentence lengths are read for longer ones. Windows are
-rows of one array, 33 bytes each.
+that nobody ever holds the index of the whole corpus. Within a group, document windows are permuted, and
+packed best-fit with a bounded look-ahead, PART_WINDOWS at a time. A group's order is drawn for itself and a
+part of it is packed by itself, so a bin is found by its `Place` (epoch, group, part, number in the part), and
+going on late in an epoch costs what beginning costs: one group is read, one part packed. A document that fits
+one window needs its index row only; sentence lengths are read for longer ones. Windows are rows of one array,
+33 bytes each.
 
 Without weights all shard sets are one source. With weights each is a source with epochs of its own, and the
 source of bin *n* of the stream is the one that lacks most of its share: |taken - weight · n| stays below the
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from data_prep.shards import ShardSet
 
 LOOK_AHEAD = 64  # open bins that best-fit chooses among
+PART_WINDOWS = 1 << 15  # packed together; about two bins of a part are not well filled
 
 # A run of whole sentences of one document, at most `window_tokens` long, by reference into the shards:
 # document `document` of shard `shard` of the plan's shard set `shard_set`; `document_end`: the window ends
@@ -71,6 +73,7 @@ class Place(NamedTuple):
 
     epoch: int
     group: int
+    part: int
     number: int
 
 
@@ -99,8 +102,8 @@ class Bin:
     __hash__ = None
 
     def __str__(self) -> str:
-        epoch, group, number = self.place
-        return f"bin {number} of group {group}, epoch {epoch}, source {self.source}"
+        epoch, group, part, number = self.place
+        return f"bin {number} of part {part}, group {group}, epoch {epoch}, source {self.source}"
 
     @property
     def tokens(self) -> int:
@@ -141,7 +144,7 @@ class Position:
     @property
     def epochs_begun(self) -> int:
         """Of the source that is furthest."""
-        return max(place.epoch + (place > (place.epoch, 0, 0)) for place in self.places)
+        return max(place.epoch + (place > (place.epoch, 0, 0, 0)) for place in self.places)
 
     def after(self, bins: Sequence[Bin]) -> Position:
         """The position after `bins`, the next ones of the stream."""
@@ -152,7 +155,7 @@ class Position:
         return Position(tuple(taken), tuple(places))
 
     def to_json(self) -> list[list[int]]:
-        """By source: taken, epoch, group, number."""
+        """By source: taken, epoch, group, part, number."""
         return [[taken, *place] for taken, place in zip(self.taken, self.places, strict=True)]
 
     @classmethod
@@ -185,7 +188,7 @@ class Consumed:
                 self.ranges[bin_.source] = _joined(ranges)
 
     def to_json(self) -> list[list[list[list[int]]]]:
-        """By source, by range: [[epoch, group, number], [epoch, group, number]]."""
+        """By source, by range: places [epoch, group, part, number] of its first bin and after its last."""
         return [[[list(place) for place in pair] for pair in ranges] for ranges in self.ranges]
 
     @classmethod
@@ -302,7 +305,7 @@ class BinPlan:
 
     def start(self) -> Position:
         """The position of the stream's first bin."""
-        return Position((0,) * self.sources, (Place(0, 0, 0),) * self.sources)
+        return Position((0,) * self.sources, (Place(0, 0, 0, 0),) * self.sources)
 
     def bins(self, position: Position | None = None) -> Iterator[Bin]:
         """Bins from a position on, for ever."""
@@ -326,18 +329,18 @@ class BinPlan:
         return -(-len(self._sources[source]) // self.shards_at_once)
 
     def _source_bins(self, source: int, place: Place) -> Iterator[Bin]:
-        epoch, group, number = place
         while True:
-            for bin_ in self._group_bins(source, epoch, group):
-                if bin_.place.number >= number:
+            for bin_ in self._group_bins(source, place.epoch, place.group, place.part):
+                if bin_.place >= place:
                     yield bin_
-            epoch, group = self._next_group(source, epoch, group)
-            number = 0
+            place = self._next_group(source, place.epoch, place.group)
 
-    def _next_group(self, source: int, epoch: int, group: int) -> tuple[int, int]:
-        return (epoch, group + 1) if group + 1 < self._groups(source) else (epoch + 1, 0)
+    def _next_group(self, source: int, epoch: int, group: int) -> Place:
+        following = (epoch, group + 1) if group + 1 < self._groups(source) else (epoch + 1, 0)
+        return Place(*following, 0, 0)
 
-    def _group_bins(self, source: int, epoch: int, group: int) -> Iterator[Bin]:
+    def _group_bins(self, source: int, epoch: int, group: int, first_part: int = 0) -> Iterator[Bin]:
+        """A group's bins from a part on."""
         shards = self._sources[source]
         # Numbers in the last place tell apart what is drawn: a seed that is shorter would be filled with 0.
         shard_order = np.random.default_rng([self.seed, source, epoch, 0]).permutation(len(shards))
@@ -346,14 +349,20 @@ class BinPlan:
             [self._shard_windows(*shards[k]) for k in shard_order[at : at + self.shards_at_once]]
         )
         order = np.random.default_rng([self.seed, source, epoch, group + 1]).permutation(len(windows))
-        place, last = Place(epoch, group, 0), None
-        for members in pack(_numbers(windows["tokens"][order]), self.bin_tokens):
-            if last is not None:
-                following = place._replace(number=place.number + 1)
-                yield Bin(source, place, following, windows, last)
-                place = following
-            last = order[members]
-        yield Bin(source, place, Place(*self._next_group(source, epoch, group), 0), windows, last)
+        for part in range(first_part, -(-len(order) // PART_WINDOWS)):
+            rows = order[part * PART_WINDOWS : (part + 1) * PART_WINDOWS]
+            place, last = Place(epoch, group, part, 0), None
+            for members in pack(windows["tokens"][rows].tolist(), self.bin_tokens):
+                if last is not None:
+                    following = place._replace(number=place.number + 1)
+                    yield Bin(source, place, following, windows, last)
+                    place = following
+                last = rows[members]
+            if (part + 1) * PART_WINDOWS < len(order):
+                following = Place(epoch, group, part + 1, 0)
+            else:
+                following = self._next_group(source, epoch, group)
+            yield Bin(source, place, following, windows, last)
 
     def _shard_windows(self, shard_set: int, shard: int) -> np.ndarray:
         """WINDOW_DTYPE [W]: every window of a shard."""
@@ -392,12 +401,6 @@ class BinPlan:
                 )
             )
         return spans
-
-
-def _numbers(array: np.ndarray) -> Iterator[int]:
-    """The items as Python's integers, of which few exist at a time."""
-    for at in range(0, len(array), 1 << 16):
-        yield from array[at : at + (1 << 16)].tolist()
 
 
 def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:

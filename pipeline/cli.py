@@ -176,6 +176,21 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _benchmark_loader(args: argparse.Namespace) -> int:
+    from pipeline import benchmark_loader
+
+    run, text = {
+        "loader": (benchmark_loader.loader, benchmark_loader.format_loader),
+        "planning": (benchmark_loader.planning, benchmark_loader.format_planning),
+    }[args.kind]
+    result = run(args)
+    if args.json:
+        _print_json(result)
+    else:
+        print(text(result))
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from pipeline import inspection
 
@@ -537,6 +552,35 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", metavar="FILE", help="write figures to FILE (JSON) and a chart (.svg)"
     )
     generation.add_argument("--json", action="store_true", help="print one JSON object")
+
+    loader = _command(
+        kinds,
+        "loader",
+        _benchmark_loader,
+        "Real tokens per second of packed batches, as the trainer's loader makes them on one thread.",
+        "sllm benchmark loader --shards shards/train",
+    )
+    loader.add_argument("--shards", required=True, metavar="DIR", help="shard folder")
+    loader.add_argument(
+        "--bins", type=_positive, default=500, metavar="N", help="bins of a run (default 500)"
+    )
+    loader.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of each (default 5)")
+
+    planning = _command(
+        kinds,
+        "planning",
+        _benchmark_loader,
+        "Seconds and memory to plan the first batch of a rank from an index of any size (simulated).",
+        "sllm benchmark planning --documents 500000000 --shards 10000 --ranks 4096",
+    )
+    planning.add_argument("--documents", type=_positive, default=500_000_000, metavar="N")
+    planning.add_argument("--shards", type=_positive, default=10_000, metavar="N")
+    planning.add_argument("--ranks", type=_positive, default=4096, metavar="N")
+    planning.add_argument("--at", choices=["start", "late"], help=argparse.SUPPRESS)
+    planning.add_argument("--window-tokens", type=_positive, default=1024, help=argparse.SUPPRESS)
+    for one in (loader, planning):
+        one.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+        one.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 

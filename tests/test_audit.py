@@ -137,10 +137,10 @@ def test_a_skipped_bin_is_found_and_named(
     # The sources of the stream's bins are 0 1 0, 0 1 0, 0 1 0.
     assert "step 2 computed other bins than planned: 3 with digest" in text
     assert (
-        "bin 1 of group 0, epoch 0, source 1 is missing, "
-        "bin 4 of group 0, epoch 0, source 0 was computed for it" in text
+        "bin 1 of part 0, group 0, epoch 0, source 1 is missing, "
+        "bin 4 of part 0, group 0, epoch 0, source 0 was computed for it" in text
     )
-    ranges = "[[[0, 0, 0], [0, 0, 9]]], [[[0, 0, 0], [0, 0, 1]], [[0, 0, 2], [0, 0, 4]]]"
+    ranges = "[[[0, 0, 0, 0], [0, 0, 0, 9]]], [[[0, 0, 0, 0], [0, 0, 0, 1]], [[0, 0, 0, 2], [0, 0, 0, 4]]]"
     assert f"step-00000004: consumed is [{ranges}] there" in text
 
 

@@ -50,6 +50,13 @@ def many_shards(tiny_corpus, tiny_tokenizer, tmp_path_factory):
     return ShardSet.open(folder)
 
 
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts so small that a tiny group has some."""
+    monkeypatch.setattr("pipeline.bins.PART_WINDOWS", 50)
+    return 50
+
+
 def plan(shards, seed=1, window_tokens=128, bin_tokens=1024, **kwargs) -> BinPlan:
     return BinPlan([shards], window_tokens, bin_tokens, seed, **kwargs)
 
@@ -124,13 +131,14 @@ def test_a_sentence_longer_than_the_window_is_refused():
 
 
 @pytest.mark.parametrize("shards_at_once", [2, 16])
-def test_an_epoch_holds_every_token_exactly_once(many_shards, shards_at_once):
+def test_an_epoch_holds_every_token_exactly_once(many_shards, shards_at_once, small_parts):
     bins = list(plan(many_shards, shards_at_once=shards_at_once).epoch())
     groups = -(-len(many_shards) // shards_at_once)
     assert {b.place.group for b in bins} == set(range(groups)) and (groups > 2) == (shards_at_once == 2)
     for b, following in zip(bins, bins[1:], strict=False):
         assert b.next == following.place
-    assert bins[0].place == (0, 0, 0) and bins[-1].next == (1, 0, 0)
+    assert bins[0].place == (0, 0, 0, 0) and bins[-1].next == (1, 0, 0, 0)
+    assert max(b.place.part for b in bins) > 1
     assert all(b.tokens <= 1024 for b in bins)
     covered = Counter()
     for b in bins:
@@ -170,7 +178,7 @@ def test_the_order_is_a_function_of_seed_epoch_and_source(shards):
     assert first(1, 0) != first(1, 0, source=1)
 
 
-def test_the_stream_goes_on_from_any_position(many_shards):
+def test_the_stream_goes_on_from_any_position(many_shards, small_parts):
     def made():
         return BinPlan([many_shards, many_shards], 128, 1024, 1, weights=[3, 1], shards_at_once=2)
 
@@ -184,15 +192,20 @@ def test_the_stream_goes_on_from_any_position(many_shards):
         assert next(made().bins(position)) == whole[at]
 
 
-def test_going_on_late_in_an_epoch_reads_one_group(many_shards, monkeypatch):
+def test_going_on_late_in_an_epoch_reads_one_group_and_packs_one_part(many_shards, small_parts, monkeypatch):
     made = plan(many_shards, shards_at_once=2)
     late = list(made.epoch())[-3]
-    assert late.place.group >= 2
+    assert late.place.group >= 2 and late.place.part >= 1
+    packed = []
+    monkeypatch.setattr(
+        "pipeline.bins.pack", lambda sizes, budget: packed.append(len(sizes)) or pack(sizes, budget)
+    )
     opened = set()
     real = ShardSet.shard
     monkeypatch.setattr(ShardSet, "shard", lambda self, i: opened.add(i) or real(self, i))
     assert next(made.bins(Position((0,), (late.place,)))) == late
     assert opened == set(late.of["shard"].tolist()) and len(opened) <= 2
+    assert len(packed) == 1 and packed[0] <= small_parts
 
 
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [1, 1], [5, 2, 1, 1], [0.1, 0.2, 0.7], [1000, 1]])
@@ -210,14 +223,14 @@ def test_one_source_has_the_order_of_no_weights(shards):
     assert list(islice(weighted.bins(), 50)) == list(islice(plan(shards).bins(), 50))
 
 
-def test_consumed_bins_are_one_range_unless_one_is_skipped_or_repeated(many_shards):
+def test_consumed_bins_are_one_range_unless_one_is_skipped_or_repeated(many_shards, small_parts):
     made = BinPlan([many_shards, many_shards], 128, 1024, 1, weights=[3, 1], shards_at_once=2)
     bins = list(islice(made.bins(), 900))
     consumed = Consumed(2)
     for at in range(0, 900, 7):
         consumed.add(bins[at : at + 7])
     end = made.start().after(bins).places
-    assert consumed.ranges == [[((0, 0, 0), end[0])], [((0, 0, 0), end[1])]]
+    assert consumed.ranges == [[((0, 0, 0, 0), end[0])], [((0, 0, 0, 0), end[1])]]
     assert Consumed.from_json(json.loads(json.dumps(consumed.to_json()))) == consumed
 
     skipped = Consumed(2)

@@ -313,7 +313,7 @@ def test_a_run_stopped_by_a_signal_goes_on_exactly(
     assert ours == theirs
     meta = json.loads((tmp_path / "cut/checkpoints/step-00000040/meta.json").read_text())
     assert [taken for taken, *_ in meta["position"]] == ([80, 40] if objective == "sllm" else [120])
-    assert meta["consumed"] == [[[[0, 0, 0], place]] for _, *place in meta["position"]]
+    assert meta["consumed"] == [[[[0, 0, 0, 0], place]] for _, *place in meta["position"]]
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(

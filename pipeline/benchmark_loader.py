@@ -1,0 +1,225 @@
+"""`sllm benchmark loader` and `sllm benchmark planning`: what the way from shards to batches costs.
+
+loader    packed batches per second as the trainer's own loader makes them, on its one thread, from real
+          shards: planning, reading, checking and packing together. The first reading of a document checks its
+          checksum; every run opens the shards anew, so all checks are in the figures.
+planning  the first bins of one rank of a large run, planned from an index of any size, at the start and late
+          in an epoch, each in a process of its own: seconds and peak memory (what Python and torch need
+          included). Only the index files that are opened exist: each is made when it is asked for, the time
+          of which does not count, then read as any index is. Reading what the bins hold is not part of it.
+
+Out: a dictionary; the command prints it and writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_prep.benchmark import machine
+from data_prep.errors import UserError
+from data_prep.shards import INDEX_DTYPE, ShardSet, npy_bytes, read_index
+from pipeline.bins import PART_WINDOWS, BinPlan, Place, Position, count
+from pipeline.launch import Ranks
+from pipeline.loader import StepLoader, assign
+
+WINDOWS = (1024, 128)
+BIN_TOKENS = 8192
+TOKENS_PER_SENTENCE = 10.9
+LATE = 0.9  # of an epoch
+STEPS = 5  # planned after the first one, for the rate
+
+
+def loader(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run `sllm benchmark loader`."""
+    _check_output(arguments)
+    byte_lengths = ShardSet.open(arguments.shards).tokenizer().byte_lengths
+    runs: dict[int, list[dict[str, float]]] = {window: [] for window in WINDOWS}
+    for _ in range(arguments.runs):
+        for window in WINDOWS:  # in turn, so that a slow moment of the machine meets both
+            runs[window].append(_load(arguments.shards, window, arguments.bins, byte_lengths))
+            print(f"window {window}: {runs[window][-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+    rates = {
+        str(window): {
+            "tokens_per_second": {
+                "median": statistics.median(run["tokens_per_second"] for run in of),
+                "values": [run["tokens_per_second"] for run in of],
+            },
+            "first_seconds": [run["first_seconds"] for run in of],
+        }
+        for window, of in runs.items()
+    }
+    header = _header("loader")
+    return _written(
+        header
+        | {"shards": arguments.shards, "bins": arguments.bins, "bin_tokens": BIN_TOKENS, "windows": rates},
+        arguments,
+    )
+
+
+def _load(folder: str, window: int, bins: int, byte_lengths: np.ndarray) -> dict[str, float]:
+    """One run: the first batch, which waits for the plan of a group, and the rate of those after it."""
+    plan = BinPlan([ShardSet.open(folder)], window, BIN_TOKENS, seed=1)
+    began = time.perf_counter()
+    with StepLoader(plan, "sllm", 1, Ranks(0, 1, 0), byte_lengths, plan.start()) as steps:
+        steps.next_step()
+        first = time.perf_counter()
+        tokens = sum(steps.next_step().tokens_all for _ in range(bins))
+        seconds = time.perf_counter() - first
+    return {"first_seconds": first - began, "tokens_per_second": tokens / seconds}
+
+
+def planning(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run `sllm benchmark planning`; with `at`, only that measurement, in this process."""
+    _check_output(arguments)
+    if arguments.documents < arguments.shards:
+        raise UserError(f"{arguments.documents} documents cannot fill {arguments.shards} shards")
+    if arguments.at:
+        return _plan(arguments, arguments.at, arguments.window_tokens)
+    measured: dict[str, Any] = {}
+    for window, at in itertools.product(WINDOWS, ("start", "late")):
+        command = [sys.executable, "-m", "pipeline.cli", "benchmark", "planning", "--json"]
+        for name in ("documents", "shards", "ranks"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+        command += ["--at", at, "--window-tokens", str(window)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        measured.setdefault(str(window), {})[at] = json.loads(done.stdout)
+        print(f"window {window}, {at}: {measured[str(window)][at]}", file=sys.stderr)
+    sizes = {name: getattr(arguments, name) for name in ("documents", "shards", "ranks")}
+    return _written(_header("planning") | sizes | {"bin_tokens": BIN_TOKENS, "windows": measured}, arguments)
+
+
+def _plan(arguments: argparse.Namespace, at: str, window: int) -> dict[str, Any]:
+    """The first step of the last rank, then some more steps, a bin for every rank in each."""
+    with tempfile.TemporaryDirectory() as folder:
+        shard_set = SyntheticShardSet(Path(folder), arguments.documents, arguments.shards)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        plan = BinPlan([shard_set], window, BIN_TOKENS, seed=1)
+        position = plan.start()
+        if at == "late":
+            groups = -(-arguments.shards // plan.shards_at_once)
+            part = int(LATE * arguments.documents / arguments.shards * plan.shards_at_once) // PART_WINDOWS
+            position = Position((0,), (Place(0, int(LATE * groups), part, 100),))
+        stream = plan.bins(position)
+        bins = list(itertools.islice(stream, arguments.ranks))
+        (mine,) = assign(bins, Ranks(arguments.ranks - 1, arguments.ranks, 0))
+        count(bins, "sllm")
+        seconds = time.perf_counter() - began - shard_set.making_seconds
+        cpu_seconds = time.process_time() - cpu_began - shard_set.making_cpu_seconds
+        opened = shard_set.opened
+        making, before, tokens = shard_set.making_seconds, time.perf_counter(), 0
+        for _ in range(STEPS):
+            bins = list(itertools.islice(stream, arguments.ranks))
+            tokens += count(bins, "sllm")[0]
+            position = position.after(bins)
+        rate = tokens / (time.perf_counter() - before - (shard_set.making_seconds - making))
+    return {
+        "first_batch_seconds": seconds,
+        "first_batch_cpu_seconds": cpu_seconds,
+        "first_batch_tokens": mine.tokens,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "indexes_read": opened,
+        "planned_tokens_per_second": rate,
+    }
+
+
+class SyntheticShard(NamedTuple):
+    """What planning asks of a shard: documents of `index`, whose sentences are of even length."""
+
+    index: np.ndarray
+
+    def sentence_lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        tokens, sentences = (self.index[name][documents].astype(np.int64) for name in ("tokens", "sentences"))
+        first = np.cumsum(sentences) - sentences
+        within = np.arange(sentences.sum()) - np.repeat(first, sentences)
+        longer = within < np.repeat(tokens % sentences, sentences)
+        return (np.repeat(tokens // sentences, sentences) + longer).astype(np.uint16)
+
+
+class SyntheticShardSet:
+    """What planning asks of a shard set; a shard's index is made when it is opened.
+
+    Lengths are log-normal, of some 490 tokens in the mean, as documents of 2 kB have. The last few shards
+    used stay open, as in `ShardSet`.
+    """
+
+    def __init__(self, folder: Path, documents: int, shards: int):
+        self.folder, self._documents = folder, documents // shards
+        self.tokens_per_shard = 493 * self._documents
+        self.manifest = {"shards": [{"tokens": self.tokens_per_shard}] * shards}
+        self.making_seconds = self.making_cpu_seconds = 0.0
+        self.opened = 0
+
+    def shard(self, i: int) -> SyntheticShard:
+        path = self.folder / f"shard-{i:06d}.index.npy"
+        before, cpu_before = time.perf_counter(), time.process_time()
+        rng = np.random.default_rng([7, i])
+        index = np.zeros(self._documents, INDEX_DTYPE)
+        index["tokens"] = np.clip(rng.lognormal(5.7, 1.0, self._documents), 1, 1 << 18)
+        index["sentences"] = np.maximum(1, index["tokens"] // TOKENS_PER_SENTENCE)
+        data = npy_bytes(index)
+        path.write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        del index, data
+        self.making_seconds += time.perf_counter() - before
+        self.making_cpu_seconds += time.process_time() - cpu_before
+        self.opened += 1
+        shard = SyntheticShard(read_index(path, sha256))
+        path.unlink()
+        return shard
+
+
+def _header(kind: str) -> dict[str, Any]:
+    return {"benchmark": kind, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **machine()}
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise UserError(f"--output {arguments.output}: its folder does not exist")
+
+
+def _written(result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def format_loader(result: dict[str, Any]) -> str:
+    """The result of `loader` as text."""
+    return "\n".join(
+        f"window {window:>5}: {of['tokens_per_second']['median'] / 1e6:6.2f} M tokens/s in bins of "
+        f"{result['bin_tokens']:,}; the first after {statistics.median(of['first_seconds']):.2f} s"
+        for window, of in result["windows"].items()
+    )
+
+
+def format_planning(result: dict[str, Any]) -> str:
+    """The result of `planning` as text."""
+    if "windows" not in result:
+        return json.dumps(result)
+    lines = [
+        f"{result['documents']:,} documents in {result['shards']:,} shards, {result['ranks']:,} ranks: "
+        "the first batch of a rank"
+    ]
+    lines += [
+        f"  window {window:>5}, {at:<5}: {one['first_batch_seconds']:6.2f} s "
+        f"({one['first_batch_cpu_seconds']:.2f} CPU-s), "
+        f"{one['peak_memory_bytes'] / 1e9:.2f} GB, {one['indexes_read']} indexes read; then "
+        f"{one['planned_tokens_per_second'] / 1e6:,.0f} M tokens/s are planned"
+        for window, measured in result["windows"].items()
+        for at, one in measured.items()
+    ]
+    return "\n".join(lines)
