@@ -49,9 +49,11 @@ def family_sllm(name: str, **kwargs) -> SLLM:
     return small_sllm(backbone=CONFIGS[name](), **kwargs)
 
 
-def family_lm(name: str) -> TokenLM:
+def family_lm(name: str, **kwargs) -> TokenLM:
+    """`kwargs`: of a rotary family's config."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=HF_ATTENTION)
+    config = rotary_config(name, **kwargs) if kwargs else CONFIGS[name]()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION)
     return _wake(TokenLM(model))
 
 

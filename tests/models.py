@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from pipeline.attention import HF_ATTENTION
+from pipeline.attention import HF_ATTENTION, PATHS
 from pipeline.batches import Batch, build_batch
 from pipeline.bins import Span
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
@@ -15,6 +15,7 @@ from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
 
 VOCABULARY = 97
+FORWARD_PATHS = (*PATHS, "flex")  # attention paths of a CPU without gradients
 IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32}
 

@@ -86,15 +86,11 @@ def test_flex_tiles_are_those_that_torch_finds_by_looking_at_every_pair(name, ca
     layout = SegmentLayout(LENGTHS[name])
     ours = layout.flex_mask(causal)
     theirs = create_block_mask(ours.mask_mod, None, None, layout.rows, layout.rows, device="cpu")
-    if causal:
-        # Torch drops the tiles before the segment, and so may we: none that it needs is missing.
-        assert ((theirs.to_dense() > 0) <= (ours.to_dense() > 0)).all()
     assert torch.equal(ours.to_dense(), theirs.to_dense())
 
 
 def kernels(dtype: torch.dtype) -> list[str]:
-    found = [path for path in KERNELS if why_not(path, torch.device("cuda"), dtype, 64, True) is None]
-    return [path for path in found if path != "flash_attn" or attention._flash_attn_varlen()]
+    return [path for path in KERNELS if why_not(path, torch.device("cuda"), dtype, 64, True) is None]
 
 
 @pytest.mark.cuda

@@ -11,6 +11,7 @@ import torch
 import yaml
 from backbone_families import CONFIGS, MAKERS, ROTARY, family_lm, family_sllm, rotary_config
 from models import (
+    FORWARD_PATHS,
     IDS,
     VOCABULARY,
     _wake,
@@ -42,6 +43,8 @@ from pipeline.model_io import build_model, load_model
 from pipeline.recipe import BACKBONE_KEYS, load_recipe
 from pipeline.sllm import SLLM, SLLMConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
 BOTH = [(kind, name) for kind in MAKERS for name in CONFIGS]
 
 
@@ -60,7 +63,7 @@ def test_causal_packed_cached_and_alike_on_every_path(kind, name):
             assert finding.changed > 1e-3, "the change was not seen at all"
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FORWARD_PATHS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_packed_backbone_is_the_plain_model_on_each_window(name, path):
     """Against Hugging Face's eager attention, alone, with its own positions: covers grouped queries and
@@ -80,10 +83,11 @@ def test_a_packed_backbone_is_the_plain_model_on_each_window(name, path):
         assert at == len(packed)
 
 
+@pytest.mark.parametrize("path", FORWARD_PATHS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_token_model_is_the_plain_model(name):
+def test_the_token_model_is_the_plain_model(name, path):
     wrapped, spans = family_lm(name), random_spans(22)
-    with torch.no_grad():
+    with torch.no_grad(), attention_path(path):
         sums = wrapped(build_batch(spans))
     plain = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager").eval()
     plain.load_state_dict(wrapped.model.state_dict())

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from backbone_families import family_lm, family_sllm
 from models import (
+    FORWARD_PATHS,
     cached_scores,
     opt_config,
     plain_nll,
@@ -22,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, OPTForCausalLM, OPTModel
 
-from pipeline.attention import PATHS, SegmentLayout, attention_path
+from pipeline.attention import SegmentLayout, attention_path
 from pipeline.batches import build_batch, empty_batch
 from pipeline.bins import Span
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 MODELS = {
     "vae": lambda: small_vae(),
@@ -44,7 +48,7 @@ def total(sums) -> float:
 # --- causality ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FORWARD_PATHS)
 @pytest.mark.parametrize("name", MODELS)
 def test_changing_a_sentence_changes_nothing_before_it(name, path):
     model = MODELS[name]()
@@ -125,7 +129,7 @@ def test_the_stop_label_is_one_only_at_a_true_document_end():
 # --- packing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FORWARD_PATHS)
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_of_a_packed_batch_is_the_loss_of_its_documents(name, path):
     model, spans = MODELS[name](), random_spans(7, documents=6)
@@ -256,32 +260,45 @@ def test_limits_are_refused():
 # --- what a leak would look like ------------------------------------------------------------------
 
 
-def test_on_random_tokens_no_model_beats_the_entropy_floor():
+FLOOR = {
+    "sllm": (lambda: small_sllm(vocab_size=12), "bucketed"),
+    "sllm-llama-attention": (lambda: family_sllm("llama-wide", vocab_size=12, fusion="attention"), "masked"),
+    "sllm-qwen3-mean": (lambda: family_sllm("qwen3", vocab_size=12, fusion="mean"), "bucketed"),
+    "sllm-paper": (lambda: small_sllm(vocab_size=12, layout="paper"), "bucketed"),
+    "lm": (lambda: small_lm(config=opt_config(vocab_size=12)), "bucketed"),
+    "lm-llama": (lambda: family_lm("llama", vocab_size=12), "masked"),
+}
+
+
+@pytest.mark.parametrize("name", FLOOR)
+def test_on_random_tokens_no_model_beats_the_entropy_floor(name):
     """I.i.d. uniform tokens over 8 symbols, sentences of fixed length: the floor is ln 8 a token and 0 for
     ends.
 
     The published system reached far below its floor on such data, because each position saw the sentence it
-    had to predict.
+    had to predict. With attention that is not causal these models go 0.03 to 0.5 below it in as many steps.
     """
-    rng = np.random.default_rng(0)
+    (make, path), rng = FLOOR[name], np.random.default_rng(0)
+    model = make().train()
+    documents = 16 if path == "masked" else 32
 
-    def spans():
-        return [Span(4 + rng.integers(0, 8, 24), np.full(6, 4), True) for _ in range(64)]
+    def batch(times: int = 1):
+        return build_batch(
+            [Span(4 + rng.integers(0, 8, 24), np.full(6, 4), True) for _ in range(times * documents)]
+        )
 
-    for model in (small_sllm(vocab_size=12), small_lm(config=opt_config(vocab_size=12))):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        model.train()
-        for _ in range(120):
-            batch = build_batch(spans())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    with attention_path(path):
+        for _ in range(80):
+            drawn = batch()
             optimizer.zero_grad()
-            (model(batch).objective / batch.tokens).backward()
+            (model(drawn).objective / drawn.tokens).backward()
             optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            batch = build_batch([s for _ in range(4) for s in spans()])
-            per_token = (model(batch).token_nll / batch.tokens).item()
-        assert per_token > np.log(8) - 0.01
-        assert per_token < np.log(8) + 0.10, "it should have learnt the symbol frequencies"
+    drawn = batch(8 * 32 // documents)
+    with torch.no_grad():
+        per_token = (model.eval()(drawn).token_nll / drawn.tokens).item()
+    assert per_token > np.log(8) - 0.01
+    assert per_token < np.log(8) + 0.10, "it should have learnt the symbol frequencies"
 
 
 def test_an_autoencoder_does_beat_that_floor():

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import IDS, cached_scores, opt_config, random_batch, random_spans, small_sllm, small_vae
+from models import (
+    FORWARD_PATHS,
+    IDS,
+    cached_scores,
+    opt_config,
+    random_batch,
+    random_spans,
+    small_sllm,
+    small_vae,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, OPTForCausalLM
@@ -25,7 +34,7 @@ from pipeline.recipe import load_recipe
 from pipeline.sentence_encoder import AttentionPooling, _sum_rows
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 
-PATHS = ("bucketed", "masked")
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 VARIANTS = {
     "mean": {"fusion": "mean"},
     "attention": {"fusion": "attention"},
@@ -44,7 +53,7 @@ def variant(request) -> dict:
 # --- the model contract ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FORWARD_PATHS)
 @pytest.mark.parametrize("make", [small_vae, small_sllm], ids=["vae", "sllm"])
 def test_packed_is_single(make, variant, path):
     model, spans = make(**variant), random_spans(7, documents=6)
@@ -58,7 +67,7 @@ def test_packed_is_single(make, variant, path):
     assert together.kl.item() == pytest.approx(sum(x.kl.item() for x in apart), rel=1e-5)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", FORWARD_PATHS)
 def test_changing_a_sentence_changes_nothing_before_it(variant, path):
     model, spans = small_sllm(**variant), random_spans(5, documents=1, most_sentences=6)
     lengths = spans[0].sentence_lengths
