@@ -35,7 +35,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, StoppingCri
 from data_prep.benchmark import machine, package_versions
 from data_prep.errors import UserError
 from pipeline.benchmark_training import OPT_SIZES, PACKAGES
-from pipeline.demo_charts import Series, line_chart
+from pipeline.charts import Series, line_chart
 from pipeline.generation import lay_out
 from pipeline.generation_batch import BatchWriter, Limits, Piece, Request
 from pipeline.inspection import DTYPES, Vocabulary, find_recipe, new_model, sized_recipe
