@@ -154,6 +154,17 @@ def _benchmark_train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _benchmark_strategies(args: argparse.Namespace) -> int:
+    from pipeline.benchmark_strategies import format_benchmark, run
+
+    result = run(args)
+    if args.json:
+        _print_json(result)
+    else:
+        print(format_benchmark(result))
+    return 0
+
+
 def _benchmark_generation(args: argparse.Namespace) -> int:
     from pipeline.benchmark_generation import format_benchmark, run
 
@@ -507,6 +518,44 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--memory-of", choices=["model", "against"], help=argparse.SUPPRESS)
     train.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
     train.add_argument("--json", action="store_true", help="print one JSON object")
+
+    strategies = _command(
+        kinds,
+        "strategies",
+        _benchmark_strategies,
+        "Seconds of a training step under several DeepSpeed strategies, by turns, on this machine.",
+        "sllm benchmark strategies --recipe small-sllm --shards shards/train --strategies zero0 zero3",
+    )
+    strategies.add_argument(
+        "--recipe", required=True, metavar="FILE", help="recipe file, or the name of one that comes along"
+    )
+    strategies.add_argument(
+        "--shards", metavar="DIR", help="shard folder (default: the recipe's data.shards)"
+    )
+    strategies.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
+    strategies.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["zero0", "zero1", "zero2", "zero3"],
+        metavar="NAME",
+        help="files of ds_configs/, zero2+fp16 for two of them; the others are compared with the first one "
+        "(default zero0 zero1 zero2 zero3)",
+    )
+    strategies.add_argument("--ranks", type=_positive, default=2, metavar="N", help="processes (default 2)")
+    strategies.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="CPU threads of each (default 1)"
+    )
+    strategies.add_argument(
+        "--steps", type=_positive, default=12, metavar="N", help="of a start (default 12)"
+    )
+    strategies.add_argument("--rounds", type=_positive, default=3, metavar="N", help="of starts (default 3)")
+    strategies.add_argument("--bins", type=_positive, metavar="N", help="of a step (default: one a rank)")
+    strategies.add_argument(
+        "--tokens", type=_positive, metavar="N", help="of a bin (default: the recipe's data.bin_tokens)"
+    )
+    strategies.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    strategies.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+    strategies.add_argument("--json", action="store_true", help="print one JSON object")
 
     generation = _command(
         kinds,
