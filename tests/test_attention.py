@@ -41,12 +41,15 @@ def by_hand(q, k, v, lengths, causal, scale=None):
     return torch.cat(outs)
 
 
-def run(path, lengths, causal, scale=None, device="cpu", dtype=torch.float32, heads=4, width=16):
-    """(output, dq, dk, dv) on `path`, for inputs and an output gradient that depend on the lengths only."""
+def run(
+    path, lengths, causal, scale=None, device="cpu", dtype=torch.float32, heads=4, width=16, rounded=None
+):
+    """(output, dq, dk, dv) on `path`, for inputs and an output gradient that depend on the lengths only
+    (`rounded`: the inputs take the values that this dtype has)."""
     layout = SegmentLayout(lengths, device)
     draw = torch.Generator().manual_seed(layout.rows)
     q, k, v, weight = (torch.randn(layout.rows, heads, width, generator=draw) for _ in range(4))
-    q, k, v = (x.to(device, dtype).requires_grad_() for x in (q, k, v))
+    q, k, v = (x.to(device, rounded or dtype).to(dtype).requires_grad_() for x in (q, k, v))
     if path == "by hand":
         out = by_hand(q, k, v, lengths, causal, scale)
     else:
@@ -102,7 +105,7 @@ def test_cuda_kernels_agree_with_the_masked_path(dtype, name, causal):
     assert "varlen" in paths, "torch on CUDA should bring varlen attention"
     for scale in (None, 0.2):
         settings = {"scale": scale, "device": "cuda", "heads": 12, "width": 64}
-        expected = run("masked", LENGTHS[name], causal, **settings)  # float32
+        expected = run("masked", LENGTHS[name], causal, rounded=dtype, **settings)  # computed in float32
         for path in [*PATHS, *paths]:
             for a, b in zip(run(path, LENGTHS[name], causal, dtype=dtype, **settings), expected, strict=True):
                 torch.testing.assert_close(a, b, atol=4e-2, rtol=4e-2)
