@@ -150,19 +150,27 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     kind, config = model_kind(model), model.config
     dtype = next(model.parameters()).dtype
 
-    def core(part: str, layers: int, width: int, heads: int, layout: SegmentLayout, causal: bool) -> Core:
-        path = choose_path(batch.device, dtype, width // heads, requires_grad=True)
+    def core(
+        part: str, layers: int, width: int, heads: int, layout: SegmentLayout, causal: bool, dropout: float
+    ) -> Core:
+        dropout = dropout if model.training else 0.0  # of attention weights: not every kernel has it
+        path = choose_path(batch.device, dtype, width // heads, requires_grad=True, dropout=dropout)
         return Core(part, layers, width, layout.lengths, causal, layout.computed_pairs(path))
 
     if kind == "lm":
-        return [core("backbone", *_backbone_sizes(config), batch.token_model_layout, True)]
+        dropout = getattr(config, "attention_dropout", 0.0)
+        return [core("backbone", *_backbone_sizes(config), batch.token_model_layout, True, dropout)]
     vae = config.vae if kind == "sllm" else config
+    dropout = vae.dropout if vae.layout == "paper" else 0.0
     cores = [
-        core("encoder", vae.layers, vae.hidden_size, vae.heads, batch.sentence_layout, False),
-        core("decoder", vae.layers, vae.hidden_size, vae.heads, batch.decoder_layout, True),
+        core("encoder", vae.layers, vae.hidden_size, vae.heads, batch.sentence_layout, False, dropout),
+        core("decoder", vae.layers, vae.hidden_size, vae.heads, batch.decoder_layout, True, dropout),
     ]
     if kind == "sllm":
-        cores.append(core("backbone", *_backbone_sizes(config.backbone), batch.backbone_layout, True))
+        dropout = getattr(config.backbone, "attention_dropout", 0.0)
+        cores.append(
+            core("backbone", *_backbone_sizes(config.backbone), batch.backbone_layout, True, dropout)
+        )
     return cores
 
 

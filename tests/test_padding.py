@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from backbone_families import family_lm, family_sllm
-from models import post_norm_opt_config, random_batch, small_lm, small_sllm, small_vae
+from models import opt_config, post_norm_opt_config, random_batch, small_lm, small_sllm, small_vae
 
 from data_prep.shards import ShardSet
 from pipeline.arithmetic import batch_cores, count_operations, counted_rows, utilisation
@@ -84,6 +84,31 @@ def test_kernels_compute_no_padding(monkeypatch):
     monkeypatch.setattr("pipeline.arithmetic.choose_path", lambda *a, **k: KERNELS[0])
     assert StepArithmetic(small_sllm()).count(random_batch(0))[0] == 0
     assert choose_path(torch.device("cpu"), torch.float32, 8, True) == "bucketed"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_path_counted_is_asked_for_with_the_dropout_that_runs(training, monkeypatch):
+    """On a GPU a kernel without dropout of attention weights makes way for another path."""
+    models = [
+        small_vae(layout="paper", dropout=0.25),
+        small_sllm(dropout=0.25, backbone=opt_config(attention_dropout=0.5)),
+        small_lm(config=opt_config(attention_dropout=0.5)),
+    ]
+    for model in models:
+        counted, ran = [], []
+        for module, seen in (("arithmetic", counted), ("attention", ran)):
+            monkeypatch.setattr(
+                f"pipeline.{module}.choose_path",
+                lambda device, dtype, width, requires_grad, dropout=0.0, seen=seen: (
+                    seen.append((width, dropout)),
+                    "bucketed",
+                )[1],
+            )
+        model.train(training)
+        StepArithmetic(model).count(random_batch(0))
+        model(random_batch(0))
+        assert set(counted) == set(ran)
+        assert any(dropout for _, dropout in ran) == training
 
 
 def test_utilisation_is_known_where_the_peak_is(monkeypatch):
