@@ -12,11 +12,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: help setup demo test lint format clean distclean
+.PHONY: help setup demo test soak lint format clean distclean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo 'targets: setup demo test lint format clean distclean'
+	@echo 'targets: setup demo test soak lint format clean distclean'
 
 setup: $(STAMP)
 
@@ -37,6 +37,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+
+soak: $(STAMP)
+	$(BIN)/python tests/soak.py --output docs/results/soak.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -41,6 +41,14 @@ class RankPool:
 
         Raises RuntimeError, with the rank's own traceback, when one fails or dies.
         """
+        started = self.start(world, function, *arguments)
+        try:
+            return [_result(rank, *pair) for rank, pair in enumerate(started)]
+        finally:
+            self.finish(started, 30)
+
+    def start(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
+        """Begin `function(*arguments)` on every rank: (process, end of the pipe its result comes by)."""
         port = free_port()
         ranks = []
         for rank in range(world):
@@ -51,15 +59,19 @@ class RankPool:
             process.start()
             send.close()
             ranks.append((process, receive))
-        try:
-            return [_result(rank, *pair) for rank, pair in enumerate(ranks)]
-        finally:
-            for process, receive in ranks:
-                receive.close()
-                process.join(30)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+        return ranks
+
+    def finish(self, started: list[tuple[Any, Any]], seconds: float) -> bool:
+        """Wait so long for each rank to end, and kill what has not; whether all ended by themselves."""
+        alone = True
+        for process, receive in started:
+            receive.close()
+            process.join(seconds)
+            if process.is_alive():
+                alone = False
+                process.kill()
+                process.join()
+        return alone
 
     def close(self) -> None:
         """End the fork server."""
@@ -148,6 +160,25 @@ def train_with_signal(arguments: list[str], number: int, rank: int, after_step: 
 
     if os.environ["RANK"] == str(rank):
         threading.Thread(target=watch, daemon=True).start()
+    return train(arguments)
+
+
+def train_into_log(arguments: list[str], folder: str) -> int | str:
+    """As `train`, with everything the rank writes appended to FOLDER/rank-N.log."""
+    log = os.open(
+        os.path.join(folder, f"rank-{os.environ['RANK']}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    )
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    return train(arguments)
+
+
+def train_with_file_limit(arguments: list[str], rank: int, limit: int) -> int | str:
+    """As `train`, but `rank` cannot write more than `limit` bytes into a file."""
+    import resource
+
+    if os.environ["RANK"] == str(rank):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return train(arguments)
 
 
