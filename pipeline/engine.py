@@ -14,6 +14,7 @@ import functools
 import math
 import os
 import shutil
+import time
 from typing import Any
 
 import deepspeed
@@ -64,6 +65,8 @@ class Engine:
         layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._optimizer = optimizer
+        self._forwards: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._processor_seconds = 0.0
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
         if recipe.training.activation_checkpointing:
@@ -75,18 +78,44 @@ class Engine:
         Returns float64 [5], this rank's sums in nats: objective, tokens, ends, stop decisions, KL.
         """
         self.deepspeed.train()
+        self._forwards.clear()
+        began = time.process_time()
         scale = dist.get_world_size() * len(step.batches) / step.targets_all
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for number, (batch, seed) in enumerate(zip(step.batches, step.seeds, strict=True)):
             batch = step.batches[number] = batch.to(self.device)
             # Dropout depends on the bin alone, so that resumed runs and other world sizes agree.
             torch.manual_seed(seed)
-            losses = LossSums(**self.deepspeed(batch))
+            losses = LossSums(**self._timed_forward(batch))
             self.deepspeed.backward(losses.objective * scale)
             sums += _nats(losses)
             if number + 1 < len(step.batches):
                 self.deepspeed.step()  # no boundary yet: DeepSpeed only counts the micro-batch
+        self._processor_seconds = time.process_time() - began
         return sums
+
+    def _timed_forward(self, batch: Batch) -> dict[str, Tensor]:
+        if self.device.type != "cuda":
+            return self.deepspeed(batch)
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        losses = self.deepspeed(batch)
+        events[1].record()
+        self._forwards.append(events)
+        return losses
+
+    def own_seconds(self) -> float | None:
+        """What the last `compute` cost this rank, without its waiting for others; call it when the device
+        has finished it.
+
+        On CPUs the process's processor time. On a GPU the time of the forward passes, which hold no
+        collective up to ZeRO-2; None under ZeRO-3, where every layer waits for all ranks.
+        """
+        if self.device.type != "cuda":
+            return self._processor_seconds
+        if zero_stage(self.config) == 3:
+            return None
+        return sum(begin.elapsed_time(end) for begin, end in self._forwards) / 1000
 
     def update(
         self, lr_factor: float, skip: str | None = None, norm_limit: float = math.inf

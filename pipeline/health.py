@@ -19,6 +19,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from pipeline.recipe import HealthRecipe
 
 MEMORY = 50  # accepted steps that a spike is measured against
 FEWEST = 10  # before so many there is no median worth the name
+SPEED_STEPS = 20  # steps over which a rank must be slow
+SLOW = 1.3  # times the median
 STACKS = "stacks"  # folder in the run directory: what each rank was doing when it hung
 
 
@@ -150,9 +153,9 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def require_agreement(ranks: Ranks, ours: dict[str, str]) -> None:
-    """Compare `facts` over all ranks (a collective). AgreedError, the same on every rank, names the first
-    rank and fact that differ from rank 0's."""
+def require_agreement(ranks: Ranks, ours: dict[str, str]) -> list[str]:
+    """Compare `facts` over all ranks (a collective); returns every rank's host name. AgreedError, the same on
+    every rank, names the first rank and fact that differ from rank 0's."""
     import torch.distributed as dist
 
     everyone: list[Any] = [None] * ranks.world
@@ -165,3 +168,45 @@ def require_agreement(ranks: Ranks, ours: dict[str, str]) -> None:
                     f"rank {rank} ({host}) has {name} {theirs.get(name)}, rank 0 ({first_host}) has "
                     f"{first.get(name)}: give all ranks the same"
                 )
+    return [host for host, _ in everyone]
+
+
+class Speeds:
+    """Finds a rank that is slower than the others step after step.
+
+    Compared is each rank's own time for its work (`Engine.own_seconds`: waiting for others is not in it) per
+    multiply-add of its bins, because ranks may hold different numbers of them.
+    """
+
+    def __init__(self, hosts: list[str]):
+        self._hosts = hosts
+        self._recent: list[deque[float]] = [deque(maxlen=SPEED_STEPS) for _ in hosts]
+        self._steps_to_silence = 0
+
+    def note(self, times: list[float]) -> tuple[int, float] | None:
+        """One step's time per multiply-add of every rank, 0 where it is not known. Returns the slowest rank
+        and how many times the median's its time is; None when fewer than two are known."""
+        known = [time for time in times if time > 0]
+        if len(known) < 2:
+            return None
+        middle = statistics.median_low(known)
+        for recent, time_ in zip(self._recent, times, strict=True):
+            if time_ > 0:
+                recent.append(time_ / middle)
+        slowest = max(range(len(times)), key=times.__getitem__)
+        return slowest, times[slowest] / middle
+
+    def warning(self) -> str | None:
+        """A line about the slowest rank when it has been slow for `SPEED_STEPS` steps; said rarely."""
+        if self._steps_to_silence:
+            self._steps_to_silence -= 1
+            return None
+        usual = [statistics.median(r) if len(r) == SPEED_STEPS else 0.0 for r in self._recent]
+        slowest = max(range(len(usual)), key=usual.__getitem__)
+        if usual[slowest] <= SLOW:
+            return None
+        self._steps_to_silence = 10 * SPEED_STEPS
+        return (
+            f"rank {slowest} ({self._hosts[slowest]}) takes {usual[slowest]:.1f} times the median rank's "
+            f"time for the same work, over the last {SPEED_STEPS} steps: all others wait for it"
+        )

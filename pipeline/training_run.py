@@ -28,7 +28,7 @@ from pipeline.arithmetic import TRAINING_FACTOR, utilisation
 from pipeline.bins import BinPlan, Consumed, Position
 from pipeline.checkpoints import Meta
 from pipeline.engine import Engine
-from pipeline.health import Guard, Watchdog, facts, require_agreement
+from pipeline.health import Guard, Speeds, Watchdog, facts, require_agreement
 from pipeline.launch import AgreedError, Ranks
 from pipeline.loader import Step, StepLoader
 from pipeline.losses import bits_per_byte
@@ -71,7 +71,8 @@ class Totals:
     computed: float
     bins: float  # scored batches, and the sum of their digests: exact, being whole and below 2^53
     bins_digest: float
-    wait_seconds: float
+    wait_seconds: list[float]  # by rank
+    operation_seconds: list[float]  # by rank, of the step before: its own time per multiply-add, 0: unknown
     stop: bool
 
 
@@ -94,7 +95,8 @@ class TrainingRun:
         self._open.callback(launch.leave)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
-        require_agreement(ranks, facts(recipe.to_dict(), strategy, self.provenance))
+        hosts = require_agreement(ranks, facts(recipe.to_dict(), strategy, self.provenance))
+        self._speeds, self._time_per_operation = Speeds(hosts), 0.0
         torch.manual_seed(recipe.seed)
         model = build_model(
             recipe.objective,
@@ -236,13 +238,20 @@ class TrainingRun:
             sum(computed for _, computed in counts),
             len(scored),
             step.digest,
-            step.wait_seconds / self.ranks.world,
             float(stop_wanted),
         ]
+        # Every rank's own figures, each in a place of its own, ride along in the same sum.
+        world, rank = self.ranks.world, self.ranks.rank
+        own = [0.0] * (2 * world)
+        own[rank], own[world + rank] = step.wait_seconds, self._time_per_operation
+        rest += own
         everything = torch.cat([sums, self.engine.device_tensor(rest)])
         dist.all_reduce(everything)
-        *figures, stop = everything.tolist()
-        return Totals(*figures, stop=stop > 0)
+        *figures, stop = everything[: -2 * world].tolist()
+        by_rank = everything[-2 * world :].tolist()
+        seconds, computed = self.engine.own_seconds(), sum(computed for _, computed in counts)
+        self._time_per_operation = seconds / computed if seconds and computed else 0.0
+        return Totals(*figures, by_rank[:world], by_rank[world:], stop=stop > 0)
 
     def update(self, step: Step, totals: Totals) -> None:
         """Apply the gradients, move on, and log the step.
@@ -270,6 +279,7 @@ class TrainingRun:
         seconds = self._clock - before
         needed = TRAINING_FACTOR * (totals.computed - totals.padding) / self.ranks.world  # of one device
         nats = totals.token_nll + totals.end_nll + totals.stop_nll
+        waits, slowest = totals.wait_seconds, self._speeds.note(totals.operation_seconds)
         self.log.step(
             {
                 "step": state.step,
@@ -287,7 +297,10 @@ class TrainingRun:
                 "bins_digest": int(totals.bins_digest),
                 "tokens_per_second": step.tokens_all / seconds,
                 "padding_share": totals.padding / totals.computed,
-                "data_wait_seconds": totals.wait_seconds,
+                "data_wait_seconds": sum(waits) / len(waits),
+                "data_wait_max_seconds": max(waits),
+                "data_wait_rank": waits.index(max(waits)),
+                **({"slowest_rank": slowest[0], "slowest_ratio": slowest[1]} if slowest else {}),
                 "grad_norm": grad_norm,
                 "lr": lr,
                 "skips": state.guard.skips,
@@ -302,6 +315,8 @@ class TrainingRun:
         if self._profiler:
             self._profiler.end(state.step)
         self._watchdog.beat()
+        if warning := self._speeds.warning():
+            self.log.say(warning)
         if skipped and not rescaled:
             self.log.say(f"step {state.step:>7}  skipped on all ranks: {skipped}")
             if state.guard.in_row >= health.max_skips:

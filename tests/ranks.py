@@ -352,6 +352,29 @@ def train_and_hang(arguments: list[str], rank: int) -> int | str:
     return train(arguments)
 
 
+def train_with_a_slow_rank(arguments: list[str], rank: int) -> tuple[int | str, str]:
+    """As `train_and_listen`, but `rank` computes for another 0.1 s in every forward pass."""
+    import time
+
+    from pipeline import training_run
+
+    build_model = training_run.build_model
+
+    def burn(*_: Any) -> None:
+        until = time.process_time() + 0.1
+        while time.process_time() < until:
+            pass
+
+    def build_slow(*settings: Any, **loss: float) -> Any:
+        model = build_model(*settings, **loss)
+        model.register_forward_pre_hook(burn)
+        return model
+
+    if os.environ["RANK"] == str(rank):
+        training_run.build_model = build_slow
+    return train_and_listen(arguments)
+
+
 def signal_twice_in_a_collective(folder: str) -> None:
     """Rank 0 waits in a barrier for rank 1, which sends it TERM twice and never comes."""
     import signal

@@ -9,7 +9,7 @@ import math
 import pytest
 
 from data_prep.errors import UserError
-from pipeline.health import FEWEST, MEMORY, Guard
+from pipeline.health import FEWEST, MEMORY, SPEED_STEPS, Guard, Speeds
 from pipeline.recipe import HealthRecipe
 
 
@@ -55,3 +55,18 @@ def test_a_spike_is_judged_by_the_median_of_the_last_accepted_steps() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         HealthRecipe(**settings)
+
+
+def test_only_a_rank_that_stays_slow_is_named() -> None:
+    speeds = Speeds(["a", "b", "c"])
+    for step in range(100):
+        slow = step % 3  # another one each time: noise
+        assert speeds.note([2.0 if rank == slow else 1.0 for rank in range(3)]) == (slow, 2.0)
+        assert speeds.warning() is None
+    assert speeds.note([1.0, 0.0, 0.0]) is None  # a rank without bins has no figure
+    said = []
+    for _ in range(SPEED_STEPS + 5):
+        speeds.note([1.0, 1.0, 1.5])
+        said += [speeds.warning()]
+    [line] = [line for line in said if line]
+    assert line.startswith("rank 2 (c) takes 1.5 times the median rank's time")

@@ -662,6 +662,19 @@ def test_ranks_that_hang_leave_their_stacks(pool: ranks.RankPool, recipes: Path,
     assert "in update" in first or "in compute" in first
 
 
+def test_a_rank_that_is_always_slow_is_named(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
+    settings = arguments(recipes, "vae", "zero3", tmp_path, "--training.max_steps", 24)
+    settings += ["--training.eval_every", "100", "--training.save_every", "100"]
+    (status, said), other = pool.run(2, ranks.train_with_a_slow_rank, settings, 1)
+    assert (status, other[0]) == (0, 0)
+    [line] = [line for line in said.splitlines() if "times the median rank's time" in line]
+    assert line.startswith("rank 1 (")
+    lines = records(tmp_path)
+    assert "slowest_rank" not in lines[0]
+    assert [r["slowest_rank"] for r in lines[2:]] == [1] * 22
+    assert all(r["data_wait_max_seconds"] >= r["data_wait_seconds"] >= 0 for r in lines)
+
+
 def test_two_runs_of_one_name_are_two_at_weights_and_biases(tmp_path: Path) -> None:
     runs = [tmp_path / parent / "try" for parent in "ab"]
     for run in runs:
