@@ -18,6 +18,7 @@ from runs import MODELS, STRATEGIES, arguments, losses, records
 
 from pipeline.checkpoints import read_meta, write_meta
 from pipeline.run_log import read_records, wandb_id
+from pipeline.run_report import report
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -337,6 +338,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     first, second = records(tmp_path / "cut", "starts")
     assert second["step"] == int(latest.removeprefix("step-"))
     assert second["lost_steps"] == computed - second["step"]
+    [told] = report([tmp_path / "cut"], tmp_path / "report.html")["runs"]
+    assert (told["steps"], told["finished"], told["restarts"]) == (40, True, 1)
+    assert told["lost_steps"] == second["lost_steps"] and 0 < told["save_share"] < 1
 
 
 @pytest.mark.parametrize(
@@ -629,6 +633,8 @@ def test_a_step_that_we_veto_leaves_nothing_behind(
         assert changed == [True, True, False, True, True, True]
     skipped = [record.get("skipped") for record in records(tmp_path)]
     assert skipped == [None, None, "the loss is nan", None, None, None]
+    assert report([tmp_path], tmp_path / "report.html")["runs"][0]["skipped_steps"] == 1
+    assert "skipped: the loss is nan; step 3" in (tmp_path / "report.html").read_text()
     ours, theirs = losses(tmp_path), losses(without_third_step)
     assert ours[2] is None
     assert ours[:2] + ours[3:] == pytest.approx(theirs[:2] + theirs[3:], abs=1e-4)
