@@ -68,6 +68,7 @@ CURVES = (
     Curve("Throughput", "tokens per second", lambda row: row.get("tokens_per_second"), marked=True),
     Curve("Padding", "per cent of operations", lambda row: _percent(row.get("padding_share"))),
     Curve("Waiting for data", "per cent of time", lambda row: _percent(_waiting(row))),
+    Curve("Slowest rank by the median one", "times its time", lambda row: row.get("slowest_ratio")),
     Curve("Gradient norm before clipping", "norm", lambda row: row.get("grad_norm"), log=True, marked=True),
     Curve("Learning rate", "learning rate", lambda row: row.get("lr"), smooth=False),
     Curve(

@@ -38,6 +38,7 @@ def make_run(folder: Path, **recipe: object) -> Path:
             "lr": 1e-3,
             "memory_bytes": 10**9 + step,
             "mfu": None,
+            "slowest_ratio": 1.1,
             "operations": 5_000_000_000,
             "seconds": 0.5,
             "time": 1e9 + step,
@@ -96,6 +97,7 @@ def test_the_page_shows_curves_marks_and_differences(tmp_path: Path) -> None:
     assert page.rows["optimizer.lr"] == ["–", "0.5"]
     assert page.rows["seed"] == ["–", "2"]
     assert "output_dir" not in page.rows and "the loss is <nan>" in page.text
+    assert "Slowest rank by the median one" in page.text
     assert "MFU (median)" not in page.rows and "Model FLOPs" not in page.text  # no run knows it
     for axis in ("steps", "tokens", "time", "operations"):
         loss = re.search(rf'by-{axis}">(<svg.*?</svg>)', text, re.S).group(1)
