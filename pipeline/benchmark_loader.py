@@ -54,10 +54,13 @@ def loader(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"window {window}: {runs[window][-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
     rates = {
         str(window): {
-            "tokens_per_second": {
-                "median": statistics.median(run["tokens_per_second"] for run in of),
-                "values": [run["tokens_per_second"] for run in of],
-            },
+            rate: {
+                "median": statistics.median(run[rate] for run in of),
+                "values": [run[rate] for run in of],
+            }
+            for rate in ("tokens_per_second", "tokens_per_cpu_second")
+        }
+        | {
             "first_seconds": [run["first_seconds"] for run in of],
         }
         for window, of in runs.items()
@@ -76,10 +79,14 @@ def _load(folder: str, window: int, bins: int, byte_lengths: np.ndarray) -> dict
     began = time.perf_counter()
     with StepLoader(plan, "sllm", 1, Ranks(0, 1, 0), byte_lengths, plan.start()) as steps:
         steps.next_step()
-        first = time.perf_counter()
+        first, cpu_first = time.perf_counter(), time.process_time()
         tokens = sum(steps.next_step().tokens_all for _ in range(bins))
-        seconds = time.perf_counter() - first
-    return {"first_seconds": first - began, "tokens_per_second": tokens / seconds}
+        seconds, cpu_seconds = time.perf_counter() - first, time.process_time() - cpu_first
+    return {
+        "first_seconds": first - began,
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_cpu_second": tokens / cpu_seconds,
+    }
 
 
 def planning(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -120,19 +127,19 @@ def _plan(arguments: argparse.Namespace, at: str, window: int) -> dict[str, Any]
         seconds = time.perf_counter() - began - shard_set.making_seconds
         cpu_seconds = time.process_time() - cpu_began - shard_set.making_cpu_seconds
         opened = shard_set.opened
-        making, before, tokens = shard_set.making_seconds, time.perf_counter(), 0
+        making, before, tokens = shard_set.making_cpu_seconds, time.process_time(), 0
         for _ in range(STEPS):
             bins = list(itertools.islice(stream, arguments.ranks))
             tokens += count(bins, "sllm")[0]
             position = position.after(bins)
-        rate = tokens / (time.perf_counter() - before - (shard_set.making_seconds - making))
+        rate = tokens / (time.process_time() - before - (shard_set.making_cpu_seconds - making))
     return {
         "first_batch_seconds": seconds,
         "first_batch_cpu_seconds": cpu_seconds,
         "first_batch_tokens": mine.tokens,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "indexes_read": opened,
-        "planned_tokens_per_second": rate,
+        "planned_tokens_per_cpu_second": rate,
     }
 
 
@@ -200,7 +207,8 @@ def _written(result: dict[str, Any], arguments: argparse.Namespace) -> dict[str,
 def format_loader(result: dict[str, Any]) -> str:
     """The result of `loader` as text."""
     return "\n".join(
-        f"window {window:>5}: {of['tokens_per_second']['median'] / 1e6:6.2f} M tokens/s in bins of "
+        f"window {window:>5}: {of['tokens_per_second']['median'] / 1e6:6.2f} M tokens/s "
+        f"({of['tokens_per_cpu_second']['median'] / 1e6:.2f} per CPU-second) in bins of "
         f"{result['bin_tokens']:,}; the first after {statistics.median(of['first_seconds']):.2f} s"
         for window, of in result["windows"].items()
     )
@@ -218,7 +226,7 @@ def format_planning(result: dict[str, Any]) -> str:
         f"  window {window:>5}, {at:<5}: {one['first_batch_seconds']:6.2f} s "
         f"({one['first_batch_cpu_seconds']:.2f} CPU-s), "
         f"{one['peak_memory_bytes'] / 1e9:.2f} GB, {one['indexes_read']} indexes read; then "
-        f"{one['planned_tokens_per_second'] / 1e6:,.0f} M tokens/s are planned"
+        f"{one['planned_tokens_per_cpu_second'] / 1e6:,.0f} M tokens a CPU-second are planned"
         for window, measured in result["windows"].items()
         for at, one in measured.items()
     ]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from data_prep.shards import ShardSet
 
 LOOK_AHEAD = 64  # open bins that best-fit chooses among
-PART_WINDOWS = 1 << 15  # packed together; about two bins of a part are not well filled
+PART_WINDOWS = 1 << 15  # packed together; one bin of a part is badly filled
 
 # A run of whole sentences of one document, at most `window_tokens` long, by reference into the shards:
 # document `document` of shard `shard` of the plan's shard set `shard_set`; `document_end`: the window ends

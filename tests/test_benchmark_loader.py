@@ -24,7 +24,7 @@ def test_the_loader_is_measured(tiny_shards: Path, tmp_path: Path, capsys: pytes
         assert len(measured["tokens_per_second"]["values"]) == 2
         assert measured["tokens_per_second"]["median"] > 0
     assert cli.main(command) == 0
-    assert "M tokens/s in bins of 8,192" in capsys.readouterr().out
+    assert "per CPU-second) in bins of 8,192;" in capsys.readouterr().out
     with pytest.raises(UserError, match="its folder does not exist"):
         cli.main([*command, "--output", str(tmp_path / "nowhere" / "x.json")])
 
