@@ -47,6 +47,7 @@ class Parts:
         if self._stage == 0:
             self.weights = {name: tensor.shape for name, tensor in module.items() if name not in buffers}
             self.frozen: dict[str, torch.Size] = {}
+            self._same: dict[str, str] = {}
             return
         groups = self.common["param_shapes"]
         self.weights = {name: shape for group in groups for name, shape in group.items()}
@@ -78,17 +79,14 @@ class Parts:
         half = f"bf16_{name}"
         return half if (self.checkpoint / half).is_file() else name
 
-    def names(self) -> dict[str, torch.Size]:
-        """Name → shape of every tensor of the model's state dict that is written under its own name."""
-        return {**self.weights, **self.frozen, **{n: t.shape for n, t in self.buffers.items()}}
-
-    def tied(self) -> dict[str, str]:
-        """Name → the name under which that same weight is kept (ZeRO stages 1, 2 and 3)."""
-        return {} if self._stage == 0 else dict(self._same)
+    def shapes(self) -> dict[str, torch.Size]:
+        """Name → shape of the model's whole state dict, tied weights under each of their names."""
+        found = {**self.weights, **self.frozen, **{n: t.shape for n, t in self.buffers.items()}}
+        return found | {name: found[first] for name, first in self._same.items()}
 
     def tensor(self, name: str) -> Tensor:
         """A weight (fp32) or a buffer of the model, whole; tied ones under each of their names."""
-        name = self.tied().get(name, name)
+        name = self._same.get(name, name)
         if name in self.buffers:
             return self.buffers[name]
         if self._stage == 0:

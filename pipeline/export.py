@@ -11,27 +11,26 @@ unpickled.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import shutil
 from pathlib import Path
 
-import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.errors import UserError, first_line
+from data_prep.errors import UserError
 from data_prep.tokenizer import load_tokenizer
 from pipeline import checkpoints
 from pipeline.attention import HF_ATTENTION
+from pipeline.checkpoint_parts import Parts
 from pipeline.checkpoints import Meta
 from pipeline.model_card import model_card
 from pipeline.model_io import parameter_count, save_model
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
+from pipeline.warm_start import fill
 
 ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
 
@@ -58,17 +57,20 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
 
     checkpoint, meta = found
     checkpoints.require_undamaged(checkpoint, meta)
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    if tokenizer.fingerprint != meta.tokenizer:
+        raise UserError(
+            f"{run_dir / 'tokenizer'} is not the tokenizer of {checkpoint.name}: start the training command "
+            "again to have it written anew"
+        )
     model = model_from_config(meta)
-    try:
-        model.load_state_dict(consolidated_weights(checkpoint, meta))
-    except RuntimeError as error:
-        raise UserError(f"checkpoint {checkpoint} does not fit its own meta.json: {error}") from None
-
+    parts = Parts(checkpoint, meta)
+    fill(model, parts.shapes(), parts.tensor, f"checkpoint {checkpoint}")
     card = model_card(run_dir, checkpoint.name, meta, parameter_count(model), output.name)
     aside = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, aside, load_tokenizer(run_dir / "tokenizer"))
+    save_model(model, aside, tokenizer)
     origin = {
         "run_dir": str(run_dir),
         "checkpoint": checkpoint.name,
@@ -104,28 +106,3 @@ def model_from_config(meta: Meta) -> nn.Module:
         return SLLM(SLLMConfig.from_dict(settings))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     return TokenLM(AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION))
-
-
-def consolidated_weights(checkpoint: Path, meta: Meta) -> dict[str, torch.Tensor]:
-    """Full fp32 weights by name, tied ones under each of their names. UserError when a file does not load."""
-    try:
-        if meta.zero_stage == 0:
-            state = torch.load(
-                checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
-            )
-            return {name: tensor.float() for name, tensor in state["module"].items()}
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a page of its own progress
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        if meta.zero_stage == 1 and any(
-            part.get("freeze") for part in meta.recipe["optimizer"].get("parts", {}).values()
-        ):
-            # Of frozen weights, which no optimizer holds, stage 1 tells DeepSpeed's own tool nothing.
-            state = torch.load(
-                checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
-            )
-            weights |= {name: t.float() for name, t in state["module"].items() if name not in weights}
-        return weights
-    except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for a damaged file
-        raise UserError(f"checkpoint {checkpoint} is damaged: {first_line(error)}") from error

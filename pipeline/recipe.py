@@ -348,6 +348,7 @@ class Recipe:
     objective: str
     output_dir: str
     seed: int = 1
+    init_from: str | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
     loss: LossRecipe = field(default_factory=LossRecipe)

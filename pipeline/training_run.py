@@ -40,6 +40,7 @@ from pipeline.recipe import Recipe
 from pipeline.run_log import RunLog
 from pipeline.strategy import COMMS, complete_strategy, zero_stage
 from pipeline.validation import Validation
+from pipeline.warm_start import initialise
 
 VALIDATION_SEED = 0  # every run looks at the same sample of a validation set
 
@@ -107,6 +108,8 @@ class TrainingRun:
             data.window_tokens,
             **recipe.loss.head_settings(),
         )
+        if recipe.init_from and not checkpoints.listed(self.run_dir)[0]:
+            initialise(model, recipe.init_from, self.tokenizer)
         self.model_config = json.loads(model.config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")

@@ -25,7 +25,6 @@ MODULES = [
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.parameter_offload",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "deepspeed.utils.zero_to_fp32",
 ]
 
 
@@ -567,13 +566,13 @@ def bytes_kept_for_backward(recipe_file: str) -> tuple[int, int]:
     return plain, kept()
 
 
-def export_error(run_dir: str, output: str) -> str:
+def export_error(run_dir: str, output: str, which: str = "best") -> str:
     """The message with which `export_run` refuses a run; empty when it does not."""
     from data_prep.errors import UserError
     from pipeline.export import export_run
 
     try:
-        export_run(run_dir, output)
+        export_run(run_dir, output, which)
     except UserError as error:
         return str(error)
     return ""

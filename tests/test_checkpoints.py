@@ -81,6 +81,35 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert len(losses(tmp_path)) == 6
 
 
+def test_a_new_run_begins_from_the_weights_of_another(
+    run: Path, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    assert pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"), "last") == [""]
+    # Rates of zero: the first loss of each run is that of the weights it begins from.
+    still = ("--optimizer.lr", 1e-12, "--training.max_steps", 1, "--init_from")
+    first = {}
+    for name, source, strategy, world in (
+        ("run", run, "zero2", 1),
+        ("folder", tmp_path / "model", "zero3", 2),
+    ):
+        settings = arguments(recipes, "sllm", strategy, tmp_path / name, *still, source)
+        assert pool.run(world, ranks.train, settings) == [0] * world
+        [first[name]] = losses(tmp_path / name)
+    assert first["run"] == pytest.approx(first["folder"], abs=1e-5)
+    assert first["run"] < losses(run)[0] - 0.2, "begins where nothing was learnt"
+
+    # Going on, the checkpoint counts, and the source may be gone.
+    again = arguments(recipes, "sllm", "zero2", tmp_path / "run", *still, tmp_path / "gone")
+    assert pool.run(1, ranks.train, [*again, "--training.max_steps", "2"]) == [0]
+    for source, model, message in (
+        (tmp_path / "gone", (), "gone: does not exist"),
+        (run, ("--model.vae.hidden_size", 64), "in this model"),
+    ):
+        settings = arguments(recipes, "sllm", "zero0", tmp_path / "new", *still, source, *model)
+        [answer] = pool.run(1, ranks.train, settings)
+        assert answer.startswith("init_from ") and message in answer and "\n" not in answer
+
+
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     pool: ranks.RankPool, tiny_shards: Path, tiny_valid_shards: Path, tmp_path: Path
 ) -> None:

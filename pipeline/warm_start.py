@@ -1,0 +1,66 @@
+"""A new run from the weights of another one (`init_from` in a recipe): optimizer and step begin anew.
+
+In: a new model, and a run directory (its best weights by validation, else its last) or a model folder
+(`sllm export`, Hugging Face). Out: the model with those weights. Called by `training_run.py` where a run has
+no checkpoint yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.errors import UserError
+from data_prep.tokenizer import Tokenizer
+from pipeline import checkpoints
+from pipeline.checkpoint_parts import Parts
+from pipeline.model_io import load_model, load_model_tokenizer
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, source: str | Path, tokenizer: Tokenizer) -> None:
+    """Give every weight of the model the value it has in `source`.
+
+    Raises UserError when source is neither a run nor a model folder, is damaged, was trained with another
+    tokenizer, or has a weight less, more or of another shape.
+    """
+    source = Path(source)
+    if checkpoints.checkpoints_folder(source).is_dir():
+        found = checkpoints.find(source, "best") or checkpoints.find(source)
+        if found is None:
+            raise UserError(f"init_from {source}: holds no complete checkpoint")
+        checkpoints.require_undamaged(*found)
+        theirs = found[1].tokenizer
+        parts = Parts(*found)
+        shapes, weight = parts.shapes(), parts.tensor
+    else:
+        if not source.is_dir():
+            raise UserError(f"init_from {source}: does not exist")
+        weights: Mapping[str, Tensor] = load_model(source).state_dict()
+        theirs = load_model_tokenizer(source).fingerprint
+        shapes, weight = {name: tensor.shape for name, tensor in weights.items()}, weights.__getitem__
+    if theirs != tokenizer.fingerprint:
+        raise UserError(f"init_from {source}: was trained with another tokenizer than that of the shards")
+    fill(model, shapes, weight, f"init_from {source}")
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module, shapes: Mapping[str, torch.Size], weight: Callable[[str], Tensor], source: str
+) -> None:
+    """Copy the weights into the model one at a time, so that nobody holds it twice. UserError naming `source`
+    and the first name that one of the two lacks or has in another shape, before anything is copied."""
+    state = model.state_dict()
+    ours = {name: list(tensor.shape) for name, tensor in state.items()}
+    theirs = {name: list(shape) for name, shape in shapes.items()}
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{source}: {name} is {theirs.get(name, 'missing')} there and "
+                f"{ours.get(name, 'missing')} in this model"
+            )
+    for name, tensor in state.items():
+        tensor.copy_(weight(name))
