@@ -39,6 +39,7 @@ from pipeline.charts import Series, line_chart
 from pipeline.generation import lay_out
 from pipeline.generation_batch import BatchWriter, Limits, Piece, Request
 from pipeline.inspection import DTYPES, Vocabulary, find_recipe, new_model, sized_recipe
+from pipeline.int8 import to_int8
 from pipeline.model_io import parameter_count
 from pipeline.sampling import Sampling
 
@@ -92,7 +93,9 @@ class Turn:
 class SentenceSide:
     """The SLLM, by `BatchWriter`."""
 
-    def __init__(self, recipe: str, vae_recipe: str | None, dtype: str, device: torch.device):
+    def __init__(
+        self, recipe: str, vae_recipe: str | None, dtype: str, device: torch.device, int8: bool = False
+    ):
         sized = sized_recipe(recipe, vae_recipe)
         if sized.objective != "sllm":
             raise UserError(
@@ -102,7 +105,8 @@ class SentenceSide:
         torch.manual_seed(sized.seed)
         text = {"segmenter": "clause", "language": "en", "max_tokens": SENTENCE_ROOM}
         model = new_model(sized, vocabulary, text).to(device, DTYPES[dtype]).eval()
-        self.model, self._tokenizer = lay_out(model), LetterTokens(vocabulary)
+        self.parameters = parameter_count(model)
+        self.model, self._tokenizer = to_int8(model) if int8 else lay_out(model), LetterTokens(vocabulary)
 
     def limit(self, case: Case) -> str | None:
         """Why a case cannot be measured; None where it can."""
@@ -160,6 +164,7 @@ class TokenSide:
         self.model = model.to(device, DTYPES[dtype]).eval()
         if columns:
             lay_out(self.model)
+        self.parameters = parameter_count(self.model)
         self.model.generation_config.pad_token_id = 1
 
     def limit(self, case: Case) -> str | None:
@@ -223,7 +228,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     device = torch.device(arguments.device)
     sides: dict[str, SentenceSide | TokenSide] = {
-        "model": SentenceSide(arguments.recipe, arguments.vae_recipe, arguments.dtype, device)
+        "model": SentenceSide(arguments.recipe, arguments.vae_recipe, arguments.dtype, device, arguments.int8)
     }
     if arguments.against:
         sides["against"] = TokenSide(arguments.against, arguments.dtype, device, arguments.columns)
@@ -240,11 +245,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "dtype": arguments.dtype,
+        "int8": arguments.int8,
         "runs": arguments.runs,
         "sentences": arguments.sentences,
         "sentence_tokens": arguments.sentence_tokens,
         "against_by_columns": arguments.columns,
-        **{side: {"name": one.name, "parameters": parameter_count(one.model)} for side, one in sides.items()},
+        **{side: {"name": one.name, "parameters": one.parameters} for side, one in sides.items()},
         "points": points,
     }
     if arguments.output:

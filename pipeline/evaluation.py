@@ -32,6 +32,7 @@ from data_prep.shards import ShardSet
 from data_prep.tokenizer import LossyTokenization, Tokenizer
 from pipeline.batches import Batch, build_batch
 from pipeline.bins import Span, document_spans
+from pipeline.int8 import to_int8
 from pipeline.losses import bits_per_byte, perplexity
 from pipeline.model_io import load_model, load_model_tokenizer, model_kind
 from pipeline.plain_lm import load_plain_lm
@@ -268,6 +269,7 @@ def evaluate(
     language: str | None = None,
     max_tokens: int | None = None,
     progress: bool = False,
+    int8: bool = False,
 ) -> dict:
     """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them.
 
@@ -280,6 +282,8 @@ def evaluate(
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
     shards = ShardSet.open(data) if data is not None else find_inputs([text]) and None
     model, kind, tokenizer = _load(folder)
+    if int8:
+        to_int8(model)
     if shards is not None:
         source = _shard_source(shards, tokenizer, folder)
     else:
@@ -302,6 +306,7 @@ def evaluate(
     return {
         "model": folder,
         "kind": kind,
+        "int8": int8,
         "data": source.path,
         "data_fingerprint": source.digest.hexdigest(),
         "shards_fingerprint": source.shards_fingerprint,

@@ -32,11 +32,12 @@ class Settings:
     samples: int
     best_of: bool
     seed: int | None
+    int8: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         limits = asdict(self.limits)
         del limits["sentence_tokens"]
-        more = {"samples": self.samples, "best_of": self.best_of, "seed": self.seed}
+        more = {"samples": self.samples, "best_of": self.best_of, "seed": self.seed, "int8": self.int8}
         return {**asdict(self.sampling), **limits, **more}
 
 
@@ -52,6 +53,7 @@ def settings(
     samples: int = 1,
     best_of: int | None = None,
     seed: int | None = None,
+    int8: bool = False,
 ) -> Settings:
     """Settings out of flags: greedy, unless something is asked for that only sampling has; a seed is drawn
     where one is needed and none is given."""
@@ -68,6 +70,7 @@ def settings(
         best_of or samples,
         best_of is not None,
         seed,
+        int8,
     )
 
 
@@ -95,7 +98,7 @@ def generate_prompt(
     log-probabilities, samples (all texts, as `record` gives them), seconds (without loading), the settings.
     """
     require_text(prompt, "the prompt")
-    model, tokenizer = load_for_generation(folder)
+    model, tokenizer = load_for_generation(folder, how.int8)
     on_text = on_text or (lambda piece: None)
     started = time.perf_counter()
     if how.samples == 1:
@@ -152,7 +155,7 @@ def generate_file(
         counts = {"prompts": len(lines), "resumed": done[0], "errors": 0, "tokens": 0}
         started = time.perf_counter()
         if done[0] < len(lines):
-            model, tokenizer = load_for_generation(folder)
+            model, tokenizer = load_for_generation(folder, how.int8)
             started = time.perf_counter()
             todo = lines[done[0] :]
             first_seed = (how.seed or 0) + done[0] * how.samples
@@ -224,7 +227,7 @@ def resume(
             raise UserError(
                 f"{output}: was begun with {key} {before.get(key)!r}, not {value!r}; name another output"
             )
-    how = Settings(how.sampling, how.limits, how.samples, how.best_of, before["seed"])
+    how = Settings(how.sampling, how.limits, how.samples, how.best_of, before["seed"], how.int8)
     data = output.read_bytes() if output.exists() else b""
     complete = data[: data.rfind(b"\n") + 1]
     lines = complete.splitlines()
@@ -242,7 +245,7 @@ def converse(
 
     `read` gives a line and raises EOFError at the end; `write` shows text. Yields every continuation.
     """
-    model, tokenizer = load_for_generation(folder)
+    model, tokenizer = load_for_generation(folder, how.int8)
     text, turn = "", 0
     while True:
         try:

@@ -30,6 +30,7 @@ from pipeline.generation_batch import (
     Request,
     Sentence,
 )
+from pipeline.int8 import to_int8
 from pipeline.model_io import load_model, load_model_tokenizer, model_kind
 from pipeline.sampling import Sampling
 from pipeline.sllm import SLLM
@@ -156,8 +157,8 @@ def generate_many(
                 yield texts
 
 
-def load_for_generation(folder: str | Path) -> tuple[SLLM, Tokenizer]:
-    """A model folder's SLLM, laid out for generation, and its tokenizer.
+def load_for_generation(folder: str | Path, int8: bool = False) -> tuple[SLLM, Tokenizer]:
+    """A model folder's SLLM, laid out for generation, and its tokenizer. `int8`: weights in 8 bits.
 
     Raises: UserError for another kind of model.
     """
@@ -165,7 +166,7 @@ def load_for_generation(folder: str | Path) -> tuple[SLLM, Tokenizer]:
     if (kind := model_kind(model)) != "sllm":
         what = {"vae": "a SentenceVAE rebuilds sentences and", "lm": "a token-level model"}[kind]
         raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
-    return lay_out(model), load_model_tokenizer(folder)
+    return to_int8(model) if int8 else lay_out(model), load_model_tokenizer(folder)
 
 
 def lay_out(model: torch.nn.Module) -> torch.nn.Module:
