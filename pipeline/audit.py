@@ -64,7 +64,8 @@ def audit(run_dir: str | Path, shards: list[str] | None = None) -> dict[str, Any
 
     Args:
         shards: where the recipe's shard sets lie now, if they have moved.
-    Returns: `clean`; `findings`, a line each; `steps`, `bins`, `tokens`; `starts` (as in starts.jsonl) and
+    Returns: `clean`; `findings`, a line each; `steps`, `bins`, `tokens`; `skipped`, steps that the guard did
+        not apply (their bins are consumed all the same); `starts` (as in starts.jsonl) and
         `world_changes`; `checkpoints` that were compared; `damaged` ones that could not be.
     Raises: UserError when there is no run, or the shards are not those that it was trained on.
     """
@@ -104,6 +105,7 @@ def audit(run_dir: str | Path, shards: list[str] | None = None) -> dict[str, Any
         "steps": len(records),
         "bins": sum(position.taken),
         "tokens": tokens,
+        "skipped": [number for number, record in records.items() if record.get("skipped")],
         "starts": [{key: start.get(key) for key in _START} for start in starts],
         "world_changes": sum(a != b for a, b in itertools.pairwise(worlds)),
         "checkpoints": [checkpoints.step_name(number) for number in metas],
@@ -131,6 +133,7 @@ def format_audit(result: dict[str, Any]) -> str:
     lines.append(
         f"  {max(0, len(starts) - 1)} restarts, {result['world_changes']} of them with another number of "
         f"ranks; {sum(start['lost_steps'] or 0 for start in starts)} steps computed again; "
+        f"{len(result['skipped'])} skipped by the guard; "
         f"{len(result['checkpoints'])} checkpoints compared"
     )
     for before, start in itertools.pairwise(starts):

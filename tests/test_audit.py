@@ -48,11 +48,11 @@ def arguments(tiny_shards: Path, tiny_valid_shards: Path, tmp_path_factory: pyte
 
 @pytest.fixture(scope="module")
 def good_run(pool: ranks.RankPool, arguments: list, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six steps of two ranks: four, then two more after a new start."""
+    """Six steps: four of two ranks, then two more of one."""
     run = tmp_path_factory.mktemp("good") / "run"
-    for steps in ("4", "6"):
+    for world, steps in ((2, "4"), (1, "6")):
         command = [*arguments, "--output_dir", str(run), "--training.max_steps", steps]
-        assert pool.run(2, ranks.train, command) == [0, 0]
+        assert pool.run(world, ranks.train, command) == [0] * world
     return run
 
 
@@ -72,7 +72,8 @@ def test_a_good_run_is_clean(good_run: Path, capsys: pytest.CaptureFixture) -> N
     assert cli.main(["audit", str(good_run)]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{good_run}: clean: 6 steps trained on 18 bins (")
-    assert "1 restarts, 0 of them with another number of ranks" in text
+    assert "1 restarts, 1 of them with another number of ranks" in text
+    assert "from step 5 on: 2 → 1 ranks" in text
 
 
 def test_what_is_in_the_metrics_is_counted_over_all_ranks(good_run: Path) -> None:
