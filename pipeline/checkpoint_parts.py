@@ -100,6 +100,7 @@ class Parts:
 
     def state(self, name: str, key: str) -> Tensor:
         """A weight's fp32 copy (`WEIGHT`) or one of its optimizer states, whole. ZeRO stages 1, 2 and 3."""
+        name = self._same.get(name, name)
         return _joined([self._piece(rank, name, key) for rank in range(self._world)], self.weights[name])
 
     def keys(self) -> list[str]:

@@ -263,6 +263,7 @@ def _identity(meta: Meta) -> dict[str, Any]:
         "seed": meta.recipe["seed"],
         # They decide what states the optimizer has, and in which groups.
         "optimizer": {"parts": meta.recipe["optimizer"].get("parts", {})},
+        "training": {"ema": meta.recipe["training"].get("ema")},
     }
 
 

@@ -127,7 +127,7 @@ def _check(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from pipeline.export import export_run
 
-    export_run(args.run_dir, args.output, args.which)
+    export_run(args.run_dir, args.output, args.which, args.weights)
     if args.json:
         _print_json({"run_dir": args.run_dir, "output": args.output, "which": args.which})
     else:
@@ -413,6 +413,12 @@ def build_parser() -> argparse.ArgumentParser:
         choices=["best", "last"],
         default="best",
         help="best by validation bits per byte, or the last checkpoint (default best)",
+    )
+    export.add_argument(
+        "--weights",
+        choices=["trained", "ema"],
+        default="trained",
+        help="the trained weights, or their running average (training.ema; default trained)",
     )
     export.add_argument("--json", action="store_true", help="print one JSON object")
 

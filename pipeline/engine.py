@@ -56,6 +56,7 @@ class Engine:
             lr=recipe.optimizer.lr,
             betas=tuple(recipe.optimizer.betas),
             eps=recipe.optimizer.eps,
+            ema=recipe.training.ema,
         )
         # DeepSpeed begins its backward pass (timers, swapping from disks) by hooks on the outputs that it
         # finds, and it looks into dicts, not into dataclasses.

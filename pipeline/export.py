@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.errors import UserError
@@ -27,6 +28,8 @@ from pipeline.checkpoint_parts import Parts
 from pipeline.checkpoints import Meta
 from pipeline.model_card import model_card
 from pipeline.model_io import parameter_count, save_model
+from pipeline.optimizer import EMA, parameter_groups
+from pipeline.recipe import OptimizerRecipe
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
@@ -35,11 +38,14 @@ from pipeline.warm_start import fill
 ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
 
 
-def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> Path:
+def export_run(
+    run_dir: str | Path, output: str | Path, which: str = "best", weights: str = "trained"
+) -> Path:
     """Write the `best` (by validation bits per byte) or `last` weights of a run to the folder `output`.
 
     A run without validation has no best checkpoint: its last one is taken. An older export at `output` is
-    replaced, anything else there is refused, model folders of other origin too. Raises UserError for a
+    replaced, anything else there is refused, model folders of other origin too. weights: `trained`, or `ema`,
+    their running average (`training.ema`). Raises UserError for a
     missing, unfinished or damaged run.
     """
     run_dir, output = Path(run_dir), Path(output)
@@ -65,7 +71,8 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
         )
     model = model_from_config(meta)
     parts = Parts(checkpoint, meta)
-    fill(model, parts.shapes(), parts.tensor, f"checkpoint {checkpoint}")
+    tensor = parts.tensor if weights == "trained" else averages(parts, meta, model)
+    fill(model, parts.shapes(), tensor, f"checkpoint {checkpoint}")
     card = model_card(run_dir, checkpoint.name, meta, parameter_count(model), output.name)
     aside = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -76,6 +83,7 @@ def export_run(run_dir: str | Path, output: str | Path, which: str = "best") -> 
         "checkpoint": checkpoint.name,
         "step": meta.step,
         "tokens": meta.tokens,
+        "weights": weights,
     }
     origin |= {"best": meta.best, "recipe": meta.recipe}
     (aside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
@@ -106,3 +114,25 @@ def model_from_config(meta: Meta) -> nn.Module:
         return SLLM(SLLMConfig.from_dict(settings))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     return TokenLM(AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION))
+
+
+def averages(parts: Parts, meta: Meta, model: nn.Module) -> Callable[[str], Tensor]:
+    """Name → running average of that weight; what is not trained (frozen, buffers) as it is.
+
+    Raises: UserError when the run keeps no averages.
+    """
+    recipe = meta.recipe
+    if recipe["training"].get("ema") is None:
+        raise UserError(
+            f"{parts.checkpoint}: the run keeps no average of its weights (training.ema): leave --weights out"
+        )
+    if meta.zero_stage > 0:
+        untrained = {*parts.frozen, *parts.buffers}
+        return lambda name: parts.tensor(name) if name in untrained else parts.state(name, EMA)
+    # Without partitions the states are numbered, group after group.
+    saved = parts.common["optimizer"]
+    states = saved.get("optimizer_state_dict", saved)["state"]
+    groups = parameter_groups(model, OptimizerRecipe(**recipe["optimizer"]))
+    numbers = {id(p): number for number, p in enumerate(p for group in groups for p in group["params"])}
+    named = {name: numbers.get(id(p)) for name, p in model.named_parameters(remove_duplicate=False)}
+    return lambda name: states[named[name]][EMA] if named.get(name) in states else parts.tensor(name)

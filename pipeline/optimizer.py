@@ -18,28 +18,41 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.recipe import OptimizerRecipe
 
+EMA = "ema"  # the key of a weight's running average among the optimizer's states
+
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, of which a step can be vetoed: then weights, moments and step counters stay as they are.
 
     DeepSpeed knows the gradient's global norm before it calls this, once for each of its groups. It drops
     most steps whose norm is not finite itself, but knows nothing of the loss or of spikes.
+
+    ema: keep a running average of the weights, of this decay, beside the moments (`EMA`), so that it is
+    partitioned, offloaded, saved and restored as they are.
     """
 
-    def __init__(self, *arguments: Any, **options: Any):
+    def __init__(self, *arguments: Any, ema: float | None = None, **options: Any):
         super().__init__(*arguments, **options)
+        self.ema = ema
         self.veto: Callable[[], bool] = lambda: False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        begun = {p: p.clone() for p in moving if self.ema is not None and EMA not in self.state[p]}
         if not self.veto():
-            return super().step(closure)
+            answer = super().step(closure)
+            for p, weight in begun.items():
+                self.state[p][EMA] = weight
+            for p in moving if self.ema is not None else ():
+                self.state[p][EMA].lerp_(p, 1 - self.ema)
+            return answer
         # DeepSpeed reads the moments after its first step, applied or not.
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not self.state[p]:
-                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                    self.state[p] = {"step": torch.tensor(0.0), **moments}
+        for p in moving:
+            if not self.state[p]:
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                average = {EMA: begun[p]} if p in begun else {}
+                self.state[p] = {"step": torch.tensor(0.0), **moments, **average}
         return None
 
 

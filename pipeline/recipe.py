@@ -259,7 +259,8 @@ class TrainingRecipe:
     `eval_every`, `save_every` and `eval_bins` count steps, steps and bins; `keep` is the number of last
     checkpoints kept. `compile`: transformer layers go through torch.compile (a minute or more at the start;
     `engine.layers_to_compile`). `activation_checkpointing`: every transformer layer is computed a second time
-    in the backward pass, so that little of it is kept in memory.
+    in the backward pass, so that little of it is kept in memory. `ema`: decay of a running average of the
+    weights, kept beside them for `sllm export --weights ema`.
     """
 
     max_tokens: int | None = None
@@ -270,8 +271,11 @@ class TrainingRecipe:
     keep: int = 2
     compile: bool = False
     activation_checkpointing: bool = False
+    ema: float | None = None
 
     def __post_init__(self) -> None:
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"recipe: training.ema must be null or lie in (0, 1), not {self.ema}")
         if self.max_tokens is None and self.max_steps is None:
             raise UserError(
                 "recipe: set training.max_tokens or training.max_steps, or the run would never end"

@@ -521,6 +521,45 @@ def export_and_compare(run_dir: str, output: str) -> dict[str, float]:
     return {name: float((trained[name] - p).abs().mean().detach()) for name, p in began.named_parameters()}
 
 
+def export_average(run_dir: str, output: str, decay: float) -> tuple[float, float]:
+    """Largest distances of an export's weights from the average of the checkpoints of every step, and from
+    the last weights."""
+    from pathlib import Path
+
+    import torch
+
+    from data_prep.shards import ShardSet
+    from pipeline import checkpoints
+    from pipeline.checkpoint_parts import Parts
+    from pipeline.export import export_run
+    from pipeline.model_io import build_model, load_model
+    from pipeline.recipe import load_recipe
+
+    export_run(run_dir, output, "last", "ema")
+    recipe = load_recipe(Path(run_dir) / "recipe.yaml")
+    shards = ShardSet.open(recipe.data.shards[0])
+    torch.manual_seed(recipe.seed)
+    model = build_model(
+        recipe.objective,
+        recipe.model.vae,
+        recipe.model.backbone,
+        shards.tokenizer(),
+        shards.settings.to_dict(),
+        recipe.data.window_tokens,
+        **recipe.loss.head_settings(),
+    )
+    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for checkpoint in sorted(Path(run_dir).glob("checkpoints/step-*")):
+        parts = Parts(checkpoint, checkpoints.read_meta(checkpoint))
+        last = {name: parts.tensor(name).clone() for name in average}
+        for name, tensor in average.items():
+            average[name] = decay * tensor + (1 - decay) * last[name]
+    found = load_model(output).state_dict()
+    return tuple(
+        max(float((found[name] - other[name]).abs().max()) for name in found) for other in (average, last)
+    )
+
+
 def bytes_kept_for_backward(recipe_file: str) -> tuple[int, int]:
     """Bytes of activations that a forward pass keeps, without and with activation checkpointing."""
     import torch

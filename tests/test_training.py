@@ -227,6 +227,20 @@ def test_activation_checkpointing_changes_no_loss(
     assert losses(tmp_path / "true") == losses(tmp_path / "false")
 
 
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (2, 2), (3, 2)])
+def test_the_average_of_the_weights_is_exported(
+    stage: int, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "vae", "zero0", tmp_path / "run", "--model.vae.tie_word_embeddings", "true")
+    settings += ["--training.ema", "0.75", "--training.save_every", "1", "--training.keep", "10"]
+    settings[settings.index("--deepspeed_config") + 1] = partition_everything(stage, tmp_path)
+    for steps in ("3", "6"):  # the average goes on after a restart
+        assert pool.run(world, ranks.train, [*settings, "--training.max_steps", steps]) == [0] * world
+    run, model = str(tmp_path / "run"), str(tmp_path / "model")
+    [(from_average, from_last)] = pool.run(1, ranks.export_average, run, model, 0.75)
+    assert from_average < 1e-6 < 1e-3 < from_last
+
+
 def test_activation_checkpointing_keeps_less_for_the_backward_pass(
     pool: ranks.RankPool, recipes: Path, tmp_path: Path
 ) -> None:
