@@ -130,6 +130,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
     sub = command(
+        "stage",
+        _stage,
+        "Copy shard folders to a disk of this machine, compare every sha256, print the copies' folders.",
+        "shards/train --to /tmp/shards",
+    )
+    sub.add_argument("folders", nargs="+", metavar="DIR", help="shard folder")
+    sub.add_argument("--to", required=True, metavar="DIR", help="local folder; a whole copy there is used")
+
+    sub = command(
         "split",
         _split,
         "Split a shard set by document hash into parts, such as train, valid and test.",
@@ -367,6 +376,14 @@ def _verify(arguments: argparse.Namespace) -> None:
             deep += f"; {result['compared']:,} documents are the input's, byte for byte"
     found = f"{result['shards']} shards with {result['documents']:,} documents are whole"
     print(json.dumps(result) if arguments.json else f"{arguments.folder}: {found}{deep}")
+
+
+def _stage(arguments: argparse.Namespace) -> None:
+    from data_prep.staging import stage
+
+    copies = [stage(folder, arguments.to) for folder in arguments.folders]
+    if os.environ.get("SLURM_PROCID", "0") == "0":  # under srun one task a node: one of them speaks
+        print("\n".join(map(str, copies)))
 
 
 def _split(arguments: argparse.Namespace) -> None:

@@ -1,18 +1,94 @@
-# What train_vae.sh and train_sllm.sh have in common; not submitted itself. They set CONFIG and source it with
-# their arguments: one srun of pipeline/train.py, one task per GPU; a run that was stopped and saved is requeued.
+# What the templates share: settings, launching, preflight, requeueing. Sourced by them, never submitted.
 # shellcheck shell=bash
+#
+# Settings that all of them know, from the environment or from the site file (slurm/site.example.sh):
+#   SITE          file to source first: modules, virtual environment, network interface of this cluster
+#   VENV          folder of the Python environment (default: .venv of the folder you submit from)
+#   CONTAINER     words before every program: "apptainer exec --nv IMAGE", or Pyxis' "--container-image=IMAGE ..."
+#   SRUN_FLAGS    further words for every srun
+#   STAGE         node-local folder that shards are copied to before training (default: read where they are)
+#   MAX_RESTARTS  starts after the first one before a job gives up (default 100)
+#   DOCTOR        "no" leaves the preflight out; else further words for `sllm doctor`
+#   LOGS          folder of the logs of each node (default: logs)
+
+# shellcheck source=/dev/null # the user's own file
+if [ -n "${SITE:-}" ]; then source "$SITE"; fi
 export PATH="${VENV:-$PWD/.venv}/bin:$PATH"
+export PYTHONUNBUFFERED=1 # a killed process must not take its last lines along
+logs="${LOGS:-logs}"
+restarts="${SLURM_RESTART_COUNT:-0}"
 
-# Rank, world size and local rank are read from SLURM_* in Python; the meeting point is the first node.
+# All ranks meet on the first node, whatever Slurm calls it; the port follows from the job's number, so that two jobs
+# that share a node do not collide. Python maps SLURM_PROCID and the like to ranks (pipeline/launch.py).
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
+# One OpenMP thread per core that a task owns: more would fight, and torch's default is every core of the node.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}"
+export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 
-status=0
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-  python pipeline/train.py --config "$CONFIG" \
-  --deepspeed_config "${DS_CONFIG:-ds_configs/zero2.json}" "$@" || status=$?
+# NCCL: say what is wrong; end the process when a collective fails or hangs, so that the job is restarted instead of
+# burning its time; keep the last collectives of each rank, to see after a hang who was where.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
-# 75: told to stop, and saved. The requeued job runs this script again, and training goes on from there.
-if [ "$status" = 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
-exit "$status"
+srun_words=(
+  --kill-on-bad-exit=1                  # one dead rank ends the step: the others would wait for it for ever
+  --cpus-per-task="$SLURM_CPUS_PER_TASK" # since Slurm 22.05 a step does not inherit it, and would get one core
+  --cpu-bind=cores                      # a task stays on its cores, near its memory
+  --distribution=block                  # ranks of a node are neighbours: rings and shards of ZeRO stay inside
+)
+read -ra more_srun_words <<<"${SRUN_FLAGS:-}"
+# Pyxis' words are options of srun, Apptainer's the program that it starts: both stand right before ours.
+read -ra container <<<"${CONTAINER:-}"
+
+# One task per GPU, as the job asked for.
+run() { srun "${srun_words[@]}" "${more_srun_words[@]}" "$@"; }
+
+begin() {
+  echo "$SLURM_JOB_NAME $SLURM_JOB_ID: start $((restarts + 1)) (SLURM_RESTART_COUNT=$restarts) on $SLURM_JOB_NODELIST, $(date)"
+  # A job that can never succeed must not go round for ever.
+  if ((restarts > ${MAX_RESTARTS:-100})); then
+    echo "$SLURM_JOB_NAME $SLURM_JOB_ID: given up after $restarts restarts (MAX_RESTARTS)"
+    exit 1
+  fi
+  mkdir -p "$logs"
+}
+
+# The shards on each node's own disk (compared with the manifest's sha256): a shared file system serves every node once.
+stage() {
+  read -ra shards <<<"${SHARDS:-}"
+  if [ -z "${STAGE:-}" ] || [ ${#shards[@]} = 0 ]; then return; fi
+  local staged
+  staged=$(run --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${container[@]}" \
+    data-prep stage "${shards[@]}" --to "$STAGE")
+  mapfile -t shards <<<"$staged"
+}
+
+# Minutes of a bad node cost more than seconds of looking: every task of the job takes part, the bad one is named.
+preflight() {
+  if [ "${DOCTOR:-}" = no ]; then return; fi
+  local words=() more
+  if [ ${#shards[@]} -gt 0 ]; then words+=(--shards "${shards[@]}"); fi
+  if [ -n "${OUTPUT_DIR:-}" ]; then words+=(--output_dir "$OUTPUT_DIR"); fi
+  read -ra more <<<"${DOCTOR:-}"
+  run "${container[@]}" sllm doctor "${words[@]}" "${more[@]}"
+}
+
+# Trains to the end, or to a signal; goes on from the latest good checkpoint, converting it when the number of ranks has
+# changed; says so and exits 0 when the run is complete. All of that is in pipeline/train.py.
+train() {
+  local words=() status=0
+  if [ ${#shards[@]} -gt 0 ]; then words+=(--data.shards "${shards[@]}"); fi
+  if [ -n "${VALIDATION:-}" ]; then words+=(--data.validation "$VALIDATION"); fi
+  if [ -n "${OUTPUT_DIR:-}" ]; then words+=(--output_dir "$OUTPUT_DIR"); fi
+  # One log per node, appended to by every start: in a common one, hundreds of ranks would write over each other.
+  run --output="$logs/%x-%j.%N.log" --open-mode=append "${container[@]}" \
+    python pipeline/train.py --config "$CONFIG" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2.json}" \
+    "${words[@]}" "$@" || status=$?
+  echo "$SLURM_JOB_NAME $SLURM_JOB_ID: training ended with status $status; see $logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.*.log"
+  # 75: told to stop, and saved. Above 128: a rank was killed (memory, a broken machine). Both go on by a new start.
+  if [ "$status" = 75 ] || [ "$status" -gt 128 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  exit "$status"
+}

@@ -10,7 +10,7 @@
 #        TOKENIZER      folder of the tokenizer
 #        SEGMENTER      clause (default) or sentence
 #        TEXT_LANGUAGE  en, zh, other or auto (default)
-#        VENV           folder of the Python environment (default: .venv of the folder you submit from)
+#        and what slurm/common.sh lists (SITE, CONTAINER, ...)
 # Further arguments go to `data-prep shard`.
 #
 # Example, from the project's folder (`mkdir -p logs` first: Slurm does not make the log folder):
@@ -19,6 +19,7 @@
 #SBATCH --job-name=sllm-data
 #SBATCH --output=logs/%x-%A-%a.log
 #SBATCH --open-mode=append
+# A task whose node dies, or that is preempted, starts again and takes the next free piece.
 #SBATCH --requeue
 #SBATCH --array=0-3
 #SBATCH --nodes=1
@@ -28,13 +29,13 @@
 set -euo pipefail
 : "${INPUT:?set INPUT, OUTPUT and TOKENIZER; see the top of slurm/prepare_data.sh}" "${OUTPUT:?}" "${TOKENIZER:?}"
 cd "$SLURM_SUBMIT_DIR"
-export PATH="${VENV:-$PWD/.venv}/bin:$PATH"
+source slurm/common.sh # by its place in the project: Slurm runs a copy of this file from a folder of its own
+begin
 
 read -ra inputs <<<"$INPUT"
 # Every task leaves only when all of the work is done; --workers is Slurm's own number of CPUs.
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-  data-prep shard --backend slurm --input "${inputs[@]}" --output "$OUTPUT" --tokenizer "$TOKENIZER" \
-  --segmenter "${SEGMENTER:-clause}" --lang "${TEXT_LANGUAGE:-auto}" "$@"
+run "${container[@]}" data-prep shard --backend slurm --input "${inputs[@]}" --output "$OUTPUT" \
+  --tokenizer "$TOKENIZER" --segmenter "${SEGMENTER:-clause}" --lang "${TEXT_LANGUAGE:-auto}" "$@"
 if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MIN" ]; then
-  srun --cpus-per-task="$SLURM_CPUS_PER_TASK" data-prep verify "$OUTPUT"
+  run "${container[@]}" data-prep verify "$OUTPUT"
 fi

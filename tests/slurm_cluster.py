@@ -1,7 +1,8 @@
 """A real Slurm cluster of N nodes on this one machine, for tests: munge, slurmctld, one slurmd per node.
 
-In: a folder (configuration, logs, spool and state all live there) and the number of nodes and cores. Out: a
-context manager whose `run` executes a command on the cluster's login host. Called by tests/test_slurm.py.
+In: a folder (configuration, logs, spool and state all live there) and the number of nodes, cores and fake
+GPUs of each. Out: a context manager whose `run` executes a command on the cluster's login host and `on` one
+on a node; a node can be killed and started again. Called by tests/test_slurm.py.
 
 How it works: the controller and every node are one set of Linux namespaces each (network, host name, mounts,
 processes), so each has its own host name, its own /etc/hosts and its own address on a bridge inside the
@@ -19,6 +20,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -72,14 +74,19 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 KillWait=5
 MinJobAge=3600
 SlurmdTimeout=20
 PropagateResourceLimits=NONE
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=node[1-{nodes}] CPUs={cpus} State=UNKNOWN
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+GresTypes=gpu
+NodeName=node[1-{nodes}] CPUs={cpus} Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -98,10 +105,14 @@ def why_not() -> str | None:
 
 
 class SlurmCluster:
-    """`with SlurmCluster(folder, nodes=2, cpus=1) as cluster: cluster.run("srun", "-N2", "hostname")`."""
+    """`with SlurmCluster(folder, nodes=4) as cluster: cluster.run("srun", "-N4", "hostname")`.
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 1):
-        self.folder, self.nodes, self.cpus = Path(folder).resolve(), nodes, cpus
+    gpus: devices that Slurm counts as GPUs, on every node; nothing can be computed on them. Jobs of the
+    partition `urgent` preempt those of `test`, the default.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 4, cpus: int = 1, gpus: int = 1):
+        self.folder, self.nodes, self.cpus, self.gpus = Path(folder).resolve(), nodes, cpus, gpus
         if len(str(self.folder)) > 90:
             raise ValueError(f"{self.folder}: too long a path for munge's socket (at most 108 characters)")
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
@@ -128,6 +139,27 @@ class SlurmCluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the login host; stdout and stderr come back as text, also inside a failure."""
         return self._run_on(CONTROLLER, *command, cwd=cwd, timeout=timeout, check=check)
+
+    def on(self, node: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command on a node; what it mounts is seen by that node's jobs alone, and goes with the
+        node."""
+        return self._run_on(node, *command, check=check)
+
+    def kill_node(self, node: str) -> None:
+        """End a node and all that runs there, as if its power had failed. Slurm is not told."""
+        holder = self._holders.pop(node)
+        os.kill(self._init_pids.pop(node), signal.SIGKILL)
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+    def start_node(self, node: str) -> None:
+        """A killed node comes back; nothing is left of what was mounted on it."""
+        self._run_on(CONTROLLER, "ip", "link", "delete", f"to-{node}", check=False)
+        self._make_host(node)
+        self._connect(node, int(node.removeprefix("node")))
+        self._run_on(node, "slurmd", "-N", node)
+        self._wait_until_idle(deadline=time.monotonic() + 120)
 
     def job(self, job_id: str) -> dict[str, str]:
         """The job's record (`JobState`, `ExitCode`, `NodeList`, `Restarts`, …), also after its end."""
@@ -180,8 +212,11 @@ class SlurmCluster:
         hosts += [f"{SUBNET}.{k} node{k}" for k in range(1, self.nodes + 1)]
         (self.folder / "hosts").write_text("\n".join(hosts) + "\n")
         settings = {"controller": CONTROLLER, "address": CONTROLLER_ADDRESS, "folder": self.folder}
-        configuration = SLURM_CONF.format(**settings, nodes=self.nodes, cpus=self.cpus)
+        configuration = SLURM_CONF.format(**settings, nodes=self.nodes, cpus=self.cpus, gpus=self.gpus)
         (self.folder / "slurm.conf").write_text(configuration)
+        for k in range(self.gpus):
+            os.mknod(self.folder / f"gpu{k}", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # as /dev/null
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{self.gpus - 1}]\n")
 
         for name in (CONTROLLER, *names):
             self._make_host(name)
@@ -258,7 +293,9 @@ class SlurmCluster:
 
     def _wait_until_idle(self, deadline: float) -> None:
         while True:
-            states = self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).stdout.split()
+            states = self.run(
+                "sinfo", "--noheader", "--Node", "--partition=test", "--format=%T", check=False
+            ).stdout.split()
             if states == ["idle"] * self.nodes:
                 return
             if time.monotonic() > deadline:
