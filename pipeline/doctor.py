@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import socket
 import statistics
 import sys
@@ -58,6 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
             report = examine(meeting, arguments)
     except LostTable:
         return 2  # rank 0 has said why
+    # The first rank to exit with 1 makes `srun --kill-on-bad-exit` terminate the others: the job must end
+    # with 1 all the same, and rank 0 must have its say.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if ranks.rank == 0:
         print(json.dumps(report, allow_nan=False) if arguments.json else format_report(report), flush=True)
         for line in report["problems"]:

@@ -30,7 +30,7 @@ export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 # burning its time; keep the last collectives of each rank, to see after a hang who was where.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
 srun_words=(
@@ -79,13 +79,14 @@ preflight() {
 # Trains to the end, or to a signal; goes on from the latest good checkpoint, converting it when the number of ranks has
 # changed; says so and exits 0 when the run is complete. All of that is in pipeline/train.py.
 train() {
-  local words=() status=0
+  local words=() status=0 strategy
+  read -ra strategy <<<"${DS_CONFIG:-ds_configs/zero2.json}"
   if [ ${#shards[@]} -gt 0 ]; then words+=(--data.shards "${shards[@]}"); fi
   if [ -n "${VALIDATION:-}" ]; then words+=(--data.validation "$VALIDATION"); fi
   if [ -n "${OUTPUT_DIR:-}" ]; then words+=(--output_dir "$OUTPUT_DIR"); fi
   # One log per node, appended to by every start: in a common one, hundreds of ranks would write over each other.
   run --output="$logs/%x-%j.%N.log" --open-mode=append "${container[@]}" \
-    python pipeline/train.py --config "$CONFIG" --deepspeed_config "${DS_CONFIG:-ds_configs/zero2.json}" \
+    python pipeline/train.py --config "$CONFIG" --deepspeed_config "${strategy[@]}" \
     "${words[@]}" "$@" || status=$?
   echo "$SLURM_JOB_NAME $SLURM_JOB_ID: training ended with status $status; see $logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.*.log"
   # 75: told to stop, and saved. Above 128: a rank was killed (memory, a broken machine). Both go on by a new start.

@@ -5,7 +5,7 @@
 #        VALIDATION  shard folder for the evaluations of the run (optional)
 #        OUTPUT_DIR  run directory, on a disk that all nodes see
 #        CONFIG      recipe (default: pipeline/recipes/sllm-125m-h1.yaml)
-#        DS_CONFIG   DeepSpeed configuration (default: ds_configs/zero2.json)
+#        DS_CONFIG   DeepSpeed configuration, or several (default: ds_configs/zero2.json)
 #        and what slurm/common.sh lists (SITE, CONTAINER, STAGE, MAX_RESTARTS, DOCTOR, ...)
 # Further arguments override recipe keys. Pass --nodes, --ntasks-per-node and --gpus-per-node that fit your cluster;
 # with a range (--nodes=6-8) the job restarts on fewer nodes when one has died.
