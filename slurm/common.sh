@@ -11,8 +11,10 @@
 #   DOCTOR        "no" leaves the preflight out; else further words for `sllm doctor`
 #   LOGS          folder of the logs of each node (default: logs)
 
+set +u # modules and many profiles use variables that may not be set
 # shellcheck source=/dev/null # the user's own file
 if [ -n "${SITE:-}" ]; then source "$SITE"; fi
+set -u
 export PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 export PYTHONUNBUFFERED=1 # a killed process must not take its last lines along
 logs="${LOGS:-logs}"

@@ -29,8 +29,10 @@ set -euo pipefail
 : "${WORK:?set WORK, INPUT, VALID_INPUT and TOKENIZER; see the top of slurm/run_all.sh}"
 : "${INPUT:?}" "${VALID_INPUT:?}" "${TOKENIZER:?}"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set +u # modules and many profiles use variables that may not be set
 # shellcheck source=/dev/null # the user's own file
 if [ -n "${SITE:-}" ]; then source "$SITE"; fi
+set -u
 mkdir -p "${LOGS:-logs}" "$WORK"
 
 # submit "JOBS TO WAIT FOR" "FLAGS" SCRIPT ARGUMENT...: prints the job's number.

@@ -159,7 +159,7 @@ class SlurmCluster:
         self._make_host(node)
         self._connect(node, int(node.removeprefix("node")))
         self._run_on(node, "slurmd", "-N", node)
-        self._wait_until_idle(deadline=time.monotonic() + 120)
+        self.wait_until_idle(120)
 
     def job(self, job_id: str) -> dict[str, str]:
         """The job's record (`JobState`, `ExitCode`, `NodeList`, `Restarts`, …), also after its end."""
@@ -235,7 +235,7 @@ class SlurmCluster:
         self._run_on(CONTROLLER, "slurmctld")
         for name in names:
             self._run_on(name, "slurmd", "-N", name)
-        self._wait_until_idle(deadline=time.monotonic() + 60)
+        self.wait_until_idle(60)
 
     def _make_host(self, name: str) -> None:
         command = ["setpriv", "--pdeathsig", "KILL"]
@@ -291,7 +291,9 @@ class SlurmCluster:
             )
         return result
 
-    def _wait_until_idle(self, deadline: float) -> None:
+    def wait_until_idle(self, timeout: float = 300) -> None:
+        """Wait until no job runs and every node is ready for one."""
+        deadline = time.monotonic() + timeout
         while True:
             states = self.run(
                 "sinfo", "--noheader", "--Node", "--partition=test", "--format=%T", check=False
