@@ -8,7 +8,8 @@
 #        DS_CONFIG   DeepSpeed configuration, or several (default: ds_configs/zero2.json)
 #        and what slurm/common.sh lists (SITE, CONTAINER, STAGE, MAX_RESTARTS, DOCTOR, ...)
 # Further arguments override recipe keys. Pass --nodes, --ntasks-per-node and --gpus-per-node that fit your cluster;
-# with a range (--nodes=6-8) the job restarts on fewer nodes when one has died.
+# with a range (--nodes=6-8) the job restarts on fewer nodes when one has died. For one task a node leave
+# --ntasks-per-node out: with 1, Slurm takes the lower end of a range.
 #
 # Example, from the project's folder (`mkdir -p logs` first: Slurm does not make the log folder):
 #   SHARDS=/data/shards/en OUTPUT_DIR=/data/runs/svae-768-h1 \
@@ -25,7 +26,6 @@
 # A neighbour on the node costs more than it saves: memory, network and cores are all in use.
 #SBATCH --exclusive
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
 set -euo pipefail
