@@ -86,7 +86,7 @@ def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
     network = None
     # Two releases of torch need not speak the same language: they might wait for each other for ever.
     if ranks.world > 1 and not any("torch " in line for line in different):
-        mine = doctor_network.measure(ranks, leaders, port, arguments.timeout)
+        mine = doctor_network.measure(ranks, hosts, leaders, port, arguments.timeout)
         network = meeting.exchange(mine)
     report = {
         "hosts": [hosts[rank] for rank in leaders],

@@ -22,7 +22,7 @@ REPEATS = 3
 BYTES = {"gloo": 8 << 20, "nccl": 256 << 20}  # of one tensor
 
 
-def measure(ranks: Ranks, leaders: list[int], port: int, timeout: float) -> dict[str, Any]:
+def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeout: float) -> dict[str, Any]:
     """`{"backend", "gbps" of the all-reduce (bus bandwidth), "pairs": {peer: gbps}, "problems"}` of this
     rank.
 
@@ -51,8 +51,10 @@ def measure(ranks: Ranks, leaders: list[int], port: int, timeout: float) -> dict
         base = torch.arange(BYTES[backend] // 4, device=device).remainder_(251).float()
         facts["gbps"] = _all_reduce(base, ranks, facts["problems"])
         for peer in schedule(leaders, ranks.rank):
-            doing = f"exchange with rank {peer}"
-            facts["pairs"][str(peer)] = _exchange(base, ranks.rank, peer, facts["problems"])
+            doing = f"exchange with {hosts[peer]}"
+            facts["pairs"][str(peer)], wrong = _exchange(base, ranks.rank, peer)
+            if wrong:
+                facts["problems"].append(f"receives wrong data from {hosts[peer]}: {wrong} values")
     except Exception as error:  # torch raises many kinds
         facts["problems"].append(f"{doing} fails: {first_line(error)[:300]}")
     finally:
@@ -96,8 +98,8 @@ def _all_reduce(base: torch.Tensor, ranks: Ranks, problems: list[str]) -> float:
     return _gbps(2 * (ranks.world - 1) / ranks.world * base.nbytes, fastest)
 
 
-def _exchange(base: torch.Tensor, rank: int, peer: int, problems: list[str]) -> float:
-    """Both send and receive at once; Gbit/s of one direction."""
+def _exchange(base: torch.Tensor, rank: int, peer: int) -> tuple[float, int]:
+    """Both send and receive at once: Gbit/s of one direction, and how many values arrive wrong."""
     import torch
     import torch.distributed as dist
 
@@ -109,9 +111,7 @@ def _exchange(base: torch.Tensor, rank: int, peer: int, problems: list[str]) -> 
         for transfer in dist.batch_isend_irecv(transfers):
             transfer.wait()
         fastest = min(fastest, _now(base) - began)
-    if wrong := int((theirs != base * weight(peer)).sum()):
-        problems.append(f"receives wrong data from rank {peer}: {wrong} of {theirs.numel()} values")
-    return _gbps(base.nbytes, fastest)
+    return _gbps(base.nbytes, fastest), int((theirs != base * weight(peer)).sum())
 
 
 def _now(tensor: torch.Tensor) -> float:

@@ -629,6 +629,11 @@ def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[in
     os.environ.update(environments[int(os.environ["RANK"])])
     os.chdir(os.environ.get("CWD", "."))
     sys.path.insert(0, os.environ.get("SITE", ""))
+    if "SPOIL" in os.environ:  # a machine whose memory or network alters what it sends
+        from pipeline import doctor_network
+
+        right = doctor_network.weight
+        doctor_network.weight = lambda rank: right(rank) + (str(rank) == os.environ["RANK"])
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(["doctor", *arguments])
     return status, out.getvalue(), err.getvalue()

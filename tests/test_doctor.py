@@ -80,13 +80,14 @@ def test_fit_machines(pool: ranks.RankPool, tiny_shards: Path, tmp_path: Path) -
 
 
 def test_bad_machines_are_named(pool: ranks.RankPool, tiny_shards: Path, tmp_path: Path) -> None:
-    """Each machine has a view of its own: node2 another release, node3 a spoilt shard. torch is the same, so
-    the network is measured all the same."""
+    """Each machine has a view of its own: node2 another release and a card that alters what
+    it sends, node3 a spoilt shard."""
     other = tmp_path / "site/deepspeed-0.1.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.1\n")
     hosts = names(*MACHINES)
     hosts[1]["SITE"] = str(other.parent)
+    hosts[1]["SPOIL"] = "yes"
     for host, variables in zip(MACHINES, hosts, strict=True):
         variables["CWD"] = str(tmp_path / host)
         (tmp_path / host).mkdir()
@@ -104,7 +105,11 @@ def test_bad_machines_are_named(pool: ranks.RankPool, tiny_shards: Path, tmp_pat
     )
     shard = [line for line in lines if line.startswith("sllm doctor: node3: shard ")]
     assert len(shard) == 1 and tar.name in shard[0] and "sha256" in shard[0], lines
-    assert len(lines) == 2, lines
+    # What node2 sends is wrong: the others say so. All sums are wrong, too.
+    wrong = [line for line in lines if "receives wrong data from node2" in line]
+    assert [line.split(": ")[1] for line in wrong] == ["node1", "node3"], lines
+    assert len([line for line in lines if "all-reduce gives wrong sums" in line]) == 2, lines
+    assert len(lines) == 2 + 4, lines
     assert "all-reduce" in answers[0][1]
 
 
