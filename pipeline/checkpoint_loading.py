@@ -15,10 +15,10 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from data_prep.errors import first_line
+from data_prep.errors import UserError, first_line
 from pipeline import checkpoints
 from pipeline.checkpoint_parts import WEIGHT, Parts
-from pipeline.checkpoints import DamagedCheckpoint, Meta
+from pipeline.checkpoints import Meta
 from pipeline.launch import AgreedError
 
 
@@ -53,7 +53,7 @@ def agree_on_newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:
 def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: int) -> None:
     """Load weights and optimizer state into the engine, which runs on `world` ranks at `zero_stage`.
 
-    Raises DamagedCheckpoint when a file cannot be used.
+    Raises UserError when it does not load, though its bytes are as they were written.
     """
     as_written = zero_stage == 0 or (world, zero_stage) == (meta.world, meta.zero_stage)
     if not as_written and engine.zero_nvme_offload_optimizer():
@@ -71,12 +71,12 @@ def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: i
                 raise ValueError("DeepSpeed finds no state in it")
         else:
             _restore_parts(engine, Parts(checkpoint, meta), zero_stage)
-    except DamagedCheckpoint:
+    except UserError:
         raise
     except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for a file they cannot use
-        raise DamagedCheckpoint(
-            f"checkpoint {checkpoint} is damaged, a file of it does not load ({first_line(error)}): "
-            "delete the folder to go on from the checkpoint before it"
+        raise UserError(
+            f"checkpoint {checkpoint} does not load ({first_line(error)}), and its bytes are as they were "
+            "written: is there memory enough, and are torch and DeepSpeed those that wrote it (starts.jsonl)?"
         ) from error
 
 

@@ -26,11 +26,12 @@ from pipeline.checkpoints import Meta
 from pipeline.launch import AgreedError
 
 
-def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
+def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int, flush_records: Callable[[], None]) -> Path:
     """Write a checkpoint, make it `latest`, and remove all but the last `keep` (and the best one).
 
-    `meta.best["step"]` names the best. Raises AgreedError on every rank alike when a rank cannot write: the
-    run may be started again from the checkpoint before.
+    `meta.best["step"]` names the best. flush_records has the records of the steps up to here on the disk for
+    good, so that no checkpoint outlives them when a machine dies; rank 0 calls it. Raises AgreedError on
+    every rank alike when a rank cannot write: the run may be started again from the checkpoint before.
     """
     folder = checkpoints.checkpoints_folder(run_dir)
     name = checkpoints.step_name(meta.step)
@@ -46,6 +47,7 @@ def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int) -> Path:
     error = None
     if first:
         try:
+            flush_records()
             meta.files = _files(aside, {k: v for written in reports for k, v in written.items()})
             checkpoints.write_meta(aside, meta)
             flush_to_disk(aside)
@@ -153,11 +155,12 @@ def _give_up(aside: Path, first: bool) -> None:
 def _files(aside: Path, written: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Name → (size, sha256) of all files in the folder, as their writers meant them to be.
 
-    Files that DeepSpeed copies by itself (NVMe offload) are hashed here. Raises OSError when one has not the
-    size that was written.
+    Files that DeepSpeed copies by itself (NVMe offload) are hashed here. Raises OSError when one that another
+    rank has written is not to be seen, or has not the size that was written.
     """
     files = {}
-    for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+    listed = {path for path in aside.rglob("*") if path.is_file()}
+    for path in sorted(listed | {Path(name) for name in written}):
         size, sha256 = written.get(str(path)) or (path.stat().st_size, None)
         if path.stat().st_size != size:
             raise OSError(None, f"has {path.stat().st_size} bytes, {size} were written", str(path))

@@ -31,6 +31,7 @@ MEMORY = 50  # accepted steps that a spike is measured against
 FEWEST = 10  # before so many there is no median worth the name
 SPEED_STEPS = 20  # steps over which a rank must be slow
 SLOW = 1.3  # times the median
+LAST_WORDS_SECONDS = 3.0  # between a hung rank's stacks and its end
 STACKS = "stacks"  # folder in the run directory: what each rank was doing when it hung
 
 
@@ -86,7 +87,9 @@ class Watchdog:
     RUN/stacks/rank-N.txt, one line to standard error, exit status 76 (`launch.HUNG`).
 
     Every rank has its own, because one that hangs makes all others wait; without `seconds` it never acts.
-    Use as a context manager; `beat()` says that something was finished.
+    Between stacks and end it waits for LAST_WORDS_SECONDS: the first rank's end breaks the collective that
+    the others wait in, and they would leave with that error before they have written theirs. Use as a
+    context manager; `beat()` says that something was finished.
     """
 
     def __init__(self, run_dir: Path, rank: int, seconds: float | None):
@@ -124,6 +127,7 @@ class Watchdog:
         except OSError:
             pass
         print(said, file=sys.stderr, flush=True)
+        time.sleep(LAST_WORDS_SECONDS)
         os._exit(HUNG)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.files import write_atomically
+from data_prep.files import flush_and_rename, write_atomically
 from pipeline.recipe import Recipe
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -74,6 +74,12 @@ class RunLog:
                 part.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def flush_to_disk(self) -> None:
+        """Have the records of steps and evaluations on the disk for good."""
+        if self._on:
+            for file in (self._metrics, self._evaluations):
+                os.fsync(file.fileno())
 
     def say(self, text: str) -> None:
         """One line for the person who watches (rank 0 only)."""
@@ -165,7 +171,7 @@ def _open_after(path: Path, step: int) -> tuple[Any, int]:
     with open(aside, "w", encoding="utf-8") as out:
         for record in kept:
             _write(out, record)
-    os.replace(aside, path)
+    flush_and_rename(aside, path)
     return open(path, "a", encoding="utf-8"), len(records) - len(kept)
 
 

@@ -334,9 +334,10 @@ class TrainingRun:
         """Measure on the validation sample, log it, and remember the best."""
         figures = self.validation.run(self.engine)
         best = self.state.best
-        is_best = best is None or figures["bits_per_byte"] < best["bits_per_byte"]
+        measured = figures["bits_per_byte"]
+        is_best = math.isfinite(measured) and (best is None or measured < best["bits_per_byte"])
         if is_best:
-            self.state.best = {"step": self.state.step, "bits_per_byte": figures["bits_per_byte"]}
+            self.state.best = {"step": self.state.step, "bits_per_byte": measured}
         seconds = time.perf_counter() - self._clock
         self.log.evaluation({"step": self.state.step, **figures, "best": is_best, "seconds": seconds})
         self._watchdog.beat()
@@ -345,7 +346,10 @@ class TrainingRun:
     def save(self) -> None:
         """Write a checkpoint, make it current, drop the oldest."""
         before = time.perf_counter()
-        checkpoint_saving.save(self.engine.deepspeed, self.run_dir, self._meta(), self.recipe.training.keep)
+        keep = self.recipe.training.keep
+        checkpoint_saving.save(
+            self.engine.deepspeed, self.run_dir, self._meta(), keep, self.log.flush_to_disk
+        )
         self.log.save({"step": self.state.step, "save_seconds": time.perf_counter() - before})
         self._watchdog.beat()
         self._clock = time.perf_counter()

@@ -328,6 +328,22 @@ def train_with_difference(arguments: list[str], fault: str) -> int | str:
     return train(arguments)
 
 
+def train_with_unmeasured_weights(arguments: list[str]) -> int | str:
+    """As `train`, but the first evaluation gives figures that are not finite."""
+    import itertools
+
+    from pipeline.validation import Validation
+
+    run, calls = Validation.run, itertools.count(1)
+
+    def run_badly(self: Any, engine: Any) -> dict:
+        figures = run(self, engine)
+        return figures | ({"bits_per_byte": float("nan")} if next(calls) == 1 else {})
+
+    Validation.run = run_badly
+    return train(arguments)
+
+
 def train_and_hang(arguments: list[str], rank: int) -> int | str:
     """As `train`, but `rank` never returns from the third forward pass."""
     import itertools
@@ -403,10 +419,9 @@ def signal_twice_in_a_collective(folder: str) -> None:
     time.sleep(launch.SECOND_SIGNAL_SECONDS + 0.5)
     os.kill(pid, 0)  # still there
     (Path(folder) / "first").touch()
-    os.kill(pid, signal.SIGTERM)
-    for _ in range(600):
+    for _ in range(600):  # again, in case that the first one was looked at so late
         try:
-            os.kill(pid, 0)
+            os.kill(pid, signal.SIGTERM)
         except ProcessLookupError:
             os._exit(0)  # no leaving of a broken group
         time.sleep(0.05)

@@ -31,6 +31,7 @@ import runs
 SAVE_EVERY = 3
 LONGEST_LIFE = 7  # steps between two kills, at the most
 LIMIT_SECONDS = 300  # for whatever must happen by itself: far beyond what a loaded machine needs
+LAUNCHER_SECONDS = 2  # after a rank's death, before the others are ended as a launcher would
 KINDS = ("start", "step", "save")  # while starting, some steps later, in the middle of a save
 
 
@@ -60,7 +61,7 @@ def _series(
     from pipeline.audit import audit
 
     folder.mkdir()
-    steps = (kills + 1) * LONGEST_LIFE
+    steps = (kills + 2) * LONGEST_LIFE  # one life more than needed: a kill may come late
     options = (
         "--training.max_steps",
         steps,
@@ -119,12 +120,14 @@ def _kill_once(
     chosen, more, delay = rng.randrange(world), rng.randrange(1, LONGEST_LIFE), rng.random()
     run = folder / "cut"
     began = time.monotonic()
-    before = _saved_step(run)
+    before, starts = _saved_step(run), _starts(run)
     started = pool.start(world, ranks.train_into_log, settings, str(folder))
 
     def reached() -> bool:
-        if kind == "start":
-            return time.monotonic() - began > 3 * delay
+        if kind == "start" and time.monotonic() - began > 3 * delay:
+            return True
+        if _starts(run) == starts:  # what lies in the folder is the last life's
+            return False
         steps = _last_step(run) - before
         if kind == "save" and steps < LONGEST_LIFE - 1:
             return any((run / "checkpoints").glob(".tmp-*"))
@@ -140,10 +143,12 @@ def _kill_once(
     victims = [p for n, (p, _) in enumerate(started) if (everyone or n == chosen) and p.is_alive()]
     for process in victims:
         os.kill(process.pid, signal.SIGKILL)
-    left_alone = pool.finish(started, LIMIT_SECONDS)
+    # Ranks that have met notice a death by themselves; before that they wait for the missing one, for long.
+    met = _starts(run) > starts
+    left_alone = pool.finish(started, LIMIT_SECONDS if met else LAUNCHER_SECONDS)
     if not victims:
         return None
-    assert left_alone, "a rank outlived the others"
+    assert left_alone or not met, "a rank outlived the others"
     return {
         "world": world,
         "kind": kind,
@@ -160,6 +165,11 @@ def _last_step(run: Path) -> int:
         return json.loads(lines[-1])["step"] if lines else 0
     except FileNotFoundError:
         return 0
+
+
+def _starts(run: Path) -> int:
+    path = run / "starts.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _saved_step(run: Path) -> int:

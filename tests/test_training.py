@@ -420,6 +420,18 @@ def test_the_best_checkpoint_is_kept_and_exported(
     assert measured == pytest.approx(best["bits_per_byte"], abs=1e-5)
 
 
+def test_an_evaluation_that_is_not_finite_is_never_the_best(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "vae", "zero1", tmp_path, "--training.eval_every", 3)
+    assert pool.run(1, ranks.train_with_unmeasured_weights, settings) == [0]
+    assert [(r["bits_per_byte"] is None, r["best"]) for r in records(tmp_path, "evaluations")] == [
+        (True, False),
+        (False, True),
+    ]
+    assert (tmp_path / "checkpoints" / "best").read_text().strip() == "step-00000006"
+
+
 def test_a_finished_run_is_left_alone(
     pool: ranks.RankPool, recipes: Path, reference: dict[str, Path]
 ) -> None:
@@ -674,7 +686,8 @@ def test_a_second_signal_ends_a_rank_that_a_collective_blocks(pool: ranks.RankPo
 
 
 def test_ranks_that_hang_leave_their_stacks(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
-    settings = arguments(recipes, "vae", "zero2", tmp_path, "--health.hang_seconds", 5)
+    # Long enough for the first step on a loaded machine.
+    settings = arguments(recipes, "vae", "zero2", tmp_path, "--health.hang_seconds", 10)
     with pytest.raises(RuntimeError, match="rank 0 died with exit code 76"):
         pool.run(2, ranks.train_and_hang, settings, 1)
     first, second = ((tmp_path / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1))
