@@ -9,16 +9,15 @@ needs them, so that `sllm --help` answers at once.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 
 from data_prep.errors import UserError, run_main
+from pipeline.cli_benchmark import add_benchmarks
+from pipeline.cli_parts import INT8_HELP, VAE_RECIPE_HELP, answer, command, positive, print_json
 
 DESCRIPTION = "Evaluate, generate with, check, export, audit, inspect and measure sentence-level models."
-INT8_HELP = "weights in 8 bits (CPU): faster to write with, a little less likely (docs/generation.md)"
-VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
 
 
 def _quiet_libraries() -> None:
@@ -27,21 +26,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _print_json(result: dict) -> None:
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
-
-
-def _positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return number
-
-
-_positive.__name__ = "whole number"  # argparse prints the type's name for text that is no number at all
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -60,17 +44,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         int8=args.int8,
         progress=True,
     )
-    if args.json:
-        _print_json(result)
-    else:
-        print(format_result(result))
+    answer(args, result, format_result)
     return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from pipeline import generate_command as command
+    from pipeline import generate_command as generating
 
-    how = command.settings(
+    how = generating.settings(
         max_sentences=args.max_sentences,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -87,22 +68,20 @@ def _generate(args: argparse.Namespace) -> int:
     if (args.prompts is None) != (args.output is None):
         raise UserError("--prompts FILE and --output FILE belong together")
     if args.prompts is not None:
-        result = command.generate_file(args.model, args.prompts, args.output, how, args.batch)
-        if args.json:
-            _print_json(result)
-        else:
-            print(
-                "{prompts} prompts ({resumed} were there), {errors} refused, {tokens} new tokens in "
-                "{seconds:.2f} s: {output}".format(**result)
-            )
+        result = generating.generate_file(args.model, args.prompts, args.output, how, args.batch)
+        text = (
+            "{prompts} prompts ({resumed} were there), {errors} refused, {tokens} new tokens in "
+            "{seconds:.2f} s: {output}"
+        )
+        answer(args, result, text.format_map)
         return 1 if result["errors"] else 0
     if args.interactive:
-        for _ in command.converse(args.model, how, lambda: input("> "), command.show):
+        for _ in generating.converse(args.model, how, lambda: input("> "), generating.show):
             pass
         return 0
-    result = command.generate_prompt(args.model, args.prompt, how, None if args.json else command.show)
+    result = generating.generate_prompt(args.model, args.prompt, how, None if args.json else generating.show)
     if args.json:
-        _print_json(result)
+        print_json(result)
     else:
         print(flush=True)
         print(
@@ -117,10 +96,7 @@ def _check(args: argparse.Namespace) -> int:
     from pipeline.checking import check_folder, format_report
 
     report = check_folder(args.model, documents=args.documents, seed=args.seed, tolerance=args.tolerance)
-    if args.json:
-        _print_json(report)
-    else:
-        print(format_report(report))
+    answer(args, report, format_report)
     return 0 if report["passed"] else 1
 
 
@@ -128,10 +104,8 @@ def _export(args: argparse.Namespace) -> int:
     from pipeline.export import export_run
 
     export_run(args.run_dir, args.output, args.which, args.weights)
-    if args.json:
-        _print_json({"run_dir": args.run_dir, "output": args.output, "which": args.which})
-    else:
-        print(f"exported {args.which} of {args.run_dir} to {args.output}")
+    result = {"run_dir": args.run_dir, "output": args.output, "which": args.which}
+    answer(args, result, "exported {which} of {run_dir} to {output}".format_map)
     return 0
 
 
@@ -139,69 +113,15 @@ def _audit(args: argparse.Namespace) -> int:
     from pipeline.audit import audit, format_audit
 
     result = audit(args.run_dir, args.shards)
-    if args.json:
-        _print_json(result)
-    else:
-        print(format_audit(result))
+    answer(args, result, format_audit)
     return 0 if result["clean"] else 1
-
-
-def _benchmark_train(args: argparse.Namespace) -> int:
-    from pipeline.benchmark_training import format_benchmark, run
-
-    result = run(args)
-    if args.json:
-        _print_json(result)
-    else:
-        print(format_benchmark(result))
-    return 0
-
-
-def _benchmark_strategies(args: argparse.Namespace) -> int:
-    from pipeline.benchmark_strategies import format_benchmark, run
-
-    result = run(args)
-    if args.json:
-        _print_json(result)
-    else:
-        print(format_benchmark(result))
-    return 0
-
-
-def _benchmark_generation(args: argparse.Namespace) -> int:
-    from pipeline.benchmark_generation import format_benchmark, run
-
-    result = run(args)
-    if args.json:
-        _print_json(result)
-    else:
-        print(format_benchmark(result))
-    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
     from pipeline.run_report import format_report, report
 
     result = report(args.run_dirs, args.output)
-    if args.json:
-        _print_json(result)
-    else:
-        print(format_report(result))
-    return 0
-
-
-def _benchmark_loader(args: argparse.Namespace) -> int:
-    from pipeline import benchmark_loader
-
-    run, text = {
-        "loader": (benchmark_loader.loader, benchmark_loader.format_loader),
-        "planning": (benchmark_loader.planning, benchmark_loader.format_planning),
-    }[args.kind]
-    result = run(args)
-    if args.json:
-        _print_json(result)
-    else:
-        print(text(result))
+    answer(args, result, format_report)
     return 0
 
 
@@ -221,10 +141,7 @@ def _inspect(args: argparse.Namespace) -> int:
             worlds=args.world,
             dtype=args.dtype,
         )
-    if args.json:
-        _print_json(result)
-    else:
-        print(text(result))
+    answer(args, result, text)
     return 0
 
 
@@ -232,18 +149,6 @@ def _doctor(args: argparse.Namespace) -> int:
     from pipeline import doctor
 
     return doctor.run(args)
-
-
-def _command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -256,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    evaluate = _command(
+    evaluate = command(
         commands,
         "evaluate",
         _evaluate,
@@ -274,19 +179,19 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--text", metavar="FILE", help="WanJuan documents, .jsonl or .jsonl.gz")
     evaluate.add_argument(
         "--window-tokens",
-        type=_positive,
+        type=positive,
         metavar="W",
         help="longest window (default: the model's window_tokens, else 1024)",
     )
     evaluate.add_argument(
         "--batch-tokens",
-        type=_positive,
+        type=positive,
         default=8192,
         metavar="N",
         help="tokens per forward pass (default 8192)",
     )
     evaluate.add_argument(
-        "--max-documents", type=_positive, metavar="N", help="score the first N documents only"
+        "--max-documents", type=positive, metavar="N", help="score the first N documents only"
     )
     evaluate.add_argument(
         "--segmenter",
@@ -300,14 +205,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="with --text: longest sentence in tokens (default: as trained, else 64)",
     )
     evaluate.add_argument("--int8", action="store_true", help=INT8_HELP)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
-    generate = _command(
+    generate = command(
         commands,
         "generate",
         _generate,
@@ -330,15 +235,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--batch",
-        type=_positive,
+        type=positive,
         default=8,
         metavar="N",
         help="with --prompts: texts written at once (default 8)",
     )
     generate.add_argument(
-        "--max-sentences", type=_positive, default=10, metavar="N", help="stop after N sentences (default 10)"
+        "--max-sentences", type=positive, default=10, metavar="N", help="stop after N sentences (default 10)"
     )
-    generate.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after N new tokens")
+    generate.add_argument("--max-tokens", type=positive, metavar="N", help="stop after N new tokens")
     generate.add_argument(
         "--stop", action="append", metavar="TEXT", help="stop before TEXT; may be given more than once"
     )
@@ -364,9 +269,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="above 1: tokens of the text so far become less likely (default 1)",
     )
     several = generate.add_mutually_exclusive_group()
-    several.add_argument("--samples", type=_positive, default=1, metavar="N", help="texts of each prompt")
+    several.add_argument("--samples", type=positive, default=1, metavar="N", help="texts of each prompt")
     several.add_argument(
-        "--best-of", type=_positive, metavar="N", help="write N texts, keep the likeliest by the model's own"
+        "--best-of", type=positive, metavar="N", help="write N texts, keep the likeliest by the model's own"
     )
     generate.add_argument(
         "--seed", type=int, metavar="S", help="makes sampling repeatable (default: drawn, printed)"
@@ -374,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--int8", action="store_true", help=INT8_HELP)
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end")
 
-    check = _command(
+    check = command(
         commands,
         "check",
         _check,
@@ -385,7 +290,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", required=True, metavar="DIR", help="SLLM, SentenceVAE or token-level model folder"
     )
     check.add_argument(
-        "--documents", type=_positive, default=6, metavar="N", help="random documents to try (default 6)"
+        "--documents", type=positive, default=6, metavar="N", help="random documents to try (default 6)"
     )
     check.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the random documents (default 0)"
@@ -399,7 +304,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
-    export = _command(
+    export = command(
         commands,
         "export",
         _export,
@@ -422,7 +327,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--json", action="store_true", help="print one JSON object")
 
-    audit = _command(
+    audit = command(
         commands,
         "audit",
         _audit,
@@ -435,7 +340,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("--json", action="store_true", help="print one JSON object")
 
-    report = _command(
+    report = command(
         commands,
         "report",
         _report,
@@ -448,7 +353,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--json", action="store_true", help="print one JSON object")
 
-    inspect = _command(
+    inspect = command(
         commands,
         "inspect",
         _inspect,
@@ -463,13 +368,13 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
     inspect.add_argument(
         "--vocab-size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="vocabulary (default: what the recipe says, else OPT's 50272)",
     )
     inspect.add_argument(
         "--tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of a bin (default: the recipe's data.bin_tokens)",
     )
@@ -478,7 +383,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument(
         "--world",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=[1, 8, 64],
         metavar="N",
@@ -487,7 +392,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="default bf16")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
-    doctor = _command(
+    doctor = command(
         commands,
         "doctor",
         _doctor,
@@ -498,150 +403,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_arguments(doctor)
 
-    benchmark = commands.add_parser("benchmark", help="Measure speed and memory on this machine.")
-    kinds = benchmark.add_subparsers(dest="kind", required=True, metavar="KIND")
-    train = _command(
-        kinds,
-        "train",
-        _benchmark_train,
-        "Real tokens per second of forward and backward, padding and memory, beside another model.",
-        "sllm benchmark train --recipe sllm-125m-h1 --against opt-125m --shards shards/train",
-    )
-    train.add_argument(
-        "--recipe", required=True, metavar="FILE", help="recipe file, or the name of one that comes along"
-    )
-    train.add_argument(
-        "--against",
-        metavar="WHAT",
-        help="opt-125m, opt-350m or opt-1.3b (Hugging Face's own, its own loss), a recipe, or a model folder",
-    )
-    train.add_argument("--shards", metavar="DIR", help="shard folder (default: the recipe's data.shards)")
-    train.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
-    train.add_argument(
-        "--tokens", type=_positive, default=8192, metavar="N", help="tokens of a step (default 8192)"
-    )
-    train.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of each (default 5)")
-    train.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
-    train.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default fp32")
-    train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    train.add_argument("--step", action="store_true", help="with the update of AdamW")
-    train.add_argument("--no-memory", action="store_true", help="do not measure memory (a process per model)")
-    train.add_argument("--memory-of", choices=["model", "against"], help=argparse.SUPPRESS)
-    train.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
-    train.add_argument("--json", action="store_true", help="print one JSON object")
-
-    strategies = _command(
-        kinds,
-        "strategies",
-        _benchmark_strategies,
-        "Seconds of a training step under several DeepSpeed strategies, by turns, on this machine.",
-        "sllm benchmark strategies --recipe small-sllm --shards shards/train --strategies zero0 zero3",
-    )
-    strategies.add_argument(
-        "--recipe", required=True, metavar="FILE", help="recipe file, or the name of one that comes along"
-    )
-    strategies.add_argument(
-        "--shards", metavar="DIR", help="shard folder (default: the recipe's data.shards)"
-    )
-    strategies.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
-    strategies.add_argument(
-        "--strategies",
-        nargs="+",
-        default=["zero0", "zero1", "zero2", "zero3"],
-        metavar="NAME",
-        help="files of ds_configs/, zero2+fp16 for two of them; the others are compared with the first one "
-        "(default zero0 zero1 zero2 zero3)",
-    )
-    strategies.add_argument("--ranks", type=_positive, default=2, metavar="N", help="processes (default 2)")
-    strategies.add_argument(
-        "--threads", type=_positive, default=1, metavar="N", help="CPU threads of each (default 1)"
-    )
-    strategies.add_argument(
-        "--steps", type=_positive, default=12, metavar="N", help="of a start (default 12)"
-    )
-    strategies.add_argument("--rounds", type=_positive, default=3, metavar="N", help="of starts (default 3)")
-    strategies.add_argument("--bins", type=_positive, metavar="N", help="of a step (default: one a rank)")
-    strategies.add_argument(
-        "--tokens", type=_positive, metavar="N", help="of a bin (default: the recipe's data.bin_tokens)"
-    )
-    strategies.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    strategies.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
-    strategies.add_argument("--json", action="store_true", help="print one JSON object")
-
-    generation = _command(
-        kinds,
-        "generation",
-        _benchmark_generation,
-        "New tokens per second, time to the first sentence and cached bytes, beside a token-level model.",
-        "sllm benchmark generation --recipe sllm-125m-h1 --against opt-125m --batch 1 8 --context 256 1024",
-    )
-    generation.add_argument(
-        "--recipe", required=True, metavar="FILE", help="recipe file, or the name of one that comes along"
-    )
-    generation.add_argument(
-        "--against",
-        metavar="WHAT",
-        help="opt-125m, opt-350m or opt-1.3b, or a recipe of the objective lm (Hugging Face's generate)",
-    )
-    generation.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
-    generation.add_argument(
-        "--batch", type=_positive, nargs="+", default=[1], metavar="N", help="texts at once (default 1)"
-    )
-    generation.add_argument(
-        "--context",
-        type=_positive,
-        nargs="+",
-        default=[256],
-        metavar="N",
-        help="tokens of the prompts (default 256)",
-    )
-    generation.add_argument(
-        "--sentence-tokens", type=_positive, default=11, metavar="N", help="of every sentence (default 11)"
-    )
-    generation.add_argument(
-        "--sentences", type=_positive, default=5, metavar="N", help="new ones per text (default 5)"
-    )
-    generation.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of each (default 5)")
-    generation.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
-    generation.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="default fp32")
-    generation.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    generation.add_argument("--int8", action="store_true", help=f"{INT8_HELP}; the recipe's model only")
-    generation.add_argument(
-        "--columns", action="store_true", help="lay the other model's matrices out by columns too"
-    )
-    generation.add_argument(
-        "--output", metavar="FILE", help="write figures to FILE (JSON) and a chart (.svg)"
-    )
-    generation.add_argument("--json", action="store_true", help="print one JSON object")
-
-    loader = _command(
-        kinds,
-        "loader",
-        _benchmark_loader,
-        "Real tokens per second of packed batches, as the trainer's loader makes them on one thread.",
-        "sllm benchmark loader --shards shards/train",
-    )
-    loader.add_argument("--shards", required=True, metavar="DIR", help="shard folder")
-    loader.add_argument(
-        "--bins", type=_positive, default=500, metavar="N", help="bins of a run (default 500)"
-    )
-    loader.add_argument("--runs", type=_positive, default=5, metavar="N", help="runs of each (default 5)")
-
-    planning = _command(
-        kinds,
-        "planning",
-        _benchmark_loader,
-        "Seconds and memory to plan the first batch of a rank from an index of any size (simulated).",
-        "sllm benchmark planning --documents 500000000 --shards 10000 --ranks 4096",
-    )
-    planning.add_argument("--documents", type=_positive, default=500_000_000, metavar="N")
-    planning.add_argument("--shards", type=_positive, default=10_000, metavar="N")
-    planning.add_argument("--ranks", type=_positive, default=4096, metavar="N")
-    planning.add_argument("--at", choices=["start", "late"], help=argparse.SUPPRESS)
-    planning.add_argument("--window-tokens", type=_positive, default=1024, help=argparse.SUPPRESS)
-    for one in (loader, planning):
-        one.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
-        one.add_argument("--json", action="store_true", help="print one JSON object")
+    add_benchmarks(commands)
     return parser
 
 
