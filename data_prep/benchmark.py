@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -27,12 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from data_prep.errors import UserError
+from data_prep.results import header, say, write_result
 
 PARTS = ("speed", "workers", "memory", "ids", "reading")
 PACKAGES = ("numpy", "tokenizers", "gigatoken", "sentencepiece", "zstandard", "pyarrow", "datasets")
@@ -69,7 +68,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.big_mb < SMALL_MB:
         raise UserError(f"--big-mb must be at least {SMALL_MB:g}, not {arguments.big_mb:g}")
     only = [part for part in PARTS if part in arguments.only]
-    result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")} | machine()
+    result = header(PACKAGES)
     # Names alone: a result file is kept, and this machine's folders mean nothing elsewhere.
     result["input"] = ["/".join(Path(path).absolute().parts[-2:]) for path in arguments.input]
     result["tokenizer"] = Path(arguments.tokenizer).absolute().name
@@ -83,54 +82,8 @@ def run(arguments: argparse.Namespace) -> dict:
             result["ids"] = compare_ids(bench)
         if "reading" in only:
             result["reading"] = reading(bench.shards(), arguments.runs)
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, arguments.output)
     return result
-
-
-def machine() -> dict:
-    """CPU, cores, memory, Python, package versions, and this package's git commit or None."""
-    cpu = platform.processor() or platform.machine()
-    cores = os.cpu_count()
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = found.group(1) if found else cpu
-        cores = len(os.sched_getaffinity(0))
-    except (OSError, AttributeError):
-        pass
-    return {
-        "cpu": cpu,
-        "cores": cores,
-        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "packages": package_versions(PACKAGES),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def package_versions(names: Iterable[str]) -> dict[str, str | None]:
-    """The installed version of each package, None for one that is not there."""
-    # Imported here: it takes longer than all else that the command's `--help` needs.
-    from importlib.metadata import PackageNotFoundError, version
-
-    found: dict[str, str | None] = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _git(*words: str) -> str | None:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None
 
 
 # One measured command -----------------------------------------------------------------------------------
@@ -477,7 +430,7 @@ def _times(get: Callable[[object], object], wanted: list) -> dict:
 
 
 def _say(line: str) -> None:
-    print(f"data-prep benchmark: {line}", file=sys.stderr, flush=True)
+    say(f"data-prep benchmark: {line}")
 
 
 def text(result: dict) -> str:

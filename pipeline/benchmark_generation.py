@@ -18,13 +18,10 @@ cached bytes       of the caches' storages after the run, by the tokens that the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +29,15 @@ import numpy as np
 import torch
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from data_prep.benchmark import machine, package_versions
 from data_prep.errors import UserError
+from data_prep.results import header, require_folder, say, write_result
 from pipeline.benchmark_training import OPT_SIZES, PACKAGES
 from pipeline.charts import Series, line_chart
 from pipeline.generation import lay_out
 from pipeline.generation_batch import BatchWriter, Limits, Piece, Request
-from pipeline.inspection import DTYPES, Vocabulary, find_recipe, new_model, sized_recipe
+from pipeline.inspection import DTYPES, Vocabulary, find_recipe, sized_recipe
 from pipeline.int8 import to_int8
-from pipeline.model_io import parameter_count
+from pipeline.model_io import new_model, parameter_count
 from pipeline.sampling import Sampling
 
 SIDES = ("model", "against")
@@ -221,8 +218,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
-        raise UserError(f"--output {arguments.output}: its folder does not exist")
+    require_folder(arguments.output)
     if arguments.sentences < 2:
         raise UserError("--sentences: at least 2, the first one is timed apart")
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
@@ -238,9 +234,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             case = Case(batch, context, arguments.sentences, arguments.sentence_tokens)
             points.append(measure(case, sides, arguments.runs))
     result = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **machine(),
-        "packages": package_versions(PACKAGES),
+        **header(PACKAGES),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": device.type,
         "threads": torch.get_num_threads(),
@@ -255,7 +249,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.output:
         output = Path(arguments.output)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(result, output)
         output.with_suffix(".svg").write_text(chart(result), encoding="utf-8")
     return result
 
@@ -272,7 +266,7 @@ def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -
             turn = sides[name].turn(case, prompts_BC)
             if number >= 0:
                 turns[name].append(turn)
-                _say(
+                say(
                     f"batch {case.batch}, context {case.context}, {sides[name].name}: "
                     f"{turn.tokens_per_second:.2f} tokens/s"
                 )
@@ -323,10 +317,6 @@ def chart(result: dict[str, Any]) -> str:
         svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + STYLE, 1)
         + "\n"
     )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def format_benchmark(result: dict[str, Any]) -> str:

@@ -23,14 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.benchmark import machine
+from data_prep.benchmark import PACKAGES
 from data_prep.errors import UserError
+from data_prep.results import header, require_folder, say, write_result
 from data_prep.shards import INDEX_DTYPE, ShardSet, npy_bytes, read_index
 from pipeline.bins import PART_WINDOWS, BinPlan, Place, Position, count
 from pipeline.launch import Ranks
@@ -45,13 +45,13 @@ STEPS = 5  # planned after the first one, for the rate
 
 def loader(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run `sllm benchmark loader`."""
-    _check_output(arguments)
+    require_folder(arguments.output)
     byte_lengths = ShardSet.open(arguments.shards).tokenizer().byte_lengths
     runs: dict[int, list[dict[str, float]]] = {window: [] for window in WINDOWS}
     for _ in range(arguments.runs):
         for window in WINDOWS:  # in turn, so that a slow moment of the machine meets both
             runs[window].append(_load(arguments.shards, window, arguments.bins, byte_lengths))
-            print(f"window {window}: {runs[window][-1]['tokens_per_second']:,.0f} tokens/s", file=sys.stderr)
+            say(f"window {window}: {runs[window][-1]['tokens_per_second']:,.0f} tokens/s")
     rates = {
         str(window): {
             rate: {
@@ -65,12 +65,16 @@ def loader(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         for window, of in runs.items()
     }
-    header = _header("loader")
-    return _written(
-        header
-        | {"shards": arguments.shards, "bins": arguments.bins, "bin_tokens": BIN_TOKENS, "windows": rates},
-        arguments,
-    )
+    result = {
+        "benchmark": "loader",
+        **header(PACKAGES),
+        "shards": arguments.shards,
+        "bins": arguments.bins,
+        "bin_tokens": BIN_TOKENS,
+        "windows": rates,
+    }
+    write_result(result, arguments.output)
+    return result
 
 
 def _load(folder: str, window: int, bins: int, byte_lengths: np.ndarray) -> dict[str, float]:
@@ -91,7 +95,7 @@ def _load(folder: str, window: int, bins: int, byte_lengths: np.ndarray) -> dict
 
 def planning(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run `sllm benchmark planning`; with `at`, only that measurement, in this process."""
-    _check_output(arguments)
+    require_folder(arguments.output)
     if arguments.documents < arguments.shards:
         raise UserError(f"{arguments.documents} documents cannot fill {arguments.shards} shards")
     if arguments.at:
@@ -104,9 +108,16 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
         command += ["--at", at, "--window-tokens", str(window)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         measured.setdefault(str(window), {})[at] = json.loads(done.stdout)
-        print(f"window {window}, {at}: {measured[str(window)][at]}", file=sys.stderr)
-    sizes = {name: getattr(arguments, name) for name in ("documents", "shards", "ranks")}
-    return _written(_header("planning") | sizes | {"bin_tokens": BIN_TOKENS, "windows": measured}, arguments)
+        say(f"window {window}, {at}: {measured[str(window)][at]}")
+    result = {
+        "benchmark": "planning",
+        **header(PACKAGES),
+        **{name: getattr(arguments, name) for name in ("documents", "shards", "ranks")},
+        "bin_tokens": BIN_TOKENS,
+        "windows": measured,
+    }
+    write_result(result, arguments.output)
+    return result
 
 
 def _plan(arguments: argparse.Namespace, at: str, window: int) -> dict[str, Any]:
@@ -187,21 +198,6 @@ class SyntheticShardSet:
         shard = SyntheticShard(read_index(path, sha256))
         path.unlink()
         return shard
-
-
-def _header(kind: str) -> dict[str, Any]:
-    return {"benchmark": kind, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **machine()}
-
-
-def _check_output(arguments: argparse.Namespace) -> None:
-    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
-        raise UserError(f"--output {arguments.output}: its folder does not exist")
-
-
-def _written(result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
 
 
 def format_loader(result: dict[str, Any]) -> str:

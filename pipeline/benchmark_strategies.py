@@ -16,29 +16,27 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from data_prep.benchmark import machine, package_versions
 from data_prep.errors import UserError
+from data_prep.results import header, require_folder, say, write_result
 from data_prep.shards import ShardSet
-from pipeline.demo import free_port
+from pipeline.benchmark_training import PACKAGES
 from pipeline.inspection import find_recipe, sized_recipe
+from pipeline.launch import free_port
 from pipeline.recipe import Recipe
 from pipeline.run_log import METRICS, read_records
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "ds_configs"
 STRATEGIES = ("zero0", "zero1", "zero2", "zero3")
-PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 WARM_UP = 2  # steps of each start that are not counted
 LAST_LINES = 5  # of a failed rank's output that are shown
 
@@ -48,8 +46,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises: UserError on bad arguments, or when a start fails.
     """
-    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
-        raise UserError(f"--output {arguments.output}: its folder does not exist")
+    require_folder(arguments.output)
     if arguments.steps <= WARM_UP:
         raise UserError(f"--steps must be more than {WARM_UP}: the first {WARM_UP} are not counted")
     files = [_files(strategy) for strategy in arguments.strategies]
@@ -60,11 +57,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, paths in zip(arguments.strategies, files, strict=True):
             with tempfile.TemporaryDirectory(prefix="strategies-") as folder:
                 found[name].append(train(recipe, paths, arguments, Path(folder)))
-            _say(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s a step")
+            say(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s a step")
     result = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **machine(),
-        "packages": package_versions(PACKAGES),
+        **header(PACKAGES),
         "recipe": find_recipe(arguments.recipe).stem,
         "objective": recipe.objective,
         "device": arguments.device,
@@ -77,8 +72,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "shards": shards.fingerprint,
         "strategies": figures(found),
     }
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, arguments.output)
     return result
 
 
@@ -176,10 +170,6 @@ def train(
                 + " | ".join(said[-LAST_LINES:])
             )
     return read_records(folder / "run" / METRICS)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def format_benchmark(result: dict[str, Any]) -> str:

@@ -32,7 +32,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,15 +40,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from data_prep.benchmark import machine, package_versions
 from data_prep.errors import UserError
+from data_prep.results import header, require_folder, say, write_result
 from data_prep.shards import ShardSet
 from pipeline import arithmetic
 from pipeline.arithmetic import TRAINING_FACTOR, Core, Operations
 from pipeline.batches import Batch, build_batch
 from pipeline.bins import Bin, BinPlan
-from pipeline.inspection import DTYPES, find_recipe, new_model, sized_recipe
-from pipeline.model_io import parameter_count
+from pipeline.inspection import DTYPES, find_recipe, sized_recipe
+from pipeline.model_io import new_model, parameter_count
 from pipeline.optimizer import parameter_groups
 from pipeline.pretrained import KINDS, load_pretrained, read_config
 from pipeline.recipe import Recipe
@@ -345,12 +344,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.no_memory:
         for name in figures:
             figures[name]["memory_bytes"] = _memory_in_own_process(name, arguments)
-            _say(f"memory, {figures[name]['name']}: {figures[name]['memory_bytes']['peak'] / 1e9:.2f} GB")
+            say(f"memory, {figures[name]['name']}: {figures[name]['memory_bytes']['peak'] / 1e9:.2f} GB")
     totals = settings.shards.manifest["totals"]
     result = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **machine(),
-        "packages": package_versions(PACKAGES),
+        **header(PACKAGES),
         "gpu": torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None,
         "device": settings.device.type,
         "threads": torch.get_num_threads(),
@@ -368,8 +365,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if "against" in figures:
         result["ratios"] = _ratios(figures["model"], figures["against"])
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, arguments.output)
     return result
 
 
@@ -393,7 +389,7 @@ def _side_by_side(
             seconds = _timed(settings.device, steppers[name])
             steppers[name].clear()
             taken[name].append((side.tokens, seconds))
-            _say(f"run {turn + 1} of {arguments.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
+            say(f"run {turn + 1} of {arguments.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
     peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
     figures = {}
     for name, side in sides.items():
@@ -404,8 +400,7 @@ def _side_by_side(
 def _settings(arguments: argparse.Namespace) -> Settings:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
-        raise UserError(f"--output {arguments.output}: its folder does not exist")
+    require_folder(arguments.output)
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     recipe = _fitting(sized_recipe(arguments.recipe, arguments.vae_recipe), arguments.tokens)
     folder = arguments.shards or recipe.data.shards[0]
@@ -462,10 +457,6 @@ def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
         for key in ("peak", "step"):
             ratios[f"memory_{key}"] = model["memory_bytes"][key] / against["memory_bytes"][key]
     return ratios
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def format_benchmark(result: dict[str, Any]) -> str:

@@ -149,19 +149,13 @@ def read_meta(checkpoint: Path) -> Meta:
         raw = path.read_bytes()
         values = json.loads(raw)
         if "digest" not in values and values["format_version"] < FORMAT_VERSION:
-            raise UserError(
-                f"{path} was written by another release: format {values['format_version']}, this one reads "
-                f"{FORMAT_VERSION}"
-            )
+            raise _other_release(path, values)
         # The bytes too: what is not as we write it was changed by somebody.
         digest = values.pop("digest")
         if _digest(values) != digest or json_bytes({**values, "digest": digest}) != raw:
             raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {META} is not as it was written")
         if values["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{path} was written by another release: format {values['format_version']}, this one reads "
-                f"{FORMAT_VERSION}"
-            )
+            raise _other_release(path, values)
         meta = Meta(**values)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {META} is missing") from None
@@ -178,6 +172,13 @@ def read_meta(checkpoint: Path) -> Meta:
                 f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes, not {size}"
             )
     return meta
+
+
+def _other_release(path: Path, values: dict[str, Any]) -> UserError:
+    return UserError(
+        f"{path} was written by another release: format {values['format_version']}, this one reads "
+        f"{FORMAT_VERSION}"
+    )
 
 
 def damaged_files(checkpoint: Path, meta: Meta, names: Iterable[str] | None = None) -> list[str]:

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,9 +32,10 @@ from pathlib import Path
 
 import yaml
 
-from data_prep.benchmark import machine
 from data_prep.errors import UserError, run_main
+from data_prep.results import machine
 from pipeline.demo_report import KINDS, build_report
+from pipeline.launch import free_port
 
 PROJECT = Path(__file__).resolve().parent.parent
 PORT = "PORT"  # in a command: stands for a free port, so that the step's stamp does not depend on it
@@ -252,15 +251,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def describe_machine(project: Path) -> dict[str, str]:
     """The machine and the versions, for the report."""
-    known = machine()
+    known = machine(PACKAGES)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=project, capture_output=True, text=True
@@ -273,7 +266,7 @@ def describe_machine(project: Path) -> dict[str, str]:
         "processes": "2, one thread each, exchanging by gloo",
         "project": commit or "not a git checkout",
         "Python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **known["packages"],
     }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from data_prep.errors import UserError, describe
 from pipeline import doctor_machine, doctor_network
-from pipeline.launch import Ranks, find_ranks
+from pipeline.launch import Ranks, find_ranks, free_port
 from pipeline.meeting import LostTable, Meeting
 
 CLOCK_LIMIT = 2.0  # seconds between any machine's clock and the first one's
@@ -268,7 +268,6 @@ def format_report(report: dict[str, Any]) -> str:
 
 def _free_port() -> int:
     try:
-        with socket.create_server(("", 0)) as server:
-            return server.getsockname()[1]
+        return free_port("")
     except OSError as error:
         raise UserError(f"no free port: {describe(error)}") from None

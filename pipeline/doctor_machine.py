@@ -6,7 +6,6 @@ machine (the caller does). Called on every machine by `doctor.py`. No torch, no 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shutil
@@ -34,19 +33,10 @@ GPU_FIELDS = (
 
 def versions() -> dict[str, str | None]:
     """Python, the packages that the ranks of one run must share, and a hash of this project's own code."""
-    from data_prep.benchmark import package_versions
+    from data_prep.results import code_version, package_versions
 
     found = {"python": platform.python_version(), **package_versions(PACKAGES)}
-    return found | {"the project's code": code_fingerprint()}
-
-
-def code_fingerprint() -> str:
-    """The first 12 hex digits of a sha256 over all Python files of `data_prep` and `pipeline`."""
-    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
-    for folder in ("data_prep", "pipeline"):
-        for path in sorted((root / folder).glob("*.py")):
-            digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    return found | {"the project's code": code_version()}
 
 
 def shards(folder: str, machine: int, machines: int, part: int, parts: int, deep: bool) -> dict[str, Any]:

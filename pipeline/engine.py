@@ -1,6 +1,6 @@
 """The training engine: AdamW and DeepSpeed around a model, and one optimizer step over micro-batches.
 
-In: a model (`model_io.build_model`), a recipe, a completed DeepSpeed config. Out: an `Engine` whose `compute`
+In: a model (`model_io.new_model`), a recipe, a completed DeepSpeed config. Out: an `Engine` whose `compute`
 runs a step's forward and backward passes and whose `update` applies it. Called by `train.py`.
 
 Scaling: a step's loss is the sum of the objective over all bins of the step divided by the step's targets,

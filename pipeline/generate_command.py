@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def resume(
             raise UserError(
                 f"{output}: was begun with {key} {before.get(key)!r}, not {value!r}; name another output"
             )
-    how = Settings(how.sampling, how.limits, how.samples, how.best_of, before["seed"], how.int8)
+    how = replace(how, seed=before["seed"])
     data = output.read_bytes() if output.exists() else b""
     complete = data[: data.rfind(b"\n") + 1]
     lines = complete.splitlines()

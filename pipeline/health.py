@@ -11,7 +11,6 @@ never learns from.
 from __future__ import annotations
 
 import faulthandler
-import hashlib
 import math
 import os
 import platform
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.results import code_version
 from pipeline.launch import HUNG, AgreedError, Ranks
 from pipeline.recipe import HealthRecipe
 
@@ -133,8 +133,7 @@ class Watchdog:
 
 def facts(recipe: dict[str, Any], strategy: dict[str, Any], provenance: dict[str, Any]) -> dict[str, str]:
     """What all ranks must have in common, by name: settings, shards, versions and this project's code."""
-    packages = {name: found for name, found in provenance["packages"].items()}
-    found = {"python": provenance["python"], **packages, "code": code_version()}
+    found = {"python": provenance["python"], **provenance["packages"], "code": code_version()}
     for key in ("shards", "validation"):
         for number, shard_set in enumerate(provenance[key]):
             found[f"data.{key} {number + 1}"] = shard_set["fingerprint"][:12]
@@ -146,15 +145,6 @@ def _flat(name: str, value: Any) -> dict[str, str]:
     if isinstance(value, dict):
         return {k: v for key, one in value.items() for k, v in _flat(f"{name}.{key}", one).items()}
     return {name: str(value)}
-
-
-def code_version() -> str:
-    """A digest of the source files that train: other code is another version, committed or not."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted([*root.glob("pipeline/*.py"), *root.glob("data_prep/*.py")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def require_agreement(ranks: Ranks, ours: dict[str, str]) -> list[str]:

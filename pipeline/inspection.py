@@ -38,7 +38,7 @@ from pipeline.arithmetic import (
 )
 from pipeline.batches import Batch, build_batch
 from pipeline.bins import Span
-from pipeline.model_io import build_model, parameter_count
+from pipeline.model_io import new_model, parameter_count
 from pipeline.pretrained import KINDS, read_config
 from pipeline.recipe import VAE_KEYS, ModelRecipe, Recipe, load_recipe
 from pipeline.sentence_vae import LAYOUTS
@@ -132,19 +132,6 @@ def _vae_sizes(recipe: Recipe, path: Path, vae_recipe: str | Path | None) -> dic
     if source.objective != "vae":
         raise UserError(f"--vae-recipe {vae_recipe}: its objective is {source.objective}, not vae")
     return dict(source.model.vae)
-
-
-def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any]) -> nn.Module:
-    """The recipe's model with random weights; `tokenizer` is a `Tokenizer` or a `Vocabulary`."""
-    return build_model(
-        recipe.objective,
-        recipe.model.vae,
-        recipe.model.backbone,
-        tokenizer,
-        sentence_settings,
-        recipe.data.window_tokens,
-        **recipe.loss.head_settings(),
-    )
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +50,12 @@ class Ranks:
     rank: int
     world: int
     local: int
+
+
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine that was free a moment ago; `address` "": on all of its addresses."""
+    with socket.create_server((address, 0)) as server:
+        return server.getsockname()[1]
 
 
 def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:

@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from data_prep.benchmark import package_versions
 from data_prep.errors import UserError
+from data_prep.results import package_versions
 from data_prep.shards import ShardSet
 from pipeline.bins import Position
 from pipeline.checkpoints import Meta

@@ -1,6 +1,6 @@
 """Building, saving and loading any of the three kinds of model.
 
-`build_model` makes what a recipe asks for (the trainer); `save_model` and `load_model` move a model through
+`new_model` makes what a recipe asks for (the trainer); `save_model` and `load_model` move a model through
 a folder in safetensors with its config and, in `FOLDER/tokenizer/`, the tokenizer (export, evaluate,
 generate, check). Nothing is unpickled and no remote code runs.
 """
@@ -8,6 +8,7 @@ generate, check). Nothing is unpickled and no remote code runs.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -20,6 +21,9 @@ from pipeline.pretrained import KINDS, load_pretrained, read_config
 from pipeline.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.sllm import SLLM, SLLMConfig
 from pipeline.token_lm import TokenLM
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
 
 
 def model_kind(model: nn.Module) -> str:
@@ -117,6 +121,19 @@ def build_model(
         raise
     except Exception as error:  # wrong types and sizes fail deep in configs and layers, each in its own way
         raise UserError(f"model: cannot be built from these settings ({first_line(error)})") from error
+
+
+def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any]) -> nn.Module:
+    """The recipe's model with random weights; `tokenizer`: what `build_model` asks of one will do."""
+    return build_model(
+        recipe.objective,
+        recipe.model.vae,
+        recipe.model.backbone,
+        tokenizer,
+        sentence_settings,
+        recipe.data.window_tokens,
+        **recipe.loss.head_settings(),
+    )
 
 
 def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, loss: dict) -> SLLM:

@@ -33,7 +33,7 @@ from pipeline.launch import AgreedError, Ranks
 from pipeline.loader import Step, StepLoader
 from pipeline.losses import bits_per_byte
 from pipeline.model_card import PROVENANCE, provenance
-from pipeline.model_io import build_model
+from pipeline.model_io import new_model
 from pipeline.padding import StepArithmetic
 from pipeline.profiling import StepProfiler
 from pipeline.recipe import Recipe
@@ -99,15 +99,7 @@ class TrainingRun:
         hosts = require_agreement(ranks, facts(recipe.to_dict(), strategy, self.provenance))
         self._speeds, self._time_per_operation = Speeds(hosts), 0.0
         torch.manual_seed(recipe.seed)
-        model = build_model(
-            recipe.objective,
-            recipe.model.vae,
-            recipe.model.backbone,
-            self.tokenizer,
-            shard_sets[0].settings.to_dict(),
-            data.window_tokens,
-            **recipe.loss.head_settings(),
-        )
+        model = new_model(recipe, self.tokenizer, shard_sets[0].settings.to_dict())
         if recipe.init_from and not checkpoints.listed(self.run_dir)[0]:
             initialise(model, recipe.init_from, self.tokenizer)
         self.model_config = json.loads(model.config.to_json_string(use_diff=False))
@@ -227,18 +219,18 @@ class TrainingRun:
         return self._loader.next_step()
 
     def compute(self, step: Step, stop_wanted: bool) -> Totals:
-        """Forward and backward, then the step's one all-reduce of figures and of the wish to stop.
-        Every rank gets the same
-               totals.
+        """Forward and backward, then the step's one all-reduce of figures and of the wish to stop. Every rank
+        gets the same totals.
         """
         sums = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
         counts = [self._arithmetic.count(batch) for batch in scored]
+        computed = sum(one for _, one in counts)
         rest = [
             step.text_bytes,
             sum(batch.sentences for batch in scored),
             sum(padding for padding, _ in counts),
-            sum(computed for _, computed in counts),
+            computed,
             len(scored),
             step.digest,
             float(stop_wanted),
@@ -252,7 +244,7 @@ class TrainingRun:
         dist.all_reduce(everything)
         *figures, stop = everything[: -2 * world].tolist()
         by_rank = everything[-2 * world :].tolist()
-        seconds, computed = self.engine.own_seconds(), sum(computed for _, computed in counts)
+        seconds = self.engine.own_seconds()
         self._time_per_operation = seconds / computed if seconds and computed else 0.0
         return Totals(*figures, by_rank[:world], by_rank[world:], stop=stop > 0)
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from pipeline.launch import free_port
 
 MODULES = [
     "pipeline.train",
@@ -75,12 +76,6 @@ class RankPool:
     def close(self) -> None:
         """End the fork server."""
         multiprocessing.forkserver._forkserver._stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _be_rank(
@@ -227,10 +222,10 @@ def train_with_bad_gradient(
 
     from pipeline import training_run
 
-    build_model = training_run.build_model
+    new_model = training_run.new_model
 
-    def build_with_fault(*settings: Any, **loss: float) -> Any:
-        model = build_model(*settings, **loss)
+    def build_with_fault(*settings: Any) -> Any:
+        model = new_model(*settings)
         calls = itertools.count()
         weight = next(model.parameters())
         bad = range(after_calls, until_calls)
@@ -238,7 +233,7 @@ def train_with_bad_gradient(
         return model
 
     if os.environ["RANK"] == str(rank):
-        training_run.build_model = build_with_fault
+        training_run.new_model = build_with_fault
     return _with_digests(arguments)
 
 
@@ -351,19 +346,19 @@ def train_and_hang(arguments: list[str], rank: int) -> int | str:
 
     from pipeline import training_run
 
-    build_model, calls = training_run.build_model, itertools.count(1)
+    new_model, calls = training_run.new_model, itertools.count(1)
 
     def hang_here(*_: Any) -> None:
         if next(calls) == 3:
             time.sleep(600)
 
-    def build_with_fault(*settings: Any, **loss: float) -> Any:
-        model = build_model(*settings, **loss)
+    def build_with_fault(*settings: Any) -> Any:
+        model = new_model(*settings)
         model.register_forward_pre_hook(hang_here)
         return model
 
     if os.environ["RANK"] == str(rank):
-        training_run.build_model = build_with_fault
+        training_run.new_model = build_with_fault
     return train(arguments)
 
 
@@ -373,20 +368,20 @@ def train_with_a_slow_rank(arguments: list[str], rank: int) -> tuple[int | str, 
 
     from pipeline import training_run
 
-    build_model = training_run.build_model
+    new_model = training_run.new_model
 
     def burn(*_: Any) -> None:
         until = time.process_time() + 0.1
         while time.process_time() < until:
             pass
 
-    def build_slow(*settings: Any, **loss: float) -> Any:
-        model = build_model(*settings, **loss)
+    def build_slow(*settings: Any) -> Any:
+        model = new_model(*settings)
         model.register_forward_pre_hook(burn)
         return model
 
     if os.environ["RANK"] == str(rank):
-        training_run.build_model = build_slow
+        training_run.new_model = build_slow
     return train_and_listen(arguments)
 
 
@@ -516,22 +511,14 @@ def export_and_compare(run_dir: str, output: str) -> dict[str, float]:
 
     from data_prep.shards import ShardSet
     from pipeline.export import export_run
-    from pipeline.model_io import build_model, load_model
+    from pipeline.model_io import load_model, new_model
     from pipeline.recipe import load_recipe
 
     export_run(run_dir, output, "last")
     recipe = load_recipe(Path(run_dir) / "recipe.yaml")
     shards = ShardSet.open(recipe.data.shards[0])
     torch.manual_seed(recipe.seed)
-    began = build_model(
-        recipe.objective,
-        recipe.model.vae,
-        recipe.model.backbone,
-        shards.tokenizer(),
-        shards.settings.to_dict(),
-        recipe.data.window_tokens,
-        **recipe.loss.head_settings(),
-    )
+    began = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
     trained = dict(load_model(output).named_parameters())
     return {name: float((trained[name] - p).abs().mean().detach()) for name, p in began.named_parameters()}
 
@@ -547,22 +534,14 @@ def export_average(run_dir: str, output: str, decay: float) -> tuple[float, floa
     from pipeline import checkpoints
     from pipeline.checkpoint_parts import Parts
     from pipeline.export import export_run
-    from pipeline.model_io import build_model, load_model
+    from pipeline.model_io import load_model, new_model
     from pipeline.recipe import load_recipe
 
     export_run(run_dir, output, "last", "ema")
     recipe = load_recipe(Path(run_dir) / "recipe.yaml")
     shards = ShardSet.open(recipe.data.shards[0])
     torch.manual_seed(recipe.seed)
-    model = build_model(
-        recipe.objective,
-        recipe.model.vae,
-        recipe.model.backbone,
-        shards.tokenizer(),
-        shards.settings.to_dict(),
-        recipe.data.window_tokens,
-        **recipe.loss.head_settings(),
-    )
+    model = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
     average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for checkpoint in sorted(Path(run_dir).glob("checkpoints/step-*")):
         parts = Parts(checkpoint, checkpoints.read_meta(checkpoint))
@@ -583,19 +562,12 @@ def bytes_kept_for_backward(recipe_file: str) -> tuple[int, int]:
     from pipeline.batches import build_batch
     from pipeline.bins import BinPlan
     from pipeline.engine import checkpoint_layers
-    from pipeline.model_io import build_model
+    from pipeline.model_io import new_model
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(recipe_file)
     shards, data = ShardSet.open(recipe.data.shards[0]), recipe.data
-    model = build_model(
-        recipe.objective,
-        recipe.model.vae,
-        recipe.model.backbone,
-        shards.tokenizer(),
-        shards.settings.to_dict(),
-        data.window_tokens,
-    )
+    model = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
     plan = BinPlan([shards], data.window_tokens, data.bin_tokens, recipe.seed)
     batch = build_batch(plan.spans(next(iter(plan.epoch()))))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

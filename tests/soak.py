@@ -215,10 +215,10 @@ def main() -> int:
         print(f"{name}: {one}")
     print("passed" if result["passed"] else "FAILED", f"in {result['seconds']} s")
     if arguments.output:
-        from data_prep.benchmark import machine, package_versions
+        from data_prep.results import header, write_result
+        from pipeline.benchmark_training import PACKAGES
 
-        result |= {"machine": machine(), "packages": package_versions()}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result({**header(PACKAGES), **result}, arguments.output)
     return 0 if result["passed"] else 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,6 @@ from pipeline import cli
 from pipeline.audit import audit
 
 PROJECT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ranks.RankPool]:
-    pool = ranks.RankPool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

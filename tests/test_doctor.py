@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ from pipeline.launch import Ranks
 from pipeline.meeting import Meeting
 
 MACHINES = ["node1", "node2", "node3"]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ranks.RankPool]:
-    pool = ranks.RankPool()
-    yield pool
-    pool.close()
 
 
 def names(*hosts: str) -> list[dict[str, str]]:
