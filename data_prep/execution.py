@@ -126,13 +126,11 @@ class Board:
                 if number >= 0 and not self._is_void(self._claim(phase, unit, number)):
                     continue
                 path.parent.mkdir(exist_ok=True)
-                claim = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                self._create_claim(path)
             except FileExistsError:  # somebody was quicker
                 continue
             except FileNotFoundError:  # somebody has finished everything and tidied up
                 return None
-            with os.fdopen(claim, "wb") as stream:
-                stream.write(_claim_bytes({}))
             self._taken[phase, unit] = number + 1
             return unit
         return None
@@ -204,6 +202,16 @@ class Board:
                 phase, unit, number = entry.name.rsplit("-", 2)
                 newest[phase, int(unit)] = max(int(number), newest.get((phase, int(unit)), 0))
         return newest
+
+    def _create_claim(self, path: Path) -> None:
+        """Make a claim that is not there yet, with its holder in it from the first moment: of one without a
+        name nobody could say that its holder is dead. Raises FileExistsError when there is one."""
+        beside = self.folder / f"claim-{_signature()}"
+        beside.write_bytes(_claim_bytes({}))
+        try:
+            os.link(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def _write_claim(self, path: Path, counts: dict) -> None:
         beside = self.folder / f"claim-{_signature()}"

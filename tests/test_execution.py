@@ -114,6 +114,25 @@ def test_of_many_who_find_a_dead_claim_one_gets_it(folder: Path):
         successor.unlink()
 
 
+def take_all(folder: Path, units: int) -> None:
+    mine = board(folder)
+    for unit in range(units):
+        mine.take("a", [unit])
+
+
+def test_a_claim_names_its_holder_from_the_first_moment(folder: Path):
+    """Else a holder killed right after its claim would be waited for as if on another machine."""
+    units, claims = 2000, folder / "work/claims"
+    holder = multiprocessing.get_context("fork").Process(target=take_all, args=(folder, units))
+    holder.start()
+    for unit in range(units):
+        path = claims / f"a-{unit:06d}-0"
+        while not path.exists():
+            assert holder.is_alive() or path.exists()
+        assert json.loads(path.read_bytes())["holder"]["pid"] == holder.pid
+    holder.join()
+
+
 def test_a_paused_holder_does_not_disturb_its_successor(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(execution, "STALE_SECONDS", 0.0)
     monkeypatch.setattr(execution, "BEAT_SECONDS", 0.0)
