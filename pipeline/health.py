@@ -89,17 +89,18 @@ class Watchdog:
     Every rank has its own, because one that hangs makes all others wait; without `seconds` it never acts.
     Between stacks and end it waits for LAST_WORDS_SECONDS: the first rank's end breaks the collective that
     the others wait in, and they would leave with that error before they have written theirs. Use as a
-    context manager; `beat()` says that something was finished.
+    context manager, from before the ranks meet: one that never comes is waited for like one that hangs.
+    `beat(what)` says what was finished.
     """
 
     def __init__(self, run_dir: Path, rank: int, seconds: float | None):
         self._file, self._rank, self._seconds = run_dir / STACKS / f"rank-{rank}.txt", rank, seconds
         self._ended = threading.Event()
-        self._last = time.monotonic()
+        self._last, self._finished = time.monotonic(), ""
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.beat()
+        self.beat("the start")
         if self._seconds is not None:
             self._thread.start()
         return self
@@ -109,8 +110,8 @@ class Watchdog:
         if self._seconds is not None:
             self._thread.join()
 
-    def beat(self) -> None:
-        self._last = time.monotonic()
+    def beat(self, finished: str) -> None:
+        self._last, self._finished = time.monotonic(), finished
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._seconds / 10)):
@@ -118,7 +119,8 @@ class Watchdog:
                 self._give_up()
 
     def _give_up(self) -> None:
-        said = f"rank {self._rank}: nothing finished for {self._seconds:g} s (health.hang_seconds)"
+        said = f"rank {self._rank}: nothing finished since {self._finished}, for {self._seconds:g} s "
+        said += "(health.hang_seconds)"
         try:  # the disk may be what hangs or is full: end all the same
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with open(self._file, "w", encoding="utf-8") as file:

@@ -3,7 +3,8 @@
 In: a recipe, a DeepSpeed config and overrides on the command line, or a run directory to go on from. Out: the
 run directory (docs/architecture.md lists it). Start it by `deepspeed pipeline/train.py`, by `srun python
 pipeline/train.py`, or plainly by `python pipeline/train.py` (one process). Exit status: 0 trained to the end,
-2 bad input, 75 stopped by a signal after saving: start it again to go on.
+2 bad input, 75 stopped by a signal after saving: start it again to go on, 76 nothing was finished for
+`health.hang_seconds`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ example:
       --deepspeed_config ds_configs/zero3.json --data.shards demo/shards/train --training.max_steps 100
 
 Every key of the recipe can be given as --section.key VALUE. Start the same command again to resume.
-Exit status: 0 done, 2 bad input, 75 stopped by USR1 or TERM after saving (start again to go on)."""
+Exit status: 0 done, 2 bad input, 75 stopped by USR1 or TERM after saving (start again to go on),
+76 hung for health.hang_seconds (what each rank did then: RUN/stacks/)."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -92,8 +92,12 @@ class TrainingRun:
         self.shards = [shard_set.fingerprint for shard_set in shard_sets]
         self.validation_shards = validation_sets[0].fingerprint if validation_sets else None
 
+        self._watchdog = self._open.enter_context(
+            Watchdog(self.run_dir, ranks.rank, recipe.health.hang_seconds)
+        )
         device = launch.join(ranks)
         self._open.callback(launch.leave)
+        self._watchdog.beat("the ranks' meeting")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
         hosts = require_agreement(ranks, facts(recipe.to_dict(), strategy, self.provenance))
@@ -108,6 +112,7 @@ class TrainingRun:
         self.engine = Engine(model, recipe, self.config, device)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
+        self._watchdog.beat("the model's making")
         self.validation = None
         if validation_sets:
             sample = BinPlan(validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED)
@@ -203,14 +208,12 @@ class TrainingRun:
         )
         self._open.callback(self._write_comms)
         self.log.start(self._start())
-        self._watchdog = self._open.enter_context(
-            Watchdog(self.run_dir, self.ranks.rank, self.recipe.health.hang_seconds)
-        )
         wanted = self.recipe.log
         if wanted.profile and self.ranks.rank in wanted.profile_ranks:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"
             self._profiler = self._open.enter_context(StepProfiler(steps, folder, self.ranks.rank))
         self.log.say(self._description())
+        self._watchdog.beat("the loading")
         self._clock = time.perf_counter()
 
     def next_step(self) -> Step:
@@ -309,7 +312,7 @@ class TrainingRun:
         )
         if self._profiler:
             self._profiler.end(state.step)
-        self._watchdog.beat()
+        self._watchdog.beat(f"step {state.step}")
         if warning := self._speeds.warning():
             self.log.say(warning)
         if skipped and not rescaled:
@@ -332,7 +335,7 @@ class TrainingRun:
             self.state.best = {"step": self.state.step, "bits_per_byte": measured}
         seconds = time.perf_counter() - self._clock
         self.log.evaluation({"step": self.state.step, **figures, "best": is_best, "seconds": seconds})
-        self._watchdog.beat()
+        self._watchdog.beat("an evaluation")
         self._clock = time.perf_counter()  # not part of the next step's time
 
     def save(self) -> None:
@@ -343,7 +346,7 @@ class TrainingRun:
             self.engine.deepspeed, self.run_dir, self._meta(), keep, self.log.flush_to_disk
         )
         self.log.save({"step": self.state.step, "save_seconds": time.perf_counter() - before})
-        self._watchdog.beat()
+        self._watchdog.beat("a save")
         self._clock = time.perf_counter()
 
     def _meta(self) -> Meta:

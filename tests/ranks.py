@@ -339,6 +339,11 @@ def train_with_unmeasured_weights(arguments: list[str]) -> int | str:
     return train(arguments)
 
 
+def train_unless(settings: list[str], absent: int) -> int | None:
+    """Train, but the rank `absent` leaves before it has met the others."""
+    return None if int(os.environ["RANK"]) == absent else train(settings)
+
+
 def train_and_hang(arguments: list[str], rank: int) -> int | str:
     """As `train`, but `rank` never returns from the third forward pass."""
     import itertools

@@ -695,6 +695,15 @@ def test_ranks_that_hang_leave_their_stacks(pool: ranks.RankPool, recipes: Path,
     assert "in update" in first or "in compute" in first
 
 
+def test_a_rank_that_never_comes_is_not_waited_for_without_end(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "vae", "zero2", tmp_path, "--health.hang_seconds", 3)
+    with pytest.raises(RuntimeError, match="rank 0 died with exit code 76"):
+        pool.run(2, ranks.train_unless, settings, 1)
+    assert "in join" in (tmp_path / "stacks" / "rank-0.txt").read_text()
+
+
 def test_a_rank_that_is_always_slow_is_named(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
     settings = arguments(recipes, "vae", "zero3", tmp_path, "--training.max_steps", 24)
     settings += ["--training.eval_every", "100", "--training.save_every", "100"]
