@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from data_prep.errors import UserError, run_main
+from data_prep.results import require_folder, write_result
 from pipeline.cli_benchmark import add_benchmarks
 from pipeline.cli_parts import INT8_HELP, VAE_RECIPE_HELP, answer, command, positive, print_json
 
@@ -122,6 +123,16 @@ def _report(args: argparse.Namespace) -> int:
 
     result = report(args.run_dirs, args.output)
     answer(args, result, format_report)
+    return 0
+
+
+def _ngram(args: argparse.Namespace) -> int:
+    from pipeline import ngram
+
+    require_folder(args.output)
+    result = ngram.run(args.shards, args.validation, args.order, args.window_tokens, args.train_tokens)
+    write_result(result, args.output)
+    answer(args, result, ngram.format_result)
     return 0
 
 
@@ -352,6 +363,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", default="report.html", metavar="FILE", help="page to write (default report.html)"
     )
     report.add_argument("--json", action="store_true", help="print one JSON object")
+
+    ngram = command(
+        commands,
+        "ngram",
+        _ngram,
+        "Bits per byte of a Kneser-Ney n-gram model: what a trained baseline must beat (docs/evaluation.md).",
+        "sllm ngram --shards shards/train --validation shards/valid --train-tokens 5000000",
+    )
+    ngram.add_argument("--shards", required=True, metavar="DIR", help="shard folder to count")
+    ngram.add_argument("--validation", required=True, metavar="DIR", help="shard folder to score")
+    ngram.add_argument("--order", type=positive, default=5, metavar="N", help="longest n-gram (default 5)")
+    ngram.add_argument(
+        "--train-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens to count, of windows drawn as a training run with seed 1 draws them (default: all)",
+    )
+    ngram.add_argument(
+        "--window-tokens", type=positive, default=1024, metavar="W", help="longest window (default 1024)"
+    )
+    ngram.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+    ngram.add_argument("--json", action="store_true", help="print one JSON object")
 
     inspect = command(
         commands,
