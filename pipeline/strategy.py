@@ -39,6 +39,12 @@ def read_strategy(*paths: str | Path) -> dict[str, Any]:
     strategy: dict[str, Any] = {}
     for path in paths:
         _merge(strategy, _read(path))
+    offload = strategy.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("ratio", 1) != 1:
+        raise UserError(
+            f"DeepSpeed config {paths[0]}: offload_optimizer.ratio {offload['ratio']} splits the update "
+            "between two optimizers, and only one can skip a bad step: remove it (all is offloaded then)"
+        )
     if zero_stage(strategy) == 0 and "data_types" in strategy:
         raise UserError(
             f"DeepSpeed config {paths[0]}: stage 0 knows no data_types (use stage 1, 2 or 3, or remove it)"

@@ -236,6 +236,10 @@ def test_nvme_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -
         ('{"train_batch_size": 8}', "sets train_batch_size: remove it"),
         ('{"optimizer": {}}', "sets optimizer: remove it"),
         ('{"data_types": {"grad_accum_dtype": "fp32"}}', "stage 0 knows no data_types"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+            "offload_optimizer.ratio 0.5 splits the update between two optimizers",
+        ),
     ],
 )
 def test_wrong_strategies_are_refused(text: str, message: str, tmp_path: Path) -> None:
