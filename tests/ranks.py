@@ -176,8 +176,74 @@ def train_with_file_limit(arguments: list[str], rank: int, limit: int) -> int | 
     return train(arguments)
 
 
+def train_with_full_log(arguments: list[str], after_save: int) -> int | str:
+    """As `train`, but once the checkpoint of one step is written, rank 0 can write no whole record of a step
+    more: the disk is full, half a line further on."""
+    import resource
+
+    from pipeline.run_log import RunLog
+
+    save = RunLog.save
+
+    def save_and_fill(log: Any, record: dict[str, Any]) -> None:
+        save(log, record)
+        if record["step"] == after_save and os.environ["RANK"] == "0":
+            limit = log._metrics.tell() + 20
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    RunLog.save = save_and_fill
+    return train(arguments)
+
+
+def train_and_look(arguments: list[str]) -> tuple[int | str, bool, int]:
+    """As `train`: its answer, whether this rank is in a process group afterwards, and how many bytes it has
+    hashed to see that they are as they were written."""
+    import torch.distributed
+
+    from pipeline import checkpoints
+
+    real, read = checkpoints.damaged_files, []
+
+    def counting(checkpoint: Any, meta: Any, names: Any = None) -> list[str]:
+        read.extend(meta.files[name][0] for name in (meta.files if names is None else names))
+        return real(checkpoint, meta, names)
+
+    checkpoints.damaged_files = counting
+    return train(arguments), torch.distributed.is_initialized(), sum(read)
+
+
+def train_in_folders(arguments: list[str], folders: list[str]) -> int | str:
+    """As `train`, every rank in a working folder of its own: with a relative --output_dir the ranks share no
+    disk."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    return train(arguments)
+
+
+def train_and_watch_the_disk(arguments: list[str]) -> tuple[int | str, list[tuple[str, str, int]]]:
+    """As `train`, with what this rank had flushed and renamed, in order: ("flush", name, lines of a .jsonl)
+    and ("rename", new name, 0)."""
+    from pathlib import Path
+
+    seen: list[tuple[str, str, int]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def flush(handle: int) -> None:
+        fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        lines = path.read_text().count("\n") if path.suffix == ".jsonl" else 0
+        seen.append(("flush", path.name, lines))
+
+    def move(source: Any, target: Any) -> None:
+        rename(source, target)
+        seen.append(("rename", Path(target).name, 0))
+
+    os.fsync, os.rename = flush, move
+    return train(arguments), seen
+
+
 def weights_and_moments(run_dir: str) -> dict[str, Any]:
-    """What a run's newest checkpoint holds, as float64 arrays: "weight NAME", "exp_avg NAME", …, "step"."""
+    """What a run's newest checkpoint holds, as float64 arrays: "weight NAME", "exp_avg NAME", …, "step", and
+    "frozen NAME" of what is not trained."""
     from pipeline import checkpoints
     from pipeline.checkpoint_parts import WEIGHT, Parts
 
@@ -188,6 +254,7 @@ def weights_and_moments(run_dir: str) -> dict[str, Any]:
         for name in parts.weights
         for key in (WEIGHT, *parts.keys())
     }
+    values |= {f"frozen {name}": parts.tensor(name).double().numpy() for name in parts.frozen}
     return values | {"step": parts.scalars(0)["step"].double().numpy()}
 
 

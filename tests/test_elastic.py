@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -65,11 +66,48 @@ def test_a_run_goes_on_as_another_number_of_ranks(
     if strategies[-1] == "zero0":
         return
     [ours] = pool.run(1, ranks.weights_and_moments, str(tmp_path))
-    assert ours.keys() == weights.keys()
-    for kind in ("weight", "exp_avg", "exp_avg_sq", "step"):
-        names = [name for name in weights if name.split()[0] == kind]
+    require_alike(ours, weights, ("weight", "exp_avg", "exp_avg_sq", "step"))
+
+
+def require_alike(ours: dict, theirs: dict, kinds: tuple[str, ...]) -> None:
+    """All of a kind within a relative distance of 1e-4."""
+    assert ours.keys() == theirs.keys()
+    assert {name.split()[0] for name in theirs} == set(kinds)
+    for kind in kinds:
+        names = [name for name in theirs if name.split()[0] == kind]
         ours_all, theirs_all = (
-            np.concatenate([one[name].ravel() for name in names]) for one in (ours, weights)
+            np.concatenate([one[name].ravel() for name in names]) for one in (ours, theirs)
         )
         distance = np.linalg.norm(ours_all - theirs_all) / np.linalg.norm(theirs_all)
         assert distance < 1e-4, kind
+
+
+def test_frozen_parts_and_the_average_go_on_as_another_number_of_ranks(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    # Every weight is partitioned, the frozen ones too: by default small ones stay whole, and all are small.
+    zero3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    (tmp_path / "strategy.json").write_text(json.dumps(zero3))
+    parts = {"vae.encoder": {"freeze": True}, "backbone.decoder.layers.0-0": {"freeze": True}}
+    parts["vae.decoder"] = {"lr_scale": 0.5}
+    options = (*OPTIONS, "--training.ema", 0.75, "--optimizer.parts", json.dumps(parts))
+    held = {}
+    for name, worlds in (("whole", [1]), ("cut", [2, 1, 3])):
+        run = tmp_path / name
+        for number, world in enumerate(worlds, start=1):
+            steps = 6 * number // len(worlds)
+            settings = arguments(recipes, "sllm", "zero3", run, *options, "--training.max_steps", steps)
+            settings[settings.index("--deepspeed_config") + 1] = str(tmp_path / "strategy.json")
+            assert pool.run(world, ranks.train, settings) == [0] * world
+        [held[name]] = pool.run(1, ranks.weights_and_moments, str(run))
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
+    require_alike(held["cut"], held["whole"], ("weight", "exp_avg", "exp_avg_sq", "ema", "frozen", "step"))
+    frozen = [name for name in held["whole"] if name.startswith("frozen ")]
+    assert all((held["cut"][name] == held["whole"][name]).all() for name in frozen)
+    # The average is no copy of the weights: to compare it says something.
+    weights, average = (
+        np.concatenate([held["whole"][f"{kind} {name.split()[1]}"].ravel() for name in moved])
+        for moved in [[name for name in held["whole"] if name.startswith("ema ")]]
+        for kind in ("weight", "ema")
+    )
+    assert np.linalg.norm(average - weights) / np.linalg.norm(weights) > 1e-3
