@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,27 @@ import torch
 import torch.distributed
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from data_prep.errors import describe
 from data_prep.files import file_sha256, flush_to_disk, write_atomically
-from pipeline import checkpoints
+from pipeline import checkpoints, launch
 from pipeline.checkpoints import Meta
 from pipeline.launch import AgreedError
 
 
-def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int, flush_records: Callable[[], None]) -> Path:
-    """Write a checkpoint, make it `latest`, and remove all but the last `keep` (and the best one).
+def save(
+    engine: Any,
+    run_dir: str | Path,
+    meta: Meta,
+    keep: int,
+    flush_records: Callable[[], None],
+    abandoned: Collection[str] = (),
+) -> Path:
+    """Write a checkpoint, make it `latest`, and remove all but the last `keep` whole ones (and the best one).
 
-    `meta.best["step"]` names the best. flush_records has the records of the steps up to here on the disk for
-    good, so that no checkpoint outlives them when a machine dies; rank 0 calls it. Raises AgreedError on
-    every rank alike when a rank cannot write: the run may be started again from the checkpoint before.
+    `meta.best["step"]` names the best, `abandoned` those that the run did not go on from though they were
+    later: they do not count (`checkpoints.prune`). flush_records has the records of the steps up to here on
+    the disk for good, so that no checkpoint outlives them when a machine dies; rank 0 calls it. Raises
+    AgreedError on every rank alike when a rank cannot write: the run may be started again from the checkpoint
+    before.
     """
     folder = checkpoints.checkpoints_folder(run_dir)
     name = checkpoints.step_name(meta.step)
@@ -56,7 +64,8 @@ def save(engine: Any, run_dir: str | Path, meta: Meta, keep: int, flush_records:
             error = failure
     _agree(error, None, lambda: _give_up(aside, first))
     if first:
-        checkpoints.prune(folder, name, checkpoints.step_name(meta.best["step"]) if meta.best else None, keep)
+        best = checkpoints.step_name(meta.best["step"]) if meta.best else None
+        checkpoints.prune(folder, name, best, keep, set(abandoned) - {name})
     return folder / name
 
 
@@ -134,17 +143,15 @@ def _written_by(engine: Any, writer: _Writer) -> Any:
 
 def _agree(error: OSError | None, report: Any, give_up: Callable[[], None]) -> list[Any]:
     """Every rank's report, by rank; AgreedError on all of them when one has an error."""
-    mine = (describe(error) if error is not None else None, report)
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, mine)
-    for rank, (message, _) in enumerate(everyone):
-        if message is not None:
-            give_up()
-            raise AgreedError(
-                f"rank {rank} cannot write its part of a checkpoint: {message}; the checkpoint before it is "
-                "whole: make room and start the same command again"
-            )
-    return [theirs for _, theirs in everyone]
+    says = (
+        "rank {rank} cannot write its part of a checkpoint: {message}; the checkpoint before it is whole: "
+        "make room and start the same command again"
+    )
+    try:
+        return launch.agree(error, report, says)
+    except AgreedError:
+        give_up()
+        raise
 
 
 def _give_up(aside: Path, first: bool) -> None:
@@ -161,6 +168,9 @@ def _files(aside: Path, written: dict[str, list[Any]]) -> dict[str, list[Any]]:
     files = {}
     listed = {path for path in aside.rglob("*") if path.is_file()}
     for path in sorted(listed | {Path(name) for name in written}):
+        if not path.exists():
+            reason = "was written by another rank and is not there (put --output_dir on a shared disk)"
+            raise OSError(None, reason, str(path))
         size, sha256 = written.get(str(path)) or (path.stat().st_size, None)
         if path.stat().st_size != size:
             raise OSError(None, f"has {path.stat().st_size} bytes, {size} were written", str(path))

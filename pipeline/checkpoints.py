@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -290,9 +290,30 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def prune(folder: Path, latest: str, best: str | None, keep: int) -> None:
-    """Remove all checkpoints up to `latest` but the last `keep` and the best (rank 0 only)."""
+def beyond(run_dir: str | Path, checkpoint: Path) -> set[str]:
+    """Names of the checkpoints later than this one: damaged, or left by a run that went on from further
+    back."""
+    return {path.name for path in checkpoints_folder(run_dir).glob("step-*") if path.name > checkpoint.name}
+
+
+def prune(folder: Path, latest: str, best: str | None, keep: int, abandoned: Collection[str] = ()) -> None:
+    """Remove all checkpoints up to `latest` but the last `keep` whole ones and the best (rank 0 only).
+
+    Whole as far as names, sizes and `meta.json` tell, and not `abandoned` (`beyond` the one that this run
+    went on from, and not written again): a damaged one must not push a good one out.
+    """
     older = sorted(path.name for path in folder.glob("step-*") if path.is_dir() and path.name <= latest)
-    for name in older[:-keep]:
-        if name != best:
+    whole = [name for name in older if name not in abandoned and _seems_whole(folder / name)]
+    for name in older:
+        if name not in whole[-keep:] and name != best:
             shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _seems_whole(checkpoint: Path) -> bool:
+    try:
+        read_meta(checkpoint)
+    except DamagedCheckpoint:
+        return False
+    except (UserError, OSError):  # another release's, or a disk that does not answer: nothing to remove
+        return True
+    return True

@@ -19,9 +19,9 @@ import time
 import warnings
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, describe
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,24 @@ def leave() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def agree(error: UserError | OSError | None, value: Any = None, says: str | None = None) -> list[Any]:
+    """Every rank's `value`, by rank (a collective); AgreedError on all of them when one has an error.
+
+    A rank that ends alone breaks the collectives that the others wait in: they would end with a trace that
+    says nothing of the reason. says: the message, with {rank} and {message}; else the error's own.
+    """
+    import torch.distributed as dist
+
+    mine = (None if error is None else describe(error), value)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, (message, _) in enumerate(everyone):
+        if message is not None:
+            says = says or ("rank {rank}: {message}" if rank else "{message}")
+            raise AgreedError(says.format(rank=rank, message=message))
+    return [theirs for _, theirs in everyone]
 
 
 class StopSignals:

@@ -3,17 +3,19 @@ Weights & Biases if asked for, and the console.
 
 In: one record per step, evaluation, save and start, from rank 0. Out: files in the run directory; each step
 stands in them once, also after a resume (records of steps that a killed run had computed but not saved are
-removed first), and starts.jsonl keeps every start. Called by `training_run.py`; docs/training.md names the
-fields.
+removed first), and starts.jsonl keeps every start. A full disk raises nothing here: rank 0 must not end alone
+(`RunLog.error`). Called by `training_run.py`; docs/training.md names the fields.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,15 @@ _CURVES = (
 
 
 class RunLog:
-    """The log of one run. On ranks other than 0 nothing is written. Use as a context manager."""
+    """The log of one run. On ranks other than 0 nothing is written. Use as a context manager.
+
+    error: the first OSError met while writing a record; nothing is written after it. The ranks share it with
+    the next step's figures, or when they save; at the very end leaving the context raises it.
+    """
 
     def __init__(self, run_dir: Path, recipe: Recipe, rank: int, resumed_step: int):
         self._on = rank == 0
+        self.error: OSError | None = None
         self._board = self._wandb = self._bar = None
         self._every = recipe.log.console_every
         self._training = recipe.training
@@ -66,17 +73,37 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._on:
             return
         for part in (self._metrics, self._evaluations, self._saves, self._board, self._bar):
             if part is not None:
-                part.close()
+                with self._remembering():  # what a full disk has left in a buffer is tried once more
+                    part.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self.error is not None and kind is None:
+            raise self.error
+
+    @contextlib.contextmanager
+    def _remembering(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+
+    def _write(self, file: Any, record: dict[str, Any]) -> None:
+        try:
+            _write(file, record)
+        except OSError as error:  # an error of writing does not know the file's name
+            error.filename = error.filename or file.name
+            raise
 
     def flush_to_disk(self) -> None:
-        """Have the records of steps and evaluations on the disk for good."""
+        """Have the records of steps and evaluations on the disk for good. Raises OSError, also one of
+        before."""
+        if self.error is not None:
+            raise self.error
         if self._on:
             for file in (self._metrics, self._evaluations):
                 os.fsync(file.fileno())
@@ -85,24 +112,30 @@ class RunLog:
         """One line for the person who watches (rank 0 only)."""
         if not self._on:
             return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+        with self._remembering():  # standard output may be a file, too
+            if self._bar is not None:
+                self._bar.write(text)
+            else:
+                print(text, flush=True)
 
     def start(self, record: dict[str, Any]) -> None:
         """That the run begins, or goes on. `lost_steps` is added: the steps that stood in metrics.jsonl and
         are computed again, because they came after the checkpoint."""
-        if self._on:
+        if not self._on:
+            return
+        with self._remembering():
             whole = read_records(self._starts)  # a kill may have left half a line
             lines = "".join(json.dumps(one) + "\n" for one in [*whole, record | {"lost_steps": self._lost}])
             write_atomically(self._starts, lines.encode())
 
     def step(self, record: dict[str, Any]) -> None:
         """One optimizer step's figures."""
-        if not self._on:
-            return
-        _write(self._metrics, record)
+        if self._on and self.error is None:
+            with self._remembering():
+                self._step(record)
+
+    def _step(self, record: dict[str, Any]) -> None:
+        self._write(self._metrics, record)
         self._publish("train", record)
         progress = self._training.progress(record["step"], record["tokens"])
         if self._bar is not None:
@@ -118,9 +151,12 @@ class RunLog:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """One evaluation's figures."""
-        if not self._on:
-            return
-        _write(self._evaluations, record)
+        if self._on and self.error is None:
+            with self._remembering():
+                self._evaluation(record)
+
+    def _evaluation(self, record: dict[str, Any]) -> None:
+        self._write(self._evaluations, record)
         self._publish("validation", record)
         best = " (best so far)" if record["best"] else ""
         self.say(
@@ -130,9 +166,12 @@ class RunLog:
 
     def save(self, record: dict[str, Any]) -> None:
         """That a checkpoint was written, and how long training stood still for it."""
-        if not self._on:
-            return
-        _write(self._saves, record)
+        if self._on and self.error is None:
+            with self._remembering():
+                self._save(record)
+
+    def _save(self, record: dict[str, Any]) -> None:
+        self._write(self._saves, record)
         self._publish("train", record)
 
     def _publish(self, group: str, record: dict[str, Any]) -> None:

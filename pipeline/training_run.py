@@ -20,7 +20,7 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, describe
 from data_prep.files import write_atomically
 from data_prep.shards import ShardSet
 from pipeline import checkpoint_loading, checkpoint_saving, checkpoints, launch
@@ -83,9 +83,15 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, strategy: dict[str, Any], ranks: Ranks):
         self.recipe, self.ranks = recipe, ranks
         self.run_dir = Path(recipe.output_dir)
-        self._open = ExitStack()
         self._profiler: StepProfiler | None = None
-        data = recipe.data
+        self._abandoned: set[str] = set()  # names of later checkpoints that we did not go on from
+        with ExitStack() as opened:  # what is open when one of these steps fails is closed again
+            self._open = opened
+            self._put_together(strategy)
+            self._open = opened.pop_all()
+
+    def _put_together(self, strategy: dict[str, Any]) -> None:
+        recipe, ranks, data = self.recipe, self.ranks, self.recipe.data
         shard_sets = open_shards(data.shards)
         self.tokenizer = shard_sets[0].tokenizer()
         validation_sets = open_shards([data.validation], shard_sets[0]) if data.validation else []
@@ -105,7 +111,7 @@ class TrainingRun:
         torch.manual_seed(recipe.seed)
         model = new_model(recipe, self.tokenizer, shard_sets[0].settings.to_dict())
         if recipe.init_from and not checkpoints.listed(self.run_dir)[0]:
-            initialise(model, recipe.init_from, self.tokenizer)
+            initialise(model, recipe.init_from, self.tokenizer, ranks)
         self.model_config = json.loads(model.config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
@@ -123,8 +129,8 @@ class TrainingRun:
     def __enter__(self) -> TrainingRun:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
+    def __exit__(self, *raised: Any) -> None:
+        self._open.__exit__(*raised)
 
     @property
     def finished(self) -> bool:
@@ -150,6 +156,7 @@ class TrainingRun:
         if not found:
             return
         checkpoint, saved, damage = found
+        self._abandoned = checkpoints.beyond(self.run_dir, checkpoint)
         ours = self._meta()
         checkpoints.require_same_run(saved, checkpoint, ours)
         if self.ranks.rank == 0:
@@ -182,20 +189,15 @@ class TrainingRun:
 
     def begin(self) -> None:
         """Write down what this run is, open its log and start loading data."""
-        if self.ranks.rank == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            checkpoints.remove_unfinished(self.run_dir)
-            write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml().encode())
-            write_atomically(
-                self.run_dir / "ds_config.json", (json.dumps(self.config, indent=1) + "\n").encode()
-            )
-            write_atomically(
-                self.run_dir / PROVENANCE, (json.dumps(self.provenance, indent=1) + "\n").encode()
-            )
-            self.tokenizer.save(self.run_dir / "tokenizer")
-        self.log = self._open.enter_context(
-            RunLog(self.run_dir, self.recipe, self.ranks.rank, self.state.step)
-        )
+        error = None
+        try:
+            if self.ranks.rank == 0:
+                self._write_settings()
+            log = RunLog(self.run_dir, self.recipe, self.ranks.rank, self.state.step)
+            self.log = self._open.enter_context(log)
+        except (UserError, OSError) as failure:
+            error = failure
+        launch.agree(error)
         self._loader = self._open.enter_context(
             StepLoader(
                 self.plan,
@@ -216,6 +218,15 @@ class TrainingRun:
         self._watchdog.beat("the loading")
         self._clock = time.perf_counter()
 
+    def _write_settings(self) -> None:
+        """The files that say what this run is (rank 0 only)."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_unfinished(self.run_dir)
+        write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml().encode())
+        for name, values in (("ds_config.json", self.config), (PROVENANCE, self.provenance)):
+            write_atomically(self.run_dir / name, (json.dumps(values, indent=1) + "\n").encode())
+        self.tokenizer.save(self.run_dir / "tokenizer")
+
     def next_step(self) -> Step:
         if self._profiler:
             self._profiler.begin(self.state.step + 1)
@@ -223,7 +234,8 @@ class TrainingRun:
 
     def compute(self, step: Step, stop_wanted: bool) -> Totals:
         """Forward and backward, then the step's one all-reduce of figures and of the wish to stop. Every rank
-        gets the same totals.
+        gets the same totals. Raises AgreedError on every rank alike when rank 0 could not write the records
+        of the step before.
         """
         sums = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
@@ -237,6 +249,7 @@ class TrainingRun:
             len(scored),
             step.digest,
             float(stop_wanted),
+            float(self.log.error is not None),
         ]
         # Every rank's own figures, each in a place of its own, ride along in the same sum.
         world, rank = self.ranks.world, self.ranks.rank
@@ -245,7 +258,13 @@ class TrainingRun:
         rest += own
         everything = torch.cat([sums, self.engine.device_tensor(rest)])
         dist.all_reduce(everything)
-        *figures, stop = everything[: -2 * world].tolist()
+        *figures, stop, unwritten = everything[: -2 * world].tolist()
+        if unwritten:  # rank 0, which knows the reason, says it for all
+            reason = describe(self.log.error) if self.log.error else "rank 0 cannot write"
+            raise AgreedError(
+                f"after step {self.state.step}: {reason}; checkpoints are whole: make room and start the "
+                "same command again"
+            )
         by_rank = everything[-2 * world :].tolist()
         seconds = self.engine.own_seconds()
         self._time_per_operation = seconds / computed if seconds and computed else 0.0
@@ -343,8 +362,9 @@ class TrainingRun:
         before = time.perf_counter()
         keep = self.recipe.training.keep
         checkpoint_saving.save(
-            self.engine.deepspeed, self.run_dir, self._meta(), keep, self.log.flush_to_disk
+            self.engine.deepspeed, self.run_dir, self._meta(), keep, self.log.flush_to_disk, self._abandoned
         )
+        self._abandoned.discard(checkpoints.step_name(self.state.step))
         self.log.save({"step": self.state.step, "save_seconds": time.perf_counter() - before})
         self._watchdog.beat("a save")
         self._clock = time.perf_counter()

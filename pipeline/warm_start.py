@@ -17,28 +17,53 @@ from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pipeline import checkpoints
 from pipeline.checkpoint_parts import Parts
+from pipeline.launch import Ranks, agree
 from pipeline.model_io import load_model, load_model_tokenizer
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, source: str | Path, tokenizer: Tokenizer) -> None:
-    """Give every weight of the model the value it has in `source`.
+def initialise(model: nn.Module, source: str | Path, tokenizer: Tokenizer, ranks: Ranks) -> None:
+    """Give every weight of the model the value it has in `source`; called by every rank.
 
-    Raises UserError when source is neither a run nor a model folder, is damaged, was trained with another
-    tokenizer, or has a weight less, more or of another shape.
+    Rank 0 alone reads every byte of a checkpoint, to see that it is whole; the others wait for its word and
+    take the same one. Raises AgreedError on all ranks when source is neither a run nor a model folder, is
+    damaged, was trained with another tokenizer, or has a weight less, more or of another shape.
     """
     source = Path(source)
+    checkpoint = error = None
+    try:
+        if ranks.rank == 0:
+            checkpoint = _checked(source)
+    except (UserError, OSError) as failure:
+        error = failure
+    checkpoint = agree(error, checkpoint)[0]
+    try:
+        _take_up(model, source, checkpoint, tokenizer)
+    except (UserError, OSError) as failure:
+        error = failure
+    agree(error)
+
+
+def _checked(source: Path) -> Path | None:
+    """The checkpoint to take from a run, read whole; None when source is no run, but a folder."""
     if checkpoints.checkpoints_folder(source).is_dir():
         found = checkpoints.find(source, "best") or checkpoints.find(source)
         if found is None:
             raise UserError(f"init_from {source}: holds no complete checkpoint")
         checkpoints.require_undamaged(*found)
-        theirs = found[1].tokenizer
-        parts = Parts(*found)
+        return found[0]
+    if not source.is_dir():
+        raise UserError(f"init_from {source}: does not exist")
+    return None
+
+
+@torch.no_grad()
+def _take_up(model: nn.Module, source: Path, checkpoint: Path | None, tokenizer: Tokenizer) -> None:
+    if checkpoint is not None:
+        meta = checkpoints.read_meta(checkpoint)
+        theirs = meta.tokenizer
+        parts = Parts(checkpoint, meta)
         shapes, weight = parts.shapes(), parts.tensor
     else:
-        if not source.is_dir():
-            raise UserError(f"init_from {source}: does not exist")
         weights: Mapping[str, Tensor] = load_model(source).state_dict()
         theirs = load_model_tokenizer(source).fingerprint
         shapes, weight = {name: tensor.shape for name, tensor in weights.items()}, weights.__getitem__

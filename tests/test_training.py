@@ -643,6 +643,10 @@ def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all(
     assert [r["skips"] for r in records(tmp_path)] == [0, 0, 1, 1, 1, 1]
     assert ["skipped" in r for r in records(tmp_path)] == [False, False, True, False, False, False]
     assert losses(tmp_path) == pytest.approx(losses(without_third_step), abs=1e-4)
+    [told] = report([tmp_path], tmp_path / "report.html")["runs"]
+    assert told["skipped_steps"] == 1 and told["saves"] == 5 and told["save_share"] > 0
+    page = (tmp_path / "report.html").read_text()  # ZeRO-3 calls such a norm infinite
+    assert re.search("skipped: the gradient&#x27;s norm is (nan|inf); step 3", page)
     measured, expected = (records(run, "evaluations")[-1] for run in (tmp_path, without_third_step))
     assert measured["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-4)
 
