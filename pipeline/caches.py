@@ -20,36 +20,39 @@ from torch import Tensor
 
 from pipeline.attention import SegmentLayout, packed_attention, repeat_heads
 
-FIRST_PLACES = 64  # what a row begins with where its length is not known
+FIRST_PLACES = 64  # room for new places where it is not known how many will come
 
 
 class KeyValueCache:
-    """Keys and values of every layer, [rows, places, heads, d_head] each; a layer's storage is made when its
-    first key comes, and all grow (doubling) up to `most` places a row."""
+    """Keys and values of every layer, [rows, heads, places, d_head] each: what one query head reads lies in
+    one piece (with heads inside places, a row of 1,450 places takes 1.8 times as long to attend to). A
+    layer's storage is made when its first key comes, and all grow up to `most` places a row."""
 
-    def __init__(self, rows: int, most: int, places: int = FIRST_PLACES):
+    def __init__(self, rows: int, most: int, places: int = 0):
         self.rows, self.most = rows, most
         self.lengths = np.zeros(rows, dtype=np.int64)  # places used, of every row
         self._places = min(most, places)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def reserve(self, places: int) -> None:
-        """Make room for `places` in every row. Raises: ValueError above `most`."""
+    def reserve(self, places: int, ahead: int | None = None) -> None:
+        """Make room for `places` in every row, and `ahead` more; where that is not known, for twice as many
+        as there were. Raises: ValueError when `places` is above `most`."""
         if places > self.most:
             raise ValueError(f"a row of {places} places, but the model has {self.most} positions")
         if places <= self._places:
             return
-        before, self._places = self._places, min(self.most, max(places, 2 * self._places))
+        wanted = max(places, 2 * self._places) if ahead is None else places + ahead
+        before, self._places = self._places, min(self.most, wanted)
         for layer, pair in self._layers.items():
-            grown = tuple(x.new_empty(self.rows, self._places, *x.shape[2:]) for x in pair)
+            grown = tuple(x.new_empty(*x.shape[:2], self._places, x.shape[3]) for x in pair)
             for new, old in zip(grown, pair, strict=True):
-                new[:, :before] = old
+                new[:, :, :before] = old
             self._layers[layer] = grown
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer; `like` [n, heads, d_head] is what they will hold."""
         if number not in self._layers:
-            shape = (self.rows, self._places, *like.shape[1:])
+            shape = (self.rows, like.shape[1], self._places, like.shape[2])
             self._layers[number] = (like.new_empty(shape), like.new_empty(shape))
         return self._layers[number]
 
@@ -66,20 +69,23 @@ class KeyValueCache:
 
 
 class CachedPrompt(SegmentLayout):
-    """One whole sequence for each of `rows`, back to back: replaces what those rows held."""
+    """One whole sequence for each of `rows`, back to back: replaces what those rows held. `ahead`: places
+    that will be wanted after them; room for them now spares a copy of the whole cache later."""
 
-    def __init__(self, cache: KeyValueCache, rows: np.ndarray, lengths: np.ndarray, device: torch.device):
+    def __init__(
+        self, cache: KeyValueCache, rows: np.ndarray, lengths: np.ndarray, device: torch.device, ahead: int
+    ):
         super().__init__(lengths, device)
         self._cache, self._rows = cache, rows
-        cache.reserve(self.longest)
+        cache.reserve(self.longest, ahead)
         cache.lengths[rows] = lengths
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
         keys, values = self._cache.layer(layer, k)
         for row, start, end in zip(self._rows, self.starts[:-1], self.starts[1:], strict=True):
-            keys[row, : end - start] = k[start:end]
-            values[row, : end - start] = v[start:end]
+            keys[row, :, : end - start] = k[start:end].transpose(0, 1)
+            values[row, :, : end - start] = v[start:end].transpose(0, 1)
         k, v = repeat_heads(k, v, q.shape[1])
         return packed_attention(q, k, v, self, causal=True, scale=scale)
 
@@ -113,34 +119,26 @@ class CachedStep:
         # Query heads that share a key head become queries of that head: nothing is repeated.
         q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
         if self._block is not None:
-            keys[self._block, self.longest - 1] = k
-            values[self._block, self.longest - 1] = v
-            out = _attend(q, keys[self._block, : self.longest], values[self._block, : self.longest], scale)
-            return out.reshape(shape)
-        keys.index_put_((self._rows_n, self.position_of_row), k)
-        values.index_put_((self._rows_n, self.position_of_row), v)
+            keys[self._block, :, self.longest - 1] = k
+            values[self._block, :, self.longest - 1] = v
+            k, v = (x[self._block, :, : self.longest] for x in (keys, values))
+            return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(shape)
+        # The two indexed dimensions are apart, so torch puts them first: [n, H_kv, d_head], as k and v are.
+        keys[self._rows_n, :, self.position_of_row] = k
+        values[self._rows_n, :, self.position_of_row] = v
         if q.device.type == "cpu":
-            out = torch.cat(
-                [
-                    _attend(q[n : n + 1], keys[row, None, : at + 1], values[row, None, : at + 1], scale)
-                    for n, (row, at) in enumerate(zip(self._rows, self.lengths, strict=True))
-                ]
-            )
+            outs = []
+            for n, (row, at) in enumerate(zip(self._rows, self.lengths, strict=True)):
+                k, v = (x[row, None, :, : at + 1] for x in (keys, values))
+                outs.append(F.scaled_dot_product_attention(q[n : n + 1], k, v, scale=scale))
+            out = torch.cat(outs)
         else:
             out = self.attend_masked(q, keys, values, scale)
         return out.reshape(shape)
 
     def attend_masked(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         """q [n, H_kv, queries, d_head] over the whole storage → as q: the GPU's way for ragged rows."""
-        k, v = (x[self._rows_n, : self.longest] for x in (keys, values))
+        k, v = (x[self._rows_n, :, : self.longest] for x in (keys, values))
         # Places behind a row's end may hold anything, NaN too, which a masked weight of 0 would not undo.
-        v = v.masked_fill(~self._mask[:, 0, 0, :, None, None], 0)
-        return _attend(q, k, v, scale, self._mask)
-
-
-def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, scale: float | None, mask: Tensor | None = None
-) -> Tensor:
-    """q [n, H, queries, d_head]; keys, values [n, places, H, d_head] → as q."""
-    k, v = keys.transpose(1, 2), values.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        v = v.masked_fill(~self._mask[:, 0, 0, None, :, None].expand(-1, 1, -1, 1), 0)
+        return F.scaled_dot_product_attention(q, k, v, self._mask, scale=scale)

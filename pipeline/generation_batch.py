@@ -25,6 +25,7 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
+from pipeline.caches import FIRST_PLACES
 from pipeline.prompt import split_prompt
 from pipeline.sampling import Sampling
 from pipeline.sllm import SLLM
@@ -290,7 +291,8 @@ class BatchWriter:
 
     def _read(self, taken: dict[int, tuple[list[list[int]], list[int]]]) -> Iterator[Event]:
         rows = np.asarray(sorted(taken))
-        self._model.read(self._state, rows, [taken[at][0] for at in rows])
+        ahead = min(self._limits.max_sentences, FIRST_PLACES)
+        self._model.read(self._state, rows, [taken[at][0] for at in rows], ahead)
         begin = []
         for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
             row, (sentences, tail) = self._rows[at], taken[at]

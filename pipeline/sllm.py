@@ -157,12 +157,9 @@ class SLLM(PreTrainedModel):
     # Generation: one backbone position per sentence, one decoder position per symbol. First for many
     # documents at once (`generation_batch.py`), each in a row of its own; then for one.
 
-    def new_state(self, rows: int, sentences: int = 0) -> BackboneState:
-        """Room for R documents that begin empty-handed: `read` starts them. `sentences`: of each, where
-        known; the room grows up to `max_sentences`."""
-        cache = KeyValueCache(
-            rows, most=self.max_sentences + 1, places=sentences + 1 if sentences else FIRST_PLACES
-        )
+    def new_state(self, rows: int) -> BackboneState:
+        """R documents that begin empty-handed: `read` starts them. The room grows up to `max_sentences`."""
+        cache = KeyValueCache(rows, most=self.max_sentences + 1)
         hidden = torch.zeros(rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device)
         return BackboneState(cache, hidden)
 
@@ -178,9 +175,15 @@ class SLLM(PreTrainedModel):
         return self.vae.embed(tokens_T, SegmentLayout(lengths, self.device))
 
     @torch.no_grad()
-    def read(self, state: BackboneState, rows: np.ndarray, documents: list[list[list[int]]]) -> None:
+    def read(
+        self,
+        state: BackboneState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        ahead: int = FIRST_PLACES,
+    ) -> None:
         """Start documents in `rows` (int64 [n]), each with the sentences it begins with (may be none): one
-        packed pass, as in training.
+        packed pass, as in training. `ahead`: sentences that will follow, as far as that is known.
 
         Raises: ValueError when a document has more sentences than `max_sentences`, or one is too long.
         """
@@ -189,7 +192,7 @@ class SLLM(PreTrainedModel):
             torch.cat([start_1d, self._encode(document)]) if document else start_1d for document in documents
         ]
         lengths = np.asarray([len(part) for part in parts])
-        layout = CachedPrompt(state.cache, rows, lengths, self.device)
+        layout = CachedPrompt(state.cache, rows, lengths, self.device, ahead)
         out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
         state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
 

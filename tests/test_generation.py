@@ -17,7 +17,14 @@ from pipeline.batches import build_batch
 from pipeline.bins import Span
 from pipeline.generate_command import generate_prompt
 from pipeline.generation import generate
-from pipeline.generation_batch import DOCUMENT_END, POSITIONS_EXHAUSTED, SENTENCE_LIMIT
+from pipeline.generation_batch import (
+    DOCUMENT_END,
+    POSITIONS_EXHAUSTED,
+    SENTENCE_LIMIT,
+    STOP_STRING,
+    TOKEN_LIMIT,
+    Limits,
+)
 from pipeline.prompt import split_prompt
 from pipeline.sampling import Sampling
 
@@ -69,43 +76,90 @@ def uncached_stop(model, sentences: list[list[int]]) -> float:
     return torch.sigmoid(model.stop_head(model.contextualise(build_batch([span(sentences)]))[-1])).item()
 
 
-def brute_force(model, tokenizer, prompt: str, max_sentences: int) -> list[list[int]]:
-    """New tokens of each sentence, greedily, with no cache and no code of `pipeline.generation` but the
-    prompt's cut.
+def brute_force(
+    model, tokenizer, prompt: str, limits: Limits, sampling: Sampling | None = None, seed: int = 0
+) -> tuple[list[list[int]], str]:
+    """New tokens of each sentence and why the text stopped, with no cache and no code of
+    `pipeline.generation` but the prompt's cut and the choice among logits.
     """
+    sampling, rng = sampling or Sampling(), torch.Generator().manual_seed(seed)
     sentences, begun = split_prompt(prompt, tokenizer, model.config.sentence_settings)
-    special = set(np.flatnonzero(tokenizer.byte_lengths == 0).tolist())
+    special = [t for t in np.flatnonzero(tokenizer.byte_lengths == 0) if t != model.config.eos_token_id]
     end, limit = model.config.eos_token_id, model.config.sentence_settings["max_tokens"]
-    made = []
-    while len(made) < max_sentences:
-        if sentences and not begun and uncached_stop(model, sentences) > 0.5:
-            break
+    seen = {token for sentence in (*sentences, begun) for token in sentence}
+    made, written = [], []
+    while len(made) < limits.max_sentences:
+        if sentences and not begun:
+            p = uncached_stop(model, sentences)
+            if p > 0.5 if sampling.greedy else torch.rand((), generator=rng).item() < p:
+                return made, DOCUMENT_END
         tokens = list(begun)
         while len(tokens) < limit:
-            for symbol in (
-                uncached_logits(model, sentences, tokens).argsort(descending=True, stable=True).tolist()
-            ):
-                if symbol not in special or symbol == end and tokens:
-                    break
+            logits = uncached_logits(model, sentences, tokens).clone()
+            for token in seen:
+                factor = sampling.repetition_penalty
+                logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+            logits[[*special, *([] if tokens else [end])]] = -torch.inf
+            if sampling.greedy:
+                symbol = int(logits.argmax())
+            else:
+                uniform = torch.rand((), generator=rng, dtype=torch.float64)[None]
+                symbol = int(sampling.choose(logits[None], uniform))
             if symbol == end:
                 break
             tokens.append(symbol)
+            written.append(symbol)
+            seen.add(symbol)
+            text = tokenizer.decode_bytes(written).decode(errors="ignore")
+            if any(stop in text for stop in limits.stop):
+                return [*made, tokens[len(begun) :]], STOP_STRING
+            if len(written) == limits.max_tokens:
+                return [*made, tokens[len(begun) :]], TOKEN_LIMIT
         made.append(tokens[len(begun) :])
         sentences, begun = [*sentences, tokens], []
-    return made
+    return made, SENTENCE_LIMIT
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT, "One is set.", "One is set. "])
 @pytest.mark.parametrize("seed", [4, 7])
 def test_cached_greedy_generation_equals_brute_force(prompt, seed, tokenizer):
-    model = small_model("sllm", tokenizer, seed=seed, max_tokens=12)
-    with torch.no_grad():  # sentence ends and document ends that do come, but not at once
-        model.vae.head.bias[tokenizer.eos_id] += 2
-        model.stop_head.bias -= 1
-    expected = brute_force(model, tokenizer, prompt, 8)
+    model = lively_model(tokenizer, seed)
+    expected, stopped = brute_force(model, tokenizer, prompt, Limits(8))
     generation = generate(model, tokenizer, prompt, 8)
     assert [list(sentence.tokens) for sentence in generation] == expected
-    assert generation.stopped == (SENTENCE_LIMIT if len(expected) == 8 else DOCUMENT_END)
+    assert generation.stopped == stopped
+
+
+def lively_model(tokenizer, seed: int):
+    """Sentence ends and document ends that do come, but not at once."""
+    model = small_model("sllm", tokenizer, seed=seed, max_tokens=12)
+    with torch.no_grad():
+        model.vae.head.bias[tokenizer.eos_id] += 2
+        model.stop_head.bias -= 1
+    return model
+
+
+@pytest.mark.parametrize(
+    "controls",
+    [
+        {"temperature": 1.0},
+        {"temperature": 1.2, "top_k": 20},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 1.3, "min_p": 0.05},
+        {"repetition_penalty": 1.3},
+        {"temperature": 1.0, "repetition_penalty": 1.3, "top_p": 0.9},
+    ],
+    ids=lambda controls: "-".join(controls),
+)
+def test_cached_is_uncached_under_every_control(controls, tokenizer):
+    model, reasons = lively_model(tokenizer, 4), set()
+    for number, prompt in enumerate(["", PROMPT, "One is set.", "他走了。然后"] * 2):
+        limits = Limits(5, max_tokens=30, stop=("es", "\n\n"))
+        expected, stopped = brute_force(model, tokenizer, prompt, limits, Sampling(**controls), number)
+        run = generate(model, tokenizer, prompt, 5, seed=number, max_tokens=30, stop=limits.stop, **controls)
+        assert [list(sentence.tokens) for sentence in run] == expected and run.stopped == stopped
+        reasons.add(stopped)
+    assert len(reasons) > 1
 
 
 def test_sentence_ends_and_limits_both_occur(model, tokenizer):

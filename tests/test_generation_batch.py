@@ -132,7 +132,7 @@ def test_the_masked_attention_of_a_gpu_is_that_of_a_cpu():
         if step._block is None:
             keys, values = cache.layer(0, k)
             for row, length in enumerate(cache.lengths):  # what lies behind a row's end must not matter
-                values[row, length:] = torch.nan
+                values[row, :, length:] = torch.nan
             masked = step.attend_masked(q.view(len(at), 2, 2, 8), keys, values, None)
             torch.testing.assert_close(masked.reshape(out.shape), out)
     assert cache.lengths.tolist() == [5, 3, 4, 6]
@@ -193,6 +193,17 @@ def test_best_of_is_the_likeliest(model, tokenizer):
     assert [text.seed for text in every] == [5, 6, 7, 8, 9, 10]
     assert len({text.text for text in every}) == 6
     assert best == [max(every, key=lambda text: text.log_probability)]
+
+
+@pytest.mark.parametrize("controls", [name for name in CONTROLS if CONTROLS[name].get("temperature")])
+def test_best_of_in_a_batch_is_the_best_alone(controls, model, tokenizer):
+    prompts, settings = PROMPTS[:4], CONTROLS[controls]
+    many = generate_many(
+        model, tokenizer, prompts, Sampling(**settings), Limits(**LIMITS), 5, samples=3, best_of=True
+    )
+    for number, (best,) in enumerate(many):
+        every = [alone(model, tokenizer, prompts[number], 3 * number + j, settings) for j in range(3)]
+        assert_same(best, max(every, key=lambda text: text.log_probability))
 
 
 def test_a_prompt_that_is_refused_stops_no_other(model, tokenizer):
