@@ -77,6 +77,8 @@ def _generate(args: argparse.Namespace) -> int:
         answer(args, result, text.format_map)
         return 1 if result["errors"] else 0
     if args.interactive:
+        if how.samples > 1:
+            raise UserError("--interactive writes one text: --samples and --best-of are not for it")
         for _ in generating.converse(args.model, how, lambda: input("> "), generating.show):
             pass
         return 0
@@ -84,10 +86,11 @@ def _generate(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     else:
+        seed = "" if result["seed"] is None else f"; seed {result['seed']}"
         print(flush=True)
         print(
             f"[{len(result['sentences'])} sentences, {result['tokens']} tokens in {result['seconds']:.2f} s; "
-            f"stopped: {result['stopped']}]",
+            f"stopped: {result['stopped']}{seed}]",
             file=sys.stderr,
         )
     return 0

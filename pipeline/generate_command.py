@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,7 @@ class Settings:
     best_of: bool
     seed: int | None
     int8: bool = False
+    seed_drawn: bool = False  # nobody asked for this seed: a run that resumes takes over the first one's
 
     def to_dict(self) -> dict[str, Any]:
         limits = asdict(self.limits)
@@ -62,7 +63,10 @@ def settings(
         temperature = 1.0 if sampled else 0.0
     if temperature == 0 and max(samples, best_of or 1) > 1:
         raise UserError("several texts of one prompt are all the same at temperature 0: give a temperature")
-    if seed is None and temperature:
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise UserError(f"seed {seed}: must be from 0 to {(1 << 63) - 1}")
+    seed_drawn = seed is None and temperature > 0
+    if seed_drawn:
         seed = int(np.random.SeedSequence().generate_state(1)[0])
     return Settings(
         Sampling(temperature, top_p, top_k, min_p, repetition_penalty),
@@ -71,6 +75,7 @@ def settings(
         best_of is not None,
         seed,
         int8,
+        seed_drawn,
     )
 
 
@@ -144,21 +149,22 @@ def generate_file(
         prompts: JSON lines, each an object with `prompt` (text); its other fields come back in the output.
         output: JSON lines in the prompts' order: the prompt's fields and `samples`, or `error` where a prompt
             cannot be continued. Beside it, `OUTPUT.settings.json` says how it was made.
-    Returns: prompts, resumed (lines that were there), errors, tokens (new ones), seconds.
+    Returns: prompts, resumed (lines that were there), errors (those that were there too), tokens (new ones),
+    seconds.
     Raises: UserError for a bad line, and for an output that other settings or prompts have begun.
     """
     lines, output = read_prompts(prompts), Path(output)
     how, done = resume(output, lines, how, str(folder))
     with open(output, "r+b" if output.exists() else "wb") as out:
-        out.truncate(done[1])
-        out.seek(done[1])
-        counts = {"prompts": len(lines), "resumed": done[0], "errors": 0, "tokens": 0}
+        out.truncate(done.bytes)
+        out.seek(done.bytes)
+        counts = {"prompts": len(lines), "resumed": done.lines, "errors": done.errors, "tokens": 0}
         started = time.perf_counter()
-        if done[0] < len(lines):
+        if done.lines < len(lines):
             model, tokenizer = load_for_generation(folder, how.int8)
             started = time.perf_counter()
-            todo = lines[done[0] :]
-            first_seed = (how.seed or 0) + done[0] * how.samples
+            todo = lines[done.lines :]
+            first_seed = (how.seed or 0) + done.lines * how.samples
             many = generate_many(
                 model,
                 tokenizer,
@@ -206,11 +212,17 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-def resume(
-    output: Path, prompts: list[dict[str, Any]], how: Settings, folder: str
-) -> tuple[Settings, tuple[int, int]]:
-    """What an output holds already: the settings to go on with (a drawn seed is taken over), complete lines
-    and their bytes. Begins a new one's settings file.
+class Done(NamedTuple):
+    """What an output holds already: complete lines, their bytes, and how many of them are errors."""
+
+    lines: int = 0
+    bytes: int = 0
+    errors: int = 0
+
+
+def resume(output: Path, prompts: list[dict[str, Any]], how: Settings, folder: str) -> tuple[Settings, Done]:
+    """The settings to go on with (a drawn seed is taken over), and what is there. Begins a new output's
+    settings file.
 
     Raises: UserError when it was made with other settings or prompts.
     """
@@ -220,21 +232,32 @@ def resume(
         if output.exists() and output.stat().st_size:
             raise UserError(f"{output}: exists, and was not begun by this command; name another output")
         write_atomically(sidecar, (json.dumps(wanted, indent=1) + "\n").encode())
-        return how, (0, 0)
-    before = json.loads(sidecar.read_text(encoding="utf-8"))
+        return how, Done()
+    before = _object(sidecar.read_bytes(), str(sidecar))
     for key, value in wanted.items():
-        if before.get(key) != value and key != "seed":
+        if before.get(key) != value and not (key == "seed" and how.seed_drawn):
             raise UserError(
                 f"{output}: was begun with {key} {before.get(key)!r}, not {value!r}; name another output"
             )
-    how = replace(how, seed=before["seed"])
+    how = replace(how, seed=before.get("seed"))
     data = output.read_bytes() if output.exists() else b""
     complete = data[: data.rfind(b"\n") + 1]
-    lines = complete.splitlines()
+    lines = [_object(x, f"{output} line {n}") for n, x in enumerate(complete.splitlines(), 1)]
     for number, line in enumerate(lines):
-        if number >= len(prompts) or json.loads(line).get("prompt") != prompts[number]["prompt"]:
+        if number >= len(prompts) or line.get("prompt") != prompts[number]["prompt"]:
             raise UserError(f"{output} line {number + 1}: is of another prompt; name another output")
-    return how, (len(lines), len(complete))
+    return how, Done(len(lines), len(complete), sum("samples" not in line for line in lines))
+
+
+def _object(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object that this command once wrote. Raises: UserError when it is something else now."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: was changed by something else; name another output")
+    return value
 
 
 def converse(

@@ -101,6 +101,8 @@ def test_other_settings_prompts_and_files_are_refused(folder, prompts, tmp_path)
     generate_file(folder, prompts, out, settings(**HOW), batch_size=4)
     with pytest.raises(UserError, match="begun with temperature 1.0, not 0.5"):
         generate_file(folder, prompts, out, settings(**HOW | {"temperature": 0.5}), batch_size=4)
+    with pytest.raises(UserError, match="begun with seed 7, not 8"):
+        generate_file(folder, prompts, out, settings(**HOW | {"seed": 8}), batch_size=4)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(prompts.read_text("utf-8").replace("One is", "Two is"), "utf-8")
     with pytest.raises(UserError, match="out.jsonl line 3: is of another prompt"):
@@ -109,6 +111,9 @@ def test_other_settings_prompts_and_files_are_refused(folder, prompts, tmp_path)
     with pytest.raises(UserError, match="not begun by this command"):
         generate_file(folder, prompts, tmp_path / "mine.jsonl", settings(**HOW), batch_size=4)
     assert (tmp_path / "mine.jsonl").read_text() == "precious\n"
+    out.write_bytes(b"[1]\n")
+    with pytest.raises(UserError, match="out.jsonl line 1: was changed by something else"):
+        generate_file(folder, prompts, out, settings(**HOW), batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +139,9 @@ def test_a_prompt_too_long_is_an_error_line_and_status_1(folder, tmp_path, capsy
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     arguments = ["generate", "--model", folder, "--prompts", str(tmp_path / "p.jsonl")]
     arguments += ["--output", str(tmp_path / "o.jsonl"), "--max-sentences", "2", "--json"]
-    assert cli.main(arguments) == 1
-    assert json.loads(capsys.readouterr().out)["errors"] == 1
+    for _ in range(2):  # run again, there is nothing left to do, and the prompt is still refused
+        assert cli.main(arguments) == 1
+        assert json.loads(capsys.readouterr().out)["errors"] == 1
     refused, good = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert "shorten the prompt" in refused["error"] and good["samples"][0]["text"]
 
@@ -146,6 +152,14 @@ def test_best_of_keeps_the_likeliest(folder):
     assert len(many["samples"]) == 5 and len(best["samples"]) == 1
     likeliest = max(many["samples"], key=lambda sample: sample["log_probability"])
     assert best["samples"] == [likeliest] and best["text"] == "The" + likeliest["text"]
+
+
+def test_several_texts_in_a_conversation_and_impossible_seeds_are_refused():
+    with pytest.raises(UserError, match="--interactive writes one text"):
+        cli.main(["generate", "--model", "m", "--interactive", "--samples", "2"])
+    for seed in (-1, 1 << 64):
+        with pytest.raises(UserError, match="seed .*: must be from 0"):
+            settings(1, seed=seed)
 
 
 @pytest.mark.parametrize("flags", [{"samples": 3}, {"best_of": 2}])
