@@ -13,14 +13,19 @@ tokens per second  from the end of the first new sentence to the end of the last
                    tokens then, ours with end symbols and passes of the backbone, which count for nothing
 first sentence     seconds from the prompt's tokens to the first `sentence_tokens` new ones, all rows
 cached bytes       of the caches' storages after the run, by the tokens that they hold
+memory             (CPU) of the process, each model in one of its own: resident `before` a run (weights and
+                   libraries), at its `peak`, and what is `held` at its end while the caches live, beyond what
+                   was there before it; by the tokens held, that is what a token of context costs
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +36,9 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, StoppingCri
 
 from data_prep.errors import UserError
 from data_prep.results import header, require_folder, say, write_result
+from pipeline import process_memory
 from pipeline.benchmark_training import OPT_SIZES, PACKAGES
-from pipeline.charts import Series, line_chart
+from pipeline.charts import HEIGHT, WIDTH, Series, line_chart
 from pipeline.generation import lay_out
 from pipeline.generation_batch import BatchWriter, Limits, Piece, Request
 from pipeline.inspection import DTYPES, Vocabulary, find_recipe, sized_recipe
@@ -45,7 +51,7 @@ SENTENCE_ROOM = 64  # longest sentence of the models measured
 STYLE = (
     "<style>svg{background:#fff;font:12px sans-serif}.line{fill:none;stroke-width:2}.grid{stroke:#ddd}"
     ".axis{stroke:#333}.series-1{stroke:#0b6fb8}.series-2{stroke:#c6500a}.dot.series-1{fill:#0b6fb8}"
-    ".dot.series-2{fill:#c6500a}</style>"
+    ".dot.series-2{fill:#c6500a}.line.faint{stroke:none}</style>"
 )
 
 
@@ -111,7 +117,8 @@ class SentenceSide:
         room = self.model.max_sentences + 1
         return f"{sentences} sentences, {room} positions" if sentences > room else None
 
-    def turn(self, case: Case, prompts_BC: np.ndarray) -> Turn:
+    def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
+        """One run; `at_end` is called while its caches still live."""
         limits = Limits(case.sentences, sentence_tokens=case.sentence_tokens)
         writer = BatchWriter(self.model, self._tokenizer, Sampling(), limits, case.batch)
         cuts = np.arange(case.sentence_tokens, case.context, case.sentence_tokens)
@@ -129,6 +136,7 @@ class SentenceSide:
                     first = last
         if written.tolist() != [case.new_tokens] * case.batch:
             raise RuntimeError(f"{case}: wrote {written.tolist()} tokens")
+        at_end()
         tokens = case.batch * (case.new_tokens - case.sentence_tokens)
         # The last sentence is written, but not in the cache.
         held = len(cuts) + 1 + case.sentences - 1
@@ -169,7 +177,8 @@ class TokenSide:
         needed = case.context + case.new_tokens
         return f"{needed} tokens, {room} positions" if needed > room else None
 
-    def turn(self, case: Case, prompts_BC: np.ndarray) -> Turn:
+    def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
+        """One run; `at_end` is called while its caches still live."""
         clock = _Clock()
         ids = torch.from_numpy(prompts_BC).to(self.model.device)
         began = time.perf_counter()
@@ -186,6 +195,7 @@ class TokenSide:
             )
         if out.sequences.shape[1] != case.context + case.new_tokens:
             raise RuntimeError(f"{case}: wrote {out.sequences.shape[1] - case.context} tokens")
+        at_end()
         first, last = clock.times[case.sentence_tokens - 1], clock.times[-1]
         cache = out.past_key_values
         layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
@@ -223,16 +233,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--sentences: at least 2, the first one is timed apart")
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
     device = torch.device(arguments.device)
-    sides: dict[str, SentenceSide | TokenSide] = {
-        "model": SentenceSide(arguments.recipe, arguments.vae_recipe, arguments.dtype, device, arguments.int8)
-    }
-    if arguments.against:
-        sides["against"] = TokenSide(arguments.against, arguments.dtype, device, arguments.columns)
-    points = []
-    for batch in arguments.batch:
-        for context in arguments.context:
-            case = Case(batch, context, arguments.sentences, arguments.sentence_tokens)
-            points.append(measure(case, sides, arguments.runs))
+    cases = [
+        Case(batch, context, arguments.sentences, arguments.sentence_tokens)
+        for batch in arguments.batch
+        for context in arguments.context
+    ]
+    if arguments.memory_of:
+        return {"memory": memory(make_side(arguments.memory_of, arguments, device), cases)}
+    sides = {name: make_side(name, arguments, device) for name in SIDES[: 1 + bool(arguments.against)]}
+    points = [measure(case, sides, arguments.runs) for case in cases]
+    if device.type == "cpu" and not arguments.no_memory:
+        for name in sides:
+            add_memory(points, name, _memory_in_own_process(name, arguments))
     result = {
         **header(PACKAGES),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -252,6 +264,63 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         write_result(result, output)
         output.with_suffix(".svg").write_text(chart(result), encoding="utf-8")
     return result
+
+
+def make_side(name: str, arguments: argparse.Namespace, device: torch.device) -> SentenceSide | TokenSide:
+    """The recipe's model, or the one it is measured against. Raises: UserError for a wrong kind."""
+    if name == "model":
+        return SentenceSide(arguments.recipe, arguments.vae_recipe, arguments.dtype, device, arguments.int8)
+    return TokenSide(arguments.against, arguments.dtype, device, arguments.columns)
+
+
+def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[str, int] | None]:
+    """Resident bytes of this process for each case: `before`, `peak`, `held` and its `tokens`; None for a
+    case that the side has no positions for."""
+    vocabulary = side.model.get_input_embeddings().weight.shape[0]
+    small = Case(1, 1, 2, next(iter(cases)).sentence_tokens)
+    side.turn(small, np.full((1, 1), 5))  # what is made once: threads, buffers of libraries
+    found: list[dict[str, int] | None] = []
+    for case in cases:
+        if side.limit(case):
+            found.append(None)
+            continue
+        prompts_BC = np.random.default_rng(case.context).integers(4, vocabulary, (case.batch, case.context))
+        before = process_memory.resident()
+        process_memory.begin_peak()
+        figures = {"before": before}
+
+        def at_end(figures=figures) -> None:
+            figures["peak"] = process_memory.peak()
+            figures["held"] = process_memory.resident() - figures["before"]
+
+        figures["tokens"] = side.turn(case, prompts_BC, at_end).cached_tokens
+        found.append(figures)
+    return found
+
+
+def _memory_in_own_process(name: str, arguments: argparse.Namespace) -> list[dict[str, int] | None]:
+    """Run this command again for one side's memory alone."""
+    command = ["benchmark", "generation", "--memory-of", name]
+    for flag in ("recipe", "against", "vae_recipe", "sentence_tokens", "sentences", "threads", "dtype"):
+        if getattr(arguments, flag) is not None:
+            command += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
+    for flag in ("batch", "context"):
+        command += [f"--{flag}", *map(str, getattr(arguments, flag))]
+    command += [f"--{flag}" for flag in ("int8", "columns") if getattr(arguments, flag)]
+    say(f"memory of {name}, in a process of its own")
+    return process_memory.in_own_process(command, f"the memory of {name}")["memory"]
+
+
+def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, int] | None]) -> None:
+    """Put a side's memory into its points, and the ratios where the other side's is there."""
+    for point, figures in zip(points, found, strict=True):
+        if figures is None:
+            continue
+        figures = {**figures, "held_per_token": figures["held"] / figures["tokens"]}
+        point[name]["memory"] = figures
+        if name == "against" and "memory" in point["model"]:
+            for key in ("peak", "held_per_token"):
+                point["ratios"][f"memory_{key}"] = point["model"]["memory"][key] / figures[key]
 
 
 def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -> dict[str, Any]:
@@ -299,24 +368,58 @@ def _figures(turns: list[Turn]) -> dict[str, Any]:
 
 
 def chart(result: dict[str, Any]) -> str:
-    """Tokens per second over the context, for the smallest batch, as a picture of its own."""
-    batch = min(point["batch"] for point in result["points"])
+    """Speed and memory over the context at the smallest batch, and over the batch at the shortest context,
+    whatever was varied: one picture of its own, charts below each other."""
+    panels, names = [], {"context": "tokens of context", "batch": "texts at once"}
+    for along, other in (("context", "batch"), ("batch", "context")):
+        if len({point[along] for point in result["points"]}) == 1:
+            continue
+        fixed = min(point[other] for point in result["points"])
+        points = [point for point in result["points"] if point[other] == fixed]
+        label = f"{names[along]} ({other} {fixed:,})"
+        panels.append(_panel(result, points, along, label, "new tokens per second", _speed))
+        if any("memory" in point["model"] for point in points):
+            panels.append(_panel(result, points, along, label, "memory at the peak, GB", _peak))
+    if not panels:  # a single point
+        points = result["points"]
+        panels.append(_panel(result, points, "context", names["context"], "new tokens per second", _speed))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT * len(panels)}">{STYLE}'
+    placed = [
+        panel.replace("<svg ", f'<svg y="{HEIGHT * n}" width="{WIDTH}" height="{HEIGHT}" ', 1)
+        for n, panel in enumerate(panels)
+    ]
+    return "\n".join([head, *placed, "</svg>"]) + "\n"
+
+
+def _speed(figures: dict[str, Any]) -> float:
+    return figures["tokens_per_second"]["median"]
+
+
+def _peak(figures: dict[str, Any]) -> float | None:
+    return figures["memory"]["peak"] / 1e9 if "memory" in figures else None
+
+
+def _panel(
+    result: dict[str, Any],
+    points: list[dict[str, Any]],
+    along: str,
+    x_label: str,
+    y_label: str,
+    value: Callable[[dict[str, Any]], float | None],
+) -> str:
     series = []
     for number, side in enumerate(SIDES, 1):
-        points = [
-            (p["context"], p[side]["tokens_per_second"]["median"])
-            for p in result["points"]
-            if p["batch"] == batch and side in p and "refused" not in p[side]
-        ]
-        if points:
-            series.append(Series(result[side]["name"], sorted(points), number, dots=True))
+        found = [(math.log2(p[along]), p[side]) for p in points if side in p]
+        values = [(x, None if "refused" in figures else value(figures)) for x, figures in found]
+        drawn = [(x, y) for x, y in values if y is not None]
+        if drawn:
+            ends = "" if len(drawn) == len(found) else " (no positions beyond)"
+            series.append(Series(f"{result[side]['name']}{ends}", sorted(drawn), number, dots=True))
     # Both lines are read against zero: a speed that falls with the context must look like it.
-    base = Series("", [(min(x for s in series for x, _ in s.points), 0.0)], 1, faint=True)
-    svg = line_chart([*series, base], "tokens of context", f"new tokens per second, batch {batch}")
-    return (
-        svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + STYLE, 1)
-        + "\n"
-    )
+    places = sorted({point[along] for point in points})
+    base = Series("", [(math.log2(x), 0.0) for x in (places[0], places[-1])], 1, faint=True)
+    x_ticks = [(math.log2(x), f"{x:,}") for x in places]
+    return line_chart([*series, base], x_label, y_label, x_ticks=x_ticks)
 
 
 def format_benchmark(result: dict[str, Any]) -> str:
@@ -342,4 +445,18 @@ def format_benchmark(result: dict[str, Any]) -> str:
             line += f"   {point['ratios']['tokens_per_second']:.2f} × the tokens per second, "
             line += f"{point['ratios']['cached_bytes_per_token']:.1%} of the cached bytes per token"
         lines.append(line)
+    if any("memory" in point["model"] for point in result["points"]):
+        columns = "".join(f"{n + ' peak GB':>22}{'held, B/token':>16}" for n in names)
+        lines += ["", "memory of the process", f"{'batch':>5} {'context':>8}{columns}"]
+        for point in result["points"]:
+            line = f"{point['batch']:>5} {point['context']:>8}"
+            for side in SIDES[: len(names)]:
+                figures = point[side].get("memory")
+                line += f"{figures['peak'] / 1e9:>22.3f}" if figures else f"{'-':>22}"
+                line += f"{figures['held_per_token']:>16,.0f}" if figures else f"{'-':>16}"
+            if "memory_peak" in point.get("ratios", {}):
+                ratios = point["ratios"]
+                line += f"   {ratios['memory_peak']:.2f} × the peak, "
+                line += f"{ratios['memory_held_per_token']:.1%} of what a token of context holds"
+            lines.append(line)
     return "\n".join(lines)

@@ -23,12 +23,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,7 +39,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from data_prep.errors import UserError
 from data_prep.results import header, require_folder, say, write_result
 from data_prep.shards import ShardSet
-from pipeline import arithmetic
+from pipeline import arithmetic, process_memory
 from pipeline.arithmetic import TRAINING_FACTOR, Core, Operations
 from pipeline.batches import Batch, build_batch
 from pipeline.bins import Bin, BinPlan
@@ -293,35 +289,21 @@ def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str,
         return {"before": before, "peak": peak, "step": peak - before}
     x = torch.randn(64, 64, requires_grad=True)
     torch.mm(x, x).sum().backward()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew at what is resident now
-    except OSError as error:
-        raise UserError(f"memory cannot be measured on this system ({error}): use --no-memory") from None
-    before = _resident("VmHWM")
+    process_memory.begin_peak()
+    before = process_memory.peak()
     stepper()
-    peak = _resident("VmHWM")
+    peak = process_memory.peak()
     return {"before": before, "peak": peak, "step": peak - before}
-
-
-def _resident(field: str) -> int:
-    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found.group(1)) * 1024
 
 
 def _memory_in_own_process(side: str, arguments: argparse.Namespace) -> dict[str, int]:
     """Run this command again for one side's memory alone."""
-    command = [sys.executable, "-m", "pipeline.cli", "benchmark", "train", "--memory-of", side, "--json"]
+    command = ["benchmark", "train", "--memory-of", side]
     for flag in ("recipe", "against", "shards", "vae_recipe", "tokens", "threads", "dtype", "device"):
         if getattr(arguments, flag) is not None:
             command += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
     command += ["--step"] if arguments.step else []
-    package = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"measuring the memory of {side} ended with status {done.returncode}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return process_memory.in_own_process(command, f"the memory of {side}")
 
 
 # The command ----------------------------------------------------------------------------------------------

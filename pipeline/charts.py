@@ -101,9 +101,11 @@ def line_chart(
     marks: Sequence[Mark] = (),
     log: bool = False,
     legend: bool = True,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
 ) -> str:
     """Lines over a common pair of axes; the y axis fits the data and need not start at zero. `log`: it is
-    logarithmic, and points that are not above zero are left out."""
+    logarithmic, and points that are not above zero are left out. `x_ticks`: places on the x axis and what
+    they are called, where round numbers are not wanted."""
     if log:
         above = [[(x, math.log10(y)) for x, y in one.points if y > 0] for one in series]
         series = [replace(one, points=points) for one, points in zip(series, above, strict=True)]
@@ -112,7 +114,7 @@ def line_chart(
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
     margin = (y_high - y_low) * 0.05 or abs(y_high) * 0.05 or 0.5
     frame = _Frame(x_low, x_high if x_high > x_low else x_low + 1, y_low - margin, y_high + margin, log)
-    parts = frame.axes(x_label, y_label)
+    parts = frame.axes(x_label, y_label, x_ticks)
     parts += [frame.mark(mark) for mark in marks if x_low <= mark.x <= x_high]
     for one in series:
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in one.points)
@@ -160,7 +162,9 @@ class _Frame:
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
 
-    def axes(self, x_label: str, y_label: str) -> list[str]:
+    def axes(
+        self, x_label: str, y_label: str, x_ticks: Sequence[tuple[float, str]] | None = None
+    ) -> list[str]:
         floor = HEIGHT - BOTTOM
         parts = []
         values = [(value, value) for value in ticks(self.y_low, self.y_high)]
@@ -170,11 +174,11 @@ class _Frame:
             y = self.y(place)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick_label(value)}</text>')
-        for value in ticks(self.x_low, self.x_high, wanted=8):
+        for value, label in x_ticks or [
+            (value, tick_label(value)) for value in ticks(self.x_low, self.x_high, wanted=8)
+        ]:
             x = self.x(value)
-            parts.append(
-                f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{tick_label(value)}</text>'
-            )
+            parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{label}</text>')
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(

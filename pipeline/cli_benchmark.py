@@ -137,6 +137,10 @@ def add_benchmarks(commands: Any) -> None:
         "--columns", action="store_true", help="lay the other model's matrices out by columns too"
     )
     generation.add_argument(
+        "--no-memory", action="store_true", help="do not measure memory (CPU: a process per model)"
+    )
+    generation.add_argument("--memory-of", choices=["model", "against"], help=argparse.SUPPRESS)
+    generation.add_argument(
         "--output", metavar="FILE", help="write figures to FILE (JSON) and a chart (.svg)"
     )
     generation.add_argument("--json", action="store_true", help="print one JSON object")

@@ -13,7 +13,15 @@ import torch
 
 from data_prep.errors import UserError
 from pipeline import cli
-from pipeline.benchmark_generation import Case, SentenceSide, chart, format_benchmark, run
+from pipeline.benchmark_generation import (
+    Case,
+    SentenceSide,
+    TokenSide,
+    chart,
+    format_benchmark,
+    memory,
+    run,
+)
 
 RECIPE = """
 objective: sllm
@@ -61,7 +69,7 @@ def test_figures_and_chart(recipes, tmp_path):
         "--sentence-tokens",
         "4",
     )
-    result = run(arguments(recipes, *flags, "--output", str(output)))
+    result = run(arguments(recipes, *flags, "--output", str(output)))  # with a process for each's memory
     assert json.loads(output.read_text()) == result
     assert [(p["batch"], p["context"]) for p in result["points"]] == [
         (batch, context) for batch in (1, 3) for context in (10, 37, 100)
@@ -76,13 +84,16 @@ def test_figures_and_chart(recipes, tmp_path):
         assert ours["cached_bytes_per_token"] == pytest.approx(cached)
         if point["context"] == 100:  # more tokens than positions, but not more sentences
             assert other == {"refused": "108 tokens, 60 positions"} and "ratios" not in point
+            assert point["model"]["memory"]["peak"] > 1e8
         else:
             assert other["cached_bytes_per_token"] >= place
             assert point["ratios"]["cached_bytes_per_token"] < 0.5
+            assert point["ratios"]["memory_peak"] == pytest.approx(1, abs=0.5)
     assert "108 tokens, 60 positions" in format_benchmark(result)
     root = ElementTree.fromstring(output.with_suffix(".svg").read_text())
     dots = [e for e in root.iter() if e.tag.endswith("circle")]
-    assert len(dots) == 5  # three contexts of ours, two of the other's
+    # Along three contexts (two of the other's), then along two batches; speed and memory each.
+    assert len(dots) == 2 * (5 + 4)
     assert chart(result) == output.with_suffix(".svg").read_text()
 
 
@@ -94,6 +105,25 @@ def test_forced_lengths_are_what_is_written(recipes):
     turn = side.turn(case, np.full((2, 9), 7))
     assert turn.cached_tokens == 2 * (9 + 10) and turn.step_bytes > 0
     assert side.limit(Case(1, 58 * 5, 3, 5)) == "61 sentences, 60 positions"
+
+
+@pytest.mark.parametrize("kind", ["sllm", "lm"])
+def test_the_memory_that_is_held_is_the_cache(kind, tmp_path):
+    """As resident in the process, so also what is allocated but not counted would show."""
+    wide = BACKBONE.replace("32", "256").replace("num_hidden_layers: 2", "num_hidden_layers: 6")
+    text = {"sllm": RECIPE, "lm": TOKENS}[kind].replace("hidden_size: 32", "hidden_size: 256")
+    (tmp_path / "wide.yaml").write_text(text.replace("BACKBONE", wide))
+    recipe, cpu = str(tmp_path / "wide.yaml"), torch.device("cpu")
+    side = (
+        SentenceSide(recipe, None, "fp32", cpu) if kind == "sllm" else TokenSide(recipe, "fp32", cpu, False)
+    )
+    tokens = 2 if kind == "sllm" else 1  # of a sentence
+    case = Case(batch=96, context=50 * tokens, sentences=3, sentence_tokens=tokens)
+    found, refused = memory(side, [case, Case(1, 500, 3, tokens)])
+    assert refused is None and found["tokens"] >= 96 * 50
+    cached = 96 * 52 * 2 * 6 * 256 * 4
+    assert found["held"] == pytest.approx(cached, rel=0.2)
+    assert found["peak"] - found["before"] >= 0.9 * found["held"]
 
 
 @pytest.mark.parametrize(
