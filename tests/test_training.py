@@ -587,6 +587,9 @@ def test_a_checkpoint_spoilt_in_place_is_passed_over_by_all_ranks(
     assert line.endswith("_optim_states.pt is not as it was written (sha256): using step-00000004 instead")
     assert "going on from step 4" in said
     assert losses(run)[:4] == expected[:4] and len(losses(run)) == 7
+    # Of the last two the spoilt one is none.
+    kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000004", "step-00000007"]
 
 
 def test_exports_of_damaged_or_missing_runs_are_refused(
