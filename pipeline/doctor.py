@@ -2,9 +2,9 @@
 
 In: the ranks of a launcher (`srun sllm doctor …`, mpirun, torchrun; alone it looks at this machine), shard
 folders and the run's output folder. Out: rank 0 prints what it found, and one line for every problem with the
-machine's name; every rank exits with 0, or 1 when there is a problem. The parts: `meeting.py` (ranks talk
-without torch), `doctor_machine.py` (what a machine sees of itself), `doctor_network.py` (all-reduce and
-pairs).
+machine's name; every rank exits with 0, or 1 when there is a problem, or 75 when USR1 has told it to stop.
+The parts: `meeting.py` (ranks talk without torch), `doctor_machine.py` (what a machine sees of itself),
+`doctor_network.py` (all-reduce and pairs).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import signal
 import socket
 import statistics
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 from data_prep.errors import UserError, describe
 from pipeline import doctor_machine, doctor_network
-from pipeline.launch import Ranks, find_ranks, free_port
+from pipeline.launch import REQUEUE, Ranks, find_ranks, free_port
 from pipeline.meeting import LostTable, Meeting
 
 CLOCK_LIMIT = 2.0  # seconds between any machine's clock and the first one's
@@ -50,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The command, on every rank: 0 all well, 1 a problem. UserError when the ranks cannot meet."""
+    """The command, on every rank: 0 all well, 1 a problem, 75 stopped by USR1. UserError when the ranks
+    cannot meet."""
+    decided = _end_on_signals()
     ranks = find_ranks()
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -59,14 +62,34 @@ def run(arguments: argparse.Namespace) -> int:
             report = examine(meeting, arguments)
     except LostTable:
         return 2  # rank 0 has said why
-    # The first rank to exit with 1 makes `srun --kill-on-bad-exit` terminate the others: the job must end
-    # with 1 all the same, and rank 0 must have its say.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    decided.set()
     if ranks.rank == 0:
         print(json.dumps(report, allow_nan=False) if arguments.json else format_report(report), flush=True)
         for line in report["problems"]:
             print(f"sllm doctor: {line}", file=sys.stderr)
     return 0 if report["ok"] else 1
+
+
+def _end_on_signals() -> threading.Event:
+    """USR1 (preemption, the time limit) ends this process with 75, and TERM with 2 unless the event returned
+    is set: the verdict is in.
+
+    The first rank to end makes `srun --kill-on-bad-exit` terminate the others, and a step ends with the
+    highest status of all: ranks killed by TERM (143) would hide the 75, so that nobody starts the job again,
+    and the 1 of a verdict. A thread waits for the signals, since the main one may be blocked in a collective.
+    """
+    decided, signals = threading.Event(), (signal.SIGUSR1, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while True:
+            if signal.sigwait(signals) == signal.SIGUSR1:
+                os._exit(REQUEUE)
+            if not decided.is_set():
+                os._exit(2)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+    return decided
 
 
 def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +120,12 @@ def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
         "gpus": {hosts[rank]: facts[rank]["gpus"]["gpus"] for rank in leaders},
         "clock_offsets": {hosts[rank]: offset for rank, offset in offsets.items()},
         "network": _network(network, hosts) if network else None,
-        "warnings": [],
+        "warnings": [
+            f"{hosts[rank]}: writes only {disk['write'] / 1e6:.1f} MB/s to {disk['folder']}"
+            for rank in leaders
+            for disk in facts[rank]["disks"]
+            if disk["write"] and disk["write"] < doctor_machine.SLOW_DISK
+        ],
     }
     problems = different + list(_machine_problems(facts, hosts))
     problems += _differences({hosts[rank]: _gpu_kinds(facts[rank]["gpus"]["gpus"]) for rank in leaders})
@@ -114,7 +142,8 @@ def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
         for host, seen in zip(hosts, network, strict=True):
             problems += [f"{host}: {line}" for line in seen["problems"]]
         slow, warnings = _slow_pairs(report["network"]["pairs"], arguments.min_gbps)
-        problems, report["warnings"] = problems + slow, warnings
+        problems += slow
+        report["warnings"] += warnings
     return report | {"problems": problems, "ok": not problems}
 
 

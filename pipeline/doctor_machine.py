@@ -22,7 +22,7 @@ PACKAGES = (
 )
 SAMPLED = 2  # shards verified on each machine when not all are
 WRITE_BYTES = 32 << 20
-SLOW_DISK = 20e6  # bytes/s
+SLOW_DISK = 20e6  # bytes/s; less is worth a warning
 VISIBLE_SECONDS = 10.0  # how long a shared file system may take to show a new file elsewhere
 BUSY_GPU = 0.1  # of its memory, before the job has begun
 GPU_FIELDS = (

@@ -39,6 +39,7 @@ srun_words=(
   --kill-on-bad-exit=1                  # one dead rank ends the step: the others would wait for it for ever
   --cpus-per-task="$SLURM_CPUS_PER_TASK" # since Slurm 22.05 a step does not inherit it, and would get one core
   --cpu-bind=cores                      # a task stays on its cores, near its memory
+  # No --gpu-bind: a task takes the GPU of its number on its node, and NCCL reaches its neighbours' memory only when it sees them.
   --distribution=block                  # ranks of a node are neighbours: rings and shards of ZeRO stay inside
 )
 read -ra more_srun_words <<<"${SRUN_FLAGS:-}"
@@ -58,13 +59,19 @@ begin() {
   mkdir -p "$logs"
 }
 
+# What comes before training failed with this status. 75: it was told to stop; 138: USR1 met a process that did not listen yet.
+failed() {
+  if [[ $1 == 75 || $1 == 138 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  exit "$1"
+}
+
 # The shards on each node's own disk (compared with the manifest's sha256): a shared file system serves every node once.
 stage() {
   read -ra shards <<<"${SHARDS:-}"
   if [ -z "${STAGE:-}" ] || [ ${#shards[@]} = 0 ]; then return; fi
   local staged
   staged=$(run --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${container[@]}" \
-    data-prep stage "${shards[@]}" --to "$STAGE")
+    data-prep stage "${shards[@]}" --to "$STAGE") || failed $?
   mapfile -t shards <<<"$staged"
 }
 
@@ -75,7 +82,7 @@ preflight() {
   if [ ${#shards[@]} -gt 0 ]; then words+=(--shards "${shards[@]}"); fi
   if [ -n "${OUTPUT_DIR:-}" ]; then words+=(--output_dir "$OUTPUT_DIR"); fi
   read -ra more <<<"${DOCTOR:-}"
-  run "${container[@]}" sllm doctor "${words[@]}" "${more[@]}"
+  run "${container[@]}" sllm doctor "${words[@]}" "${more[@]}" || failed $?
 }
 
 # Trains to the end, or to a signal; goes on from the latest good checkpoint, converting it when the number of ranks has
@@ -91,7 +98,7 @@ train() {
     python pipeline/train.py --config "$CONFIG" --deepspeed_config "${strategy[@]}" \
     "${words[@]}" "$@" || status=$?
   echo "$SLURM_JOB_NAME $SLURM_JOB_ID: training ended with status $status; see $logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.*.log"
-  # 75: told to stop, and saved. Above 128: a rank was killed (memory, a broken machine). Both go on by a new start.
-  if [ "$status" = 75 ] || [ "$status" -gt 128 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+  # 75: told to stop, and saved. 76: ranks hung. Above 128: a rank was killed (memory, a broken machine). All go on by a new start.
+  if [[ $status == 7[56] || $status -gt 128 ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
   exit "$status"
 }

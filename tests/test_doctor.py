@@ -5,6 +5,7 @@ The same on a Slurm cluster: tests/test_slurm.py.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -114,6 +115,18 @@ def test_full_and_separate_disks(tmp_path: Path) -> None:
     assert problem.startswith("cannot write to")
     (tmp_path / "token").write_text("x")
     assert doctor_machine.is_visible(str(tmp_path / "token"), "x")
+
+
+def test_slow_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    arguments = parser.parse_args(["--output_dir", str(tmp_path), "--free_gb", "0"])
+    meeting = Meeting(Ranks(0, 1, 0), "node1", "", 0, 1.0)
+    assert doctor.examine(meeting, arguments)["warnings"] == []
+    monkeypatch.setattr(doctor_machine, "SLOW_DISK", float("inf"))
+    report = doctor.examine(meeting, arguments)
+    assert report["ok"] and report["warnings"][0].startswith("node1: writes only ")
+    assert f"MB/s to {tmp_path}" in doctor.format_report(report)
 
 
 def test_unseen_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
