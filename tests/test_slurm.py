@@ -366,7 +366,10 @@ def test_requeued_by_a_signal_before_training_and_by_hung_ranks_but_not_for_ever
 ) -> None:
     """Start 1 is told to stop while the preflight looks, start 2 hangs, start 3 is one too many."""
     recipe = write_recipe(tmp_path / "vae.yaml", objective="vae", model={"vae": VAE})
-    (tmp_path / "site.sh").write_text('if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then DOCTOR=no; fi\n')
+    # One rank hangs, alone: when the first of several ends with 76, others may still import and be killed.
+    (tmp_path / "site.sh").write_text(
+        'if [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then DOCTOR=no SRUN_FLAGS="--nodes=1 --ntasks=1"; fi\n'
+    )
     cluster.environment |= {"SITE": str(tmp_path / "site.sh"), "MAX_RESTARTS": "1", "CONFIG": str(recipe)}
     cluster.environment |= {"SHARDS": str(tiny_shards), "OUTPUT_DIR": str(tmp_path / "run")}
     life = Life(cluster, project, "", tmp_path / "run")
