@@ -15,7 +15,7 @@ first sentence     seconds from the prompt's tokens to the first `sentence_token
 cached bytes       of the caches' storages after the run, by the tokens that they hold
 memory             (CPU) of the process, each model in one of its own: resident `before` a run (weights and
                    libraries), at its `peak`, and what is `held` at its end while the caches live, beyond what
-                   was there before it; by the tokens held, that is what a token of context costs
+                   was there before it; between the smallest and the largest case, what one more token costs
 """
 
 from __future__ import annotations
@@ -240,11 +240,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     if arguments.memory_of:
         return {"memory": memory(make_side(arguments.memory_of, arguments, device), cases)}
+    held: dict[str, Any] = {}
     sides = {name: make_side(name, arguments, device) for name in SIDES[: 1 + bool(arguments.against)]}
     points = [measure(case, sides, arguments.runs) for case in cases]
     if device.type == "cpu" and not arguments.no_memory:
         for name in sides:
             add_memory(points, name, _memory_in_own_process(name, arguments))
+        found = {
+            name: held_per_token(points, name) for name in sides if any("memory" in p[name] for p in points)
+        }
+        held = {"held_per_token": found}
     result = {
         **header(PACKAGES),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -258,6 +263,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "against_by_columns": arguments.columns,
         **{side: {"name": one.name, "parameters": one.parameters} for side, one in sides.items()},
         "points": points,
+        **held,
     }
     if arguments.output:
         output = Path(arguments.output)
@@ -316,11 +322,19 @@ def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, in
     for point, figures in zip(points, found, strict=True):
         if figures is None:
             continue
-        figures = {**figures, "held_per_token": figures["held"] / figures["tokens"]}
         point[name]["memory"] = figures
-        if name == "against" and "memory" in point["model"]:
-            for key in ("peak", "held_per_token"):
-                point["ratios"][f"memory_{key}"] = point["model"]["memory"][key] / figures[key]
+        if name == "against":
+            point["ratios"]["memory_peak"] = point["model"]["memory"]["peak"] / figures["peak"]
+
+
+def held_per_token(points: list[dict[str, Any]], name: str) -> float:
+    """Resident bytes that one more token of context costs a side: between its smallest and its largest case,
+    so that what a run holds whatever the context (about 1 MB) is not counted."""
+    found = sorted(
+        (memory["tokens"], memory["held"]) for p in points if (memory := p[name].get("memory")) is not None
+    )
+    (few, low), (many, high) = found[0], found[-1]
+    return (high - low) / (many - few) if many > few else high / many
 
 
 def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -> dict[str, Any]:
@@ -417,7 +431,8 @@ def _panel(
             series.append(Series(f"{result[side]['name']}{ends}", sorted(drawn), number, dots=True))
     # Both lines are read against zero: a speed that falls with the context must look like it.
     places = sorted({point[along] for point in points})
-    base = Series("", [(math.log2(x), 0.0) for x in (places[0], places[-1])], 1, faint=True)
+    top = 1.3 * max(y for one in series for _, y in one.points)  # the legend has room above the lines
+    base = Series("", [(math.log2(places[0]), 0.0), (math.log2(places[-1]), top)], 1, faint=True)
     x_ticks = [(math.log2(x), f"{x:,}") for x in places]
     return line_chart([*series, base], x_label, y_label, x_ticks=x_ticks)
 
@@ -446,17 +461,21 @@ def format_benchmark(result: dict[str, Any]) -> str:
             line += f"{point['ratios']['cached_bytes_per_token']:.1%} of the cached bytes per token"
         lines.append(line)
     if any("memory" in point["model"] for point in result["points"]):
-        columns = "".join(f"{n + ' peak GB':>22}{'held, B/token':>16}" for n in names)
+        columns = "".join(f"{n + ' peak GB':>22}{'held, MB':>16}" for n in names)
         lines += ["", "memory of the process", f"{'batch':>5} {'context':>8}{columns}"]
         for point in result["points"]:
             line = f"{point['batch']:>5} {point['context']:>8}"
             for side in SIDES[: len(names)]:
                 figures = point[side].get("memory")
                 line += f"{figures['peak'] / 1e9:>22.3f}" if figures else f"{'-':>22}"
-                line += f"{figures['held_per_token']:>16,.0f}" if figures else f"{'-':>16}"
+                line += f"{figures['held'] / 1e6:>16,.1f}" if figures else f"{'-':>16}"
             if "memory_peak" in point.get("ratios", {}):
-                ratios = point["ratios"]
-                line += f"   {ratios['memory_peak']:.2f} × the peak, "
-                line += f"{ratios['memory_held_per_token']:.1%} of what a token of context holds"
+                line += f"   {point['ratios']['memory_peak']:.2f} × the peak"
             lines.append(line)
+        per_token = result["held_per_token"]
+        lines.append(
+            "one more token of context holds "
+            + ", ".join(f"{value:,.0f} bytes ({result[side]['name']})" for side, value in per_token.items())
+            + (f": {per_token['model'] / per_token['against']:.1%}" if "against" in per_token else "")
+        )
     return "\n".join(lines)

@@ -178,7 +178,8 @@ class _Frame:
             (value, tick_label(value)) for value in ticks(self.x_low, self.x_high, wanted=8)
         ]:
             x = self.x(value)
-            parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{label}</text>')
+            anchor = "end" if x + 4 * len(label) > WIDTH else "middle"
+            parts.append(f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="{anchor}">{label}</text>')
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
         middle = (LEFT + WIDTH - RIGHT) / 2
         parts.append(

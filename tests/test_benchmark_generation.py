@@ -19,6 +19,7 @@ from pipeline.benchmark_generation import (
     TokenSide,
     chart,
     format_benchmark,
+    held_per_token,
     memory,
     run,
 )
@@ -90,6 +91,7 @@ def test_figures_and_chart(recipes, tmp_path):
             assert point["ratios"]["cached_bytes_per_token"] < 0.5
             assert point["ratios"]["memory_peak"] == pytest.approx(1, abs=0.5)
     assert "108 tokens, 60 positions" in format_benchmark(result)
+    assert set(result["held_per_token"]) == {"model", "against"}
     root = ElementTree.fromstring(output.with_suffix(".svg").read_text())
     dots = [e for e in root.iter() if e.tag.endswith("circle")]
     # Along three contexts (two of the other's), then along two batches; speed and memory each.
@@ -124,6 +126,15 @@ def test_the_memory_that_is_held_is_the_cache(kind, tmp_path):
     cached = 96 * 52 * 2 * 6 * 256 * 4
     assert found["held"] == pytest.approx(cached, rel=0.2)
     assert found["peak"] - found["before"] >= 0.9 * found["held"]
+
+
+def test_a_token_more_is_measured_between_the_smallest_and_the_largest_case():
+    def point(tokens, held):
+        return {"model": {"memory": {"tokens": tokens, "held": held}}, "against": {"refused": "why"}}
+
+    points = [point(10, 2_000), point(110, 7_000), {"model": {"refused": "why"}}, point(50, 0)]
+    assert held_per_token(points, "model") == 50
+    assert held_per_token(points[:1], "model") == 200
 
 
 @pytest.mark.parametrize(
