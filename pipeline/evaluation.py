@@ -1,11 +1,14 @@
 """The metric contract: how well a model predicts (SLLM, token-level model) or rebuilds (SentenceVAE) a text.
 
 Comes in: a model folder and a text, as shards or as WanJuan documents. Goes out: one dict of sums and the
-figures made of them (docs/evaluation.md says what each key means). Every kind of model is scored on the
-same tokens of the same windows (`bins.document_spans`), each window conditioned on itself only; NLL is
+figures made of them (`scores.py`; docs/evaluation.md says what each key means). Every kind of model is scored
+on the same tokens of the same windows (`bins.document_spans`), each window conditioned on itself only; NLL is
 summed over the corpus in float64 and divided once, at the end:
 
     bits_per_byte = NLL / (ln 2 · UTF-8 bytes of the text)      ppl = exp(NLL / plain tokens)
+
+With several ranks, every rank reads all documents (reading is cheap beside scoring) and scores every
+world-th of them; the ranks' sums meet once, at the end, and every rank has the whole result.
 
 Called by `pipeline/cli.py` (`sllm evaluate`), the demo, and tests.
 """
@@ -15,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,101 +33,17 @@ from data_prep.sentences import SentenceSettings, cut_document
 from data_prep.shards import ShardSet
 from data_prep.tokenizer import LossyTokenization, Tokenizer
 from pipeline.batches import Batch, build_batch
-from pipeline.bins import Span, document_spans
 from pipeline.int8 import to_int8
-from pipeline.losses import bits_per_byte, perplexity
+from pipeline.launch import Ranks, agree
+from pipeline.losses import bits_per_byte
 from pipeline.model_io import load_model, load_model_tokenizer, model_kind
 from pipeline.plain_lm import load_plain_lm
 from pipeline.pretrained import KINDS, read_config
+from pipeline.scores import Scores, Window, document_windows
 
 DEFAULT_WINDOW_TOKENS = 1024
+ALONE = Ranks(0, 1, 0)
 DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
-
-
-@dataclass
-class Sums:
-    """Running sums over a corpus: Python floats (float64) in nats, and counts.
-
-    `add` batches, then `figures`.
-    """
-
-    kind: str  # sllm | vae | lm
-    token_nll: float = 0.0
-    end_nll: float = 0.0
-    stop_nll: float = 0.0
-    without_vectors_nll: float = (
-        0.0  # sllm: all of it again, every sentence vector replaced by the window's start
-    )
-    bytes: int = 0
-    tokens: int = 0
-    sentences: int = 0
-    documents: int = 0
-    windows: int = 0
-    sentences_of_length: Counter[int] = field(default_factory=Counter)  # vae
-    exact_of_length: Counter[int] = field(default_factory=Counter)
-
-    @torch.inference_mode()
-    def add(self, model: torch.nn.Module, batch: Batch, byte_lengths: np.ndarray) -> None:
-        """Score one batch. `byte_lengths`: int [V], the tokenizer's UTF-8 bytes per token."""
-        losses = model(batch, want_correct=True) if self.kind == "vae" else model(batch)
-        ends = float(losses.target_nll_N.double()[losses.is_end_N].sum())
-        stops = 0.0 if losses.stop_nll_S is None else float(losses.stop_nll_S.double().sum())
-        everything = float(losses.target_nll_N.double().sum())
-        self.token_nll += everything - ends
-        self.end_nll += ends
-        self.stop_nll += stops
-        if self.kind == "sllm":
-            without = model(batch, start_vector_only=True)
-            # Stop decisions see the backbone's own outputs either way: no decoder is involved in them.
-            self.without_vectors_nll += float(without.target_nll_N.double().sum()) + stops
-        if self.kind == "vae":
-            self._count_exact(batch, losses.target_correct_N)
-        self.bytes += int(byte_lengths[batch.tokens_T.cpu().numpy()].sum())
-        self.tokens += batch.tokens
-        self.sentences += batch.sentences
-        self.windows += batch.documents
-        self.documents += int(batch.document_end_D.sum())  # every document ends in exactly one window
-
-    def _count_exact(self, batch: Batch, correct_N: torch.Tensor) -> None:
-        # Greedy decoding returns a sentence exactly when the arg max is right at every symbol, its end
-        # included: as long as it is right, the decoder has been fed what teacher forcing feeds it.
-        wrong_S = torch.zeros(batch.sentences, dtype=torch.int64, device=batch.device)
-        wrong_S.index_add_(0, batch.decoder_layout.segment_of_row, (~correct_N).long())
-        lengths = np.diff(batch.cu_sentences)
-        self.sentences_of_length.update(lengths.tolist())
-        self.exact_of_length.update(lengths[(wrong_S == 0).cpu().numpy()].tolist())
-
-    @property
-    def nll(self) -> float:
-        return self.token_nll + self.end_nll + self.stop_nll
-
-    def figures(self) -> dict:
-        """All figures of the sums so far (docs/evaluation.md); at least one token must have been scored."""
-        figures = {
-            "measures": "reconstruction" if self.kind == "vae" else "prediction",
-            "bits_per_byte": bits_per_byte(self.nll, self.bytes),
-            "ppl": perplexity(self.nll, self.tokens),
-            "nll_nats": self.nll,
-            "token_nll_nats": self.token_nll,
-            "end_nll_nats": self.end_nll,
-            "stop_nll_nats": self.stop_nll,
-            "bytes": self.bytes,
-            "tokens": self.tokens,
-            "sentences": self.sentences,
-            "documents": self.documents,
-            "windows": self.windows,
-        }
-        if self.kind == "sllm":
-            figures["bits_per_byte_without_vectors"] = bits_per_byte(self.without_vectors_nll, self.bytes)
-            figures["vector_gain"] = bits_per_byte(self.without_vectors_nll - self.nll, self.bytes)
-        if self.kind == "vae":
-            figures["cross_entropy"] = self.nll / (self.tokens + self.sentences)
-            figures["exact_match"] = self.exact_of_length.total() / self.sentences
-            figures["exact_match_by_length"] = {
-                str(length): {"sentences": count, "exact_match": self.exact_of_length[length] / count}
-                for length, count in sorted(self.sentences_of_length.items())
-            }
-        return figures
 
 
 @dataclass
@@ -134,20 +52,25 @@ class Source:
 
     path: str
     settings: dict  # segmenter, language, max_tokens
-    documents: Iterator[tuple[np.ndarray, np.ndarray]]  # tokens [T], sentence lengths [S]
+    # Of each document: tokens [T], sentence lengths [S], sub-corpus, language.
+    documents: Iterator[tuple[np.ndarray, np.ndarray, str, str]]
     tokens: int | None = None  # expected, for the progress display
     shards_fingerprint: str | None = None
     rejected: dict[str, int] = field(default_factory=dict)  # reason → records left out
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)  # over the text that was scored
 
-    def read(self, tokenizer: Tokenizer, limit: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The documents, at most `limit`; their text enters the digest (length first, so that borders
-        count).
+    def windows(
+        self, tokenizer: Tokenizer, window_tokens: int, limit: int | None, ranks: Ranks
+    ) -> Iterator[Window]:
+        """The windows of this rank's documents out of the first `limit`; the text of all enters the digest
+        (length first, so that borders count).
         """
-        for tokens_T, lengths_S in itertools.islice(self.documents, limit):
+        for number, document in enumerate(itertools.islice(self.documents, limit)):
+            tokens_T, lengths_S, source, language = document
             text = tokenizer.decode_bytes(tokens_T)
             self.digest.update(len(text).to_bytes(8, "little") + text)
-            yield tokens_T, lengths_S
+            if number % ranks.world == ranks.rank:
+                yield from document_windows(tokens_T, lengths_S, window_tokens, number, source, language)
 
 
 def _shard_source(shards: ShardSet, tokenizer: Tokenizer, model_folder: str) -> Source:
@@ -158,14 +81,14 @@ def _shard_source(shards: ShardSet, tokenizer: Tokenizer, model_folder: str) -> 
             "model's tokenizer, or give the documents themselves with --text"
         )
 
-    def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
         for document in shards.documents():
             if int(tokenizer.byte_lengths[document.tokens].sum()) != document.bytes:
                 raise UserError(
                     f"{shards.folder}: document {document.id} has other bytes than its index says; "
                     "run data-prep verify"
                 )
-            yield document.tokens, document.sentence_lengths
+            yield document.tokens, document.sentence_lengths, document.source, document.language
 
     settings = shards.settings.to_dict()
     tokens = shards.manifest["totals"]["tokens"]
@@ -176,7 +99,7 @@ def _text_source(path: str, tokenizer: Tokenizer, settings: dict) -> Source:
     cut = SentenceSettings(**settings)
     source = Source(path, settings, iter(()))
 
-    def documents() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
         for file in files:
             reader = DocumentReader(file, cut.language)
             for record in reader:
@@ -184,11 +107,11 @@ def _text_source(path: str, tokenizer: Tokenizer, settings: dict) -> Source:
                 if reason is None:
                     try:
                         segmenter = cut.segmenter_for(record.language)  # as `data-prep shard` does it
-                        document = cut_document(record.content, tokenizer, segmenter, cut)
+                        tokens_T, lengths_S = cut_document(record.content, tokenizer, segmenter, cut)
                     except LossyTokenization:
                         reason = "tokenizer loses text"
                 if reason is None:
-                    yield document
+                    yield tokens_T, lengths_S, record.source, record.language
                 else:
                     source.rejected[reason] = source.rejected.get(reason, 0) + 1
             if reader.damage:
@@ -199,18 +122,18 @@ def _text_source(path: str, tokenizer: Tokenizer, settings: dict) -> Source:
     return source
 
 
-def _batches(spans: Iterable[Span], batch_tokens: int) -> Iterator[Batch]:
+def _batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[tuple[Batch, list[Window]]]:
     """Consecutive windows up to `batch_tokens` tokens per batch; a larger window is a batch of its own."""
-    group: list[Span] = []
+    group: list[Window] = []
     size = 0
-    for span in spans:
-        if group and size + len(span.tokens) > batch_tokens:
-            yield build_batch(group)
+    for window in windows:
+        if group and size + len(window.span.tokens) > batch_tokens:
+            yield build_batch([w.span for w in group]), group
             group, size = [], 0
-        group.append(span)
-        size += len(span.tokens)
+        group.append(window)
+        size += len(window.span.tokens)
     if group:
-        yield build_batch(group)
+        yield build_batch([w.span for w in group]), group
 
 
 def _load(folder: str) -> tuple[torch.nn.Module, str, Tokenizer]:
@@ -270,11 +193,13 @@ def evaluate(
     max_tokens: int | None = None,
     progress: bool = False,
     int8: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict:
     """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them.
 
     Args: as `sllm evaluate --help` says; `segmenter`, `language` and `max_tokens` decide the sentences of
-    `text` only. Returns: the figures of `Sums.figures` and what they were made from (docs/evaluation.md).
+    `text` only; with more than one of `ranks`, all of which call this alike, their process group must exist.
+    Returns: the figures of `Scores.figures` and what they were made from (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
     """
     folder, given = str(folder), {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
@@ -290,16 +215,22 @@ def evaluate(
         source = _text_source(str(text), tokenizer, _sentence_settings(model, **given))
     _check_fits(model, kind, tokenizer, source.settings, folder)
     window = _window_limit(model, kind, window_tokens)
-    spans = (
-        span
-        for tokens_T, lengths_S in source.read(tokenizer, max_documents)
-        for span in document_spans(tokens_T, lengths_S, window)
-    )
+    windows = source.windows(tokenizer, window, max_documents, ranks)
+    expected = None if max_documents or source.tokens is None else source.tokens // ranks.world
     started = time.perf_counter()
-    sums = score(
-        model, kind, tokenizer, spans, batch_tokens, None if max_documents else source.tokens, progress
-    )
-    if not sums.tokens:
+    error = None
+    try:
+        scores = score(model, kind, tokenizer, windows, batch_tokens, expected, progress)
+    except (UserError, OSError) as problem:
+        if ranks.world == 1:
+            raise
+        scores, error = Scores(kind), problem
+    if ranks.world > 1:
+        whole = Scores(kind)
+        for theirs in agree(error, scores):
+            whole.merge(theirs)
+        scores = whole
+    if not scores.rows:
         reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
         left_out = f" (left out: {reasons})" if reasons else ""
         raise UserError(f"{source.path}: nothing to evaluate, it holds no text{left_out}")
@@ -313,7 +244,8 @@ def evaluate(
         "rejected": source.rejected,
         "sentence_settings": source.settings,
         "window_tokens": window,
-        **sums.figures(),
+        "ranks": ranks.world,
+        **scores.figures(),
         "seconds": round(time.perf_counter() - started, 3),
     }
 
@@ -322,20 +254,21 @@ def score(
     model: torch.nn.Module,
     kind: str,
     tokenizer: Tokenizer,
-    spans: Iterable[Span],
+    windows: Iterable[Window],
     batch_tokens: int,
     expected_tokens: int | None = None,
     progress: bool = False,
-) -> Sums:
-    """Sums over all spans. `model` in eval mode; `kind`: sllm, vae or lm."""
-    sums = Sums(kind)
+) -> Scores:
+    """Sums over all windows. `model` in eval mode; `kind`: sllm, vae or lm."""
+    scores, nats, text_bytes = Scores(kind), 0.0, 0
     # disable=None: shown on a terminal only.
     with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
-        for batch in _batches(spans, batch_tokens):
-            sums.add(model, batch.to(model.device), tokenizer.byte_lengths)
+        for batch, group in _batches(windows, batch_tokens):
+            nats += scores.add(model, batch.to(model.device), group, tokenizer.byte_lengths)
+            text_bytes += int(tokenizer.byte_lengths[batch.tokens_T.numpy()].sum())
             bar.update(batch.tokens)
-            bar.set_postfix_str(f"{bits_per_byte(sums.nll, max(1, sums.bytes)):.4f} bits/byte", refresh=False)
-    return sums
+            bar.set_postfix_str(f"{bits_per_byte(nats, max(1, text_bytes)):.4f} bits/byte", refresh=False)
+    return scores
 
 
 def format_result(result: dict) -> str:
@@ -354,17 +287,22 @@ def format_result(result: dict) -> str:
     if result["rejected"]:
         rows.append(("left out", ", ".join(f"{n} × {reason}" for reason, n in result["rejected"].items())))
     rows += [
-        ("bits per byte", f"{result['bits_per_byte']:.4f}"),
+        ("bits per byte", f"{result['bits_per_byte']:.4f}{_between(result['bits_per_byte_interval'])}"),
         ("perplexity", f"{result['ppl']:.4g} per plain token"),
         ("nats", f"{result['nll_nats']:.1f} = tokens {tokens:.1f} + ends {ends:.1f} + stops {stops:.1f}"),
     ]
     if result["kind"] == "sllm":
         without = result["bits_per_byte_without_vectors"]
         rows.append(
-            ("vector gain", f"{result['vector_gain']:.4f} bits per byte ({without:.4f} without vectors)")
+            (
+                "vector gain",
+                f"{result['vector_gain']:.4f}{_between(result['vector_gain_interval'])} bits per byte "
+                f"({without:.4f} without vectors)",
+            )
         )
     if result["kind"] == "vae":
         rows.append(("exact match", f"{result['exact_match']:.2%} of sentences rebuilt exactly"))
+        rows.append(("edit distance", f"{result['edit_distance']:.4f} edits per token"))
         rows += [
             (f"  {n} tokens", f"{at['exact_match']:.2%} of {at['sentences']:,}")
             for n, at in result["exact_match_by_length"].items()
@@ -373,4 +311,27 @@ def format_result(result: dict) -> str:
             ("note", "reconstruction: the model has seen each sentence; no figure here compares with")
         )
         rows.append(("", "a language model's"))
+    for title, key in (
+        ("sub-corpora", "by_source"),
+        ("languages", "by_language"),
+        ("sentence tokens", "by_sentence_length"),
+        ("sentence number", "by_sentence_position"),
+    ):
+        if len(result[key]) > 1:
+            rows.append((title, "bits per byte"))
+            rows += [(f"  {group}", _group(figures)) for group, figures in result[key].items()]
+    if result["bits_per_byte_interval"]:
+        how = result["intervals"]
+        rows.append(("intervals", f"{how['level']:.0%}, {how['resamples']:,} resamples of whole documents"))
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
+
+
+def _between(interval: list[float] | None) -> str:
+    return f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+
+
+def _group(figures: dict) -> str:
+    if figures["bits_per_byte"] is None:
+        return "no bytes"
+    between = _between(figures.get("bits_per_byte_interval"))
+    return f"{figures['bits_per_byte']:.4f}{between} of {figures['bytes']:,} bytes"
