@@ -12,11 +12,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError, run_main
 from data_prep.results import require_folder, write_result
 from pipeline.cli_benchmark import add_benchmarks
 from pipeline.cli_parts import INT8_HELP, VAE_RECIPE_HELP, answer, command, positive, print_json
+
+if TYPE_CHECKING:
+    from pipeline.launch import Ranks
 
 DESCRIPTION = "Evaluate, generate with, check, export, audit, inspect and measure sentence-level models."
 
@@ -30,6 +34,18 @@ def _quiet_libraries() -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from pipeline.launch import find_ranks, join, leave
+
+    ranks = find_ranks()
+    if ranks.world > 1:
+        join(ranks)
+    try:
+        return _evaluate_as(ranks, args)
+    finally:
+        leave()
+
+
+def _evaluate_as(ranks: Ranks, args: argparse.Namespace) -> int:
     from pipeline.evaluation import evaluate, format_result
 
     result = evaluate(
@@ -43,9 +59,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         language=args.lang,
         max_tokens=args.max_tokens,
         int8=args.int8,
-        progress=True,
+        progress=ranks.rank == 0,
+        ranks=ranks,
     )
-    answer(args, result, format_result)
+    if ranks.rank == 0:
+        answer(args, result, format_result)
     return 0
 
 

@@ -676,6 +676,24 @@ def export_error(run_dir: str, output: str, which: str = "best") -> str:
     return ""
 
 
+def sllm(arguments: list[str]) -> tuple[int | str, str]:
+    """The `sllm` command: its exit status, or the message of a UserError, and what it wrote on stdout."""
+    import contextlib
+    import io
+
+    from data_prep.errors import UserError
+    from pipeline.cli import build_parser
+
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        try:
+            args = build_parser().parse_args(arguments)
+            status: int | str = args.run(args)
+        except UserError as error:
+            status = str(error)
+    return status, written.getvalue()
+
+
 def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[int, str, str]:
     """`sllm doctor` with the rank's own further environment (`CWD`: its working folder, `SITE`: a folder of
     packages that come before the installed ones): its status, and what it wrote to stdout and stderr."""

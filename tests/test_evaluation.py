@@ -9,11 +9,12 @@ import math
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from model_folders import SETTINGS, WINDOW_TOKENS, save, small_model, write_jsonl
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from data_prep.errors import UserError
 from data_prep.segment import get_segmenter
@@ -21,7 +22,7 @@ from data_prep.sentences import cut_document
 from data_prep.shards import ShardSet
 from data_prep.tokenizer import load_tokenizer, train_sentencepiece
 from pipeline.batches import build_batch
-from pipeline.bins import Span
+from pipeline.bins import Span, document_spans
 from pipeline.evaluation import evaluate, format_result, score
 from pipeline.round_trip import edit_distances, rebuild
 from pipeline.scores import Window, interval
@@ -147,9 +148,29 @@ def test_unigram_model_gives_the_hand_computed_sum(kind, tokenizer, documents, t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_equals_one_by_one(kind, folders, tiny_valid_shards):
-    packed = evaluate(folders[kind], data=tiny_valid_shards, batch_tokens=4096)
-    single = evaluate(folders[kind], data=tiny_valid_shards, batch_tokens=1)
+    packed = evaluate(folders[kind], data=tiny_valid_shards, batch_tokens=4096, max_documents=8)
+    single = evaluate(folders[kind], data=tiny_valid_shards, batch_tokens=1, max_documents=8)
     assert_same(packed, single, {"seconds"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_give_the_figures_of_one(kind, folders, tiny_valid_shards, pool):
+    arguments = ["evaluate", "--model", folders[kind], "--data", str(tiny_valid_shards), "--json"]
+    (status, written), (other_status, nothing) = pool.run(2, ranks.sllm, arguments)
+    assert (status, other_status, nothing) == (0, 0, "")
+    two, one = json.loads(written), evaluate(folders[kind], data=tiny_valid_shards)
+    assert (two["ranks"], one["ranks"]) == (2, 1)
+    assert_same(one, two, {"seconds", "ranks"})
+
+
+def test_ranks_without_a_document_change_nothing(folders, tiny_valid_shards, pool):
+    arguments = ["evaluate", "--model", folders["lm"], "--data", str(tiny_valid_shards), "--json"]
+    (_, written), _ = pool.run(2, ranks.sllm, [*arguments, "--max-documents", "1"])
+    result = json.loads(written)
+    assert_same(
+        evaluate(folders["lm"], data=tiny_valid_shards, max_documents=1), result, {"seconds", "ranks"}
+    )
+    assert result["bits_per_byte_interval"] is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,6 +281,41 @@ def test_foreign_token_model_with_its_own_tokenizer(foreign_folder, tiny_corpus)
     assert result["nll_nats"] == pytest.approx(
         nll_by_transformers(str(foreign_folder), windows, 0, 0), rel=1e-6
     )
+
+
+def test_opt_folder_is_scored_up_to_its_positions(foreign_folder, tiny_corpus, tmp_path):
+    """A folder as OPT's are published: 2,048 positions, both ends of a text marked by symbol 2."""
+    config = OPTConfig(
+        vocab_size=400,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=32,
+        max_position_embeddings=2048,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path / "opt"
+    OPTForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((foreign_folder / name).read_bytes())
+    contents = [json.loads(line)["content"] for line in open(tiny_corpus / "valid.jsonl", encoding="utf-8")]
+    while len(load_tokenizer(folder).encode(text := "\n".join(contents))) < 2500:
+        contents *= 2
+    file = write_jsonl(tmp_path / "long.jsonl", [text])
+    result = evaluate(folder, text=file, window_tokens=2047)
+    tokenizer = load_tokenizer(folder)
+    tokens, lengths = cut_document(text, tokenizer, get_segmenter("clause", "en"), 64)
+    windows, at = [], 0
+    for span in document_spans(tokens, lengths, 2047):
+        windows.append((span.tokens.tolist(), span.document_end))
+        at += len(span.tokens)
+    assert at == len(tokens) and max(len(window) for window, _ in windows) > 1900
+    assert result["nll_nats"] == pytest.approx(nll_by_transformers(str(folder), windows, 2, 2), rel=1e-6)
+    with pytest.raises(UserError, match="positions for 2047"):
+        evaluate(folder, text=file, window_tokens=2048)
 
 
 def test_foreign_token_model_reads_the_same_text_as_ours(foreign_folder, folders, tiny_corpus):
