@@ -323,7 +323,7 @@ def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, in
         if figures is None:
             continue
         point[name]["memory"] = figures
-        if name == "against":
+        if "ratios" in point and name == "against":
             point["ratios"]["memory_peak"] = point["model"]["memory"]["peak"] / figures["peak"]
 
 
