@@ -16,6 +16,15 @@ class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it, in one line."""
 
 
+def say(text: str) -> None:
+    """One line to standard output, at once. When it can go there no longer (`| head` has gone, a full disk),
+    this line and all later ones go nowhere: for a program that is to run on without a reader."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _drop_output()
+
+
 def first_line(error: Exception) -> str:
     """The kind of an error and the first line of its message, for a message of one line."""
     return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].rstrip(": ")

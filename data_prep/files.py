@@ -7,6 +7,7 @@ the standard library.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,12 +30,18 @@ def json_bytes(value: object) -> bytes:
 
 def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None:
     """Write a file that is complete or absent, also after a crash or when two processes write the same one.
+    After an error (a full disk) nothing is left of it.
 
     aside: the folder, on the same file system, for the file while it is incomplete; else beside `path`.
     """
     partial = partial_name((aside or path.parent) / path.name)
-    partial.write_bytes(data)
-    flush_and_rename(partial, path)
+    try:
+        partial.write_bytes(data)
+        flush_and_rename(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def partial_name(path: Path) -> Path:

@@ -282,8 +282,11 @@ def _first_difference(was: Any, now: Any, where: str = "") -> str | None:
 
 def remove_unfinished(run_dir: str | Path) -> None:
     """Delete what a killed run was writing when it died (rank 0 only)."""
-    for path in checkpoints_folder(run_dir).glob(f"{TMP}*"):
+    folder = checkpoints_folder(run_dir)
+    for path in folder.glob(f"{TMP}*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in (*Path(run_dir).glob("*.partial"), *folder.glob("*.partial")):  # of `write_atomically`
+        path.unlink(missing_ok=True)
 
 
 def step_name(step: int) -> str:

@@ -33,6 +33,7 @@ SPEED_STEPS = 20  # steps over which a rank must be slow
 SLOW = 1.3  # times the median
 LAST_WORDS_SECONDS = 3.0  # between a hung rank's stacks and its end
 STACKS = "stacks"  # folder in the run directory: what each rank was doing when it hung
+STACKS_BEFORE = "stacks-before"  # the same, of the last start that hung before this one
 
 
 @dataclass

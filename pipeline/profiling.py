@@ -8,18 +8,23 @@ span. Called by `training_run.py`; nothing is imported, and no step costs more, 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 
 class StepProfiler:
     """Profiles steps `first` to `last`, both included. Use as a context manager: what was begun is written at
-    the end, also when a run stops in between."""
+    the end, also when a run stops in between.
+
+    error: the OSError met while writing the trace. The ranks share it with the next step's figures; at the
+    very end leaving the context raises it.
+    """
 
     def __init__(self, steps: tuple[int, int], folder: Path, rank: int):
         self._first, self._last = steps
         self._folder, self._rank = folder, rank
+        self.error: OSError | None = None
         self._profile: Any = None
         self._span = ExitStack()
         self._done = 0  # the last step that ended inside
@@ -27,8 +32,10 @@ class StepProfiler:
     def __enter__(self) -> StepProfiler:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop()
+        if self.error is not None and kind is None:
+            raise self.error
 
     def begin(self, step: int) -> None:
         """Call it before a step's data is asked for; the first step has the number 1."""
@@ -56,10 +63,15 @@ class StepProfiler:
         if self._profile is None:
             return
         self._span.close()
-        self._profile.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        profile, self._profile = self._profile, None
+        profile.stop()
         path = self._folder / f"rank-{self._rank}.steps-{self._first}-{max(self._first, self._done)}.json.gz"
         aside = path.with_name(f".tmp-{path.name}")
-        self._profile.export_chrome_trace(str(aside))
-        os.replace(aside, path)
-        self._profile = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(aside))
+            os.replace(aside, path)
+        except OSError as error:
+            self.error = error
+            with suppress(OSError):
+                aside.unlink()

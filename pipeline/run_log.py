@@ -4,7 +4,8 @@ Weights & Biases if asked for, and the console.
 In: one record per step, evaluation, save and start, from rank 0. Out: files in the run directory; each step
 stands in them once, also after a resume (records of steps that a killed run had computed but not saved are
 removed first), and starts.jsonl keeps every start. A full disk raises nothing here: rank 0 must not end alone
-(`RunLog.error`). Called by `training_run.py`; docs/training.md names the fields.
+(`RunLog.error`). A console that is gone, or trouble with Weights & Biases, ends no run. Called by
+`training_run.py`; docs/training.md names the fields.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, first_line, say
 from data_prep.files import flush_and_rename, write_atomically
 from pipeline.recipe import Recipe
 
@@ -76,12 +77,16 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._on:
             return
-        for part in (self._metrics, self._evaluations, self._saves, self._board, self._bar):
+        for part in (self._metrics, self._evaluations, self._saves, self._board):
             if part is not None:
                 with self._remembering():  # what a full disk has left in a buffer is tried once more
                     part.close()
+        if self._bar is not None:
+            with self._on_terminal():
+                self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._or_without_wandb():
+                self._wandb.finish()
         if self.error is not None and kind is None:
             raise self.error
 
@@ -91,6 +96,23 @@ class RunLog:
             yield
         except OSError as error:
             self.error = self.error or error
+
+    @contextlib.contextmanager
+    def _on_terminal(self) -> Iterator[None]:
+        """For what moves the bar: when its terminal has gone, there is no bar any more."""
+        try:
+            yield
+        except OSError:
+            self._bar = None
+
+    @contextlib.contextmanager
+    def _or_without_wandb(self) -> Iterator[None]:
+        """Whatever goes wrong at Weights & Biases is said once, and nothing more is sent there."""
+        try:
+            yield
+        except Exception as error:
+            self._wandb = None
+            self.say(f"log.wandb: nothing is sent to Weights & Biases any more ({first_line(error)})")
 
     def _write(self, file: Any, record: dict[str, Any]) -> None:
         try:
@@ -112,11 +134,11 @@ class RunLog:
         """One line for the person who watches (rank 0 only)."""
         if not self._on:
             return
-        with self._remembering():  # standard output may be a file, too
-            if self._bar is not None:
-                self._bar.write(text)
-            else:
-                print(text, flush=True)
+        if self._bar is None:
+            say(text)
+            return
+        with self._on_terminal(), self._bar.external_write_mode():
+            say(text)
 
     def start(self, record: dict[str, Any]) -> None:
         """That the run begins, or goes on. `lost_steps` is added: the steps that stood in metrics.jsonl and
@@ -139,14 +161,15 @@ class RunLog:
         self._publish("train", record)
         progress = self._training.progress(record["step"], record["tokens"])
         if self._bar is not None:
-            self._bar.n = record["tokens"] if self._training.max_tokens else record["step"]
-            self._bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens_per_second']:.0f}")
+            with self._on_terminal():
+                self._bar.n = record["tokens"] if self._training.max_tokens else record["step"]
+                figures = {"loss": f"{record['loss']:.3f}", "tok_s": f"{record['tokens_per_second']:.0f}"}
+                self._bar.set_postfix(figures)
         elif record["step"] % self._every == 0 or progress >= 1 or record["step"] == 1:
-            print(
+            say(
                 f"step {record['step']:>7}  {progress:6.1%}  loss {record['loss']:.4f}  "
                 f"bits/byte {record['bits_per_byte']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-                f"lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}",
-                flush=True,
+                f"lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}"
             )
 
     def evaluation(self, record: dict[str, Any]) -> None:
@@ -186,19 +209,23 @@ class RunLog:
         if self._wandb is not None:
             if "loss" in record:  # an evaluation's tokens are those of its sample
                 curves["tokens"] = record["tokens"]
-            self._wandb.log(curves, step=record["step"])
+            with self._or_without_wandb():
+                self._wandb.log(curves, step=record["step"])
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of one of these files; a half line that a killed run left at the end is dropped."""
+    """The records of one of these files. What is none is dropped: a half line that a killed run left at the
+    end, or what a machine that lost its power left of a block."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
@@ -238,9 +265,16 @@ def _wandb_run(run_dir: Path, recipe: Recipe) -> Any:
         raise UserError(
             "log.wandb is true and wandb is not installed: pip install wandb, or --log.wandb false"
         ) from None
-    return wandb.init(
-        dir=str(run_dir), name=run_dir.name, id=wandb_id(run_dir), resume="allow", config=recipe.to_dict()
-    )
+    run_id = wandb_id(run_dir)
+    try:
+        return wandb.init(
+            dir=str(run_dir), name=run_dir.name, id=run_id, resume="allow", config=recipe.to_dict()
+        )
+    except Exception as error:  # no account, no network, or settings that it does not take
+        raise UserError(
+            f"log.wandb is true and Weights & Biases does not begin ({first_line(error)}): log in there, set "
+            "WANDB_MODE=offline, or --log.wandb false"
+        ) from error
 
 
 def wandb_id(run_dir: Path) -> str:

@@ -20,7 +20,7 @@ if (
 ):  # a script's own folder is first on sys.path: put the repository's root there instead
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.errors import UserError, run_main
+from data_prep.errors import UserError, run_main, say
 from data_prep.shards import ShardSet
 from pipeline import checkpoints, launch
 from pipeline.launch import AgreedError, Ranks, StopSignals
@@ -38,7 +38,20 @@ Exit status: 0 done, 2 bad input, 75 stopped by USR1 or TERM after saving (start
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: check everything that can be checked at once, then train."""
+    """The command. Signals are caught from its first line on, and ignored from its last.
+
+    The first rank that ends with 2 makes `srun --kill-on-bad-exit` terminate the others: one that TERM killed
+    would have a job requeued that can never succeed.
+    """
+    stop = StopSignals()
+    try:
+        return check_and_train(argv, stop)
+    finally:
+        stop.ignore()
+
+
+def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
+    """Check everything that can be checked at once, then train; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a SentenceVAE (vae), an SLLM (sllm) or a token-level baseline (lm).",
@@ -66,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return 2
     try:
-        return train(recipe, strategy, ranks, StopSignals())
+        return train(recipe, strategy, ranks, stop)
     except AgreedError:
         if ranks.rank == 0:
             raise
@@ -87,8 +100,8 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
             require_same(recipe, strategy, ranks, meta, latest)
             if ranks.rank == 0:
                 if damage:
-                    print(damage, flush=True)
-                print(f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do")
+                    say(damage)
+                say(f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do")
             return 0
 
     from pipeline.training_run import TrainingRun  # torch and DeepSpeed: seconds, so only now

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import resource
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
-from data_prep.errors import UserError, describe
+from data_prep.errors import UserError, say
 from data_prep.files import write_atomically
 from data_prep.shards import ShardSet
 from pipeline import checkpoint_loading, checkpoint_saving, checkpoints, launch
@@ -28,7 +29,7 @@ from pipeline.arithmetic import TRAINING_FACTOR, utilisation
 from pipeline.bins import BinPlan, Consumed, Position
 from pipeline.checkpoints import Meta
 from pipeline.engine import Engine
-from pipeline.health import Guard, Speeds, Watchdog, facts, require_agreement
+from pipeline.health import STACKS, STACKS_BEFORE, Guard, Speeds, Watchdog, facts, require_agreement
 from pipeline.launch import AgreedError, Ranks
 from pipeline.loader import Step, StepLoader
 from pipeline.losses import bits_per_byte
@@ -110,8 +111,12 @@ class TrainingRun:
         self._speeds, self._time_per_operation = Speeds(hosts), 0.0
         torch.manual_seed(recipe.seed)
         model = new_model(recipe, self.tokenizer, shard_sets[0].settings.to_dict())
-        if recipe.init_from and not checkpoints.listed(self.run_dir)[0]:
-            initialise(model, recipe.init_from, self.tokenizer, ranks)
+        if recipe.init_from:
+            # By rank 0's answer: one that does not see the run's disk must not go another way than the rest.
+            begun = ranks.rank == 0 and bool(checkpoints.listed(self.run_dir)[0])
+            if not launch.agree(None, begun)[0]:
+                initialise(model, recipe.init_from, self.tokenizer, ranks)
+                self._watchdog.beat("the reading of init_from")
         self.model_config = json.loads(model.config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
@@ -130,6 +135,7 @@ class TrainingRun:
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        self._watchdog.beat("the training")
         self._open.__exit__(*raised)
 
     @property
@@ -161,14 +167,14 @@ class TrainingRun:
         checkpoints.require_same_run(saved, checkpoint, ours)
         if self.ranks.rank == 0:
             if damage:
-                print(damage, flush=True)
+                say(damage)
             if (saved.world, saved.zero_stage) != (ours.world, ours.zero_stage):
-                print(
+                say(
                     f"{checkpoint.name} was written by {saved.world} rank(s) with ZeRO {saved.zero_stage}: "
-                    f"its parts are put together anew for {ours.world} rank(s) with ZeRO {ours.zero_stage}",
-                    flush=True,
+                    f"its parts are put together anew for {ours.world} rank(s) with ZeRO {ours.zero_stage}"
                 )
         checkpoint_loading.restore(self.engine.deepspeed, checkpoint, saved, ours.world, ours.zero_stage)
+        self._watchdog.beat("the resuming")
         self.state = State(
             position=Position.from_json(saved.position),
             consumed=Consumed.from_json(saved.consumed),
@@ -181,10 +187,9 @@ class TrainingRun:
         if saved.best and was != now:
             self.state.best = None
             if self.ranks.rank == 0:
-                print(
+                say(
                     "the validation sample is another than before: the best checkpoint so far "
-                    f"(step {saved.best['step']}) no longer counts as best",
-                    flush=True,
+                    f"(step {saved.best['step']}) no longer counts as best"
                 )
 
     def begin(self) -> None:
@@ -208,7 +213,7 @@ class TrainingRun:
                 self.state.position,
             )
         )
-        self._open.callback(self._write_comms)
+        self._open.push(self._write_comms)
         self.log.start(self._start())
         wanted = self.recipe.log
         if wanted.profile and self.ranks.rank in wanted.profile_ranks:
@@ -222,6 +227,10 @@ class TrainingRun:
         """The files that say what this run is (rank 0 only)."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         checkpoints.remove_unfinished(self.run_dir)
+        stacks = self.run_dir / STACKS
+        if stacks.is_dir():  # of a start before this one: they must not be taken for this one's
+            shutil.rmtree(self.run_dir / STACKS_BEFORE, ignore_errors=True)
+            stacks.rename(self.run_dir / STACKS_BEFORE)
         write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml().encode())
         for name, values in (("ds_config.json", self.config), (PROVENANCE, self.provenance)):
             write_atomically(self.run_dir / name, (json.dumps(values, indent=1) + "\n").encode())
@@ -234,8 +243,8 @@ class TrainingRun:
 
     def compute(self, step: Step, stop_wanted: bool) -> Totals:
         """Forward and backward, then the step's one all-reduce of figures and of the wish to stop. Every rank
-        gets the same totals. Raises AgreedError on every rank alike when rank 0 could not write the records
-        of the step before.
+        gets the same totals. Raises AgreedError on every rank alike when one could not write its records or
+        its trace of the step before.
         """
         sums = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
@@ -249,7 +258,7 @@ class TrainingRun:
             len(scored),
             step.digest,
             float(stop_wanted),
-            float(self.log.error is not None),
+            float(self._unwritten is not None),
         ]
         # Every rank's own figures, each in a place of its own, ride along in the same sum.
         world, rank = self.ranks.world, self.ranks.rank
@@ -259,12 +268,10 @@ class TrainingRun:
         everything = torch.cat([sums, self.engine.device_tensor(rest)])
         dist.all_reduce(everything)
         *figures, stop, unwritten = everything[: -2 * world].tolist()
-        if unwritten:  # rank 0, which knows the reason, says it for all
-            reason = describe(self.log.error) if self.log.error else "rank 0 cannot write"
-            raise AgreedError(
-                f"after step {self.state.step}: {reason}; checkpoints are whole: make room and start the "
-                "same command again"
-            )
+        if unwritten:  # all know that it is so; this says whose it is, and why
+            says = f"after step {self.state.step}: rank {{rank}} cannot write its log or trace: {{message}}; "
+            says += "checkpoints are whole: make room and start the same command again"
+            launch.agree(self._unwritten, says=says)
         by_rank = everything[-2 * world :].tolist()
         seconds = self.engine.own_seconds()
         self._time_per_operation = seconds / computed if seconds and computed else 0.0
@@ -400,11 +407,21 @@ class TrainingRun:
             "versions": {"python": self.provenance["python"], **self.provenance["packages"]},
         }
 
-    def _write_comms(self) -> None:
-        """What DeepSpeed's comms logger has counted on rank 0, when it is on."""
+    @property
+    def _unwritten(self) -> OSError | None:
+        """Why this rank could not write its log or its trace, if so."""
+        return self.log.error or (self._profiler.error if self._profiler else None)
+
+    def _write_comms(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What DeepSpeed's comms logger has counted on rank 0, when it is on. kind: of the error that ends
+        the run, if so: it counts for more than one met here."""
         if dist.has_comm_data() and self.ranks.rank == 0:
             summary = dist.comms_logger.log_all(print_log=False, return_dict=True)["summary"]
-            write_atomically(self.run_dir / COMMS, (json.dumps(summary, indent=1) + "\n").encode())
+            try:
+                write_atomically(self.run_dir / COMMS, (json.dumps(summary, indent=1) + "\n").encode())
+            except OSError:
+                if kind is None:
+                    raise
 
     def _memory_bytes(self) -> int:
         """Peak memory of this rank: of its GPU, or resident on the host where it computes on CPUs."""

@@ -93,9 +93,13 @@ train() {
   if [ ${#shards[@]} -gt 0 ]; then words+=(--data.shards "${shards[@]}"); fi
   if [ -n "${VALIDATION:-}" ]; then words+=(--data.validation "$VALIDATION"); fi
   if [ -n "${OUTPUT_DIR:-}" ]; then words+=(--output_dir "$OUTPUT_DIR"); fi
+  # TERM is ignored until train.py listens to it: of a wrong recipe the first rank ends with 2, srun terminates the others,
+  # and one that was killed so while it still started would look like a broken machine, and the job be requeued for ever.
+  # shellcheck disable=SC2016 # "$@" is for the inner shell
+  local deaf=(sh -c 'trap "" TERM; exec "$@"' sh)
   # One log per node, appended to by every start: in a common one, hundreds of ranks would write over each other.
   run --output="$logs/%x-%j.%N.log" --open-mode=append "${container[@]}" \
-    python pipeline/train.py --config "$CONFIG" --deepspeed_config "${strategy[@]}" \
+    "${deaf[@]}" python pipeline/train.py --config "$CONFIG" --deepspeed_config "${strategy[@]}" \
     "${words[@]}" "$@" || status=$?
   echo "$SLURM_JOB_NAME $SLURM_JOB_ID: training ended with status $status; see $logs/$SLURM_JOB_NAME-$SLURM_JOB_ID.*.log"
   # 75: told to stop, and saved. 76: ranks hung. Above 128: a rank was killed (memory, a broken machine). All go on by a new start.

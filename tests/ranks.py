@@ -130,6 +130,17 @@ def train_and_listen(arguments: list[str]) -> tuple[int | str, str]:
     return answer, out.getvalue()
 
 
+def train_without_reader(arguments: list[str]) -> int:
+    """As `train`, but nobody reads standard output any more; the process's exit status."""
+    from data_prep.errors import run_main
+    from pipeline.train import main
+
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    return run_main("train.py", lambda: main(arguments))
+
+
 def train_as_on_gpus(arguments: list[str]) -> int | str:
     """As `train`, but nothing is dropped from the strategy for CPUs."""
     from pipeline import training_run

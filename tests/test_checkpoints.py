@@ -11,6 +11,7 @@ import ranks
 from runs import arguments, losses, records
 from soak import soak
 
+from data_prep.files import write_atomically
 from pipeline import checkpoints
 from pipeline.run_log import read_records
 
@@ -125,6 +126,13 @@ def test_ranks_that_share_no_disk_say_so(
     assert message.startswith("rank 0 sees the checkpoint step-00000006 in run, rank 1 sees step-00000004: ")
     assert all(len(losses(folder / "run")) == 6 for folder in folders)
 
+    # One of them has no checkpoint at all: whether to begin from other weights is not for each to decide.
+    shutil.rmtree(folders[1] / "run" / "checkpoints")
+    settings += ["--init_from", str(run)]
+    message, status = pool.run(2, ranks.train_in_folders, settings, [str(folder) for folder in folders])
+    assert status == 2 and "\n" not in message
+    assert message.startswith("rank 0 sees the checkpoint step-00000006 in run, rank 1 sees None: ")
+
 
 def test_a_resumed_run_skips_the_same_spikes_and_no_checkpoint_comes_before_its_records(
     pool: ranks.RankPool, recipes: Path, tmp_path: Path
@@ -165,6 +173,25 @@ def require_records_first(seen: list[tuple[str, str, int]], begun: int) -> None:
         assert any(one.startswith(checkpoints.META) for one in flushed)
         before = place
     assert [name for what, name, _ in seen if what == "rename"] == [name for _, name in named]
+
+
+def test_what_is_unfinished_is_removed(tmp_path: Path) -> None:
+    folder = checkpoints.checkpoints_folder(tmp_path)
+    (folder / ".tmp-step-00000002").mkdir(parents=True)
+    (folder / "step-00000001").mkdir()
+    for place, name in ((tmp_path, "recipe.yaml"), (folder, "latest")):
+        (place / name).touch()
+        (place / f"{name}.node7-12.partial").touch()
+    with pytest.raises(OSError):
+        write_atomically(folder / "step-00000001", b"a folder is in the way")
+    assert not list(folder.glob("step-00000001?*"))
+    checkpoints.remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.rglob("*")} == {
+        "checkpoints",
+        "step-00000001",
+        "recipe.yaml",
+        "latest",
+    }
 
 
 def test_a_damaged_checkpoint_pushes_no_good_one_out(run: Path, tmp_path: Path) -> None:

@@ -407,6 +407,25 @@ def listening_doctors(cluster: SlurmCluster, node: str) -> list[str]:
     return listening
 
 
+@slurm
+def test_a_job_that_can_never_succeed_is_not_requeued(
+    cluster: SlurmCluster, project: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """The first rank ends with 2 and the other, which still starts, is terminated for it."""
+    slow = "import os, time\nif os.environ.get('SLURM_PROCID') == '1':\n    time.sleep(2)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)  # every Python begins with it
+    recipe = write_recipe(tmp_path / "vae.yaml", objective="vae", model={"vae": VAE})
+    cluster.environment |= {"CONFIG": str(recipe), "DOCTOR": "no", "MAX_RESTARTS": "1"}
+    cluster.environment |= {"SHARDS": str(tiny_shards), "OUTPUT_DIR": str(tmp_path / "run")}
+    cluster.environment["PYTHONPATH"] = str(tmp_path)
+    size = ("--nodes=2", "--cpus-per-task=1")
+    wrong = submit(cluster, project, *size, "slurm/train_vae.sh", "--training.max_stepz", "5")
+    record = cluster.wait_for_job(wrong)
+    logs = all_logs(cluster, project)
+    assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "2:0", "0"), logs
+    assert logs.count("did you mean") == 2, logs  # by each machine
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path

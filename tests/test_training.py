@@ -93,6 +93,27 @@ def test_chosen_ranks_trace_the_chosen_steps(
     assert not (reference["sllm"] / "profile").exists()
 
 
+def test_a_trace_that_cannot_be_written_ends_all_ranks_with_one_line(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "vae", "zero1", tmp_path, "--log.profile", "2-3", "--log.profile_ranks", 1)
+    (tmp_path / "profile").touch()
+    message, status = pool.run(2, ranks.train, settings)
+    assert status == 2 and "\n" not in message
+    assert message.startswith("after step 3: rank 1 cannot write its log or trace: ")
+    assert "/profile: File exists; checkpoints are whole" in message
+
+
+def test_a_run_goes_on_when_nobody_reads_its_output(
+    pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "stacks" / "rank-7.txt").touch()  # of a start with more ranks
+    assert pool.run(1, ranks.train_without_reader, arguments(recipes, "vae", "zero0", tmp_path)) == [0]
+    assert losses(tmp_path) == losses(reference["vae"])
+    assert not (tmp_path / "stacks").exists() and (tmp_path / "stacks-before" / "rank-7.txt").exists()
+
+
 @pytest.mark.parametrize("strategy", ["zero0", "zero3"])
 def test_deepspeeds_profilers_write_into_the_run_directory(
     strategy: str, pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
@@ -753,3 +774,22 @@ def test_a_signal_after_the_save_does_not_hide_the_requeue_status() -> None:
         "assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN; sys.exit(REQUEUE)"
     )
     assert subprocess.run([sys.executable, "-c", script], cwd=PROJECT).returncode == 75
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_a_signal_does_not_hide_that_the_input_is_bad(local_rank: str) -> None:
+    """A rank that TERM kills while it refuses its recipe, or on its way out, would have a job requeued for
+    ever."""
+    script = (
+        "import os, signal, sys; from data_prep.errors import run_main; from pipeline import train; "
+        "load = train.load_recipe; "
+        "train.load_recipe = lambda *given: os.kill(os.getpid(), signal.SIGTERM) or load(*given); "
+        "status = run_main('train.py', lambda: train.main(sys.argv[1:])); "
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN; sys.exit(status)"
+    )
+    environment = os.environ | {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [sys.executable, "-c", script, "--config", "absent.yaml", "--deepspeed_config", "absent.json"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert ("absent.yaml" in done.stderr) == (local_rank == "0") and "Traceback" not in done.stderr
