@@ -379,8 +379,19 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _stage(arguments: argparse.Namespace) -> None:
+    import signal
+
     from data_prep.staging import stage
 
+    def leave(number: int, _frame: object) -> None:
+        # The copy begun goes with it. Under srun the first task to end gets the others terminated, and the
+        # highest status counts: 75, "start me again", must be it.
+        for one in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(one, signal.SIG_IGN)
+        sys.exit(75 if number == signal.SIGUSR1 else 2)
+
+    for one in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(one, leave)
     copies = [stage(folder, arguments.to) for folder in arguments.folders]
     if os.environ.get("SLURM_PROCID", "0") == "0":  # under srun one task a node: one of them speaks
         print("\n".join(map(str, copies)))

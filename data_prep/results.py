@@ -40,7 +40,7 @@ def machine(packages: Iterable[str]) -> dict[str, Any]:
         "cpu": cpu,
         "cores": cores,
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         "python": platform.python_version(),
         "packages": package_versions(packages),
         "git_commit": _git("rev-parse", "HEAD"),

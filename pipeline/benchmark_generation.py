@@ -12,10 +12,11 @@ it is due), the other model writes exactly as many tokens. Both are greedy, live
 tokens per second  from the end of the first new sentence to the end of the last: both sides write the same
                    tokens then, ours with end symbols and passes of the backbone, which count for nothing
 first sentence     seconds from the prompt's tokens to the first `sentence_tokens` new ones, all rows
-cached bytes       of the caches' storages after the run, by the tokens that they hold
+cached bytes       of the places that the caches use after the run (of HF's: its storages), by their tokens
 memory             (CPU) of the process, each model in one of its own: resident `before` a run (weights and
                    libraries), at its `peak`, and what is `held` at its end while the caches live, beyond what
-                   was there before it; between the smallest and the largest case, what one more token costs
+                   was there before it; between the shortest and the longest context of the smallest batch,
+                   what one more token costs
 """
 
 from __future__ import annotations
@@ -246,10 +247,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cpu" and not arguments.no_memory:
         for name in sides:
             add_memory(points, name, _memory_in_own_process(name, arguments))
-        found = {
-            name: held_per_token(points, name) for name in sides if any("memory" in p[name] for p in points)
-        }
-        held = {"held_per_token": found}
+        found = {name: held_per_token(points, name) for name in sides}
+        held = {"held_per_token": {name: value for name, value in found.items() if value is not None}}
     result = {
         **header(PACKAGES),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -327,14 +326,20 @@ def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, in
             point["ratios"]["memory_peak"] = point["model"]["memory"]["peak"] / figures["peak"]
 
 
-def held_per_token(points: list[dict[str, Any]], name: str) -> float:
-    """Resident bytes that one more token of context costs a side: between its smallest and its largest case,
-    so that what a run holds whatever the context (about 1 MB) is not counted."""
-    found = sorted(
-        (memory["tokens"], memory["held"]) for p in points if (memory := p[name].get("memory")) is not None
-    )
-    (few, low), (many, high) = found[0], found[-1]
-    return (high - low) / (many - few) if many > few else high / many
+def held_per_token(points: list[dict[str, Any]], name: str) -> float | None:
+    """Resident bytes that one more token of context costs a side: between the shortest and the longest
+    context at its smallest batch (another row is more than its context), so that what a run holds whatever
+    the context (about 1 MB) is not counted. None without two such cases, or when noise is larger."""
+    found = [
+        (p["batch"], memory["tokens"], memory["held"])
+        for p in points
+        if (memory := p[name].get("memory")) is not None
+    ]
+    alike = sorted((tokens, held) for batch, tokens, held in found if batch == min(found)[0])
+    if not alike or alike[0][0] == alike[-1][0]:
+        return None
+    (few, low), (many, high) = alike[0], alike[-1]
+    return (high - low) / (many - few) if high > low else None
 
 
 def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -> dict[str, Any]:
@@ -431,7 +436,8 @@ def _panel(
             series.append(Series(f"{result[side]['name']}{ends}", sorted(drawn), number, dots=True))
     # Both lines are read against zero: a speed that falls with the context must look like it.
     places = sorted({point[along] for point in points})
-    top = 1.3 * max(y for one in series for _, y in one.points)  # the legend has room above the lines
+    # The legend has room above the lines; no line at all where every point was refused.
+    top = 1.3 * max((y for one in series for _, y in one.points), default=1.0)
     base = Series("", [(math.log2(places[0]), 0.0), (math.log2(places[-1]), top)], 1, faint=True)
     x_ticks = [(math.log2(x), f"{x:,}") for x in places]
     return line_chart([*series, base], x_label, y_label, x_ticks=x_ticks)
@@ -472,10 +478,10 @@ def format_benchmark(result: dict[str, Any]) -> str:
             if "memory_peak" in point.get("ratios", {}):
                 line += f"   {point['ratios']['memory_peak']:.2f} × the peak"
             lines.append(line)
-        per_token = result["held_per_token"]
+    if per_token := result.get("held_per_token"):
         lines.append(
             "one more token of context holds "
             + ", ".join(f"{value:,.0f} bytes ({result[side]['name']})" for side, value in per_token.items())
-            + (f": {per_token['model'] / per_token['against']:.1%}" if "against" in per_token else "")
+            + (f": {per_token['model'] / per_token['against']:.1%}" if len(per_token) == 2 else "")
         )
     return "\n".join(lines)

@@ -139,6 +139,8 @@ class CachedStep:
     def attend_masked(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         """q [n, H_kv, queries, d_head] over the whole storage → as q: the GPU's way for ragged rows."""
         k, v = (x[self._rows_n, :, : self.longest] for x in (keys, values))
-        # Places behind a row's end may hold anything, NaN too, which a masked weight of 0 would not undo.
-        v = v.masked_fill(~self._mask[:, 0, 0, None, :, None].expand(-1, 1, -1, 1), 0)
+        # Places behind a row's end may hold anything, NaN too: neither -inf added to a score nor a weight of
+        # 0 would undo it.
+        behind = ~self._mask[:, 0, 0, None, :, None].expand(-1, 1, -1, 1)
+        k, v = k.masked_fill(behind, 0), v.masked_fill(behind, 0)
         return F.scaled_dot_product_attention(q, k, v, self._mask, scale=scale)

@@ -34,13 +34,17 @@ def _quiet_libraries() -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from pipeline.launch import find_ranks, join, leave
+    from pipeline.launch import AgreedError, find_ranks, join, leave
 
     ranks = find_ranks()
     if ranks.world > 1:
         join(ranks)
     try:
         return _evaluate_as(ranks, args)
+    except AgreedError:
+        if ranks.rank == 0:
+            raise
+        return 2
     finally:
         leave()
 

@@ -262,7 +262,7 @@ def describe_machine(project: Path) -> dict[str, str]:
         "processor": known["cpu"],
         "cores": str(known["cores"]),
         "memory": f"{memory:.0f} GiB",
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "processes": "2, one thread each, exchanging by gloo",
         "project": commit or "not a git checkout",
         "Python": platform.python_version(),

@@ -18,8 +18,9 @@ import socket
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,10 @@ def _write_token(folder: str | None) -> dict[str, str] | None:
     """A file that the other machines must see, if the folder is what a run directory has to be: shared."""
     if folder is None:
         return None
+    for old in Path(folder).glob(".doctor-*"):  # of a doctor that was killed
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
     path, content = Path(folder) / f".doctor-token-{secrets.token_hex(6)}", secrets.token_hex(16)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -205,29 +205,30 @@ def evaluate(
     folder, given = str(folder), {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
-    shards = ShardSet.open(data) if data is not None else find_inputs([text]) and None
-    model, kind, tokenizer = _load(folder)
-    if int8:
-        to_int8(model)
-    if shards is not None:
-        source = _shard_source(shards, tokenizer, folder)
-    else:
-        source = _text_source(str(text), tokenizer, _sentence_settings(model, **given))
-    _check_fits(model, kind, tokenizer, source.settings, folder)
-    window = _window_limit(model, kind, window_tokens)
-    windows = source.windows(tokenizer, window, max_documents, ranks)
-    expected = None if max_documents or source.tokens is None else source.tokens // ranks.world
-    started = time.perf_counter()
-    error = None
+    scores = error = None
     try:
+        shards = ShardSet.open(data) if data is not None else find_inputs([text]) and None
+        model, kind, tokenizer = _load(folder)
+        if int8:
+            to_int8(model)
+        if shards is not None:
+            source = _shard_source(shards, tokenizer, folder)
+        else:
+            source = _text_source(str(text), tokenizer, _sentence_settings(model, **given))
+        _check_fits(model, kind, tokenizer, source.settings, folder)
+        window = _window_limit(model, kind, window_tokens)
+        windows = source.windows(tokenizer, window, max_documents, ranks)
+        expected = None if max_documents or source.tokens is None else source.tokens // ranks.world
+        started = time.perf_counter()
         scores = score(model, kind, tokenizer, windows, batch_tokens, expected, progress)
     except (UserError, OSError) as problem:
         if ranks.world == 1:
             raise
-        scores, error = Scores(kind), problem
+        error = problem
     if ranks.world > 1:
+        everyone = agree(error, scores)
         whole = Scores(kind)
-        for theirs in agree(error, scores):
+        for theirs in everyone:
             whole.merge(theirs)
         scores = whole
     if not scores.rows:

@@ -128,13 +128,17 @@ def test_the_memory_that_is_held_is_the_cache(kind, tmp_path):
     assert found["peak"] - found["before"] >= 0.9 * found["held"]
 
 
-def test_a_token_more_is_measured_between_the_smallest_and_the_largest_case():
-    def point(tokens, held):
-        return {"model": {"memory": {"tokens": tokens, "held": held}}, "against": {"refused": "why"}}
+def test_a_token_more_is_measured_between_the_shortest_and_the_longest_context():
+    def point(tokens, held, batch=1):
+        memory = {"tokens": tokens, "held": held}
+        return {"batch": batch, "model": {"memory": memory}, "against": {"refused": "why"}}
 
-    points = [point(10, 2_000), point(110, 7_000), {"model": {"refused": "why"}}, point(50, 0)]
+    refused = {"batch": 1, "model": {"refused": "why"}, "against": {"refused": "why"}}
+    points = [point(10, 2_000), point(110, 7_000), refused, point(50, 0), point(999, 1e6, batch=8)]
     assert held_per_token(points, "model") == 50
-    assert held_per_token(points[:1], "model") == 200
+    for few in (points[:1], [point(10, 2_000), point(20, 1_000)], [points[0], points[-1]]):
+        assert held_per_token(few, "model") is None
+    assert held_per_token(points, "against") is None
 
 
 @pytest.mark.parametrize(

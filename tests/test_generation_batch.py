@@ -132,7 +132,7 @@ def test_the_masked_attention_of_a_gpu_is_that_of_a_cpu():
         if step._block is None:
             keys, values = cache.layer(0, k)
             for row, length in enumerate(cache.lengths):  # what lies behind a row's end must not matter
-                values[row, :, length:] = torch.nan
+                values[row, :, length:] = keys[row, :, length:] = torch.nan
             masked = step.attend_masked(q.view(len(at), 2, 2, 8), keys, values, None)
             torch.testing.assert_close(masked.reshape(out.shape), out)
     assert cache.lengths.tolist() == [5, 3, 4, 6]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,24 @@ def test_copies_are_whole_used_again_and_mended(tiny_shards: Path, tmp_path: Pat
     assert stage(tiny_shards, tmp_path / "local") == copy
     assert verify(copy)["ok"]
     assert list((tmp_path / "local").iterdir()) == [copy]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 2)])
+def test_a_signal_ends_a_copy_and_leaves_nothing(
+    tiny_shards: Path, tmp_path: Path, number: int, status: int
+) -> None:
+    local = tmp_path / "local"
+    script = (
+        "import os, sys; from data_prep import cli, staging; copy = staging._copy\n"
+        "def copy_and_be_told(source, target):\n"
+        "    found = copy(source, target)\n"
+        f"    if source.suffix == '.tar': os.kill(os.getpid(), {int(number)})\n"
+        "    return found\n"
+        "staging._copy = copy_and_be_told\n"
+        f"sys.exit(cli.main(['stage', {str(tiny_shards)!r}, '--to', {str(local)!r}]))"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == status
+    assert list(local.iterdir()) == []
 
 
 def test_spoilt_source_and_small_disk_leave_nothing(
