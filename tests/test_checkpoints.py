@@ -128,7 +128,7 @@ def test_ranks_that_share_no_disk_say_so(
 
     # One of them has no checkpoint at all: whether to begin from other weights is not for each to decide.
     shutil.rmtree(folders[1] / "run" / "checkpoints")
-    settings += ["--init_from", str(run)]
+    settings += ["--init_from", str(run), "--health.hang_seconds", "60"]
     message, status = pool.run(2, ranks.train_in_folders, settings, [str(folder) for folder in folders])
     assert status == 2 and "\n" not in message
     assert message.startswith("rank 0 sees the checkpoint step-00000006 in run, rank 1 sees None: ")
