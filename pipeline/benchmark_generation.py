@@ -439,7 +439,10 @@ def _panel(
     # The legend has room above the lines; no line at all where every point was refused.
     top = 1.3 * max((y for one in series for _, y in one.points), default=1.0)
     base = Series("", [(math.log2(places[0]), 0.0), (math.log2(places[-1]), top)], 1, faint=True)
-    x_ticks = [(math.log2(x), f"{x:,}") for x in places]
+    x_ticks: list[tuple[float, str]] = []
+    for x in map(math.log2, reversed(places)):  # a number that would lie on its neighbour is left out
+        if not x_ticks or x_ticks[-1][0] - x >= 0.08 * math.log2(places[-1] / places[0]):
+            x_ticks.append((x, f"{round(2**x):,}"))
     return line_chart([*series, base], x_label, y_label, x_ticks=x_ticks)
 
 
