@@ -1,7 +1,8 @@
 """Charts as inline SVG, written by hand: no library, no links, colours from the page's style sheet.
 
 In: plain numbers. Out: one `<svg>` string whose strokes and fills are CSS classes (`series-1` …), so that the
-page shows it in a light or a dark theme. Called by `demo_report.py` and `run_report.py`.
+page shows it in a light or a dark theme. Called by `demo_report.py`, `run_report.py` and
+`comparison.py`.
 """
 
 from __future__ import annotations

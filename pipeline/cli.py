@@ -1,4 +1,5 @@
-"""The `sllm` command: evaluate, generate, check, export models; audit runs, inspect recipes, measure speed.
+"""The `sllm` command: evaluate, generate, check, export models; audit and compare runs, inspect recipes;
+measure speed.
 
 Comes in: command-line arguments (`sllm COMMAND …`, or `python -m pipeline.cli COMMAND …`). Goes out: a
 readable result, or one JSON object with `--json`, on stdout; progress on stderr; exit status 0, 1 (a check
@@ -148,6 +149,16 @@ def _report(args: argparse.Namespace) -> int:
 
     result = report(args.run_dirs, args.output)
     answer(args, result, format_report)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from pipeline.comparison import compare, format_comparison
+
+    result = compare(
+        args.run_dirs, args.output, args.vae_run or (), args.model or (), args.data, args.generation or ()
+    )
+    answer(args, result, format_comparison)
     return 0
 
 
@@ -388,6 +399,40 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", default="report.html", metavar="FILE", help="page to write (default report.html)"
     )
     report.add_argument("--json", action="store_true", help="print one JSON object")
+
+    compare = command(
+        commands,
+        "compare",
+        _compare,
+        "SLLMs and token-level models at equal tokens, time and operations, with their speed: one table, one "
+        "HTML page (docs/evaluation.md).",
+        "sllm compare runs/sllm runs/lm --vae-run sllm=runs/vae --model sllm=models/sllm lm=models/lm",
+    )
+    compare.add_argument(
+        "run_dirs", metavar="RUN_DIR", nargs="+", help="runs of objective sllm or lm; named by their folders"
+    )
+    compare.add_argument(
+        "--vae-run",
+        nargs="+",
+        metavar="NAME=RUN",
+        help="run of the SentenceVAE that the SLLM run NAME starts from: its cost is counted",
+    )
+    compare.add_argument(
+        "--model", nargs="+", metavar="NAME=DIR", help="export of run NAME, to be evaluated on the whole text"
+    )
+    compare.add_argument(
+        "--data", metavar="SHARDS", help="with --model: the text (default: the recipes' validation shards)"
+    )
+    compare.add_argument(
+        "--generation",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="result of `sllm benchmark generation`: NAME's speed and memory",
+    )
+    compare.add_argument(
+        "--output", default="compare.html", metavar="FILE", help="page to write (default compare.html)"
+    )
+    compare.add_argument("--json", action="store_true", help="print one JSON object")
 
     ngram = command(
         commands,

@@ -36,7 +36,7 @@ from pipeline.batches import Batch, build_batch
 from pipeline.int8 import to_int8
 from pipeline.launch import Ranks, agree
 from pipeline.losses import bits_per_byte
-from pipeline.model_io import load_model, load_model_tokenizer, model_kind
+from pipeline.model_io import load_model, load_model_tokenizer, model_kind, parameter_count
 from pipeline.plain_lm import load_plain_lm
 from pipeline.pretrained import KINDS, read_config
 from pipeline.scores import Scores, Window, document_windows
@@ -209,6 +209,7 @@ def evaluate(
     try:
         shards = ShardSet.open(data) if data is not None else find_inputs([text]) and None
         model, kind, tokenizer = _load(folder)
+        parameters = parameter_count(model)
         if int8:
             to_int8(model)
         if shards is not None:
@@ -238,6 +239,7 @@ def evaluate(
     return {
         "model": folder,
         "kind": kind,
+        "parameters": parameters,
         "int8": int8,
         "data": source.path,
         "data_fingerprint": source.digest.hexdigest(),

@@ -1,8 +1,8 @@
 """A report as a list of blocks, written as Markdown or as one HTML page that needs no other file.
 
 In: `Heading`, `Text`, `Table`, `Chart`, `Sample` in reading order. Out: two strings with the same figures,
-because both come from the same blocks. `Choice` is for the page alone. Called by `demo_report.py` and
-`run_report.py`.
+because both come from the same blocks. `Choice` is for the page alone. Called by `demo_report.py`,
+`run_report.py` and `comparison.py`.
 """
 
 from __future__ import annotations

@@ -254,16 +254,21 @@ def cautions(runs: Sequence[Run]) -> list[str]:
     found = []
     if len({run.recipe.get("objective") for run in runs}) > 1:
         found.append("they train on different objectives: a `vae` rebuilds, `sllm` and `lm` predict")
-    samples = {json.dumps(_validation(run)) for run in runs if run.evaluations}
+    samples = {json.dumps(validation_sample(run)) for run in runs if run.evaluations}
     if len(samples) > 1:
         found.append("they were validated on different samples (validation shards, windows, bins)")
-    texts = {json.dumps([one.get("fingerprint") for one in run.provenance.get("shards", [])]) for run in runs}
-    if len(texts) > 1:
+    if len({training_text(run) for run in runs}) > 1:
         found.append("they were trained on different shards")
     return found
 
 
-def _validation(run: Run) -> list[Any]:
+def training_text(run: Run) -> str:
+    """The shards that a run reads, by content: equal for equal text."""
+    return json.dumps([one.get("fingerprint") for one in run.provenance.get("shards", [])])
+
+
+def validation_sample(run: Run) -> list[Any]:
+    """What decides on which text the evaluations of a run were made: equal for equal samples."""
     data, training = run.recipe.get("data", {}), run.recipe.get("training", {})
     prints = [one.get("fingerprint") for one in run.provenance.get("validation", [])]
     return [prints, data.get("window_tokens"), data.get("bin_tokens"), training.get("eval_bins")]
