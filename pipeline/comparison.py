@@ -397,7 +397,9 @@ def _notes(
             yield f"equal {word}: {', '.join(late)} has no evaluation as early as where the shortest run ends"
     for name, one in found.items():
         gap, evaluated, speed = one["gap_recovered"], one["evaluated"], one["generation"]
-        if gap:
+        if gap and gap["share"] is None:
+            yield f"gap recovered: {gap['baseline']} is no better than {name} without vectors: there is no gap"
+        elif gap:
             ours, other = (found[key]["evaluated"]["spent"]["seconds"] for key in (name, gap["baseline"]))
             if ours and other and min(ours, other) < NEARLY * max(ours, other):
                 yield (
