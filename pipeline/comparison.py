@@ -398,7 +398,7 @@ def _notes(
     for name, one in found.items():
         gap, evaluated, speed = one["gap_recovered"], one["evaluated"], one["generation"]
         if gap and gap["share"] is None:
-            yield f"gap recovered: {gap['baseline']} is no better than {name} without vectors: there is no gap"
+            yield f"gap recovered: no gap, {gap['baseline']} is no better than {name} without vectors"
         elif gap:
             ours, other = (found[key]["evaluated"]["spent"]["seconds"] for key in (name, gap["baseline"]))
             if ours and other and min(ours, other) < NEARLY * max(ours, other):

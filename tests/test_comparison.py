@@ -123,7 +123,7 @@ def test_final_figures_gap_and_speed(
         assert ours["gap_recovered"]["share"] == pytest.approx(share)
     else:
         assert ours["gap_recovered"]["share"] is None
-        assert any("there is no gap" in note for note in result["notes"])
+        assert any("no gap, lm is no better" in note for note in result["notes"])
     assert result["generation"]["context"] == 8
     for name, side in (("sllm", "model"), ("lm", "against")):
         point = measured["points"][0][side]
