@@ -37,8 +37,11 @@ def _quiet_libraries() -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from pipeline.launch import AgreedError, find_ranks, join, leave
 
-    ranks = find_ranks()
+    # Alone, nothing is left in the environment: what this process starts next would take itself for rank 0 of 1.
+    environment = dict(os.environ)
+    ranks = find_ranks(environment)
     if ranks.world > 1:
+        os.environ.update(environment)
         join(ranks)
     try:
         return _evaluate_as(ranks, args)
