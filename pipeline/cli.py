@@ -37,7 +37,8 @@ def _quiet_libraries() -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from pipeline.launch import AgreedError, find_ranks, join, leave
 
-    # Alone, nothing is left in the environment: what this process starts next would take itself for rank 0 of 1.
+    # Alone, nothing is left in the environment: what this process starts next would take itself for the only
+    # rank.
     environment = dict(os.environ)
     ranks = find_ranks(environment)
     if ranks.world > 1:
