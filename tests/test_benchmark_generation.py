@@ -125,8 +125,9 @@ def test_the_memory_that_is_held_is_the_cache(kind, tmp_path):
     found, refused = memory(side, [case, Case(1, 500, 3, tokens)])
     assert refused is None and found["tokens"] >= 96 * 50
     cached = 96 * 52 * 2 * 6 * 256 * 4
-    # What else a process has used and freed before moves it by a quarter.
-    assert found["held"] == pytest.approx(cached, rel=0.35)
+    if kind == "sllm":  # and the decoder's, of one layer: BOS and the longest sentence of every row
+        cached += 96 * 65 * 2 * 256 * 4
+    assert found["held"] == pytest.approx(cached, rel=0.2)
     assert found["peak"] - found["before"] >= 0.9 * found["held"]
 
 
