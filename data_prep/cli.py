@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep import benchmark, hygiene
-from data_prep.errors import NO_PATH, UserError, describe, run_main
+from data_prep.errors import NO_PATH, REQUEUE, UserError, describe, run_main
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -385,10 +385,10 @@ def _stage(arguments: argparse.Namespace) -> None:
 
     def leave(number: int, _frame: object) -> None:
         # The copy begun goes with it. Under srun the first task to end gets the others terminated, and the
-        # highest status counts: 75, "start me again", must be it.
+        # highest status counts: it must be REQUEUE.
         for one in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(one, signal.SIG_IGN)
-        sys.exit(75 if number == signal.SIGUSR1 else 2)
+        sys.exit(REQUEUE if number == signal.SIGUSR1 else 2)
 
     for one in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(one, leave)

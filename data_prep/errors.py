@@ -12,6 +12,9 @@ from collections.abc import Callable
 NO_PATH = "cannot read or write"  # what `describe` says in place of a path that an error does not name
 
 
+REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
+
+
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it, in one line."""
 

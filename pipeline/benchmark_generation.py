@@ -305,15 +305,10 @@ def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[s
 
 def _memory_in_own_process(name: str, arguments: argparse.Namespace) -> list[dict[str, int] | None]:
     """Run this command again for one side's memory alone."""
-    command = ["benchmark", "generation", "--memory-of", name]
-    for flag in ("recipe", "against", "vae_recipe", "sentence_tokens", "sentences", "threads", "dtype"):
-        if getattr(arguments, flag) is not None:
-            command += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
-    for flag in ("batch", "context"):
-        command += [f"--{flag}", *map(str, getattr(arguments, flag))]
-    command += [f"--{flag}" for flag in ("int8", "columns") if getattr(arguments, flag)]
+    names = ("recipe", "against", "vae_recipe", "sentence_tokens", "sentences", "threads", "dtype")
+    names += ("batch", "context", "int8", "columns")
     say(f"memory of {name}, in a process of its own")
-    return process_memory.in_own_process(command, f"the memory of {name}")["memory"]
+    return process_memory.in_own_process("generation", name, arguments, names)["memory"]
 
 
 def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, int] | None]) -> None:

@@ -298,12 +298,8 @@ def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str,
 
 def _memory_in_own_process(side: str, arguments: argparse.Namespace) -> dict[str, int]:
     """Run this command again for one side's memory alone."""
-    command = ["benchmark", "train", "--memory-of", side]
-    for flag in ("recipe", "against", "shards", "vae_recipe", "tokens", "threads", "dtype", "device"):
-        if getattr(arguments, flag) is not None:
-            command += [f"--{flag.replace('_', '-')}", str(getattr(arguments, flag))]
-    command += ["--step"] if arguments.step else []
-    return process_memory.in_own_process(command, f"the memory of {side}")
+    names = ("recipe", "against", "shards", "vae_recipe", "tokens", "threads", "dtype", "device", "step")
+    return process_memory.in_own_process("train", side, arguments, names)
 
 
 # The command ----------------------------------------------------------------------------------------------

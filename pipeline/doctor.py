@@ -24,9 +24,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError, describe
+from data_prep.errors import REQUEUE, UserError, describe
 from pipeline import doctor_machine, doctor_network
-from pipeline.launch import REQUEUE, Ranks, find_ranks, free_port
+from pipeline.launch import Ranks, find_ranks, free_port
 from pipeline.meeting import LostTable, Meeting
 
 CLOCK_LIMIT = 2.0  # seconds between any machine's clock and the first one's

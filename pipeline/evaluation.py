@@ -267,8 +267,8 @@ def score(
     # disable=None: shown on a terminal only.
     with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
         for batch, group in _batches(windows, batch_tokens):
-            nats += scores.add(model, batch.to(model.device), group, tokenizer.byte_lengths)
-            text_bytes += int(tokenizer.byte_lengths[batch.tokens_T.numpy()].sum())
+            more = scores.add(model, batch.to(model.device), group, tokenizer.byte_lengths)
+            nats, text_bytes = nats + more[0], text_bytes + more[1]
             bar.update(batch.tokens)
             bar.set_postfix_str(f"{bits_per_byte(nats, max(1, text_bytes)):.4f} bits/byte", refresh=False)
     return scores

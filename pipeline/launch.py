@@ -17,16 +17,15 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import UserError, describe
+from data_prep.errors import REQUEUE, UserError, describe
 
 if TYPE_CHECKING:
     import torch
 
-REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
 HUNG = 76  # exit status of a rank in which nothing was finished for too long (`health.Watchdog`)
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -169,6 +168,16 @@ def agree(error: UserError | OSError | None, value: Any = None, says: str | None
             says = says or ("rank {rank}: {message}" if rank else "{message}")
             raise AgreedError(says.format(rank=rank, message=message))
     return [theirs for _, theirs in everyone]
+
+
+def do_and_agree(work: Callable[[], Any]) -> list[Any]:
+    """`agree` on what `work` returns, or on the UserError or OSError that it raises."""
+    error = value = None
+    try:
+        value = work()
+    except (UserError, OSError) as failure:
+        error = failure
+    return agree(error, value)
 
 
 class StopSignals:

@@ -26,10 +26,8 @@ from data_prep.shards import ShardSet
 from pipeline.bins import BinPlan, Span, document_spans
 from pipeline.losses import bits_per_byte, perplexity
 
-BIN_TOKENS, SEED = (
-    2048,
-    1,
-)  # of the small recipes: `train_tokens` are the very ones that such a run sees first
+# Of the small recipes: `train_tokens` are the very ones that such a run sees first.
+BIN_TOKENS, SEED = 2048, 1
 
 
 @dataclass
@@ -50,7 +48,7 @@ class NgramModel:
     def __init__(self, spans: Iterable[Span], vocabulary: int, order: int = 5):
         if order < 1:
             raise UserError(f"--order {order}: must be at least 1")
-        self.order, self.vocabulary = order, vocabulary
+        self.vocabulary = vocabulary
         self._symbols = vocabulary + 2  # tokens, end (V), BOS (V + 1): the last is only ever read
         symbols, ages = self._stream(spans)
         if not len(symbols):
@@ -80,9 +78,9 @@ class NgramModel:
                 adjusted[at_start] = counts[at_start]
             else:
                 adjusted = counts
-            self._orders.append(self._smooth(keys, adjusted, k))
+            self._orders.append(self._smooth(keys, adjusted))
 
-    def _smooth(self, keys: np.ndarray, counts: np.ndarray, k: int) -> _Order:
+    def _smooth(self, keys: np.ndarray, counts: np.ndarray) -> _Order:
         last = keys % self._symbols
         counts = np.where(last == self._symbols - 1, 0, counts)  # BOS is never predicted
         contexts = keys // self._symbols
@@ -120,9 +118,8 @@ class NgramModel:
         what stands before it in the window."""
         symbols, ages = self._stream([span])
         p = np.full(len(symbols), 1.0 / (self.vocabulary + 1))
-        before = np.zeros(
-            len(symbols), dtype=np.int64
-        )  # the number of each position's context of k - 1 symbols
+        # The number of each position's context of k - 1 symbols.
+        before = np.zeros(len(symbols), dtype=np.int64)
         for k, order in enumerate(self._orders, start=1):
             usable = (ages >= k - 1) & (before >= 0)
             rows = np.flatnonzero(usable)

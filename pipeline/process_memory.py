@@ -6,6 +6,7 @@ nothing else. Called by the benchmarks.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -49,9 +50,16 @@ def _field(name: str) -> int:
     return int(found.group(1)) * 1024
 
 
-def in_own_process(command: Sequence[str], what: str) -> Any:
-    """The result of `sllm COMMAND --json`, run by itself. Raises: UserError with its last line when it
-    fails."""
+def in_own_process(kind: str, side: str, arguments: argparse.Namespace, names: Sequence[str]) -> Any:
+    """The result of `sllm benchmark KIND --memory-of SIDE`, run by itself with the same values of these
+    `arguments`, as far as they are given. Raises: UserError with its last line when it fails."""
+    command = ["benchmark", kind, "--memory-of", side]
+    for name in names:
+        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            command += [flag] if value else []
+        elif value is not None:
+            command += [flag, *map(str, value if isinstance(value, list) else [value])]
     package = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -62,5 +70,5 @@ def in_own_process(command: Sequence[str], what: str) -> Any:
     )
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"measuring {what} ended with status {done.returncode}: {last}")
+        raise UserError(f"measuring the memory of {side} ended with status {done.returncode}: {last}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -87,9 +87,9 @@ class Scores:
     @torch.inference_mode()
     def add(
         self, model: torch.nn.Module, batch: Batch, windows: Sequence[Window], byte_lengths: np.ndarray
-    ) -> float:
-        """Score one batch, made of `windows`; returns its nats. `byte_lengths`: int [V], the tokenizer's
-        UTF-8 bytes per token."""
+    ) -> tuple[float, int]:
+        """Score one batch, made of `windows`; returns its nats and bytes. `byte_lengths`: int [V], the
+        tokenizer's UTF-8 bytes per token."""
         losses = model(batch, want_correct=True) if self.kind == "vae" else model(batch)
         lengths_S = np.diff(batch.cu_sentences)
         symbols_S = lengths_S + 1  # targets of each sentence: its tokens and its end
@@ -121,7 +121,7 @@ class Scores:
         self._file(sums, batch, windows, lengths_S)
         if self.kind == "vae":
             self._count_exact(model, batch, losses.target_correct_N, lengths_S)
-        return float(sums[:, : STOP + 1].sum())
+        return float(sums[:, : STOP + 1].sum()), int(sums[:, BYTES].sum())
 
     def _file(self, sums: np.ndarray, batch: Batch, windows: Sequence[Window], lengths_S: np.ndarray) -> None:
         for window, first, end in zip(windows, batch.cu_documents, batch.cu_documents[1:], strict=False):

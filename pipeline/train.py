@@ -20,7 +20,7 @@ if (
 ):  # a script's own folder is first on sys.path: put the repository's root there instead
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_prep.errors import UserError, run_main, say
+from data_prep.errors import REQUEUE, UserError, run_main, say
 from data_prep.shards import ShardSet
 from pipeline import checkpoints, launch
 from pipeline.launch import AgreedError, Ranks, StopSignals
@@ -122,7 +122,7 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
                     f"stopped by a signal after step {run.state.step}, saved: start the same command again"
                 )
                 stop.ignore()
-                return launch.REQUEUE
+                return REQUEUE
     return 0
 
 

@@ -194,15 +194,7 @@ class TrainingRun:
 
     def begin(self) -> None:
         """Write down what this run is, open its log and start loading data."""
-        error = None
-        try:
-            if self.ranks.rank == 0:
-                self._write_settings()
-            log = RunLog(self.run_dir, self.recipe, self.ranks.rank, self.state.step)
-            self.log = self._open.enter_context(log)
-        except (UserError, OSError) as failure:
-            error = failure
-        launch.agree(error)
+        launch.do_and_agree(self._open_log)
         self._loader = self._open.enter_context(
             StepLoader(
                 self.plan,
@@ -222,6 +214,12 @@ class TrainingRun:
         self.log.say(self._description())
         self._watchdog.beat("the loading")
         self._clock = time.perf_counter()
+
+    def _open_log(self) -> None:
+        if self.ranks.rank == 0:
+            self._write_settings()
+        log = RunLog(self.run_dir, self.recipe, self.ranks.rank, self.state.step)
+        self.log = self._open.enter_context(log)
 
     def _write_settings(self) -> None:
         """The files that say what this run is (rank 0 only)."""

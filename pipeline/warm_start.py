@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from data_prep.tokenizer import Tokenizer
 from pipeline import checkpoints
 from pipeline.checkpoint_parts import Parts
-from pipeline.launch import Ranks, agree
+from pipeline.launch import Ranks, do_and_agree
 from pipeline.model_io import load_model, load_model_tokenizer
 
 
@@ -29,18 +29,8 @@ def initialise(model: nn.Module, source: str | Path, tokenizer: Tokenizer, ranks
     damaged, was trained with another tokenizer, or has a weight less, more or of another shape.
     """
     source = Path(source)
-    checkpoint = error = None
-    try:
-        if ranks.rank == 0:
-            checkpoint = _checked(source)
-    except (UserError, OSError) as failure:
-        error = failure
-    checkpoint = agree(error, checkpoint)[0]
-    try:
-        _take_up(model, source, checkpoint, tokenizer)
-    except (UserError, OSError) as failure:
-        error = failure
-    agree(error)
+    checkpoint = do_and_agree(lambda: _checked(source) if ranks.rank == 0 else None)[0]
+    do_and_agree(lambda: _take_up(model, source, checkpoint, tokenizer))
 
 
 def _checked(source: Path) -> Path | None:
