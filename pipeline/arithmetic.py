@@ -162,9 +162,10 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
         return [core("backbone", *_backbone_sizes(config), batch.token_model_layout, True, dropout)]
     vae = config.vae if kind == "sllm" else config
     dropout = vae.dropout if vae.layout == "paper" else 0.0
+    decoder_layout = batch.prefixed_layout(*decoder_prefix(model))
     cores = [
         core("encoder", vae.layers, vae.hidden_size, vae.heads, batch.sentence_layout, False, dropout),
-        core("decoder", vae.layers, vae.hidden_size, vae.heads, batch.decoder_layout, True, dropout),
+        core("decoder", vae.layers, vae.hidden_size, vae.heads, decoder_layout, True, dropout),
     ]
     if kind == "sllm":
         dropout = getattr(config.backbone, "attention_dropout", 0.0)
@@ -172,6 +173,15 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
             core("backbone", *_backbone_sizes(config.backbone), batch.backbone_layout, True, dropout)
         )
     return cores
+
+
+def decoder_prefix(model: nn.Module) -> tuple[int, int]:
+    """(slots, context tokens) that a model's sentence decoder reads before a sentence."""
+    kind = model_kind(model)
+    if kind == "lm":
+        return 0, 0
+    vae = model.config.vae if kind == "sllm" else model.config
+    return vae.slots, vae.context_tokens if kind == "sllm" else 0
 
 
 def row_cores(model: nn.Module, rows: int, length: int) -> list[Core]:

@@ -20,6 +20,24 @@ from pipeline.attention import SegmentLayout
 from pipeline.bins import Span
 
 
+@dataclass(frozen=True)
+class DecoderRows:
+    """What the sentence decoder reads, packed: of every sentence its prefix, then BOS and its tokens.
+
+    A prefix is `slots` places for the vector, then up to `context` tokens that stand before the sentence in
+    its window. layout: one segment per sentence, R rows. symbols_R: int64, the slots' are BOS and count for
+    nothing. positions_R: int64; a slot has its number, BOS always `slots` + `context`, so that context tokens
+    are placed by their distance from it. slot_rows: int64 [S · slots] or None. own_rows: int64 [T+S], BOS and
+    the sentence's own tokens, or None where that is all there is.
+    """
+
+    layout: SegmentLayout
+    symbols_R: Tensor
+    positions_R: Tensor
+    slot_rows: Tensor | None = None
+    own_rows: Tensor | None = None
+
+
 @dataclass
 class Batch:
     """Packed document windows.
@@ -106,6 +124,48 @@ class Batch:
     def decoder_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor]:
         """Inputs (bos, t1 … tn) and targets (t1 … tn, end) of every sentence: two int64 [T+S]."""
         return self._shifted(self.decoder_layout, bos, end)
+
+    def decoder_rows(self, bos: int, slots: int = 0, context: int = 0) -> DecoderRows:
+        """The sentence decoder's input; its prefixes: `slots` vectors and up to `context` earlier tokens."""
+        if not slots and not context:
+            inputs, _ = self.decoder_symbols(bos, bos)
+            return DecoderRows(self.decoder_layout, inputs, self.decoder_layout.position_of_row)
+        layout = self.prefixed_layout(slots, context)
+        prefix_S = layout.lengths - 1 - np.diff(self.cu_sentences)
+        prefix_R = np.repeat(prefix_S, layout.lengths)
+        place_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths)
+        # Of the tokens around the sentence's start BOS takes no number.
+        token_R = (
+            np.repeat(self.cu_sentences[:-1], layout.lengths) + place_R - prefix_R - (place_R > prefix_R)
+        )
+        is_slot_R, is_bos_R = place_R < slots, place_R == prefix_R
+        token_R[is_slot_R | is_bos_R] = 0
+        symbols_R = self.tokens_T[self._index(token_R)]
+        symbols_R.index_fill_(0, self._index(np.flatnonzero(is_slot_R | is_bos_R)), bos)
+        positions_R = np.where(is_slot_R, place_R, slots + context + place_R - prefix_R)
+        return DecoderRows(
+            layout,
+            symbols_R,
+            self._index(positions_R),
+            self._index(np.flatnonzero(is_slot_R)) if slots else None,
+            self._index(np.flatnonzero(place_R >= prefix_R)),
+        )
+
+    def prefixed_layout(self, slots: int = 0, context: int = 0) -> SegmentLayout:
+        """Prefix, BOS and tokens by sentence: the rows of the sentence decoder."""
+        if not slots and not context:
+            return self.decoder_layout
+        if (slots, context) not in self._prefixed:
+            window_start_S = self.cu_sentences[self.cu_documents[self._window_of_sentence]]
+            before_S = np.minimum(context, self.cu_sentences[:-1] - window_start_S)
+            layout = SegmentLayout(slots + before_S + 1 + np.diff(self.cu_sentences), self.device)
+            _ = layout.segment_of_row  # as for decoder_layout
+            self._prefixed[slots, context] = layout
+        return self._prefixed[slots, context]
+
+    @cached_property
+    def _prefixed(self) -> dict[tuple[int, int], SegmentLayout]:
+        return {}
 
     def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:
         # Row t + n predicts token t of segment n, the row after it reads it. By index: a mask on a GPU would

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.attention import SegmentLayout, packed_attention
-from pipeline.caches import CachedStep
+from pipeline.caches import CachedPrompt, CachedStep
 
 
 class SelfAttention(nn.Module):
@@ -34,28 +34,33 @@ class SelfAttention(nn.Module):
         """[T, d] → [T, d], within the layout's segments; `dropout` acts on the attention weights."""
         return self.out(packed_attention(*self._project(x_Td), layout, causal, dropout=dropout).flatten(1))
 
-    def step(self, x_Rd: Tensor, layer: int, step: CachedStep) -> Tensor:
-        """One more row of each of R sentences, [R, d] → [R, d]; `step` keeps this layer's keys and values."""
+    def step(self, x_Rd: Tensor, layer: int, step: CachedStep | CachedPrompt) -> Tensor:
+        """New rows of sentences, [R, d] → [R, d]; `step` keeps this layer's keys and values."""
         return self.out(step.attend(layer, *self._project(x_Rd)).flatten(1))
 
 
 class TransformerLayer(nn.Module):
     """x + attention(norm x); then, in the decoder, + condition(vector); then + ffn(norm x).
 
-    `conditioned=True` adds the decoder's cross-attention. Over ONE vector the softmax is 1 whatever the
-    query, so cross-attention is exactly an affine map of that vector: one Linear, computed once per
-    sentence, without query, key or norm weights. Dropout acts where OPT has it: on what each part adds.
+    `conditioned`, the width of a vector, adds the decoder's cross-attention. Over ONE vector the softmax is
+    1 whatever the query, so cross-attention is exactly an affine map of that vector: one Linear, computed
+    once per sentence, without query, key or norm weights. Dropout acts where OPT has it: on what each part
+    adds.
     """
 
-    def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: bool = False):
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: int | None = None):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
-        self.condition = nn.Linear(width, width) if conditioned else None
+        self.condition = nn.Linear(conditioned, width) if conditioned else None
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn_in = nn.Linear(width, ffn)
         self.ffn_out = nn.Linear(ffn, width)
         self.dropout = nn.Dropout(dropout)
+
+    def condition_of(self, vector_Sd: Tensor) -> Tensor | None:
+        """What cross-attention adds to every row of a sentence, [S, d]; None in a layer without."""
+        return None if self.condition is None else self.condition(vector_Sd)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
@@ -70,11 +75,13 @@ class TransformerLayer(nn.Module):
             x = x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row])
         return self._feed_forward(x)
 
-    def step(self, x_Rd: Tensor, layer: int, step: CachedStep, condition_Rd: Tensor) -> Tensor:
-        """One row of each of R sentences with cached attention; `condition_Rd` is `condition(vector)`,
-        computed once per sentence."""
+    def step(
+        self, x_Rd: Tensor, layer: int, step: CachedStep | CachedPrompt, condition_Rd: Tensor | None
+    ) -> Tensor:
+        """New rows of sentences with cached attention; `condition_Rd` is `condition(vector)` of each row's
+        sentence, computed once per sentence (None in a layer that is not conditioned)."""
         x = x_Rd + self.attention.step(self.attention_norm(x_Rd), layer, step)
-        return self._feed_forward(x + condition_Rd)
+        return self._feed_forward(x if condition_Rd is None else x + condition_Rd)
 
 
 class CrossAttention(nn.Module):
@@ -106,7 +113,7 @@ class PostNormLayer(TransformerLayer):
     weights of self-attention.
     """
 
-    def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: bool = False):
+    def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: int | None = None):
         super().__init__(width, heads, ffn, dropout)
         self.condition = CrossAttention(width, heads) if conditioned else None
         self.condition_norm = nn.LayerNorm(width) if conditioned else None
@@ -125,8 +132,10 @@ class PostNormLayer(TransformerLayer):
             x = self.condition_norm(x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row]))
         return self._feed_forward(x)
 
-    def step(self, x_Rd: Tensor, layer: int, step: CachedStep, condition_Rd: Tensor) -> Tensor:
-        """One row of each of R sentences with cached attention, as `TransformerLayer.step`."""
+    def step(
+        self, x_Rd: Tensor, layer: int, step: CachedStep | CachedPrompt, condition_Rd: Tensor | None
+    ) -> Tensor:
+        """New rows of sentences with cached attention, as `TransformerLayer.step`."""
         x = self.attention_norm(x_Rd + self.attention.step(x_Rd, layer, step))
         return self._feed_forward(self.condition_norm(x + condition_Rd))
 

@@ -5,6 +5,9 @@ Embedding + positions → L bidirectional layers within each sentence → *featu
   sum        over the sentence's tokens (the paper's)
   mean       the same embedding: LayerNorm does not see the scale, so the two differ by its epsilon alone
   attention  a mean with learned weights: one query per head, a softmax over the sentence's tokens
+  last       the last token's row
+With `vectors` above 1 every sentence has so many vectors, pooled by attention with queries of their own, side
+by side in one embedding [vectors · d].
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from pipeline.attention import SegmentLayout
 from pipeline.layers import PostNormLayer, TokenEmbedding, TransformerLayer
 
-FUSIONS = ("sum", "mean", "attention")
+FUSIONS = ("sum", "mean", "attention", "last")
 
 # Where a new variational encoder starts: noise of e⁻² beside embeddings of size 1. From a variance of 1 the
 # decoder would learn to ignore its vector before the encoder has put anything into it.
@@ -26,25 +29,27 @@ START_LOG_VARIANCE = -4.0
 class AttentionPooling(nn.Module):
     """A learned query per head, a softmax over each sentence's tokens, the weighted mean of its rows."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, vectors: int = 1):
         super().__init__()
-        self.heads = heads
-        self.queries = nn.Linear(width, heads, bias=False)
+        self.heads, self.vectors = heads, vectors
+        self.queries = nn.Linear(width, vectors * heads, bias=False)
 
     def forward(self, x_Td: Tensor, layout: SegmentLayout) -> Tensor:
-        """[T, d] → [S, d]; every head weighs its own d/heads channels. Packed: no row but real ones."""
+        """[T, d] → [S, vectors · d]; every head weighs its own d/heads channels. Packed: no row but real
+        ones."""
         segment_T, sentences = layout.segment_of_row, len(layout.lengths)
         # Scores read normalised rows: the stream of a pre-norm encoder has no scale of its own.
         scores_TH = self.queries(F.layer_norm(x_Td, x_Td.shape[-1:])).float()
         index_TH = segment_T[:, None].expand_as(scores_TH)
         # The largest score of a sentence cancels out of its softmax, so no gradient goes through it.
-        top_SH = scores_TH.new_zeros(sentences, self.heads).scatter_reduce(
+        top_SH = scores_TH.new_zeros(sentences, self.vectors * self.heads).scatter_reduce(
             0, index_TH, scores_TH.detach(), "amax", include_self=False
         )
         raised_TH = (scores_TH - top_SH[segment_T]).exp()
         total_SH = torch.zeros_like(top_SH).index_add(0, segment_T, raised_TH)
         weights_TH = (raised_TH / total_SH[segment_T]).to(x_Td.dtype)
-        weighted_Td = (x_Td.view(len(x_Td), self.heads, -1) * weights_TH[..., None]).flatten(1)
+        channels_THd = x_Td.view(len(x_Td), 1, self.heads, -1)
+        weighted_Td = (channels_THd * weights_TH.view(-1, self.vectors, self.heads, 1)).flatten(1)
         return _sum_rows(weighted_Td, layout)
 
 
@@ -63,9 +68,10 @@ class SentenceEncoder(nn.Module):
         self.layers = nn.ModuleList(
             layer(width, config.heads, config.ffn_size, config.dropout) for _ in range(config.layers)
         )
-        self.pooling = AttentionPooling(width, config.heads) if config.fusion == "attention" else None
-        self.fusion_norm = nn.LayerNorm(width)
-        self.log_variance = nn.Linear(width, width) if config.variational else None
+        pools = config.fusion == "attention"
+        self.pooling = AttentionPooling(width, config.heads, config.vectors) if pools else None
+        self.fusion_norm = nn.LayerNorm(config.vector_size)
+        self.log_variance = nn.Linear(config.vector_size, config.vector_size) if config.variational else None
 
     def forward(
         self, tokens_T: Tensor, layout: SegmentLayout, with_variance: bool = False
@@ -79,6 +85,8 @@ class SentenceEncoder(nn.Module):
             x = layer(x, layout, causal=False)
         if self.pooling is not None:
             fused = self.pooling(x, layout)
+        elif self.fusion == "last":
+            fused = x[layout.last_rows]
         else:
             fused = _sum_rows(x, layout)
             if self.fusion == "mean":

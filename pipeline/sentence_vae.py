@@ -26,6 +26,7 @@ from pipeline.sentence_decoder import DecoderState, SentenceDecoder
 from pipeline.sentence_encoder import FUSIONS, SentenceEncoder
 
 LAYOUTS = ("lean", "paper")
+CONDITIONS = ("cross_attention", "prefix", "none")
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one sentence
 
 
@@ -38,8 +39,14 @@ class SentenceVAEConfig(PreTrainedConfig):
     layout: `lean` (pre-norm, learned positions, one matrix of cross-attention), or `paper`: the published
         layers, parameter for parameter (docs/sizes.md).
     max_sentence_tokens: longest sentence, without BOS and end symbol.
-    fusion: how an embedding is made of a sentence's tokens: `sum` (the paper's), `mean`, or `attention`
-        (sentence_encoder.py).
+    fusion: how an embedding is made of a sentence's tokens: `sum` (the paper's), `mean`, `attention` or
+        `last` (sentence_encoder.py).
+    vectors: how many vectors of hidden_size a sentence has; above 1 needs fusion `attention`.
+    condition: how a vector enters the decoder: `cross_attention` (the paper's), `prefix` (rows before the
+        sentence that attention can look at), or `none` (a decoder without context, to measure against).
+    prefix_slots: rows of a `prefix`.
+    context_tokens: tokens before the sentence that an SLLM's decoder reads beside the vector; 0 is the
+        paper's. The SentenceVAE itself never reads any.
     dropout: in [0, 1); where it acts: layers.py.
     latent_noise: standard deviation of Gaussian noise on the embedding (whose channels have about size 1)
         while training; 0 is none. The SLLM's backbone never hits an embedding exactly: a decoder trained with
@@ -67,6 +74,10 @@ class SentenceVAEConfig(PreTrainedConfig):
         layout: str = "lean",
         max_sentence_tokens: int = 64,
         fusion: str = "sum",
+        vectors: int = 1,
+        condition: str = "cross_attention",
+        prefix_slots: int = 1,
+        context_tokens: int = 0,
         dropout: float = 0.0,
         latent_noise: float = 0.0,
         variational: bool = False,
@@ -93,6 +104,16 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.layout = _one_of("layout", layout, LAYOUTS)
         self.max_sentence_tokens = max_sentence_tokens
         self.fusion = _one_of("fusion", fusion, FUSIONS)
+        self.vectors = _count("vectors", vectors, 1)
+        self.condition = _one_of("condition", condition, CONDITIONS)
+        self.prefix_slots = _count("prefix_slots", prefix_slots, 1)
+        self.context_tokens = _count("context_tokens", context_tokens, 0)
+        if self.vectors > 1 and fusion != "attention":
+            raise UserError(f"model.vae.vectors {vectors} needs model.vae.fusion attention, not {fusion}")
+        if layout == "paper" and (self.vectors > 1 or condition != "cross_attention" or context_tokens):
+            raise UserError(
+                "model.vae.layout paper has one vector, cross_attention and no context_tokens: use lean"
+            )
         self.dropout = _number("dropout", dropout, below=1.0)
         self.latent_noise = _number("latent_noise", latent_noise)
         self.variational = variational
@@ -123,6 +144,22 @@ class SentenceVAEConfig(PreTrainedConfig):
             eos_token_id=eos_token_id,
             **kwargs,
         )
+
+    @property
+    def vector_size(self) -> int:
+        """Width of a sentence embedding: `vectors` times hidden_size."""
+        return self.vectors * self.hidden_size
+
+    @property
+    def slots(self) -> int:
+        """Rows of the vector before every sentence in the decoder."""
+        return self.prefix_slots if self.condition == "prefix" else 0
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"model.vae.{name} must be a whole number of at least {least}, not {value!r}")
+    return value
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -217,16 +254,16 @@ class SentenceVAE(PreTrainedModel):
         return mean_Sd, kl_Sd
 
     def decode_loss(
-        self, batch: Batch, vector_Sd: Tensor, want_correct: bool = False
+        self, batch: Batch, vector_Sd: Tensor, want_correct: bool = False, context: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Score the batch's sentences given one vector each.
+        """Score the batch's sentences given one vector [vector_size] each, and up to `context` tokens before.
 
         Returns: (objective, nll float32 [T+S], is_end bool [T+S], correct bool [T+S] or None).
         """
-        inputs, targets = batch.decoder_symbols(self.config.bos_token_id, self.config.eos_token_id)
-        layout = batch.decoder_layout
-        hidden = self.decoder(inputs, layout, vector_Sd)
-        config = self.config
+        config, layout = self.config, batch.decoder_layout
+        _, targets = batch.decoder_symbols(config.bos_token_id, config.eos_token_id)
+        rows = batch.decoder_rows(config.bos_token_id, config.slots, context)
+        hidden = self.decoder(rows, vector_Sd)
         objective, nll, correct = self.head(
             hidden, targets, config.focal_gamma, want_correct, config.label_smoothing, config.z_loss
         )
@@ -243,10 +280,10 @@ class SentenceVAE(PreTrainedModel):
         objective = objective + self.config.kl_weight * kl_Sd.clamp_min(self.config.free_bits).sum()
         return LossSums.collect(batch.scored, objective, nll, is_end, correct, kl=kl_Sd.sum())
 
-    def decode_begin(self, vector_1d: Tensor) -> DecoderState:
-        """Begin to write a sentence from one vector [1, d]: BOS is fed, `state.logits` predict its first
-        token."""
-        state = self.decoder.begin(vector_1d)
+    def decode_begin(self, vector_1d: Tensor, contexts: list[list[int]] | None = None) -> DecoderState:
+        """Begin to write a sentence from one vector [1, d] (and, in `contexts`, the tokens before it): BOS is
+        fed, `state.logits` predict its first token."""
+        state = self.decoder.begin(vector_1d, contexts)
         self.decode_step(state, self.config.bos_token_id)
         return state
 

@@ -86,10 +86,11 @@ def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
 @dataclass
 class BackboneState:
     """R documents being read or written: key/value cache (one place per sentence and one for the start), last
-    outputs [R, d_backbone]."""
+    outputs [R, d_backbone], and of each its last tokens, as many as the decoder reads."""
 
     cache: KeyValueCache
     hidden: Tensor
+    recent: list[list[int]]
 
 
 class SLLM(PreTrainedModel):
@@ -101,7 +102,7 @@ class SLLM(PreTrainedModel):
 
     def __init__(self, config: SLLMConfig):
         super().__init__(config)
-        width, vector = config.vae.hidden_size, vector_width(config.backbone)
+        width, vector = config.vae.vector_size, vector_width(config.backbone)
         self.vae = SentenceVAE(config.vae)
         self.backbone = new_backbone(config.backbone)
         # OPT-350M reads and writes 512-wide vectors around its 1024-wide layers; a SVAE-1024 needs a map
@@ -148,7 +149,7 @@ class SLLM(PreTrainedModel):
         hidden = self.contextualise(batch)
         rows_S = batch.start_row_S if start_vector_only else batch.predicting_row_S
         objective, nll, is_end, correct = self.vae.decode_loss(
-            batch, self._out_of(hidden[rows_S]), want_correct
+            batch, self._out_of(hidden[rows_S]), want_correct, self.config.vae.context_tokens
         )
         stop_logits_S = self._stop_logits(hidden[batch.predicting_row_S + 1])
         stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
@@ -161,7 +162,11 @@ class SLLM(PreTrainedModel):
         """R documents that begin empty-handed: `read` starts them. The room grows up to `max_sentences`."""
         cache = KeyValueCache(rows, most=self.max_sentences + 1)
         hidden = torch.zeros(rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device)
-        return BackboneState(cache, hidden)
+        return BackboneState(cache, hidden, [[] for _ in range(rows)])
+
+    def _remember(self, state: BackboneState, row: int, tokens: list[int]) -> None:
+        keep = self.config.vae.context_tokens
+        state.recent[row] = tokens[-keep:] if keep else []
 
     def _encode(self, sentences: list[list[int]]) -> Tensor:
         """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for a length of 0 or above
@@ -195,6 +200,9 @@ class SLLM(PreTrainedModel):
         layout = CachedPrompt(state.cache, rows, lengths, self.device, ahead)
         out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
         state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
+        for row, document in zip(rows, documents, strict=True):
+            last = document[-self.config.vae.context_tokens :]  # every sentence has a token at least
+            self._remember(state, row, [token for sentence in last for token in sentence])
 
     @torch.no_grad()
     def extend(self, state: BackboneState, rows: np.ndarray, sentences: list[list[int]]) -> None:
@@ -208,6 +216,8 @@ class SLLM(PreTrainedModel):
         layout = CachedStep(state.cache, rows, self.device)
         out = run_packed(self.backbone, layout, inputs_embeds=x)
         state.hidden[torch.from_numpy(rows).to(self.device)] = out
+        for row, sentence in zip(rows, sentences, strict=True):
+            self._remember(state, row, [*state.recent[row], *sentence])
 
     @torch.no_grad()
     def stop_log_odds(self, state: BackboneState, rows: np.ndarray) -> Tensor:
@@ -217,13 +227,13 @@ class SLLM(PreTrainedModel):
     @torch.no_grad()
     def new_decoder(self, state: BackboneState) -> DecoderState:
         """A decoder row for each of the state's documents; `sentence_begin` starts their sentences."""
-        return self.vae.decoder.begin(self._out_of(state.hidden))
+        return self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
 
     @torch.no_grad()
     def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
         """The next sentence of each of `rows` begins: conditioned on its document, nothing fed yet."""
         hidden = state.hidden[torch.from_numpy(rows).to(self.device)]
-        self.vae.decoder.restart(decoder, rows, self._out_of(hidden))
+        self.vae.decoder.restart(decoder, rows, self._out_of(hidden), [state.recent[row] for row in rows])
 
     @torch.no_grad()
     def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
@@ -250,7 +260,7 @@ class SLLM(PreTrainedModel):
     @torch.no_grad()
     def decode_begin(self, state: BackboneState) -> DecoderState:
         """Begin the one document's next sentence; `.logits` float32 [V] predict its first token."""
-        return self.vae.decode_begin(self._out_of(state.hidden))
+        return self.vae.decode_begin(self._out_of(state.hidden), state.recent)
 
     @torch.no_grad()
     def decode_step(self, state: DecoderState, token: int) -> None:

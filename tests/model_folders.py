@@ -28,11 +28,18 @@ WINDOW_TOKENS = 200
 
 
 def small_model(
-    objective: str, tokenizer: Tokenizer, seed: int = 0, noise: float = 0.15, **settings
+    objective: str,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    noise: float = 0.15,
+    vae: dict | None = None,
+    **settings,
 ) -> torch.nn.Module:
     """A model of `vae`, `sllm` or `lm` with weights large enough that every path shows."""
     torch.manual_seed(seed)
-    model = build_model(objective, VAE, BACKBONE, tokenizer, {**SETTINGS, **settings}, WINDOW_TOKENS)
+    model = build_model(
+        objective, {**VAE, **(vae or {})}, BACKBONE, tokenizer, {**SETTINGS, **settings}, WINDOW_TOKENS
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * noise)

@@ -12,7 +12,6 @@ from model_folders import SETTINGS, save, small_model
 from data_prep.errors import UserError
 from data_prep.tokenizer import load_tokenizer
 from pipeline import generate_command
-from pipeline.attention import SegmentLayout
 from pipeline.batches import build_batch
 from pipeline.bins import Span
 from pipeline.generate_command import generate_prompt
@@ -62,13 +61,12 @@ def span(sentences: list[list[int]]) -> Span:
 @torch.no_grad()
 def uncached_logits(model, sentences: list[list[int]], begun: list[int]) -> torch.Tensor:
     """Logits of the next symbol, by the packed forward of everything written so far."""
-    if sentences:
-        vector = model.contextualise(build_batch([span(sentences)]))[-1:]
-    else:  # the start row sees nothing of the sentences behind it: any one will do
-        vector = model.contextualise(build_batch([span([[5]])]))[:1]
-    symbols = torch.tensor([model.config.bos_token_id, *begun])
-    hidden = model.vae.decoder(symbols, SegmentLayout([len(symbols)]), model._out_of(vector))
-    return model.vae.head(hidden)[-1]
+    vae, last = model.config.vae, begun or [5]  # where nothing is begun: its first row sees BOS alone
+    batch = build_batch([span([*sentences, last])])
+    vector_Sd = model._out_of(model.contextualise(batch)[batch.predicting_row_S])
+    rows = batch.decoder_rows(vae.bos_token_id, vae.slots, vae.context_tokens)
+    hidden = model.vae.decoder(rows, vector_Sd)
+    return model.vae.head(hidden[-len(last) - 1 :])[len(begun)]
 
 
 @torch.no_grad()
@@ -130,9 +128,12 @@ def test_cached_greedy_generation_equals_brute_force(prompt, seed, tokenizer):
     assert generation.stopped == stopped
 
 
-def lively_model(tokenizer, seed: int):
+PREFIXES = ({}, {"context_tokens": 6}, {"condition": "prefix", "prefix_slots": 2, "context_tokens": 30})
+
+
+def lively_model(tokenizer, seed: int, **vae):
     """Sentence ends and document ends that do come, but not at once."""
-    model = small_model("sllm", tokenizer, seed=seed, max_tokens=12)
+    model = small_model("sllm", tokenizer, seed=seed, max_tokens=12, vae=vae)
     with torch.no_grad():
         model.vae.head.bias[tokenizer.eos_id] += 2
         model.stop_head.bias -= 1
@@ -151,8 +152,9 @@ def lively_model(tokenizer, seed: int):
     ],
     ids=lambda controls: "-".join(controls),
 )
-def test_cached_is_uncached_under_every_control(controls, tokenizer):
-    model, reasons = lively_model(tokenizer, 4), set()
+@pytest.mark.parametrize("vae", PREFIXES, ids=["paper", "context", "prefix-context"])
+def test_cached_is_uncached_under_every_control(controls, tokenizer, vae):
+    model, reasons = lively_model(tokenizer, 4, **vae), set()
     for number, prompt in enumerate(["", PROMPT, "One is set.", "他走了。然后"] * 2):
         limits = Limits(5, max_tokens=30, stop=("es", "\n\n"))
         expected, stopped = brute_force(model, tokenizer, prompt, limits, Sampling(**controls), number)

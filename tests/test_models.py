@@ -36,6 +36,10 @@ MODELS = {
     "sllm-post-norm": lambda: small_sllm(backbone=post_norm_opt_config()),
     "sllm-tied": lambda: small_sllm(tie_word_embeddings=True),
     "sllm-narrow-embedding": lambda: small_sllm(embedding_size=16),
+    "sllm-prefix-context": lambda: small_sllm(
+        condition="prefix", prefix_slots=2, context_tokens=7, fusion="attention", vectors=2
+    ),
+    "sllm-without-vectors": lambda: small_sllm(condition="none", context_tokens=3),
     "lm": lambda: small_lm(),
     "lm-post-norm": lambda: small_lm(config=post_norm_opt_config()),
 }

@@ -42,6 +42,12 @@ VARIANTS = {
     "paper-narrow": {"layout": "paper", "embedding_size": 16, "fusion": "attention"},
     "variational": {"variational": True, "kl_weight": 0.5, "free_bits": 0.1},
     "noise": {"latent_noise": 0.3},
+    "last": {"fusion": "last"},
+    "prefix": {"condition": "prefix", "prefix_slots": 3},
+    "context": {"context_tokens": 5},
+    "prefix-context": {"condition": "prefix", "prefix_slots": 2, "context_tokens": 40},
+    "vectors": {"fusion": "attention", "vectors": 2},
+    "vectors-prefix": {"fusion": "attention", "vectors": 2, "condition": "prefix", "context_tokens": 7},
 }
 
 
@@ -101,7 +107,7 @@ def test_cached_steps_are_the_uncached_forward(variant):
 
 def test_a_full_sentence_takes_no_further_symbol(variant):
     model = small_vae(**variant)
-    state = model.decode_begin(torch.zeros(1, 32))
+    state = model.decode_begin(torch.zeros(1, model.config.vector_size))
     for _ in range(16):
         model.decode_step(state, 5)
     with pytest.raises(ValueError, match="the sentence is full"):
@@ -496,7 +502,7 @@ def test_token_models_that_do_not_fit_are_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"fusion": "max"}, "model.vae.fusion must be one of sum, mean, attention, not 'max'"),
+        ({"fusion": "max"}, "model.vae.fusion must be one of sum, mean, attention, last, not 'max'"),
         ({"layout": "fat"}, "model.vae.layout must be one of lean, paper"),
         ({"dropout": 1.0}, "model.vae.dropout must be a number of at least 0 and below 1, not 1.0"),
         ({"dropout": "much"}, "model.vae.dropout must be a number"),
