@@ -22,7 +22,6 @@ memory             (CPU) of the process, each model in one of its own: resident 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import statistics
 import time
@@ -39,21 +38,15 @@ from data_prep.errors import UserError
 from data_prep.results import header, require_folder, say, write_result
 from pipeline import process_memory
 from pipeline.benchmark_training import OPT_SIZES, PACKAGES
-from pipeline.charts import HEIGHT, WIDTH, Series, line_chart
 from pipeline.generation import lay_out
 from pipeline.generation_batch import BatchWriter, Limits, Piece, Request
+from pipeline.generation_chart import SIDES, chart
 from pipeline.inspection import DTYPES, Vocabulary, find_recipe, sized_recipe
 from pipeline.int8 import to_int8
 from pipeline.model_io import new_model, parameter_count
 from pipeline.sampling import Sampling
 
-SIDES = ("model", "against")
 SENTENCE_ROOM = 64  # longest sentence of the models measured
-STYLE = (
-    "<style>svg{background:#fff;font:12px sans-serif}.line{fill:none;stroke-width:2}.grid{stroke:#ddd}"
-    ".axis{stroke:#333}.series-1{stroke:#0b6fb8}.series-2{stroke:#c6500a}.dot.series-1{fill:#0b6fb8}"
-    ".dot.series-2{fill:#c6500a}.line.faint{stroke:none}</style>"
-)
 
 
 class LetterTokens:
@@ -379,66 +372,6 @@ def _figures(turns: list[Turn]) -> dict[str, Any]:
         "cache_bytes": last.cache_bytes,
         "step_bytes": last.step_bytes,
     }
-
-
-def chart(result: dict[str, Any]) -> str:
-    """Speed and memory over the context at the smallest batch, and over the batch at the shortest context,
-    whatever was varied: one picture of its own, charts below each other."""
-    panels, names = [], {"context": "tokens of context", "batch": "texts at once"}
-    for along, other in (("context", "batch"), ("batch", "context")):
-        if len({point[along] for point in result["points"]}) == 1:
-            continue
-        fixed = min(point[other] for point in result["points"])
-        points = [point for point in result["points"] if point[other] == fixed]
-        label = f"{names[along]} ({other} {fixed:,})"
-        panels.append(_panel(result, points, along, label, "new tokens per second", _speed))
-        if any("memory" in point["model"] for point in points):
-            panels.append(_panel(result, points, along, label, "memory at the peak, GB", _peak))
-    if not panels:  # a single point
-        points = result["points"]
-        panels.append(_panel(result, points, "context", names["context"], "new tokens per second", _speed))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT * len(panels)}">{STYLE}'
-    placed = [
-        panel.replace("<svg ", f'<svg y="{HEIGHT * n}" width="{WIDTH}" height="{HEIGHT}" ', 1)
-        for n, panel in enumerate(panels)
-    ]
-    return "\n".join([head, *placed, "</svg>"]) + "\n"
-
-
-def _speed(figures: dict[str, Any]) -> float:
-    return figures["tokens_per_second"]["median"]
-
-
-def _peak(figures: dict[str, Any]) -> float | None:
-    return figures["memory"]["peak"] / 1e9 if "memory" in figures else None
-
-
-def _panel(
-    result: dict[str, Any],
-    points: list[dict[str, Any]],
-    along: str,
-    x_label: str,
-    y_label: str,
-    value: Callable[[dict[str, Any]], float | None],
-) -> str:
-    series = []
-    for number, side in enumerate(SIDES, 1):
-        found = [(math.log2(p[along]), p[side]) for p in points if side in p]
-        values = [(x, None if "refused" in figures else value(figures)) for x, figures in found]
-        drawn = [(x, y) for x, y in values if y is not None]
-        if drawn:
-            ends = "" if len(drawn) == len(found) else " (no positions beyond)"
-            series.append(Series(f"{result[side]['name']}{ends}", sorted(drawn), number, dots=True))
-    # Both lines are read against zero: a speed that falls with the context must look like it.
-    places = sorted({point[along] for point in points})
-    # The legend has room above the lines; no line at all where every point was refused.
-    top = 1.3 * max((y for one in series for _, y in one.points), default=1.0)
-    base = Series("", [(math.log2(places[0]), 0.0), (math.log2(places[-1]), top)], 1, faint=True)
-    x_ticks: list[tuple[float, str]] = []
-    for x in map(math.log2, reversed(places)):  # a number that would lie on its neighbour is left out
-        if not x_ticks or x_ticks[-1][0] - x >= 0.08 * math.log2(places[-1] / places[0]):
-            x_ticks.append((x, f"{round(2**x):,}"))
-    return line_chart([*series, base], x_label, y_label, x_ticks=x_ticks)
 
 
 def format_benchmark(result: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """Charts as inline SVG, written by hand: no library, no links, colours from the page's style sheet.
 
 In: plain numbers. Out: one `<svg>` string whose strokes and fills are CSS classes (`series-1` …), so that the
-page shows it in a light or a dark theme. Called by `demo_report.py`, `run_report.py` and
-`comparison.py`.
+page shows it in a light or a dark theme. Called by `demo_report.py`, `run_report.py`, `comparison.py` and
+`generation_chart.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,14 @@ from dataclasses import dataclass, replace
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 68, 16, 14, 44
 COLOURS = 8  # series beyond that begin again
+# For an SVG file of its own, which no page's style sheet reaches.
+INKS = ("#0b6fb8", "#c6500a", "#24875a", "#8a3fb5", "#a88400", "#b3274e", "#1a8795", "#6b6b6b")
+STYLE = (
+    "<style>svg{background:#fff;font:12px sans-serif}.line{fill:none;stroke-width:2}.grid{stroke:#ddd}"
+    ".axis{stroke:#333}"
+    + "".join(f".series-{n}{{stroke:{ink}}}.dot.series-{n}{{fill:{ink}}}" for n, ink in enumerate(INKS, 1))
+    + ".line.faint{stroke:none}</style>"
+)
 
 
 @dataclass(frozen=True)
@@ -209,6 +217,16 @@ def _legend(series: Sequence[Series]) -> list[str]:
         parts.append(f'<line class="line series-{one.number}" x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{x + 30}" y="{y + 4}">{html.escape(one.name)}</text>')
     return parts
+
+
+def picture(panels: Sequence[str]) -> str:
+    """Charts below each other as one SVG file that needs no page around it."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT * len(panels)}">{STYLE}'
+    placed = [
+        panel.replace("<svg ", f'<svg y="{HEIGHT * n}" width="{WIDTH}" height="{HEIGHT}" ', 1)
+        for n, panel in enumerate(panels)
+    ]
+    return "\n".join([head, *placed, "</svg>"]) + "\n"
 
 
 def _svg(parts: Sequence[str], label: str) -> str:

@@ -477,32 +477,47 @@ def compose(result: dict[str, Any]) -> Iterable[Block]:
     yield Heading("Quality against what training has cost")
     options = tuple((budget, BUDGETS[budget][0]) for budget in result["equal"])
     yield Choice("against", options, tuple(runs))
-    drawn = []
+    drawn = [by(budget, chart) for budget, chart in quality_charts(result).items()]
+    yield Chart("Validation bits per byte; an SLLM's line begins after its SentenceVAE", "\n".join(drawn))
+    if speed := speed_chart(result):
+        yield Heading("Quality against generation speed")
+        yield Chart(*speed)
+
+
+def quality_charts(result: dict[str, Any], legend: bool = False) -> dict[str, str]:
+    """By budget, validation bits per byte over what was spent."""
+    drawn = {}
     for budget, (_, unit, size) in BUDGETS.items():
         if budget in result["equal"]:
             lines = []
-            for number, (name, one) in enumerate(runs.items()):
+            for number, (name, one) in enumerate(result["runs"].items()):
                 points = [(row[budget] / size, row["bits_per_byte"]) for row in one["curve"]]
                 lines.append(Series(name, thinned(points), colour(number), dots=len(points) <= 200))
-            drawn.append(by(budget, line_chart(lines, unit, "bits per byte", legend=False)))
-    yield Chart("Validation bits per byte; an SLLM's line begins after its SentenceVAE", "\n".join(drawn))
+            drawn[budget] = line_chart(lines, unit, "bits per byte", legend=legend)
+    return drawn
+
+
+def speed_chart(result: dict[str, Any], legend: bool = False) -> tuple[str, str] | None:
+    """Bits per byte over new tokens per second, with words that say what was measured; None without
+    measured speeds."""
+    runs = result["runs"]
     measured = [(number, name) for number, (name, one) in enumerate(runs.items()) if one["generation"]]
-    if measured:
-        whole = all(runs[name]["evaluated"] for _, name in measured)
-        dots = []
-        for number, name in measured:
-            one = runs[name]
-            quality = one["evaluated"] if whole else one["curve"][-1]
-            place = (one["generation"]["tokens_per_second"], quality["bits_per_byte"])
-            dots.append(Series(name, [place], colour(number), dots=True))
-        how = result["generation"]
-        where = how["gpu"] or f"{how['cpu']}, {how['threads']} threads"
-        yield Heading("Quality against generation speed")
-        yield Chart(
-            f"{'The whole text' if whole else 'The last validation'}; batch {how['batch']}, "
-            f"{how['context']:,} tokens of context, {how['dtype']}, {where}",
-            line_chart(dots, "new tokens per second", "bits per byte", legend=False),
-        )
+    if not measured:
+        return None
+    whole = all(runs[name]["evaluated"] for _, name in measured)
+    dots = []
+    for number, name in measured:
+        one = runs[name]
+        quality = one["evaluated"] if whole else one["curve"][-1]
+        place = (one["generation"]["tokens_per_second"], quality["bits_per_byte"])
+        dots.append(Series(name, [place], colour(number), dots=True))
+    how = result["generation"]
+    where = how["gpu"] or f"{how['cpu']}, {how['threads']} threads"
+    return (
+        f"{'The whole text' if whole else 'The last validation'}; batch {how['batch']}, "
+        f"{how['context']:,} tokens of context, {how['dtype']}, {where}",
+        line_chart(dots, "new tokens per second", "bits per byte", legend=legend),
+    )
 
 
 def format_comparison(result: dict[str, Any]) -> str:
