@@ -3,6 +3,7 @@
 #   make demo PYTHON=python3.12          another interpreter for .venv
 #   make setup PIP_FLAGS='--index-url …' another package source, e.g. for a CPU or a particular CUDA build of torch
 #   make test PYTEST_FLAGS='-k slurm'    a part of the suite
+#   make results                         tables and charts of the docs anew, from docs/results
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -12,11 +13,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
 
-.PHONY: help setup demo test soak lint format clean distclean
+.PHONY: help setup demo test soak results lint format clean distclean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo 'targets: setup demo test soak lint format clean distclean'
+	@echo 'targets: setup demo test soak results lint format clean distclean'
 
 setup: $(STAMP)
 
@@ -41,6 +42,9 @@ test: $(STAMP)
 
 soak: $(STAMP)
 	$(BIN)/python tests/soak.py --output docs/results/soak.json
+
+results: $(STAMP)
+	$(BIN)/python -m pipeline.docs_tables
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
