@@ -4,10 +4,11 @@ In: `Results` (the files in docs/results) and the words after a table's name in 
 below docs/results. Out: the lines. `TABLES` says which functions there are; `docs_tables.py` calls them.
 
     typed FILE               rows as they were typed into a file
-    sweep FILE [COLUMNS…]    runs of `sllm sweep`, a line a name, seeds averaged; (±x) is half of the range
+    sweep FILES [COLUMNS…]   runs of `sllm sweep`, a line a name, seeds averaged; (±x) is half of the range
                              of the seeds. COLUMNS are keys of the rows; by default those of `USUAL` that
                              are there
     exact-by-length FILE     the same file's SentenceVAEs: sentences rebuilt exactly, by length
+    robustness FILE          result of `sllm robustness`: a line for each variant of the text and model
     comparison FILE          result of `sllm compare --json`, with its charts as pictures
     generation-chart FILE    the picture of a result of `sllm benchmark generation`
     others                   one result each, named by the function
@@ -136,31 +137,45 @@ def _by_name(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def sweep(results: Results, file: str, *columns: str) -> list[str]:
-    rows = results.read(file)["rows"]
+def sweep(results: Results, *words: str) -> list[str]:
+    found = [results.read(word) for word in words if word.endswith(".json")]
+    rows = [row for one in found for row in one["rows"]]
+    columns = [word for word in words if not word.endswith(".json")]
     if unknown := [key for key in columns if key not in COLUMNS]:
         raise UserError(f"no column {unknown[0]}; there are {', '.join(COLUMNS)}")
+    if not rows:
+        raise UserError("name a FILE.json that has rows")
+    texts = {(row.get("evaluation") or {}).get("data_fingerprint") for row in rows}
+    if len(texts - {None}) > 1:
+        raise UserError("these runs were measured on different texts: they need a table each")
 
     def tells(key: str) -> bool:  # something that the column before it does not
         values = [row.get(key) for row in rows]
         plain = [row.get(key.removesuffix("_with_vae")) for row in rows]
-        return any(value is not None for value in values) and (
-            not key.endswith("_with_vae") or values != plain
-        )
+        same = all(a is None or a == b for a, b in zip(values, plain, strict=True))
+        return any(value is not None for value in values) and not (key.endswith("_with_vae") and same)
 
     keys = columns or [key for key in USUAL if tells(key)]
+    rebuilt = "" if all(row.get("objective") == "vae" for row in rows) else " (rebuilding)"
     runs = _by_name(rows)
     seeds = any(len(of_name) > 1 for of_name in runs.values())
     shown = []
     for name, of_name in runs.items():
-        known = {key: [row[key] for row in of_name if row.get(key) is not None] for key in keys}
-        cells = [
-            ", ".join(dict.fromkeys(values)) if key == "objective" else COLUMNS[key].cell(values)
-            for key, values in known.items()
-        ]
+        cells = []
+        for key in keys:
+            values = [row[key] for row in of_name if row.get(key) is not None]
+            if key == "objective":
+                cells.append(", ".join(dict.fromkeys(values)))
+                continue
+            cells.append(COLUMNS[key].cell(values))
+            if values and key in ("bits_per_byte", "ppl") and of_name[0].get("objective") == "vae":
+                cells[-1] += rebuilt  # no prediction: not to be read beside the others
         shown.append([name, *([str(len(of_name))] if seeds else []), *cells])
     header = ["run", *(["seeds"] if seeds else []), *(COLUMNS[key].head for key in keys)]
-    return table(header, shown, (0, *(n for n, head in enumerate(header) if head == "objective")))
+    lines = table(header, shown, (0, *(n for n, head in enumerate(header) if head == "objective")))
+    if lost := [key for one in found for part in ("failed", "missing") for key in one.get(part) or ()]:
+        lines += ["", f"Without a result: {', '.join(lost)}."]
+    return lines
 
 
 LENGTHS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 64))
@@ -197,6 +212,45 @@ def exact_by_length(results: Results, file: str) -> list[str]:
     if all(count == counts[0] for count in counts):  # one text, cut in one way
         shown.insert(0, ["sentences", *(f"{count:,}" for count in counts[0])])
     return table(header, shown)
+
+
+def robustness(results: Results, file: str) -> list[str]:
+    found = results.read(file)
+    variants = found["variants"]
+    plain = next(iter(variants))  # the text as it comes
+    rows = []
+    for name, of_models in variants.items():
+        for number, one in enumerate(of_models):
+            rows.append(
+                [
+                    "" if number else name,
+                    Path(one["model"]).name,
+                    _with_interval(one, "bits_per_byte"),
+                    "" if name == plain else f"{one['change']:+.3f}",
+                    _with_interval(one, "vector_gain"),
+                    f"{one['tokens_per_sentence']:.1f}" if "tokens_per_sentence" in one else NOTHING,
+                    share(one["cut_by_limit"]) if "cut_by_limit" in one else NOTHING,
+                ]
+            )
+    header = (
+        "text",
+        "model",
+        "bits per byte",
+        "change",
+        "vector gain",
+        "tokens a sentence",
+        "cut by the limit",
+    )
+    notes = [f"- left out: {name} ({reason})" for name, reason in found.get("skipped", {}).items()]
+    return table(header, rows, (0, 1)) + (["", *notes] if notes else [])
+
+
+def _with_interval(figures: dict[str, Any], key: str) -> str:
+    """A figure, and the ends of its interval where it has one."""
+    if figures.get(key) is None:
+        return NOTHING
+    ends = figures.get(f"{key}_interval")
+    return f"{figures[key]:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
 
 
 def compared(results: Results, file: str) -> list[str]:
@@ -529,6 +583,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "typed": typed,
     "sweep": sweep,
     "exact-by-length": exact_by_length,
+    "robustness": robustness,
     "comparison": compared,
     "generation-chart": generation_chart,
     "english-8k-summary": english_8k_summary,

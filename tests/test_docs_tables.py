@@ -76,6 +76,47 @@ def test_what_a_sentence_vae_cost_has_a_column_where_it_says_something(checkout:
     assert "with the SentenceVAE's (M)" not in head  # the same numbers once more
 
 
+def test_a_sweep_tells_what_is_not_there_and_what_is_no_prediction(checkout: Path) -> None:
+    vae = row("vae", 1, objective="vae", bits_per_byte=0.24)
+    failed = {"rows": [*ROWS[:1], vae], "failed": {"deep-s1": "no memory"}, "missing": ["deep-s2"]}
+    write(checkout, "experiments/small.json", failed)
+    text = made(checkout)
+    assert "| vae | 0.240 (rebuilding) |" in text
+    assert "|\n\nWithout a result: deep-s1, deep-s2.\n\n<!-- end -->" in text
+    write(checkout, "experiments/more.json", {"rows": [row("other", 1, objective="lm", bits_per_byte=2.0)]})
+    page(checkout, "sweep experiments/small.json experiments/more.json bits_per_byte")
+    assert "| paper | 1.830 |\n| vae | 0.240 (rebuilding) |\n| other | 2.000 |" in made(checkout)
+    for file, text in (("small", "aa"), ("more", "bb")):
+        one = row("other", 1, objective="lm", evaluation={"data_fingerprint": text})
+        write(checkout, f"experiments/{file}.json", {"rows": [one]})
+    with pytest.raises(UserError, match="measured on different texts"):
+        refresh(checkout)
+
+
+def test_robustness_is_a_line_for_each_variant_and_model(checkout: Path) -> None:
+    sllm = {
+        "model": "models/sllm",
+        "bits_per_byte": 1.8,
+        "bits_per_byte_interval": [1.75, 1.85],
+        "change": 0.0,
+    }
+    sllm |= {
+        "vector_gain": 0.09,
+        "vector_gain_interval": None,
+        "tokens_per_sentence": 9.44,
+        "cut_by_limit": 0.5,
+    }
+    lm = {"model": "models/lm", "bits_per_byte": 2.0, "bits_per_byte_interval": None, "change": 0.1}
+    variants = {"as it comes": [sllm, lm], "noise": [sllm | {"change": 0.25}, lm]}
+    write(checkout, "experiments/rough.json", {"variants": variants, "skipped": {"mixed": "no text"}})
+    page(checkout, "robustness experiments/rough.json")
+    text = made(checkout)
+    assert "| as it comes | sllm | 1.800 [1.750, 1.850] | | 0.090 | 9.4 | 50.0 % |" in text
+    assert "| noise | sllm | 1.800 [1.750, 1.850] | +0.250 | 0.090 | 9.4 | 50.0 % |" in text
+    assert "| | lm | 2.000 | +0.100 | – | – | – |" in text
+    assert "- left out: mixed (no text)\n" in text
+
+
 def test_sentences_rebuilt_exactly_by_length(checkout: Path) -> None:
     page(checkout, "exact-by-length experiments/small.json")
     lines = made(checkout).splitlines()
@@ -161,7 +202,8 @@ def test_typed_rows_say_where_they_come_from(checkout: Path) -> None:
         ("sweeep experiments/small.json", "nobody makes a table `sweeep`; did you mean sweep?"),
         ("zzz", "nobody makes a table `zzz`; there are comparison, "),
         ("sweep experiments/none.json", "docs/results/experiments/none.json is not there"),
-        ("sweep", r"cannot be made of these words and results \(TypeError"),
+        ("sweep", "name a FILE.json that has rows"),
+        ("exact-by-length", r"cannot be made of these words and results \(TypeError"),
         ("sweep experiments/small.json colour", "no column colour; there are objective, "),
         (
             "comparison experiments/small.json",
