@@ -1,8 +1,8 @@
 """Charts as inline SVG, written by hand: no library, no links, colours from the page's style sheet.
 
 In: plain numbers. Out: one `<svg>` string whose strokes and fills are CSS classes (`series-1` …), so that the
-page shows it in a light or a dark theme. Called by `demo_report.py`, `run_report.py`, `comparison.py` and
-`generation_chart.py`.
+page shows it in a light or a dark theme. Called by `demo_report.py`, `run_report.py`, `comparison.py`,
+`generation_chart.py` and `scaling.py`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points (x, y) in order of x; `number` picks the colour; `faint` draws it thin and pale."""
+    """One line: points (x, y) in order of x; `number` picks the colour; `faint` draws it thin and pale; not
+    `joined`: its dots alone."""
 
     name: str
     points: list[tuple[float, float]]
     number: int
     faint: bool = False
     dots: bool = False
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,15 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def _log_places(low: float, high: float) -> list[tuple[float, float]]:
+    """(place, value) of the round numbers of an axis that shows 10^low to 10^high; in a range too narrow for
+    steps of 1, 2 and 5, evenly spaced ones."""
+    values = log_ticks(10**low, 10**high)
+    if len(values) < 3:
+        values = ticks(10**low, 10**high)
+    return [(math.log10(value), value) for value in values]
+
+
 def number(value: float) -> str:
     """A number without needless digits."""
     return f"{value:.6g}"
@@ -111,10 +122,15 @@ def line_chart(
     log: bool = False,
     legend: bool = True,
     x_ticks: Sequence[tuple[float, str]] | None = None,
+    log_x: bool = False,
 ) -> str:
     """Lines over a common pair of axes; the y axis fits the data and need not start at zero. `log`: it is
     logarithmic, and points that are not above zero are left out. `x_ticks`: places on the x axis and what
-    they are called, where round numbers are not wanted."""
+    they are called, where round numbers are not wanted. `log_x`: the x axis is logarithmic; every x must be
+    above zero."""
+    if log_x:
+        moved = [[(math.log10(x), y) for x, y in one.points] for one in series]
+        series = [replace(one, points=points) for one, points in zip(series, moved, strict=True)]
     if log:
         above = [[(x, math.log10(y)) for x, y in one.points if y > 0] for one in series]
         series = [replace(one, points=points) for one, points in zip(series, above, strict=True)]
@@ -123,12 +139,15 @@ def line_chart(
     y_low, y_high = min(y for _, y in points), max(y for _, y in points)
     margin = (y_high - y_low) * 0.05 or abs(y_high) * 0.05 or 0.5
     frame = _Frame(x_low, x_high if x_high > x_low else x_low + 1, y_low - margin, y_high + margin, log)
+    if log_x:
+        x_ticks = x_ticks or [(place, tick_label(value)) for place, value in _log_places(x_low, x_high)]
     parts = frame.axes(x_label, y_label, x_ticks)
     parts += [frame.mark(mark) for mark in marks if x_low <= mark.x <= x_high]
     for one in series:
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in one.points)
         kind = f"line series-{one.number}{' faint' if one.faint else ''}"
-        parts.append(f'<polyline class="{kind}" points="{path}"/>')
+        if one.joined:
+            parts.append(f'<polyline class="{kind}" points="{path}"/>')
         if one.dots:
             for x, y in one.points:
                 title = f"<title>{html.escape(one.name)}: {number(10**y if log else y)}</title>"
@@ -178,7 +197,7 @@ class _Frame:
         parts = []
         values = [(value, value) for value in ticks(self.y_low, self.y_high)]
         if self.log:
-            values = [(math.log10(v), v) for v in log_ticks(10**self.y_low, 10**self.y_high)]
+            values = _log_places(self.y_low, self.y_high)
         for place, value in values:
             y = self.y(place)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')

@@ -216,7 +216,7 @@ def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
     Length, learning rate, validation shards, number of ranks and ZeRO stage (among 1, 2 and 3) may change.
     """
     was, now = _identity(meta), _identity(ours)
-    difference = _first_difference(was, now)
+    difference = first_difference(was, now)
     if difference:
         raise UserError(
             f"checkpoint {checkpoint} is of another model: {difference}; "
@@ -242,7 +242,7 @@ def require_same_model_recipe(meta: Meta, checkpoint: Path, recipe: dict[str, An
         }
         for r in (meta.recipe, recipe)
     )
-    difference = _first_difference(was, now)
+    difference = first_difference(was, now)
     if difference:
         raise UserError(
             f"checkpoint {checkpoint} is of another model: {difference}; "
@@ -268,12 +268,12 @@ def _identity(meta: Meta) -> dict[str, Any]:
     }
 
 
-def _first_difference(was: Any, now: Any, where: str = "") -> str | None:
+def first_difference(was: Any, now: Any, where: str = "") -> str | None:
     if isinstance(was, dict) and isinstance(now, dict):
         for key in [*was, *(key for key in now if key not in was)]:
             if key in ("transformers_version", "_name_or_path"):
                 continue
-            found = _first_difference(was.get(key), now.get(key), f"{where}.{key}" if where else key)
+            found = first_difference(was.get(key), now.get(key), f"{where}.{key}" if where else key)
             if found:
                 return found
         return None

@@ -18,6 +18,7 @@ from data_prep.errors import UserError, run_main
 from pipeline.cli_benchmark import add_benchmarks
 from pipeline.cli_evaluation import add_evaluation
 from pipeline.cli_parts import INT8_HELP, VAE_RECIPE_HELP, answer, command, positive, print_json
+from pipeline.cli_research import add_research
 
 DESCRIPTION = "Evaluate, generate with, check, export, audit, inspect and measure sentence-level models."
 
@@ -147,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     add_evaluation(commands)
+    add_research(commands)
 
     generate = command(
         commands,
@@ -345,7 +347,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse `argv` (default: the process's arguments) and run the command; returns its exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "overrides"):  # for the others it is a mistake
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = rest
     _quiet_libraries()
     return args.run(args)
 

@@ -26,7 +26,7 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.results import require_folder
 from pipeline.charts import Series, line_chart, thinned
-from pipeline.report_page import Block, Chart, Choice, Heading, Table, Text, by, to_html
+from pipeline.report_page import Block, Chart, Choice, Heading, Table, Text, by, to_html, to_text
 from pipeline.run_report import (
     NOTHING,
     Run,
@@ -522,15 +522,6 @@ def speed_chart(result: dict[str, Any], legend: bool = False) -> tuple[str, str]
 
 def format_comparison(result: dict[str, Any]) -> str:
     """The result of `compare` as text."""
-    shown = table(result)
-    rows = [shown.header, *shown.rows]
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(shown.header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    ]
-    lines += ["", *(f"note: {note}" for note in result["notes"]), f"wrote {result['output']}"]
+    lines = [to_text(table(result)), "", *(f"note: {note}" for note in result["notes"])]
+    lines.append(f"wrote {result['output']}")
     return "\n".join(lines)

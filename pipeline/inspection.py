@@ -145,6 +145,16 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
     return {part: count for part, count in counts.items() if count}
 
 
+def body_parameters(model: nn.Module) -> int:
+    """Parameters without embeddings (of tokens and of positions, wherever they are) and vocabulary head."""
+    parts, seen = part_of(model), {}
+    for name, module in model.named_modules():
+        outside = isinstance(module, nn.Embedding) or parts[name] in ("embedding", "head")
+        for parameter in module.parameters(recurse=False):
+            seen[id(parameter)] = (seen.get(id(parameter), (False,))[0] or outside, parameter.numel())
+    return sum(count for outside, count in seen.values() if not outside)
+
+
 # One step on fake tensors --------------------------------------------------------------------------------
 
 

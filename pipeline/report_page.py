@@ -1,8 +1,8 @@
 """A report as a list of blocks, written as Markdown or as one HTML page that needs no other file.
 
 In: `Heading`, `Text`, `Table`, `Chart`, `Sample` in reading order. Out: two strings with the same figures,
-because both come from the same blocks. `Choice` is for the page alone. Called by `demo_report.py`,
-`run_report.py` and `comparison.py`.
+because both come from the same blocks; a `Table` alone also as text for a terminal. `Choice` is for the page
+alone. Called by `demo_report.py`, `run_report.py`, `comparison.py`, `sweep.py` and `scaling.py`.
 """
 
 from __future__ import annotations
@@ -97,6 +97,19 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
             fence = "`" * max(3, longest + 1)
             parts.append(f"*{block.label}* (the model's part stands in ⟦ ⟧)\n\n{fence}text\n{body}\n{fence}")
     return "\n\n".join(parts) + "\n"
+
+
+def to_text(table: Table) -> str:
+    """The table for a terminal: the first column to the left, the others to the right."""
+    rows = [table.header, *table.rows]
+    widths = [max(len(cells[column]) for cells in rows) for column in range(len(table.header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in rows
+    )
 
 
 def _markdown_table(table: Table) -> str:
