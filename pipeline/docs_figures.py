@@ -9,6 +9,7 @@ below docs/results. Out: the lines. `TABLES` says which functions there are; `do
                              are there
     exact-by-length FILE     the same file's SentenceVAEs: sentences rebuilt exactly, by length
     robustness FILE          result of `sllm robustness`: a line for each variant of the text and model
+    scaling FILE             result of `sllm scaling fit --json`, with its chart as a picture
     comparison FILE          result of `sllm compare --json`, with its charts as pictures
     generation-chart FILE    the picture of a result of `sllm benchmark generation`
     others                   one result each, named by the function
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from pipeline import comparison
+from pipeline import comparison, scaling
 from pipeline.charts import picture
 from pipeline.generation_chart import chart
 from pipeline.run_report import NOTHING, duration
@@ -268,6 +269,14 @@ def compared(results: Results, file: str) -> list[str]:
             f"{stem}-speed.svg", picture([drawn]), f"Quality against generation speed. {caption}"
         )
     return lines
+
+
+def fitted(results: Results, file: str) -> list[str]:
+    found = results.read(file)
+    shown = scaling.table(found)
+    lines = [*table(shown.header, shown.rows, (0, 1)), "", f"- {found['note']}"]
+    caption = f"Bits per byte over {scaling.X[found['x']]}: all runs, and the fits"
+    return lines + results.draw(f"{file.removesuffix('.json')}.svg", picture([scaling.chart(found)]), caption)
 
 
 def generation_chart(results: Results, file: str) -> list[str]:
@@ -584,6 +593,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "sweep": sweep,
     "exact-by-length": exact_by_length,
     "robustness": robustness,
+    "scaling": fitted,
     "comparison": compared,
     "generation-chart": generation_chart,
     "english-8k-summary": english_8k_summary,

@@ -277,8 +277,8 @@ def chart(result: dict[str, Any]) -> str:
     return line_chart(series, X[result["x"]], "bits per byte", log=True, log_x=True)
 
 
-def format_fit(result: dict[str, Any]) -> str:
-    """The result of `fit` as text."""
+def table(result: dict[str, Any]) -> Table:
+    """All fits, a row each."""
     rows = []
     for objective, found in result["fits"].items():
         for kind, form in (("line", "A · x^-α"), ("offset", "E + A · x^-α")):
@@ -289,7 +289,12 @@ def format_fit(result: dict[str, Any]) -> str:
                     (objective, form, count, alpha, offset, f"{one['A']:.4g}", f"{one['residual']:.2%}")
                 )
     header = (f"x: {result['x']}", "bits per byte", "points", "α", "E", "A", "residual")
-    lines = [to_text(Table(header, tuple(rows))), f"note: {result['note']}"]
+    return Table(header, tuple(rows))
+
+
+def format_fit(result: dict[str, Any]) -> str:
+    """The result of `fit` as text."""
+    lines = [to_text(table(result)), f"note: {result['note']}"]
     return "\n".join(lines + ([f"wrote {result['output']}"] if result["output"] else []))
 
 

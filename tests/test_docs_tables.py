@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_prep.errors import UserError, run_main
 from pipeline import docs_tables
 from pipeline.docs_tables import ROOT, refresh
+from pipeline.scaling import fit_line
 
 
 def test_the_docs_are_what_the_results_say() -> None:
@@ -115,6 +117,20 @@ def test_robustness_is_a_line_for_each_variant_and_model(checkout: Path) -> None
     assert "| noise | sllm | 1.800 [1.750, 1.850] | +0.250 | 0.090 | 9.4 | 50.0 % |" in text
     assert "| | lm | 2.000 | +0.100 | – | – | – |" in text
     assert "- left out: mixed (no text)\n" in text
+
+
+def test_a_scaling_fit_comes_with_its_chart(checkout: Path) -> None:
+    sizes = [(1e5, 2.4), (3e5, 2.1), (1e6, 1.9), (3e6, 1.8)]
+    xs, ys = (np.array(values) for values in zip(*sizes, strict=True))
+    points = [{"run": f"m{x:.0f}", "x": x, "bits_per_byte": y} for x, y in sizes]
+    fits = {"lm": {"points": points, "line": fit_line(xs, ys), "offset": None}}
+    write(checkout, "experiments/law.json", {"x": "parameters", "fits": fits, "note": "of the fit"})
+    page(checkout, "scaling experiments/law.json")
+    text = made(checkout)
+    assert f"| lm | A · x^-α | 4 | {fits['lm']['line']['alpha']:.4f} [" in text
+    assert "- of the fit\n" in text
+    assert "](results/experiments/law.svg)" in text
+    assert (checkout / "docs/results/experiments/law.svg").read_text().count("<circle") == 4
 
 
 def test_sentences_rebuilt_exactly_by_length(checkout: Path) -> None:
