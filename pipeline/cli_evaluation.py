@@ -1,5 +1,5 @@
-"""`sllm evaluate`, `sllm compare` and `sllm ngram`: how well models predict, and beside what. The arguments,
-and what each command calls."""
+"""`sllm evaluate`, `compare`, `ngram` and `robustness`: how well models predict, and beside what. The
+arguments, and what each command calls."""
 
 from __future__ import annotations
 
@@ -73,6 +73,14 @@ def _ngram(args: argparse.Namespace) -> int:
     result = ngram.run(args.shards, args.validation, args.order, args.window_tokens, args.train_tokens)
     write_result(result, args.output)
     answer(args, result, ngram.format_result)
+    return 0
+
+
+def _robustness(args: argparse.Namespace) -> int:
+    from pipeline import robustness
+
+    result = robustness.run(args.model, args.text, args.mix, args.max_documents, args.seed, args.output)
+    answer(args, result, robustness.format_result)
     return 0
 
 
@@ -184,3 +192,32 @@ def add_evaluation(commands: Any) -> None:
     )
     ngram.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
     ngram.add_argument("--json", action="store_true", help="print one JSON object")
+
+    robustness = command(
+        commands,
+        "robustness",
+        _robustness,
+        "How bits per byte move on text that is not clean: other punctuation, no punctuation, noise, two "
+        "languages (docs/evaluation.md).",
+        "sllm robustness --model models/sllm models/lm --text valid.jsonl --mix chinese.jsonl "
+        "--max-documents 20",
+    )
+    robustness.add_argument(
+        "--model", nargs="+", required=True, metavar="DIR", help="model folders of any kind"
+    )
+    robustness.add_argument(
+        "--text", required=True, metavar="FILE", help="WanJuan documents, as for `sllm evaluate --text`"
+    )
+    robustness.add_argument(
+        "--mix",
+        metavar="FILE",
+        help="documents in another language: every second sentence is replaced by one of theirs",
+    )
+    robustness.add_argument(
+        "--max-documents", type=positive, metavar="N", help="read the first N documents (default: all)"
+    )
+    robustness.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="of all that is drawn (default 1)"
+    )
+    robustness.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+    robustness.add_argument("--json", action="store_true", help="print one JSON object")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep.documents import DocumentReader, Reject
+from data_prep.documents import DocumentReader, RawDocument, Reject
 from data_prep.errors import UserError
 from data_prep.inputs import find_inputs
 from data_prep.sentences import SentenceSettings, cut_document
@@ -95,29 +95,34 @@ def _shard_source(shards: ShardSet, tokenizer: Tokenizer, model_folder: str) -> 
     return Source(str(shards.folder), settings, documents(), tokens, shards.fingerprint)
 
 
-def _text_source(path: str, tokenizer: Tokenizer, settings: dict) -> Source:
-    cut = SentenceSettings(**settings)
-    source = Source(path, settings, iter(()))
+def read_records(path: str, language: str) -> Iterator[RawDocument | Reject]:
+    """The records of a file or folder, in order. Raises: UserError for files that are damaged."""
+    for file in find_inputs([path]):
+        reader = DocumentReader(file, language)
+        yield from reader
+        if reader.damage:
+            raise UserError(f"{file.path}: {reader.damage}; an evaluation of half a file says nothing")
+
+
+def _record_source(
+    path: str, records: Iterable[RawDocument | Reject], tokenizer: Tokenizer, cut: SentenceSettings
+) -> Source:
+    source = Source(path, cut.to_dict(), iter(()))
 
     def documents() -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
-        for file in files:
-            reader = DocumentReader(file, cut.language)
-            for record in reader:
-                reason = record.reason if isinstance(record, Reject) else None
-                if reason is None:
-                    try:
-                        segmenter = cut.segmenter_for(record.language)  # as `data-prep shard` does it
-                        tokens_T, lengths_S = cut_document(record.content, tokenizer, segmenter, cut)
-                    except LossyTokenization:
-                        reason = "tokenizer loses text"
-                if reason is None:
-                    yield tokens_T, lengths_S, record.source, record.language
-                else:
-                    source.rejected[reason] = source.rejected.get(reason, 0) + 1
-            if reader.damage:
-                raise UserError(f"{file.path}: {reader.damage}; an evaluation of half a file says nothing")
+        for record in records:
+            reason = record.reason if isinstance(record, Reject) else None
+            if reason is None:
+                try:
+                    segmenter = cut.segmenter_for(record.language)  # as `data-prep shard` does it
+                    tokens_T, lengths_S = cut_document(record.content, tokenizer, segmenter, cut)
+                except LossyTokenization:
+                    reason = "tokenizer loses text"
+            if reason is None:
+                yield tokens_T, lengths_S, record.source, record.language
+            else:
+                source.rejected[reason] = source.rejected.get(reason, 0) + 1
 
-    files = find_inputs([path])
     source.documents = documents()
     return source
 
@@ -136,14 +141,27 @@ def _batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[tuple[Bat
         yield build_batch([w.span for w in group]), group
 
 
-def _load(folder: str) -> tuple[torch.nn.Module, str, Tokenizer]:
-    """Model, kind and tokenizer of a folder; a token-level model that is not ours runs through its own
-    forward.
-    """
+@dataclass(frozen=True)
+class Loaded:
+    """The model of a folder, ready to be scored."""
+
+    folder: str
+    model: torch.nn.Module
+    kind: str  # sllm | vae | lm
+    tokenizer: Tokenizer
+    parameters: int
+    int8: bool
+
+
+def load(folder: str, int8: bool = False) -> Loaded:
+    """The model of any folder; a token-level model that is not ours runs through its own forward."""
     config, tokenizer = read_config(folder), load_model_tokenizer(folder)
     foreign = config.get("model_type") not in KINDS and "sentence_settings" not in config
     model = load_plain_lm(folder, tokenizer) if foreign else load_model(folder)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), model_kind(model), tokenizer
+    model, parameters = model.to("cuda" if torch.cuda.is_available() else "cpu"), parameter_count(model)
+    if int8:
+        to_int8(model)
+    return Loaded(folder, model, model_kind(model), tokenizer, parameters, int8)
 
 
 def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
@@ -161,10 +179,11 @@ def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
     return window
 
 
-def _sentence_settings(model: torch.nn.Module, **given: str | int | None) -> dict:
+def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> SentenceSettings:
+    """How `--text` is cut: as given, else as the model was trained, else by default."""
     own = getattr(model.config, "sentence_settings", None) or {}
-    settings = {key: given[key] or own.get(key) or default for key, default in DEFAULT_SETTINGS.items()}
-    return SentenceSettings(**settings).to_dict()
+    settings = {key: given.get(key) or own.get(key) or default for key, default in DEFAULT_SETTINGS.items()}
+    return SentenceSettings(**settings)
 
 
 def _check_fits(model: torch.nn.Module, kind: str, tokenizer: Tokenizer, settings: dict, folder: str) -> None:
@@ -182,7 +201,7 @@ def _check_fits(model: torch.nn.Module, kind: str, tokenizer: Tokenizer, setting
 
 
 def evaluate(
-    folder: str | Path,
+    folder: str | Path | Loaded,
     data: str | Path | None = None,
     text: str | Path | None = None,
     window_tokens: int | None = None,
@@ -194,29 +213,34 @@ def evaluate(
     progress: bool = False,
     int8: bool = False,
     ranks: Ranks = ALONE,
+    documents: Sequence[RawDocument | Reject] | None = None,
 ) -> dict:
     """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them.
 
-    Args: as `sllm evaluate --help` says; `segmenter`, `language` and `max_tokens` decide the sentences of
-    `text` only; with more than one of `ranks`, all of which call this alike, their process group must exist.
+    Args: as `sllm evaluate --help` says; a model that is `Loaded` already is not loaded again; `documents`
+    are scored in place of those in the file `text`, which then only names them; `segmenter`, `language` and
+    `max_tokens` decide the sentences of `text` only; with more than one of `ranks`, all of which call this
+    alike, their process group must exist.
     Returns: the figures of `Scores.figures` and what they were made from (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
     """
-    folder, given = str(folder), {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
+    given = {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
     scores = error = None
     try:
-        shards = ShardSet.open(data) if data is not None else find_inputs([text]) and None
-        model, kind, tokenizer = _load(folder)
-        parameters = parameter_count(model)
-        if int8:
-            to_int8(model)
+        shards = ShardSet.open(data) if data is not None else None
+        if shards is None and documents is None:
+            find_inputs([text])  # what is missing is refused before a model is loaded
+        loaded = folder if isinstance(folder, Loaded) else load(str(folder), int8)
+        model, kind, tokenizer = loaded.model, loaded.kind, loaded.tokenizer
         if shards is not None:
-            source = _shard_source(shards, tokenizer, folder)
+            source = _shard_source(shards, tokenizer, loaded.folder)
         else:
-            source = _text_source(str(text), tokenizer, _sentence_settings(model, **given))
-        _check_fits(model, kind, tokenizer, source.settings, folder)
+            cut = sentence_settings(model, **given)
+            records = read_records(str(text), cut.language) if documents is None else documents
+            source = _record_source(str(text), records, tokenizer, cut)
+        _check_fits(model, kind, tokenizer, source.settings, loaded.folder)
         window = _window_limit(model, kind, window_tokens)
         windows = source.windows(tokenizer, window, max_documents, ranks)
         expected = None if max_documents or source.tokens is None else source.tokens // ranks.world
@@ -237,10 +261,10 @@ def evaluate(
         left_out = f" (left out: {reasons})" if reasons else ""
         raise UserError(f"{source.path}: nothing to evaluate, it holds no text{left_out}")
     return {
-        "model": folder,
+        "model": loaded.folder,
         "kind": kind,
-        "parameters": parameters,
-        "int8": int8,
+        "parameters": loaded.parameters,
+        "int8": loaded.int8,
         "data": source.path,
         "data_fingerprint": source.digest.hexdigest(),
         "shards_fingerprint": source.shards_fingerprint,
