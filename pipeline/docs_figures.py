@@ -492,6 +492,57 @@ def generation_speed(results: Results) -> list[str]:
     return table(header, rows)
 
 
+def published_speed(results: Results) -> list[str]:
+    """Ratios only: another machine, another dtype, another text."""
+    rows = []
+    for one in results.read("published.json")["sllm"]:
+        (other, ours), (theirs_held, held) = one["speed"], one["memory"]
+        ratio, share_held = NOTHING, NOTHING
+        if "result" in one:
+            ratios = results.read(one["result"])["points"][0]["ratios"]
+            ratio = f"{ratios['tokens_per_second']:.2f} ×"
+            share_held = share(ratios["cached_bytes_per_token"])
+        rows.append(
+            [
+                f"SLLM-{one['name']}",
+                f"{other:.2f} / {ours:.2f}",
+                f"{ours / other:.2f} ×",
+                ratio,
+                f"{theirs_held:.2f} / {held:.2f}",
+                share(held / theirs_held),
+                share_held,
+            ]
+        )
+    header = (
+        "",
+        "published: tokens/s, OPT / SLLM",
+        "ratio",
+        "ours",
+        "published: KB a token, OPT / SLLM",
+        "share",
+        "ours",
+    )
+    return table(header, rows)
+
+
+def published_quality(results: Results) -> list[str]:
+    rows = []
+    for one in results.read("published.json")["sllm"]:
+        other, ours = one["ppl"]
+        rows.append(
+            [f"SLLM-{one['name']}", f"{other:.2f}", f"{ours:.2f}", f"{100 * (ours / other - 1):+.1f} %"]
+        )
+    return table(("", "published: OPT", "published: SLLM", "change"), rows)
+
+
+def published_vae(results: Results) -> list[str]:
+    rows = [
+        [one["name"], f"{one['loss']:.4f}", f"{math.exp(one['loss']):.3f}", f"{one['ppl']:.3f}"]
+        for one in results.read("published.json")["vae"]
+    ]
+    return table(("", "published: loss", "exp(loss)", "published: ppl"), rows)
+
+
 def training_speed(results: Results) -> list[str]:
     sllm, vae = (results.read(f"training/{name}.json") for name in ("sllm-125m-h1", "svae-768-h1"))
 
@@ -602,6 +653,9 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "data-prep-speed": data_prep_speed,
     "data-prep-other": data_prep_other,
     "generation-speed": generation_speed,
+    "published-quality": published_quality,
+    "published-speed": published_speed,
+    "published-vae": published_vae,
     "training-speed": training_speed,
     "loader-and-planning": loader_and_planning,
 }
