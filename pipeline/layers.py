@@ -17,6 +17,23 @@ from torch import Tensor, nn
 from pipeline.attention import SegmentLayout, packed_attention
 from pipeline.caches import CachedPrompt, CachedStep
 
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, [T, 1, d_head / 2] each
+
+
+def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864, §3.4): angles by which the query and key of a row at
+    position int64 [T] turn, so that their product depends on two rows' distance alone; float32."""
+    rates = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=positions_T.device) / head_dim)
+    angles = positions_T[:, None, None].float() * rates
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_THd: Tensor, turn: Rotation) -> Tensor:
+    """[T, H, d_head] → the same, turned by the rows' angles; channels i and i + d_head/2 are a pair."""
+    cos, sin = (part.to(x_THd.dtype) for part in turn)
+    first, second = x_THd.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused query/key/value projection."""
@@ -27,16 +44,28 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def _project(self, x_Td: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.qkv(x_Td).view(len(x_Td), 3, self.heads, -1).unbind(1)
+    def _project(self, x_Td: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x_Td).view(len(x_Td), 3, self.heads, -1).unbind(1)
+        return (q, k, v) if turn is None else (rotate(q, turn), rotate(k, turn), v)
 
-    def forward(self, x_Td: Tensor, layout: SegmentLayout, causal: bool, dropout: float = 0.0) -> Tensor:
-        """[T, d] → [T, d], within the layout's segments; `dropout` acts on the attention weights."""
-        return self.out(packed_attention(*self._project(x_Td), layout, causal, dropout=dropout).flatten(1))
+    def forward(
+        self,
+        x_Td: Tensor,
+        layout: SegmentLayout,
+        causal: bool,
+        dropout: float = 0.0,
+        turn: Rotation | None = None,
+    ) -> Tensor:
+        """[T, d] → [T, d], within the layout's segments; `dropout` acts on the attention weights, `turn` on
+        queries and keys."""
+        q, k, v = self._project(x_Td, turn)
+        return self.out(packed_attention(q, k, v, layout, causal, dropout=dropout).flatten(1))
 
-    def step(self, x_Rd: Tensor, layer: int, step: CachedStep | CachedPrompt) -> Tensor:
+    def step(
+        self, x_Rd: Tensor, layer: int, step: CachedStep | CachedPrompt, turn: Rotation | None = None
+    ) -> Tensor:
         """New rows of sentences, [R, d] → [R, d]; `step` keeps this layer's keys and values."""
-        return self.out(step.attend(layer, *self._project(x_Rd)).flatten(1))
+        return self.out(step.attend(layer, *self._project(x_Rd, turn)).flatten(1))
 
 
 class TransformerLayer(nn.Module):
@@ -66,21 +95,31 @@ class TransformerLayer(nn.Module):
         return x + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
 
     def forward(
-        self, x_Td: Tensor, layout: SegmentLayout, causal: bool, vector_Sd: Tensor | None = None
+        self,
+        x_Td: Tensor,
+        layout: SegmentLayout,
+        causal: bool,
+        vector_Sd: Tensor | None = None,
+        turn: Rotation | None = None,
     ) -> Tensor:
         """[T, d] → [T, d]; `vector_Sd` has one row per segment of the layout when the layer is
         conditioned."""
-        x = x_Td + self.dropout(self.attention(self.attention_norm(x_Td), layout, causal))
+        x = x_Td + self.dropout(self.attention(self.attention_norm(x_Td), layout, causal, turn=turn))
         if self.condition is not None:
             x = x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row])
         return self._feed_forward(x)
 
     def step(
-        self, x_Rd: Tensor, layer: int, step: CachedStep | CachedPrompt, condition_Rd: Tensor | None
+        self,
+        x_Rd: Tensor,
+        layer: int,
+        step: CachedStep | CachedPrompt,
+        condition_Rd: Tensor | None,
+        turn: Rotation | None = None,
     ) -> Tensor:
         """New rows of sentences with cached attention; `condition_Rd` is `condition(vector)` of each row's
         sentence, computed once per sentence (None in a layer that is not conditioned)."""
-        x = x_Rd + self.attention.step(self.attention_norm(x_Rd), layer, step)
+        x = x_Rd + self.attention.step(self.attention_norm(x_Rd), layer, step, turn)
         return self._feed_forward(x if condition_Rd is None else x + condition_Rd)
 
 
@@ -123,9 +162,14 @@ class PostNormLayer(TransformerLayer):
         return self.ffn_norm(x + self.dropout(self.ffn_out(inner)))
 
     def forward(
-        self, x_Td: Tensor, layout: SegmentLayout, causal: bool, vector_Sd: Tensor | None = None
+        self,
+        x_Td: Tensor,
+        layout: SegmentLayout,
+        causal: bool,
+        vector_Sd: Tensor | None = None,
+        turn: Rotation | None = None,
     ) -> Tensor:
-        """[T, d] → [T, d], as `TransformerLayer.forward`."""
+        """[T, d] → [T, d], as `TransformerLayer.forward`; its positions stand in the embedding: no `turn`."""
         weight_dropout = self.dropout.p if self.training else 0.0
         x = self.attention_norm(x_Td + self.dropout(self.attention(x_Td, layout, causal, weight_dropout)))
         if self.condition is not None:
@@ -133,7 +177,12 @@ class PostNormLayer(TransformerLayer):
         return self._feed_forward(x)
 
     def step(
-        self, x_Rd: Tensor, layer: int, step: CachedStep | CachedPrompt, condition_Rd: Tensor | None
+        self,
+        x_Rd: Tensor,
+        layer: int,
+        step: CachedStep | CachedPrompt,
+        condition_Rd: Tensor | None,
+        turn: Rotation | None = None,
     ) -> Tensor:
         """New rows of sentences with cached attention, as `TransformerLayer.step`."""
         x = self.attention_norm(x_Rd + self.attention.step(x_Rd, layer, step))
@@ -143,19 +192,21 @@ class PostNormLayer(TransformerLayer):
 class TokenEmbedding(nn.Module):
     """Token + position embedding; `embedding_size` below the width adds a projection (OPT-350M's shape).
 
-    Positions are learned, or (`sinusoidal`) the fixed ones of Vaswani et al. 2017, §3.5, which hold no
-    weights; beside those the token part is scaled by √width (§3.4), or waves of amplitude 1 would drown it.
+    kind: `learned`; `sinusoidal`, the fixed ones of Vaswani et al. 2017, §3.5, which hold no weights (beside
+    those the token part is scaled by √width, §3.4, or waves of amplitude 1 would drown it); or `rotary`, for
+    which nothing is added here (`rotation`).
     """
 
     def __init__(
-        self, vocabulary: int, embedding_size: int, width: int, positions: int, sinusoidal: bool = False
+        self, vocabulary: int, embedding_size: int, width: int, positions: int, kind: str = "learned"
     ):
         super().__init__()
         self.positions = positions
         self.width = width
         self.token = nn.Embedding(vocabulary, embedding_size)
         self.project = nn.Linear(embedding_size, width, bias=False) if embedding_size != width else None
-        self.position = None if sinusoidal else nn.Embedding(positions, width)
+        self.kind = kind
+        self.position = nn.Embedding(positions, width) if kind == "learned" else None
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
         """int64 [T], int64 [T] below `positions` → [T, d]."""
@@ -164,8 +215,14 @@ class TokenEmbedding(nn.Module):
             x = self.project(x)
         if self.position is not None:
             return x + self.position(positions_T)
+        if self.kind == "rotary":
+            return x
         waves = sinusoids(self.positions, self.width, x.device).to(x.dtype)
         return x * math.sqrt(self.width) + waves[positions_T]
+
+    def turn(self, positions_T: Tensor, heads: int) -> Rotation | None:
+        """What rotary positions do to the queries and keys of these rows; None for the other kinds."""
+        return rotation(positions_T, self.width // heads) if self.kind == "rotary" else None
 
 
 def sinusoids(positions: int, width: int, device: torch.device | str = "cpu") -> Tensor:

@@ -37,6 +37,7 @@ VAE_KEYS = (
     "vocab_size",
     "max_sentence_tokens",
     "layout",
+    "positions",
     "fusion",
     "vectors",
     "condition",

@@ -53,8 +53,9 @@ class SentenceDecoder(nn.Module):
             config.embedding_size,
             width,
             self.bos_position + self.symbols,
-            sinusoidal=paper,
+            config.position_kind,
         )
+        self.heads = config.heads
         self.slots = nn.Linear(config.vector_size, self.slot_count * width) if self.slot_count else None
         conditioned = config.vector_size if config.condition == "cross_attention" else None
         self.layers = nn.ModuleList(
@@ -79,8 +80,9 @@ class SentenceDecoder(nn.Module):
         """Rows of S sentences, vectors [S, vector_size] → hidden states [T+S, d] for the head."""
         # Prefixes of fewer tokens than the config allows (a SentenceVAE's: none) keep BOS at its position.
         x = self._embed(rows.symbols_R, rows.positions_R, rows.slot_rows, vector_Sd)
+        turn = self.embedding.turn(rows.positions_R, self.heads)
         for layer in self.layers:
-            x = layer(x, rows.layout, causal=True, vector_Sd=vector_Sd)
+            x = layer(x, rows.layout, causal=True, vector_Sd=vector_Sd, turn=turn)
         return self._finish(x if rows.own_rows is None else x[rows.own_rows])
 
     def begin(self, vector_Rd: Tensor, contexts: Sequence[Sequence[int]] | None = None) -> DecoderState:
@@ -136,15 +138,17 @@ class SentenceDecoder(nn.Module):
             [[*slots, *range(self.bos_position - len(tokens), self.bos_position)] for tokens in contexts]
         )
         slot_rows = (layout.starts[:-1, None] + slots).reshape(-1)
+        positions_R = torch.from_numpy(positions.astype(np.int64)).to(device)
+        turn = self.embedding.turn(positions_R, self.heads)
         x = self._embed(
             torch.from_numpy(symbols.astype(np.int64)).to(device),
-            torch.from_numpy(positions.astype(np.int64)).to(device),
+            positions_R,
             torch.from_numpy(slot_rows).to(device) if self.slot_count else None,
             vector_nd,
         )
         row_of = torch.from_numpy(np.repeat(rows, lengths)).to(device)
         for number, (layer, conditions) in enumerate(zip(self.layers, state.conditions, strict=True)):
-            x = layer.step(x, number, layout, None if conditions is None else conditions[row_of])
+            x = layer.step(x, number, layout, None if conditions is None else conditions[row_of], turn)
 
     def step(self, state: DecoderState, rows: np.ndarray, symbols_n: Tensor) -> Tensor:
         """Feed one symbol (int64 [n]) to each of `rows` (int64 [n], ascending); returns the hidden states
@@ -159,9 +163,9 @@ class SentenceDecoder(nn.Module):
         all_rows = len(rows) == state.cache.rows
         rows_n = None if all_rows else torch.from_numpy(rows).to(symbols_n.device)
         positions_n = torch.from_numpy(symbol_places + self.bos_position).to(symbols_n.device)
-        x = self.embedding(symbols_n, positions_n)
+        x, turn = self.embedding(symbols_n, positions_n), self.embedding.turn(positions_n, self.heads)
         for number, (layer, conditions) in enumerate(zip(self.layers, state.conditions, strict=True)):
             if conditions is not None and not all_rows:
                 conditions = conditions[rows_n]
-            x = layer.step(x, number, step, conditions)
+            x = layer.step(x, number, step, conditions, turn)
         return self._finish(x)

@@ -62,8 +62,9 @@ class SentenceEncoder(nn.Module):
         paper = config.layout == "paper"
         layer = PostNormLayer if paper else TransformerLayer
         self.fusion = config.fusion
+        self.heads = config.heads
         self.embedding = TokenEmbedding(
-            config.vocab_size, config.embedding_size, width, config.max_sentence_tokens, sinusoidal=paper
+            config.vocab_size, config.embedding_size, width, config.max_sentence_tokens, config.position_kind
         )
         self.layers = nn.ModuleList(
             layer(width, config.heads, config.ffn_size, config.dropout) for _ in range(config.layers)
@@ -81,8 +82,9 @@ class SentenceEncoder(nn.Module):
         with_variance: also give the log-variances [S, d] of a variational encoder.
         """
         x = self.embedding(tokens_T, layout.position_of_row)
+        turn = self.embedding.turn(layout.position_of_row, self.heads)
         for layer in self.layers:
-            x = layer(x, layout, causal=False)
+            x = layer(x, layout, causal=False, turn=turn)
         if self.pooling is not None:
             fused = self.pooling(x, layout)
         elif self.fusion == "last":

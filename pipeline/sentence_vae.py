@@ -26,6 +26,7 @@ from pipeline.sentence_decoder import DecoderState, SentenceDecoder
 from pipeline.sentence_encoder import FUSIONS, SentenceEncoder
 
 LAYOUTS = ("lean", "paper")
+POSITIONS = ("learned", "rotary")
 CONDITIONS = ("cross_attention", "prefix", "none")
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one sentence
 
@@ -38,6 +39,7 @@ class SentenceVAEConfig(PreTrainedConfig):
     tie_word_embeddings: encoder embedding, decoder embedding and head share one matrix.
     layout: `lean` (pre-norm, learned positions, one matrix of cross-attention), or `paper`: the published
         layers, parameter for parameter (docs/sizes.md).
+    positions: of encoder and decoder, `learned` or `rotary` (layout lean; the paper's are sinusoidal).
     max_sentence_tokens: longest sentence, without BOS and end symbol.
     fusion: how an embedding is made of a sentence's tokens: `sum` (the paper's), `mean`, `attention` or
         `last` (sentence_encoder.py).
@@ -72,6 +74,7 @@ class SentenceVAEConfig(PreTrainedConfig):
         embedding_size: int | None = None,
         ffn_size: int | None = None,
         layout: str = "lean",
+        positions: str = "learned",
         max_sentence_tokens: int = 64,
         fusion: str = "sum",
         vectors: int = 1,
@@ -102,6 +105,7 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.embedding_size = embedding_size or hidden_size
         self.ffn_size = ffn_size or 2 * hidden_size
         self.layout = _one_of("layout", layout, LAYOUTS)
+        self.positions = _one_of("positions", positions, POSITIONS)
         self.max_sentence_tokens = max_sentence_tokens
         self.fusion = _one_of("fusion", fusion, FUSIONS)
         self.vectors = _count("vectors", vectors, 1)
@@ -110,9 +114,12 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.context_tokens = _count("context_tokens", context_tokens, 0)
         if self.vectors > 1 and fusion != "attention":
             raise UserError(f"model.vae.vectors {vectors} needs model.vae.fusion attention, not {fusion}")
-        if layout == "paper" and (self.vectors > 1 or condition != "cross_attention" or context_tokens):
+        if layout == "paper" and (
+            (self.vectors, condition, context_tokens, positions) != (1, "cross_attention", 0, "learned")
+        ):
             raise UserError(
-                "model.vae.layout paper has one vector, cross_attention and no context_tokens: use lean"
+                "model.vae.layout paper has one vector, cross_attention, no context_tokens and sinusoidal "
+                "positions: use lean for anything else"
             )
         self.dropout = _number("dropout", dropout, below=1.0)
         self.latent_noise = _number("latent_noise", latent_noise)
@@ -127,6 +134,10 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.window_tokens = window_tokens
         if hidden_size % heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
+        if positions == "rotary" and hidden_size // heads % 2:
+            raise UserError(
+                f"model.vae.positions rotary turns pairs: {hidden_size // heads} channels a head is odd"
+            )
         if tie_word_embeddings and self.embedding_size != hidden_size:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
         if not isinstance(variational, bool):
@@ -149,6 +160,11 @@ class SentenceVAEConfig(PreTrainedConfig):
     def vector_size(self) -> int:
         """Width of a sentence embedding: `vectors` times hidden_size."""
         return self.vectors * self.hidden_size
+
+    @property
+    def position_kind(self) -> str:
+        """Positions as `layers.TokenEmbedding` names them."""
+        return "sinusoidal" if self.layout == "paper" else self.positions
 
     @property
     def slots(self) -> int:

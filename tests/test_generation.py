@@ -128,7 +128,7 @@ def test_cached_greedy_generation_equals_brute_force(prompt, seed, tokenizer):
     assert generation.stopped == stopped
 
 
-PREFIXES = ({}, {"context_tokens": 6}, {"condition": "prefix", "prefix_slots": 2, "context_tokens": 30})
+PREFIXES = ({}, {"context_tokens": 6}, {"condition": "prefix", "context_tokens": 30, "positions": "rotary"})
 
 
 def lively_model(tokenizer, seed: int, **vae):

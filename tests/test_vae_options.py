@@ -47,6 +47,14 @@ VARIANTS = {
     "context": {"context_tokens": 5},
     "prefix-context": {"condition": "prefix", "prefix_slots": 2, "context_tokens": 40},
     "vectors": {"fusion": "attention", "vectors": 2},
+    "rotary": {"positions": "rotary"},
+    "rotary-prefix": {
+        "positions": "rotary",
+        "condition": "prefix",
+        "prefix_slots": 2,
+        "context_tokens": 9,
+        "tie_word_embeddings": True,
+    },
     "vectors-prefix": {"fusion": "attention", "vectors": 2, "condition": "prefix", "context_tokens": 7},
 }
 
@@ -343,7 +351,7 @@ def test_the_published_positions():
             angle = position / 10_000 ** (channel // 2 * 2 / 8)
             want = np.cos(angle) if channel % 2 else np.sin(angle)
             assert waves[position, channel].item() == pytest.approx(want, abs=1e-5)
-    embedding = TokenEmbedding(10, 8, 8, 65, sinusoidal=True)
+    embedding = TokenEmbedding(10, 8, 8, 65, kind="sinusoidal")
     assert [name for name, _ in embedding.named_parameters()] == ["token.weight"]
     assert not list(embedding.buffers())
     out = embedding(torch.tensor([3, 3]), torch.tensor([0, 7]))
