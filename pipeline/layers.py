@@ -21,7 +21,7 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, [T, 1, d_head / 2] each
 
 
 def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864, §3.4): angles by which the query and key of a row at
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864, §3.4): angles by which query and key of a row at
     position int64 [T] turn, so that their product depends on two rows' distance alone; float32."""
     rates = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=positions_T.device) / head_dim)
     angles = positions_T[:, None, None].float() * rates
