@@ -41,6 +41,7 @@ VAE_KEYS = (
     "fusion",
     "vectors",
     "condition",
+    "condition_range",
     "prefix_slots",
     "context_tokens",
     "dropout",

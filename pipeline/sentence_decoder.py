@@ -62,6 +62,9 @@ class SentenceDecoder(nn.Module):
             layer(width, config.heads, config.ffn_size, config.dropout, conditioned)
             for _ in range(config.layers)
         )
+        if conditioned and not paper:
+            for layer in self.layers:
+                layer.condition.first_deviation = config.condition_range
         # Post-norm layers end in a norm of their own.
         self.final_norm = None if paper else nn.LayerNorm(width)
 

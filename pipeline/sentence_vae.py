@@ -46,6 +46,8 @@ class SentenceVAEConfig(PreTrainedConfig):
     vectors: how many vectors of hidden_size a sentence has; above 1 needs fusion `attention`.
     condition: how a vector enters the decoder: `cross_attention` (the paper's), `prefix` (rows before the
         sentence that attention can look at), or `none` (a decoder without context, to measure against).
+    condition_range: standard deviation of cross-attention's first weights. Vectors have size 1, new token
+        embeddings 0.02: from 0.02 on, what a vector adds would drown the tokens until that is unlearnt.
     prefix_slots: rows of a `prefix`.
     context_tokens: tokens before the sentence that an SLLM's decoder reads beside the vector; 0 is the
         paper's. The SentenceVAE itself never reads any.
@@ -79,6 +81,7 @@ class SentenceVAEConfig(PreTrainedConfig):
         fusion: str = "sum",
         vectors: int = 1,
         condition: str = "cross_attention",
+        condition_range: float = 0.0,
         prefix_slots: int = 1,
         context_tokens: int = 0,
         dropout: float = 0.0,
@@ -110,6 +113,7 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.fusion = _one_of("fusion", fusion, FUSIONS)
         self.vectors = _count("vectors", vectors, 1)
         self.condition = _one_of("condition", condition, CONDITIONS)
+        self.condition_range = _number("condition_range", condition_range)
         self.prefix_slots = _count("prefix_slots", prefix_slots, 1)
         self.context_tokens = _count("context_tokens", context_tokens, 0)
         if self.vectors > 1 and fusion != "attention":
@@ -135,9 +139,7 @@ class SentenceVAEConfig(PreTrainedConfig):
         if hidden_size % heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
         if positions == "rotary" and hidden_size // heads % 2:
-            raise UserError(
-                f"model.vae.positions rotary turns pairs: {hidden_size // heads} channels a head is odd"
-            )
+            raise UserError("model.vae.positions rotary turns pairs of channels: hidden_size / heads is odd")
         if tie_word_embeddings and self.embedding_size != hidden_size:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
         if not isinstance(variational, bool):
@@ -213,6 +215,12 @@ class SentenceVAE(PreTrainedModel):
         self.decoder = SentenceDecoder(config)
         self.head = VocabularyHead(config.hidden_size, config.vocab_size)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if (deviation := getattr(module, "first_deviation", None)) is not None:
+            module.weight.normal_(0.0, deviation)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.encoder.embedding.token
