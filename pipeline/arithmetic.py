@@ -67,7 +67,8 @@ class Core(NamedTuple):
     """The attention cores of one part: `layers` times q·k and weights·v over `lengths` (one per segment).
 
     width: heads · d_head. causal: a row needs only the rows up to itself. computed: pairs of rows that the
-    attention path in use works on, padding included.
+    attention path in use works on, padding included. needed: pairs that are needed, where some rows of the
+    segments have no query.
     """
 
     part: str
@@ -76,6 +77,7 @@ class Core(NamedTuple):
     lengths: np.ndarray
     causal: bool
     computed: int
+    needed: int | None = None
 
 
 @dataclass
@@ -138,6 +140,7 @@ def count_operations(model: nn.Module, rows: dict[str, int], cores: list[Core]) 
     for core in cores:
         square = int((core.lengths**2).sum())
         needed = int((core.lengths * (core.lengths + 1) // 2).sum()) if core.causal else square
+        needed = needed if core.needed is None else core.needed
         each = 2 * core.width * core.layers  # q·k and weights·v
         operations.attention[core.part] = operations.attention.get(core.part, 0) + each * needed
         operations.masked += each * (square - needed)
@@ -162,10 +165,14 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
         return [core("backbone", *_backbone_sizes(config), batch.token_model_layout, True, dropout)]
     vae = config.vae if kind == "sllm" else config
     dropout = vae.dropout if vae.layout == "paper" else 0.0
-    decoder_layout = batch.prefixed_layout(*decoder_prefix(model))
+    slots, context = decoder_sight(model)
+    reach = batch.reach(slots, context)
+    decoder_layout = reach.layout if reach else batch.slotted_layout(slots)
     cores = [
         core("encoder", vae.layers, vae.hidden_size, vae.heads, batch.sentence_layout, False, dropout),
-        core("decoder", vae.layers, vae.hidden_size, vae.heads, decoder_layout, True, dropout),
+        core("decoder", vae.layers, vae.hidden_size, vae.heads, decoder_layout, True, dropout)._replace(
+            needed=reach.needed if reach else None
+        ),
     ]
     if kind == "sllm":
         dropout = getattr(config.backbone, "attention_dropout", 0.0)
@@ -175,13 +182,13 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     return cores
 
 
-def decoder_prefix(model: nn.Module) -> tuple[int, int]:
-    """(slots, context tokens) that a model's sentence decoder reads before a sentence."""
+def decoder_sight(model: nn.Module) -> tuple[int, int]:
+    """(slots, context sentences) of a model's sentence decoder."""
     kind = model_kind(model)
     if kind == "lm":
         return 0, 0
     vae = model.config.vae if kind == "sllm" else model.config
-    return vae.slots, vae.context_tokens if kind == "sllm" else 0
+    return vae.slots, vae.context_sentences if kind == "sllm" else 0
 
 
 def row_cores(model: nn.Module, rows: int, length: int) -> list[Core]:

@@ -21,14 +21,29 @@ from pipeline.bins import Span
 
 
 @dataclass(frozen=True)
-class DecoderRows:
-    """What the sentence decoder reads, packed: of every sentence its prefix, then BOS and its tokens.
+class Reach:
+    """Attention across sentences: every sentence's rows see those of the sentences before it too.
 
-    A prefix is `slots` places for the vector, then up to `context` tokens that stand before the sentence in
-    its window. layout: one segment per sentence, R rows. symbols_R: int64, the slots' are BOS and count for
-    nothing. positions_R: int64; a slot has its number, BOS always `slots` + `context`, so that context tokens
-    are placed by their distance from it. slot_rows: int64 [S · slots] or None. own_rows: int64 [T+S], BOS and
-    the sentence's own tokens, or None where that is all there is.
+    layout: one segment per sentence, the rows that it sees and its own, behind them. source: int64 [wide
+    rows], the packed row in each place. own: int64 [R], the place of every packed row in its own sentence's
+    segment.
+    needed: pairs of a row and what it may see.
+    """
+
+    layout: SegmentLayout
+    source: Tensor
+    own: Tensor
+    needed: int
+
+
+@dataclass(frozen=True)
+class DecoderRows:
+    """What the sentence decoder reads, packed: of every sentence `slots` places for the vector, BOS, tokens.
+
+    layout: one segment per sentence, R rows. symbols_R: int64, the slots' are BOS and count for nothing.
+    positions_R: int64, within the sentence; where sentences see earlier ones, within the window.
+    slot_rows: int64 [S · slots] or None. own_rows: int64 [T+S], BOS and tokens, or None where that is all
+    there is. reach: None where a sentence sees itself only.
     """
 
     layout: SegmentLayout
@@ -36,6 +51,18 @@ class DecoderRows:
     positions_R: Tensor
     slot_rows: Tensor | None = None
     own_rows: Tensor | None = None
+    reach: Reach | None = None
+
+
+def reach_back(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> Reach:
+    """Rows of sentence s, `lengths_S[s]` many, see those of sentences `first_S[s]` to s; int64 [S], host."""
+    starts = np.concatenate([[0], np.cumsum(lengths_S)])
+    before_S = starts[:-1] - starts[first_S]
+    layout = SegmentLayout(before_S + lengths_S, device)
+    wide = np.repeat(starts[first_S] - layout.starts[:-1], layout.lengths) + np.arange(layout.rows)
+    own = np.arange(starts[-1]) + np.repeat(layout.starts[:-1] + before_S - starts[:-1], lengths_S)
+    needed = int((lengths_S * before_S + lengths_S * (lengths_S + 1) // 2).sum())
+    return Reach(layout, *(torch.from_numpy(x).to(device) for x in (wide, own)), needed)
 
 
 @dataclass
@@ -126,45 +153,50 @@ class Batch:
         return self._shifted(self.decoder_layout, bos, end)
 
     def decoder_rows(self, bos: int, slots: int = 0, context: int = 0) -> DecoderRows:
-        """The sentence decoder's input; its prefixes: `slots` vectors and up to `context` earlier tokens."""
-        if not slots and not context:
-            inputs, _ = self.decoder_symbols(bos, bos)
-            return DecoderRows(self.decoder_layout, inputs, self.decoder_layout.position_of_row)
-        layout = self.prefixed_layout(slots, context)
-        prefix_S = layout.lengths - 1 - np.diff(self.cu_sentences)
-        prefix_R = np.repeat(prefix_S, layout.lengths)
-        place_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths)
-        # Of the tokens around the sentence's start BOS takes no number.
-        token_R = (
-            np.repeat(self.cu_sentences[:-1], layout.lengths) + place_R - prefix_R - (place_R > prefix_R)
-        )
-        is_slot_R, is_bos_R = place_R < slots, place_R == prefix_R
-        token_R[is_slot_R | is_bos_R] = 0
-        symbols_R = self.tokens_T[self._index(token_R)]
-        symbols_R.index_fill_(0, self._index(np.flatnonzero(is_slot_R | is_bos_R)), bos)
-        positions_R = np.where(is_slot_R, place_R, slots + context + place_R - prefix_R)
-        return DecoderRows(
-            layout,
-            symbols_R,
-            self._index(positions_R),
-            self._index(np.flatnonzero(is_slot_R)) if slots else None,
-            self._index(np.flatnonzero(place_R >= prefix_R)),
-        )
+        """The sentence decoder's input: `slots` places for the vector before BOS, and sight of `context`
+        sentences before each."""
+        inputs, _ = self.decoder_symbols(bos, bos)
+        layout, reach = self.slotted_layout(slots), self.reach(slots, context)
+        positions_R = layout.position_of_row
+        if reach is not None:
+            window_S = layout.starts[self.cu_documents[self._window_of_sentence]]
+            positions_R = self._index(np.arange(layout.rows) - np.repeat(window_S, layout.lengths))
+        if not slots:
+            return DecoderRows(layout, inputs, positions_R, reach=reach)
+        is_slot_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths) < slots
+        own_rows = self._index(np.flatnonzero(~is_slot_R))
+        symbols_R = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
+        symbols_R.index_copy_(0, own_rows, inputs)
+        slot_rows = self._index(np.flatnonzero(is_slot_R))
+        return DecoderRows(layout, symbols_R, positions_R, slot_rows, own_rows, reach)
 
-    def prefixed_layout(self, slots: int = 0, context: int = 0) -> SegmentLayout:
-        """Prefix, BOS and tokens by sentence: the rows of the sentence decoder."""
-        if not slots and not context:
+    def slotted_layout(self, slots: int) -> SegmentLayout:
+        """`slots` places, BOS and tokens by sentence: the rows of the sentence decoder."""
+        if not slots:
             return self.decoder_layout
-        if (slots, context) not in self._prefixed:
-            window_start_S = self.cu_sentences[self.cu_documents[self._window_of_sentence]]
-            before_S = np.minimum(context, self.cu_sentences[:-1] - window_start_S)
-            layout = SegmentLayout(slots + before_S + 1 + np.diff(self.cu_sentences), self.device)
+        if slots not in self._slotted:
+            layout = SegmentLayout(slots + self.decoder_layout.lengths, self.device)
             _ = layout.segment_of_row  # as for decoder_layout
-            self._prefixed[slots, context] = layout
-        return self._prefixed[slots, context]
+            self._slotted[slots] = layout
+        return self._slotted[slots]
 
     @cached_property
-    def _prefixed(self) -> dict[tuple[int, int], SegmentLayout]:
+    def _slotted(self) -> dict[int, SegmentLayout]:
+        return {}
+
+    def reach(self, slots: int, context: int) -> Reach | None:
+        """What a decoder's rows see of the `context` sentences before theirs; None for 0."""
+        if not context:
+            return None
+        if (slots, context) not in self._reaches:
+            window_start_S = self.cu_documents[self._window_of_sentence]
+            first_S = np.maximum(window_start_S, np.arange(self.sentences) - context)
+            lengths_S = self.slotted_layout(slots).lengths
+            self._reaches[slots, context] = reach_back(lengths_S, first_S, self.device)
+        return self._reaches[slots, context]
+
+    @cached_property
+    def _reaches(self) -> dict[tuple[int, int], Reach]:
         return {}
 
     def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:

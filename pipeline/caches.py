@@ -6,12 +6,15 @@ forward pass writes into it and what it sees; both stand where a `SegmentLayout`
 the models' own layers run unchanged:
 
 CachedPrompt    whole sequences, packed: stored, then attended to exactly as in training
+CachedContext   what stands before new sentences: attended to as in training, the rows that they see stored
 CachedStep      one new place in each of some rows, which sees its own row up to itself
 
 Called by `sllm.py` (backbone, through the hook in `attention.py`) and `sentence_decoder.py`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -88,6 +91,35 @@ class CachedPrompt(SegmentLayout):
             values[row, :, : end - start] = v[start:end].transpose(0, 1)
         k, v = repeat_heads(k, v, q.shape[1])
         return packed_attention(q, k, v, self, causal=True, scale=scale)
+
+
+class CachedContext:
+    """What a sentence decoder reads before its sentences: attends as in training, and keeps the rows that the
+    new sentences will see.
+
+    attend: (q, k, v) [R, H, d_head] each → [R, H, d_head], the attention of training. kept: of every one of
+    `rows` (int64 [n]) the packed rows [first, end) to keep, int64 [n, 2].
+    """
+
+    def __init__(
+        self,
+        cache: KeyValueCache,
+        rows: np.ndarray,
+        kept: np.ndarray,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ):
+        self._cache, self._rows, self._kept, self._attend = cache, rows, kept, attend
+        counts = kept[:, 1] - kept[:, 0]
+        cache.reserve(int(counts.max()), 0)
+        cache.lengths[rows] = counts
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As CachedPrompt's."""
+        keys, values = self._cache.layer(layer, k)
+        for row, (first, end) in zip(self._rows, self._kept, strict=True):
+            keys[row, :, : end - first] = k[first:end].transpose(0, 1)
+            values[row, :, : end - first] = v[first:end].transpose(0, 1)
+        return self._attend(q, k, v)
 
 
 class CachedStep:

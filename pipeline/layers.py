@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.attention import SegmentLayout, packed_attention
-from pipeline.caches import CachedPrompt, CachedStep
+from pipeline.batches import Reach
+from pipeline.caches import CachedContext, CachedStep
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, [T, 1, d_head / 2] each
 
@@ -33,6 +34,14 @@ def rotate(x_THd: Tensor, turn: Rotation) -> Tensor:
     cos, sin = (part.to(x_THd.dtype) for part in turn)
     first, second = x_THd.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def attend_across(
+    q: Tensor, k: Tensor, v: Tensor, reach: Reach, causal: bool = True, dropout: float = 0.0
+) -> Tensor:
+    """[T, H, d_head] → the same: every sentence beside the rows that it sees (their queries go unused)."""
+    wide = (x.index_select(0, reach.source) for x in (q, k, v))
+    return packed_attention(*wide, reach.layout, causal, dropout=dropout).index_select(0, reach.own)
 
 
 class SelfAttention(nn.Module):
@@ -55,14 +64,17 @@ class SelfAttention(nn.Module):
         causal: bool,
         dropout: float = 0.0,
         turn: Rotation | None = None,
+        reach: Reach | None = None,
     ) -> Tensor:
-        """[T, d] → [T, d], within the layout's segments; `dropout` acts on the attention weights, `turn` on
-        queries and keys."""
+        """[T, d] → [T, d], within the layout's segments, or as far as `reach`; `dropout` acts on the
+        attention weights, `turn` on queries and keys."""
         q, k, v = self._project(x_Td, turn)
+        if reach is not None:
+            return self.out(attend_across(q, k, v, reach, causal, dropout).flatten(1))
         return self.out(packed_attention(q, k, v, layout, causal, dropout=dropout).flatten(1))
 
     def step(
-        self, x_Rd: Tensor, layer: int, step: CachedStep | CachedPrompt, turn: Rotation | None = None
+        self, x_Rd: Tensor, layer: int, step: CachedStep | CachedContext, turn: Rotation | None = None
     ) -> Tensor:
         """New rows of sentences, [R, d] → [R, d]; `step` keeps this layer's keys and values."""
         return self.out(step.attend(layer, *self._project(x_Rd, turn)).flatten(1))
@@ -101,10 +113,12 @@ class TransformerLayer(nn.Module):
         causal: bool,
         vector_Sd: Tensor | None = None,
         turn: Rotation | None = None,
+        reach: Reach | None = None,
     ) -> Tensor:
         """[T, d] → [T, d]; `vector_Sd` has one row per segment of the layout when the layer is
         conditioned."""
-        x = x_Td + self.dropout(self.attention(self.attention_norm(x_Td), layout, causal, turn=turn))
+        attended = self.attention(self.attention_norm(x_Td), layout, causal, turn=turn, reach=reach)
+        x = x_Td + self.dropout(attended)
         if self.condition is not None:
             x = x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row])
         return self._feed_forward(x)
@@ -113,7 +127,7 @@ class TransformerLayer(nn.Module):
         self,
         x_Rd: Tensor,
         layer: int,
-        step: CachedStep | CachedPrompt,
+        step: CachedStep | CachedContext,
         condition_Rd: Tensor | None,
         turn: Rotation | None = None,
     ) -> Tensor:
@@ -168,8 +182,10 @@ class PostNormLayer(TransformerLayer):
         causal: bool,
         vector_Sd: Tensor | None = None,
         turn: Rotation | None = None,
+        reach: Reach | None = None,
     ) -> Tensor:
-        """[T, d] → [T, d], as `TransformerLayer.forward`; its positions stand in the embedding: no `turn`."""
+        """[T, d] → [T, d], as `TransformerLayer.forward`; the published layer knows no `turn` and no
+        `reach`."""
         weight_dropout = self.dropout.p if self.training else 0.0
         x = self.attention_norm(x_Td + self.dropout(self.attention(x_Td, layout, causal, weight_dropout)))
         if self.condition is not None:
@@ -180,7 +196,7 @@ class PostNormLayer(TransformerLayer):
         self,
         x_Rd: Tensor,
         layer: int,
-        step: CachedStep | CachedPrompt,
+        step: CachedStep | CachedContext,
         condition_Rd: Tensor | None,
         turn: Rotation | None = None,
     ) -> Tensor:

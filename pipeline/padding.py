@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.arithmetic import batch_cores, decoder_prefix
+from pipeline.arithmetic import batch_cores, decoder_sight
 from pipeline.batches import Batch
 from pipeline.model_io import model_kind
 
@@ -38,7 +38,7 @@ class StepArithmetic:
         norms and losses run on real rows only, so padding exists in the attention core alone. A training
         step does three times as much of both, so the share is that of the whole step.
         """
-        rows = _rows(batch, *decoder_prefix(self._model))
+        rows = _rows(batch, decoder_sight(self._model)[0])
         linear = sum(weights * rows[row] for row, weights in self._weights.items())
         padding = computed = 0
         for core in batch_cores(self._model, batch):
@@ -48,11 +48,11 @@ class StepArithmetic:
         return padding, linear + computed
 
 
-def _rows(batch: Batch, slots: int, context: int) -> dict[str, int]:
+def _rows(batch: Batch, slots: int) -> dict[str, int]:
     """How many rows of each kind a batch has."""
     return {
         "token": batch.tokens,
-        "decoder row": batch.prefixed_layout(slots, context).rows,
+        "decoder row": batch.slotted_layout(slots).rows,
         "symbol": batch.decoder_layout.rows,
         "sentence": batch.sentences,
         "position": batch.backbone_layout.rows,

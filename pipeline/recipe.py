@@ -43,7 +43,7 @@ VAE_KEYS = (
     "condition",
     "condition_range",
     "prefix_slots",
-    "context_tokens",
+    "context_sentences",
     "dropout",
     "latent_noise",
     "variational",

@@ -22,7 +22,7 @@ from pipeline.attention import SegmentLayout
 from pipeline.batches import Batch
 from pipeline.head import VocabularyHead
 from pipeline.losses import LossSums
-from pipeline.sentence_decoder import DecoderState, SentenceDecoder
+from pipeline.sentence_decoder import DecoderState, SentenceDecoder, Written
 from pipeline.sentence_encoder import FUSIONS, SentenceEncoder
 
 LAYOUTS = ("lean", "paper")
@@ -49,8 +49,8 @@ class SentenceVAEConfig(PreTrainedConfig):
     condition_range: standard deviation of cross-attention's first weights. Vectors have size 1, new token
         embeddings 0.02: from 0.02 on, what a vector adds would drown the tokens until that is unlearnt.
     prefix_slots: rows of a `prefix`.
-    context_tokens: tokens before the sentence that an SLLM's decoder reads beside the vector; 0 is the
-        paper's. The SentenceVAE itself never reads any.
+    context_sentences: sentences before its own that an SLLM's decoder sees, token by token, beside the vector
+        (needs rotary positions); 0 is the paper's. The SentenceVAE itself never sees any.
     dropout: in [0, 1); where it acts: layers.py.
     latent_noise: standard deviation of Gaussian noise on the embedding (whose channels have about size 1)
         while training; 0 is none. The SLLM's backbone never hits an embedding exactly: a decoder trained with
@@ -83,7 +83,7 @@ class SentenceVAEConfig(PreTrainedConfig):
         condition: str = "cross_attention",
         condition_range: float = 0.0,
         prefix_slots: int = 1,
-        context_tokens: int = 0,
+        context_sentences: int = 0,
         dropout: float = 0.0,
         latent_noise: float = 0.0,
         variational: bool = False,
@@ -115,14 +115,14 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.condition = _one_of("condition", condition, CONDITIONS)
         self.condition_range = _number("condition_range", condition_range)
         self.prefix_slots = _count("prefix_slots", prefix_slots, 1)
-        self.context_tokens = _count("context_tokens", context_tokens, 0)
+        self.context_sentences = _count("context_sentences", context_sentences, 0)
         if self.vectors > 1 and fusion != "attention":
             raise UserError(f"model.vae.vectors {vectors} needs model.vae.fusion attention, not {fusion}")
         if layout == "paper" and (
-            (self.vectors, condition, context_tokens, positions) != (1, "cross_attention", 0, "learned")
+            (self.vectors, condition, context_sentences, positions) != (1, "cross_attention", 0, "learned")
         ):
             raise UserError(
-                "model.vae.layout paper has one vector, cross_attention, no context_tokens and sinusoidal "
+                "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
                 "positions: use lean for anything else"
             )
         self.dropout = _number("dropout", dropout, below=1.0)
@@ -138,6 +138,11 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.window_tokens = window_tokens
         if hidden_size % heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
+        if context_sentences and positions != "rotary":
+            raise UserError(
+                f"model.vae.context_sentences {context_sentences} needs model.vae.positions rotary: learned "
+                "positions say nothing of the distance between sentences"
+            )
         if positions == "rotary" and hidden_size // heads % 2:
             raise UserError("model.vae.positions rotary turns pairs of channels: hidden_size / heads is odd")
         if tie_word_embeddings and self.embedding_size != hidden_size:
@@ -280,7 +285,8 @@ class SentenceVAE(PreTrainedModel):
     def decode_loss(
         self, batch: Batch, vector_Sd: Tensor, want_correct: bool = False, context: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Score the batch's sentences given one vector [vector_size] each, and up to `context` tokens before.
+        """Score the batch's sentences given one vector [vector_size] each, and sight of `context` sentences
+        before.
 
         Returns: (objective, nll float32 [T+S], is_end bool [T+S], correct bool [T+S] or None).
         """
@@ -304,8 +310,8 @@ class SentenceVAE(PreTrainedModel):
         objective = objective + self.config.kl_weight * kl_Sd.clamp_min(self.config.free_bits).sum()
         return LossSums.collect(batch.scored, objective, nll, is_end, correct, kl=kl_Sd.sum())
 
-    def decode_begin(self, vector_1d: Tensor, contexts: list[list[int]] | None = None) -> DecoderState:
-        """Begin to write a sentence from one vector [1, d] (and, in `contexts`, the tokens before it): BOS is
+    def decode_begin(self, vector_1d: Tensor, contexts: list[list[Written]] | None = None) -> DecoderState:
+        """Begin to write a sentence from one vector [1, d] (and, in `contexts`, what came before): BOS is
         fed, `state.logits` predict its first token."""
         state = self.decoder.begin(vector_1d, contexts)
         self.decode_step(state, self.config.bos_token_id)

@@ -12,6 +12,7 @@ In: a `Batch`. Out: `LossSums` over N = T + S vocabulary targets and S stop deci
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from pipeline.backbone import backbone_config, new_backbone, run_packed, vector_
 from pipeline.batches import Batch
 from pipeline.caches import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
 from pipeline.losses import LossSums
-from pipeline.sentence_decoder import DecoderState
+from pipeline.sentence_decoder import DecoderState, Written
 from pipeline.sentence_vae import FIRST_ROW, SentenceVAE, SentenceVAEConfig
 
 if TYPE_CHECKING:
@@ -86,11 +87,12 @@ def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
 @dataclass
 class BackboneState:
     """R documents being read or written: key/value cache (one place per sentence and one for the start), last
-    outputs [R, d_backbone], and of each its last tokens, as many as the decoder reads."""
+    outputs [R, d_backbone], and of each the last sentences with what predicted them, as far as the decoder
+    looks back."""
 
     cache: KeyValueCache
     hidden: Tensor
-    recent: list[list[int]]
+    recent: list[list[Written]]
 
 
 class SLLM(PreTrainedModel):
@@ -149,7 +151,7 @@ class SLLM(PreTrainedModel):
         hidden = self.contextualise(batch)
         rows_S = batch.start_row_S if start_vector_only else batch.predicting_row_S
         objective, nll, is_end, correct = self.vae.decode_loss(
-            batch, self._out_of(hidden[rows_S]), want_correct, self.config.vae.context_tokens
+            batch, self._out_of(hidden[rows_S]), want_correct, self.config.vae.context_sentences
         )
         stop_logits_S = self._stop_logits(hidden[batch.predicting_row_S + 1])
         stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
@@ -163,10 +165,6 @@ class SLLM(PreTrainedModel):
         cache = KeyValueCache(rows, most=self.max_sentences + 1)
         hidden = torch.zeros(rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device)
         return BackboneState(cache, hidden, [[] for _ in range(rows)])
-
-    def _remember(self, state: BackboneState, row: int, tokens: list[int]) -> None:
-        keep = self.config.vae.context_tokens
-        state.recent[row] = tokens[-keep:] if keep else []
 
     def _encode(self, sentences: list[list[int]]) -> Tensor:
         """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for a length of 0 or above
@@ -200,9 +198,11 @@ class SLLM(PreTrainedModel):
         layout = CachedPrompt(state.cache, rows, lengths, self.device, ahead)
         out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
         state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
-        for row, document in zip(rows, documents, strict=True):
-            last = document[-self.config.vae.context_tokens :]  # every sentence has a token at least
-            self._remember(state, row, [token for sentence in last for token in sentence])
+        if keep := self.vae.decoder.remembers:
+            for row, document, start in zip(rows, documents, layout.starts, strict=False):
+                state.recent[row] = [
+                    (sentence, out[start + number]) for number, sentence in enumerate(document)
+                ][-keep:]
 
     @torch.no_grad()
     def extend(self, state: BackboneState, rows: np.ndarray, sentences: list[list[int]]) -> None:
@@ -214,26 +214,33 @@ class SLLM(PreTrainedModel):
             raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
         x = self._into(self._encode(sentences))
         layout = CachedStep(state.cache, rows, self.device)
+        if keep := self.vae.decoder.remembers:
+            for row, sentence in zip(rows, sentences, strict=True):
+                state.recent[row] = [*state.recent[row], (list(sentence), state.hidden[row].clone())][-keep:]
         out = run_packed(self.backbone, layout, inputs_embeds=x)
         state.hidden[torch.from_numpy(rows).to(self.device)] = out
-        for row, sentence in zip(rows, sentences, strict=True):
-            self._remember(state, row, [*state.recent[row], *sentence])
 
     @torch.no_grad()
     def stop_log_odds(self, state: BackboneState, rows: np.ndarray) -> Tensor:
         """float32 [n], host: log-odds that the documents in `rows` end here."""
         return self._stop_logits(state.hidden[torch.from_numpy(rows).to(self.device)]).cpu()
 
+    def _contexts(self, state: BackboneState, rows: Iterable[int]) -> list[list[Written]]:
+        """What the decoder sees before the next sentence of each of `rows`."""
+        return [[(tokens, self._out_of(hidden_d)) for tokens, hidden_d in state.recent[row]] for row in rows]
+
     @torch.no_grad()
     def new_decoder(self, state: BackboneState) -> DecoderState:
         """A decoder row for each of the state's documents; `sentence_begin` starts their sentences."""
-        return self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
+        return self.vae.decoder.begin(
+            self._out_of(state.hidden), self._contexts(state, range(len(state.recent)))
+        )
 
     @torch.no_grad()
     def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
         """The next sentence of each of `rows` begins: conditioned on its document, nothing fed yet."""
         hidden = state.hidden[torch.from_numpy(rows).to(self.device)]
-        self.vae.decoder.restart(decoder, rows, self._out_of(hidden), [state.recent[row] for row in rows])
+        self.vae.decoder.restart(decoder, rows, self._out_of(hidden), self._contexts(state, rows))
 
     @torch.no_grad()
     def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
@@ -260,7 +267,7 @@ class SLLM(PreTrainedModel):
     @torch.no_grad()
     def decode_begin(self, state: BackboneState) -> DecoderState:
         """Begin the one document's next sentence; `.logits` float32 [V] predict its first token."""
-        return self.vae.decode_begin(self._out_of(state.hidden), state.recent)
+        return self.vae.decode_begin(self._out_of(state.hidden), self._contexts(state, range(1)))
 
     @torch.no_grad()
     def decode_step(self, state: DecoderState, token: int) -> None:

@@ -64,7 +64,7 @@ def uncached_logits(model, sentences: list[list[int]], begun: list[int]) -> torc
     vae, last = model.config.vae, begun or [5]  # where nothing is begun: its first row sees BOS alone
     batch = build_batch([span([*sentences, last])])
     vector_Sd = model._out_of(model.contextualise(batch)[batch.predicting_row_S])
-    rows = batch.decoder_rows(vae.bos_token_id, vae.slots, vae.context_tokens)
+    rows = batch.decoder_rows(vae.bos_token_id, vae.slots, vae.context_sentences)
     hidden = model.vae.decoder(rows, vector_Sd)
     return model.vae.head(hidden[-len(last) - 1 :])[len(begun)]
 
@@ -128,7 +128,11 @@ def test_cached_greedy_generation_equals_brute_force(prompt, seed, tokenizer):
     assert generation.stopped == stopped
 
 
-PREFIXES = ({}, {"context_tokens": 6}, {"condition": "prefix", "context_tokens": 30, "positions": "rotary"})
+CONTEXTS = (
+    {},
+    {"positions": "rotary", "context_sentences": 1},
+    {"positions": "rotary", "context_sentences": 2, "condition": "prefix", "prefix_slots": 2, "layers": 2},
+)
 
 
 def lively_model(tokenizer, seed: int, **vae):
@@ -152,7 +156,7 @@ def lively_model(tokenizer, seed: int, **vae):
     ],
     ids=lambda controls: "-".join(controls),
 )
-@pytest.mark.parametrize("vae", PREFIXES, ids=["paper", "context", "prefix-context"])
+@pytest.mark.parametrize("vae", CONTEXTS, ids=["paper", "context", "prefix-context"])
 def test_cached_is_uncached_under_every_control(controls, tokenizer, vae):
     model, reasons = lively_model(tokenizer, 4, **vae), set()
     for number, prompt in enumerate(["", PROMPT, "One is set.", "他走了。然后"] * 2):

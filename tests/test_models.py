@@ -30,6 +30,7 @@ from pipeline.bins import Span
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
+SEES_2 = {"positions": "rotary", "context_sentences": 2}
 MODELS = {
     "vae": lambda: small_vae(),
     "sllm": lambda: small_sllm(),
@@ -37,9 +38,9 @@ MODELS = {
     "sllm-tied": lambda: small_sllm(tie_word_embeddings=True),
     "sllm-narrow-embedding": lambda: small_sllm(embedding_size=16),
     "sllm-prefix-context": lambda: small_sllm(
-        condition="prefix", prefix_slots=2, context_tokens=7, fusion="attention", vectors=2
+        condition="prefix", prefix_slots=2, **SEES_2, fusion="attention", vectors=2
     ),
-    "sllm-without-vectors": lambda: small_sllm(condition="none", context_tokens=3),
+    "sllm-without-vectors": lambda: small_sllm(condition="none", **SEES_2),
     "lm": lambda: small_lm(),
     "lm-post-norm": lambda: small_lm(config=post_norm_opt_config()),
 }

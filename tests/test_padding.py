@@ -26,8 +26,10 @@ MODELS = {
     "sllm-paper": lambda: small_sllm(layout="paper"),
     "sllm-adapters": lambda: small_sllm(backbone=post_norm_opt_config()),
     "sllm-variational": lambda: small_sllm(variational=True),
-    "sllm-prefix": lambda: small_sllm(condition="prefix", prefix_slots=2, context_tokens=7),
-    "vae-vectors": lambda: small_vae(fusion="attention", vectors=2, condition="prefix", context_tokens=3),
+    "sllm-prefix": lambda: small_sllm(
+        condition="prefix", prefix_slots=2, positions="rotary", context_sentences=2
+    ),
+    "vae-vectors": lambda: small_vae(fusion="attention", vectors=2, condition="prefix"),
     "sllm-qwen3": lambda: family_sllm("qwen3-narrow"),
     "lm": small_lm,
     "lm-post-norm": lambda: small_lm(config=post_norm_opt_config()),

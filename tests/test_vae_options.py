@@ -44,18 +44,18 @@ VARIANTS = {
     "noise": {"latent_noise": 0.3},
     "last": {"fusion": "last"},
     "prefix": {"condition": "prefix", "prefix_slots": 3},
-    "context": {"context_tokens": 5},
-    "prefix-context": {"condition": "prefix", "prefix_slots": 2, "context_tokens": 40},
+    "context": {"positions": "rotary", "context_sentences": 1},
+    "context-3": {"positions": "rotary", "context_sentences": 3, "fusion": "last"},
     "vectors": {"fusion": "attention", "vectors": 2},
     "rotary": {"positions": "rotary"},
     "rotary-prefix": {
         "positions": "rotary",
         "condition": "prefix",
         "prefix_slots": 2,
-        "context_tokens": 9,
+        "context_sentences": 2,
         "tie_word_embeddings": True,
     },
-    "vectors-prefix": {"fusion": "attention", "vectors": 2, "condition": "prefix", "context_tokens": 7},
+    "vectors-prefix": {"fusion": "attention", "vectors": 2, "condition": "prefix"},
 }
 
 
@@ -246,7 +246,7 @@ def test_latent_noise_acts_in_training_only(monkeypatch):
 
 
 def test_the_variational_mode_is_the_textbooks(monkeypatch):
-    weight, free = 0.5, 0.4
+    weight, free = 0.5, 1.8
     model = small_vae(variational=True, kl_weight=weight, free_bits=free)
     plain, batch = small_vae(), random_batch(4, documents=40)
     plain.load_state_dict(model.state_dict(), strict=False)
