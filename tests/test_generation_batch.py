@@ -64,9 +64,13 @@ def lively(model, tokenizer):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return lively(small_model("sllm", tokenizer, seed=4, max_tokens=12), tokenizer)
+CONTEXT = {"positions": "rotary", "context_sentences": 2, "layers": 2}
+
+
+@pytest.fixture(scope="module", params=[(7, {}), (5, CONTEXT)], ids=["alone", "context"])
+def model(tokenizer, request):
+    seed, vae = request.param
+    return lively(small_model("sllm", tokenizer, seed=seed, max_tokens=12, vae=vae), tokenizer)
 
 
 def family_model(family: str, tokenizer, layers: int):
@@ -271,7 +275,7 @@ def test_forced_sentence_lengths(model, tokenizer):
 
 
 def test_columns_change_no_text(tokenizer, tmp_path):
-    model = lively(small_model("sllm", tokenizer, seed=4, max_tokens=12), tokenizer)
+    model = lively(small_model("sllm", tokenizer, seed=7, max_tokens=12), tokenizer)
     before = alone(model, tokenizer, "The", 3, {"temperature": 1.0})
     assert lay_out(model) is model and not model.vae.head.weight.is_contiguous()
     assert_same(alone(model, tokenizer, "The", 3, {"temperature": 1.0}), before)
