@@ -169,7 +169,9 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     reach = batch.reach(slots, context)
     decoder_layout = reach.layout if reach else batch.slotted_layout(slots)
     cores = [
-        core("encoder", vae.layers, vae.hidden_size, vae.heads, batch.sentence_layout, False, dropout),
+        core(
+            "encoder", vae.encoder_layers, vae.hidden_size, vae.heads, batch.sentence_layout, False, dropout
+        ),
         core("decoder", vae.layers, vae.hidden_size, vae.heads, decoder_layout, True, dropout)._replace(
             needed=reach.needed if reach else None
         ),

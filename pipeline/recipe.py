@@ -32,6 +32,7 @@ VAE_KEYS = (
     "hidden_size",
     "embedding_size",
     "layers",
+    "encoder_layers",
     "heads",
     "ffn_size",
     "vocab_size",

@@ -67,7 +67,7 @@ class SentenceEncoder(nn.Module):
             config.vocab_size, config.embedding_size, width, config.max_sentence_tokens, config.position_kind
         )
         self.layers = nn.ModuleList(
-            layer(width, config.heads, config.ffn_size, config.dropout) for _ in range(config.layers)
+            layer(width, config.heads, config.ffn_size, config.dropout) for _ in range(config.encoder_layers)
         )
         pools = config.fusion == "attention"
         self.pooling = AttentionPooling(width, config.heads, config.vectors) if pools else None

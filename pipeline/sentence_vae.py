@@ -34,6 +34,7 @@ FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one sentence
 class SentenceVAEConfig(PreTrainedConfig):
     """Sizes of a SentenceVAE (SVAE-768/1024/2048 × H1/H2/H4 in the paper: `hidden_size`, `layers`).
 
+    encoder_layers: of the encoder; None is `layers`, the decoder's, as in the paper.
     embedding_size: width of the token embeddings; None is hidden_size.
     ffn_size: None is 2 · hidden_size, the paper's choice.
     tie_word_embeddings: encoder embedding, decoder embedding and head share one matrix.
@@ -72,6 +73,7 @@ class SentenceVAEConfig(PreTrainedConfig):
         vocab_size: int = 50272,
         hidden_size: int = 768,
         layers: int = 1,
+        encoder_layers: int | None = None,
         heads: int = 12,
         embedding_size: int | None = None,
         ffn_size: int | None = None,
@@ -104,6 +106,9 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.layers = layers
+        self.encoder_layers = (
+            layers if encoder_layers is None else _count("encoder_layers", encoder_layers, 1)
+        )
         self.heads = heads
         self.embedding_size = embedding_size or hidden_size
         self.ffn_size = ffn_size or 2 * hidden_size

@@ -20,6 +20,7 @@ from pipeline.sllm import SLLM, SLLMConfig
 MODELS = {
     "vae": small_vae,
     "vae-paper": lambda: small_vae(layout="paper"),
+    "vae-shallow-encoder": lambda: small_vae(encoder_layers=1),
     "vae-narrow-embedding": lambda: small_vae(embedding_size=16),
     "vae-variational": lambda: small_vae(variational=True, fusion="attention"),
     "sllm": small_sllm,

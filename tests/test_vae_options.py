@@ -42,7 +42,7 @@ VARIANTS = {
     "paper-narrow": {"layout": "paper", "embedding_size": 16, "fusion": "attention"},
     "variational": {"variational": True, "kl_weight": 0.5, "free_bits": 0.1},
     "noise": {"latent_noise": 0.3},
-    "last": {"fusion": "last"},
+    "last": {"fusion": "last", "encoder_layers": 1},
     "prefix": {"condition": "prefix", "prefix_slots": 3},
     "context": {"positions": "rotary", "context_sentences": 1},
     "context-3": {"positions": "rotary", "context_sentences": 3, "fusion": "last"},
