@@ -17,9 +17,12 @@ import yaml
 from runs import records
 
 from data_prep.errors import UserError
+from data_prep.tokenizer import load_tokenizer
 from pipeline import checkpoints, cli
 from pipeline.evaluation import evaluate
 from pipeline.export import export_run
+from pipeline.model_io import build_model
+from pipeline.optimizer import parameter_groups
 from pipeline.scaling import read_points
 from pipeline.sweep import read_sweep, run
 
@@ -202,8 +205,17 @@ def test_mistakes_of_the_command_line(recipes: Path, tmp_path: Path) -> None:
         cli.main(["check", "--model", "x", "--optimizer.lr", "1"])
 
 
-def test_the_sweeps_that_come_along_are_sound() -> None:
+def test_the_sweeps_that_come_along_are_sound(tiny_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    cut = {"segmenter": "clause", "language": "en", "max_tokens": 64}
     for path in (PROJECT / "pipeline" / "recipes" / "sweeps").glob("*.yaml"):
         jobs = read_sweep(path, Path("out"))
         assert len({job.key for job in jobs}) == len(jobs) > 1
         assert yaml.safe_load(path.read_text())["about"]
+        for job in jobs:
+            vae = (job.after or job).recipe.model.vae
+            recipe = job.recipe
+            if recipe.optimizer.parts:  # refused by the trainer only, hours after the sweep has begun
+                backbone, window = recipe.model.backbone, recipe.data.window_tokens
+                model = build_model(recipe.objective, vae, backbone, tokenizer, cut, window)
+                assert parameter_groups(model, recipe.optimizer)
