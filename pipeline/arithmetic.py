@@ -85,8 +85,8 @@ class Operations:
     """Multiply-adds of one forward pass by part.
 
     linear: linear layers, at the rows that reached them. attention: cores, pairs that are needed (a causal
-    row's own past). masked: pairs of a segment that are in a row's future; a kernel may skip them or not.
-    padding: pairs with a padded slot.
+    row's own past). masked: pairs of a segment that are in a row's future, which a kernel may skip or not,
+    and those of rows whose query goes unused (`Reach`). padding: pairs with a padded slot.
     """
 
     linear: dict[str, int] = field(default_factory=dict)

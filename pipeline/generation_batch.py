@@ -226,7 +226,7 @@ class BatchWriter:
 
     @property
     def decoder_bytes(self) -> int:
-        """Bytes of the decoder's cache, as allocated: room for one sentence of every row."""
+        """Bytes of the decoder's cache, as allocated: room for a sentence of every row and those in sight."""
         return self._decoder.cache.bytes
 
     def _run(self, requests: Iterator[Request]) -> Iterator[Event]:

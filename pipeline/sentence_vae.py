@@ -130,6 +130,14 @@ class SentenceVAEConfig(PreTrainedConfig):
                 "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
                 "positions: use lean for anything else"
             )
+        if prefix_slots != 1 and condition != "prefix":
+            raise UserError(
+                f"model.vae.prefix_slots {prefix_slots} needs model.vae.condition prefix, not {condition}"
+            )
+        if self.condition_range and (condition != "cross_attention" or layout == "paper"):
+            raise UserError(
+                "model.vae.condition_range is for condition cross_attention and layout lean: set it to 0"
+            )
         self.dropout = _number("dropout", dropout, below=1.0)
         self.latent_noise = _number("latent_noise", latent_noise)
         self.variational = variational

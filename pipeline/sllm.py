@@ -145,8 +145,9 @@ class SLLM(PreTrainedModel):
     def forward(self, batch: Batch, want_correct: bool = False, start_vector_only: bool = False) -> LossSums:
         """Next-sentence loss.
 
-        start_vector_only: decode every sentence from its window's start output instead (no context reaches
-        the decoder); the bits per byte lost by that are the *vector gain*.
+        start_vector_only: decode every sentence from its window's start output instead (the decoder knows no
+        more of the past than `context_sentences` show it); the bits per byte lost by that are the *vector
+        gain*.
         """
         hidden = self.contextualise(batch)
         rows_S = batch.start_row_S if start_vector_only else batch.predicting_row_S

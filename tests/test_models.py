@@ -106,6 +106,20 @@ def test_a_later_sentence_does_see_an_earlier_one():
     assert (a[-last:] - b[-last:]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(("context", "layers"), [(1, 1), (2, 1), (1, 2)])
+def test_a_decoder_sees_as_far_back_as_it_is_told(context, layers):
+    model = small_sllm(condition="none", positions="rotary", context_sentences=context, layers=layers)
+    lengths = np.full(8, 3)
+    first = [Span(np.arange(4, 28), lengths, False), Span(np.arange(30, 54), lengths, True)]
+    changed = [Span(np.r_[70, first[0].tokens[1:]], lengths, False), first[1]]
+    with torch.no_grad():
+        a, b = (model(build_batch(spans)).target_nll_N for spans in (first, changed))
+    sees = ((a - b).abs().view(16, 4).amax(1) > 1e-5).tolist()  # by sentence
+    reach = context * layers
+    assert model.vae.decoder.remembers == reach
+    assert sees == [True] * (1 + reach) + [False] * (15 - reach)
+
+
 def test_the_encoder_looks_both_ways_within_its_sentence_only():
     model = small_vae().encoder
     tokens = torch.arange(10, 20)

@@ -524,6 +524,11 @@ def test_token_models_that_do_not_fit_are_refused(tokenizer, tmp_path):
         ({"variational": True, "latent_noise": 0.1}, "both put noise on the embedding: set one"),
         ({"kl_weight": 0.1}, "need model.vae.variational true"),
         ({"free_bits": 0.1}, "need model.vae.variational true"),
+        ({"prefix_slots": 4}, "prefix_slots 4 needs model.vae.condition prefix, not cross_attention"),
+        ({"condition": "none", "condition_range": 0.02}, "condition_range is for condition cross_attention"),
+        ({"layout": "paper", "condition_range": 0.02}, "condition_range is for .* and layout lean"),
+        ({"context_sentences": 1}, "context_sentences 1 needs model.vae.positions rotary"),
+        ({"vectors": 2}, "model.vae.vectors 2 needs model.vae.fusion attention, not sum"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(settings, says, tokenizer):
