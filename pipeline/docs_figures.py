@@ -149,6 +149,9 @@ def sweep(results: Results, *words: str) -> list[str]:
     texts = {(row.get("evaluation") or {}).get("data_fingerprint") for row in rows}
     if len(texts - {None}) > 1:
         raise UserError("these runs were measured on different texts: they need a table each")
+    windows = {row.get("window_tokens") for row in rows if row.get("objective") != "vae"}
+    if len(windows - {None}) > 1 and "window_tokens" not in columns:
+        raise UserError("these runs were measured with different windows: add the column window_tokens")
 
     def tells(key: str) -> bool:  # something that the column before it does not
         values = [row.get(key) for row in rows]

@@ -93,6 +93,11 @@ def test_a_sweep_tells_what_is_not_there_and_what_is_no_prediction(checkout: Pat
         write(checkout, f"experiments/{file}.json", {"rows": [one]})
     with pytest.raises(UserError, match="measured on different texts"):
         refresh(checkout)
+    for file, window in (("small", 256), ("more", 512)):
+        one = row("other", 1, objective="lm", window_tokens=window)
+        write(checkout, f"experiments/{file}.json", {"rows": [one]})
+    with pytest.raises(UserError, match="different windows: add the column window_tokens"):
+        refresh(checkout)
 
 
 def test_robustness_is_a_line_for_each_variant_and_model(checkout: Path) -> None:
