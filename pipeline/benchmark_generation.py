@@ -91,14 +91,21 @@ class SentenceSide:
     """The SLLM, by `BatchWriter`."""
 
     def __init__(
-        self, recipe: str, vae_recipe: str | None, dtype: str, device: torch.device, int8: bool = False
+        self,
+        recipe: str,
+        vae_recipe: str | None,
+        dtype: str,
+        device: torch.device,
+        int8: bool = False,
+        vocab_size: int | None = None,
     ):
         sized = sized_recipe(recipe, vae_recipe)
         if sized.objective != "sllm":
             raise UserError(
                 f"recipe {recipe}: its objective is {sized.objective}; only an SLLM writes sentences"
             )
-        self.name, vocabulary = find_recipe(recipe).stem, Vocabulary(sized.model.vae.get("vocab_size", 50272))
+        self.name = find_recipe(recipe).stem
+        vocabulary = Vocabulary(vocab_size or sized.model.vae.get("vocab_size", 50272))
         torch.manual_seed(sized.seed)
         text = {"segmenter": "clause", "language": "en", "max_tokens": SENTENCE_ROOM}
         model = new_model(sized, vocabulary, text).to(device, DTYPES[dtype]).eval()
@@ -157,9 +164,11 @@ class _Clock(StoppingCriteria):
 class TokenSide:
     """A token-level model, by Hugging Face's `generate`."""
 
-    def __init__(self, against: str, dtype: str, device: torch.device, columns: bool):
+    def __init__(
+        self, against: str, dtype: str, device: torch.device, columns: bool, vocab_size: int | None = None
+    ):
         torch.manual_seed(0)
-        model, self.name = _token_model(against)
+        model, self.name = _token_model(against, vocab_size)
         self.model = model.to(device, DTYPES[dtype]).eval()
         if columns:
             lay_out(self.model)
@@ -201,16 +210,17 @@ class TokenSide:
         )
 
 
-def _token_model(against: str) -> tuple[PreTrainedModel, str]:
+def _token_model(against: str, vocab_size: int | None) -> tuple[PreTrainedModel, str]:
     """A token-level model with random weights, and its name. Raises: UserError for anything else."""
     if against in OPT_SIZES:
-        return OPTForCausalLM(OPTConfig(**OPT_SIZES[against], attn_implementation="sdpa")), against
+        sizes = {**OPT_SIZES[against], **({"vocab_size": vocab_size} if vocab_size else {})}
+        return OPTForCausalLM(OPTConfig(**sizes, attn_implementation="sdpa")), against
     if not find_recipe(against).is_file():
         raise UserError(f"--against {against}: neither {', '.join(OPT_SIZES)} nor a recipe")
     recipe = sized_recipe(against)
     if recipe.objective != "lm":
         raise UserError(f"--against {against}: its objective is {recipe.objective}; give a token-level model")
-    vocabulary = Vocabulary(recipe.model.backbone.get("vocab_size", 50272))
+    vocabulary = Vocabulary(vocab_size or recipe.model.backbone.get("vocab_size", 50272))
     model = new_model(recipe, vocabulary, {"max_tokens": SENTENCE_ROOM})
     return model.model, find_recipe(against).stem
 
@@ -267,8 +277,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def make_side(name: str, arguments: argparse.Namespace, device: torch.device) -> SentenceSide | TokenSide:
     """The recipe's model, or the one it is measured against. Raises: UserError for a wrong kind."""
     if name == "model":
-        return SentenceSide(arguments.recipe, arguments.vae_recipe, arguments.dtype, device, arguments.int8)
-    return TokenSide(arguments.against, arguments.dtype, device, arguments.columns)
+        return SentenceSide(
+            arguments.recipe,
+            arguments.vae_recipe,
+            arguments.dtype,
+            device,
+            arguments.int8,
+            arguments.vocab_size,
+        )
+    return TokenSide(arguments.against, arguments.dtype, device, arguments.columns, arguments.vocab_size)
 
 
 def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[str, int] | None]:
@@ -299,7 +316,7 @@ def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[s
 def _memory_in_own_process(name: str, arguments: argparse.Namespace) -> list[dict[str, int] | None]:
     """Run this command again for one side's memory alone."""
     names = ("recipe", "against", "vae_recipe", "sentence_tokens", "sentences", "threads", "dtype")
-    names += ("batch", "context", "int8", "columns")
+    names += ("batch", "context", "int8", "columns", "vocab_size")
     say(f"memory of {name}, in a process of its own")
     return process_memory.in_own_process("generation", name, arguments, names)["memory"]
 

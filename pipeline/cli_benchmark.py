@@ -112,6 +112,12 @@ def add_benchmarks(commands: Any) -> None:
     )
     generation.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
     generation.add_argument(
+        "--vocab-size",
+        type=positive,
+        metavar="N",
+        help="entries of both models (default: what a recipe says, else OPT's 50,272)",
+    )
+    generation.add_argument(
         "--batch", type=positive, nargs="+", default=[1], metavar="N", help="texts at once (default 1)"
     )
     generation.add_argument(
