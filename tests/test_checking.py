@@ -113,8 +113,8 @@ def test_a_decoder_that_conditions_on_its_own_sentence_fails(models, monkeypatch
 def test_a_cache_that_forgets_fails(models, monkeypatch):
     step = pipeline.layers.SelfAttention.step
 
-    def forgetful(self, x, layer, cached):
-        out = step(self, x, layer, cached)
+    def forgetful(self, x, layer, cached, turn=None):
+        out = step(self, x, layer, cached, turn)
         for stored in cached._cache.layer(layer, out):
             stored.zero_()
         return out

@@ -36,7 +36,9 @@ def backbone_sees_everything(q, k, v, layout, causal, *args, **kwargs):
 def train(steps: int = 90) -> tuple[torch.nn.Module, float]:
     """A small SLLM, and its nats per token on documents that it has never seen."""
     rng = np.random.default_rng(0)
-    model = small_sllm(vocab_size=4 + SYMBOLS, layers=1, backbone=opt_config(num_hidden_layers=1)).train()
+    model = small_sllm(
+        vocab_size=4 + SYMBOLS, layers=1, condition_range=0.02, backbone=opt_config(num_hidden_layers=1)
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
         batch = draw(rng, 64)
