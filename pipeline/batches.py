@@ -26,8 +26,7 @@ class Reach:
 
     layout: one segment per sentence, the rows that it sees and its own, behind them. source: int64 [wide
     rows], the packed row in each place. own: int64 [R], the place of every packed row in its own sentence's
-    segment.
-    needed: pairs of a row and what it may see.
+    segment. needed: pairs of a row and what it may see.
     """
 
     layout: SegmentLayout
@@ -152,21 +151,20 @@ class Batch:
         """Inputs (bos, t1 … tn) and targets (t1 … tn, end) of every sentence: two int64 [T+S]."""
         return self._shifted(self.decoder_layout, bos, end)
 
-    def decoder_rows(self, bos: int, slots: int = 0, context: int = 0) -> DecoderRows:
-        """The sentence decoder's input: `slots` places for the vector before BOS, and sight of `context`
-        sentences before each."""
-        inputs, _ = self.decoder_symbols(bos, bos)
+    def decoder_rows(self, inputs_N: Tensor, bos: int, slots: int = 0, context: int = 0) -> DecoderRows:
+        """The sentence decoder's input, made of `decoder_symbols`' inputs: `slots` places for the vector
+        before BOS, and sight of `context` sentences before each."""
         layout, reach = self.slotted_layout(slots), self.reach(slots, context)
         positions_R = layout.position_of_row
         if reach is not None:
             window_S = layout.starts[self.cu_documents[self._window_of_sentence]]
             positions_R = self._index(np.arange(layout.rows) - np.repeat(window_S, layout.lengths))
         if not slots:
-            return DecoderRows(layout, inputs, positions_R, reach=reach)
+            return DecoderRows(layout, inputs_N, positions_R, reach=reach)
         is_slot_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths) < slots
         own_rows = self._index(np.flatnonzero(~is_slot_R))
         symbols_R = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
-        symbols_R.index_copy_(0, own_rows, inputs)
+        symbols_R.index_copy_(0, own_rows, inputs_N)
         slot_rows = self._index(np.flatnonzero(is_slot_R))
         return DecoderRows(layout, symbols_R, positions_R, slot_rows, own_rows, reach)
 

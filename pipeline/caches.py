@@ -59,6 +59,15 @@ class KeyValueCache:
             self._layers[number] = (like.new_empty(shape), like.new_empty(shape))
         return self._layers[number]
 
+    def store(
+        self, number: int, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, k: Tensor, v: Tensor
+    ) -> None:
+        """Packed rows [start, end) of k and v [T, H_kv, d_head] into the first places of each of `rows`."""
+        keys, values = self.layer(number, k)
+        for row, start, end in zip(rows, starts, ends, strict=True):
+            keys[row, :, : end - start] = k[start:end].transpose(0, 1)
+            values[row, :, : end - start] = v[start:end].transpose(0, 1)
+
     @property
     def bytes_per_place(self) -> int:
         """Bytes that one place of one row takes, all layers, by the storage itself."""
@@ -85,10 +94,7 @@ class CachedPrompt(SegmentLayout):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
-        keys, values = self._cache.layer(layer, k)
-        for row, start, end in zip(self._rows, self.starts[:-1], self.starts[1:], strict=True):
-            keys[row, :, : end - start] = k[start:end].transpose(0, 1)
-            values[row, :, : end - start] = v[start:end].transpose(0, 1)
+        self._cache.store(layer, self._rows, self.starts[:-1], self.starts[1:], k, v)
         k, v = repeat_heads(k, v, q.shape[1])
         return packed_attention(q, k, v, self, causal=True, scale=scale)
 
@@ -115,10 +121,7 @@ class CachedContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As CachedPrompt's."""
-        keys, values = self._cache.layer(layer, k)
-        for row, (first, end) in zip(self._rows, self._kept, strict=True):
-            keys[row, :, : end - first] = k[first:end].transpose(0, 1)
-            values[row, :, : end - first] = v[first:end].transpose(0, 1)
+        self._cache.store(layer, self._rows, *self._kept.T, k, v)
         return self._attend(q, k, v)
 
 

@@ -36,12 +36,10 @@ def rotate(x_THd: Tensor, turn: Rotation) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def attend_across(
-    q: Tensor, k: Tensor, v: Tensor, reach: Reach, causal: bool = True, dropout: float = 0.0
-) -> Tensor:
+def attend_across(q: Tensor, k: Tensor, v: Tensor, reach: Reach, dropout: float = 0.0) -> Tensor:
     """[T, H, d_head] → the same: every sentence beside the rows that it sees (their queries go unused)."""
     wide = (x.index_select(0, reach.source) for x in (q, k, v))
-    return packed_attention(*wide, reach.layout, causal, dropout=dropout).index_select(0, reach.own)
+    return packed_attention(*wide, reach.layout, causal=True, dropout=dropout).index_select(0, reach.own)
 
 
 class SelfAttention(nn.Module):
@@ -70,7 +68,7 @@ class SelfAttention(nn.Module):
         attention weights, `turn` on queries and keys."""
         q, k, v = self._project(x_Td, turn)
         if reach is not None:
-            return self.out(attend_across(q, k, v, reach, causal, dropout).flatten(1))
+            return self.out(attend_across(q, k, v, reach, dropout).flatten(1))
         return self.out(packed_attention(q, k, v, layout, causal, dropout=dropout).flatten(1))
 
     def step(

@@ -304,8 +304,8 @@ class SentenceVAE(PreTrainedModel):
         Returns: (objective, nll float32 [T+S], is_end bool [T+S], correct bool [T+S] or None).
         """
         config, layout = self.config, batch.decoder_layout
-        _, targets = batch.decoder_symbols(config.bos_token_id, config.eos_token_id)
-        rows = batch.decoder_rows(config.bos_token_id, config.slots, context)
+        inputs, targets = batch.decoder_symbols(config.bos_token_id, config.eos_token_id)
+        rows = batch.decoder_rows(inputs, config.bos_token_id, config.slots, context)
         hidden = self.decoder(rows, vector_Sd)
         objective, nll, correct = self.head(
             hidden, targets, config.focal_gamma, want_correct, config.label_smoothing, config.z_loss

@@ -12,7 +12,6 @@ In: a `Batch`. Out: `LossSums` over N = T + S vocabulary targets and S stop deci
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -200,9 +199,10 @@ class SLLM(PreTrainedModel):
         out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
         state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
         if keep := self.vae.decoder.remembers:
+            vectors = self._out_of(out)
             for row, document, start in zip(rows, documents, layout.starts, strict=False):
                 state.recent[row] = [
-                    (sentence, out[start + number]) for number, sentence in enumerate(document)
+                    (sentence, vectors[start + number]) for number, sentence in enumerate(document)
                 ][-keep:]
 
     @torch.no_grad()
@@ -216,8 +216,9 @@ class SLLM(PreTrainedModel):
         x = self._into(self._encode(sentences))
         layout = CachedStep(state.cache, rows, self.device)
         if keep := self.vae.decoder.remembers:
-            for row, sentence in zip(rows, sentences, strict=True):
-                state.recent[row] = [*state.recent[row], (list(sentence), state.hidden[row].clone())][-keep:]
+            vectors = self._out_of(state.hidden[torch.from_numpy(rows).to(self.device)])
+            for row, sentence, vector_d in zip(rows, sentences, vectors, strict=True):
+                state.recent[row] = [*state.recent[row], (list(sentence), vector_d)][-keep:]
         out = run_packed(self.backbone, layout, inputs_embeds=x)
         state.hidden[torch.from_numpy(rows).to(self.device)] = out
 
@@ -226,22 +227,16 @@ class SLLM(PreTrainedModel):
         """float32 [n], host: log-odds that the documents in `rows` end here."""
         return self._stop_logits(state.hidden[torch.from_numpy(rows).to(self.device)]).cpu()
 
-    def _contexts(self, state: BackboneState, rows: Iterable[int]) -> list[list[Written]]:
-        """What the decoder sees before the next sentence of each of `rows`."""
-        return [[(tokens, self._out_of(hidden_d)) for tokens, hidden_d in state.recent[row]] for row in rows]
-
     @torch.no_grad()
     def new_decoder(self, state: BackboneState) -> DecoderState:
         """A decoder row for each of the state's documents; `sentence_begin` starts their sentences."""
-        return self.vae.decoder.begin(
-            self._out_of(state.hidden), self._contexts(state, range(len(state.recent)))
-        )
+        return self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
 
     @torch.no_grad()
     def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
         """The next sentence of each of `rows` begins: conditioned on its document, nothing fed yet."""
         hidden = state.hidden[torch.from_numpy(rows).to(self.device)]
-        self.vae.decoder.restart(decoder, rows, self._out_of(hidden), self._contexts(state, rows))
+        self.vae.decoder.restart(decoder, rows, self._out_of(hidden), [state.recent[row] for row in rows])
 
     @torch.no_grad()
     def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
@@ -268,7 +263,7 @@ class SLLM(PreTrainedModel):
     @torch.no_grad()
     def decode_begin(self, state: BackboneState) -> DecoderState:
         """Begin the one document's next sentence; `.logits` float32 [V] predict its first token."""
-        return self.vae.decode_begin(self._out_of(state.hidden), self._contexts(state, range(1)))
+        return self.vae.decode_begin(self._out_of(state.hidden), state.recent)
 
     @torch.no_grad()
     def decode_step(self, state: DecoderState, token: int) -> None:

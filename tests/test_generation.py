@@ -64,7 +64,8 @@ def uncached_logits(model, sentences: list[list[int]], begun: list[int]) -> torc
     vae, last = model.config.vae, begun or [5]  # where nothing is begun: its first row sees BOS alone
     batch = build_batch([span([*sentences, last])])
     vector_Sd = model._out_of(model.contextualise(batch)[batch.predicting_row_S])
-    rows = batch.decoder_rows(vae.bos_token_id, vae.slots, vae.context_sentences)
+    inputs, _ = batch.decoder_symbols(vae.bos_token_id, vae.eos_token_id)
+    rows = batch.decoder_rows(inputs, vae.bos_token_id, vae.slots, vae.context_sentences)
     hidden = model.vae.decoder(rows, vector_Sd)
     return model.vae.head(hidden[-len(last) - 1 :])[len(begun)]
 
