@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -175,10 +176,14 @@ def test_what_was_freed_before_a_step_is_not_its_memory():
         def prepare(self, turn: int) -> None:
             pass
 
-    ballast = np.ones(50_000_000)  # 400 MB
-    del ballast
+    def touch(size: int) -> mmap.mmap:
+        pages = mmap.mmap(-1, size)  # not malloc: it may hold resident pages that were freed
+        np.frombuffer(pages, dtype=np.uint8)[:] = 1
+        return pages
+
+    touch(400_000_000)
     gc.collect()  # nothing that earlier tests left may be freed inside the step
-    memory = benchmark_training.step_memory(Side(), lambda: np.ones(20_000_000), torch.device("cpu"))
+    memory = benchmark_training.step_memory(Side(), lambda: touch(160_000_000), torch.device("cpu"))
     assert 150e6 < memory["step"] < 190e6
 
 
