@@ -57,6 +57,7 @@ class Engine:
             betas=tuple(recipe.optimizer.betas),
             eps=recipe.optimizer.eps,
             ema=recipe.training.ema,
+            fused=True if device.type == "cpu" else None,  # None: torch's choice for a GPU
         )
         # DeepSpeed begins its backward pass (timers, swapping from disks) by hooks on the outputs that it
         # finds, and it looks into dicts, not into dataclasses.
