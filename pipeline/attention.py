@@ -43,7 +43,7 @@ PATHS = ("bucketed", "masked")  # on every device, in every precision
 KERNELS = ("varlen", "flash_attn", "flex")  # where device, precision and installation allow them
 PATH_VARIABLE = "SLLM_ATTENTION"  # environment: the path of the whole process
 
-_MOST_PADDING = 64  # places of padding that a bucket may cost less than a block of its own; see _buckets
+_PAIRS_OF_A_BLOCK = 2048  # pairs of query and key that cost what a block's kernel calls do, at width 128
 
 _HALF = (torch.float16, torch.bfloat16)
 _FLEX_BLOCK = 128
@@ -253,17 +253,17 @@ class SegmentLayout:
         """Segments of similar length, shortest first: int64 [n] each, in the row's order.
 
         A block costs its kernel calls (forward and backward about 150 µs on a CPU core) whatever is in it, so
-        buckets of few segments join the next longer one while that pads `_MOST_PADDING` places at most.
+        a few segments join the next longer bucket where their padding costs less than a block.
         """
         edges = _bucket_edges(self.longest)
         edge_of = np.searchsorted(edges, self.lengths)
         used, counts = np.unique(edge_of, return_counts=True)
         bucket_of_edge = np.zeros(len(edges), dtype=np.int64)
-        bucket, length, padding = 0, edges[used[-1]], 0
+        bucket, length, padded_pairs = 0, int(edges[used[-1]]), 0
         for edge, count in zip(used[::-1], counts[::-1], strict=True):
-            padding += int(count) * int(length - edges[edge])
-            if padding > _MOST_PADDING:
-                bucket, length, padding = bucket - 1, edges[edge], 0
+            padded_pairs += int(count) * (length**2 - int(edges[edge]) ** 2)
+            if padded_pairs > _PAIRS_OF_A_BLOCK:
+                bucket, length, padded_pairs = bucket - 1, int(edges[edge]), 0
             bucket_of_edge[edge] = bucket
         bucket_of = bucket_of_edge[edge_of]
         order = np.argsort(bucket_of, kind="stable")

@@ -187,26 +187,32 @@ def test_dropout_acts_on_every_path_that_has_it():
 # --- layouts --------------------------------------------------------------------------------------
 
 
-def test_blocks_hold_every_row_and_pad_nothing_up_to_24():
-    lengths = np.random.default_rng(3).integers(1, 65, 500)
-    layout = SegmentLayout(lengths)
+@pytest.mark.parametrize(("segments", "most_blocks", "most_padding"), [(40, 16, 0.25), (50_000, 40, 0.04)])
+def test_blocks_hold_every_row_with_little_padding(segments, most_blocks, most_padding):
+    layout = SegmentLayout(np.random.default_rng(3).integers(1, 65, segments))
     plan = layout.blocks
     assert torch.equal(plan.source[plan.restore], torch.arange(layout.rows))
     assert plan.slots == sum(n * length for n, length in plan.shapes) == layout.rows + len(plan.padded)
-    assert layout.rows < plan.slots <= 1.04 * layout.rows
+    assert layout.rows < plan.slots <= (1 + most_padding) * layout.rows
     assert set(plan.restore.tolist()).isdisjoint(plan.padded.tolist())
-    for (_, length), mask in zip(plan.shapes, plan.key_masks, strict=True):
-        assert length > 24 or mask is None
-    assert SegmentLayout(lengths[lengths <= 24]).blocks.slots == lengths[lengths <= 24].sum()
+    assert len(plan.shapes) <= most_blocks
+    own = np.split(plan.source.numpy(), np.cumsum([n * length for n, length in plan.shapes])[:-1])
+    for (n, length), rows, mask in zip(plan.shapes, own, plan.key_masks, strict=True):
+        assert (mask is None) == (len(set(rows.tolist())) == n * length)
+
+
+def test_many_sentences_of_usual_length_are_not_padded():
+    blocks = SegmentLayout(np.repeat([5, 12, 24], 1000)).blocks
+    assert blocks.shapes == [(1000, 5), (1000, 12), (1000, 24)] and len(blocks.padded) == 0
 
 
 def test_pairs_are_counted_with_and_without_padding():
-    layout = SegmentLayout([3, 3, 31, 32, 33])  # the last three share a block
-    assert layout.pairs == 9 + 9 + 961 + 1024 + 1089
+    layout = SegmentLayout([3, 3, 131, 132, 133])  # two blocks: the short ones, and the others
+    assert layout.pairs == 9 + 9 + 131**2 + 132**2 + 133**2
     blocks = {path: layout.computed_pairs(path) for path in PATHS + KERNELS}
     assert blocks == {
-        "bucketed": 2 * 9 + 3 * 1089,
-        "masked": 102**2,
+        "bucketed": 2 * 9 + 3 * 133**2,
+        "masked": 402**2,
         "varlen": layout.pairs,
         "flash_attn": layout.pairs,
         "flex": layout.pairs,
