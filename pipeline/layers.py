@@ -9,6 +9,7 @@ evaluation; `step` on one new row of each of many sentences, with their keys and
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +19,30 @@ from pipeline.attention import SegmentLayout, packed_attention
 from pipeline.batches import Reach
 from pipeline.caches import CachedContext, CachedStep
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, [T, 1, d_head / 2] each
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, d_head] each
 
 
 def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864, §3.4): angles by which query and key of a row at
-    position int64 [T] turn, so that their product depends on two rows' distance alone; float32."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864, §3.4): how query and key of a row at position int64
+    [T] turn, so that their product depends on two rows' distance alone; float32. Channels i and
+    i + d_head/2 are a pair: `rotate` multiplies the pair's other channel by the sine, once with a minus."""
     rates = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=positions_T.device) / head_dim)
     angles = positions_T[:, None, None].float() * rates
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
-def rotate(x_THd: Tensor, turn: Rotation) -> Tensor:
-    """[T, H, d_head] → the same, turned by the rows' angles; channels i and i + d_head/2 are a pair."""
-    cos, sin = (part.to(x_THd.dtype) for part in turn)
-    first, second = x_THd.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+@lru_cache(maxsize=8)
+def rotation_table(positions: int, head_dim: int, device: torch.device) -> Rotation:
+    """`rotation` of all positions below `positions`, for generation, which wants one row at a time."""
+    with torch.inference_mode(False):  # it outlives the call that happens to make it
+        return rotation(torch.arange(positions, device=device), head_dim)
+
+
+def rotate(x: Tensor, turn: Rotation) -> Tensor:
+    """[T, …, d_head] → the same, turned by the rows' angles."""
+    cos, sin = (part.to(x.dtype) for part in turn)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def attend_across(q: Tensor, k: Tensor, v: Tensor, reach: Reach, dropout: float = 0.0) -> Tensor:
@@ -52,8 +61,12 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def _project(self, x_Td: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x_Td).view(len(x_Td), 3, self.heads, -1).unbind(1)
-        return (q, k, v) if turn is None else (rotate(q, turn), rotate(k, turn), v)
+        qkv = self.qkv(x_Td).view(len(x_Td), 3, self.heads, -1)
+        if turn is None:
+            return qkv.unbind(1)
+        both, v = qkv.split([2, 1], 1)  # queries and keys turn alike
+        q, k = rotate(both, tuple(part[:, None] for part in turn)).unbind(1)
+        return q, k, v[:, 0]
 
     def forward(
         self,
@@ -234,9 +247,15 @@ class TokenEmbedding(nn.Module):
         waves = sinusoids(self.positions, self.width, x.device).to(x.dtype)
         return x * math.sqrt(self.width) + waves[positions_T]
 
-    def turn(self, positions_T: Tensor, heads: int) -> Rotation | None:
-        """What rotary positions do to the queries and keys of these rows; None for the other kinds."""
-        return rotation(positions_T, self.width // heads) if self.kind == "rotary" else None
+    def turn(self, positions_T: Tensor, heads: int, below: int | None = None) -> Rotation | None:
+        """What rotary positions do to the queries and keys of these rows; None for the other kinds. `below`,
+        where it is known, is above all positions: then they are looked up."""
+        if self.kind != "rotary":
+            return None
+        if below is None:
+            return rotation(positions_T, self.width // heads)
+        cos, sin = rotation_table(below, self.width // heads, positions_T.device)
+        return cos[positions_T], sin[positions_T]
 
 
 def sinusoids(positions: int, width: int, device: torch.device | str = "cpu") -> Tensor:

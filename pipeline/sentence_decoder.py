@@ -56,6 +56,7 @@ class SentenceDecoder(nn.Module):
         self.slot_count, self.context = config.slots, config.context_sentences
         rows = self.slot_count + self.symbols
         self.places = (self.context + 1) * rows
+        self.positions = (self.context * config.layers + 1) * rows  # with the sentences that those depend on
         self.embedding = TokenEmbedding(
             config.vocab_size, config.embedding_size, width, rows, config.position_kind
         )
@@ -197,7 +198,8 @@ class SentenceDecoder(nn.Module):
         step = CachedStep(state.cache, rows, symbols_n.device)
         all_rows = len(rows) == state.cache.rows
         rows_n = None if all_rows else torch.from_numpy(rows).to(symbols_n.device)
-        x, turn = self.embedding(symbols_n, positions_n), self.embedding.turn(positions_n, self.heads)
+        x = self.embedding(symbols_n, positions_n)
+        turn = self.embedding.turn(positions_n, self.heads, self.positions)
         for number, (layer, conditions) in enumerate(zip(self.layers, state.conditions, strict=True)):
             if conditions is not None and not all_rows:
                 conditions = conditions[rows_n]
