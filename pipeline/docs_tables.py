@@ -6,8 +6,9 @@ In: README.md and all Markdown below docs/, where a table of figures stands betw
     <!-- end -->
 
 and the result files. Out: the same pages with every such place filled by the function NAME of
-`docs_figures.TABLES`, and the SVG files that these functions draw, beside their results. With `--check`
-nothing is written; the exit status is 1 where a page or a picture differs from what the results say.
+`docs_figures.TABLES` or `docs_single_figures.TABLES`, and the SVG files that these functions draw, beside
+their results. With `--check` nothing is written; the exit status is 1 where a page or a picture differs from
+what the results say.
 Nothing here imports torch.
 """
 
@@ -23,10 +24,12 @@ from pathlib import Path
 
 from data_prep.errors import UserError, run_main
 from data_prep.files import write_atomically
-from pipeline.docs_figures import TABLES, Results
+from pipeline import docs_figures, docs_single_figures
+from pipeline.docs_figures import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = re.compile(r"<!-- (?:table: (?P<words>.+?)|(?P<end>end)) -->")
+TABLES = {**docs_figures.TABLES, **docs_single_figures.TABLES}
 NO_END = "no <!-- end --> comes after it"
 
 

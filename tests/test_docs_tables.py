@@ -146,6 +146,20 @@ def test_sentences_rebuilt_exactly_by_length(checkout: Path) -> None:
     assert "| vae | 90.0 % | – | – | – | – | 90.0 % |" in lines
 
 
+def test_each_language_has_its_columns(checkout: Path) -> None:
+    zh, en = {"bits_per_byte": 2.5}, {"bits_per_byte": 1.5}
+    rows = [
+        row("lm", 1, objective="lm", evaluation={"by_language": {"zh": zh, "en": en}}),
+        row("SLLM", 1, objective="sllm", evaluation={"by_language": {"zh": {**zh, "vector_gain": 0.25}}}),
+        row("vae", 1, objective="vae", evaluation={"by_language": {"zh": zh}}),
+    ]
+    write(checkout, "languages.json", {"rows": rows})
+    page(checkout, "by-language languages.json")
+    text = made(checkout)
+    assert "| run | en: bits per byte | en: vector gain | zh: bits per byte | zh: vector gain |" in text
+    assert "| lm | 1.500 | – | 2.500 | – |\n| SLLM | – | – | 2.500 | 0.250 |\n\n" in text
+
+
 def test_another_result_is_another_table_and_the_check_names_the_place(
     checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +235,7 @@ def test_typed_rows_say_where_they_come_from(checkout: Path) -> None:
     ("words", "message"),
     [
         ("sweeep experiments/small.json", "nobody makes a table `sweeep`; did you mean sweep?"),
-        ("zzz", "nobody makes a table `zzz`; there are comparison, "),
+        ("zzz", "nobody makes a table `zzz`; there are by-language, "),
         ("sweep experiments/none.json", "docs/results/experiments/none.json is not there"),
         ("sweep", "name a FILE.json that has rows"),
         ("exact-by-length", r"cannot be made of these words and results \(TypeError"),
