@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.attention import SegmentLayout, packed_attention, repeat_heads
 
 FIRST_PLACES = 64  # room for new places where it is not known how many will come
+SHORT_ROW = 128  # places up to which a CPU copies ragged rows together rather than attend to one by one
 
 
 class KeyValueCache:
@@ -128,8 +129,8 @@ class CachedContext:
 class CachedStep:
     """One more place in each of `rows` (int64 [n], ascending); made once per step, used by every layer.
 
-    Rows of one length that lie side by side are read where they are. Others are attended to one by one on a
-    CPU (no padding, no copy), together and masked on a GPU (few kernels).
+    Rows of one length that lie side by side are read where they are. Others are attended to together and
+    masked (few kernels); long ones on a CPU one by one (no padding, no copy).
     """
 
     def __init__(self, cache: KeyValueCache, rows: np.ndarray, device: torch.device):
@@ -161,7 +162,7 @@ class CachedStep:
         # The two indexed dimensions are apart, so torch puts them first: [n, H_kv, d_head], as k and v are.
         keys[self._rows_n, :, self.position_of_row] = k
         values[self._rows_n, :, self.position_of_row] = v
-        if q.device.type == "cpu":
+        if q.device.type == "cpu" and self.longest > SHORT_ROW:
             outs = []
             for n, (row, at) in enumerate(zip(self._rows, self.lengths, strict=True)):
                 k, v = (x[row, None, :, : at + 1] for x in (keys, values))
@@ -172,7 +173,7 @@ class CachedStep:
         return out.reshape(shape)
 
     def attend_masked(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-        """q [n, H_kv, queries, d_head] over the whole storage → as q: the GPU's way for ragged rows."""
+        """q [n, H_kv, queries, d_head] over the whole storage → as q: ragged rows side by side."""
         k, v = (x[self._rows_n, :, : self.longest] for x in (keys, values))
         # Places behind a row's end may hold anything, NaN too: neither -inf added to a score nor a weight of
         # 0 would undo it.
