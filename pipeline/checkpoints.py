@@ -238,9 +238,10 @@ def require_same_model_recipe(meta: Meta, checkpoint: Path, recipe: dict[str, An
     was, now = (
         {
             "model": r["model"],
-            "loss": LossRecipe(**r["loss"]).head_settings(),
+            "loss": loss.head_settings() | {"embedding_weight": loss.embedding_weight},
         }
         for r in (meta.recipe, recipe)
+        for loss in [LossRecipe(**r["loss"])]
     )
     difference = first_difference(was, now)
     if difference:

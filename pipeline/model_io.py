@@ -85,6 +85,7 @@ def build_model(
     focal_gamma: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    embedding_weight: float = 0.0,
 ) -> nn.Module:
     """A new model for one training run, fp32 on the CPU.
 
@@ -98,6 +99,7 @@ def build_model(
             model's config.
         window_tokens: longest window, kept in the config; must fit the backbone's positions.
         focal_gamma, label_smoothing, z_loss: the training loss (head.py); all 0 is cross-entropy.
+        embedding_weight: another part of it (`SLLM.forward`; `sllm` only).
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
@@ -110,7 +112,7 @@ def build_model(
         if objective == "vae":
             model = SentenceVAE(_vae_config({**vae, **loss}, text, tokenizer))
         else:
-            model = _build_sllm(vae, backbone, text, tokenizer, loss)
+            model = _build_sllm(vae, backbone, text, tokenizer, loss, embedding_weight)
         if embeddings is not None:
             if (Path(embeddings) / "tokenizer").is_dir():
                 _same_tokenizer(embeddings, tokenizer)
@@ -133,10 +135,13 @@ def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any])
         sentence_settings,
         recipe.data.window_tokens,
         **recipe.loss.head_settings(),
+        embedding_weight=recipe.loss.embedding_weight,
     )
 
 
-def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, loss: dict) -> SLLM:
+def _build_sllm(
+    vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, loss: dict, embedding_weight: float
+) -> SLLM:
     trained_vae = loaded_backbone = None
     if vae.get("path"):
         trained_vae = load_model(vae["path"])
@@ -156,7 +161,7 @@ def _build_sllm(vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, los
     else:
         config = backbone_config(backbone)
     _require_room(config, text["window_tokens"])
-    model = SLLM(SLLMConfig(vae_config, config, **text))
+    model = SLLM(SLLMConfig(vae_config, config, embedding_weight=embedding_weight, **text))
     if trained_vae is not None:
         model.vae.load_state_dict(trained_vae.state_dict())
     if loaded_backbone is not None:

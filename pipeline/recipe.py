@@ -162,12 +162,14 @@ class ModelRecipe:
 @dataclass
 class LossRecipe:
     """`cross_entropy`, or `focal` with the paper's gamma (section 4: focal loss, gamma 2); either with label
-    smoothing and z-loss (pipeline/head.py). Plain cross-entropy is reported whatever is trained on."""
+    smoothing and z-loss (pipeline/head.py), and for an SLLM with a weight on how far each predicted vector is
+    from the next sentence's embedding (`sllm.py`). Plain cross-entropy is reported whatever is trained on."""
 
     kind: str = "cross_entropy"
     focal_gamma: float = 2.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    embedding_weight: float = 0.0
 
     def __post_init__(self) -> None:
         _require_one_of("loss.kind", self.kind, ("cross_entropy", "focal"))
@@ -175,8 +177,9 @@ class LossRecipe:
             raise UserError(f"recipe: loss.focal_gamma must be at least 1, not {self.focal_gamma}")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"recipe: loss.label_smoothing must lie in [0, 1), not {self.label_smoothing}")
-        if not 0 <= self.z_loss < math.inf:
-            raise UserError(f"recipe: loss.z_loss must not be negative, not {self.z_loss}")
+        for key in ("z_loss", "embedding_weight"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"recipe: loss.{key} must not be negative, not {getattr(self, key)}")
 
     def head_settings(self) -> dict[str, float]:
         """What the vocabulary head takes: focal_gamma (0 for cross-entropy), label_smoothing, z_loss."""
@@ -379,6 +382,8 @@ class Recipe:
         for name in needs:
             if not getattr(self.model, name):
                 raise UserError(f"recipe: objective {self.objective} needs model.{name} (sizes, or a path)")
+        if self.loss.embedding_weight and self.objective != "sllm":
+            raise UserError(f"recipe: loss.embedding_weight is for objective sllm, not {self.objective}")
         if self.objective == "vae" and self.model.vae.get("path"):
             raise UserError(
                 "recipe: objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"

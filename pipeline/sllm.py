@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 class SLLMConfig(PreTrainedConfig):
     """An SLLM is a SentenceVAE's config, a backbone's config (Hugging Face's, of one of `backbone.FAMILIES`)
-    and the text settings."""
+    and the text settings. embedding_weight: of the second part of the training loss (`SLLM.forward`)."""
 
     model_type = "sllm"
     has_no_defaults_at_init = True
@@ -48,8 +48,10 @@ class SLLMConfig(PreTrainedConfig):
         backbone: dict | PreTrainedConfig | None = None,
         sentence_settings: dict | None = None,
         window_tokens: int = 1024,
+        embedding_weight: float = 0.0,
         **kwargs,
     ):
+        self.embedding_weight = embedding_weight
         self.vae = vae if isinstance(vae, SentenceVAEConfig) else SentenceVAEConfig(**(vae or {}))
         self.backbone = (
             backbone if isinstance(backbone, PreTrainedConfig) else backbone_config(backbone or {})
@@ -134,9 +136,11 @@ class SLLM(PreTrainedModel):
     def _out_of(self, x: Tensor) -> Tensor:
         return x if self.from_backbone is None else self.from_backbone(x)
 
-    def contextualise(self, batch: Batch) -> Tensor:
-        """Backbone outputs [S+D, d_backbone] of every window: start position, then its sentences."""
-        embeddings_Sd = self.vae.encode(batch)
+    def contextualise(self, batch: Batch, embeddings_Sd: Tensor | None = None) -> Tensor:
+        """Backbone outputs [S+D, d_backbone] of every window: start position, then its sentences, whose
+        embeddings [S, d] are computed where they are not given."""
+        if embeddings_Sd is None:
+            embeddings_Sd = self.vae.encode(batch)
         start_1d = self.start(torch.zeros(1, dtype=torch.long, device=batch.device))
         x = torch.cat([start_1d, embeddings_Sd])[batch.backbone_source]
         return run_packed(self.backbone, batch.backbone_layout, inputs_embeds=self._into(x))
@@ -147,12 +151,20 @@ class SLLM(PreTrainedModel):
         start_vector_only: decode every sentence from its window's start output instead (the decoder knows no
         more of the past than `context_sentences` show it); the bits per byte lost by that are the *vector
         gain*.
+
+        With `embedding_weight` the objective also has, times that weight, Σ 1 − cos(vector, embedding of the
+        sentence that it predicts): the vector that a SentenceVAE's decoder would write that sentence from.
         """
-        hidden = self.contextualise(batch)
-        rows_S = batch.start_row_S if start_vector_only else batch.predicting_row_S
+        embeddings_Sd = self.vae.encode(batch)
+        hidden = self.contextualise(batch, embeddings_Sd)
+        vectors_Sd = self._out_of(hidden[batch.start_row_S if start_vector_only else batch.predicting_row_S])
         objective, nll, is_end, correct = self.vae.decode_loss(
-            batch, self._out_of(hidden[rows_S]), want_correct, self.config.vae.context_sentences
+            batch, vectors_Sd, want_correct, self.config.vae.context_sentences
         )
+        if self.config.embedding_weight:
+            # Detached: embeddings that move towards what is easy to predict would all become one.
+            similar_S = F.cosine_similarity(vectors_Sd.float(), embeddings_Sd.detach().float())
+            objective = objective + self.config.embedding_weight * (1 - similar_S).sum()
         stop_logits_S = self._stop_logits(hidden[batch.predicting_row_S + 1])
         stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
         return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
