@@ -280,9 +280,9 @@ def run_in_processes(workers: int, start: Callable[[], None], watch: Callable[[]
     for process in processes:
         process.start()
     try:
-        while any(process.is_alive() for process in processes):
-            watch()
-            _wait_for_any(processes)
+        while True:
+            # Asked first: of processes that have all ended, however soon, every failure is seen below.
+            working = any(process.is_alive() for process in processes)
             ended = [process for process in processes if process.exitcode not in (None, 0)]
             if ended:
                 if not errors.empty():
@@ -293,6 +293,10 @@ def run_in_processes(workers: int, start: Callable[[], None], watch: Callable[[]
                         "run the same command again to go on, perhaps with fewer --workers"
                     )
                 raise RuntimeError("a worker process failed, see its message above")
+            if not working:
+                return
+            watch()
+            _wait_for_any(processes)
     finally:
         # Some are still at work only after an error or Ctrl-C; the next run goes on where they were.
         for process in processes:

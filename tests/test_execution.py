@@ -238,6 +238,13 @@ def test_an_error_in_a_process_reaches_the_parent(folder: Path):
         run_in_processes(2, partial(fail_in_process, folder), lambda: None)
 
 
+def test_an_error_is_told_by_processes_that_are_gone_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    process = multiprocessing.process.BaseProcess
+    monkeypatch.setattr(process, "is_alive", lambda self: self.join() is not None)  # ended before it is asked
+    with pytest.raises(UserError, match=f"cannot use {folder.name}"):
+        run_in_processes(2, partial(fail_in_process, folder), lambda: None)
+
+
 def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
