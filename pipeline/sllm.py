@@ -227,12 +227,12 @@ class SLLM(PreTrainedModel):
             raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
         x = self._into(self._encode(sentences))
         layout = CachedStep(state.cache, rows, self.device)
+        rows_n = torch.from_numpy(rows).to(self.device)
         if keep := self.vae.decoder.remembers:
-            vectors = self._out_of(state.hidden[torch.from_numpy(rows).to(self.device)])
+            vectors = self._out_of(state.hidden[rows_n])
             for row, sentence, vector_d in zip(rows, sentences, vectors, strict=True):
                 state.recent[row] = [*state.recent[row], (list(sentence), vector_d)][-keep:]
-        out = run_packed(self.backbone, layout, inputs_embeds=x)
-        state.hidden[torch.from_numpy(rows).to(self.device)] = out
+        state.hidden[rows_n] = run_packed(self.backbone, layout, inputs_embeds=x)
 
     @torch.no_grad()
     def stop_log_odds(self, state: BackboneState, rows: np.ndarray) -> Tensor:
