@@ -196,6 +196,8 @@ class BatchWriter:
         forbidden_V[self._end] = False
         bias_V = torch.zeros(vae.vocab_size, device=model.device)
         self._bias_V = bias_V.masked_fill(torch.from_numpy(forbidden_V).to(model.device), -torch.inf)
+        self._endless_V = self._bias_V.clone()
+        self._endless_V[self._end] = -torch.inf
         self._seen_RV = None
         if sampling.repetition_penalty != 1:
             self._seen_RV = torch.zeros(rows, vae.vocab_size, dtype=torch.bool, device=model.device)
@@ -341,11 +343,14 @@ class BatchWriter:
         allowed_nV = logits_nV
         if self._seen_RV is not None:
             allowed_nV = sampling.penalise(logits_nV, self._seen_RV[torch.from_numpy(at_n)])
-        allowed_nV = allowed_nV + self._bias_V
         # An empty sentence does not exist in training.
         endless = [n for n, row in enumerate(rows) if not row.tokens or exactly is not None]
-        if endless:
-            allowed_nV[endless, self._end] = -torch.inf
+        if len(endless) == len(rows):
+            allowed_nV = allowed_nV + self._endless_V
+        else:
+            allowed_nV = allowed_nV + self._bias_V
+            if endless:
+                allowed_nV[endless, self._end] = -torch.inf
         uniform_n = None
         if not sampling.greedy:
             drawn = [
@@ -357,7 +362,7 @@ class BatchWriter:
         for n, row in enumerate(rows):
             if row.closing or exactly is not None and len(row.tokens) == exactly:
                 symbol_n[n] = self._end
-        chosen_n = logits_nV.gather(1, symbol_n[:, None])[:, 0] - logits_nV.logsumexp(-1)
+        chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
         return symbol_n.tolist(), chosen_n.tolist()
 
     def _written(self, at: int, symbol: int, log_probability: float) -> Iterator[Event]:

@@ -19,7 +19,7 @@ from pipeline.attention import SegmentLayout, packed_attention
 from pipeline.batches import Reach
 from pipeline.caches import CachedContext, CachedStep
 
-Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, d_head] each
+Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, 1, d_head] each
 
 
 def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
@@ -27,7 +27,7 @@ def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
     [T] turn, so that their product depends on two rows' distance alone; float32. Channels i and
     i + d_head/2 are a pair: `rotate` multiplies the pair's other channel by the sine, once with a minus."""
     rates = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=positions_T.device) / head_dim)
-    angles = positions_T[:, None, None].float() * rates
+    angles = positions_T[:, None, None, None].float() * rates
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
@@ -40,7 +40,7 @@ def rotation_table(positions: int, head_dim: int, device: torch.device) -> Rotat
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """[T, …, d_head] → the same, turned by the rows' angles."""
+    """[T, parts, H, d_head] → the same, turned by the rows' angles."""
     cos, sin = (part.to(x.dtype) for part in turn)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -65,7 +65,7 @@ class SelfAttention(nn.Module):
         if turn is None:
             return qkv.unbind(1)
         both, v = qkv.split([2, 1], 1)  # queries and keys turn alike
-        q, k = rotate(both, tuple(part[:, None] for part in turn)).unbind(1)
+        q, k = rotate(both, turn).unbind(1)
         return q, k, v[:, 0]
 
     def forward(
@@ -114,8 +114,8 @@ class TransformerLayer(nn.Module):
         """What cross-attention adds to every row of a sentence, [S, d]; None in a layer without."""
         return None if self.condition is None else self.condition(vector_Sd)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x)))))
+    def _fed_forward(self, x: Tensor) -> Tensor:
+        return self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x))))
 
     def forward(
         self,
@@ -132,7 +132,7 @@ class TransformerLayer(nn.Module):
         x = x_Td + self.dropout(attended)
         if self.condition is not None:
             x = x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row])
-        return self._feed_forward(x)
+        return x + self.dropout(self._fed_forward(x))
 
     def step(
         self,
@@ -143,9 +143,11 @@ class TransformerLayer(nn.Module):
         turn: Rotation | None = None,
     ) -> Tensor:
         """New rows of sentences with cached attention; `condition_Rd` is `condition(vector)` of each row's
-        sentence, computed once per sentence (None in a layer that is not conditioned)."""
+        sentence, computed once per sentence (None in a layer that is not conditioned). Without dropout."""
         x = x_Rd + self.attention.step(self.attention_norm(x_Rd), layer, step, turn)
-        return self._feed_forward(x if condition_Rd is None else x + condition_Rd)
+        if condition_Rd is not None:
+            x = x + condition_Rd
+        return x + self._fed_forward(x)
 
 
 class CrossAttention(nn.Module):

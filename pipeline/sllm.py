@@ -121,6 +121,12 @@ class SLLM(PreTrainedModel):
         return self.vae.get_input_embeddings()
 
     @property
+    def device(self) -> torch.device:
+        """As Hugging Face's, which walks through all modules to find one parameter: too dear for every
+        symbol."""
+        return self.start.weight.device
+
+    @property
     def max_sentences(self) -> int:
         """Most sentences of one context: the backbone's positions less the start position."""
         return getattr(self.config.backbone, "max_position_embeddings", 1 << 30) - 1

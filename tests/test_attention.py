@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 LENGTHS = {
     "one row": [1],
     "one segment": [37],
+    "equal": [7] * 6,
     "clauses": np.random.default_rng(0).integers(1, 25, 40),
     "long": np.random.default_rng(1).integers(1, 150, 12),
     "mixed": [1, 200, 3, 3, 90, 128, 1, 129],
