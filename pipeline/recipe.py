@@ -3,7 +3,7 @@
 In: a recipe file (`pipeline/recipes/*.yaml`, which may start from another one with `base: other.yaml`) and
 the command line's overrides. Out: a `Recipe`, every value of the right type, every key known. Called by
 `train.py` before torch is imported, so this module imports nothing but PyYAML: a wrong key is refused within
-a second.
+a second. How text becomes typed values is `recipe_reading.py`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import yaml
 
 from data_prep.errors import UserError
+from pipeline.recipe_reading import build, coerce, parse_overrides, parse_value, read_yaml, unknown_key
 
 OBJECTIVES = ("vae", "sllm", "lm")
 
@@ -216,7 +216,7 @@ class OptimizerRecipe:
                 continue
             if not isinstance(settings, dict) or set(settings) != {"lr_scale"}:
                 raise UserError(f"{where} must be {{lr_scale: NUMBER}} or {{freeze: true}}, not {settings!r}")
-            scale = settings["lr_scale"] = _coerce(float, settings["lr_scale"], f"{where[8:]}.lr_scale")
+            scale = settings["lr_scale"] = coerce(float, settings["lr_scale"], f"{where[8:]}.lr_scale")
             if not 0 < scale < math.inf:
                 raise UserError(f"{where}.lr_scale must be above 0, not {scale}: freeze: true trains nothing")
 
@@ -404,74 +404,19 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises UserError for a missing or unreadable file, an unknown key (with the nearest known one) or a wrong
     value.
     """
-    values = _read_yaml(Path(path), seen=())
+    values = read_yaml(Path(path))
     for key, texts in parse_overrides(overrides or []):
         _set_override(values, key, texts)
-    return _build(Recipe, values, "")
-
-
-def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
-    """`["--a.b", "1", "--c=x"]` → `[("a.b", ["1"]), ("c", ["x"])]`; UserError for anything else."""
-    found: list[tuple[str, list[str]]] = []
-    for argument in arguments:
-        if argument.startswith("--"):
-            key, equals, value = argument[2:].partition("=")
-            found.append((key, [value] if equals else []))
-        elif found:
-            found[-1][1].append(argument)
-        else:
-            raise UserError(
-                f"unexpected argument {argument!r}: recipe overrides look like --training.max_steps 10"
-            )
-    for key, values in found:
-        if not values:
-            raise UserError(f"--{key} needs a value: --{key} VALUE")
-    return found
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's mapping, merged over its `base` (a path relative to the file)."""
-    resolved = path.resolve()
-    if resolved in seen:
-        raise UserError(f"recipe {path}: `base` leads back to itself")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"recipe {path} does not exist: see pipeline/recipes/ for the ones that come along"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {path} is not a mapping of keys to values")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    return _merge(_read_yaml(path.parent / str(base), (*seen, resolved)), values, "")
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any], where: str) -> dict[str, Any]:
-    """`over` wins key by key; a model part that brings a path replaces the sizes below it."""
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        replaces = where == "model." and isinstance(value, dict) and value.get("path")
-        if isinstance(value, dict) and isinstance(below, dict) and not replaces:
-            merged[key] = _merge(below, value, f"{where}{key}.")
-        else:
-            merged[key] = value
-    return merged
+    return build(Recipe, values, known_keys())
 
 
 def _set_override(values: dict[str, Any], key: str, texts: list[str]) -> None:
-    """Put one command line value where it belongs; types are settled later by `_build`."""
+    """Put one command line value where it belongs; types are settled later by `build`."""
     parts = key.split(".")
     is_model_part = len(parts) == 3 and parts[0] == "model" and parts[1] in ("vae", "backbone")
     if not is_model_part and key not in known_keys():
-        raise _unknown_key(key, known_keys())
-    parsed = [_parse_value(text) for text in texts]
+        raise unknown_key(key, known_keys())
+    parsed = [parse_value(text) for text in texts]
     node = values
     for part in parts[:-1]:
         if not isinstance(node.get(part), dict):
@@ -480,13 +425,6 @@ def _set_override(values: dict[str, Any], key: str, texts: list[str]) -> None:
     if is_model_part and (parts[2] == "path" or node.get("path")):
         node.clear()
     node[parts[-1]] = parsed[0] if len(parsed) == 1 else parsed
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def known_keys() -> list[str]:
@@ -503,72 +441,10 @@ def known_keys() -> list[str]:
     return keys
 
 
-def _build(kind: type, values: dict[str, Any], where: str) -> Any:
-    """A dataclass out of plain values; `where` is the dotted prefix used in messages."""
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            raise _unknown_key(f"{where}{key}", known_keys())
-    built = {}
-    for item in dataclasses.fields(kind):
-        if item.name in values:
-            built[item.name] = _coerce(hints[item.name], values[item.name], f"{where}{item.name}")
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise UserError(f"recipe: {where}{item.name} is missing")
-        elif dataclasses.is_dataclass(hints[item.name]):
-            built[item.name] = _build(hints[item.name], {}, f"{where}{item.name}.")
-    return kind(**built)
-
-
-def _coerce(kind: Any, value: Any, key: str) -> Any:
-    """`value` as the annotated type, or UserError. YAML reads `1e-4` as text, so numbers may come as text."""
-    if isinstance(kind, types.UnionType):
-        (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
-        return None if value is None else _coerce(inner, value, key)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"recipe: {key} must be a mapping, not {value!r}")
-        return _build(kind, value, f"{key}.")
-    origin = typing.get_origin(kind)
-    if origin is list:
-        (inner,) = typing.get_args(kind)
-        return [_coerce(inner, one, key) for one in (value if isinstance(value, list) else [value])]
-    if origin is dict:
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise UserError(f"recipe: {key} must be a mapping, not {value!r}")
-        return dict(value)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if kind is float or number == int(number):
-                return kind(number)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise UserError(f"recipe: {key} must be {names[kind]}, not {value!r}")
-
-
-def _unknown_key(key: str, known: list[str] | tuple[str, ...]) -> UserError:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:  # people often forget the section: --max_steps instead of --training.max_steps
-        last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-        near = [
-            last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.75)
-        ]
-    hint = f": did you mean {near[0]!r}?" if near else f": known keys are {', '.join(known)}"
-    return UserError(f"unknown recipe key {key!r}{hint}")
-
-
 def _require_known(where: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
     for key in values:
         if key not in known:
-            raise _unknown_key(f"{where}{key}", [where + name for name in known])
+            raise unknown_key(f"{where}{key}", [where + name for name in known])
 
 
 def _require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:

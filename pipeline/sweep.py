@@ -40,7 +40,8 @@ from data_prep.files import json_bytes, write_atomically
 from data_prep.results import header, require_folder, say
 from data_prep.shards import ShardSet
 from pipeline import checkpoints
-from pipeline.recipe import Recipe, load_recipe, parse_overrides
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe_reading import parse_overrides
 from pipeline.report_page import Table, to_text
 from pipeline.run_report import NOTHING, duration, read_runs
 
