@@ -26,9 +26,20 @@ from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from data_prep.results import require_folder
 from pipeline.charts import Series, line_chart, thinned
-from pipeline.report_page import Block, Chart, Choice, Heading, Table, Text, by, to_html, to_text
-from pipeline.run_report import (
+from pipeline.report_page import (
     NOTHING,
+    Block,
+    Chart,
+    Choice,
+    Heading,
+    Table,
+    Text,
+    by,
+    to_html,
+    to_text,
+    with_interval,
+)
+from pipeline.run_report import (
     Run,
     colour,
     duration,
@@ -430,15 +441,8 @@ def table(result: dict[str, Any]) -> Table:
 
         return cell
 
-    def measured(figure: str, interval: str) -> Callable[[dict[str, Any]], str | None]:
-        def cell(one: dict[str, Any]) -> str | None:
-            known = one["evaluated"] or {}
-            if known.get(figure) is None:
-                return None
-            ends = known.get(interval)
-            return f"{known[figure]:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
-
-        return cell
+    def measured(figure: str) -> Callable[[dict[str, Any]], str]:
+        return lambda one: with_interval(one["evaluated"] or {}, figure)
 
     rows = [row("objective", lambda one: one["objective"])]
     for budget, (word, _, _) in BUDGETS.items():
@@ -452,11 +456,11 @@ def table(result: dict[str, Any]) -> Table:
         rows.append((f"bits per byte at equal {BUDGETS[budget][0]}: {SHOWN[budget](at['amount'])}", *cells))
     rows += [
         row("last validation bits per byte", lambda one: f"{one['curve'][-1]['bits_per_byte']:.4f}"),
-        row("whole text: bits per byte", measured("bits_per_byte", "bits_per_byte_interval")),
+        row("whole text: bits per byte", measured("bits_per_byte")),
         row("  weights of step", part("evaluated", "step", grouped)),
         row("  parameters", part("evaluated", "parameters", grouped)),
-        row("  without sentence vectors", measured("bits_per_byte_without_vectors", "")),
-        row("  vector gain", measured("vector_gain", "vector_gain_interval")),
+        row("  without sentence vectors", measured("bits_per_byte_without_vectors")),
+        row("  vector gain", measured("vector_gain")),
         row("  gap recovered", part("gap_recovered", "share", percent)),
         row("new tokens per second", part("generation", "tokens_per_second", lambda n: f"{n:,.1f}")),
         row("  seconds to the first sentence", part("generation", "first_sentence", lambda n: f"{n:.3f}")),

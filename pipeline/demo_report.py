@@ -24,12 +24,11 @@ from typing import Any
 
 from data_prep.errors import UserError
 from pipeline.charts import Series, bar_chart, line_chart, running_mean
-from pipeline.report_page import Block, Chart, Heading, Sample, Table, Text, to_html, to_markdown
+from pipeline.report_page import NOTHING, Block, Chart, Heading, Sample, Table, Text, to_html, to_markdown
 
 TITLE = "Demo report: from text to a measured sentence-level language model"
 KINDS = ("vae", "sllm", "lm")
 NAMES = {"vae": "SentenceVAE", "sllm": "SLLM", "lm": "token model"}
-NOTHING = "–"
 
 
 @dataclass(frozen=True)

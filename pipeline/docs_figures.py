@@ -31,7 +31,7 @@ from data_prep.errors import UserError
 from pipeline import comparison, scaling
 from pipeline.charts import picture
 from pipeline.generation_chart import chart
-from pipeline.run_report import NOTHING
+from pipeline.report_page import NOTHING, with_interval
 
 
 @dataclass(frozen=True)
@@ -247,9 +247,9 @@ def robustness(results: Results, file: str) -> list[str]:
                 [
                     "" if number else name,
                     Path(one["model"]).name,
-                    _with_interval(one, "bits_per_byte"),
+                    with_interval(one, "bits_per_byte", 3),
                     "" if name == plain else f"{one['change']:+.3f}",
-                    _with_interval(one, "vector_gain"),
+                    with_interval(one, "vector_gain", 3),
                     f"{one['tokens_per_sentence']:.1f}" if "tokens_per_sentence" in one else NOTHING,
                     share(one["cut_by_limit"]) if "cut_by_limit" in one else NOTHING,
                 ]
@@ -265,14 +265,6 @@ def robustness(results: Results, file: str) -> list[str]:
     )
     notes = [f"- left out: {name} ({reason})" for name, reason in found.get("skipped", {}).items()]
     return table(header, rows, (0, 1)) + (["", *notes] if notes else [])
-
-
-def _with_interval(figures: dict[str, Any], key: str) -> str:
-    """A figure, and the ends of its interval where it has one."""
-    if figures.get(key) is None:
-        return NOTHING
-    ends = figures.get(f"{key}_interval")
-    return f"{figures[key]:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
 
 
 def compared(results: Results, file: str) -> list[str]:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.docs_figures import Results, grouped_matches, share, table
-from pipeline.run_report import NOTHING, duration
+from pipeline.report_page import NOTHING
+from pipeline.run_report import duration
 
 KINDS = ("vae", "sllm", "lm")
 

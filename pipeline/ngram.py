@@ -22,6 +22,7 @@ from itertools import chain
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.results import header
 from data_prep.shards import ShardSet
 from pipeline.bins import BinPlan, Span, document_spans
 from pipeline.losses import bits_per_byte, perplexity
@@ -165,6 +166,7 @@ def run(
     if not tokens:
         raise UserError(f"{validation}: nothing to evaluate, it holds no text")
     return {
+        **header(("numpy",)),
         "shards": shards,
         "data": validation,
         "order": order,

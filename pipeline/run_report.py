@@ -25,10 +25,9 @@ import yaml
 from data_prep.errors import UserError
 from data_prep.files import write_atomically
 from pipeline.charts import COLOURS, Mark, Series, line_chart, running_mean, thinned
-from pipeline.report_page import Block, Chart, Choice, Heading, Table, Text, by, to_html
+from pipeline.report_page import NOTHING, Block, Chart, Choice, Heading, Table, Text, by, to_html
 from pipeline.run_log import EVALUATIONS, METRICS, SAVES, STARTS, read_records
 
-NOTHING = "–"
 MOST_SKIPS = 50  # of a run that are listed one by one
 AXES = (
     ("steps", "steps", "steps"),

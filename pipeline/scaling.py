@@ -27,8 +27,8 @@ from data_prep.files import write_atomically
 from data_prep.results import require_folder
 from pipeline import checkpoints
 from pipeline.charts import Series, line_chart, picture
-from pipeline.report_page import Table, to_text
-from pipeline.run_report import NOTHING, read_runs, validation_sample
+from pipeline.report_page import Table, to_text, with_interval
+from pipeline.run_report import read_runs, validation_sample
 
 X = {
     "parameters": "parameters",
@@ -283,7 +283,7 @@ def table(result: dict[str, Any]) -> Table:
     for objective, found in result["fits"].items():
         for kind, form in (("line", "A · x^-α"), ("offset", "E + A · x^-α")):
             if one := found[kind]:
-                alpha, offset = (_with_interval(one, key) for key in ("alpha", "E"))
+                alpha, offset = (with_interval(one, key) for key in ("alpha", "E"))
                 count = str(len(found["points"]))
                 rows.append(
                     (objective, form, count, alpha, offset, f"{one['A']:.4g}", f"{one['residual']:.2%}")
@@ -296,10 +296,3 @@ def format_fit(result: dict[str, Any]) -> str:
     """The result of `fit` as text."""
     lines = [to_text(table(result)), f"note: {result['note']}"]
     return "\n".join(lines + ([f"wrote {result['output']}"] if result["output"] else []))
-
-
-def _with_interval(one: dict[str, Any], key: str) -> str:
-    if key not in one:
-        return NOTHING
-    low, high = one[f"{key}_interval"]
-    return f"{one[key]:.4f} [{low:.4f}, {high:.4f}]"

@@ -42,8 +42,8 @@ from data_prep.shards import ShardSet
 from pipeline import checkpoints
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe_reading import parse_overrides
-from pipeline.report_page import Table, to_text
-from pipeline.run_report import NOTHING, duration, read_runs
+from pipeline.report_page import NOTHING, Table, to_text, with_interval
+from pipeline.run_report import duration, read_runs
 
 PROJECT = Path(__file__).resolve().parent.parent
 STRATEGY = PROJECT / "ds_configs" / "zero0.json"
@@ -463,18 +463,12 @@ def format_sweep(result: dict[str, Any]) -> str:
     header = ("run", "seed", "kind", "parameters", "body", "tokens", "time", "tokens/s")
     header += ("bits/byte", "vector gain", "ppl", "rebuilt bits/byte", "exact match")
 
-    def figure(row: dict[str, Any], key: str) -> str:
-        if row.get(key) is None:
-            return NOTHING
-        ends = row.get(f"{key}_interval")
-        return f"{row[key]:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
-
     lines = []
     for row in result["rows"]:
         counts = (f"{row['parameters']:,}", f"{row['body_parameters']:,}", f"{row['tokens']:,}")
-        bits, ppl = figure(row, "bits_per_byte"), f"{row['ppl']:.4g}"
+        bits, ppl = with_interval(row, "bits_per_byte"), f"{row['ppl']:.4g}"
         rebuilds = row["objective"] == "vae"
-        shown = (NOTHING, NOTHING, NOTHING) if rebuilds else (bits, figure(row, "vector_gain"), ppl)
+        shown = (NOTHING, NOTHING, NOTHING) if rebuilds else (bits, with_interval(row, "vector_gain"), ppl)
         exact = f"{row['exact_match']:.2%}" if rebuilds else NOTHING
         speed = f"{row['tokens_per_second']:,.0f}"
         kind = (row["name"], str(row["seed"]), row["objective"], *counts, duration(row["seconds"]), speed)
