@@ -349,3 +349,22 @@ def test_save_and_load_round_trip(name, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded(batch).target_nll_N, model(batch).target_nll_N, atol=0, rtol=0)
     assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_predicted_vectors_are_drawn_to_the_embedding_that_comes():
+    """What is added is the angle to the next sentence's embedding; that embedding does not give way."""
+    plain, drawn = small_sllm(), small_sllm()
+    drawn.config.embedding_weight = 0.5
+    batch = random_batch(4)
+    before, after = plain(batch), drawn(batch)
+    vectors_Sd = plain.contextualise(batch)[batch.predicting_row_S]
+    targets_Sd = plain.vae.encode(batch).detach()
+    cos_S = (vectors_Sd * targets_Sd).sum(-1) / (vectors_Sd.norm(dim=-1) * targets_Sd.norm(dim=-1))
+    added = 0.5 * (1 - cos_S).sum()
+    assert added > 0.1
+    torch.testing.assert_close(after.objective, before.objective + added)
+    assert torch.equal(after.target_nll_N, before.target_nll_N)
+    (before.objective + added).backward()
+    after.objective.backward()
+    for (name, ours), theirs in zip(drawn.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")

@@ -296,3 +296,21 @@ def test_steps_to_profile(tmp_path: Path) -> None:
     for wrong in ("12-10", "0-3", "a-b", "3-", "-3", "1-2-3"):
         with pytest.raises(UserError, match="log.profile must be steps such as 10-12"):
             load_recipe(path, [f"--log.profile={wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("label_smoothing", "1", r"must lie in \[0, 1\)"),
+        ("label_smoothing", "-0.1", r"must lie in \[0, 1\)"),
+        ("z_loss", "-1", "must not be negative"),
+        ("z_loss", ".nan", "must not be negative"),
+        ("focal_gamma", "0.5", "must be at least 1"),
+        ("embedding_weight", "-1", "must not be negative"),
+        ("embedding_weight", "1", "is for objective sllm, not vae"),
+    ],
+)
+def test_wrong_losses_are_refused(key, value, says, tmp_path):
+    recipe = write(tmp_path, SMALL)
+    with pytest.raises(UserError, match=f"loss.{key} {says}"):
+        load_recipe(recipe, [f"--loss.{key}={value}"])
