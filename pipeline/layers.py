@@ -34,7 +34,7 @@ def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
 
 @lru_cache(maxsize=8)
 def rotation_table(positions: int, head_dim: int, device: torch.device) -> Rotation:
-    """`rotation` of all positions below `positions`, for generation, which wants one row at a time."""
+    """`rotation` of all positions below `positions`, for generation, which wants few rows at a time."""
     with torch.inference_mode(False):  # it outlives the call that happens to make it
         return rotation(torch.arange(positions, device=device), head_dim)
 
@@ -114,7 +114,8 @@ class TransformerLayer(nn.Module):
         """What cross-attention adds to every row of a sentence, [S, d]; None in a layer without."""
         return None if self.condition is None else self.condition(vector_Sd)
 
-    def _fed_forward(self, x: Tensor) -> Tensor:
+    def _ffn(self, x: Tensor) -> Tensor:
+        """What the feed-forward part adds."""
         return self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x))))
 
     def forward(
@@ -132,7 +133,7 @@ class TransformerLayer(nn.Module):
         x = x_Td + self.dropout(attended)
         if self.condition is not None:
             x = x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row])
-        return x + self.dropout(self._fed_forward(x))
+        return x + self.dropout(self._ffn(x))
 
     def step(
         self,
@@ -143,11 +144,12 @@ class TransformerLayer(nn.Module):
         turn: Rotation | None = None,
     ) -> Tensor:
         """New rows of sentences with cached attention; `condition_Rd` is `condition(vector)` of each row's
-        sentence, computed once per sentence (None in a layer that is not conditioned). Without dropout."""
+        sentence, computed once per sentence (None in a layer that is not conditioned). For models in
+        evaluation mode: dropout is left out."""
         x = x_Rd + self.attention.step(self.attention_norm(x_Rd), layer, step, turn)
         if condition_Rd is not None:
             x = x + condition_Rd
-        return x + self._fed_forward(x)
+        return x + self._ffn(x)
 
 
 class CrossAttention(nn.Module):
@@ -184,9 +186,8 @@ class PostNormLayer(TransformerLayer):
         self.condition = CrossAttention(width, heads) if conditioned else None
         self.condition_norm = nn.LayerNorm(width) if conditioned else None
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        inner = self.dropout(F.relu(self.ffn_in(x)))
-        return self.ffn_norm(x + self.dropout(self.ffn_out(inner)))
+    def _ffn(self, x: Tensor) -> Tensor:
+        return self.ffn_out(self.dropout(F.relu(self.ffn_in(x))))
 
     def forward(
         self,
@@ -203,7 +204,7 @@ class PostNormLayer(TransformerLayer):
         x = self.attention_norm(x_Td + self.dropout(self.attention(x_Td, layout, causal, weight_dropout)))
         if self.condition is not None:
             x = self.condition_norm(x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row]))
-        return self._feed_forward(x)
+        return self.ffn_norm(x + self.dropout(self._ffn(x)))
 
     def step(
         self,
@@ -215,7 +216,8 @@ class PostNormLayer(TransformerLayer):
     ) -> Tensor:
         """New rows of sentences with cached attention, as `TransformerLayer.step`."""
         x = self.attention_norm(x_Rd + self.attention.step(x_Rd, layer, step))
-        return self._feed_forward(self.condition_norm(x + condition_Rd))
+        x = self.condition_norm(x + condition_Rd)
+        return self.ffn_norm(x + self._ffn(x))
 
 
 class TokenEmbedding(nn.Module):
@@ -251,10 +253,11 @@ class TokenEmbedding(nn.Module):
 
     def turn(self, positions_T: Tensor, heads: int, below: int | None = None) -> Rotation | None:
         """What rotary positions do to the queries and keys of these rows; None for the other kinds. `below`,
-        where it is known, is above all positions: then they are looked up."""
+        where it is known, is above all positions: then they are looked up (not in training, which would gain
+        nothing, and may run on tensors without values: `inspection.py`)."""
         if self.kind != "rotary":
             return None
-        if below is None:
+        if below is None or torch.is_grad_enabled():
             return rotation(positions_T, self.width // heads)
         cos, sin = rotation_table(below, self.width // heads, positions_T.device)
         return cos[positions_T], sin[positions_T]

@@ -145,6 +145,7 @@ def run(
 
     Raises: UserError for shards made with different tokenizers, or without text.
     """
+    made = header(("numpy",))
     began = time.perf_counter()
     ours, theirs = ShardSet.open(shards), ShardSet.open(validation)
     tokenizer = ours.tokenizer()
@@ -166,7 +167,7 @@ def run(
     if not tokens:
         raise UserError(f"{validation}: nothing to evaluate, it holds no text")
     return {
-        **header(("numpy",)),
+        **made,
         "shards": shards,
         "data": validation,
         "order": order,

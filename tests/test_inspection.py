@@ -39,6 +39,7 @@ VARIANTS = {
     "attention": {"vae": {"fusion": "attention"}},
     "variational": {"vae": {"variational": True}},
     "tied": {"vae": {"tie_word_embeddings": True}},
+    "rotary": {"vae": {"positions": "rotary"}},
     "adapters": {"vae": {"embedding_size": 48}, "backbone": {"word_embed_proj_dim": 32}},
 }
 
