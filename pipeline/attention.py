@@ -212,7 +212,6 @@ class SegmentLayout:
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self.rows = int(self.starts[-1])
         self.longest = int(self.lengths.max())
-        self.equal = self.rows == self.longest * len(self.lengths)  # all segments have one length
         self.device = torch.device(device)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
@@ -387,10 +386,10 @@ def _masked(q, k, v, layout, causal, scale, dropout):
 
 
 def _bucketed(q, k, v, layout, causal, scale, dropout):
-    if layout.equal:  # one block as it stands: nothing to gather
-        blocks = (x.view(-1, layout.longest, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*blocks, None, dropout, is_causal=causal, scale=scale)
-        return out.transpose(1, 2).flatten(0, 1)
+    if len(layout.lengths) == 1:  # one block as it stands: nothing to gather
+        block = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*block, None, dropout, is_causal=causal, scale=scale)
+        return out[0].transpose(0, 1)
     plan = layout.blocks
     sizes = [n * length for n, length in plan.shapes]
     # `split`: its backward joins the parts once; slicing would add up one full-sized gradient per block.

@@ -26,7 +26,6 @@ CPU = torch.device("cpu")
 LENGTHS = {
     "one row": [1],
     "one segment": [37],
-    "equal": [7] * 6,
     "clauses": np.random.default_rng(0).integers(1, 25, 40),
     "long": np.random.default_rng(1).integers(1, 150, 12),
     "mixed": [1, 200, 3, 3, 90, 128, 1, 129],
@@ -180,7 +179,7 @@ def test_the_environment_can_name_the_path_and_a_with_block_wins(monkeypatch):
 
 def test_dropout_acts_on_every_path_that_has_it():
     q = torch.ones(64, 2, 8)
-    for path, lengths in itertools.product(PATHS, ([30, 34], [32, 32])):
+    for path, lengths in itertools.product(PATHS, ([30, 34], [64])):
         torch.manual_seed(0)
         with attention_path(path):
             out = packed_attention(q, q, q, SegmentLayout(lengths), False, dropout=0.5)
