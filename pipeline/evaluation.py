@@ -39,6 +39,7 @@ from pipeline.losses import bits_per_byte
 from pipeline.model_io import load_model, load_model_tokenizer, model_kind, parameter_count
 from pipeline.plain_lm import load_plain_lm
 from pipeline.pretrained import KINDS, read_config
+from pipeline.report_page import with_interval
 from pipeline.scores import Scores, Window, document_windows
 
 DEFAULT_WINDOW_TOKENS = 1024
@@ -314,7 +315,7 @@ def format_result(result: dict) -> str:
     if result["rejected"]:
         rows.append(("left out", ", ".join(f"{n} × {reason}" for reason, n in result["rejected"].items())))
     rows += [
-        ("bits per byte", f"{result['bits_per_byte']:.4f}{_between(result['bits_per_byte_interval'])}"),
+        ("bits per byte", with_interval(result, "bits_per_byte")),
         ("perplexity", f"{result['ppl']:.4g} per plain token"),
         ("nats", f"{result['nll_nats']:.1f} = tokens {tokens:.1f} + ends {ends:.1f} + stops {stops:.1f}"),
     ]
@@ -323,8 +324,7 @@ def format_result(result: dict) -> str:
         rows.append(
             (
                 "vector gain",
-                f"{result['vector_gain']:.4f}{_between(result['vector_gain_interval'])} bits per byte "
-                f"({without:.4f} without vectors)",
+                f"{with_interval(result, 'vector_gain')} bits per byte ({without:.4f} without vectors)",
             )
         )
     if result["kind"] == "vae":
@@ -353,12 +353,7 @@ def format_result(result: dict) -> str:
     return "\n".join(f"{name:<15} {value}" for name, value in rows)
 
 
-def _between(interval: list[float] | None) -> str:
-    return f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
-
-
 def _group(figures: dict) -> str:
     if figures["bits_per_byte"] is None:
         return "no bytes"
-    between = _between(figures.get("bits_per_byte_interval"))
-    return f"{figures['bits_per_byte']:.4f}{between} of {figures['bytes']:,} bytes"
+    return f"{with_interval(figures, 'bits_per_byte')} of {figures['bytes']:,} bytes"

@@ -345,12 +345,9 @@ class BatchWriter:
             allowed_nV = sampling.penalise(logits_nV, self._seen_RV[torch.from_numpy(at_n)])
         # An empty sentence does not exist in training.
         endless = [n for n, row in enumerate(rows) if not row.tokens or exactly is not None]
-        if len(endless) == len(rows):
-            allowed_nV = allowed_nV + self._endless_V
-        else:
-            allowed_nV = allowed_nV + self._bias_V
-            if endless:
-                allowed_nV[endless, self._end] = -torch.inf
+        allowed_nV = allowed_nV + (self._endless_V if len(endless) == len(rows) else self._bias_V)
+        if 0 < len(endless) < len(rows):
+            allowed_nV[endless, self._end] = -torch.inf
         uniform_n = None
         if not sampling.greedy:
             drawn = [

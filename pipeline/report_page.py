@@ -2,7 +2,8 @@
 
 In: `Heading`, `Text`, `Table`, `Chart`, `Sample` in reading order. Out: two strings with the same figures,
 because both come from the same blocks; a `Table` alone also as text for a terminal. `Choice` is for the page
-alone. Called by `demo_report.py`, `run_report.py`, `comparison.py`, `sweep.py` and `scaling.py`.
+alone. Called by `demo_report.py`, `run_report.py`, `comparison.py`, `sweep.py` and `scaling.py`;
+`with_interval` also where a figure stands in a line of text.
 """
 
 from __future__ import annotations
