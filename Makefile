@@ -34,7 +34,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python -m pipeline.demo
+	$(BIN)/python -m tools.demo.run
 
 test: $(STAMP)
 # Two files at a time: much of a test's time is waiting for ranks, jobs and imports. A later `-n 0` in PYTEST_FLAGS wins.
@@ -44,7 +44,7 @@ soak: $(STAMP)
 	$(BIN)/python tests/soak.py --output docs/results/soak.json
 
 results: $(STAMP)
-	$(BIN)/python -m pipeline.docs_tables
+	$(BIN)/python -m tools.docs.tables
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep import benchmark, hygiene
-from data_prep.errors import NO_PATH, REQUEUE, UserError, describe, run_main
+from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
+from data_prep.corpus import filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="join shorter sentences to a neighbour (default 1: off)",
     )
-    hygiene.add_arguments(sub)
+    filters.add_arguments(sub)
     sub.add_argument("--deduplicate", action="store_true", help="keep one of documents with the same text")
     group = sub.add_argument_group("shards and work")
     group.add_argument(
@@ -187,15 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MB",
         help="text to learn from, in memory (default 20)",
     )
-    hygiene.add_arguments(sub)
-
-    sub = command(
-        "benchmark",
-        _benchmark,
-        "Measure speed, memory, ids and reading back on this machine.",
-        "--input corpus/EN --tokenizer opt --against-python other-env/bin/python --output figures.json",
-    )
-    benchmark.add_arguments(sub)
+    filters.add_arguments(sub)
 
     sub = command(
         "demo-corpus",
@@ -251,7 +243,7 @@ def _positive_float(text: str) -> float:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from data_prep.segment import get_segmenter
+    from data_prep.text.segmenter import get_segmenter
 
     name = "standard input" if arguments.file == "-" else arguments.file
     try:
@@ -269,10 +261,10 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 
 def _shard(arguments: argparse.Namespace) -> None:
-    from data_prep.job import ShardSettings
-    from data_prep.progress import ProgressLine
-    from data_prep.sentences import SentenceSettings
-    from data_prep.sharding import choose_backend, make_shards, mpi_number
+    from data_prep.common.progress import ProgressLine
+    from data_prep.jobs.job import ShardSettings
+    from data_prep.jobs.plan import choose_backend, make_shards, mpi_number
+    from data_prep.text.sentences import SentenceSettings
 
     _check_output(arguments.output)
     if arguments.unit_mb is not None and arguments.unit_mb < LEAST_UNIT_MB:
@@ -282,7 +274,7 @@ def _shard(arguments: argparse.Namespace) -> None:
         sentences=SentenceSettings(
             arguments.segmenter, arguments.lang, arguments.max_tokens, arguments.min_tokens
         ),
-        hygiene=hygiene.from_arguments(arguments),
+        hygiene=filters.from_arguments(arguments),
         deduplicate=arguments.deduplicate,
         shard_bytes=int(arguments.shard_mb * 1e6),
         shard_documents=arguments.shard_documents,
@@ -363,7 +355,7 @@ def _writing(output: str) -> Iterator[None]:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from data_prep.verification import verify, verify_deep
+    from data_prep.shards.verify import verify, verify_deep
 
     if arguments.input and not arguments.deep:
         raise UserError("--input is for --deep: give both")
@@ -381,7 +373,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _stage(arguments: argparse.Namespace) -> None:
     import signal
 
-    from data_prep.staging import stage
+    from data_prep.shards.stage import stage
 
     def leave(number: int, _frame: object) -> None:
         # The copy begun goes with it. Under srun the first task to end gets the others terminated, and the
@@ -398,7 +390,7 @@ def _stage(arguments: argparse.Namespace) -> None:
 
 
 def _split(arguments: argparse.Namespace) -> None:
-    from data_prep.splitting import parse_parts, split
+    from data_prep.shards.split import parse_parts, split
 
     _check_output(arguments.output)
     parts = parse_parts(arguments.parts)
@@ -415,48 +407,43 @@ def _split(arguments: argparse.Namespace) -> None:
 
 
 def _stats(arguments: argparse.Namespace) -> None:
-    from data_prep.stats import stats, stats_text
+    from data_prep.shards.stats import stats, stats_text
 
     result = stats(arguments.folder)
     if arguments.html:
-        from data_prep.files import write_atomically
-        from data_prep.stats_page import stats_page
+        from data_prep.common.files import write_atomically
+        from data_prep.shards.stats_page import stats_page
 
         write_atomically(Path(arguments.html), stats_page(result).encode("utf-8"))
     print(json.dumps(result) if arguments.json else stats_text(result))
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from data_prep.inspection import show
+    from data_prep.shards.show import show
 
     for line in show(arguments.folder, arguments.count, arguments.number, arguments.id):
         print(line)
 
 
 def _tokenizer(arguments: argparse.Namespace) -> None:
-    from data_prep.documents import sample_lines
-    from data_prep.inputs import survey, unread_line
-    from data_prep.tokenizer import train_sentencepiece
+    from data_prep.corpus.documents import sample_lines
+    from data_prep.corpus.inputs import survey, unread_line
+    from data_prep.text.tokenizer import train_sentencepiece
 
     _check_output(arguments.output)
     files, unread = survey(arguments.input)
     if unread:
         print(f"data-prep: not read: {unread_line(unread)}", file=sys.stderr)
     tokenizer = train_sentencepiece(
-        sample_lines(files, int(arguments.sample_mb * 1e6), hygiene.from_arguments(arguments)),
+        sample_lines(files, int(arguments.sample_mb * 1e6), filters.from_arguments(arguments)),
         arguments.output,
         arguments.vocab_size,
     )
     print(f"{arguments.output}: {tokenizer.vocab_size:,} entries, fingerprint {tokenizer.fingerprint[:16]}")
 
 
-def _benchmark(arguments: argparse.Namespace) -> None:
-    result = benchmark.run(arguments)
-    print(json.dumps(result) if arguments.json else benchmark.text(result))
-
-
 def _demo_corpus(arguments: argparse.Namespace) -> None:
-    from data_prep.demo_corpus import write_demo_corpus
+    from data_prep.corpus.demo_corpus import write_demo_corpus
 
     for part, counts in write_demo_corpus(arguments.output).items():
         print(f"{part}: {counts['documents']:,} documents, {counts['bytes']:,} bytes of text")

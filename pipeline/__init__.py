@@ -8,11 +8,11 @@ torch nor transformers, so that a wrong recipe key is refused within a second.
 import importlib
 
 _HOMES = {
-    "SentenceVAE": "pipeline.sentence_vae",
-    "SentenceVAEConfig": "pipeline.sentence_vae",
-    "SLLM": "pipeline.sllm",
-    "SLLMConfig": "pipeline.sllm",
-    "load_model": "pipeline.model_io",
+    "SentenceVAE": "pipeline.models.sentence_vae",
+    "SentenceVAEConfig": "pipeline.models.sentence_vae",
+    "SLLM": "pipeline.models.sllm",
+    "SLLMConfig": "pipeline.models.sllm",
+    "load_model": "pipeline.models.factory",
 }
 __all__ = list(_HOMES)
 
@@ -21,5 +21,7 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name != "load_model":
-        importlib.import_module("pipeline.sllm")  # registers both model types, whichever name was asked for
+        importlib.import_module(
+            "pipeline.models.sllm"
+        )  # registers both model types, whichever name was asked for
     return getattr(importlib.import_module(_HOMES[name]), name)

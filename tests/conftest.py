@@ -23,9 +23,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
 
 import pytest  # noqa: E402
-import ranks  # noqa: E402
-import runs  # noqa: E402
-import slurm_cluster  # noqa: E402
+from helpers import (
+    ranks,  # noqa: E402
+    runs,  # noqa: E402
+    slurm_cluster,  # noqa: E402
+)
+from helpers.data_prep_command import data_prep  # noqa: E402
 
 REQUIRED = set(filter(None, os.environ.get("SLLM_REQUIRE", "").replace(",", " ").split()))
 
@@ -86,14 +89,6 @@ def read_documents(path: Path) -> list[dict]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
-
-
-def data_prep(*arguments: str | Path) -> None:
-    """Run a data-prep command in this process; a failure fails the test that asked for it."""
-    from data_prep import cli
-
-    status = cli.main([str(argument) for argument in arguments])
-    assert not status, f"data-prep {arguments[0]}: status {status}"
 
 
 @pytest.fixture(scope="session")

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ranks
-import runs
+from helpers import ranks, runs
 
 SAVE_EVERY = 3
 LONGEST_LIFE = 7  # steps between two kills, at the most
@@ -58,7 +57,7 @@ def soak(
 def _series(
     pool: ranks.RankPool, recipes: Path, folder: Path, kills: int, worlds: list[int], seed: str, strategy: str
 ) -> dict[str, Any]:
-    from pipeline.audit import audit
+    from pipeline.evaluation.audit import audit
 
     folder.mkdir()
     steps = (kills + 2) * LONGEST_LIFE  # one life more than needed: a kill may come late
@@ -215,8 +214,8 @@ def main() -> int:
         print(f"{name}: {one}")
     print("passed" if result["passed"] else "FAILED", f"in {result['seconds']} s")
     if arguments.output:
-        from data_prep.results import header, write_result
-        from pipeline.benchmark_training import PACKAGES
+        from data_prep.common.environment import header, write_result
+        from pipeline.costs.benchmark_training import PACKAGES
 
         write_result({**header(PACKAGES), **result}, arguments.output)
     return 0 if result["passed"] else 1

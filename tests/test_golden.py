@@ -1,4 +1,4 @@
-"""What commit d2dd794 computed and wrote, and what still reads it (tests/data/golden/record.py made the records).
+"""What commit d2dd794 computed and wrote, and what still reads it (records: tests/data/golden/record.py).
 
 On one machine and one set of packages the figures agree to the last digit; the tolerances leave room for
 another CPU.
@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import ranks
-from conftest import data_prep
+from helpers import ranks
+from helpers.data_prep_command import data_prep
+from helpers.paths import REPOSITORY
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 ARTIFACTS = GOLDEN / "artifacts"
@@ -107,7 +108,7 @@ def assert_steps(run: Path, expected: list[dict]) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_model_folders_of_that_time_evaluate(objective: str) -> None:
-    from pipeline.evaluation import evaluate
+    from pipeline.evaluation.evaluate import evaluate
 
     found = evaluate(ARTIFACTS / "models" / objective, text=GOLDEN / "corpus" / "valid.jsonl.gz")
     for key, value in recorded("evaluations")[objective].items():
@@ -115,7 +116,7 @@ def test_model_folders_of_that_time_evaluate(objective: str) -> None:
 
 
 def test_model_folder_of_that_time_writes_the_same_texts(record: ModuleType) -> None:
-    from pipeline import generate_command
+    from pipeline.cli import generate as generate_command
 
     for asked, expected in recorded("texts").items():
         how, prompt = asked.split(": ", 1)
@@ -132,9 +133,9 @@ def test_model_folder_of_that_time_writes_the_same_texts(record: ModuleType) -> 
 
 
 def test_recipes_resolve_to_the_same_values() -> None:
-    from pipeline.recipe import load_recipe
+    from pipeline.config.schema import load_recipe
 
-    folder = Path(__file__).resolve().parent.parent / "pipeline" / "recipes"
+    folder = REPOSITORY / "pipeline" / "recipes"
     for name, expected in recorded("recipes").items():
         assert load_recipe(folder / f"{name}.yaml", ["--data.shards", "SHARDS"]).to_dict() == expected, name
 

@@ -1,0 +1,160 @@
+"""The embedded English corpus: what every CPython ships, as WanJuan files, so that a demo needs no download.
+
+In: `pydoc_data.topics` (the language reference) and the docstrings of the standard library, read from its
+source files by `ast` and never imported. Out: `EN/demo/part-NNNNNN.jsonl.gz` for training and
+`valid/EN/demo/part-000000.jsonl.gz`, byte-identical for one Python version.
+
+A document is a topic, or the docstrings of one module's header, of one class, or of one module's functions.
+Which part it goes to and where it stands there follow from a hash of its text, so neighbours are unrelated.
+As in WanJuan, a paragraph is one line: hard-wrapped prose is joined again.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import io
+import json
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomically
+
+WRAPPED = (
+    45  # characters; a paragraph whose lines, but for the last, all reach this was wrapped by its editor
+)
+SHORTEST = 200  # characters; shorter documents teach little
+TRAINING_PARTS = 4  # files, so that several workers have something to do
+VALID_SHARE = 20  # one document in so many
+# Not documentation, not part of every installation, or the same text again.
+SKIPPED = frozenset(
+    "site-packages dist-packages test tests idlelib idle_test lib2to3 turtledemo ensurepip pydoc_data "
+    "lib-dynload encodings __pycache__ __phello__ _pyrepl".split()
+)
+
+
+def write_demo_corpus(folder: str | Path) -> dict[str, dict[str, int]]:
+    """Write the corpus under `folder`; returns documents and UTF-8 bytes of `training` and `valid`.
+
+    Raises `UserError` when this Python comes without its documentation or `folder` cannot be written.
+    """
+    folder = Path(folder)
+    # sha256 of the text → (id, text): equal texts are kept once.
+    documents: dict[str, tuple[str, str]] = {}
+    for name, text in [*_topics(), *_docstrings(Path(sysconfig.get_paths()["stdlib"]))]:
+        text = _paragraphs(text)
+        if len(text) >= SHORTEST:
+            documents.setdefault(hashlib.sha256(text.encode("utf-8")).hexdigest(), (name, text))
+    if not documents:
+        raise UserError("this Python comes without its standard library's source; use another installation")
+    ordered = sorted(documents)
+    valid = [key for key in ordered if int(key[:8], 16) % VALID_SHARE == 0]
+    training = [key for key in ordered if int(key[:8], 16) % VALID_SHARE]
+    files = {f"valid/EN/demo/{_part(0)}": valid}
+    for number in range(TRAINING_PARTS):
+        files[f"EN/demo/{_part(number)}"] = training[number::TRAINING_PARTS]
+    for name, keys in files.items():
+        lines = (json.dumps(dict(zip(("id", "content"), documents[key], strict=True))) for key in keys)
+        path = folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, _gzip("".join(f"{line}\n" for line in lines).encode("ascii")))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return {
+        part: {"documents": len(keys), "bytes": sum(len(documents[key][1].encode("utf-8")) for key in keys)}
+        for part, keys in (("training", training), ("valid", valid))
+    }
+
+
+_RULE = re.compile(r"[*=~^#\"'-]{3,}")
+_CODE = re.compile(
+    r"\s*(>>>|\.\.\. |\$ |@)|.*(::=|[({\[:,]$)|\s*(def|class|import|from|for|if|return) .*[:=(]"
+)
+_ITEM = re.compile(r"\s*([*+•-]|\d{1,2}[.)]|\([a-z\d]\)) ")
+
+
+def _paragraphs(text: str) -> str:
+    """`text` with one line per paragraph; code, tables and lists of short lines keep theirs."""
+    lines: list[str] = []
+    for block in re.split(r"\n[ \t]*\n", text):
+        paragraph: list[str] = []
+        for line in block.split("\n"):
+            if _RULE.fullmatch(line.strip()):  # underlines of headings
+                continue
+            if _ITEM.match(line):
+                lines += _joined(paragraph)
+                paragraph = []
+            paragraph.append(line.rstrip())
+        lines += _joined(paragraph)
+    return "\n".join(line for line in lines if line.strip())
+
+
+def _joined(paragraph: list[str]) -> list[str]:
+    wrapped = all(len(line.strip()) >= WRAPPED for line in paragraph[:-1])
+    if not wrapped or any(_CODE.match(line) for line in paragraph[:-1]):
+        return paragraph
+    return [" ".join(" ".join(paragraph).split())]
+
+
+def _part(number: int) -> str:
+    return f"part-{number:06d}.jsonl.gz"
+
+
+def _gzip(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=buffer, mtime=0) as stream:
+        stream.write(data)
+    return buffer.getvalue()
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return
+    for name in sorted(topics):
+        yield f"topic:{name}", topics[name].strip()
+
+
+def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(library.rglob("*.py")):
+        place = path.relative_to(library)
+        if SKIPPED & set(place.parts) or place.name.startswith("_sysconfigdata"):
+            continue
+        try:
+            module = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue  # templates and test data are not always Python
+        name = ".".join(place.with_suffix("").parts)
+        yield f"module:{name}", _docstring(module)
+        functions = []
+        for node in module.body:
+            if isinstance(node, ast.ClassDef):
+                yield f"class:{name}.{node.name}", "\n\n".join(_class_texts(node))
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+                functions.append(f"{node.name}({_arguments(node)})\n\n{_docstring(node)}")
+        yield f"functions:{name}", "\n\n".join(functions)
+
+
+def _class_texts(node: ast.ClassDef) -> Iterator[str]:
+    if text := _docstring(node):
+        yield f"class {node.name}\n\n{text}"
+    for inner in node.body:
+        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) and (text := _docstring(inner)):
+            yield f"{node.name}.{inner.name}({_arguments(inner)})\n\n{text}"
+
+
+def _docstring(node: ast.AST) -> str:
+    # Escapes in a docstring can make lone surrogates, which UTF-8 cannot hold.
+    return (ast.get_docstring(node) or "").strip().encode("utf-8", "replace").decode("utf-8")
+
+
+def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    return ", ".join(
+        argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    )

@@ -1,0 +1,428 @@
+"""Pieces of the input → documents, record by record; what cannot be used is handed on with place and reason.
+
+In: an `InputFile` or a `Piece` of one (jsonl, packed jsonl, text, parquet, dataset). Out: `RawDocument` and
+`Reject` objects in the order of the file; the pieces of a file together give exactly the file's records.
+Called by the sharder, tokenizer training and evaluation. One bad byte costs one line, never a file; memory is
+bounded by a chunk and a line, whatever the size of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from data_prep.common.errors import UserError, first_line
+from data_prep.corpus.filters import TEXT_FIELDS, Hygiene, detect_language, encodable, normal_language
+from data_prep.corpus.inputs import (
+    CHUNK_BYTES,
+    ROWS,
+    InputFile,
+    Piece,
+    folder_language,
+    hash_row_groups,
+    hash_rows,
+    open_dataset,
+    open_input,
+    open_parquet,
+    records,
+    split,
+    told,
+    whole,
+)
+from data_prep.corpus.unpack import TarMembers, Unpacked
+
+TAIL_BYTES = 1 << 16  # steps in which the last line of a piece is followed past its end
+# Longer lines, texts and text files are left out, not held in memory: the tokenizer takes up to 40 bytes for
+# each of a text without gaps (docs/inputs.md, Measured).
+MAX_LINE_BYTES = 4_000_000
+BATCH_BYTES = 4 << 20  # about the most that is taken from a parquet file at once
+MAX_DEPTH = 200  # of brackets in a record: what the JSON parser stands must not depend on who calls it
+SAMPLE_PLACES = 8  # parts of a file that a sample is taken from
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar's `member`, or the table.
+
+    `id_repaired`: the record had no usable id and got one made of its place.
+    """
+
+    id: str
+    content: str
+    language: str
+    source: str
+    line: int
+    id_repaired: bool = False
+    member: str = ""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One record that was left out, or with line 0 a whole member of a tar."""
+
+    line: int
+    reason: str
+    member: str = ""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where lines come from: a file, or a member of a tar."""
+
+    name: str
+    source: str
+    folder_language: str | None
+    member: str = ""
+
+
+class DocumentReader:
+    """Reads one piece, or a file as one piece; iterate once. `language`: en, zh, other, or auto.
+
+    While iterating: `bytes_read` (as stored). After: `sha256` of the piece's stored bytes (of the rows, for a
+    dataset), `lines` (lines or rows seen), `repaired` (documents by what was changed in them), and `damage`,
+    None or what stopped the reading before the end.
+
+    Raises `UserError` when the file cannot be read, or has become another one since it was found.
+    """
+
+    def __init__(self, source: InputFile | Piece, language: str = "auto", hygiene: Hygiene | None = None):
+        self.piece = source if isinstance(source, Piece) else whole(source)
+        self.file = self.piece.file
+        self.language = language
+        self.hygiene = hygiene or Hygiene()
+        self.bytes_read = 0
+        self.lines = 0
+        self.damage: str | None = None
+        self.repaired: Counter[str] = Counter()
+        self._hash = hashlib.sha256()
+        self._first = 0  # offset of the first line that is the piece's own
+        self._here = _Place(self.file.name, self.file.source, self.file.folder_language)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def __iter__(self) -> Iterator[RawDocument | Reject]:
+        if self.file.kind == "jsonl":
+            return self._lines(self._own_lines(), self._here)
+        if self.file.kind == "parquet":
+            return self._parquet()
+        if self.file.kind == "dataset":
+            return self._dataset()
+        return self._unpacked()
+
+    # Bytes ----------------------------------------------------------------------------------------------
+
+    def _stored(self) -> Iterator[bytes]:
+        """The piece as it is stored, hashed and counted."""
+        with told(self.file.path), open_input(self.file) as stream:
+            stream.seek(self.piece.start)
+            yield from self._read(stream)
+
+    def _read(self, stream) -> Iterator[bytes]:
+        left = self.piece.end - self.piece.start
+        while left:
+            if not (chunk := stream.read(min(CHUNK_BYTES, left))):
+                raise UserError(f"{self.file.path} has become shorter since it was found; run again")
+            left -= len(chunk)
+            self.bytes_read += len(chunk)
+            self._hash.update(chunk)
+            yield chunk
+
+    def _own_lines(self) -> Iterator[bytes]:
+        """The bytes of the lines that begin in the piece, `self._first` being the place of the first."""
+        start = self.piece.start
+        with told(self.file.path), open_input(self.file) as stream:
+            inside = False  # a line of an earlier piece
+            if start:
+                stream.seek(start - 1)
+                inside = stream.read(1) != b"\n"
+            self._first, last = start, b"\n"
+            for chunk in self._read(stream):
+                if inside:
+                    end = chunk.find(b"\n") + 1
+                    inside = not end
+                    self._first += end or len(chunk)
+                    chunk = chunk[end:] if end else b""
+                if chunk:
+                    last = chunk[-1:]
+                    yield chunk
+            followed = 0
+            while last != b"\n" and followed <= MAX_LINE_BYTES and (chunk := stream.read(TAIL_BYTES)):
+                end = chunk.find(b"\n") + 1
+                chunk = chunk[:end] if end else chunk
+                last = chunk[-1:]
+                followed += len(chunk)
+                yield chunk
+
+    def _unpacked(self) -> Iterator[RawDocument | Reject]:
+        plain = Unpacked(self._stored(), self.file.packing)
+        archive = None
+        if self.file.kind == "text":
+            yield from self._text(plain)
+        elif self.file.is_tar:
+            archive = TarMembers(plain)
+            for member in archive:
+                yield from self._member(member)
+        else:
+            yield from self._lines(plain, self._here)
+        self.damage = plain.damage or (archive.damage if archive else None)
+
+    def _member(self, member) -> Iterator[RawDocument | Reject]:
+        if not member.regular:
+            yield Reject(0, "not a regular file", member.name)
+            return
+        if not member.name.lower().endswith(".jsonl"):
+            yield Reject(0, "not a .jsonl member", member.name)
+            return
+        folders = member.parts[:-1]
+        place = _Place(
+            f"{self.file.name}!{member.name}",
+            folders[-1] if folders else self.file.source,
+            folder_language(folders) or self.file.folder_language,
+            member.name,
+        )
+        yield from self._lines(member.content, place)
+
+    def _text(self, plain: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
+        """A text file is one document with the file's name as its id."""
+        chunks, held = [], 0
+        for chunk in plain:
+            held += len(chunk)
+            if held <= MAX_LINE_BYTES:
+                chunks.append(chunk)
+            else:
+                chunks.clear()
+        self.lines += 1
+        if held > MAX_LINE_BYTES:
+            yield Reject(1, "file too long")
+            return
+        try:
+            text = b"".join(chunks).removeprefix(_BOM).decode("utf-8")
+        except UnicodeDecodeError:
+            yield Reject(1, "undecodable bytes")
+            return
+        record = {"id": self.file.name, "content": text}
+        yield self._judge(1, record, self._here, "", dataclasses.replace(self.hygiene, text_field=None))
+
+    # Records --------------------------------------------------------------------------------------------
+
+    def _lines(self, chunks: Iterable[bytes], place: _Place) -> Iterator[RawDocument | Reject]:
+        for number, (offset, line) in enumerate(cut_lines(chunks), start=1):
+            self.lines += 1
+            if line is None:
+                yield Reject(number, "line too long", place.member)
+                continue
+            line = line.removeprefix(_BOM)  # also where files were put together
+            if line and not line.isspace():
+                yield self._parse(number, line, place, offset)
+
+    def _parse(self, number: int, line: bytes, place: _Place, offset: int) -> RawDocument | Reject:
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            return Reject(number, "undecodable bytes", place.member)
+        except (ValueError, RecursionError):
+            return Reject(number, "invalid JSON", place.member)
+        if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _too_deep(record):
+            return Reject(number, "invalid JSON", place.member)
+        if not isinstance(record, dict):
+            return Reject(number, "not an object", place.member)
+        return self._judge(number, record, place, f"@{self._first + offset}", self.hygiene)
+
+    def _judge(
+        self, number: int, record: dict, place: _Place, mark: str, hygiene: Hygiene
+    ) -> RawDocument | Reject:
+        """`mark`: what the place of the record adds to the name of its file, if it must serve as its id."""
+        text, reason = hygiene.text_of(record)
+        if reason:
+            return Reject(number, reason, place.member)
+        if _too_large(text):  # a row of a table
+            return Reject(number, "line too long", place.member)
+        text, changed = hygiene.clean(text)
+        if changed and _too_large(text):  # a normal form may be many times as long
+            return Reject(number, "line too long", place.member)
+        if not text or text.isspace():
+            return Reject(number, "empty content", place.member)
+        if not encodable(text):
+            return Reject(number, "lone surrogate", place.member)
+        language = self._language(record, text, place)
+        if reason := hygiene.refusal(record, text, language):
+            return Reject(number, reason, place.member)
+        identity = record.get("id")
+        if isinstance(identity, int) and not isinstance(identity, bool):
+            identity = str(identity)
+        usable = isinstance(identity, str) and identity != "" and encodable(identity)
+        if not usable:
+            identity = place.name + mark
+            changed.append("missing id")
+        if changed:
+            self.repaired.update(changed)
+        return RawDocument(identity, text, language, place.source, number, not usable, place.member)
+
+    def _language(self, record: dict, text: str, place: _Place) -> str:
+        """The one asked for, else the record's own, else the folder's, else by the script."""
+        if self.language != "auto":
+            return self.language
+        return normal_language(record.get("language")) or place.folder_language or detect_language(text)
+
+    # Tables ---------------------------------------------------------------------------------------------
+
+    def _parquet(self) -> Iterator[RawDocument | Reject]:
+        with open_parquet(self.file) as table:
+            facts = table.metadata
+            columns, hygiene = self._columns(table.schema_arrow)
+            first = sum(facts.row_group(n).num_rows for n in range(self.piece.start))
+            with told(self.file.path):
+                hash_row_groups(self._hash, self.piece, facts)
+            for group in range(self.piece.start, self.piece.end):
+                number = first
+                for batch in self._batches(table, group, columns):
+                    yield from self._rows(batch, number, hygiene)
+                    number += batch.num_rows
+                first += facts.row_group(group).num_rows
+                size, groups = self.file.size, facts.num_row_groups
+                self.bytes_read += size * (group + 1) // groups - size * group // groups
+
+    def _batches(self, table, group: int, columns: list[str]) -> Iterator:
+        """One row group in small batches; a damaged one gives what can be had."""
+        import pyarrow
+
+        facts = table.metadata.row_group(group)
+        rows = BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1)
+        with told(self.file.path):
+            try:
+                yield from table.iter_batches(min(max(rows, 1), ROWS), row_groups=[group], columns=columns)
+            except (pyarrow.ArrowException, OSError) as error:
+                # A disk or a network that fails is not damage: the next try may read it all.
+                if getattr(error, "errno", None) is not None or "://" in self.file.path:
+                    raise
+                self.damage = self.damage or f"damaged row group {group}: {first_line(error)}"
+
+    def _dataset(self) -> Iterator[RawDocument | Reject]:
+        table = open_dataset(self.file.path)
+        if self.piece.end > len(table):
+            raise UserError(f"{self.file.path} has fewer rows than when it was found; run again")
+        columns, hygiene = self._columns(table.features.arrow_schema)
+        table = table.with_format("arrow")
+        for at in range(self.piece.start, self.piece.end, ROWS):
+            end = min(at + ROWS, self.piece.end)
+            with told(self.file.path):
+                batch = table[at:end]
+                hash_rows(self._hash, batch)
+            yield from self._rows(batch.select(columns), at, hygiene)
+            size, count = self.file.size, len(table)
+            self.bytes_read += size * end // count - size * at // count
+
+    def _columns(self, schema) -> tuple[list[str], Hygiene]:
+        """The columns to read, and the rules for their rows.
+
+        Raises `UserError` when no column tells by itself that it holds the text.
+        """
+        rules = self.hygiene
+        if rules.text_field is None and not set(TEXT_FIELDS) & set(schema.names):
+            strings = [field.name for field in schema if _is_text(field.type)]
+            strings = [name for name in strings if name not in ("id", "language")]
+            if len(strings) != 1:
+                raise UserError(
+                    f"{self.file.path} does not tell which column holds the text "
+                    f"(it has {', '.join(schema.names) or 'none'}); name it with --text-field"
+                )
+            rules = dataclasses.replace(rules, text_field=strings[0])
+        wanted = rules.fields()
+        columns = [name for name in schema.names if name in wanted]
+        if rules.text_field and not {rules.text_field, rules.text_field.split(".")[0]} & set(columns):
+            raise UserError(
+                f"{self.file.path} has no column {rules.text_field}; --text-field can name one of "
+                f"{', '.join(schema.names)}"
+            )
+        return columns, rules
+
+    def _rows(self, batch, first: int, hygiene: Hygiene) -> Iterator[RawDocument | Reject]:
+        """`batch`: some rows of a table; `first`: rows of the table before them."""
+        for number, record in enumerate(records(batch), start=first + 1):
+            self.lines += 1
+            if record is None:
+                yield Reject(number, "undecodable bytes")
+            else:
+                yield self._judge(number, record, self._here, f"#{number}", hygiene)
+
+
+def cut_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line without its line feed) for every line; None for one longer than `MAX_LINE_BYTES`."""
+    begun: list[bytes] = []  # parts of a line whose end has not come yet
+    held = at = 0
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        held += len(first)
+        if held <= MAX_LINE_BYTES:
+            begun.append(first)
+        else:
+            begun.clear()
+        for line in others:
+            yield at, b"".join(begun) if held <= MAX_LINE_BYTES else None
+            at += held + 1
+            begun, held = [line], len(line)
+    if held:
+        yield at, b"".join(begun) if held <= MAX_LINE_BYTES else None
+
+
+def sample_lines(files: list[InputFile], budget: int, hygiene: Hygiene | None = None) -> Iterator[str]:
+    """Lines of text, about `budget` UTF-8 bytes in all: from every file an equal share, from several places
+    of it where it can be split, else from its start.
+
+    What short files leave goes to the others. Raises `UserError` when no file has a usable document.
+    """
+    files = sorted(files, key=lambda file: file.size)
+    found = False
+    for position, file in enumerate(files):
+        file_share = budget // (len(files) - position)
+        places = split(file, SAMPLE_PLACES)
+        for number, piece in enumerate(places):
+            share = file_share // (len(places) - number)
+            for line in _lines_of_text(piece, hygiene):
+                if share <= 0:
+                    break
+                found = True
+                size = len(line.encode("utf-8")) + 1
+                share -= size
+                file_share -= size
+                budget -= size
+                yield line
+    if not found:
+        raise UserError("the input holds no usable document to learn a tokenizer from")
+
+
+def _lines_of_text(piece: Piece, hygiene: Hygiene | None) -> Iterator[str]:
+    for document in DocumentReader(piece, hygiene=hygiene):
+        if isinstance(document, RawDocument):
+            yield from document.content.split("\n")
+
+
+def _too_large(text: str) -> bool:
+    """Whether a text has more than `MAX_LINE_BYTES` in UTF-8."""
+    if len(text) <= MAX_LINE_BYTES // 4:
+        return False
+    return len(text) > MAX_LINE_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_LINE_BYTES
+
+
+def _too_deep(value: object) -> bool:
+    """Whether there are more than `MAX_DEPTH` brackets inside one another."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
+    return bool(level)
+
+
+def _is_text(kind) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

@@ -1,0 +1,381 @@
+"""What a record says, and whether it is wanted: its text, its language, the rules of hygiene.
+
+In: one record (a dict: a JSON object, or a row of a table). Out: its text as a str that can be encoded, the
+names of the rules that changed it, its language code, or the reason why it is left out. `Hygiene` holds the
+rules and is part of a shard set's settings: rules that change bytes or drop documents are off unless asked
+for. Called by `documents.py` for every record; `add_arguments` and `from_arguments` serve the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import operator
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data_prep.common.errors import UserError
+
+NORMAL_FORMS = ("NFC", "NFKC")
+OPTIONS = tuple("abcde")  # of a question in WanJuan's Exam-cn
+EXAM_FIELDS = ("q_main", *(f"option_{letter}" for letter in OPTIONS), "std_ans", "answer", "answer_detail")
+TEXT_FIELDS = ("content", "text", "q_main")  # the first one that a record has decides its schema
+SCRIPT_SAMPLE = 2000  # characters; enough to tell one script from another
+_NO_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
+# Names and three-letter codes that corpora use; any other code stands for itself.
+LANGUAGE_NAMES = {
+    name: code
+    for code, names in {
+        "ar": "ara arabic",
+        "de": "deu ger german",
+        "en": "eng english",
+        "es": "spa spanish",
+        "fr": "fra fre french",
+        "hi": "hin hindi",
+        "it": "ita italian",
+        "ja": "jpn japanese",
+        "ko": "kor korean",
+        "nl": "nld dut dutch",
+        "pt": "por portuguese",
+        "ru": "rus russian",
+        "zh": "zho chi cmn chinese mandarin 中文 汉语 漢語",
+    }.items()
+    for name in names.split()
+}
+_CODE = re.compile(r"[a-z]{2,3}")
+NO_LANGUAGES = ("und", "unk", "mul", "zxx", "na")  # codes that name no language
+_MISSING = object()
+
+# Control characters that break a line become one; the rest go. Tab and line feed stay.
+_BREAKS = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]+")
+_CRLF = re.compile("\r+\n")
+_TRAILING = re.compile(r"[ \t]+(?=\n|\Z)")
+_SPACES = re.compile(r"[ \t]{2,}")
+_FEEDS = re.compile(r"\n{3,}")
+
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+_FILTER = re.compile(r"\s*([^\s<>=!]+)\s*(<=|>=|==|!=|<|>)\s*([^\s<>=!](?:.*\S)?)\s*")
+
+
+@dataclass(frozen=True)
+class Filter:
+    """`FIELD OP VALUE` over a record's fields: the records for which it holds are kept."""
+
+    field: str
+    comparison: str
+    value: str
+
+    @classmethod
+    def parse(cls, expression: str) -> Filter:
+        """Raises `UserError` unless `expression` reads like `toxic_score<0.5`."""
+        if not (match := _FILTER.fullmatch(expression)):
+            raise UserError(
+                f"filter {expression!r} is not FIELD OP VALUE, with OP one of < <= > >= == !=; "
+                "write for example --filter 'toxic_score<0.5'"
+            )
+        field, comparison, value = match.groups()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        return cls(field, comparison, value)
+
+    def __str__(self) -> str:
+        return f"{self.field}{self.comparison}{self.value}"
+
+    def refusal(self, record: dict) -> str | None:
+        """Why the record is left out, or None."""
+        found = look_up(record, self.field)
+        if found is _MISSING or found is None:
+            return f"filter: no {self.field}"
+        wanted = _number(self.value)
+        if isinstance(found, bool):
+            found = "true" if found else "false"
+        elif hasattr(found, "isoformat"):  # dates in tables
+            found = found.isoformat()
+        # As numbers where both are, as strings otherwise. A score such as "n/a" is below and above nothing.
+        if wanted is not None and (number := _number(found)) is not None:
+            holds = _COMPARISONS[self.comparison](number, wanted)
+        elif wanted is not None or not isinstance(found, str):
+            holds = self.comparison == "!="
+        else:
+            holds = _COMPARISONS[self.comparison](found, self.value)
+        return None if holds else f"filter: {self}"
+
+
+@dataclass(frozen=True)
+class Hygiene:
+    """The rules, all off by default; 0 characters is no limit, no `keep_languages` keeps all.
+
+    `text_field` names the field that holds the text (`a.b` looks inside), `filters` are `Filter` expressions,
+    `normal_form` is NFC or NFKC. Raises `UserError` on values that cannot be meant.
+    """
+
+    text_field: str | None = None
+    filters: tuple[str, ...] = ()
+    strip_control: bool = False
+    white_space: bool = False
+    normal_form: str | None = None
+    min_chars: int = 0
+    max_chars: int = 0
+    keep_languages: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # Kept beside the fields, so that no expression is parsed twice.
+        object.__setattr__(self, "_filters", tuple(map(Filter.parse, self.filters)))
+        object.__setattr__(self, "filters", tuple(map(str, self._filters)))
+        languages = []
+        for language in self.keep_languages:
+            if (code := normal_language(language)) is None:
+                raise UserError(f"language {language!r} is no code; write for example --keep-lang en zh")
+            languages.append(code)
+        object.__setattr__(self, "keep_languages", tuple(sorted(set(languages))))
+        if self.normal_form not in (None, *NORMAL_FORMS):
+            raise UserError(f"normal form {self.normal_form!r} is unknown; use NFC or NFKC")
+        if self.min_chars < 0 or self.max_chars < 0 or 0 < self.max_chars < self.min_chars:
+            raise UserError(
+                f"no text has at least {self.min_chars} and at most {self.max_chars} characters; "
+                "check --min-chars and --max-chars"
+            )
+        if self.text_field == "":
+            raise UserError("the text field has no name; write for example --text-field body.text")
+
+    def to_dict(self) -> dict:
+        """For the manifest and the settings fingerprint: JSON values that decide what the rules do."""
+        settings = {
+            "text_field": self.text_field,
+            "filters": list(self.filters),
+            "strip_control": self.strip_control,
+            "white_space": self.white_space,
+            "normal_form": self.normal_form,
+            "min_chars": self.min_chars,
+            "max_chars": self.max_chars,
+            "keep_languages": list(self.keep_languages),
+        }
+        if self.normal_form:  # what it gives for a new character depends on Unicode's edition
+            settings["unicode"] = unicodedata.unidata_version
+        return settings
+
+    @classmethod
+    def from_dict(cls, settings: dict) -> Hygiene:
+        """The rules that `to_dict` described. Raises `UserError` like the constructor."""
+        settings = {name: value for name, value in settings.items() if name != "unicode"}
+        lists = {name: tuple(settings[name]) for name in ("filters", "keep_languages") if name in settings}
+        return cls(**settings | lists)
+
+    def fields(self) -> set[str]:
+        """Names of all fields that the rules, the text, the id or the language may be taken from."""
+        names = {"id", "language", *((self.text_field,) if self.text_field else (*TEXT_FIELDS, *EXAM_FIELDS))}
+        names |= {one.field for one in self._filters}
+        return names | {name.split(".")[0] for name in names}
+
+    def text_of(self, record: dict) -> tuple[str, str | None]:
+        """(text as stored, None), or ("", the reason why there is none)."""
+        if self.text_field is not None:
+            found = look_up(record, self.text_field)
+        elif "content" in record:
+            found = record["content"]
+        elif "text" in record:
+            found = record["text"]
+        elif "q_main" in record:
+            if isinstance(record["q_main"], str):
+                return exam_text(record), None
+            found = record["q_main"]
+        else:
+            found = _MISSING
+        if found is _MISSING:
+            return "", "no content"
+        return (found, None) if isinstance(found, str) else ("", "content is not text")
+
+    def clean(self, text: str) -> tuple[str, list[str]]:
+        """The text after the rules that change bytes, and the names of those that did."""
+        changed = []
+        if self.strip_control and text != (clean := _CONTROL.sub("", _BREAKS.sub("\n", text))):
+            text = clean
+            changed.append("control characters removed")
+        if self.normal_form and text != (clean := unicodedata.normalize(self.normal_form, text)):
+            text = clean
+            changed.append("normal form")
+        if self.white_space:  # last: normal forms turn other spaces into plain ones
+            clean = _TRAILING.sub("", _CRLF.sub("\n", text))
+            clean = _FEEDS.sub("\n\n", _SPACES.sub(" ", clean))
+            if text != clean:
+                text = clean
+                changed.append("white space")
+        return text, changed
+
+    def refusal(self, record: dict, text: str, language: str) -> str | None:
+        """Why a good document is not wanted, or None. `text` is the clean one."""
+        if self.min_chars and len(text) < self.min_chars:
+            return "too short"
+        if self.max_chars and len(text) > self.max_chars:
+            return "too long"
+        if self.keep_languages and language not in self.keep_languages:
+            return f"language: {language}"
+        for one in self._filters:
+            if reason := one.refusal(record):
+                return reason
+        return None
+
+
+def look_up(record: dict, field: str) -> Any:
+    """The value of a field, by its very name or by the path `a.b`; `_MISSING` if there is none."""
+    if field in record:
+        return record[field]
+    found: Any = record
+    for part in field.split("."):
+        if not isinstance(found, dict) or part not in found:
+            return _MISSING
+        found = found[part]
+    return found
+
+
+def exam_text(record: dict) -> str:
+    """A question of Exam-cn as a reader would want it: question, options, answer, explanation.
+
+    Only fields that are there and not empty; a field that says the same as an earlier one is not repeated.
+    """
+    fields = {name: _plain(record.get(name)) for name in EXAM_FIELDS}
+    lines = [fields["q_main"]] if fields["q_main"] else []
+    for letter in OPTIONS:
+        if option := fields[f"option_{letter}"]:
+            lines.append(f"{letter.upper()}. {option}")
+    chinese = detect_language("\n".join(fields.values())) == "zh"
+    labels = ("答案：", "解答：", "解析：") if chinese else ("Answer: ", "Solution: ", "Explanation: ")
+    said = {""}
+    for label, name in zip(labels, ("std_ans", "answer", "answer_detail"), strict=True):
+        value = fields[name]
+        if value not in said:
+            # `answer` takes the place of a standard answer that is missing.
+            label = labels[0] if name == "answer" and not fields["std_ans"] else label
+            lines.append(label + value)
+            said.add(value)
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, list):
+        return ", ".join(filter(None, map(_plain, value)))
+    return ""
+
+
+def normal_language(label: object) -> str | None:
+    """The code of a language named by a record: `zh-CN`, `Chinese`, `zho` → `zh`; None for no language."""
+    if not isinstance(label, str):
+        return None
+    label = label.strip().lower().replace("_", "-")
+    primary = label.split("-")[0]
+    code = LANGUAGE_NAMES.get(label) or LANGUAGE_NAMES.get(primary)
+    if code is None and _CODE.fullmatch(primary) and primary not in NO_LANGUAGES:
+        code = primary
+    return code
+
+
+def detect_language(text: str) -> str:
+    """By the script of the first letters: `zh` when at least a fifth of them are Chinese characters, `other`
+    when most are neither Latin nor Chinese, else `en`.
+    """
+    sample = text[:SCRIPT_SAMPLE]
+    if sample.isascii():
+        return "en"
+    plain = sample.encode("ascii", "ignore")
+    # Too few other characters to matter, whatever they are: most English texts end here.
+    if 5 * (len(sample) - len(plain)) <= len(plain.translate(None, _NO_LETTERS)):
+        return "en"
+    import numpy as np  # not for `data-prep --help`
+
+    codes = np.frombuffer(sample.encode("utf-32-le", "surrogatepass"), np.uint32)
+    table = _scripts()
+    _, latin, chinese, rest = np.bincount(table[np.minimum(codes, table.size - 1)], minlength=4)
+    letters = latin + chinese + rest
+    if 5 * chinese > letters:
+        return "zh"
+    return "other" if 2 * rest > letters else "en"
+
+
+@functools.cache
+def _scripts():
+    """uint8 [characters]: 1 Latin letter, 2 Chinese character, 3 other letter, 0 anything else."""
+    import numpy as np
+
+    # Planes 0 to 3; nothing above is a letter, and all of it shares the last entry.
+    table = np.fromiter((3 * chr(code).isalpha() for code in range(0x32001)), np.uint8)
+    for first, last in ("AZ", "az", "ªª", "ºº", "ÀÖ", "Øö", "øɏ", "Ḁỿ", "ＡＺ", "ａｚ"):
+        table[ord(first) : ord(last) + 1] = 1
+    for first, last in ("\u3400\u9fff", "\uf900\ufaff", "\U00020000\U00031fff"):
+        table[ord(first) : ord(last) + 1] = 2
+    return table
+
+
+def encodable(text: str) -> bool:
+    """Whether the text has UTF-8 bytes: no lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _number(value: object) -> float | int | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return None
+        return number if math.isfinite(number) else None
+    try:  # decimals in tables
+        return float(value) if hasattr(value, "as_tuple") else None
+    except (TypeError, ValueError):
+        return None
+
+
+# The command line ---------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `Hygiene`."""
+    add = parser.add_argument_group("hygiene (all off by default)").add_argument
+    add("--text-field", metavar="FIELD", help="field that holds the text, a.b looks inside (default: found)")
+    add(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="EXPR",
+        help="keep records for which 'FIELD OP VALUE' holds, such as 'toxic_score<0.5'; may be repeated",
+    )
+    add("--strip-control", action="store_true", help="remove control characters but line feed and tab")
+    add("--white-space", action="store_true", help="one space for runs, none at line ends, one empty line")
+    add("--normal-form", choices=NORMAL_FORMS, help="Unicode normal form of the text")
+    add("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
+    add("--max-chars", type=int, default=0, metavar="N", help="leave out longer documents")
+    add("--keep-lang", nargs="+", default=[], metavar="CODE", help="leave out documents in other languages")
+
+
+def from_arguments(arguments: argparse.Namespace) -> Hygiene:
+    """The rules asked for by `add_arguments`' flags. Raises `UserError` like `Hygiene`."""
+    return Hygiene(
+        text_field=arguments.text_field,
+        filters=tuple(arguments.filter),
+        strip_control=arguments.strip_control,
+        white_space=arguments.white_space,
+        normal_form=arguments.normal_form,
+        min_chars=arguments.min_chars,
+        max_chars=arguments.max_chars,
+        keep_languages=tuple(arguments.keep_lang),
+    )

@@ -1,0 +1,242 @@
+"""`data-prep shard`: input files → a folder of shards, on any number of processes and machines.
+
+In: inputs, a tokenizer folder, settings. Out: the shard set's manifest; on disk the shards, their indexes,
+the quarantine and a copy of the tokenizer. This module plans, and starts the processes of each backend; what
+each of them does is in `units.py`, the end in `merging.py`, who gets which unit in `execution.py`.
+
+A unit of work is a list of pieces of input (`inputs.plan_units`), whatever the number of workers, so the
+bytes depend on input and settings alone. Everything unfinished lies in `.unfinished/`; a run that was killed
+goes on from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from data_prep.common.errors import UserError, describe
+from data_prep.common.files import json_bytes, partial_name
+from data_prep.common.progress import Progress
+from data_prep.corpus.inputs import Piece, plan_units, survey, unread_line
+from data_prep.jobs.executor import run_in_processes
+from data_prep.jobs.job import PLAN, UNFINISHED, Job, ShardSettings, fingerprint, missing_units
+from data_prep.jobs.units import take_part
+from data_prep.shards.reader import FORMAT_VERSION, MANIFEST, ShardSet
+from data_prep.text.segmenter import get_segmenter
+from data_prep.text.tokenizer import Tokenizer, load_tokenizer
+
+COMPARED_BYTES = (
+    2_000_000_000  # of input, when a set is there already: more is compared by name and size alone
+)
+
+Report = Callable[[Progress], None]
+
+
+def make_shards(
+    inputs: list[str | Path],
+    output: str | Path,
+    tokenizer_folder: str | Path,
+    settings: ShardSettings,
+    workers: int = 1,
+    backend: str = "local",
+    report: Report | None = None,
+) -> tuple[dict, bool]:
+    """Make the shard set, or take part in making it, or finish it, or mend it, or find it done.
+
+    Under the `mpi` backend every rank calls this. `report` is called now and then with the progress of the
+    whole run, whoever does the work.
+
+    Returns (manifest, whether it was there already). Raises `UserError` on bad input, and when `output` holds
+    something else.
+    """
+    report = report or (lambda progress: None)
+    if backend == "mpi":
+        return _make_by_mpi(inputs, output, tokenizer_folder, settings, report)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    found = True
+    while (job := plan(inputs, output, tokenizer, settings)) is not None:
+        found = False
+        watch = functools.partial(_watch, report, Progress(job))
+        if min(workers, len(job.units)) <= 1:
+            take_part(job, tokenizer, watch)
+        else:
+            work = functools.partial(take_part, job, tokenizer)
+            run_in_processes(min(workers, len(job.units)), work, watch)
+        watch()
+        if job.only is None:  # a set that was mended is looked at again: more may be missing by now
+            break
+    return ShardSet.open(output).manifest, found
+
+
+def _watch(report: Report, progress: Progress) -> None:
+    if progress.work.is_dir() or progress.done:
+        progress.update()
+        report(progress)
+
+
+# Planning ----------------------------------------------------------------------------------------------
+
+
+def plan(
+    inputs: list[str | Path], output: str | Path, tokenizer: Tokenizer, settings: ShardSettings
+) -> Job | None:
+    """What is to be done; None when it is done. Prepares the work folder, or checks the one that is there."""
+    output = Path(output)
+    for given in map(Path, inputs):
+        if given.is_dir() and output.resolve().is_relative_to(given.resolve()):
+            raise UserError(f"output {output} lies inside the input folder {given}; choose another place")
+    files, not_read = survey(inputs)
+    # Refuses unknown names before any work.
+    get_segmenter(settings.sentences.segmenter, settings.sentences.language)
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings.to_dict(),
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+        },
+    }
+    if not_read:
+        print(f"data-prep: not read: {unread_line(not_read)}", file=sys.stderr)
+    job = Job(output, settings, facts, files, plan_units(files, settings.unit_bytes), not_read)
+    for _ in range(3):
+        try:
+            return _check_finished(job) if (output / MANIFEST).is_file() else _begin(job)
+        except FileNotFoundError:  # others have finished in between, and tidied up: look again
+            if not (output / MANIFEST).is_file():
+                raise
+    raise UserError(f"{output}: other processes are finishing this very set; run again")
+
+
+def _begin(job: Job) -> Job:
+    """Make the work folder, or check that the one found is this very job's. Returns the job as begun."""
+    output, work = job.output, job.work
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file; --output must name a folder")
+    told = {
+        "facts": job.facts,
+        "inputs": [[file.name, file.shown_path, file.size, file.stamp] for file in job.files],
+    }
+    if (begun := _read_plan(job)) is not None:
+        only = begun.pop("only")
+        if begun != json.loads(json_bytes(told)) or (only is None) != (job.only is None):
+            raise UserError(
+                f"{output} holds an unfinished run with other settings or input; "
+                "finish that one, choose another --output, or delete the folder"
+            )
+        return replace(job, only=None if only is None else tuple(only))
+    if job.only is None and output.is_dir() and any(path.name != UNFINISHED for path in output.iterdir()):
+        raise UserError(f"output folder {output} is not empty and holds no shards; choose another one")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}") from error
+    # Of several who begin at the same time one writes the plan, and the others compare theirs with it.
+    mine = partial_name(work / PLAN)
+    mine.write_bytes(json_bytes(told | {"only": job.only}))
+    try:
+        os.link(mine, work / PLAN)
+    except FileExistsError:
+        return _begin(job)
+    finally:
+        mine.unlink(missing_ok=True)
+    return job
+
+
+def _read_plan(job: Job) -> dict | None:
+    """The plan of the run that was begun; None when there is none, or a crash left half of it."""
+    try:
+        return json.loads((job.work / PLAN).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        shutil.rmtree(job.work, ignore_errors=True)
+        return None
+
+
+def _check_finished(job: Job) -> Job | None:
+    """None when this command would make just what is there; a smaller job where shards are missing.
+
+    The input is compared by names and sizes, and up to `COMPARED_BYTES` of it by content, too.
+    """
+    output = job.output
+    manifest = ShardSet.open(output).manifest
+    advice = "choose another --output or delete the folder"
+    if manifest["settings_fingerprint"] != fingerprint(job.facts):
+        raise UserError(f"{output} holds shards made with other settings or another tokenizer; {advice}")
+    found = [(file.name, file.size) for file in job.files]
+    if found != [(entry["file"], entry["size"]) for entry in manifest["inputs"]]:
+        raise UserError(f"{output} holds shards made from other input; {advice}")
+    missing = missing_units(output, manifest)
+    if not missing and sum(file.size for file in job.files) <= COMPARED_BYTES:
+        for file, entry in zip(job.files, manifest["inputs"], strict=True):
+            for piece in entry["pieces"]:
+                if Piece(file, piece["start"], piece["end"]).sha256() != piece["sha256"]:
+                    raise UserError(f"{output} holds shards made from another {file.name}; {advice}")
+    begun = _read_plan(job)
+    if begun is not None and (begun["only"] is None or not missing) and not job.board().is_busy():
+        shutil.rmtree(job.work, ignore_errors=True)  # left by one that was killed while it tidied up
+    # Shards made again must be the ones that the manifest knows: other input is found out at the end.
+    return _begin(replace(job, only=tuple(sorted(missing)))) if missing else None
+
+
+# Backends ----------------------------------------------------------------------------------------------
+
+
+def choose_backend(name: str) -> str:
+    """`auto` by the environment: `mpi` under mpirun, `slurm` in an array job, else `local`."""
+    if name != "auto":
+        return name
+    if mpi_number("SIZE") > 1:
+        return "mpi"
+    return "slurm" if "SLURM_ARRAY_TASK_ID" in os.environ else "local"
+
+
+def mpi_number(name: str) -> int:
+    """RANK or SIZE of an MPI start, from the environment: known before MPI is. 0 outside one."""
+    return int(os.environ.get(f"OMPI_COMM_WORLD_{name}") or os.environ.get(f"PMI_{name}") or 0)
+
+
+def _make_by_mpi(
+    inputs: list[str | Path],
+    output: str | Path,
+    tokenizer_folder: str | Path,
+    settings: ShardSettings,
+    report: Report,
+) -> tuple[dict, bool]:
+    """Rank 0 plans and tells; then every rank, the first too, takes part."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"the mpi backend needs mpi4py and an MPI: {error}") from error
+    world = MPI.COMM_WORLD
+    planned = None
+    if world.rank == 0:
+        try:
+            tokenizer = load_tokenizer(tokenizer_folder)
+            planned = plan(inputs, output, tokenizer, settings), None
+        except (UserError, OSError) as error:
+            planned = None, describe(error)
+    job, refused = world.bcast(planned, root=0)
+    if refused is not None:
+        raise UserError(refused) if world.rank == 0 else SystemExit(2)
+    if job is not None:
+        if world.rank:
+            tokenizer = load_tokenizer(tokenizer_folder)
+        watch = functools.partial(_watch, report, Progress(job)) if world.rank == 0 else None
+        try:
+            take_part(job, tokenizer, watch)
+        except (UserError, OSError) as error:
+            # The others wait for this one's unit: end them, after one line that says why.
+            print(f"data-prep: error: {describe(error)}", file=sys.stderr, flush=True)
+            world.Abort(2)
+        if watch:
+            watch()
+    return ShardSet.open(output).manifest, job is None

@@ -1,0 +1,245 @@
+"""One document's text → its tokens and where its sentences end.
+
+In: text, tokenizer, segmenter, limits. Out: tokens uint32 [T] of the WHOLE text, and sentence lengths uint16
+[S] that sum to T. Called by the sharder for every document, and by whoever must cut raw text as training did
+(evaluation, generation).
+
+A text boundary rarely falls between two tokens that are whole characters; it moves forward to the next place
+that does. So the token model and the sentence model read the very same tokens, and every sentence is valid
+UTF-8. Three units are at work: the segmenter counts characters, offsets into the text are in bytes, sentences
+are cut in tokens. Positions are int32: documents of some MB must not fill the memory, and none has 2 GB. What
+is looked up in them is int32 as well, or numpy would convert them as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+
+import numpy as np
+
+from data_prep.common.errors import UserError
+from data_prep.text.segmenter import Segmenter, get_segmenter
+from data_prep.text.tokenizer import Tokenizer
+
+LONGEST = 65535  # sentence lengths are stored as uint16
+SHORTEST = 4  # one character may need four tokens, and is never cut
+JUDGED_BY_LINE = ("en", "zh", "", "auto")  # document languages that the `auto` segmenter handles
+
+_BLOCK = 1 << 20  # of an array, where a whole one in int64 would be large
+_BREAK_AHEAD = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """How documents are cut.
+
+    segmenter: clause|sentence. language: en|zh|other, or auto. max_tokens: longer sentences are split.
+    min_tokens: shorter ones are joined to a neighbour; 1 is off.
+    """
+
+    segmenter: str
+    language: str
+    max_tokens: int
+    min_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if not SHORTEST <= self.max_tokens <= LONGEST:
+            raise UserError(f"--max-tokens must lie between {SHORTEST} and {LONGEST}, not {self.max_tokens}")
+        if not 1 <= self.min_tokens <= self.max_tokens:
+            raise UserError(
+                f"--min-tokens must lie between 1 and --max-tokens ({self.max_tokens}), not {self.min_tokens}"
+            )
+
+    def segmenter_for(self, document_language: str = "") -> Segmenter:
+        """The segmenter for a document of this language. Settings that name a language win; else `auto`
+        judges each line of English, Chinese and unlabelled documents, and `other` cuts the rest.
+
+        Raises `UserError` when the settings name an unknown segmenter or language.
+        """
+        language = self.language
+        if language == "auto" and document_language not in JUDGED_BY_LINE:
+            language = "other"
+        return get_segmenter(self.segmenter, language)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def cut_document(
+    text: str,
+    tokenizer: Tokenizer,
+    segmenter: Segmenter | Callable[[str], list[str]],
+    settings: SentenceSettings | int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenize `text` once and cut it into sentences of `min_tokens` to `max_tokens` tokens.
+
+    Returns (tokens uint32 [T], sentence_lengths uint16 [S]): every length >= 1, their sum T. Empty for "".
+    Each cut lies at or after the segmenter's boundary, or splits a sentence that would be too long: after one
+    of its clauses, else before white space, else between any two characters. An int as `settings` is the
+    maximum alone. Raises `LossyTokenization` when the tokens do not give the text back.
+    """
+    max_tokens = settings if isinstance(settings, int) else settings.max_tokens
+    min_tokens = 1 if isinstance(settings, int) else settings.min_tokens
+    data = text.encode("utf-8")
+    tokens = tokenizer.encode_exactly(text, data)
+    if not data:
+        return tokens, np.zeros(0, dtype=np.uint16)
+    starts = None if len(data) == len(text) else _character_starts(data)
+    places, ends = _character_boundaries(tokens, starts, tokenizer)
+    if places.size < tokens.size and max(places[0], np.diff(places).max(initial=0)) > max_tokens:
+        tokens = _respell(tokens, places, np.diff(places, prepend=0) > max_tokens, tokenizer)
+        places, ends = _character_boundaries(tokens, starts, tokenizer)
+    offsets = None if starts is None else _places_of(starts)  # character → byte
+    del data, starts
+    text_cuts = _text_cuts(text, segmenter)
+    index = np.searchsorted(ends, text_cuts if offsets is None else offsets[text_cuts])
+    cuts = places[index[np.append(index[1:] != index[:-1], True)]]
+    if np.diff(cuts, prepend=0).max() > max_tokens:
+        cuts = _split_long(cuts, places, ends, text, offsets, segmenter, max_tokens)
+    if min_tokens > 1:
+        line_ends = {
+            int(places[at])
+            for at, cut in zip(index, text_cuts.data, strict=True)
+            if cut == len(text) or _BREAK_AHEAD.match(text, cut)
+        }
+        cuts = _join_short(cuts.data, line_ends, min_tokens, max_tokens)
+    return tokens, np.diff(cuts, prepend=0).astype(np.uint16)
+
+
+def _text_cuts(text: str, segmenter: Segmenter | Callable[[str], list[str]]) -> np.ndarray:
+    """Ends of the sentences in characters, int32 [S], ascending."""
+    if isinstance(segmenter, Segmenter):
+        cuts = np.array(segmenter.cuts(text), dtype=np.int32)
+    else:
+        cuts = np.cumsum([len(sentence) for sentence in segmenter(text)], dtype=np.int32)
+    if not cuts.size or cuts[-1] != len(text):
+        raise AssertionError("the segmenter lost text: its sentences do not add up to the document")
+    return cuts
+
+
+def _character_starts(data: bytes) -> np.ndarray:
+    """bool [bytes + 1]: whether a character starts at a byte; the end of the text counts as a start."""
+    starts = np.ones(len(data) + 1, dtype=bool)
+    np.not_equal(np.frombuffer(data, dtype=np.uint8) & 0xC0, 0x80, out=starts[:-1])  # not 10xxxxxx
+    return starts
+
+
+def _places_of(flags: np.ndarray) -> np.ndarray:
+    """Where bool [N] holds, int32, ascending."""
+    blocks = range(0, flags.size, _BLOCK)
+    return np.concatenate([np.flatnonzero(flags[at : at + _BLOCK]).astype(np.int32) + at for at in blocks])
+
+
+def _character_boundaries(
+    tokens: np.ndarray, starts: np.ndarray | None, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where a cut is possible: token counts int32 [P], ascending, and the byte offsets int32 [P] of each."""
+    ends = np.cumsum(tokenizer.byte_lengths[tokens], dtype=np.int32)
+    if starts is None:
+        return np.arange(1, tokens.size + 1, dtype=np.int32), ends
+    whole = starts[ends]
+    places = _places_of(whole)
+    places += 1
+    return places, ends[whole]
+
+
+def _respell(tokens: np.ndarray, places: np.ndarray, too_far: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Spell stretches that offer no cut for too long character by character.
+
+    Byte-level merges can join the tail of one character to the head of the next, again and again.
+    """
+    parts, done = [], 0
+    for index in np.flatnonzero(too_far):
+        begin, end = (places[index - 1] if index else 0), places[index]
+        parts.append(tokens[done:begin])
+        parts += tokenizer.encode_batch(list(tokenizer.decode(tokens[begin:end])))
+        done = end
+    return np.concatenate([*parts, tokens[done:]])
+
+
+def _split_long(
+    cuts: np.ndarray,
+    places: np.ndarray,
+    ends: np.ndarray,
+    text: str,
+    offsets: np.ndarray | None,
+    segmenter: Segmenter | Callable[[str], list[str]],
+    max_tokens: int,
+) -> np.ndarray:
+    """Add cuts to sentences above the limit: the last clause end within it, else the last white space, else
+    the last place of all. None in the first quarter of the limit, which would leave scraps."""
+    begins = np.append(0, cuts[:-1])
+    long = cuts - begins > max_tokens
+    begins, finals = begins[long], cuts[long]
+    pauses = _clause_ends(begins, finals, places, ends, text, offsets, segmenter)
+    quarter = max_tokens // 4
+    extra = []
+    for start, end in zip(begins.tolist(), finals.tolist(), strict=True):
+        while end - start > max_tokens:
+            at = bisect_right(pauses, start + max_tokens) - 1
+            if at >= 0 and pauses[at] > start + quarter:
+                start = pauses[at]
+            else:
+                start = _last_white(start + quarter, start + max_tokens, places, ends, text, offsets)
+            extra.append(start)
+    return np.sort(np.concatenate([cuts, np.array(extra, dtype=np.int32)]))
+
+
+def _last_white(
+    low: int, high: int, places: np.ndarray, ends: np.ndarray, text: str, offsets: np.ndarray | None
+) -> int:
+    """The last place in (low, high] that stands before white space, else the last one up to `high`."""
+    first, last = np.searchsorted(places, np.array([low, high], dtype=np.int32), side="right").tolist()
+    at = ends[first:last] if offsets is None else np.searchsorted(offsets, ends[first:last])
+    for index, character in zip(range(last - 1, first - 1, -1), at[::-1].tolist(), strict=True):
+        if text[character].isspace():
+            return int(places[index])
+    return int(places[last - 1])
+
+
+def _clause_ends(
+    begins: np.ndarray,
+    finals: np.ndarray,
+    places: np.ndarray,
+    ends: np.ndarray,
+    text: str,
+    offsets: np.ndarray | None,
+    segmenter: Segmenter | Callable[[str], list[str]],
+) -> Sequence[int]:
+    """Places, ascending, where the clause segmenter would cut the sentences from `begins` to `finals`."""
+    if not isinstance(segmenter, Segmenter) or segmenter.name == "clause":
+        return []
+    clauses = get_segmenter("clause", segmenter.language)
+    # Places → bytes → characters; then back.
+    last = [np.searchsorted(places, at, side="right") - 1 for at in (begins, finals)]
+    bounds = [np.where(at < 0, 0, ends[at]).astype(np.int32) for at in last]
+    if offsets is not None:
+        bounds = [np.searchsorted(offsets, at) for at in bounds]
+    inner = [np.zeros(0, np.int32)]
+    for begin, end in zip(bounds[0].tolist(), bounds[1].tolist(), strict=True):
+        inner.append(np.array(clauses.cuts(text[begin:end])[:-1], dtype=np.int32) + begin)
+    at = np.concatenate(inner)
+    return places[np.searchsorted(ends, at if offsets is None else offsets[at])].data
+
+
+def _join_short(cuts: Sequence[int], line_ends: set[int], min_tokens: int, max_tokens: int) -> np.ndarray:
+    """Join sentences below `min_tokens` to the next one on their line; at its end to the one before. One that
+    is alone on its line goes to the line after it, else before it. Nothing grows beyond `max_tokens`."""
+    joined = array("i")
+    start = 0
+    for cut, following in zip(cuts, chain(cuts[1:], [None]), strict=True):
+        if cut - start < min_tokens:
+            alone = start == 0 or start in line_ends
+            if following is not None and (alone or cut not in line_ends) and following - start <= max_tokens:
+                continue
+            before = joined[-2] if len(joined) > 1 else 0
+            if joined and (not alone or cut in line_ends) and cut - before <= max_tokens:
+                joined.pop()
+        joined.append(cut)
+        start = cut
+    return np.array(joined)

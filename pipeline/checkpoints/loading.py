@@ -1,0 +1,176 @@
+"""Loading: all ranks agree on a whole checkpoint, and take it up, also as another number of ranks.
+
+In: a run directory and a fresh DeepSpeed engine. Out: the engine with the checkpoint's weights and optimizer
+state. With the same ranks and ZeRO stage DeepSpeed loads its own files. Otherwise each rank puts together its
+new part from the old ones (`checkpoint_parts.py`) and hands it to DeepSpeed as if it had written that itself:
+nothing is converted on the disk. Called by every rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from data_prep.common.errors import UserError, first_line
+from pipeline.checkpoints import store
+from pipeline.checkpoints.store import Meta
+from pipeline.checkpoints.zero_shards import WEIGHT, Parts
+from pipeline.parallel.ranks import AgreedError
+
+
+def agree_on_newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:
+    """As `checkpoints.newest_whole`, with every byte read: the ranks share the files out and agree.
+
+    Raises AgreedError when the ranks do not see the same checkpoint.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    spoilt: dict[str, str] = {}
+    while True:
+        found = store.newest_whole(run_dir, spoilt)
+        damaged = []
+        if found:
+            by_size = sorted(found[1].files, key=lambda name: (-found[1].files[name][0], name))
+            damaged = store.damaged_files(*found[:2], by_size[rank::world])
+        name = found[0].name if found else None
+        everyone: list[Any] = [None] * world
+        torch.distributed.all_gather_object(everyone, (name, damaged))
+        for other, (theirs, _) in enumerate(everyone):
+            if theirs != everyone[0][0]:
+                raise AgreedError(
+                    f"rank 0 sees the checkpoint {everyone[0][0]} in {run_dir}, rank {other} sees {theirs}: "
+                    "put --output_dir on a disk that all machines share"
+                )
+        damaged = sorted(file for _, files in everyone for file in files)
+        if not damaged:
+            return found
+        spoilt[name] = store.spoilt_message(found[0], damaged)
+
+
+def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: int) -> None:
+    """Load weights and optimizer state into the engine, which runs on `world` ranks at `zero_stage`.
+
+    Raises UserError when it does not load, though its bytes are as they were written.
+    """
+    as_written = zero_stage == 0 or (world, zero_stage) == (meta.world, meta.zero_stage)
+    if not as_written and engine.zero_nvme_offload_optimizer():
+        raise AgreedError(
+            f"checkpoint {checkpoint} was written by {meta.world} rank(s) with ZeRO {meta.zero_stage}: its "
+            "optimizer state on NVMe cannot be shared out anew: start with those, or without NVMe offload"
+        )
+    try:
+        if as_written:
+            # Without partitions every rank holds everything, and their number does not matter.
+            path, _ = engine.load_checkpoint(
+                str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
+            )
+            if path is None:
+                raise ValueError("DeepSpeed finds no state in it")
+        else:
+            _restore_parts(engine, Parts(checkpoint, meta), zero_stage)
+    except UserError:
+        raise
+    except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for a file they cannot use
+        raise UserError(
+            f"checkpoint {checkpoint} does not load ({first_line(error)}), and its bytes are as they were "
+            "written: is there memory enough, and are torch and DeepSpeed those that wrote it (starts.jsonl)?"
+        ) from error
+
+
+@torch.no_grad()
+def _restore_parts(engine: Any, parts: Parts, zero_stage: int) -> None:
+    """Give this rank its part of a checkpoint that other ranks, or another stage, have written."""
+    optimizer = engine.optimizer
+    if zero_stage == 3:
+        optimizer.checkpoint_event_prologue()
+    _load_rest(engine, parts, zero_stage)
+
+    state = optimizer.state_dict()  # in this world's form; what stands in it is replaced
+    saved = parts.optimizers[0]
+    for key in ("loss_scaler", "dynamic_loss_scale", "overflow"):
+        state[key] = saved[key]
+    load = _fill_stage3 if zero_stage == 3 else _fill_stage12
+    load(engine, parts, state)
+    world = torch.distributed.get_world_size()
+    optimizer.load_state_dict([state] * world, load_optimizer_states=True, load_from_fp32_weights=True)
+
+    if zero_stage == 3:
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        optimizer.checkpoint_event_epilogue()
+    else:
+        optimizer.update_lp_params()
+    for key in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, key, parts.common[key])
+
+
+def _load_rest(engine: Any, parts: Parts, zero_stage: int) -> None:
+    """What the optimizer does not hold: buffers and frozen weights."""
+    for name, buffer in engine.module.named_buffers():
+        if name in parts.buffers:
+            buffer.copy_(parts.buffers[name])
+    for name, weight in engine.module.named_parameters():
+        if name not in parts.frozen:
+            continue
+        whole = parts.tensor(name)
+        if zero_stage == 3:
+            mine = weight.ds_tensor
+            mine.copy_(_share(whole, mine.numel(), torch.distributed.get_rank()).view_as(mine))
+        else:
+            weight.copy_(whole)
+
+
+def _share(whole: Tensor, numel: int, rank: int) -> Tensor:
+    """ZeRO-3's piece for a rank: `numel` values, the last ones padded with zeros."""
+    piece = whole.flatten()[rank * numel : (rank + 1) * numel]
+    return torch.nn.functional.pad(piece, (0, numel - piece.numel()))
+
+
+def _fill_stage3(engine: Any, parts: Parts, state: dict[str, Any]) -> None:
+    optimizer = engine.optimizer
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    moments: dict[int, dict[str, Any]] = {}
+    flats = []
+    for number, group in enumerate(optimizer.fp16_groups):
+        like = optimizer.fp32_partitioned_groups_flat[number]
+        filled = {key: torch.zeros_like(like) for key in (WEIGHT, *parts.keys())}
+        offset = 0
+        for weight in group:
+            numel = -(-weight.ds_numel // world)
+            for key, flat in filled.items():
+                whole = parts.state(optimizer.param_names[weight], key)
+                flat[offset : offset + numel] = _share(whole, numel, rank)
+            offset += numel
+        flats.append(filled.pop(WEIGHT))
+        moments[number] = {**_copied(parts.scalars(0)), **filled}
+    state["fp32_flat_groups"] = flats
+    state["optimizer_state_dict"]["state"] = moments
+
+
+def _fill_stage12(engine: Any, parts: Parts, state: dict[str, Any]) -> None:
+    optimizer = engine.optimizer
+    moments: dict[int, dict[str, Any]] = {}
+    flats = []
+    for number, group in enumerate(optimizer.bit16_groups):
+        like = optimizer.single_partition_of_fp32_groups[number]
+        filled = {key: torch.zeros_like(like) for key in (WEIGHT, *parts.keys())}
+        for weight in group:
+            mapping = weight._hp_mapping
+            if mapping is None:  # another rank's
+                continue
+            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+            for key, flat in filled.items():
+                whole = parts.state(optimizer.param_names[weight], key).flatten()
+                flat[here.start : here.start + here.numel] = whole[there.start : there.start + there.numel]
+        flats.append(filled.pop(WEIGHT))
+        moments[number] = {**_copied(parts.scalars(0)), **filled}
+    state["single_partition_of_fp32_groups"] = flats
+    state["base_optimizer_state"]["state"] = moments
+
+
+def _copied(scalars: dict[str, Any]) -> dict[str, Any]:
+    """One of its own for every group: Adam counts its `step` in place."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in scalars.items()}

@@ -1,0 +1,308 @@
+"""`sllm doctor`: are these machines fit for a run together? Before the first step, and naming the bad one.
+
+In: the ranks of a launcher (`srun sllm doctor …`, mpirun, torchrun; alone it looks at this machine), shard
+folders and the run's output folder. Out: rank 0 prints what it found, and one line for every problem with the
+machine's name; every rank exits with 0, or 1 when there is a problem, or 75 when USR1 has told it to stop.
+The parts: `meeting.py` (ranks talk without torch), `doctor_machine.py` (what a machine sees of itself),
+`doctor_network.py` (all-reduce and pairs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.errors import REQUEUE, UserError, describe
+from pipeline.cluster import machine as doctor_machine
+from pipeline.cluster import network as doctor_network
+from pipeline.cluster.rendezvous import LostTable, Meeting
+from pipeline.parallel.ranks import Ranks, find_ranks, free_port
+
+CLOCK_LIMIT = 2.0  # seconds between any machine's clock and the first one's
+SLOW_PAIR = 0.25  # of the median pair
+LONG = 24 * 3600.0  # seconds that reading every shard may take
+QUICK = 300.0  # seconds that a look at one machine may take: longer, and a disk hangs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `sllm doctor`."""
+    parser.add_argument("--shards", nargs="+", default=[], metavar="DIR", help="shard folders of the run")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="run directory: shared, writable, with space left"
+    )
+    parser.add_argument("--local_dir", metavar="DIR", help="node-local folder with room for the shards")
+    parser.add_argument("--free_gb", type=float, default=1.0, metavar="X", help="of --output_dir (default 1)")
+    parser.add_argument(
+        "--min_gbps", type=float, default=0.0, metavar="X", help="least Gbit/s of a pair (default: none)"
+    )
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="for a rank (default 120)")
+    parser.add_argument("--deep", action="store_true", help="sha256 of every shard, not of a few")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command, on every rank: 0 all well, 1 a problem, 75 stopped by USR1. UserError when the ranks
+    cannot meet."""
+    decided = _end_on_signals()
+    ranks = find_ranks()
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        with closing(Meeting(ranks, host, address, port, arguments.timeout)) as meeting:
+            report = examine(meeting, arguments)
+    except LostTable:
+        return 2  # rank 0 has said why
+    decided.set()
+    if ranks.rank == 0:
+        print(json.dumps(report, allow_nan=False) if arguments.json else format_report(report), flush=True)
+        for line in report["problems"]:
+            print(f"sllm doctor: {line}", file=sys.stderr)
+    return 0 if report["ok"] else 1
+
+
+def _end_on_signals() -> threading.Event:
+    """USR1 (preemption, the time limit) ends this process with 75, and TERM with 2 unless the event returned
+    is set: the verdict is in.
+
+    The first rank to end makes `srun --kill-on-bad-exit` terminate the others, and a step ends with the
+    highest status of all: ranks killed by TERM (143) would hide the 75, so that nobody starts the job again,
+    and the 1 of a verdict. A thread waits for the signals, since the main one may be blocked in a collective.
+    """
+    decided, signals = threading.Event(), (signal.SIGUSR1, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def wait() -> None:
+        while True:
+            if signal.sigwait(signals) == signal.SIGUSR1:
+                os._exit(REQUEUE)
+            if not decided.is_set():
+                os._exit(2)
+
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+    return decided
+
+
+def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every check, on every rank; all get the same report (`problems`: lines, each with a machine's name)."""
+    ranks, hosts = meeting.ranks, meeting.hosts
+    leaders = [rank for rank, host in enumerate(hosts) if hosts.index(host) == rank]
+    token = _write_token(arguments.output_dir) if ranks.rank == 0 else None
+    token = meeting.exchange(token)[0]
+    facts = meeting.exchange(
+        _look_at_machine(ranks, hosts, leaders, token, arguments), LONG if arguments.deep else QUICK
+    )
+    if ranks.rank == 0 and token and token["path"]:
+        Path(token["path"]).unlink(missing_ok=True)
+    offsets = meeting.clock_offsets(leaders)
+    port = meeting.exchange(_free_port() if ranks.rank == 0 else None)[0]
+    different = _differences({hosts[rank]: facts[rank]["versions"] for rank in leaders})
+    network = None
+    # Two releases of torch need not speak the same language: they might wait for each other for ever.
+    if ranks.world > 1 and not any("torch " in line for line in different):
+        mine = doctor_network.measure(ranks, hosts, leaders, port, arguments.timeout)
+        network = meeting.exchange(mine)
+    report = {
+        "hosts": [hosts[rank] for rank in leaders],
+        "ranks": ranks.world,
+        "versions": facts[0]["versions"],
+        "shards": [_shards_of_all(facts, n, leaders) for n in range(len(arguments.shards))],
+        "disks": {hosts[rank]: facts[rank]["disks"] for rank in leaders},
+        "gpus": {hosts[rank]: facts[rank]["gpus"]["gpus"] for rank in leaders},
+        "clock_offsets": {hosts[rank]: offset for rank, offset in offsets.items()},
+        "network": _network(network, hosts) if network else None,
+        "warnings": [
+            f"{hosts[rank]}: writes only {disk['write'] / 1e6:.1f} MB/s to {disk['folder']}"
+            for rank in leaders
+            for disk in facts[rank]["disks"]
+            if disk["write"] and disk["write"] < doctor_machine.SLOW_DISK
+        ],
+    }
+    problems = different + list(_machine_problems(facts, hosts))
+    problems += _differences({hosts[rank]: _gpu_kinds(facts[rank]["gpus"]["gpus"]) for rank in leaders})
+    for n, folder in enumerate(arguments.shards):
+        of_hosts = {hosts[rank]: {folder: facts[rank]["shards"][n]["fingerprint"]} for rank in leaders}
+        readable = {host: found for host, found in of_hosts.items() if found[folder]}
+        problems += _differences(readable, "other shards: fingerprint of ")
+    problems += [
+        f"{host}: its clock is {offset:+.1f} s off {hosts[0]}'s: synchronise it (NTP, chrony)"
+        for host, offset in report["clock_offsets"].items()
+        if abs(offset) > CLOCK_LIMIT
+    ]
+    if network:
+        for host, seen in zip(hosts, network, strict=True):
+            problems += [f"{host}: {line}" for line in seen["problems"]]
+        slow, warnings = _slow_pairs(report["network"]["pairs"], arguments.min_gbps)
+        problems += slow
+        report["warnings"] += warnings
+    return report | {"problems": problems, "ok": not problems}
+
+
+def _write_token(folder: str | None) -> dict[str, str] | None:
+    """A file that the other machines must see, if the folder is what a run directory has to be: shared."""
+    if folder is None:
+        return None
+    for old in Path(folder).glob(".doctor-*"):  # of a doctor that was killed
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
+    path, content = Path(folder) / f".doctor-token-{secrets.token_hex(6)}", secrets.token_hex(16)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    except OSError:  # the first machine's own look at the folder reports it
+        return {"path": "", "content": ""}
+    return {"path": str(path), "content": content}
+
+
+def _look_at_machine(
+    ranks: Ranks,
+    hosts: list[str],
+    leaders: list[int],
+    token: dict[str, str] | None,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """This rank's facts. All ranks of a machine share the reading of shards; the first does the rest."""
+    mine = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
+    machine, part = leaders.index(mine[0]), mine.index(ranks.rank)
+    facts: dict[str, Any] = {
+        "shards": [
+            doctor_machine.shards(folder, machine, len(leaders), part, len(mine), arguments.deep)
+            for folder in arguments.shards
+        ],
+        "disks": [],
+        "gpus": {"gpus": [], "problems": []},
+        "problems": [],
+    }
+    if part:
+        return facts
+    facts["versions"] = doctor_machine.versions()
+    facts["gpus"] = doctor_machine.gpus(len(mine))
+    if token and token["path"] and not doctor_machine.is_visible(token["path"], token["content"]):
+        facts["problems"].append(
+            f"does not see what {hosts[0]} writes in {arguments.output_dir}: it is not the same disk there"
+        )
+    if arguments.output_dir:
+        facts["disks"].append(doctor_machine.disk(arguments.output_dir, arguments.free_gb * 1e9))
+    if arguments.local_dir:
+        facts["disks"].append(
+            doctor_machine.disk(arguments.local_dir, sum(one.get("bytes", 0) for one in facts["shards"]))
+        )
+    return facts
+
+
+def _machine_problems(facts: list[dict[str, Any]], hosts: list[str]) -> Iterable[str]:
+    """What each machine says of itself, each line once a machine."""
+    lines: dict[str, None] = {}
+    for host, seen in zip(hosts, facts, strict=True):
+        for one in (seen, *seen["shards"], *seen["disks"], seen["gpus"]):
+            lines |= dict.fromkeys(f"{host}: {line}" for line in one["problems"])
+    return lines
+
+
+def _differences(values: dict[str, dict[str, Any]], what: str = "") -> list[str]:
+    """`values`: by host, then by name. One line for each host that differs from most of the others."""
+    lines = []
+    for name in dict.fromkeys(name for of_host in values.values() for name in of_host):
+        of_hosts = {host: of_host.get(name) for host, of_host in values.items()}
+        found = list(of_hosts.values())
+        common = max(found, key=found.count)  # a tie: as on the first host
+        for host, value in of_hosts.items():
+            if value != common:
+                agreeing = [other for other, its in of_hosts.items() if its == common]
+                have = f"{len(agreeing)} others have" if len(agreeing) > 1 else f"{agreeing[0]} has"
+                lines.append(f"{host}: {what}{name} {value or 'is missing'}, but {have} {common or 'none'}")
+    return lines
+
+
+def _gpu_kinds(gpus: list[dict[str, str]]) -> dict[str, str]:
+    names = sorted(gpu["name"] for gpu in gpus)
+    kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+    return {"GPUs:": kinds, "GPU driver": ", ".join(sorted({gpu["driver_version"] for gpu in gpus}))}
+
+
+def _shards_of_all(facts: list[dict[str, Any]], n: int, leaders: list[int]) -> dict[str, Any]:
+    verified = {number for seen in facts for number in seen["shards"][n].get("verified", [])}
+    first = next((f["shards"][n] for f in facts if f["shards"][n]["fingerprint"]), facts[0]["shards"][n])
+    kept = {key: first.get(key) for key in ("folder", "fingerprint", "shards", "bytes")}
+    return kept | {"verified": len(verified)}
+
+
+def _network(network: list[dict[str, Any]], hosts: list[str]) -> dict[str, Any]:
+    """Of the figures of all ranks the slowest: of the all-reduce, and of the two ends of each pair."""
+    reduced = [seen["gbps"] for seen in network if seen["gbps"] is not None]
+    pairs: dict[tuple[str, str], float] = {}
+    for rank, seen in enumerate(network):
+        for peer, gbps in seen["pairs"].items():
+            pair = hosts[min(rank, int(peer))], hosts[max(rank, int(peer))]
+            pairs[pair] = min(gbps, pairs.get(pair, gbps))
+    return {
+        "backend": network[0]["backend"],
+        "all_reduce_gbps": min(reduced, default=None),
+        "pairs": [{"between": list(pair), "gbps": gbps} for pair, gbps in pairs.items()],
+    }
+
+
+def _slow_pairs(pairs: list[dict[str, Any]], least: float) -> tuple[list[str], list[str]]:
+    """(problems: pairs below `least`, warnings: pairs far below the median). A machine all of whose pairs are
+    slow is named alone."""
+    if not pairs:
+        return [], []
+    median = statistics.median(pair["gbps"] for pair in pairs)
+    answers = []
+    for limit, why in ((least, f"less than {least:g}"), (SLOW_PAIR * median, f"others have {median:.2f}")):
+        slow = [pair for pair in pairs if pair["gbps"] < limit]
+        lines = []
+        for host in dict.fromkeys(host for pair in slow for host in pair["between"]):
+            of_host = [pair for pair in pairs if host in pair["between"]]
+            if len(of_host) > 1 and all(pair in slow for pair in of_host):
+                fastest = max(pair["gbps"] for pair in of_host)
+                lines.append(f"{host}: slow to every other machine, at most {fastest:.2f} Gbit/s, {why}")
+                slow = [pair for pair in slow if pair not in of_host]
+        lines += [f"{' and '.join(pair['between'])}: {pair['gbps']:.2f} Gbit/s, {why}" for pair in slow]
+        answers.append(lines)
+    return answers[0], answers[1]
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """What a reader needs of a report; its problems are printed apart."""
+    hosts, network = report["hosts"], report["network"]
+    rows = [("machines", f"{len(hosts)} with {report['ranks']} ranks: {', '.join(hosts)}")]
+    rows.append(("versions", ", ".join(f"{name} {v}" for name, v in report["versions"].items() if v)))
+    for one in report["shards"]:
+        counts = f"{one['shards']} shards, {one['verified']} verified" if one["shards"] else "not readable"
+        rows.append(("shards", f"{one['folder']}: {counts}"))
+    for n, disk in enumerate(report["disks"][hosts[0]]):
+        written = [disks[n]["write"] for disks in report["disks"].values() if disks[n]["write"]]
+        free = [disks[n]["free"] for disks in report["disks"].values() if disks[n]["free"] is not None]
+        speed = f", {min(written) / 1e6:.0f} MB/s and more" if written else ""
+        rows.append(("disk", f"{disk['folder']}: {min(free, default=0) / 1e9:.1f} GB free{speed}"))
+    rows.append(("GPUs", _gpu_kinds(report["gpus"][hosts[0]])["GPUs:"] or "none seen"))
+    if offsets := report["clock_offsets"].values():
+        rows.append(("clocks", f"within {max(map(abs, offsets)):.3f} s"))
+    if network and network["all_reduce_gbps"]:
+        rows.append(("all-reduce", f"{network['backend']}: {network['all_reduce_gbps']:.2f} Gbit/s a rank"))
+    if network and network["pairs"]:
+        speeds = [pair["gbps"] for pair in network["pairs"]]
+        rows.append(("pairs", f"{len(speeds)}, {min(speeds):.2f} to {max(speeds):.2f} Gbit/s each way"))
+    rows += [("warning", line) for line in report["warnings"]]
+    rows.append(("verdict", "fit" if report["ok"] else f"{len(report['problems'])} problems"))
+    return "\n".join(f"{name:<11}{text}" for name, text in rows)
+
+
+def _free_port() -> int:
+    try:
+        return free_port("")
+    except OSError as error:
+        raise UserError(f"no free port: {describe(error)}") from None

@@ -1,0 +1,126 @@
+"""What `sllm doctor` measures between the ranks: all-reduce and every pair of machines, by the real backend.
+
+In: `Ranks`, the first rank of every machine, a free port on rank 0. Out: plain JSON: errors, or Gbit/s.
+Called by `doctor.py` on every rank. The only part that imports torch; DeepSpeed is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from data_prep.common.errors import first_line
+from pipeline.parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+REPEATS = 3
+BYTES = {"gloo": 8 << 20, "nccl": 256 << 20}  # of one tensor
+
+
+def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeout: float) -> dict[str, Any]:
+    """`{"backend", "gbps" of the all-reduce (bus bandwidth), "pairs": {peer: gbps}, "problems"}` of this
+    rank.
+
+    Every rank calls it. Errors of the backend become a line in `problems`; whoever hangs without an error is
+    noticed by the meeting.
+    """
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a time-out is an exception, not an abort
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    backend, device = ("nccl", torch.device("cuda")) if on_gpu else ("gloo", torch.device("cpu"))
+    facts: dict[str, Any] = {"backend": backend, "gbps": None, "pairs": {}, "problems": []}
+    doing = "joining the process group"
+    try:
+        if on_gpu:
+            torch.cuda.set_device(ranks.local % torch.cuda.device_count())
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{os.environ['MASTER_ADDR']}:{port}",
+            rank=ranks.rank,
+            world_size=ranks.world,
+            timeout=timedelta(seconds=timeout),
+        )
+        doing = "all-reduce"
+        base = torch.arange(BYTES[backend] // 4, device=device).remainder_(251).float()
+        facts["gbps"] = _all_reduce(base, ranks, facts["problems"])
+        for peer in schedule(leaders, ranks.rank):
+            doing = f"exchange with {hosts[peer]}"
+            facts["pairs"][str(peer)], wrong = _exchange(base, ranks.rank, peer)
+            if wrong:
+                facts["problems"].append(f"receives wrong data from {hosts[peer]}: {wrong} values")
+    except Exception as error:  # torch raises many kinds
+        facts["problems"].append(f"{doing} fails: {first_line(error)[:300]}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return facts
+
+
+def weight(rank: int) -> int:
+    """What a rank multiplies the common pattern by: small, so that fp32 sums are exact on thousands of
+    ranks."""
+    return rank % 7 + 1
+
+
+def schedule(leaders: list[int], rank: int) -> Iterator[int]:
+    """Whom `rank` meets in each round, so that every pair of `leaders` meets once and all pairs of a round
+    are disjoint (one stays, the others walk round the table); nobody for a rank that is no leader."""
+    seats: list[int | None] = list(leaders)
+    if len(seats) % 2:
+        seats.append(None)
+    for _ in range(len(seats) - 1):
+        for one, other in zip(seats[: len(seats) // 2], reversed(seats), strict=False):
+            if rank in (one, other) and None not in (one, other):
+                yield other if rank == one else one  # type: ignore[misc]
+        seats[1:] = [seats[-1], *seats[1:-1]]
+
+
+def _all_reduce(base: torch.Tensor, ranks: Ranks, problems: list[str]) -> float:
+    import torch.distributed as dist
+
+    expected = base * sum(weight(rank) for rank in range(ranks.world))
+    fastest = float("inf")
+    for _ in range(REPEATS):
+        own = base * weight(ranks.rank)
+        dist.barrier()
+        began = _now(base)
+        dist.all_reduce(own)
+        fastest = min(fastest, _now(base) - began)
+    if wrong := int((own != expected).sum()):
+        problems.append(f"all-reduce gives wrong sums: {wrong} of {own.numel()} values")
+    return _gbps(2 * (ranks.world - 1) / ranks.world * base.nbytes, fastest)
+
+
+def _exchange(base: torch.Tensor, rank: int, peer: int) -> tuple[float, int]:
+    """Both send and receive at once: Gbit/s of one direction, and how many values arrive wrong."""
+    import torch
+    import torch.distributed as dist
+
+    own, theirs, fastest = base * weight(rank), torch.empty_like(base), float("inf")
+    for _ in range(REPEATS):
+        theirs.zero_()
+        began = _now(base)
+        transfers = [dist.P2POp(dist.isend, own, peer), dist.P2POp(dist.irecv, theirs, peer)]
+        for transfer in dist.batch_isend_irecv(transfers):
+            transfer.wait()
+        fastest = min(fastest, _now(base) - began)
+    return _gbps(base.nbytes, fastest), int((theirs != base * weight(peer)).sum())
+
+
+def _now(tensor: torch.Tensor) -> float:
+    if tensor.is_cuda:
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _gbps(count: float, seconds: float) -> float:
+    return count * 8 / 1e9 / seconds

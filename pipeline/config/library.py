@@ -1,0 +1,33 @@
+"""Recipes and DeepSpeed configs that ship with the package, by name."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def _folder(package: str) -> Path:
+    # importlib.resources does not find a package without __init__.py in an editable installation.
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations is not None
+    return next(Path(place) for place in spec.submodule_search_locations if Path(place).is_dir())
+
+
+RECIPES = _folder("pipeline") / "recipes"
+DEEPSPEED_CONFIGS = _folder("ds_configs")
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe file, or the bare name of one that ships with the package (`sllm-125m-h1`)."""
+    path = Path(name)
+    packaged = RECIPES / f"{name}.yaml"
+    return packaged if not path.exists() and packaged.is_file() else path
+
+
+def find_deepspeed_config(name: str | Path) -> Path:
+    """A DeepSpeed JSON file, or the bare name of one that ships with the package (`zero1`)."""
+    path = Path(name)
+    if path.exists():
+        return path
+    packaged = DEEPSPEED_CONFIGS / f"{name}.json"
+    return packaged if packaged.is_file() else path

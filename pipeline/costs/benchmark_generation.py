@@ -1,0 +1,435 @@
+"""`sllm benchmark generation`: new tokens per second, beside a token-level model of the same backbone.
+
+In: a recipe and what to measure against: OPT of a published size, or a recipe with the objective `lm`, both
+written by Hugging Face's `generate` with its own cache. Out: one dict of figures, every single value beside
+its median; the command prints it and writes it as JSON, with a chart beside it.
+
+Weights and prompts are random, because speed does not depend on them once the lengths are given: every
+sentence has exactly `sentence_tokens` tokens (the end symbol is computed and scored as ever, but comes when
+it is due), the other model writes exactly as many tokens. Both are greedy, live in one process and take turns
+(A B A B …), so that a slow moment of the machine meets both.
+
+tokens per second  from the end of the first new sentence to the end of the last: both sides write the same
+                   tokens then, ours with end symbols and passes of the backbone, which count for nothing
+first sentence     seconds from the prompt's tokens to the first `sentence_tokens` new ones, all rows
+cached bytes       of the places that the caches use after the run (of HF's: its storages), by their tokens
+memory             (CPU) of the process, each model in one of its own: resident `before` a run (weights and
+                   libraries), at its `peak`, and what is `held` at its end while the caches live, beyond what
+                   was there before it; between the shortest and the longest context of the smallest batch,
+                   what one more token costs
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from data_prep.common.environment import header, require_folder, say, write_result
+from data_prep.common.errors import UserError
+from pipeline.costs import process_memory
+from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
+from pipeline.costs.inspect import DTYPES, Vocabulary, find_recipe, sized_recipe
+from pipeline.generation.api import lay_out
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.writer import BatchWriter, Limits, Piece, Request
+from pipeline.models.factory import new_model, parameter_count
+from pipeline.models.inference import to_int8
+from pipeline.reports.generation_chart import SIDES, chart
+
+SENTENCE_ROOM = 64  # longest sentence of the models measured
+
+
+class LetterTokens:
+    """Stands for a tokenizer where texts do not matter: every token is one letter."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocab_size = vocabulary.vocab_size
+        special = [vocabulary.bos_id, vocabulary.eos_id, vocabulary.pad_id]
+        self.byte_lengths = np.ones(self.vocab_size, dtype=np.int32)
+        self.byte_lengths[special] = 0
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        return b"x" * len(tokens)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the measurement: texts at once, tokens of each one's context, new sentences of each."""
+
+    batch: int
+    context: int
+    sentences: int
+    sentence_tokens: int
+
+    @property
+    def new_tokens(self) -> int:
+        return self.sentences * self.sentence_tokens
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one run of one side took."""
+
+    first_sentence: float  # seconds
+    tokens_per_second: float  # new tokens of all rows after their first sentence
+    cache_bytes: int  # held of the context and what was written, all rows
+    cached_tokens: int  # tokens that those bytes stand for
+    step_bytes: int = 0  # held beside, whatever the context's length (a decoder's cache), all rows
+
+
+class SentenceSide:
+    """The SLLM, by `BatchWriter`."""
+
+    def __init__(
+        self,
+        recipe: str,
+        vae_recipe: str | None,
+        dtype: str,
+        device: torch.device,
+        int8: bool = False,
+        vocab_size: int | None = None,
+    ):
+        sized = sized_recipe(recipe, vae_recipe)
+        if sized.objective != "sllm":
+            raise UserError(
+                f"recipe {recipe}: its objective is {sized.objective}; only an SLLM writes sentences"
+            )
+        self.name = find_recipe(recipe).stem
+        vocabulary = Vocabulary(vocab_size or sized.model.vae.get("vocab_size", 50272))
+        torch.manual_seed(sized.seed)
+        text = {"segmenter": "clause", "language": "en", "max_tokens": SENTENCE_ROOM}
+        model = new_model(sized, vocabulary, text).to(device, DTYPES[dtype]).eval()
+        self.parameters = parameter_count(model)
+        self.model, self._tokenizer = to_int8(model) if int8 else lay_out(model), LetterTokens(vocabulary)
+
+    def limit(self, case: Case) -> str | None:
+        """Why a case cannot be measured; None where it can."""
+        sentences = -(-case.context // case.sentence_tokens) + case.sentences
+        room = self.model.max_sentences + 1
+        return f"{sentences} sentences, {room} positions" if sentences > room else None
+
+    def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
+        """One run; `at_end` is called while its caches still live."""
+        limits = Limits(case.sentences, sentence_tokens=case.sentence_tokens)
+        writer = BatchWriter(self.model, self._tokenizer, Sampling(), limits, case.batch)
+        cuts = np.arange(case.sentence_tokens, case.context, case.sentence_tokens)
+        requests = [
+            Request(n, [part.tolist() for part in np.split(row, cuts)]) for n, row in enumerate(prompts_BC)
+        ]
+        written = np.zeros(case.batch, dtype=np.int64)
+        first = last = 0.0
+        began = time.perf_counter()
+        for number, event in writer.run(requests):
+            if isinstance(event, Piece):
+                written[number] += 1
+                last = time.perf_counter()
+                if written[number] == case.sentence_tokens and written.min() == case.sentence_tokens:
+                    first = last
+        if written.tolist() != [case.new_tokens] * case.batch:
+            raise RuntimeError(f"{case}: wrote {written.tolist()} tokens")
+        at_end()
+        tokens = case.batch * (case.new_tokens - case.sentence_tokens)
+        # The last sentence is written, but not in the cache.
+        held = len(cuts) + 1 + case.sentences - 1
+        return Turn(
+            first - began,
+            tokens / (last - first),
+            writer.cached_bytes_per_sentence * (held + 1) * case.batch,
+            (case.context + case.new_tokens - case.sentence_tokens) * case.batch,
+            writer.decoder_bytes,
+        )
+
+
+class _Clock(StoppingCriteria):
+    """Never stops; writes down when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class TokenSide:
+    """A token-level model, by Hugging Face's `generate`."""
+
+    def __init__(
+        self, against: str, dtype: str, device: torch.device, columns: bool, vocab_size: int | None = None
+    ):
+        torch.manual_seed(0)
+        model, self.name = _token_model(against, vocab_size)
+        self.model = model.to(device, DTYPES[dtype]).eval()
+        if columns:
+            lay_out(self.model)
+        self.parameters = parameter_count(self.model)
+        self.model.generation_config.pad_token_id = 1
+
+    def limit(self, case: Case) -> str | None:
+        room = self.model.config.max_position_embeddings
+        needed = case.context + case.new_tokens
+        return f"{needed} tokens, {room} positions" if needed > room else None
+
+    def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
+        """One run; `at_end` is called while its caches still live."""
+        clock = _Clock()
+        ids = torch.from_numpy(prompts_BC).to(self.model.device)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                use_cache=True,
+                min_new_tokens=case.new_tokens,
+                max_new_tokens=case.new_tokens,
+                return_dict_in_generate=True,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        if out.sequences.shape[1] != case.context + case.new_tokens:
+            raise RuntimeError(f"{case}: wrote {out.sequences.shape[1] - case.context} tokens")
+        at_end()
+        first, last = clock.times[case.sentence_tokens - 1], clock.times[-1]
+        cache = out.past_key_values
+        layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        return Turn(
+            first - began,
+            case.batch * (case.new_tokens - case.sentence_tokens) / (last - first),
+            sum(x.untyped_storage().nbytes() for x in layers),
+            cache.get_seq_length() * case.batch,
+        )
+
+
+def _token_model(against: str, vocab_size: int | None) -> tuple[PreTrainedModel, str]:
+    """A token-level model with random weights, and its name. Raises: UserError for anything else."""
+    if against in OPT_SIZES:
+        sizes = {**OPT_SIZES[against], **({"vocab_size": vocab_size} if vocab_size else {})}
+        return OPTForCausalLM(OPTConfig(**sizes, attn_implementation="sdpa")), against
+    if not find_recipe(against).is_file():
+        raise UserError(f"--against {against}: neither {', '.join(OPT_SIZES)} nor a recipe")
+    recipe = sized_recipe(against)
+    if recipe.objective != "lm":
+        raise UserError(f"--against {against}: its objective is {recipe.objective}; give a token-level model")
+    vocabulary = Vocabulary(vocab_size or recipe.model.backbone.get("vocab_size", 50272))
+    model = new_model(recipe, vocabulary, {"max_tokens": SENTENCE_ROOM})
+    return model.model, find_recipe(against).stem
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line asks for (`cli.py`); the result is plain JSON.
+
+    Raises: UserError on bad arguments.
+    """
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    require_folder(arguments.output)
+    if arguments.sentences < 2:
+        raise UserError("--sentences: at least 2, the first one is timed apart")
+    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
+    device = torch.device(arguments.device)
+    cases = [
+        Case(batch, context, arguments.sentences, arguments.sentence_tokens)
+        for batch in arguments.batch
+        for context in arguments.context
+    ]
+    if arguments.memory_of:
+        return {"memory": memory(make_side(arguments.memory_of, arguments, device), cases)}
+    held: dict[str, Any] = {}
+    sides = {name: make_side(name, arguments, device) for name in SIDES[: 1 + bool(arguments.against)]}
+    points = [measure(case, sides, arguments.runs) for case in cases]
+    if device.type == "cpu" and not arguments.no_memory:
+        for name in sides:
+            add_memory(points, name, _memory_in_own_process(name, arguments))
+        found = {name: held_per_token(points, name) for name in sides}
+        held = {"held_per_token": {name: value for name, value in found.items() if value is not None}}
+    result = {
+        **header(PACKAGES),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": arguments.dtype,
+        "int8": arguments.int8,
+        "runs": arguments.runs,
+        "sentences": arguments.sentences,
+        "sentence_tokens": arguments.sentence_tokens,
+        "against_by_columns": arguments.columns,
+        **{side: {"name": one.name, "parameters": one.parameters} for side, one in sides.items()},
+        "points": points,
+        **held,
+    }
+    if arguments.output:
+        output = Path(arguments.output)
+        write_result(result, output)
+        output.with_suffix(".svg").write_text(chart(result), encoding="utf-8")
+    return result
+
+
+def make_side(name: str, arguments: argparse.Namespace, device: torch.device) -> SentenceSide | TokenSide:
+    """The recipe's model, or the one it is measured against. Raises: UserError for a wrong kind."""
+    if name == "model":
+        return SentenceSide(
+            arguments.recipe,
+            arguments.vae_recipe,
+            arguments.dtype,
+            device,
+            arguments.int8,
+            arguments.vocab_size,
+        )
+    return TokenSide(arguments.against, arguments.dtype, device, arguments.columns, arguments.vocab_size)
+
+
+def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[str, int] | None]:
+    """Resident bytes of this process for each case: `before`, `peak`, `held` and its `tokens`; None for a
+    case that the side has no positions for."""
+    vocabulary = side.model.get_input_embeddings().weight.shape[0]
+    small = Case(1, 1, 2, next(iter(cases)).sentence_tokens)
+    side.turn(small, np.full((1, 1), 5))  # what is made once: threads, buffers of libraries
+    found: list[dict[str, int] | None] = []
+    for case in cases:
+        if side.limit(case):
+            found.append(None)
+            continue
+        prompts_BC = np.random.default_rng(case.context).integers(4, vocabulary, (case.batch, case.context))
+        before = process_memory.resident()
+        process_memory.begin_peak()
+        figures = {"before": before}
+
+        def at_end(figures=figures) -> None:
+            figures["peak"] = process_memory.peak()
+            figures["held"] = process_memory.resident() - figures["before"]
+
+        figures["tokens"] = side.turn(case, prompts_BC, at_end).cached_tokens
+        found.append(figures)
+    return found
+
+
+def _memory_in_own_process(name: str, arguments: argparse.Namespace) -> list[dict[str, int] | None]:
+    """Run this command again for one side's memory alone."""
+    names = ("recipe", "against", "vae_recipe", "sentence_tokens", "sentences", "threads", "dtype")
+    names += ("batch", "context", "int8", "columns", "vocab_size")
+    say(f"memory of {name}, in a process of its own")
+    return process_memory.in_own_process("generation", name, arguments, names)["memory"]
+
+
+def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, int] | None]) -> None:
+    """Put a side's memory into its points, and the ratios where the other side's is there."""
+    for point, figures in zip(points, found, strict=True):
+        if figures is None:
+            continue
+        point[name]["memory"] = figures
+        if "ratios" in point and name == "against":
+            point["ratios"]["memory_peak"] = point["model"]["memory"]["peak"] / figures["peak"]
+
+
+def held_per_token(points: list[dict[str, Any]], name: str) -> float | None:
+    """Resident bytes that one more token of context costs a side: between the shortest and the longest
+    context at its smallest batch (another row is more than its context), so that what a run holds whatever
+    the context (about 1 MB) is not counted. None without two such cases, or when noise is larger."""
+    found = [
+        (p["batch"], memory["tokens"], memory["held"])
+        for p in points
+        if (memory := p[name].get("memory")) is not None
+    ]
+    alike = sorted((tokens, held) for batch, tokens, held in found if batch == min(found)[0])
+    if not alike or alike[0][0] == alike[-1][0]:
+        return None
+    (few, low), (many, high) = alike[0], alike[-1]
+    return (high - low) / (many - few) if high > low else None
+
+
+def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -> dict[str, Any]:
+    """One case: each side once unmeasured, then `runs` turns each."""
+    vocabulary = min(side.model.get_input_embeddings().weight.shape[0] for side in sides.values())
+    rng = np.random.default_rng(case.batch * 1_000_003 + case.context)
+    prompts_BC = rng.integers(4, vocabulary, (case.batch, case.context))
+    why = {name: side.limit(case) for name, side in sides.items()}
+    turns: dict[str, list[Turn]] = {name: [] for name in sides if why[name] is None}
+    for number in range(-1, runs):
+        for name in turns:
+            turn = sides[name].turn(case, prompts_BC)
+            if number >= 0:
+                turns[name].append(turn)
+                say(
+                    f"batch {case.batch}, context {case.context}, {sides[name].name}: "
+                    f"{turn.tokens_per_second:.2f} tokens/s"
+                )
+    point: dict[str, Any] = {"batch": case.batch, "context": case.context}
+    for name in sides:
+        point[name] = {"refused": why[name]} if why[name] else _figures(turns[name])
+    if all(name in turns for name in SIDES):
+        ours, other = point["model"], point["against"]
+        point["ratios"] = {
+            key: ours[key]["median"] / other[key]["median"] for key in ("tokens_per_second", "first_sentence")
+        }
+        point["ratios"]["cached_bytes_per_token"] = (
+            ours["cached_bytes_per_token"] / other["cached_bytes_per_token"]
+        )
+    return point
+
+
+def _figures(turns: list[Turn]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for key in ("tokens_per_second", "first_sentence"):
+        values = [getattr(turn, key) for turn in turns]
+        figures[key] = {"median": statistics.median(values), "values": values}
+    last = turns[-1]
+    return {
+        **figures,
+        "cached_bytes_per_token": last.cache_bytes / last.cached_tokens,
+        "cache_bytes": last.cache_bytes,
+        "step_bytes": last.step_bytes,
+    }
+
+
+def format_benchmark(result: dict[str, Any]) -> str:
+    """The result of `run` as text."""
+    where = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
+    names = [result[side]["name"] for side in SIDES if side in result]
+    lines = [
+        f"{' beside '.join(names)}: {result['dtype']}, {result['sentence_tokens']} tokens a sentence, "
+        f"{where}; medians of {result['runs']} runs",
+        "",
+        f"{'batch':>5} {'context':>8}" + "".join(f"{n + ' tok/s':>22}{'1st sentence s':>16}" for n in names),
+    ]
+    for point in result["points"]:
+        line = f"{point['batch']:>5} {point['context']:>8}"
+        for side in SIDES[: len(names)]:
+            figures = point[side]
+            if "refused" in figures:
+                line += f"{'- (' + figures['refused'] + ')':>38}"
+            else:
+                line += f"{figures['tokens_per_second']['median']:>22,.2f}"
+                line += f"{figures['first_sentence']['median']:>16.3f}"
+        if "ratios" in point:
+            line += f"   {point['ratios']['tokens_per_second']:.2f} × the tokens per second, "
+            line += f"{point['ratios']['cached_bytes_per_token']:.1%} of the cached bytes per token"
+        lines.append(line)
+    if any("memory" in point["model"] for point in result["points"]):
+        columns = "".join(f"{n + ' peak GB':>22}{'held, MB':>16}" for n in names)
+        lines += ["", "memory of the process", f"{'batch':>5} {'context':>8}{columns}"]
+        for point in result["points"]:
+            line = f"{point['batch']:>5} {point['context']:>8}"
+            for side in SIDES[: len(names)]:
+                figures = point[side].get("memory")
+                line += f"{figures['peak'] / 1e9:>22.3f}" if figures else f"{'-':>22}"
+                line += f"{figures['held'] / 1e6:>16,.1f}" if figures else f"{'-':>16}"
+            if "memory_peak" in point.get("ratios", {}):
+                line += f"   {point['ratios']['memory_peak']:.2f} × the peak"
+            lines.append(line)
+    if per_token := result.get("held_per_token"):
+        lines.append(
+            "one more token of context holds "
+            + ", ".join(f"{value:,.0f} bytes ({result[side]['name']})" for side, value in per_token.items())
+            + (f": {per_token['model'] / per_token['against']:.1%}" if len(per_token) == 2 else "")
+        )
+    return "\n".join(lines)

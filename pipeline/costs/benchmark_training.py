@@ -1,0 +1,485 @@
+"""`sllm benchmark train`: real tokens per second of forward and backward, beside another model, on real text.
+
+In: a recipe and a folder of shards; what to measure against: OPT of a published size as Hugging Face makes
+it, another recipe, or a Hugging Face folder. Out: one dict of figures, every single value beside its median;
+the command prints it and writes it as JSON.
+
+Both models live in one process and take turns (A B A B …), so that a slow moment of the machine meets both.
+Ours gets bins as the trainer makes them. A Hugging Face model gets the same text in full rows of 1,024
+tokens, no padding, and computes its own loss (`labels=`) with its own SDPA attention: its best case. Both run
+without dropout. Tokens are real tokens of the text: BOS, end symbols and padded slots count for nothing.
+
+arithmetic  multiply-adds of the forward pass, counted from the rows that reach each layer (`arithmetic.py`),
+            times 3 for training, against the best matrix product of the model's own shapes measured in the
+            same run: the least time that this machine could take, and which share of the limit was reached
+memory      each model in a process of its own: the peak of one forward and backward pass, and what was there
+            before it
+
+Untested on CUDA so far: the same code with `--device cuda --dtype bf16` (weights in bf16, as DeepSpeed's bf16
+mode has them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+
+from data_prep.common.environment import header, require_folder, say, write_result
+from data_prep.common.errors import UserError
+from data_prep.shards.reader import ShardSet
+from pipeline.config.schema import Recipe
+from pipeline.costs import process_memory
+from pipeline.costs.inspect import DTYPES, find_recipe, sized_recipe
+from pipeline.data.batch import Batch, build_batch
+from pipeline.data.plan import Bin, BinPlan
+from pipeline.models import flops
+from pipeline.models.factory import new_model, parameter_count
+from pipeline.models.flops import TRAINING_FACTOR, Core, Operations
+from pipeline.models.folders import KINDS, load_pretrained, read_config
+from pipeline.training.optimizer import parameter_groups
+
+ROW_TOKENS = 1024  # of a Hugging Face model's rows
+PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
+# Of one timed matrix product: long enough to be timed (a GPU is that much faster), short enough to wait for.
+GEMM_MULTIPLY_ADDS = {"cpu": 1 << 34, "cuda": 1 << 38}
+SIDES = ("model", "against")
+
+# As published (arXiv 2205.01068, table 1; 350M's post-norm and 512-wide embedding as in its config).
+OPT_SIZES: dict[str, dict[str, Any]] = {
+    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072},
+    "opt-350m": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "ffn_dim": 4096,
+        "word_embed_proj_dim": 512,
+        "do_layer_norm_before": False,
+    },
+    "opt-1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192},
+}
+
+
+@dataclass
+class Settings:
+    """What both sides share. `recipe` is the one measured; its data settings make the text."""
+
+    recipe: Recipe
+    name: str
+    shards: ShardSet
+    tokens: int
+    dtype: str
+    device: torch.device
+
+
+class Bins:
+    """Batches of a shard set, as a recipe's training would see them, by number."""
+
+    def __init__(self, shards: ShardSet, recipe: Recipe, tokens: int):
+        self._plan = BinPlan([shards], recipe.data.window_tokens, tokens, recipe.seed)
+        self._stream, self._bins = self._plan.bins(), []
+
+    def __getitem__(self, number: int) -> tuple[Bin, Batch]:
+        """A new batch every time: working out layouts and indices is part of a step."""
+        while len(self._bins) <= number:
+            self._bins.append(next(self._stream))
+        return self._bins[number], build_batch(self._plan.spans(self._bins[number]))
+
+
+class RecipeModel:
+    """One side of the comparison: a recipe's model on its bins.
+
+    `prepare(turn)` makes the inputs of a turn (`tokens`: the real tokens among them), `loss()` is their mean
+    loss, `cores()` their attention cores.
+    """
+
+    def __init__(self, recipe: Recipe, name: str, settings: Settings):
+        self.name, self._objective, self._device = name, recipe.objective, settings.device
+        torch.manual_seed(recipe.seed)
+        model = new_model(recipe, settings.shards.tokenizer(), settings.shards.settings.to_dict())
+        self.model = _placed(model, settings)
+        self._bins = Bins(settings.shards, recipe, settings.tokens)
+
+    def prepare(self, turn: int) -> None:
+        bin_, batch = self._bins[turn]
+        self._batch, self._targets = batch.to(self._device), bin_.targets(self._objective)
+        self.tokens = batch.tokens
+
+    def loss(self) -> Tensor:
+        return self.model(self._batch).objective / self._targets
+
+    def cores(self) -> list[Core]:
+        return flops.batch_cores(self.model, self._batch)
+
+
+class PlainModel:
+    """One side of the comparison: a Hugging Face causal LM on full rows of the text of the recipe's bins."""
+
+    def __init__(self, model: nn.Module, name: str, settings: Settings):
+        self.name, self._device = name, settings.device
+        self.model = _placed(model, settings)
+        self._bins, self._bins_read = Bins(settings.shards, settings.recipe, settings.tokens), 0
+        self._length = min(ROW_TOKENS, settings.tokens)
+        self._rows = settings.tokens // self._length
+        self._text = np.zeros(0, dtype=np.int64)
+
+    def prepare(self, turn: int) -> None:
+        size = self._rows * self._length
+        while len(self._text) < (turn + 1) * size:
+            _, batch = self._bins[self._bins_read]
+            self._text = np.concatenate([self._text, batch.tokens_T.numpy()])
+            self._bins_read += 1
+        rows = self._text[turn * size : (turn + 1) * size].reshape(self._rows, self._length)
+        self._ids, self.tokens = torch.from_numpy(rows).to(self._device), size
+
+    def loss(self) -> Tensor:
+        return self.model(input_ids=self._ids, labels=self._ids, use_cache=False).loss
+
+    def cores(self) -> list[Core]:
+        return flops.row_cores(self.model, self._rows, self._length)
+
+
+Side = RecipeModel | PlainModel
+
+
+def _placed(model: nn.Module, settings: Settings) -> nn.Module:
+    # eval: no dropout and no noise on either side; gradients flow all the same.
+    return model.to(settings.device, DTYPES[settings.dtype]).eval()
+
+
+def make_side(side: str, arguments: argparse.Namespace, settings: Settings) -> Side:
+    """The recipe's model, or the one it is measured against, with random weights.
+
+    Raises: UserError for an unknown `--against`, or one whose vocabulary is too small for the text.
+    """
+    if side == "model":
+        return RecipeModel(settings.recipe, settings.name, settings)
+    against, vocabulary = arguments.against, settings.shards.tokenizer().vocab_size
+    if against in OPT_SIZES:
+        torch.manual_seed(0)
+        config = OPTConfig(**OPT_SIZES[against], attn_implementation="sdpa")
+        config.vocab_size = max(config.vocab_size, vocabulary)
+        return PlainModel(OPTForCausalLM(config), against, settings)
+    if find_recipe(against).is_file():
+        return RecipeModel(
+            _fitting(sized_recipe(against), settings.tokens), find_recipe(against).stem, settings
+        )
+    if not Path(against).is_dir():
+        raise UserError(
+            f"--against {against}: neither {', '.join(OPT_SIZES)}, nor a recipe, nor a model folder"
+        )
+    if (model_type := read_config(against).get("model_type")) in KINDS:
+        raise UserError(f"--against {against}: holds a {model_type}; give its recipe instead")
+    model = load_pretrained(AutoModelForCausalLM, against, attn_implementation="sdpa")
+    if model.config.vocab_size < vocabulary:
+        raise UserError(
+            f"--against {against}: vocabulary of {model.config.vocab_size}, but the shards' tokenizer has "
+            f"{vocabulary} entries"
+        )
+    return PlainModel(model, Path(against).name, settings)
+
+
+def _fitting(recipe: Recipe, tokens: int) -> Recipe:
+    recipe.data.window_tokens = min(recipe.data.window_tokens, tokens)
+    return recipe
+
+
+# Measuring ------------------------------------------------------------------------------------------------
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(device: torch.device, work: Callable[[], None]) -> float:
+    _synchronise(device)
+    began = time.perf_counter()
+    work()
+    _synchronise(device)
+    return time.perf_counter() - began
+
+
+class Stepper:
+    """Forward and backward of one side, with the update of AdamW when asked for."""
+
+    def __init__(self, side: Side, recipe: Recipe, with_update: bool):
+        self.side, self._optimizer = side, None
+        if with_update:
+            groups = parameter_groups(side.model, recipe.optimizer)
+            for group in groups:
+                group.pop("lr_scale")  # it costs nothing
+            self._optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, eps=recipe.optimizer.eps)
+
+    def __call__(self) -> None:
+        self.side.loss().backward()
+        if self._optimizer is not None:
+            self._optimizer.step()
+
+    def clear(self) -> None:
+        self.side.model.zero_grad(set_to_none=True)
+
+
+class Counted(NamedTuple):
+    """Multiply-adds of one forward pass, rows of each linear layer, and real tokens of the inputs."""
+
+    operations: Operations
+    rows: dict[str, int]
+    tokens: int
+
+
+def count(side: Side) -> Counted:
+    """Count one forward pass over the prepared inputs."""
+    with flops.counted_rows(side.model) as rows, torch.no_grad():
+        side.loss()
+    return Counted(flops.count_operations(side.model, rows, side.cores()), rows, side.tokens)
+
+
+def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
+    """FLOP/s of a plain matrix product of each shape that makes up 1 % or more of the linear layers' work.
+
+    Large products are cut short in their rows. The best of three.
+    """
+    shapes: dict[tuple[int, int], int] = {}
+    parameter = next(side.model.parameters())
+    modules = dict(side.model.named_modules())
+    for name, count_ in rows.items():
+        shape = tuple(modules[name].weight.shape)
+        shapes[shape] = shapes.get(shape, 0) + count_ * shape[0] * shape[1]
+    speeds = []
+    for (wide, narrow), work in sorted(shapes.items(), key=lambda item: -item[1]):
+        if work * 100 < sum(shapes.values()):
+            continue
+        most = max(rows[name] for name in rows if tuple(modules[name].weight.shape) == (wide, narrow))
+        height = max(1, min(most, GEMM_MULTIPLY_ADDS[parameter.device.type] // (wide * narrow)))
+        x = torch.randn(height, narrow).to(parameter)
+        w = torch.randn(wide, narrow).to(parameter)
+        seconds = min(_timed(parameter.device, lambda x=x, w=w: torch.mm(x, w.t())) for _ in range(3))
+        speeds.append(
+            {"rows": height, "in": narrow, "out": wide, "gflops": 2e-9 * height * narrow * wide / seconds}
+        )
+    return speeds
+
+
+def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str, int]:
+    """Bytes: in use `before` a step (weights), at its `peak`, and the `step`'s own, the difference.
+
+    On a CPU it is the process's resident memory (VmHWM), libraries included; on CUDA PyTorch's allocations,
+    after a first step.
+    Raises: UserError where Linux's /proc is missing or closed.
+    """
+    side.prepare(0)
+    if device.type == "cuda":
+        stepper()
+        stepper.clear()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        stepper()
+        peak = torch.cuda.max_memory_allocated(device)
+        return {"before": before, "peak": peak, "step": peak - before}
+    x = torch.randn(64, 64, requires_grad=True)
+    torch.mm(x, x).sum().backward()
+    process_memory.begin_peak()
+    before = process_memory.peak()
+    stepper()
+    peak = process_memory.peak()
+    return {"before": before, "peak": peak, "step": peak - before}
+
+
+def _memory_in_own_process(side: str, arguments: argparse.Namespace) -> dict[str, int]:
+    """Run this command again for one side's memory alone."""
+    names = ("recipe", "against", "shards", "vae_recipe", "tokens", "threads", "dtype", "device", "step")
+    return process_memory.in_own_process("train", side, arguments, names)
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the command line asks for (`cli.py`); the result is plain JSON.
+
+    Raises: UserError on bad arguments.
+    """
+    settings = _settings(arguments)
+    if arguments.memory_of:
+        side = make_side(arguments.memory_of, arguments, settings)
+        return step_memory(side, Stepper(side, settings.recipe, arguments.step), settings.device)
+    # In a function of its own: the models are gone when memory is measured.
+    figures, peak = _side_by_side(arguments, settings)
+    if settings.device.type == "cuda":  # PyTorch keeps what they held, and other processes need it now
+        gc.collect()
+        torch.cuda.empty_cache()
+    if not arguments.no_memory:
+        for name in figures:
+            figures[name]["memory_bytes"] = _memory_in_own_process(name, arguments)
+            say(f"memory, {figures[name]['name']}: {figures[name]['memory_bytes']['peak'] / 1e9:.2f} GB")
+    totals = settings.shards.manifest["totals"]
+    result = {
+        **header(PACKAGES),
+        "gpu": torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None,
+        "device": settings.device.type,
+        "threads": torch.get_num_threads(),
+        "dtype": arguments.dtype,
+        "tokens": arguments.tokens,
+        "runs": arguments.runs,
+        "with_update": arguments.step,
+        "shards": {
+            "fingerprint": settings.shards.fingerprint,
+            "segmenter": settings.shards.settings.segmenter,
+            "tokens_per_sentence": totals["tokens"] / totals["sentences"],
+        },
+        "peak_gflops": peak,
+        **figures,
+    }
+    if "against" in figures:
+        result["ratios"] = _ratios(figures["model"], figures["against"])
+    write_result(result, arguments.output)
+    return result
+
+
+def _side_by_side(
+    arguments: argparse.Namespace, settings: Settings
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Speed and arithmetic of each side, by its name in `SIDES`; the best matrix product, GFLOP/s."""
+    sides = {name: make_side(name, arguments, settings) for name in SIDES[: 2 if arguments.against else 1]}
+    steppers = {name: Stepper(side, settings.recipe, arguments.step) for name, side in sides.items()}
+    counted = {}
+    for name, side in sides.items():  # counts, and warms up
+        side.prepare(0)
+        counted[name] = count(side)
+        steppers[name]()
+        steppers[name].clear()
+    speeds = {name: matmul_speeds(side, counted[name].rows) for name, side in sides.items()}
+    taken: dict[str, list[tuple[int, float]]] = {name: [] for name in sides}
+    for turn in range(arguments.runs):
+        for name, side in sides.items():
+            side.prepare(turn + 1)
+            seconds = _timed(settings.device, steppers[name])
+            steppers[name].clear()
+            taken[name].append((side.tokens, seconds))
+            say(f"run {turn + 1} of {arguments.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
+    peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
+    figures = {}
+    for name, side in sides.items():
+        figures[name] = _figures(side, counted[name], speeds[name], taken[name], peak)
+    return figures, peak
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    require_folder(arguments.output)
+    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
+    recipe = _fitting(sized_recipe(arguments.recipe, arguments.vae_recipe), arguments.tokens)
+    folder = arguments.shards or recipe.data.shards[0]
+    return Settings(
+        recipe,
+        find_recipe(arguments.recipe).stem,
+        ShardSet.open(folder),
+        arguments.tokens,
+        arguments.dtype,
+        torch.device(arguments.device),
+    )
+
+
+def _figures(
+    side: Side, counted: Counted, speeds: list[dict], taken: list[tuple[int, float]], peak: float
+) -> dict[str, Any]:
+    """What one side's turns say. `peak`: the best matrix product of either side, GFLOP/s."""
+    operations, tokens = counted.operations, counted.tokens
+    per_token = operations.needed / tokens
+    rates = [real / seconds for real, seconds in taken]
+    median = statistics.median(rates)
+    limit = peak * 1e9 / (2 * TRAINING_FACTOR * per_token)
+    figures = {
+        "name": side.name,
+        "parameters": parameter_count(side.model),
+        "tokens": [real for real, _ in taken],
+        "seconds": [seconds for _, seconds in taken],
+        "tokens_per_second": {"median": median, "values": rates},
+        "multiply_adds_per_token": {
+            "by_part": {part: n / tokens for part, n in operations.by_part().items()},
+            "forward": per_token,
+            "training": TRAINING_FACTOR * per_token,
+        },
+        "padding_share": operations.padding_share,
+        "matmul_gflops": speeds,
+        "limit_tokens_per_second": limit,
+        "share_of_limit": median / limit,
+    }
+    if (device := next(side.model.parameters()).device).type == "cuda":
+        figures["mfu"] = flops.utilisation(median * TRAINING_FACTOR * per_token, 1.0, device)
+    return figures
+
+
+def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
+    """The model by what it is measured against. `by_turn`: each turn by the one right after it, which met the
+    same moment of the machine."""
+    pairs = zip(*(side["tokens_per_second"]["values"] for side in (model, against)), strict=True)
+    ratios = {
+        "tokens_per_second": model["tokens_per_second"]["median"] / against["tokens_per_second"]["median"],
+        "by_turn": [ours / theirs for ours, theirs in pairs],
+        "limit": model["limit_tokens_per_second"] / against["limit_tokens_per_second"],
+    }
+    if "memory_bytes" in model:
+        for key in ("peak", "step"):
+            ratios[f"memory_{key}"] = model["memory_bytes"][key] / against["memory_bytes"][key]
+    return ratios
+
+
+def format_benchmark(result: dict[str, Any]) -> str:
+    """The result of `run` as text."""
+    sides = [result[name] for name in SIDES if name in result]
+    where = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
+    work = "forward, backward and AdamW" if result["with_update"] else "forward and backward"
+    lines = [
+        f"{work}, {result['dtype']}, {result['tokens']:,} tokens a step, "
+        f"{result['shards']['tokens_per_sentence']:.1f} a sentence, {where}; "
+        f"medians of {result['runs']} runs; best matrix product {result['peak_gflops']:.1f} GFLOP/s",
+        "",
+        f"{'':<34}" + "".join(f"{side['name']:>18}" for side in sides),
+    ]
+
+    def row(label: str, value: Callable[[dict], str]) -> None:
+        lines.append(f"{label:<34}" + "".join(f"{value(side):>18}" for side in sides))
+
+    row("parameters", lambda s: f"{s['parameters']:,}")
+    row("real tokens per second", lambda s: f"{s['tokens_per_second']['median']:,.1f}")
+    row("multiply-adds per token, forward", lambda s: f"{s['multiply_adds_per_token']['forward'] / 1e6:.2f}M")
+    for part in flops.PARTS:
+        if any(part in side["multiply_adds_per_token"]["by_part"] for side in sides):
+            row(
+                f"  {part}",
+                lambda s, p=part: f"{s['multiply_adds_per_token']['by_part'].get(p, 0) / 1e6:.2f}M",
+            )
+    row("limit, tokens per second", lambda s: f"{s['limit_tokens_per_second']:,.1f}")
+    row("share of the limit reached", lambda s: f"{s['share_of_limit']:.1%}")
+    row("padding, share of operations", lambda s: f"{s['padding_share']:.2%}")
+    if "mfu" in sides[0]:
+        row("MFU", lambda s: "-" if s["mfu"] is None else f"{s['mfu']:.1%}")
+    if "memory_bytes" in sides[0]:
+        row("peak memory of a step, GB", lambda s: f"{s['memory_bytes']['peak'] / 1e9:.2f}")
+        row("  beyond what was there before", lambda s: f"{s['memory_bytes']['step'] / 1e9:.2f}")
+    if ratios := result.get("ratios"):
+        turns, allowed = ratios["by_turn"], ratios["limit"]
+        line = (
+            f"{sides[0]['name']} by {sides[1]['name']}: {ratios['tokens_per_second']:.2f} × the tokens per "
+        )
+        line += f"second (turn by turn {min(turns):.2f} to {max(turns):.2f}; arithmetic allows {allowed:.2f})"
+        lines += ["", line]
+        if "memory_peak" in ratios:
+            lines[-1] += (
+                f", {ratios['memory_peak']:.0%} of the memory ({ratios['memory_step']:.0%} of the step's own)"
+            )
+    return "\n".join(lines)

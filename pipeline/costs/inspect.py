@@ -1,0 +1,434 @@
+"""`sllm inspect`: what a recipe's model costs, before any machine is asked for.
+
+In: a recipe. Out: parameters by part, multiply-adds per token by part, and the memory that a GPU needs under
+each ZeRO stage at each world size. Nothing is allocated and no shards are needed: the real model runs one
+real step, forward and backward, on fake tensors, which have shapes and no memory. Operations are counted from
+the rows that reach each layer, activations from what is alive at each moment of that step. So the figures
+follow the code, whatever it becomes; `benchmark_training.py` measures the same two for real.
+
+The made-up bin: windows of `data.window_tokens` that fill `data.bin_tokens`, cut into sentences of
+`TOKENS_PER_SENTENCE` tokens on average (the clause cut of English with OPT's tokenizer).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from data_prep.common.errors import UserError
+from pipeline.config.library import RECIPES, find_recipe
+from pipeline.config.schema import VAE_KEYS, ModelRecipe, Recipe, load_recipe
+from pipeline.data.batch import Batch, build_batch
+from pipeline.data.plan import Span
+from pipeline.models.factory import new_model, parameter_count
+from pipeline.models.flops import (
+    PARTS,
+    TRAINING_FACTOR,
+    Operations,
+    batch_cores,
+    count_operations,
+    counted_rows,
+    part_of,
+)
+from pipeline.models.folders import KINDS, read_config
+from pipeline.models.sentence_vae import LAYOUTS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOKENS_PER_SENTENCE = 10.9
+WORLDS = (1, 8, 64)
+
+# DeepSpeed's defaults, which ds_configs/ keep: elements of one communication buffer; gathered weights that
+# stage 3 may hold at once (both its limits, live and reuse distance).
+BUCKET_ELEMENTS = 500_000_000
+LIVE_ELEMENTS = 1_000_000_000
+STAGES = ("0", "1", "2", "3", "3-offload")
+
+# Millions, as printed in the paper's main table (arXiv 2408.00655); it has no row for 1.3B-H4 and none for a
+# SentenceVAE alone.
+PUBLISHED = {
+    "sllm-125m-h1": 214.3,
+    "sllm-125m-h2": 226.1,
+    "sllm-125m-h4": 249.8,
+    "sllm-350m-h1": 429.5,
+    "sllm-350m-h2": 450.5,
+    "sllm-350m-h4": 492.5,
+    "sllm-1.3b-h1": 1606.0,
+    "sllm-1.3b-h2": 1690.0,
+}
+
+
+class Vocabulary(NamedTuple):
+    """What `build_model` asks of a tokenizer: OPT's unless said otherwise."""
+
+    vocab_size: int = 50272
+    bos_id: int = 2
+    eos_id: int = 2
+    pad_id: int = 1
+
+
+# A model from a recipe alone ---------------------------------------------------------------------------
+
+
+def sized_recipe(
+    path: str | Path, vae_recipe: str | Path | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """A recipe in which model folders are replaced by their sizes, so that a model can be built without them.
+
+    `model.vae.path` is read when it is there; else the SentenceVAE's own recipe is looked up by the folder's
+    name (`models/svae-768-h1` → `svae-768-h1.yaml`), or given as `vae_recipe`.
+    Raises: UserError when neither is found.
+    """
+    path = find_recipe(path)
+    recipe = load_recipe(path, list(overrides))
+    vae, backbone = dict(recipe.model.vae), dict(recipe.model.backbone)
+    if recipe.objective != "lm" and (vae_recipe or vae.get("path")):
+        vae = _vae_sizes(recipe, path, vae_recipe)
+    if recipe.objective != "vae" and backbone.get("path"):
+        backbone = read_config(backbone["path"])
+        if backbone.get("model_type") in KINDS:
+            raise UserError(
+                f"recipe {path}: model.backbone.path holds a {backbone['model_type']}, not a backbone"
+            )
+    # Weights to start from say nothing about sizes.
+    vae = {key: value for key, value in vae.items() if value is not None and key != "init_embeddings_from"}
+    model = ModelRecipe(vae=vae)
+    model.backbone = backbone  # a config of a folder has more keys than a recipe may have
+    return dataclasses.replace(recipe, model=model)
+
+
+def _vae_sizes(recipe: Recipe, path: Path, vae_recipe: str | Path | None) -> dict[str, Any]:
+    folder = recipe.model.vae.get("path")
+    if vae_recipe is None:
+        if (Path(folder) / "config.json").is_file():
+            config = read_config(folder)
+            return {key: config[key] for key in VAE_KEYS if key in config}
+        name = f"{Path(folder).name}.yaml"
+        found = [place / name for place in (path.parent, RECIPES) if (place / name).is_file()]
+        if not found:
+            raise UserError(
+                f"recipe {path}: model.vae.path {folder} does not exist and there is no recipe {name}: "
+                "give the SentenceVAE's recipe with --vae-recipe"
+            )
+        vae_recipe = found[0]
+    source = load_recipe(find_recipe(vae_recipe))
+    if source.objective != "vae":
+        raise UserError(f"--vae-recipe {vae_recipe}: its objective is {source.objective}, not vae")
+    return dict(source.model.vae)
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Parameters of every part, a shared one counted once, where it appears first."""
+    parts, counts, seen = part_of(model), dict.fromkeys(PARTS, 0), set()
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[parts[name]] = counts.get(parts[name], 0) + parameter.numel()
+    return {part: count for part, count in counts.items() if count}
+
+
+def body_parameters(model: nn.Module) -> int:
+    """Parameters without embeddings (of tokens and of positions, wherever they are) and vocabulary head."""
+    parts, seen = part_of(model), {}
+    for name, module in model.named_modules():
+        outside = isinstance(module, nn.Embedding) or parts[name] in ("embedding", "head")
+        for parameter in module.parameters(recurse=False):
+            seen[id(parameter)] = (seen.get(id(parameter), (False,))[0] or outside, parameter.numel())
+    return sum(count for outside, count in seen.values() if not outside)
+
+
+# One step on fake tensors --------------------------------------------------------------------------------
+
+
+class _Memory(TorchDispatchMode):
+    """Writes down when each tensor's storage comes to life and when it dies.
+
+    `events`: (key, bytes), negative at death. `keys`: the key of every storage alive. `widths`: last
+    dimension of the tensor first seen on a storage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[tuple[int, int]] = []
+        self.keys = WeakIdKeyDictionary()
+        self.widths: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.see(leaf)
+        return out
+
+    def see(self, tensor: Tensor) -> int:
+        """The key of a tensor's storage, which counts from now on if it is new."""
+        storage = tensor.untyped_storage()
+        if storage not in self.keys:
+            key, size = len(self.widths), storage.nbytes()
+            self.keys[storage] = key
+            self.widths[key] = tensor.shape[-1] if tensor.ndim else 1
+            self.events.append((key, size))
+            weakref.finalize(storage, self.events.append, (key, -size)).atexit = False
+        return self.keys[storage]
+
+    def peak(self, leave_out: set[int], only: set[int] | None = None) -> int:
+        """Most bytes alive at once, without the storages of `leave_out` (or of `only` these)."""
+        alive = most = 0
+        for key, size in self.events:
+            if key not in leave_out and (only is None or key in only):
+                alive += size
+                most = max(most, alive)
+        return most
+
+
+@dataclasses.dataclass
+class DryStep:
+    """What one step needs: `activations` are all bytes beside weights and gradients at the worst moment,
+    `logits` those of them in rows as wide as the vocabulary; `peak` is the worst moment of weights,
+    gradients so far and activations together (one process, no ZeRO)."""
+
+    operations: Operations
+    activations: int
+    logits: int
+    peak: int
+
+
+def made_up_batch(window_tokens: int, bin_tokens: int, tokens_per_sentence: float, longest: int) -> Batch:
+    """A batch of full windows, every sentence about `tokens_per_sentence` long, filling the bin."""
+    spans = []
+    for _ in range(max(1, bin_tokens // window_tokens)):
+        sentences = max(1, round(window_tokens / tokens_per_sentence), -(-window_tokens // longest))
+        ends = np.round(np.arange(sentences + 1) * (window_tokens / sentences)).astype(np.int64)
+        spans.append(Span(np.zeros(window_tokens, dtype=np.int64), np.diff(ends), True))
+    return build_batch(spans)
+
+
+def dry_step(model: nn.Module, batch: Batch) -> DryStep:
+    """Run forward and backward of a model made under a `FakeTensorMode`, inside that mode."""
+    memory = _Memory()
+    weights = {memory.see(parameter) for parameter in model.parameters()}
+    weights |= {memory.see(buffer) for buffer in model.buffers()}
+    with counted_rows(model) as rows, memory:
+        model(batch).objective.backward()
+    gradients = {memory.see(p.grad) for p in model.parameters() if p.grad is not None}
+    vocabulary = _vocabulary(model)
+    logits = {key for key, width in memory.widths.items() if width == vocabulary}
+    return DryStep(
+        count_operations(model, rows, batch_cores(model, batch)),
+        memory.peak(weights | gradients),
+        memory.peak(weights | gradients, only=logits),
+        memory.peak(set()),
+    )
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model.to(dtype)`, which cannot be had for fake weights: shared ones stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(parameter.to(dtype), parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
+    return model
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config = getattr(model.config, "vae", model.config)
+    return config.vocab_size
+
+
+# Memory of a rank ------------------------------------------------------------------------------------------
+
+
+def states_memory(parameters: int, stage: str, world: int, dtype: str) -> dict[str, int]:
+    """Bytes that one rank holds for weights, gradients and AdamW under a file of `ds_configs/`.
+
+    Per parameter: weights 4 (bf16 2), optimizer 8 for the two moments, and 4 for fp32 master weights, which
+    ZeRO keeps in fp32 too. Gradients 4; bf16: 2 as torch makes them, from stage 1 on their sum in fp32 (4).
+    Stage 1 divides the optimizer by `world`, 2 also the summed gradients, 3 also the weights.
+
+    `gathered`: the most that stage 3 lets come together for use; it frees nothing below a billion parameters.
+    `buckets`: communication buffers of fixed size. `update`: what the update needs for a moment, when the
+    activations are gone (fp32 copies of the gradients; on GPUs PyTorch's AdamW takes 4 more per parameter).
+    `host`: what offloading keeps in host memory instead.
+    """
+    low = 2 if dtype == "bf16" else 4
+    share = -(-parameters // world)
+    bucket = BUCKET_ELEMENTS * low
+    held = {
+        "weights": low * parameters,
+        "gathered": 0,
+        "gradients": low * parameters,
+        "optimizer": 12 * share,
+    }
+    held |= {"buckets": 0, "update": 8 * share, "host": 0}
+    if stage == "0":
+        master = 4 if low == 2 else 0
+        held |= {"optimizer": (8 + master) * parameters, "update": (4 + master) * parameters}
+    elif stage == "1" and low == 2:
+        held |= {"gradients": 6 * parameters, "update": 4 * share}
+    elif stage == "2":
+        held |= {"gradients": 4 * share, "buckets": 2 * bucket}
+    elif stage.startswith("3"):
+        gathered = low * min(parameters, LIVE_ELEMENTS)
+        held |= {"weights": low * share, "gathered": gathered, "gradients": 4 * share, "buckets": bucket}
+    if stage == "3-offload":
+        host = held["weights"] + held["gradients"] + held["optimizer"]
+        held |= {"weights": 0, "gradients": 0, "optimizer": 0, "update": 0, "host": host}
+    return held
+
+
+# The command -----------------------------------------------------------------------------------------------
+
+
+def inspect(
+    recipe: str | Path,
+    vae_recipe: str | Path | None = None,
+    vocab_size: int | None = None,
+    tokens: int | None = None,
+    tokens_per_sentence: float = TOKENS_PER_SENTENCE,
+    worlds: Sequence[int] = WORLDS,
+    dtype: str = "bf16",
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Parameters, operations and memory of a recipe's model, as plain JSON (docs/performance.md).
+
+    Args:
+        recipe: file, or name of one that comes along. vae_recipe: see `sized_recipe`.
+        vocab_size: of the tokenizer (default: what the recipe says, else OPT's 50,272).
+        tokens: bin size (default: the recipe's `data.bin_tokens`).
+        dtype: of weights and activations: `bf16` (GPUs) or `fp32` (CPUs).
+    Raises: UserError for a recipe that makes no model.
+    """
+    sized = sized_recipe(recipe, vae_recipe, overrides)
+    tokens = tokens or sized.data.bin_tokens
+    window = min(sized.data.window_tokens, tokens)
+    longest = sized.model.vae.get("max_sentence_tokens") or 64
+    batch = made_up_batch(window, tokens, tokens_per_sentence, longest)
+    said = (sized.model.backbone if sized.objective == "lm" else sized.model.vae).get("vocab_size")
+    vocab_size = vocab_size or said or Vocabulary().vocab_size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _converted(new_model(sized, Vocabulary(vocab_size), {}), DTYPES[dtype]).train()
+        step = dry_step(model, batch)
+    parameters = parameter_count(model)
+    memory = []
+    for stage in STAGES:
+        for world in worlds:
+            states = states_memory(parameters, stage, world, dtype)
+            # The update comes when the activations are gone.
+            held = sum(states.values()) - states["host"] - states["update"]
+            on_device = held + max(states["update"], step.activations)
+            memory.append(
+                {
+                    "stage": stage,
+                    "world": world,
+                    **states,
+                    "activations": step.activations,
+                    "total": on_device,
+                }
+            )
+    operations = step.operations
+    return {
+        "recipe": find_recipe(recipe).stem,
+        "objective": sized.objective,
+        "dtype": dtype,
+        "bin": {"tokens": batch.tokens, "sentences": batch.sentences, "windows": batch.documents},
+        "vocab_size": _vocabulary(model),
+        "parameters": {"total": parameters, "by_part": parameters_by_part(model)},
+        "multiply_adds_per_token": {
+            "by_part": {part: count / batch.tokens for part, count in operations.by_part().items()},
+            "forward": operations.needed / batch.tokens,
+            "training": TRAINING_FACTOR * operations.needed / batch.tokens,
+            "attention_cores": sum(operations.attention.values()) / batch.tokens,
+            "padding_share": operations.padding_share,
+        },
+        "step_memory": {
+            "activations": step.activations,
+            "of_which_logits": step.logits,
+            "peak_one_process": step.peak,
+        },
+        "memory_per_gpu": memory,
+    }
+
+
+def inspect_all(vocab_size: int | None = None) -> dict[str, Any]:
+    """One row per published size: our parameters, those of `layout: paper`, the paper's own count."""
+    rows, vocabulary = [], Vocabulary(vocab_size or Vocabulary().vocab_size)
+    for path in sorted([*RECIPES.glob("svae-*.yaml"), *RECIPES.glob("sllm-*-h*.yaml")]):
+        recipe, counts = sized_recipe(path), {}
+        for layout in LAYOUTS:
+            recipe.model.vae["layout"] = layout
+            with torch.device("meta"):
+                counts[layout] = parameter_count(new_model(recipe, vocabulary, {}))
+        rows.append({"recipe": path.stem, "parameters": counts, "paper_millions": PUBLISHED.get(path.stem)})
+    return {"vocab_size": vocabulary.vocab_size, "sizes": rows}
+
+
+def format_inspection(result: dict[str, Any]) -> str:
+    """The result of `inspect` as text."""
+    bin_, parameters = result["bin"], result["parameters"]
+    per_token, step = result["multiply_adds_per_token"], result["step_memory"]
+    lines = [
+        f"{result['recipe']} ({result['objective']}), vocabulary {result['vocab_size']:,}; one bin of "
+        f"{bin_['tokens']:,} tokens, {bin_['sentences']:,} sentences, {bin_['windows']} windows",
+        "",
+        f"{'part':<14}{'parameters':>16}{'multiply-adds per token':>26}{'in training':>16}",
+    ]
+    for part in PARTS:
+        if part in parameters["by_part"] or part in per_token["by_part"]:
+            forward = per_token["by_part"].get(part, 0)
+            lines.append(
+                f"{part:<14}{parameters['by_part'].get(part, 0):>16,}{_millions(forward):>26}"
+                f"{_millions(TRAINING_FACTOR * forward):>16}"
+            )
+    lines += [
+        f"{'total':<14}{parameters['total']:>16,}{_millions(per_token['forward']):>26}"
+        f"{_millions(per_token['training']):>16}",
+        f"attention cores are {_millions(per_token['attention_cores'])} of it; "
+        f"{per_token['padding_share']:.2%} more is padding",
+        "",
+        f"one step, {result['dtype']}: activations {_gb(step['activations'])} GB, of which logits "
+        f"{_gb(step['of_which_logits'])} GB; with weights and gradients {_gb(step['peak_one_process'])} GB",
+        "",
+        f"memory of each GPU in GB, {result['dtype']} (ds_configs/)",
+        f"{'ZeRO':<11}{'GPUs':>6}{'weights':>9}{'gathered':>10}{'gradients':>11}{'optimizer':>11}{'buckets':>9}"
+        f"{'activations':>13}{'update':>8}{'total':>8}{'host':>8}",
+    ]
+    for row in result["memory_per_gpu"]:
+        lines.append(
+            f"{row['stage']:<11}{row['world']:>6}{_gb(row['weights']):>9}{_gb(row['gathered']):>10}"
+            f"{_gb(row['gradients']):>11}{_gb(row['optimizer']):>11}{_gb(row['buckets']):>9}"
+            f"{_gb(row['activations']):>13}{_gb(row['update']):>8}{_gb(row['total']):>8}{_gb(row['host']):>8}"
+        )
+    return "\n".join(lines)
+
+
+def format_all(result: dict[str, Any]) -> str:
+    """The result of `inspect_all` as text."""
+    lines = [f"{'recipe':<16}{'ours':>16}{'layout: paper':>16}{'the paper':>12}{'difference':>12}"]
+    for row in result["sizes"]:
+        paper, counts = row["paper_millions"], row["parameters"]
+        beside = f"{'-':>12}{'-':>12}"
+        if paper:
+            beside = f"{paper:>11.1f}M{counts['paper'] / paper / 1e6 - 1:>12.2%}"
+        lines.append(f"{row['recipe']:<16}{counts['lean']:>16,}{counts['paper']:>16,}{beside}")
+    return "\n".join(lines)
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.2f}M"
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f}"

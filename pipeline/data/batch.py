@@ -1,0 +1,273 @@
+"""The one batch type: real tokens only, no padding.
+
+In: the `Span`s of a bin (`bins.py`). Out: a `Batch`, which every model's `forward` takes. Shape suffixes: T
+tokens, S sentences, D document windows. Index arithmetic happens here, on the host, once per batch; the
+models only gather.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.plan import Span
+from pipeline.models.attention import SegmentLayout
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Attention across sentences: every sentence's rows see those of the sentences before it too.
+
+    layout: one segment per sentence, the rows that it sees and its own, behind them. source: int64 [wide
+    rows], the packed row in each place. own: int64 [R], the place of every packed row in its own sentence's
+    segment. needed: pairs of a row and what it may see.
+    """
+
+    layout: SegmentLayout
+    source: Tensor
+    own: Tensor
+    needed: int
+
+
+@dataclass(frozen=True)
+class DecoderRows:
+    """What the sentence decoder reads, packed: of every sentence `slots` places for the vector, BOS, tokens.
+
+    layout: one segment per sentence, R rows. symbols_R: int64, the slots' are BOS and count for nothing.
+    positions_R: int64, within the sentence; where sentences see earlier ones, within the window.
+    slot_rows: int64 [S · slots] or None. own_rows: int64 [T+S], BOS and tokens, or None where that is all
+    there is. reach: None where a sentence sees itself only.
+    """
+
+    layout: SegmentLayout
+    symbols_R: Tensor
+    positions_R: Tensor
+    slot_rows: Tensor | None = None
+    own_rows: Tensor | None = None
+    reach: Reach | None = None
+
+
+def reach_back(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> Reach:
+    """Rows of sentence s, `lengths_S[s]` many, see those of sentences `first_S[s]` to s; int64 [S], host."""
+    starts = np.concatenate([[0], np.cumsum(lengths_S)])
+    before_S = starts[:-1] - starts[first_S]
+    layout = SegmentLayout(before_S + lengths_S, device)
+    wide = np.repeat(starts[first_S] - layout.starts[:-1], layout.lengths) + np.arange(layout.rows)
+    own = np.arange(starts[-1]) + np.repeat(layout.starts[:-1] + before_S - starts[:-1], lengths_S)
+    needed = int((lengths_S * before_S + lengths_S * (lengths_S + 1) // 2).sum())
+    return Reach(layout, *(torch.from_numpy(x).to(device) for x in (wide, own)), needed)
+
+
+@dataclass
+class Batch:
+    """Packed document windows.
+
+    tokens_T: int64 [T], all windows' tokens, back to back, on the compute device.
+    cu_sentences: int64 [S+1], host: sentence s owns tokens_T[cu_sentences[s]:cu_sentences[s+1]].
+    cu_documents: int64 [D+1], host, in sentences: window d owns sentences [cu_documents[d],
+        cu_documents[d+1]).
+    document_end_D: bool [D], host: the window ends its document (stop label 1; an end symbol for the token
+        model).
+    scored: False for the empty batch, which a rank without work runs so that ZeRO-3's collectives match.
+    """
+
+    tokens_T: Tensor
+    cu_sentences: np.ndarray
+    cu_documents: np.ndarray
+    document_end_D: np.ndarray
+    scored: bool = True
+
+    @property
+    def tokens(self) -> int:
+        return int(self.cu_sentences[-1])
+
+    @property
+    def sentences(self) -> int:
+        return len(self.cu_sentences) - 1
+
+    @property
+    def documents(self) -> int:
+        return len(self.cu_documents) - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens_T.device
+
+    def digest(self) -> int:
+        """A checksum of 32 bits over the content: tokens, sentences, windows and ends; of a batch on the
+        CPU."""
+        crc = zlib.crc32(self.tokens_T.numpy())
+        for array in (self.cu_sentences, self.cu_documents, self.document_end_D):
+            crc = zlib.crc32(array, crc)
+        return crc
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device (host arrays stay on the host)."""
+        return Batch(
+            self.tokens_T.to(device, non_blocking=True),
+            self.cu_sentences,
+            self.cu_documents,
+            self.document_end_D,
+            self.scored,
+        )
+
+    def _index(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+    # Layouts: what attends to what.
+
+    @cached_property
+    def sentence_layout(self) -> SegmentLayout:
+        """Tokens by sentence: T rows (sentence encoder)."""
+        return SegmentLayout(np.diff(self.cu_sentences), self.device)
+
+    @cached_property
+    def decoder_layout(self) -> SegmentLayout:
+        """BOS + tokens by sentence: T+S rows (sentence decoder)."""
+        layout = SegmentLayout(np.diff(self.cu_sentences) + 1, self.device)
+        # Decoder layers read it: worked out here, it is not part of what torch.compile traces.
+        _ = layout.segment_of_row
+        return layout
+
+    @cached_property
+    def backbone_layout(self) -> SegmentLayout:
+        """Start position + sentences by window: S+D rows (backbone)."""
+        return SegmentLayout(np.diff(self.cu_documents) + 1, self.device)
+
+    @cached_property
+    def token_model_layout(self) -> SegmentLayout:
+        """BOS + tokens by window: T+D rows (token-level model)."""
+        return SegmentLayout(np.diff(self.cu_sentences[self.cu_documents]) + 1, self.device)
+
+    # Sentence decoder: symbols in, symbols to predict.
+
+    def decoder_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor]:
+        """Inputs (bos, t1 … tn) and targets (t1 … tn, end) of every sentence: two int64 [T+S]."""
+        return self._shifted(self.decoder_layout, bos, end)
+
+    def decoder_rows(self, inputs_N: Tensor, bos: int, slots: int = 0, context: int = 0) -> DecoderRows:
+        """The sentence decoder's input, made of `decoder_symbols`' inputs: `slots` places for the vector
+        before BOS, and sight of `context` sentences before each."""
+        layout, reach = self.slotted_layout(slots), self.reach(slots, context)
+        positions_R = layout.position_of_row
+        if reach is not None:
+            window_S = layout.starts[self.cu_documents[self._window_of_sentence]]
+            positions_R = self._index(np.arange(layout.rows) - np.repeat(window_S, layout.lengths))
+        if not slots:
+            return DecoderRows(layout, inputs_N, positions_R, reach=reach)
+        is_slot_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths) < slots
+        own_rows = self._index(np.flatnonzero(~is_slot_R))
+        symbols_R = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
+        symbols_R.index_copy_(0, own_rows, inputs_N)
+        slot_rows = self._index(np.flatnonzero(is_slot_R))
+        return DecoderRows(layout, symbols_R, positions_R, slot_rows, own_rows, reach)
+
+    def slotted_layout(self, slots: int) -> SegmentLayout:
+        """`slots` places, BOS and tokens by sentence: the rows of the sentence decoder."""
+        if not slots:
+            return self.decoder_layout
+        if slots not in self._slotted:
+            layout = SegmentLayout(slots + self.decoder_layout.lengths, self.device)
+            _ = layout.segment_of_row  # as for decoder_layout
+            self._slotted[slots] = layout
+        return self._slotted[slots]
+
+    @cached_property
+    def _slotted(self) -> dict[int, SegmentLayout]:
+        return {}
+
+    def reach(self, slots: int, context: int) -> Reach | None:
+        """What a decoder's rows see of the `context` sentences before theirs; None for 0."""
+        if not context:
+            return None
+        if (slots, context) not in self._reaches:
+            window_start_S = self.cu_documents[self._window_of_sentence]
+            first_S = np.maximum(window_start_S, np.arange(self.sentences) - context)
+            lengths_S = self.slotted_layout(slots).lengths
+            self._reaches[slots, context] = reach_back(lengths_S, first_S, self.device)
+        return self._reaches[slots, context]
+
+    @cached_property
+    def _reaches(self) -> dict[tuple[int, int], Reach]:
+        return {}
+
+    def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:
+        # Row t + n predicts token t of segment n, the row after it reads it. By index: a mask on a GPU would
+        # make the host wait for all that runs there.
+        rows_T = self._index(
+            np.arange(self.tokens) + np.repeat(np.arange(len(layout.lengths)), layout.lengths - 1)
+        )
+        inputs = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
+        targets = torch.full((layout.rows,), end, dtype=torch.long, device=self.device)
+        return inputs.index_copy_(0, rows_T + 1, self.tokens_T), targets.index_copy_(0, rows_T, self.tokens_T)
+
+    # Backbone: row s + d + 1 holds sentence s of window d; row s + d, just before it, predicts it.
+
+    @cached_property
+    def _window_of_sentence(self) -> np.ndarray:
+        return np.repeat(np.arange(self.documents), np.diff(self.cu_documents))
+
+    @cached_property
+    def backbone_source(self) -> Tensor:
+        """int64 [S+D]: gathers rows from cat(start vector [1], sentence embeddings [S])."""
+        source = np.zeros(self.sentences + self.documents, dtype=np.int64)
+        source[np.arange(self.sentences) + self._window_of_sentence + 1] = np.arange(self.sentences) + 1
+        return self._index(source)
+
+    @cached_property
+    def predicting_row_S(self) -> Tensor:
+        """int64 [S]: the backbone row that conditions the decoding of each sentence."""
+        return self._index(np.arange(self.sentences) + self._window_of_sentence)
+
+    @cached_property
+    def start_row_S(self) -> Tensor:
+        """int64 [S]: the start row of each sentence's window (to measure the vector gain)."""
+        window = self._window_of_sentence
+        return self._index((self.cu_documents[:-1] + np.arange(self.documents))[window])
+
+    @cached_property
+    def stop_label_S(self) -> Tensor:
+        """float32 [S]: 1 after a document's true last sentence, else 0 (also at the end of an inner
+        window)."""
+        labels = np.zeros(self.sentences, dtype=np.float32)
+        labels[self.cu_documents[1:] - 1] = self.document_end_D
+        return self._index(labels)
+
+    # Token-level model.
+
+    def token_model_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end
+        their document."""
+        layout = self.token_model_layout
+        inputs, targets = self._shifted(layout, bos, end)
+        keep = np.ones(layout.rows, dtype=bool)
+        keep[layout.starts[1:][~self.document_end_D] - 1] = False
+        rows = self._index(np.flatnonzero(keep))
+        return inputs, rows, targets[rows]
+
+
+def build_batch(spans: Sequence[Span]) -> Batch:
+    """Pack spans into a batch (CPU tensors)."""
+    lengths = np.concatenate([s.sentence_lengths for s in spans]).astype(np.int64)
+    counts = [len(s.sentence_lengths) for s in spans]
+    tokens = np.concatenate([s.tokens for s in spans]).astype(np.int64)
+    return Batch(
+        torch.from_numpy(tokens),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        np.asarray([s.document_end for s in spans], dtype=bool),
+    )
+
+
+def empty_batch() -> Batch:
+    """One token that counts for nothing: what a rank without a bin runs."""
+    one = np.ones(1, dtype=np.int64)
+    batch = build_batch([Span(np.zeros(1, dtype=np.int64), one, True)])
+    batch.scored = False
+    return batch

@@ -1,0 +1,142 @@
+"""Steps of a run: which bins this rank computes, as batches that a background thread has built in time.
+
+In: a `BinPlan` and a position in its stream. Out: one `Step` after another. Step k is bins [k·G, (k+1)·G) of
+the stream whatever the world size: micro-batch m of rank r is bin k·G + m·world + r, or an empty batch when
+that is no bin of the step, so that every rank calls every submodule equally often. Called by `train.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.config.deepspeed_config import micro_batches
+from pipeline.data.batch import Batch, build_batch, empty_batch
+from pipeline.data.plan import Bin, BinPlan, Position, count
+from pipeline.parallel.ranks import Ranks
+
+
+@dataclass
+class Step:
+    """One optimizer step. Counts named `*_all` are over all ranks' bins, known from the plan; the rest is
+    this rank's.
+
+    batches: `micro_batches` of them, on the CPU. seeds: one per batch, a function of the bin alone (dropout).
+    text_bytes: UTF-8 bytes of this rank's real tokens. digest: sum of its scored batches' digests. bins_all:
+    the step's bins; position: where the stream stands after them.
+    """
+
+    batches: list[Batch]
+    seeds: list[int]
+    text_bytes: int
+    digest: int
+    targets_all: int
+    tokens_all: int
+    bins_all: list[Bin]
+    position: Position
+    wait_seconds: float = 0.0
+
+
+def assign(bins: list[Bin], ranks: Ranks) -> list[Bin | None]:
+    """This rank's bins of a step, in order; None stands for an empty batch."""
+    count = micro_batches(len(bins), ranks.world)
+    mine = [bins[i] if i < len(bins) else None for i in range(ranks.rank, count * ranks.world, ranks.world)]
+    return mine
+
+
+def build(plan: BinPlan, mine: list[Bin | None], byte_lengths: np.ndarray) -> tuple[list[Batch], int]:
+    """The batches of the assigned bins, and the bytes of text in them. byte_lengths: int [vocabulary]."""
+    batches, text_bytes = [], 0
+    for bin_ in mine:
+        batch = empty_batch() if bin_ is None else build_batch(plan.spans(bin_))
+        if bin_ is not None:
+            text_bytes += int(byte_lengths[batch.tokens_T.numpy()].sum(dtype=np.int64))
+        batches.append(batch)
+    return batches, text_bytes
+
+
+class StepLoader:
+    """Builds the next steps while the current one computes. Use as a context manager; `next_step()` blocks
+    for data."""
+
+    def __init__(
+        self,
+        plan: BinPlan,
+        objective: str,
+        bins_per_step: int,
+        ranks: Ranks,
+        byte_lengths: np.ndarray,
+        position: Position,
+        ahead: int = 2,
+    ):
+        self._plan, self._objective, self._bins_per_step = plan, objective, bins_per_step
+        self._ranks, self._byte_lengths, self._position = ranks, byte_lengths, position
+        self._ready: queue.Queue[Step | BaseException] = queue.Queue(ahead)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+
+    def __enter__(self) -> StepLoader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def next_step(self) -> Step:
+        """The next step; raises what the background thread raised."""
+        before = time.perf_counter()
+        step = self._ready.get()
+        if isinstance(step, BaseException):
+            raise step
+        step.wait_seconds = time.perf_counter() - before
+        return step
+
+    def _work(self) -> None:
+        try:
+            for step in self._steps():
+                if not self._put(step):
+                    return
+        except BaseException as error:  # handed to the training thread, which raises it
+            self._put(error)
+
+    def _put(self, item: Step | BaseException) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _steps(self) -> Iterator[Step]:
+        stream, position = self._plan.bins(self._position), self._position
+        while True:
+            bins = list(itertools.islice(stream, self._bins_per_step))
+            mine = assign(bins, self._ranks)
+            batches, text_bytes = build(self._plan, mine, self._byte_lengths)
+            tokens, targets = count(bins, self._objective)
+            position = position.after(bins)
+            yield Step(
+                batches=batches,
+                seeds=[0 if bin_ is None else bin_seed(self._plan.seed, bin_) for bin_ in mine],
+                text_bytes=text_bytes,
+                digest=sum(batch.digest() for batch in batches if batch.scored),
+                targets_all=targets,
+                tokens_all=tokens,
+                bins_all=bins,
+                position=position,
+            )
+
+
+def bin_seed(seed: int, bin_: Bin) -> int:
+    """A seed for what is random inside a forward pass: the same for a bin whichever rank and run computes
+    it."""
+    sequence = np.random.SeedSequence([seed, bin_.source, *bin_.place])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

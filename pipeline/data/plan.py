@@ -1,0 +1,432 @@
+"""Which windows of which documents make bin *n*: planning, from the shards' index.
+
+In: shard sets (`data_prep.shards.ShardSet`), mixture weights if wanted. Out: a stream of `Bin`s, each a group
+of document windows that fits one token budget; `batches.build_batch` turns a bin into tensors. Called by the
+trainer, `audit.py` and `evaluation.py`.
+
+The order of bins is a function of (seed, epoch, mixture weights) alone, never of world size, workers or
+nodes: step k of a run with G bins a step consumes bins [k·G, (k+1)·G) of the stream.
+
+Planning is hierarchical: an epoch permutes the shards and works on them in groups of `shards_at_once`, so
+that nobody ever holds the index of the whole corpus. Within a group, document windows are permuted, and
+packed best-fit with a bounded look-ahead, PART_WINDOWS at a time. A group's order is drawn for itself and a
+part of it is packed by itself, so a bin is found by its `Place` (epoch, group, part, number in the part), and
+going on late in an epoch costs what beginning costs: one group is read, one part packed. A document that fits
+one window needs its index row only; sentence lengths are read for longer ones. Windows are rows of one array,
+33 bytes each.
+
+Without weights all shard sets are one source. With weights each is a source with epochs of its own, and the
+source of bin *n* of the stream is the one that lacks most of its share: |taken - weight · n| stays below the
+number of sources.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from data_prep.common.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.shards.reader import ShardSet
+
+LOOK_AHEAD = 64  # open bins that best-fit chooses among
+PART_WINDOWS = 1 << 15  # packed together; one bin of a part is badly filled
+
+# A run of whole sentences of one document, at most `window_tokens` long, by reference into the shards:
+# document `document` of shard `shard` of the plan's shard set `shard_set`; `document_end`: the window ends
+# its document.
+WINDOW_DTYPE = np.dtype(
+    [
+        ("shard_set", "<i4"),
+        ("shard", "<i4"),
+        ("document", "<i4"),
+        ("first_sentence", "<i4"),
+        ("sentences", "<i4"),
+        ("tokens", "<i4"),
+        ("first_token", "<i8"),
+        ("document_end", "?"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A document window's content: what a batch is built from.
+
+    tokens: uint16/uint32 [T]; sentence_lengths: [S], each >= 1, sum T; document_end: the window ends its
+        document.
+    """
+
+    tokens: np.ndarray
+    sentence_lengths: np.ndarray
+    document_end: bool
+
+
+class Place(NamedTuple):
+    """Where a bin stands in its source; places of one source are ordered as its bins come."""
+
+    epoch: int
+    group: int
+    part: int
+    number: int
+
+
+class Bin:
+    """The windows of one rank's micro-batch, as rows of its group's windows.
+
+    source: number of the source. place, next: the bin's place in it, and the place of the bin after it.
+    """
+
+    def __init__(self, source: int, place: Place, next: Place, of: np.ndarray, rows: np.ndarray):
+        self.source, self.place, self.next = source, place, next
+        self.of, self.rows = of, rows  # WINDOW_DTYPE [group], int64 [D]
+
+    @cached_property
+    def windows(self) -> np.ndarray:
+        """WINDOW_DTYPE [D]."""
+        return self.of[self.rows]
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Bin)
+            and (self.source, self.place) == (other.source, other.place)
+            and np.array_equal(self.windows, other.windows)
+        )
+
+    __hash__ = None
+
+    def __str__(self) -> str:
+        epoch, group, part, number = self.place
+        return f"bin {number} of part {part}, group {group}, epoch {epoch}, source {self.source}"
+
+    @property
+    def tokens(self) -> int:
+        return int(self.of["tokens"][self.rows].sum(dtype=np.int64))
+
+    @property
+    def sentences(self) -> int:
+        return int(self.of["sentences"][self.rows].sum(dtype=np.int64))
+
+    @property
+    def document_ends(self) -> int:
+        return int(self.of["document_end"][self.rows].sum())
+
+    def targets(self, objective: str) -> int:
+        """Vocabulary targets of the bin: tokens + sentence ends (`vae`, `sllm`), tokens + document ends
+        (`lm`)."""
+        return self.tokens + (self.document_ends if objective == "lm" else self.sentences)
+
+
+def count(bins: Sequence[Bin], objective: str) -> tuple[int, int]:
+    """Tokens and targets (`Bin.targets`) of many bins, faster than one by one."""
+    tokens = targets = 0
+    for of in {id(bin_.of): bin_.of for bin_ in bins}.values():
+        windows = of[np.concatenate([bin_.rows for bin_ in bins if bin_.of is of])]
+        tokens += int(windows["tokens"].sum(dtype=np.int64))
+        targets += int(windows["document_end" if objective == "lm" else "sentences"].sum(dtype=np.int64))
+    return tokens, tokens + targets
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the stream stands: of every source, how many bins were taken and the place of its next one. All
+    that a resumed run needs."""
+
+    taken: tuple[int, ...]
+    places: tuple[Place, ...]
+
+    @property
+    def epochs_begun(self) -> int:
+        """Of the source that is furthest."""
+        return max(place.epoch + (place > (place.epoch, 0, 0, 0)) for place in self.places)
+
+    def after(self, bins: Sequence[Bin]) -> Position:
+        """The position after `bins`, the next ones of the stream."""
+        taken, places = list(self.taken), list(self.places)
+        for bin_ in bins:
+            taken[bin_.source] += 1
+            places[bin_.source] = bin_.next
+        return Position(tuple(taken), tuple(places))
+
+    def to_json(self) -> list[list[int]]:
+        """By source: taken, epoch, group, part, number."""
+        return [[taken, *place] for taken, place in zip(self.taken, self.places, strict=True)]
+
+    @classmethod
+    def from_json(cls, values: list[list[int]]) -> Position:
+        return cls(tuple(value[0] for value in values), tuple(Place(*value[1:]) for value in values))
+
+
+class Consumed:
+    """The bins that a run has trained on: of every source, ranges [first place, place after the last).
+
+    Ranges that touch are one, across groups and epochs too: a run that repeated and skipped nothing has one
+    range of each source, from its beginning. Ranges that overlap stay apart, so that a repeated bin shows.
+    """
+
+    def __init__(self, sources: int):
+        self.ranges: list[list[tuple[Place, Place]]] = [[] for _ in range(sources)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Consumed) and self.ranges == other.ranges
+
+    __hash__ = None
+
+    def add(self, bins: Iterable[Bin]) -> None:
+        for bin_ in bins:
+            ranges = self.ranges[bin_.source]
+            if ranges and ranges[-1][1] == bin_.place:
+                ranges[-1] = ranges[-1][0], bin_.next
+            else:
+                insort(ranges, (bin_.place, bin_.next))
+                self.ranges[bin_.source] = _joined(ranges)
+
+    def to_json(self) -> list[list[list[list[int]]]]:
+        """By source, by range: places [epoch, group, part, number] of its first bin and after its last."""
+        return [[[list(place) for place in pair] for pair in ranges] for ranges in self.ranges]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Consumed:
+        consumed = cls(len(values))
+        consumed.ranges = [[(Place(*first), Place(*end)) for first, end in ranges] for ranges in values]
+        return consumed
+
+
+def _joined(ranges: list[tuple[Place, Place]]) -> list[tuple[Place, Place]]:
+    joined = ranges[:1]
+    for first, end in ranges[1:]:
+        if joined[-1][1] == first:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((first, end))
+    return joined
+
+
+def cut_documents(
+    sentence_lengths: np.ndarray, document_sizes: np.ndarray, window_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents into windows of whole sentences, greedily filled; all documents at once.
+
+    Args:
+        sentence_lengths: int [N], each >= 1: tokens of every sentence, documents back to back.
+        document_sizes: int [D], each >= 1: sentences of every document; their sum is N.
+    Returns: int64 [W] three times: each window's document, its first sentence and the one after its last,
+        both counted over all N; by document, in reading order.
+    Raises: UserError when a single sentence is longer than the window.
+    """
+    token_starts = np.concatenate([[0], np.cumsum(sentence_lengths, dtype=np.int64)])
+    last = np.cumsum(document_sizes, dtype=np.int64)
+    live, first = np.arange(len(last)), last - document_sizes
+    found = []
+    while len(live):  # the next window of every document that has one
+        end = np.searchsorted(token_starts, token_starts[first] + window_tokens, side="right") - 1
+        end = np.minimum(end, last[live])
+        if (end == first).any():
+            longest = int(sentence_lengths[first[end == first][0]])
+            raise UserError(
+                f"a sentence of {longest} tokens does not fit a window of {window_tokens}; "
+                "raise window_tokens or shard with a smaller --max-tokens"
+            )
+        found.append((live, first, end))
+        more = end < last[live]
+        live, first = live[more], end[more]
+    if not found:
+        return (np.empty(0, np.int64),) * 3
+    document, first, end = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(document, kind="stable")
+    return document[order], first[order], end[order]
+
+
+def cut_windows(sentence_lengths: np.ndarray, window_tokens: int) -> Iterator[tuple[int, int]]:
+    """One document's windows (`cut_documents`): yields [first, end) sentence ranges."""
+    _, first, end = cut_documents(sentence_lengths, np.asarray([len(sentence_lengths)]), window_tokens)
+    yield from zip(first.tolist(), end.tolist(), strict=True)
+
+
+def document_spans(tokens: np.ndarray, sentence_lengths: np.ndarray, window_tokens: int) -> Iterator[Span]:
+    """A whole document's windows with their content (evaluation, tests)."""
+    token_ends = np.concatenate([[0], np.cumsum(sentence_lengths, dtype=np.int64)])
+    for first, end in cut_windows(sentence_lengths, window_tokens):
+        yield Span(
+            tokens[token_ends[first] : token_ends[end]],
+            sentence_lengths[first:end],
+            end == len(sentence_lengths),
+        )
+
+
+class BinPlan:
+    """The stream of bins over one or more shard sets.
+
+    Args:
+        shard_sets: opened shard sets, made with one tokenizer.
+        window_tokens: longest window in tokens (short for `vae`, so that a bin mixes many documents).
+        bin_tokens: token budget of a bin.
+        seed: with the epoch and the weights, decides the order.
+        weights: each shard set's share of the bins, in any unit; None: the sets are one pool.
+        shards_at_once: shards whose windows are mixed with each other.
+    Raises: UserError when a source holds no text, or a window no place in a bin.
+    """
+
+    def __init__(
+        self,
+        shard_sets: Sequence[ShardSet],
+        window_tokens: int,
+        bin_tokens: int,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        shards_at_once: int = 16,
+    ):
+        if window_tokens > bin_tokens:
+            raise UserError(f"window_tokens ({window_tokens}) is larger than bin_tokens ({bin_tokens})")
+        self.shard_sets = list(shard_sets)
+        self.window_tokens, self.bin_tokens = window_tokens, bin_tokens
+        self.seed, self.shards_at_once = seed, shards_at_once
+        self._shares = [1.0] if weights is None else [weight / sum(weights) for weight in weights]
+        # Of every source its (shard set, shard); shards without text would make groups without bins.
+        by_set = [
+            [(s, i) for i, entry in enumerate(shard_set.manifest["shards"]) if entry["tokens"]]
+            for s, shard_set in enumerate(self.shard_sets)
+        ]
+        self._sources = [sum(by_set, [])] if weights is None else by_set
+        for number, shards in enumerate(self._sources):
+            if not shards:
+                names = self.shard_sets if weights is None else [self.shard_sets[number]]
+                raise UserError(f"no documents in {', '.join(str(one.folder) for one in names)}")
+
+    @property
+    def sources(self) -> int:
+        return len(self._sources)
+
+    def start(self) -> Position:
+        """The position of the stream's first bin."""
+        return Position((0,) * self.sources, (Place(0, 0, 0, 0),) * self.sources)
+
+    def bins(self, position: Position | None = None) -> Iterator[Bin]:
+        """Bins from a position on, for ever."""
+        position = position or self.start()
+        streams = [self._source_bins(source, place) for source, place in enumerate(position.places)]
+        taken = list(position.taken)
+        number = sum(taken)
+        while True:
+            number += 1
+            lacks = [share * number - n for share, n in zip(self._shares, taken, strict=True)]
+            source = lacks.index(max(lacks))
+            taken[source] += 1
+            yield next(streams[source])
+
+    def epoch(self, epoch: int = 0, source: int = 0) -> Iterator[Bin]:
+        """The bins of one epoch of a source."""
+        for group in range(self._groups(source)):
+            yield from self._group_bins(source, epoch, group)
+
+    def _groups(self, source: int) -> int:
+        return -(-len(self._sources[source]) // self.shards_at_once)
+
+    def _source_bins(self, source: int, place: Place) -> Iterator[Bin]:
+        while True:
+            for bin_ in self._group_bins(source, place.epoch, place.group, place.part):
+                if bin_.place >= place:
+                    yield bin_
+            place = self._next_group(source, place.epoch, place.group)
+
+    def _next_group(self, source: int, epoch: int, group: int) -> Place:
+        following = (epoch, group + 1) if group + 1 < self._groups(source) else (epoch + 1, 0)
+        return Place(*following, 0, 0)
+
+    def _group_bins(self, source: int, epoch: int, group: int, first_part: int = 0) -> Iterator[Bin]:
+        """A group's bins from a part on."""
+        shards = self._sources[source]
+        # Numbers in the last place tell apart what is drawn: a seed that is shorter would be filled with 0.
+        shard_order = np.random.default_rng([self.seed, source, epoch, 0]).permutation(len(shards))
+        at = group * self.shards_at_once
+        windows = np.concatenate(
+            [self._shard_windows(*shards[k]) for k in shard_order[at : at + self.shards_at_once]]
+        )
+        order = np.random.default_rng([self.seed, source, epoch, group + 1]).permutation(len(windows))
+        for part in range(first_part, -(-len(order) // PART_WINDOWS)):
+            rows = order[part * PART_WINDOWS : (part + 1) * PART_WINDOWS]
+            place, last = Place(epoch, group, part, 0), None
+            for members in pack(windows["tokens"][rows].tolist(), self.bin_tokens):
+                if last is not None:
+                    following = place._replace(number=place.number + 1)
+                    yield Bin(source, place, following, windows, last)
+                    place = following
+                last = rows[members]
+            if (part + 1) * PART_WINDOWS < len(order):
+                following = Place(epoch, group, part + 1, 0)
+            else:
+                following = self._next_group(source, epoch, group)
+            yield Bin(source, place, following, windows, last)
+
+    def _shard_windows(self, shard_set: int, shard: int) -> np.ndarray:
+        """WINDOW_DTYPE [W]: every window of a shard."""
+        data = self.shard_sets[shard_set].shard(shard)
+        tokens, sentences = (data.index[name].astype(np.int64) for name in ("tokens", "sentences"))
+        whole = np.flatnonzero((tokens > 0) & (tokens <= self.window_tokens))
+        longer = np.flatnonzero(tokens > self.window_tokens)
+        lengths = data.sentence_lengths_of(longer)
+        which, first, end = cut_documents(lengths, sentences[longer], self.window_tokens)
+        token_starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        sentence_at = np.cumsum(sentences[longer]) - sentences[longer]  # of each longer document, in lengths
+
+        windows = np.zeros(len(whole) + len(which), WINDOW_DTYPE)
+        windows["shard_set"], windows["shard"] = shard_set, shard
+        one, part = windows[: len(whole)], windows[len(whole) :]
+        one["document"], one["sentences"], one["tokens"] = whole, sentences[whole], tokens[whole]
+        one["document_end"] = True
+        part["document"], part["sentences"] = longer[which], end - first
+        part["first_sentence"] = first - sentence_at[which]
+        part["tokens"] = token_starts[end] - token_starts[first]
+        part["first_token"] = token_starts[first] - token_starts[sentence_at[which]]
+        part["document_end"] = first + part["sentences"] == (sentence_at + sentences[longer])[which]
+        return windows
+
+    def spans(self, bin_: Bin) -> list[Span]:
+        """The content of a bin's windows, read from the memory-mapped shards."""
+        spans = []
+        for window in bin_.windows.tolist():
+            shard_set, shard, document, first_sentence, sentences, tokens, first_token, end = window
+            data = self.shard_sets[shard_set].shard(shard)
+            spans.append(
+                Span(
+                    data.tokens(document)[first_token : first_token + tokens],
+                    data.sentence_lengths(document)[first_sentence : first_sentence + sentences],
+                    end,
+                )
+            )
+        return spans
+
+
+def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:
+    """Best fit: which of `sizes` (by their place, each at most `budget`) share a bin of `budget`.
+
+    Each goes into the fullest of at most LOOK_AHEAD open bins that has room for it; when none has, the
+    fullest is closed for a new one. A full bin is closed at once, those left at the end in the order in which
+    they were opened.
+    """
+    rooms: list[int] = []  # of the open bins, sorted: room << 40 | the bin's number
+    members: dict[int, list[int]] = {}
+    bins = 0
+    for n, size in enumerate(sizes):
+        at = bisect_left(rooms, size << 40)
+        if at < len(rooms):
+            key = rooms.pop(at)
+            room, which = key >> 40, key & ((1 << 40) - 1)
+            members[which].append(n)
+        else:
+            if len(rooms) == LOOK_AHEAD:
+                yield members.pop(rooms.pop(0) & ((1 << 40) - 1))
+            bins += 1
+            room, which = budget, bins
+            members[which] = [n]
+        if room > size:
+            insort(rooms, (room - size) << 40 | which)
+        else:
+            yield members.pop(which)
+    yield from members.values()

@@ -1,0 +1,359 @@
+"""The metric contract: how well a model predicts (SLLM, token-level model) or rebuilds (SentenceVAE) a text.
+
+Comes in: a model folder and a text, as shards or as WanJuan documents. Goes out: one dict of sums and the
+figures made of them (`scores.py`; docs/evaluation.md says what each key means). Every kind of model is scored
+on the same tokens of the same windows (`bins.document_spans`), each window conditioned on itself only; NLL is
+summed over the corpus in float64 and divided once, at the end:
+
+    bits_per_byte = NLL / (ln 2 · UTF-8 bytes of the text)      ppl = exp(NLL / plain tokens)
+
+With several ranks, every rank reads all documents (reading is cheap beside scoring) and scores every
+world-th of them; the ranks' sums meet once, at the end, and every rank has the whole result.
+
+Called by `pipeline/cli.py` (`sllm evaluate`), the demo, and tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_prep.common.errors import UserError
+from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
+from data_prep.corpus.inputs import find_inputs
+from data_prep.shards.reader import ShardSet
+from data_prep.text.sentences import SentenceSettings, cut_document
+from data_prep.text.tokenizer import LossyTokenization, Tokenizer
+from pipeline.data.batch import Batch, build_batch
+from pipeline.evaluation.scores import Scores, Window, document_windows
+from pipeline.models.factory import load_model, load_model_tokenizer, model_kind, parameter_count
+from pipeline.models.folders import KINDS, read_config
+from pipeline.models.foreign_lm import load_plain_lm
+from pipeline.models.inference import to_int8
+from pipeline.models.losses import bits_per_byte
+from pipeline.parallel.ranks import Ranks, agree
+from pipeline.reports.page import with_interval
+
+DEFAULT_WINDOW_TOKENS = 1024
+ALONE = Ranks(0, 1, 0)
+DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
+
+
+@dataclass
+class Source:
+    """Documents to score, in corpus order, and where they come from."""
+
+    path: str
+    settings: dict  # segmenter, language, max_tokens
+    # Of each document: tokens [T], sentence lengths [S], sub-corpus, language.
+    documents: Iterator[tuple[np.ndarray, np.ndarray, str, str]]
+    tokens: int | None = None  # expected, for the progress display
+    shards_fingerprint: str | None = None
+    rejected: dict[str, int] = field(default_factory=dict)  # reason → records left out
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)  # over the text that was scored
+
+    def windows(
+        self, tokenizer: Tokenizer, window_tokens: int, limit: int | None, ranks: Ranks
+    ) -> Iterator[Window]:
+        """The windows of this rank's documents out of the first `limit`; the text of all enters the digest
+        (length first, so that borders count).
+        """
+        for number, document in enumerate(itertools.islice(self.documents, limit)):
+            tokens_T, lengths_S, source, language = document
+            text = tokenizer.decode_bytes(tokens_T)
+            self.digest.update(len(text).to_bytes(8, "little") + text)
+            if number % ranks.world == ranks.rank:
+                yield from document_windows(tokens_T, lengths_S, window_tokens, number, source, language)
+
+
+def _shard_source(shards: ShardSet, tokenizer: Tokenizer, model_folder: str) -> Source:
+    theirs = shards.tokenizer().fingerprint
+    if theirs != tokenizer.fingerprint:
+        raise UserError(
+            f"{shards.folder}: made with another tokenizer than {model_folder}'s; shard the text with the "
+            "model's tokenizer, or give the documents themselves with --text"
+        )
+
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
+        for document in shards.documents():
+            if int(tokenizer.byte_lengths[document.tokens].sum()) != document.bytes:
+                raise UserError(
+                    f"{shards.folder}: document {document.id} has other bytes than its index says; "
+                    "run data-prep verify"
+                )
+            yield document.tokens, document.sentence_lengths, document.source, document.language
+
+    settings = shards.settings.to_dict()
+    tokens = shards.manifest["totals"]["tokens"]
+    return Source(str(shards.folder), settings, documents(), tokens, shards.fingerprint)
+
+
+def read_records(path: str, language: str) -> Iterator[RawDocument | Reject]:
+    """The records of a file or folder, in order. Raises: UserError for files that are damaged."""
+    for file in find_inputs([path]):
+        reader = DocumentReader(file, language)
+        yield from reader
+        if reader.damage:
+            raise UserError(f"{file.path}: {reader.damage}; an evaluation of half a file says nothing")
+
+
+def _record_source(
+    path: str, records: Iterable[RawDocument | Reject], tokenizer: Tokenizer, cut: SentenceSettings
+) -> Source:
+    source = Source(path, cut.to_dict(), iter(()))
+
+    def documents() -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
+        for record in records:
+            reason = record.reason if isinstance(record, Reject) else None
+            if reason is None:
+                try:
+                    segmenter = cut.segmenter_for(record.language)  # as `data-prep shard` does it
+                    tokens_T, lengths_S = cut_document(record.content, tokenizer, segmenter, cut)
+                except LossyTokenization:
+                    reason = "tokenizer loses text"
+            if reason is None:
+                yield tokens_T, lengths_S, record.source, record.language
+            else:
+                source.rejected[reason] = source.rejected.get(reason, 0) + 1
+
+    source.documents = documents()
+    return source
+
+
+def _batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[tuple[Batch, list[Window]]]:
+    """Consecutive windows up to `batch_tokens` tokens per batch; a larger window is a batch of its own."""
+    group: list[Window] = []
+    size = 0
+    for window in windows:
+        if group and size + len(window.span.tokens) > batch_tokens:
+            yield build_batch([w.span for w in group]), group
+            group, size = [], 0
+        group.append(window)
+        size += len(window.span.tokens)
+    if group:
+        yield build_batch([w.span for w in group]), group
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model of a folder, ready to be scored."""
+
+    folder: str
+    model: torch.nn.Module
+    kind: str  # sllm | vae | lm
+    tokenizer: Tokenizer
+    parameters: int
+    int8: bool
+
+
+def load(folder: str, int8: bool = False) -> Loaded:
+    """The model of any folder; a token-level model that is not ours runs through its own forward."""
+    config, tokenizer = read_config(folder), load_model_tokenizer(folder)
+    foreign = config.get("model_type") not in KINDS and "sentence_settings" not in config
+    model = load_plain_lm(folder, tokenizer) if foreign else load_model(folder)
+    model, parameters = model.to("cuda" if torch.cuda.is_available() else "cpu"), parameter_count(model)
+    if int8:
+        to_int8(model)
+    return Loaded(folder, model, model_kind(model), tokenizer, parameters, int8)
+
+
+def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
+    """W: as wanted, else the model's own, else 1024 or what its positions allow.
+
+    Raises: UserError when too long.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) if kind == "lm" else None
+    most = positions - 1 if positions else 1 << 30  # the start symbol takes one
+    window = wanted or getattr(model.config, "window_tokens", None) or min(DEFAULT_WINDOW_TOKENS, most)
+    if window > most:
+        raise UserError(
+            f"windows of {window} tokens, but the model has positions for {most}: lower --window-tokens"
+        )
+    return window
+
+
+def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> SentenceSettings:
+    """How `--text` is cut: as given, else as the model was trained, else by default."""
+    own = getattr(model.config, "sentence_settings", None) or {}
+    settings = {key: given.get(key) or own.get(key) or default for key, default in DEFAULT_SETTINGS.items()}
+    return SentenceSettings(**settings)
+
+
+def _check_fits(model: torch.nn.Module, kind: str, tokenizer: Tokenizer, settings: dict, folder: str) -> None:
+    config = model.config.vae if kind == "sllm" else model.config
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model folder {folder}: {config.vocab_size} vocabulary entries, "
+            f"but its tokenizer has {tokenizer.vocab_size}"
+        )
+    if kind != "lm" and settings["max_tokens"] > config.max_sentence_tokens:
+        raise UserError(
+            f"sentences of up to {settings['max_tokens']} tokens, but the model takes "
+            f"{config.max_sentence_tokens}: cut them with a smaller --max-tokens"
+        )
+
+
+def evaluate(
+    folder: str | Path | Loaded,
+    data: str | Path | None = None,
+    text: str | Path | None = None,
+    window_tokens: int | None = None,
+    batch_tokens: int = 8192,
+    max_documents: int | None = None,
+    segmenter: str | None = None,
+    language: str | None = None,
+    max_tokens: int | None = None,
+    progress: bool = False,
+    int8: bool = False,
+    ranks: Ranks = ALONE,
+    documents: Sequence[RawDocument | Reject] | None = None,
+) -> dict:
+    """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them.
+
+    Args: as `sllm evaluate --help` says; a model that is `Loaded` already is not loaded again; `documents`
+    are scored in place of those in the file `text`, which then only names them; `segmenter`, `language` and
+    `max_tokens` decide the sentences of `text` only; with more than one of `ranks`, all of which call this
+    alike, their process group must exist.
+    Returns: the figures of `Scores.figures` and what they were made from (docs/evaluation.md).
+    Raises: UserError for folders, data or settings that do not fit together.
+    """
+    given = {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
+    if data is not None and any(given.values()):
+        raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
+    scores = error = None
+    try:
+        shards = ShardSet.open(data) if data is not None else None
+        if shards is None and documents is None:
+            find_inputs([text])  # what is missing is refused before a model is loaded
+        loaded = folder if isinstance(folder, Loaded) else load(str(folder), int8)
+        model, kind, tokenizer = loaded.model, loaded.kind, loaded.tokenizer
+        if shards is not None:
+            source = _shard_source(shards, tokenizer, loaded.folder)
+        else:
+            cut = sentence_settings(model, **given)
+            records = read_records(str(text), cut.language) if documents is None else documents
+            source = _record_source(str(text), records, tokenizer, cut)
+        _check_fits(model, kind, tokenizer, source.settings, loaded.folder)
+        window = _window_limit(model, kind, window_tokens)
+        windows = source.windows(tokenizer, window, max_documents, ranks)
+        expected = None if max_documents or source.tokens is None else source.tokens // ranks.world
+        started = time.perf_counter()
+        scores = score(model, kind, tokenizer, windows, batch_tokens, expected, progress)
+    except (UserError, OSError) as problem:
+        if ranks.world == 1:
+            raise
+        error = problem
+    if ranks.world > 1:
+        everyone = agree(error, scores)
+        whole = Scores(kind)
+        for theirs in everyone:
+            whole.merge(theirs)
+        scores = whole
+    if not scores.rows:
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
+        left_out = f" (left out: {reasons})" if reasons else ""
+        raise UserError(f"{source.path}: nothing to evaluate, it holds no text{left_out}")
+    return {
+        "model": loaded.folder,
+        "kind": kind,
+        "parameters": loaded.parameters,
+        "int8": loaded.int8,
+        "data": source.path,
+        "data_fingerprint": source.digest.hexdigest(),
+        "shards_fingerprint": source.shards_fingerprint,
+        "rejected": source.rejected,
+        "sentence_settings": source.settings,
+        "window_tokens": window,
+        "ranks": ranks.world,
+        **scores.figures(),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def score(
+    model: torch.nn.Module,
+    kind: str,
+    tokenizer: Tokenizer,
+    windows: Iterable[Window],
+    batch_tokens: int,
+    expected_tokens: int | None = None,
+    progress: bool = False,
+) -> Scores:
+    """Sums over all windows. `model` in eval mode; `kind`: sllm, vae or lm."""
+    scores, nats, text_bytes = Scores(kind), 0.0, 0
+    # disable=None: shown on a terminal only.
+    with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
+        for batch, group in _batches(windows, batch_tokens):
+            more = scores.add(model, batch.to(model.device), group, tokenizer.byte_lengths)
+            nats, text_bytes = nats + more[0], text_bytes + more[1]
+            bar.update(batch.tokens)
+            bar.set_postfix_str(f"{bits_per_byte(nats, max(1, text_bytes)):.4f} bits/byte", refresh=False)
+    return scores
+
+
+def format_result(result: dict) -> str:
+    """The result as a small table for people."""
+    window = result["window_tokens"]
+    tokens, ends, stops = (result[f"{part}_nll_nats"] for part in ("token", "end", "stop"))
+    rows = [
+        ("model", f"{result['model']} ({result['kind']})"),
+        ("data", f"{result['data']} (text {result['data_fingerprint'][:12]})"),
+        (
+            "documents",
+            f"{result['documents']:,}: {result['sentences']:,} sentences, {result['bytes']:,} bytes",
+        ),
+        ("tokens", f"{result['tokens']:,} in {result['windows']:,} windows of at most {window:,}"),
+    ]
+    if result["rejected"]:
+        rows.append(("left out", ", ".join(f"{n} × {reason}" for reason, n in result["rejected"].items())))
+    rows += [
+        ("bits per byte", with_interval(result, "bits_per_byte")),
+        ("perplexity", f"{result['ppl']:.4g} per plain token"),
+        ("nats", f"{result['nll_nats']:.1f} = tokens {tokens:.1f} + ends {ends:.1f} + stops {stops:.1f}"),
+    ]
+    if result["kind"] == "sllm":
+        without = result["bits_per_byte_without_vectors"]
+        rows.append(
+            (
+                "vector gain",
+                f"{with_interval(result, 'vector_gain')} bits per byte ({without:.4f} without vectors)",
+            )
+        )
+    if result["kind"] == "vae":
+        rows.append(("exact match", f"{result['exact_match']:.2%} of sentences rebuilt exactly"))
+        rows.append(("edit distance", f"{result['edit_distance']:.4f} edits per token"))
+        rows += [
+            (f"  {n} tokens", f"{at['exact_match']:.2%} of {at['sentences']:,}")
+            for n, at in result["exact_match_by_length"].items()
+        ]
+        rows.append(
+            ("note", "reconstruction: the model has seen each sentence; no figure here compares with")
+        )
+        rows.append(("", "a language model's"))
+    for title, key in (
+        ("sub-corpora", "by_source"),
+        ("languages", "by_language"),
+        ("sentence tokens", "by_sentence_length"),
+        ("sentence number", "by_sentence_position"),
+    ):
+        if len(result[key]) > 1:
+            rows.append((title, "bits per byte"))
+            rows += [(f"  {group}", _group(figures)) for group, figures in result[key].items()]
+    if result["bits_per_byte_interval"]:
+        how = result["intervals"]
+        rows.append(("intervals", f"{how['level']:.0%}, {how['resamples']:,} resamples of whole documents"))
+    return "\n".join(f"{name:<15} {value}" for name, value in rows)
+
+
+def _group(figures: dict) -> str:
+    if figures["bits_per_byte"] is None:
+        return "no bytes"
+    return f"{with_interval(figures, 'bits_per_byte')} of {figures['bytes']:,} bytes"

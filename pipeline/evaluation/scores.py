@@ -1,0 +1,242 @@
+"""Sums per document and per group, and the figures made of them (docs/evaluation.md).
+
+In: scored batches and the `Window`s that they hold. Out: one dict of figures. What is kept does not grow with
+the sentences: one row of eight sums per document (in nats, float64; and counts), and one row per group of
+sentences (by length, by place in the document). Every figure is a ratio of such sums, divided once. Rows of
+several ranks are put together by document number and added up in that order, so that how the documents were
+shared out changes nothing but the rounding inside the model (packed differently: relative 1e-6).
+
+Intervals resample whole documents, because the sentences of one document are no independent draws: with
+replacement, as many as there are, `RESAMPLES` times from a fixed seed; of each resample the ratio of the
+sums; the 2.5 and 97.5 % points of those ratios. They speak of the choice of the text, not of training seeds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pipeline.data.batch import Batch
+from pipeline.data.plan import Span, document_spans
+from pipeline.evaluation.reconstruction import edit_distances, rebuild
+from pipeline.models.losses import bits_per_byte, perplexity
+
+RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
+
+# Columns of a row: nats of tokens, ends, stop decisions; nats of all without sentence vectors; counts.
+TOKEN, END, STOP, WITHOUT, BYTES, TOKENS, SENTENCES, WINDOWS = range(8)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of a document: its content, the document's number, and how many sentences come before it."""
+
+    span: Span
+    document: int = 0
+    first_sentence: int = 0
+    source: str = ""
+    language: str = ""
+
+
+def document_windows(
+    tokens_T: np.ndarray, lengths_S: np.ndarray, window_tokens: int, document: int, source: str, language: str
+) -> Iterable[Window]:
+    """A whole document's windows, in order."""
+    first = 0
+    for span in document_spans(tokens_T, lengths_S, window_tokens):
+        yield Window(span, document, first, source, language)
+        first += len(span.sentence_lengths)
+
+
+def bucket(number: int) -> str:
+    """Group of a length or a place, from 1: "1", "2", "3-4", "5-8", … (powers of two)."""
+    end = 1 << (number - 1).bit_length()
+    return str(number) if end <= 2 else f"{end // 2 + 1}-{end}"
+
+
+def interval(numerator_D: np.ndarray, denominator_D: np.ndarray) -> list[float] | None:
+    """[low, high] of Σ numerator / Σ denominator by document bootstrap; None for fewer than two documents."""
+    count = len(numerator_D)
+    if count < 2:
+        return None
+    rng = np.random.default_rng(SEED)
+    ratios = np.empty(RESAMPLES)
+    for n in range(RESAMPLES):
+        drawn = rng.integers(0, count, count)
+        ratios[n] = numerator_D[drawn].sum() / max(denominator_D[drawn].sum(), 1)
+    return np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+
+
+@dataclass
+class Scores:
+    """Sums over documents: `add` batches, `merge` what other ranks have, then `figures`."""
+
+    kind: str  # sllm | vae | lm
+    rows: dict[int, np.ndarray] = field(default_factory=dict)  # document → float64 [8]
+    labels: dict[int, tuple[str, str]] = field(default_factory=dict)  # document → sub-corpus, language
+    by_length: dict[str, np.ndarray] = field(default_factory=dict)  # group → float64 [8]
+    by_position: dict[str, np.ndarray] = field(default_factory=dict)
+    sentences_of_length: Counter[int] = field(default_factory=Counter)  # vae
+    exact_of_length: Counter[int] = field(default_factory=Counter)
+    edits_of_length: Counter[int] = field(default_factory=Counter)
+
+    @torch.inference_mode()
+    def add(
+        self, model: torch.nn.Module, batch: Batch, windows: Sequence[Window], byte_lengths: np.ndarray
+    ) -> tuple[float, int]:
+        """Score one batch, made of `windows`; returns its nats and bytes. `byte_lengths`: int [V], the
+        tokenizer's UTF-8 bytes per token."""
+        losses = model(batch, want_correct=True) if self.kind == "vae" else model(batch)
+        lengths_S = np.diff(batch.cu_sentences)
+        symbols_S = lengths_S + 1  # targets of each sentence: its tokens and its end
+        if self.kind == "lm":  # only a document's last sentence has an end
+            symbols_S = lengths_S.copy()
+            symbols_S[batch.cu_documents[1:] - 1] += batch.document_end_D
+        sentence_N = np.repeat(np.arange(batch.sentences), symbols_S)
+
+        def per_sentence(nll_N: torch.Tensor, counted_N: np.ndarray | None = None) -> np.ndarray:
+            nll = nll_N.double().cpu().numpy()
+            if counted_N is not None:
+                nll = np.where(counted_N, nll, 0.0)
+            return np.bincount(sentence_N, nll, batch.sentences)
+
+        is_end_N = losses.is_end_N.cpu().numpy()
+        sums = np.zeros((batch.sentences, 8))
+        sums[:, TOKEN] = per_sentence(losses.target_nll_N, ~is_end_N)
+        sums[:, END] = per_sentence(losses.target_nll_N, is_end_N)
+        if losses.stop_nll_S is not None:
+            sums[:, STOP] = losses.stop_nll_S.double().cpu().numpy()
+        if self.kind == "sllm":
+            without = model(batch, start_vector_only=True)
+            # Stop decisions see the backbone's own outputs either way: no decoder is involved in them.
+            sums[:, WITHOUT] = per_sentence(without.target_nll_N) + sums[:, STOP]
+        token_bytes = byte_lengths[batch.tokens_T.cpu().numpy()]
+        sums[:, BYTES] = np.add.reduceat(token_bytes, batch.cu_sentences[:-1])
+        sums[:, TOKENS], sums[:, SENTENCES] = lengths_S, 1
+        sums[batch.cu_documents[:-1], WINDOWS] = 1
+        self._file(sums, batch, windows, lengths_S)
+        if self.kind == "vae":
+            self._count_exact(model, batch, losses.target_correct_N, lengths_S)
+        return float(sums[:, : STOP + 1].sum()), int(sums[:, BYTES].sum())
+
+    def _file(self, sums: np.ndarray, batch: Batch, windows: Sequence[Window], lengths_S: np.ndarray) -> None:
+        for window, first, end in zip(windows, batch.cu_documents, batch.cu_documents[1:], strict=False):
+            row = self.rows.setdefault(window.document, np.zeros(8))
+            row += sums[first:end].sum(0)
+            self.labels[window.document] = (window.source, window.language)
+        # After every power of two a new group begins.
+        places = [w.first_sentence + 1 + np.arange(len(w.span.sentence_lengths)) for w in windows]
+        for groups, number_S in ((self.by_length, lengths_S), (self.by_position, np.concatenate(places))):
+            group_S = np.ceil(np.log2(number_S)).astype(int)
+            for group in np.unique(group_S):
+                row = groups.setdefault(bucket(1 << int(group)), np.zeros(8))
+                row += sums[group_S == group].sum(0)
+
+    def _count_exact(
+        self, model: torch.nn.Module, batch: Batch, correct_N: torch.Tensor, lengths_S: np.ndarray
+    ) -> None:
+        # Greedy decoding returns a sentence exactly when the arg max is right at every symbol, its end
+        # included: as long as it is right, the decoder has been fed what teacher forcing feeds it. Only the
+        # others must be written out.
+        wrong_S = torch.zeros(batch.sentences, dtype=torch.int64, device=batch.device)
+        wrong_S.index_add_(0, batch.decoder_layout.segment_of_row, (~correct_N).long())
+        exact_S = (wrong_S == 0).cpu().numpy()
+        self.sentences_of_length.update(lengths_S.tolist())
+        self.exact_of_length.update(lengths_S[exact_S].tolist())
+        wrong = np.flatnonzero(~exact_S)
+        if len(wrong):
+            sentences = np.split(batch.tokens_T.cpu().numpy(), batch.cu_sentences[1:-1])
+            edits = edit_distances([sentences[s] for s in wrong], rebuild(model, batch, wrong))
+            for length, count in zip(lengths_S[wrong].tolist(), edits.tolist(), strict=True):
+                self.edits_of_length[length] += count
+
+    def merge(self, other: Scores) -> None:
+        """Add another rank's documents, which are none of ours."""
+        self.rows |= other.rows
+        self.labels |= other.labels
+        for ours, theirs in (
+            (self.by_length, other.by_length),
+            (self.by_position, other.by_position),
+        ):
+            for name, row in theirs.items():
+                ours[name] = ours.get(name, 0.0) + row
+        self.sentences_of_length += other.sentences_of_length
+        self.exact_of_length += other.exact_of_length
+        self.edits_of_length += other.edits_of_length
+
+    def figures(self) -> dict:
+        """All figures of the sums so far; at least one token must have been scored."""
+        numbers = sorted(self.rows)
+        rows_D = np.stack([self.rows[number] for number in numbers])
+        total = rows_D.sum(0)
+        nats = float(total[: STOP + 1].sum())
+        figures = {
+            "measures": "reconstruction" if self.kind == "vae" else "prediction",
+            **self._of(total),
+            "nll_nats": nats,
+            "token_nll_nats": float(total[TOKEN]),
+            "end_nll_nats": float(total[END]),
+            "stop_nll_nats": float(total[STOP]),
+            "documents": len(rows_D),
+            "windows": int(total[WINDOWS]),
+            **self._intervals(rows_D),
+            "intervals": {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED, "of": "documents"},
+        }
+        if self.kind == "vae":
+            figures |= self._rebuilt(nats, total)
+        for name, column in (("by_source", 0), ("by_language", 1)):
+            labels = np.array([self.labels[number][column] for number in numbers])
+            figures[name] = {}
+            for label in np.unique(labels):
+                mine = rows_D[labels == label]
+                group = {**self._of(mine.sum(0)), "documents": len(mine), **self._intervals(mine)}
+                figures[name][str(label)] = group
+        for name, groups in (
+            ("by_sentence_length", self.by_length),
+            ("by_sentence_position", self.by_position),
+        ):
+            ordered = sorted(groups, key=lambda group: int(group.split("-")[0]))
+            figures[name] = {group: self._of(groups[group]) for group in ordered}
+        return figures
+
+    def _of(self, row: np.ndarray) -> dict:
+        """Figures of one row of sums; None where a group has no bytes."""
+        nats = float(row[: STOP + 1].sum())
+        counts = {"bytes": int(row[BYTES]), "tokens": int(row[TOKENS]), "sentences": int(row[SENTENCES])}
+        per_byte = {"bits_per_byte": nats}
+        if self.kind == "sllm":
+            without = float(row[WITHOUT])
+            per_byte |= {"bits_per_byte_without_vectors": without, "vector_gain": without - nats}
+        figures = {
+            name: bits_per_byte(value, row[BYTES]) if row[BYTES] else None for name, value in per_byte.items()
+        }
+        return {**figures, "ppl": perplexity(nats, row[TOKENS]), **counts}
+
+    def _intervals(self, rows_D: np.ndarray) -> dict:
+        nats_D = rows_D[:, : STOP + 1].sum(1)
+        bits = bits_per_byte(1.0, 1.0)
+        figures = {"bits_per_byte_interval": interval(nats_D * bits, rows_D[:, BYTES])}
+        if self.kind == "sllm":
+            gain_D = (rows_D[:, WITHOUT] - nats_D) * bits
+            figures["vector_gain_interval"] = interval(gain_D, rows_D[:, BYTES])
+        return figures
+
+    def _rebuilt(self, nats: float, total: np.ndarray) -> dict:
+        by_length = {
+            str(length): {
+                "sentences": count,
+                "exact_match": self.exact_of_length[length] / count,
+                "edit_distance": self.edits_of_length[length] / (count * length),
+            }
+            for length, count in sorted(self.sentences_of_length.items())
+        }
+        return {
+            "cross_entropy": nats / float(total[TOKENS] + total[SENTENCES]),
+            "exact_match": self.exact_of_length.total() / int(total[SENTENCES]),
+            "edit_distance": self.edits_of_length.total() / int(total[TOKENS]),
+            "exact_match_by_length": by_length,
+        }

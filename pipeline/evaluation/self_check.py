@@ -1,0 +1,288 @@
+"""`sllm check`: proofs by experiment on a model folder of any kind (SLLM, SentenceVAE, token-level model).
+
+Comes in: a model and a seed for random documents. Goes out: a report with the largest difference found per
+check:
+
+    causal            changing the rest of a document from some token on changes no score before it, nor in
+    any other document
+                      (SentenceVAE: changing a sentence changes only that sentence), on every attention path
+    packed = single   a document scores the same alone and packed with others, on every attention path
+    paths agree       every attention path gives the same scores
+    cached = uncached generation, symbol by symbol with its caches, gives the scores of the packed forward
+
+A score is the NLL in nats of one symbol given what stands before it, or of one stop decision. Differences
+are absolute, relative for scores above 1 nat. Called by `pipeline/cli.py` and tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.data.batch import Batch, build_batch
+from pipeline.data.plan import Span
+from pipeline.models.attention import PATHS, attention_path
+from pipeline.models.factory import load_model, model_kind
+
+LONGEST_SENTENCE = 24  # random sentences are short, so that a check takes seconds also on a large model
+MOST_SENTENCES = 7
+CHANGES_PER_DOCUMENT = 3
+
+Scores = list[
+    list[np.ndarray]
+]  # [document][sentence] → float64: its symbols in order, its end, its stop decision
+
+
+@dataclass
+class Finding:
+    """One check's result.
+
+    `compared`: scores that were compared; `changed`: the largest change where change is allowed.
+    """
+
+    check: str
+    path: str
+    tolerance: float
+    max_difference: float = 0.0
+    compared: int = 0
+    changed: float = field(default=0.0)
+
+    def compare(self, expected: np.ndarray, found: np.ndarray) -> None:
+        """Note the difference of two score arrays of one shape; a NaN counts as an infinite difference."""
+        self.compared += expected.size
+        self.max_difference = max(self.max_difference, _difference(expected, found))
+
+    @property
+    def passed(self) -> bool:
+        return self.compared > 0 and self.max_difference <= self.tolerance
+
+
+def _difference(expected: np.ndarray, found: np.ndarray) -> float:
+    if not expected.size:
+        return 0.0
+    difference = np.abs(expected - found) / np.maximum(1.0, np.abs(expected))
+    return float(np.nan_to_num(difference, nan=1e30, posinf=1e30).max())
+
+
+class Checker:
+    """Runs the checks on one model (in eval mode, fp32) with documents made from `seed`."""
+
+    def __init__(self, model: torch.nn.Module, documents: int = 6, seed: int = 0, tolerance: float = 1e-5):
+        self.model, self.kind, self.tolerance = model, model_kind(model), tolerance
+        self.rng = np.random.default_rng(seed)
+        self.longest, most_sentences, self.ids = _limits(model, self.kind)
+        self.spans = [self._document(most_sentences) for _ in range(max(2, documents))]
+
+    def _sentence(self) -> np.ndarray:
+        return self.rng.choice(self.ids, int(self.rng.integers(1, self.longest + 1)))
+
+    def _document(self, most_sentences: int) -> Span:
+        sentences = [self._sentence() for _ in range(int(self.rng.integers(2, most_sentences + 1)))]
+        return _span(sentences, bool(self.rng.integers(2)))
+
+    def scores(self, spans: list[Span]) -> Scores:
+        """The packed forward's scores of all documents in one batch."""
+        batch = build_batch(spans).to(self.model.device)
+        losses = self.model(batch)
+        nll_N = losses.target_nll_N.double().cpu().numpy()
+        lengths = np.diff(batch.cu_sentences)
+        if self.kind == "lm":
+            return _by_sentence_lm(nll_N, batch)
+        scores = np.split(nll_N, np.cumsum(lengths + 1)[:-1])
+        if losses.stop_nll_S is not None:
+            stop_nll_S = losses.stop_nll_S.double().cpu().numpy()
+            scores = [np.append(score, stop) for score, stop in zip(scores, stop_nll_S, strict=True)]
+        return [scores[first:end] for first, end in _ranges(batch.cu_documents)]
+
+    def causal(self, path: str) -> Finding:
+        """Change a document from one token on (another rest, of another length) and compare all that stands
+        before.
+        """
+        finding = Finding("causal", path, self.tolerance)
+        before = self.scores(self.spans)
+        for at, span in enumerate(self.spans):
+            sentences = _sentences(span)
+            for j in sorted(self.rng.permutation(len(sentences))[:CHANGES_PER_DOCUMENT]):
+                keep = 0 if self.kind == "vae" else int(self.rng.integers(0, len(sentences[j])))
+                changed = list(sentences)
+                changed[j] = np.concatenate([sentences[j][:keep], self._other(sentences[j][keep])])[
+                    : self.longest
+                ]
+                spans = [*self.spans[:at], _span(changed, span.document_end), *self.spans[at + 1 :]]
+                self._compare_unchanged(finding, before, self.scores(spans), at, int(j), keep)
+        return finding
+
+    def _other(self, token: int) -> np.ndarray:
+        """A new rest for a sentence, whose first token surely differs from `token`; the sentence stays
+        within its limit.
+        """
+        rest = self.rng.choice(self.ids, int(self.rng.integers(1, max(2, self.longest // 2))))
+        while rest[0] == token:
+            rest[0] = self.rng.choice(self.ids)
+        return rest
+
+    def _compare_unchanged(
+        self, finding: Finding, before: Scores, after: Scores, at: int, j: int, keep: int
+    ) -> None:
+        for document, (old, new) in enumerate(zip(before, after, strict=True)):
+            for s, (old_s, new_s) in enumerate(zip(old, new, strict=True)):
+                inside = document == at and s == j
+                if document != at or s < j or (self.kind == "vae" and not inside):
+                    finding.compare(old_s, new_s)
+                elif inside:
+                    # The symbol at `keep` itself is another one now; what was predicted before it must not
+                    # know that.
+                    finding.compare(old_s[:keep], new_s[:keep])
+                    size = min(len(old_s), len(new_s))
+                    finding.changed = max(finding.changed, _difference(old_s[keep:size], new_s[keep:size]))
+                else:
+                    finding.changed = max(finding.changed, _difference(old_s, new_s))
+
+    def packed_is_single(self, path: str) -> Finding:
+        """Every document alone against all of them in one batch."""
+        finding = Finding("packed = single", path, self.tolerance)
+        for span, packed in zip(self.spans, self.scores(self.spans), strict=True):
+            (single,) = self.scores([span])
+            finding.compare(np.concatenate(packed), np.concatenate(single))
+        return finding
+
+    def paths_agree(self) -> Finding:
+        """The first attention path against every other one."""
+        finding = Finding("paths agree", " = ".join(PATHS), self.tolerance)
+        results = []
+        for path in PATHS:
+            with attention_path(path):
+                results.append(np.concatenate([s for document in self.scores(self.spans) for s in document]))
+        for other in results[1:]:
+            finding.compare(results[0], other)
+        return finding
+
+    def cached_is_uncached(self) -> Finding:
+        """Teacher-forced generation with caches against the packed forward."""
+        finding = Finding("cached = uncached", "cached", self.tolerance)
+        steps = {"sllm": self._cached_sllm, "vae": self._cached_vae, "lm": self._cached_lm}[self.kind]
+        for span, uncached in zip(self.spans, self.scores(self.spans), strict=True):
+            finding.compare(np.concatenate(uncached), np.asarray(list(steps(span))))
+        return finding
+
+    def _cached_sllm(self, span: Span) -> Iterator[float]:
+        state = self.model.begin()
+        sentences = _sentences(span)
+        for number, sentence in enumerate(sentences, 1):
+            yield from self._decoded(self.model, self.model.decode_begin(state), sentence)
+            self.model.append(state, sentence.tolist())
+            stops = number == len(sentences) and span.document_end
+            stop = self.model.stop_probability(state)
+            yield float(-np.log(np.maximum(stop if stops else 1 - stop, 1e-30)))
+
+    def _cached_vae(self, span: Span) -> Iterator[float]:
+        for sentence in _sentences(span):
+            vector_1d = self.model.encode(build_batch([_span([sentence], True)]).to(self.model.device))
+            yield from self._decoded(self.model, self.model.decode_begin(vector_1d), sentence)
+
+    def _decoded(self, decoder, state, sentence: np.ndarray) -> Iterator[float]:
+        """NLL of every token of a sentence and of its end, one cached decoder step each."""
+        for symbol in [*sentence.tolist(), self.model.config.eos_token_id]:
+            yield float(-state.logits.double().log_softmax(-1)[symbol])
+            if symbol != self.model.config.eos_token_id:
+                decoder.decode_step(state, symbol)
+
+    def _cached_lm(self, span: Span) -> Iterator[float]:
+        config = self.model.config
+        symbols = [*span.tokens.tolist(), *([config.eos_token_id] if span.document_end else [])]
+        cache, last = None, config.bos_token_id
+        for symbol in symbols:
+            ids = torch.tensor([[last]], device=self.model.device)
+            out = self.model.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            yield float(-out.logits[0, -1].double().log_softmax(-1)[symbol])
+            cache, last = out.past_key_values, symbol
+
+    @torch.inference_mode()
+    def run(self) -> list[Finding]:
+        """All checks, in the order of this module's first lines."""
+        findings = []
+        for path in PATHS:
+            with attention_path(path):
+                findings += [self.causal(path), self.packed_is_single(path)]
+        return [*findings, self.paths_agree(), self.cached_is_uncached()]
+
+
+def _limits(model: torch.nn.Module, kind: str) -> tuple[int, int, np.ndarray]:
+    """Longest sentence and most sentences a random document may have, and the token ids to draw from."""
+    config, most_sentences, longest = model.config, MOST_SENTENCES, LONGEST_SENTENCE
+    if kind == "lm":
+        positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+        longest = max(2, min(longest, (positions - 1) // most_sentences))
+        vocabulary = config.vocab_size
+    else:
+        vae = config.vae if kind == "sllm" else config
+        longest, vocabulary = min(longest, vae.max_sentence_tokens), vae.vocab_size
+    if kind == "sllm":
+        most_sentences = min(most_sentences, model.max_sentences)
+    special = {config.bos_token_id, config.eos_token_id, config.pad_token_id}
+    return longest, most_sentences, np.setdiff1d(np.arange(vocabulary), [i for i in special if i is not None])
+
+
+def _span(sentences: list[np.ndarray], document_end: bool) -> Span:
+    return Span(np.concatenate(sentences), np.asarray([len(s) for s in sentences]), document_end)
+
+
+def _sentences(span: Span) -> list[np.ndarray]:
+    return np.split(span.tokens, np.cumsum(span.sentence_lengths)[:-1])
+
+
+def _ranges(cuts: np.ndarray) -> list[tuple[int, int]]:
+    return [(int(first), int(end)) for first, end in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def _by_sentence_lm(nll_N: np.ndarray, batch: Batch) -> Scores:
+    """A token model's targets (tokens of a window, then its document end if it has one) by sentence."""
+    scores, at = [], 0
+    for (first, end), document_end in zip(_ranges(batch.cu_documents), batch.document_end_D, strict=True):
+        lengths = np.diff(batch.cu_sentences[first : end + 1])
+        lengths[-1] += document_end
+        scores.append(np.split(nll_N[at : at + lengths.sum()], np.cumsum(lengths)[:-1]))
+        at += int(lengths.sum())
+    return scores
+
+
+def check_model(model: torch.nn.Module, documents: int = 6, seed: int = 0, tolerance: float = 1e-5) -> dict:
+    """Run all checks on a loaded model; returns the report (`kind`, `passed`, `tolerance`, `checks`)."""
+    checker = Checker(model.eval(), documents, seed, tolerance)
+    findings = checker.run()
+    return {
+        "kind": checker.kind,
+        "passed": all(finding.passed for finding in findings),
+        "tolerance": tolerance,
+        "documents": len(checker.spans),
+        "seed": seed,
+        "checks": [{**asdict(finding), "passed": finding.passed} for finding in findings],
+    }
+
+
+def check_folder(folder: str | Path, documents: int = 6, seed: int = 0, tolerance: float = 1e-5) -> dict:
+    """`sllm check`: the report of `check_model` with the folder's name.
+
+    Raises: UserError for a folder without a model.
+    """
+    return {"model": str(folder), **check_model(load_model(folder), documents, seed, tolerance)}
+
+
+def format_report(report: dict) -> str:
+    """The report as a small table."""
+    lines = [
+        f"{report['model']} ({report['kind']}), {report['documents']} random documents, seed {report['seed']}"
+    ]
+    for check in report["checks"]:
+        verdict = "ok  " if check["passed"] else "FAIL"
+        difference = f"{check['max_difference']:.1e}".rjust(9)
+        lines.append(
+            f"{verdict} {check['check']:<18} {check['path']:<18} "
+            f"largest difference {difference} in {check['compared']} scores"
+        )
+    lines.append("all checks passed" if report["passed"] else f"FAILED (tolerance {report['tolerance']:g})")
+    return "\n".join(lines)

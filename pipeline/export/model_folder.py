@@ -1,0 +1,138 @@
+"""`sllm export`: the weights of a training run as a model folder that `from_pretrained` loads.
+
+In: a run directory. Out: `OUTPUT/` with model.safetensors (fp32; several files and an index when large),
+config.json, `tokenizer/`, README.md (the model card) and `training.json` (where the weights come from).
+ZeRO's partitions are put together on the CPU, by this one process, whatever the number of ranks that wrote
+them.
+
+DeepSpeed's checkpoint files are pickles: export runs of your own only. Nothing else in the project is ever
+unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from data_prep.common.errors import UserError
+from data_prep.text.tokenizer import load_tokenizer
+from pipeline.checkpoints import store
+from pipeline.checkpoints.store import Meta
+from pipeline.checkpoints.zero_shards import Parts
+from pipeline.config.schema import OptimizerRecipe
+from pipeline.export.model_card import model_card
+from pipeline.models.attention import HF_ATTENTION
+from pipeline.models.factory import parameter_count, save_model
+from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
+from pipeline.models.sllm import SLLM, SLLMConfig
+from pipeline.models.token_lm import TokenLM
+from pipeline.training.optimizer import EMA, parameter_groups
+from pipeline.training.warm_start import fill
+
+ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
+
+
+def export_run(
+    run_dir: str | Path, output: str | Path, which: str = "best", weights: str = "trained"
+) -> Path:
+    """Write the `best` (by validation bits per byte) or `last` weights of a run to the folder `output`.
+
+    A run without validation has no best checkpoint: its last one is taken. An older export at `output` is
+    replaced, anything else there is refused, model folders of other origin too. weights: `trained`, or `ema`,
+    their running average (`training.ema`). Raises UserError for a
+    missing, unfinished or damaged run.
+    """
+    run_dir, output = Path(run_dir), Path(output)
+    if not run_dir.is_dir():
+        raise UserError(f"run directory {run_dir} does not exist")
+    found = store.find(run_dir, "best") if which == "best" else None
+    found = found or store.find(run_dir)
+    if found is None:
+        raise UserError(f"{run_dir} holds no complete checkpoint (no checkpoints/latest): train first")
+    if not is_replaceable(output):
+        raise UserError(
+            f"{output} exists and was not written by `sllm export` (no {ORIGIN} of ours in it): "
+            "choose another --output"
+        )
+
+    checkpoint, meta = found
+    store.require_undamaged(checkpoint, meta)
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    if tokenizer.fingerprint != meta.tokenizer:
+        raise UserError(
+            f"{run_dir / 'tokenizer'} is not the tokenizer of {checkpoint.name}: start the training command "
+            "again to have it written anew"
+        )
+    model = model_from_config(meta)
+    parts = Parts(checkpoint, meta)
+    tensor = parts.tensor if weights == "trained" else averages(parts, meta, model)
+    fill(model, parts.shapes(), tensor, f"checkpoint {checkpoint}")
+    card = model_card(run_dir, checkpoint.name, meta, parameter_count(model), output.name)
+    aside = output.with_name(f".tmp-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, aside, tokenizer)
+    origin = {
+        "run_dir": str(run_dir),
+        "checkpoint": checkpoint.name,
+        "step": meta.step,
+        "tokens": meta.tokens,
+        "weights": weights,
+    }
+    origin |= {"best": meta.best, "recipe": meta.recipe}
+    (aside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+    (aside / "README.md").write_text(card, encoding="utf-8")
+    if output.exists():
+        shutil.rmtree(output)
+    os.replace(aside, output)
+    return output
+
+
+def is_replaceable(output: Path) -> bool:
+    """Whether an export may take the place of what is at `output`: nothing, an empty folder or an export."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return True
+    try:
+        origin = json.loads((output / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(origin, dict) and {"run_dir", "checkpoint", "recipe"} <= set(origin)
+
+
+def model_from_config(meta: Meta) -> nn.Module:
+    """The run's model with random weights, as `build_model` made it: state dict keys are the same."""
+    settings = dict(meta.model_config)
+    if meta.objective == "vae":
+        return SentenceVAE(SentenceVAEConfig.from_dict(settings))
+    if meta.objective == "sllm":
+        return SLLM(SLLMConfig.from_dict(settings))
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return TokenLM(AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION))
+
+
+def averages(parts: Parts, meta: Meta, model: nn.Module) -> Callable[[str], Tensor]:
+    """Name → running average of that weight; what is not trained (frozen, buffers) as it is.
+
+    Raises: UserError when the run keeps no averages.
+    """
+    recipe = meta.recipe
+    if recipe["training"].get("ema") is None:
+        raise UserError(
+            f"{parts.checkpoint}: the run keeps no average of its weights (training.ema): leave --weights out"
+        )
+    if meta.zero_stage > 0:
+        untrained = {*parts.frozen, *parts.buffers}
+        return lambda name: parts.tensor(name) if name in untrained else parts.state(name, EMA)
+    # Without partitions the states are numbered, group after group.
+    saved = parts.common["optimizer"]
+    states = saved.get("optimizer_state_dict", saved)["state"]
+    groups = parameter_groups(model, OptimizerRecipe(**recipe["optimizer"]))
+    numbers = {id(p): number for number, p in enumerate(p for group in groups for p in group["params"])}
+    named = {name: numbers.get(id(p)) for name, p in model.named_parameters(remove_duplicate=False)}
+    return lambda name: states[named[name]][EMA] if named.get(name) in states else parts.tensor(name)

@@ -1,0 +1,42 @@
+"""A prompt as the model sees it: complete sentences, and the unfinished one that its tail begins.
+
+Called by `generation_batch.py`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_prep.common.errors import UserError
+from data_prep.corpus.filters import detect_language
+from data_prep.text.sentences import SentenceSettings, cut_document
+from data_prep.text.tokenizer import LossyTokenization, Tokenizer
+
+
+def split_prompt(prompt: str, tokenizer: Tokenizer, settings: dict) -> tuple[list[list[int]], list[int]]:
+    """Cut a prompt as training cuts a document: (complete sentences, tokens of the unfinished one at its
+    end).
+
+    `settings`: segmenter, language and max_tokens of the model. White space at the prompt's end belongs to
+    the sentence that will follow. A last sentence that has reached the limit is complete: training would
+    have cut it there.
+    """
+    if not prompt:
+        return [], []
+    cut = SentenceSettings(**settings)
+    segmenter = cut.segmenter_for(detect_language(prompt))
+    try:
+        tokens_T, lengths_S = cut_document(prompt, tokenizer, segmenter, cut)
+    except LossyTokenization:
+        raise UserError(
+            "the model's tokenizer cannot give this prompt back: change its unusual characters"
+        ) from None
+    *sentences, tail = (part.tolist() for part in np.split(tokens_T, np.cumsum(lengths_S)[:-1]))
+    if segmenter.is_complete(prompt):
+        space = len(prompt.encode()) - len(prompt.rstrip().encode())
+        spaces_from_end = np.cumsum(tokenizer.byte_lengths[tail[::-1]])
+        begun = len(tail) - int(np.searchsorted(spaces_from_end, space, side="right"))
+        sentences, tail = [*sentences, tail[:begun]], tail[begun:]
+    if len(tail) >= cut.max_tokens:
+        sentences, tail = [*sentences, tail], []
+    return [sentence for sentence in sentences if sentence], tail

@@ -1,0 +1,459 @@
+"""Many texts written at once, each at a point of its own: the loop behind every way to generate.
+
+In: requests (a prompt and a seed each), in any number. Out: events, as they happen: `Piece` (a token),
+`Sentence`, `Continuation` (a finished text) or the `UserError` that refuses a prompt.
+
+Each text has a row of the caches. One decoder step feeds one symbol to every row that is inside a sentence.
+Rows whose sentence has ended wait until they are a quarter of all (or nobody is left to step): then they go
+through encoder and backbone together, because a pass of the backbone reads all of its weights, however few
+its rows. A row whose text is finished takes the next prompt.
+
+A row's numbers do not depend on its neighbours but for rounding (matrix products of other sizes add in
+another order, about 1e-6), and its random numbers come from a generator of its own: the same text comes out
+in any company, unless two choices lie closer than that.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from data_prep.common.errors import UserError
+from data_prep.text.tokenizer import Tokenizer
+from pipeline.generation.prompt import split_prompt
+from pipeline.generation.sampling import Sampling
+from pipeline.models.kv_cache import FIRST_PLACES
+from pipeline.models.sllm import SLLM
+
+DOCUMENT_END = "document end"
+SENTENCE_LIMIT = "sentence limit"
+TOKEN_LIMIT = "token limit"
+STOP_STRING = "stop string"
+POSITIONS_EXHAUSTED = "no positions left in the backbone"
+
+READ_TOKENS = 16_384  # of prompts read in one pass, as far as they are not single ones
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a text stops, whatever the model says.
+
+    max_tokens: new tokens. stop: strings; the first one found in the new text ends it and is cut off.
+    sentence_tokens: for measuring speed: every sentence gets exactly so many tokens and no document ends,
+        while everything is computed as ever.
+    """
+
+    max_sentences: int = 10
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    sentence_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_sentences", "max_tokens", "sentence_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} {value}: must be at least 1")
+        if not all(self.stop):
+            raise UserError("a stop string must not be empty")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be written. `number` comes back with its events; `prompt`: text, or complete sentences
+    (token ids)."""
+
+    number: int
+    prompt: str | list[list[int]]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one token added to the text: whole characters only, and nothing that may yet become a stop string.
+    `token` is None where held-back text comes out at the end."""
+
+    text: str
+    token: int | None
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One generated sentence.
+
+    `text` continues the prompt and the sentences before it: the prompt + all texts is the document. A
+    character whose bytes are not complete at the end of a sentence appears with the sentence that completes
+    it; so does text that may yet become a stop string.
+    """
+
+    text: str
+    tokens: tuple[int, ...]  # new tokens, without the sentence end
+    forced: int  # tokens of the prompt's unfinished tail that this sentence began with
+    ended: bool  # True: the model chose the sentence end; False: cut by a limit or a stop string
+    log_probability: float  # nats, by the model itself (no temperature): new tokens and the sentence end
+    stop_probability: float | None  # that the document ends here; None where that was not asked any more
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A finished text: `prompt + text`. `prompt_stop_probability`: that nothing follows a complete prompt."""
+
+    prompt: str | list[list[int]]
+    text: str
+    sentences: tuple[Sentence, ...]
+    stopped: str
+    seed: int
+    prompt_stop_probability: float | None
+    log_probability: float  # nats: new tokens, sentence ends, and every decision to go on or stop
+
+
+class TextStream:
+    """Bytes in, whole characters out, up to the first stop string."""
+
+    def __init__(self, stop: tuple[str, ...]):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+
+    def push(self, data: bytes, final: bool = False) -> str:
+        """The text that is certain after `data`; with `final`, all of it."""
+        self._held += self._decoder.decode(data, final)
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text, self._held = self._held[: min(found)], ""
+            return text
+        keep = 0 if final else self._begun()
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def _begun(self) -> int:
+        """Characters at the end that a stop string may begin with."""
+        longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
+        for size in range(longest, 0, -1):
+            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
+                return size
+        return 0
+
+
+@dataclass
+class _Row:
+    """One text being written, and where it stands."""
+
+    request: Request
+    stream: TextStream
+    rng: torch.Generator
+    sentences: list[Sentence] = field(default_factory=list)
+    written: int = 0  # new tokens
+    log_probability: float = 0.0
+    prompt_stop_probability: float | None = None
+    # Of the sentence being written (`begun`: there is one):
+    begun: bool = False
+    tokens: list[int] = field(default_factory=list)
+    forced: int = 0
+    feed: int = 0  # the symbol to feed next
+    pending: list[int] = field(default_factory=list)  # forced tokens not yet fed
+    closing: bool = False  # at the limit: only the end's probability is still wanted
+    ended: bool = False
+    text: str = ""
+    sentence_log_probability: float = 0.0
+
+    def begin(self, bos: int, forced: list[int]) -> None:
+        self.tokens, self.forced, self.pending, self.feed = list(forced), len(forced), list(forced), bos
+        self.begun, self.closing, self.ended = True, False, False
+        self.text, self.sentence_log_probability = "", 0.0
+
+
+Event = tuple[int, Piece | Sentence | Continuation | UserError]
+
+
+class BatchWriter:
+    """Writes up to `rows` texts at a time; `run` may be called once."""
+
+    def __init__(
+        self, model: SLLM, tokenizer: Tokenizer, sampling: Sampling, limits: Limits, rows: int = 1
+    ) -> None:
+        self._model, self._tokenizer, self._sampling, self._limits = model, tokenizer, sampling, limits
+        self._rows: list[_Row | None] = [None] * rows
+        config, vae = model.config, model.config.vae
+        self._bos, self._end = config.bos_token_id, config.eos_token_id
+        self._sentence_tokens = min(config.sentence_settings["max_tokens"], vae.max_sentence_tokens)
+        self.settings = {**config.sentence_settings, "max_tokens": self._sentence_tokens}
+        if limits.sentence_tokens is not None and limits.sentence_tokens >= self._sentence_tokens:
+            raise UserError(
+                f"sentence_tokens {limits.sentence_tokens}: must be below {self._sentence_tokens}"
+            )
+        # Control symbols add no bytes to a text; embedding rows above the tokenizer's entries have never
+        # been trained.
+        forbidden_V = np.ones(vae.vocab_size, dtype=bool)
+        forbidden_V[: tokenizer.vocab_size] = tokenizer.byte_lengths == 0
+        forbidden_V[[self._bos, config.pad_token_id]] = True
+        forbidden_V[self._end] = False
+        bias_V = torch.zeros(vae.vocab_size, device=model.device)
+        self._bias_V = bias_V.masked_fill(torch.from_numpy(forbidden_V).to(model.device), -torch.inf)
+        self._endless_V = self._bias_V.clone()
+        self._endless_V[self._end] = -torch.inf
+        self._seen_RV = None
+        if sampling.repetition_penalty != 1:
+            self._seen_RV = torch.zeros(rows, vae.vocab_size, dtype=torch.bool, device=model.device)
+        self._state = self._decoder = None
+        self._more = True  # requests may be left
+        self._writing: set[int] = set()
+        self._waiting: set[int] = set()
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Write the requests, in turn; yields (number, event)."""
+        steps = self._run(iter(requests))
+        while True:
+            with torch.inference_mode():
+                event = next(steps, None)
+            if event is None:
+                return
+            yield event
+
+    @property
+    def cached_bytes_per_sentence(self) -> int:
+        """Bytes that the backbone keeps of each sentence of the context."""
+        return self._state.cache.bytes_per_place
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the backbone's cache, as allocated."""
+        return self._state.cache.bytes
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Bytes of the decoder's cache, as allocated: room for a sentence of every row and those in sight."""
+        return self._decoder.cache.bytes
+
+    def _run(self, requests: Iterator[Request]) -> Iterator[Event]:
+        self._state = self._model.new_state(len(self._rows))
+        self._decoder = self._model.new_decoder(self._state)
+        while True:
+            if self._more:
+                yield from self._take(requests)
+            if not any(self._rows):
+                if self._more:  # what was taken has ended at once, or was refused
+                    continue
+                return
+            if self._writing:
+                yield from self._step()
+            occupied = sum(row is not None for row in self._rows)
+            if self._waiting and (not self._writing or 4 * len(self._waiting) >= occupied):
+                yield from self._advance()
+
+    # Prompts.
+
+    def _take(self, requests: Iterator[Request]) -> Iterator[Event]:
+        """Give free rows a prompt each, and read these prompts together."""
+        free = [at for at, row in enumerate(self._rows) if row is None]
+        taken: dict[int, tuple[list[list[int]], list[int]]] = {}
+        tokens = 0
+        while free:
+            if (request := next(requests, None)) is None:
+                self._more = False
+                break
+            try:
+                sentences, tail = self._split(request.prompt)
+            except UserError as error:
+                yield request.number, error
+                continue
+            rng = torch.Generator().manual_seed(request.seed)
+            at = free.pop(0)
+            self._rows[at] = _Row(request, TextStream(self._limits.stop), rng)
+            taken[at] = (sentences, tail)
+            if self._seen_RV is not None:
+                self._seen_RV[at] = False
+                seen = [token for sentence in (*sentences, tail) for token in sentence]
+                self._seen_RV[at, torch.tensor(seen, dtype=torch.long)] = True
+            tokens += sum(map(len, sentences))
+            if tokens >= READ_TOKENS:
+                yield from self._read(taken)
+                taken, tokens = {}, 0
+        if taken:
+            yield from self._read(taken)
+
+    def _split(self, prompt: str | list[list[int]]) -> tuple[list[list[int]], list[int]]:
+        if isinstance(prompt, str):
+            sentences, tail = split_prompt(prompt, self._tokenizer, self.settings)
+        else:
+            sentences, tail = prompt, []
+        if len(sentences) > self._model.max_sentences:
+            raise UserError(
+                f"the prompt has {len(sentences)} complete sentences, but the model's backbone has "
+                f"positions for {self._model.max_sentences}: shorten the prompt, for example to its last "
+                "sentences"
+            )
+        return sentences, tail
+
+    def _read(self, taken: dict[int, tuple[list[list[int]], list[int]]]) -> Iterator[Event]:
+        rows = np.asarray(sorted(taken))
+        ahead = min(self._limits.max_sentences, FIRST_PLACES)
+        self._model.read(self._state, rows, [taken[at][0] for at in rows], ahead)
+        begin = []
+        for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
+            row, (sentences, tail) = self._rows[at], taken[at]
+            # Only after its last sentence, and not before an unfinished one, may a prompt's document be over.
+            if sentences and not tail:
+                ends, row.prompt_stop_probability = self._document_ends(row, float(log_odds))
+                if ends:
+                    yield from self._finish(at, DOCUMENT_END)
+                    continue
+            begin.append((at, tail))
+        self._begin(begin)
+
+    def _begin(self, rows: list[tuple[int, list[int]]]) -> None:
+        """The next sentence of each of `rows`, with the tokens it must begin with."""
+        if not rows:
+            return
+        self._model.sentence_begin(self._state, self._decoder, np.asarray([at for at, _ in rows]))
+        for at, tail in rows:
+            self._rows[at].begin(self._bos, tail)
+            self._writing.add(at)
+
+    # One symbol.
+
+    def _step(self) -> Iterator[Event]:
+        at_n = np.asarray(sorted(self._writing))
+        logits_nV = self._model.sentence_step(self._decoder, at_n, [self._rows[at].feed for at in at_n])
+        choosing = [n for n, at in enumerate(at_n) if not self._rows[at].pending]
+        for at in at_n:
+            if (row := self._rows[at]).pending:
+                row.feed = row.pending.pop(0)
+        if not choosing:
+            return
+        if len(choosing) < len(at_n):
+            at_n, logits_nV = at_n[choosing], logits_nV[choosing]
+        symbol_n, log_probability_n = self._choose(at_n, logits_nV)
+        for at, symbol, log_probability in zip(at_n.tolist(), symbol_n, log_probability_n, strict=True):
+            yield from self._written(at, symbol, log_probability)
+
+    def _choose(self, at_n: np.ndarray, logits_nV: torch.Tensor) -> tuple[list[int], list[float]]:
+        """One symbol per row, and its log-probability by the model itself."""
+        rows, sampling, exactly = (
+            [self._rows[at] for at in at_n],
+            self._sampling,
+            self._limits.sentence_tokens,
+        )
+        allowed_nV = logits_nV
+        if self._seen_RV is not None:
+            allowed_nV = sampling.penalise(logits_nV, self._seen_RV[torch.from_numpy(at_n)])
+        # An empty sentence does not exist in training.
+        endless = [n for n, row in enumerate(rows) if not row.tokens or exactly is not None]
+        allowed_nV = allowed_nV + (self._endless_V if len(endless) == len(rows) else self._bias_V)
+        if 0 < len(endless) < len(rows):
+            allowed_nV[endless, self._end] = -torch.inf
+        uniform_n = None
+        if not sampling.greedy:
+            drawn = [
+                0.0 if row.closing else torch.rand((), generator=row.rng, dtype=torch.float64).item()
+                for row in rows
+            ]
+            uniform_n = torch.tensor(drawn, dtype=torch.float64, device=logits_nV.device)
+        symbol_n = sampling.choose(allowed_nV, uniform_n)
+        for n, row in enumerate(rows):
+            if row.closing or exactly is not None and len(row.tokens) == exactly:
+                symbol_n[n] = self._end
+        chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
+        return symbol_n.tolist(), chosen_n.tolist()
+
+    def _written(self, at: int, symbol: int, log_probability: float) -> Iterator[Event]:
+        """A row has got its next symbol."""
+        row, limits = self._rows[at], self._limits
+        row.sentence_log_probability += log_probability
+        if symbol == self._end:
+            row.ended = not row.closing
+            self._writing.remove(at)
+            if len(row.sentences) + 1 == limits.max_sentences:
+                yield from self._finish(at, SENTENCE_LIMIT)
+            elif self._state.cache.lengths[at] > self._model.max_sentences:
+                yield from self._finish(at, POSITIONS_EXHAUSTED)
+            else:
+                self._waiting.add(at)
+            return
+        row.tokens.append(symbol)
+        row.written += 1
+        row.feed = symbol
+        row.closing = len(row.tokens) == self._sentence_tokens
+        if self._seen_RV is not None:
+            self._seen_RV[at, symbol] = True
+        text = row.stream.push(self._tokenizer.decode_bytes([symbol]))
+        row.text += text
+        yield row.request.number, Piece(text, symbol)
+        if row.stream.stopped:
+            yield from self._finish(at, STOP_STRING)
+        elif row.written == limits.max_tokens:
+            yield from self._finish(at, TOKEN_LIMIT)
+
+    # The end of sentences and texts.
+
+    def _advance(self) -> Iterator[Event]:
+        """The waiting rows' sentences go through encoder and backbone; their documents end or go on."""
+        rows = np.asarray(sorted(self._waiting))
+        self._waiting.clear()
+        self._model.extend(self._state, rows, [self._rows[at].tokens for at in rows])
+        begin = []
+        for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
+            row = self._rows[at]
+            ends, probability = self._document_ends(row, float(log_odds))
+            if ends:
+                yield from self._finish(at, DOCUMENT_END, probability)
+            else:
+                yield row.request.number, self._sentence(row, probability)
+                begin.append((at, []))
+        self._begin(begin)
+
+    def _document_ends(self, row: _Row, log_odds: float) -> tuple[bool, float]:
+        """Whether the document ends here, and how probable that was; the decision counts in the text's
+        log-probability."""
+        probability = 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0
+        if self._limits.sentence_tokens is not None:
+            ends = False
+        elif self._sampling.greedy:
+            ends = probability > 0.5
+        else:
+            ends = float(torch.rand((), generator=row.rng)) < probability
+        row.log_probability -= float(np.logaddexp(0, -log_odds if ends else log_odds))
+        return ends, probability
+
+    def _sentence(self, row: _Row, stop_probability: float | None) -> Sentence:
+        sentence = Sentence(
+            row.text,
+            tuple(row.tokens[row.forced :]),
+            row.forced,
+            row.ended,
+            row.sentence_log_probability,
+            stop_probability,
+        )
+        row.sentences.append(sentence)
+        row.log_probability += row.sentence_log_probability
+        return sentence
+
+    def _finish(self, at: int, stopped: str, stop_probability: float | None = None) -> Iterator[Event]:
+        """A text is done: what was held back comes out, and its row is free."""
+        row = self._rows[at]
+        number = row.request.number
+        self._rows[at] = None
+        self._writing.discard(at)
+        if not row.stream.stopped and (text := row.stream.push(b"", final=True)):
+            row.text += text
+            yield number, Piece(text, None)
+        if row.begun:  # not where a complete prompt ends its document
+            yield number, self._sentence(row, stop_probability)
+        yield (
+            number,
+            Continuation(
+                row.request.prompt,
+                "".join(sentence.text for sentence in row.sentences),
+                tuple(row.sentences),
+                stopped,
+                row.request.seed,
+                row.prompt_stop_probability,
+                row.log_probability,
+            ),
+        )

@@ -1,0 +1,498 @@
+"""Attention within segments of a packed row: no padding is projected, normalised or fed forward.
+
+In: q, k, v of shape [T, H, d_head] (T real rows, back to back) and a `SegmentLayout` that says which rows
+belong together (the tokens of a sentence, the positions of a document window). Out: [T, H, d_head]. Rows of
+one segment never see another segment. Called by the sentence encoder and decoder (`layers.py`) and, through
+the hook at the end of this file, by every Hugging Face decoder-only model (the SLLM's backbone and the
+token-level baseline).
+
+Paths with the same result, tested against each other in values and gradients; `choose_path` picks one:
+  bucketed    any device: segments of equal or similar length form [n, L] blocks for torch's SDPA; only the
+              attention core sees the few padded slots
+  masked      any device: one [T, T] block mask, the plain definition, for tests and checks
+  varlen      CUDA, half precision: torch's own variable-length flash attention (torch.nn.attention.varlen)
+  flash_attn  CUDA, half precision: the flash-attn package's, where it is installed
+  flex        CUDA: torch's flex attention, compiled, with a block mask made from the segments; on CPUs it
+              runs uncompiled and forward only, for tests
+
+No path holds parameters, so the number of calls of every *submodule* is fixed whatever the batch holds, which
+ZeRO-3 demands.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+from data_prep.common.errors import UserError
+
+PATHS = ("bucketed", "masked")  # on every device, in every precision
+KERNELS = ("varlen", "flash_attn", "flex")  # where device, precision and installation allow them
+PATH_VARIABLE = "SLLM_ATTENTION"  # environment: the path of the whole process
+
+_PAIRS_OF_A_BLOCK = 2048  # pairs of query and key that cost what a block's kernel calls do, at width 128
+
+_HALF = (torch.float16, torch.bfloat16)
+_FLEX_BLOCK = 128
+
+_path: str | None = None
+
+
+@contextmanager
+def attention_path(name: str) -> Iterator[None]:
+    """Use one of PATHS or KERNELS inside the `with` block (tests, `sllm check`), whatever the device."""
+    global _path
+    if name not in PATHS + KERNELS:
+        raise ValueError(f"attention path {name!r} is not one of {PATHS + KERNELS}")
+    before, _path = _path, name
+    try:
+        yield
+    finally:
+        _path = before
+
+
+def forced_path() -> str | None:
+    """The path that `attention_path`, or else the environment's SLLM_ATTENTION, asks for.
+
+    Raises: UserError when the environment names no path.
+    """
+    name = _path or os.environ.get(PATH_VARIABLE) or None
+    if name not in (None, *PATHS, *KERNELS):
+        raise UserError(f"{PATH_VARIABLE}={name}: it must be one of {', '.join(PATHS + KERNELS)}, or unset")
+    return name
+
+
+def choose_path(
+    device: torch.device, dtype: torch.dtype, head_dim: int, requires_grad: bool, dropout: float = 0.0
+) -> str:
+    """The path for tensors of this kind: the forced one, or
+
+    - `bucketed` on CPUs: no other exact path there does without padding the whole row;
+    - `bucketed` in full precision on a GPU: flash kernels are half precision only, and full precision on a
+      GPU is for checks, where an exact path without a compiler is worth more than speed;
+    - in half precision on a GPU the first that can serve of `varlen` (part of torch, nothing to install or
+      compile), `flash_attn` (also with attention dropout, which torch's has not), `flex` (needs Triton);
+      `bucketed` if none can.
+
+    Raises: UserError when a forced path cannot serve: what runs is never another one than was asked for.
+    """
+    if forced := forced_path():
+        if reason := why_not(forced, device, dtype, head_dim, requires_grad, dropout):
+            raise UserError(f"attention path {forced} cannot be used here: {reason}")
+        return forced
+    if device.type == "cuda" and dtype in _HALF:
+        for path in KERNELS:
+            if why_not(path, device, dtype, head_dim, requires_grad, dropout) is None:
+                return path
+    return "bucketed"
+
+
+def why_not(
+    path: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    requires_grad: bool,
+    dropout: float = 0.0,
+) -> str | None:
+    """Why a path cannot serve such tensors; None when it can. Every path takes any scale."""
+    if path in PATHS:
+        return None
+    if path == "flex":
+        if dropout:
+            return "flex attention has no dropout"
+        if device.type == "cpu":
+            return "flex attention has no backward on CPUs" if requires_grad else None
+        if importlib.util.find_spec("triton") is None:
+            return "flex attention needs Triton"
+        return None if head_dim >= 16 else f"flex attention needs heads of at least 16, not {head_dim}"
+    if device.type != "cuda":
+        return "a flash kernel, which runs on CUDA devices only"
+    if dtype not in _HALF:
+        return f"a flash kernel, which takes float16 and bfloat16 only, not {dtype}"
+    if head_dim % 8 or head_dim > 256:
+        return f"a flash kernel, whose heads are multiples of 8 up to 256, not {head_dim}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a flash kernel, which needs compute capability 8.0 or newer"
+    if path == "varlen":
+        if dropout:
+            return "torch's varlen attention has no dropout"
+        if _torch_varlen() is None:
+            return "this build of torch has no varlen attention"
+    if path == "flash_attn" and _flash_attn_varlen() is None:
+        return "the flash-attn package is not installed"
+    return None
+
+
+@cache
+def _torch_varlen() -> Callable | None:
+    if not torch.backends.cuda.is_flash_attention_available():
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    # Earlier releases spell causality another way.
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+@cache
+def _flash_attn_varlen() -> Callable | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@cache
+def _flex_attention(compiled: bool) -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+# --- segments -------------------------------------------------------------------------------------
+
+
+def _bucket_edges(longest: int) -> np.ndarray:
+    # Every length for itself up to 24 (95 % of clauses): many segments need no padding. Then steps of 10 %.
+    edges = list(range(1, 25))
+    while edges[-1] < longest:
+        edges.append(edges[-1] + max(2, edges[-1] // 10))
+    return np.asarray(edges)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How the T rows of a layout fill blocks [n, L], one after another: `slots` = Σ n·L places.
+
+    shapes: (n, L) of every block. source: int64 [slots], the row in each place; padded places repeat their
+    segment's last row: a valid row, masked out as a key, dropped as a query. restore: int64 [T], the place of
+    every row. padded: int64 [slots - T], the padded places. key_masks: of every block, bool [n, 1, 1, L] for
+    the real places, or None when nothing is padded.
+    """
+
+    shapes: list[tuple[int, int]]
+    source: Tensor
+    restore: Tensor
+    padded: Tensor
+    key_masks: list[Tensor | None]
+
+    @property
+    def slots(self) -> int:
+        return len(self.source)
+
+
+class SegmentLayout:
+    """Lengths of consecutive segments of one packed row, with the plans that the paths need.
+
+    Args:
+        lengths: int [n], each >= 1; their sum is the number of rows T.
+        device: where the index tensors live.
+    """
+
+    def __init__(self, lengths: np.ndarray, device: torch.device | str = "cpu"):
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        if self.lengths.size == 0 or self.lengths.min() < 1:
+            raise ValueError("a segment layout needs at least one segment, each with at least one row")
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.rows = int(self.starts[-1])
+        self.longest = int(self.lengths.max())
+        self.device = torch.device(device)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+    @cached_property
+    def _segment_of_row(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @cached_property
+    def segment_of_row(self) -> Tensor:
+        """int64 [T]: the segment of every row."""
+        return self._to_device(self._segment_of_row)
+
+    @cached_property
+    def position_of_row(self) -> Tensor:
+        """int64 [T]: 0, 1, 2 … within each segment."""
+        return self._to_device(np.arange(self.rows) - np.repeat(self.starts[:-1], self.lengths))
+
+    @cached_property
+    def first_rows(self) -> Tensor:
+        """int64 [n]: each segment's first row."""
+        return self._to_device(self.starts[:-1])
+
+    @cached_property
+    def last_rows(self) -> Tensor:
+        """int64 [n]: each segment's last row."""
+        return self._to_device(self.starts[1:] - 1)
+
+    @cached_property
+    def cu_rows(self) -> Tensor:
+        """int32 [n+1]: segment i owns rows [cu_rows[i], cu_rows[i+1]), as varlen kernels want it."""
+        return self._to_device(self.starts.astype(np.int32))
+
+    # The bucketed path.
+
+    @cached_property
+    def _buckets(self) -> list[np.ndarray]:
+        """Segments of similar length, shortest first: int64 [n] each, in the row's order.
+
+        A block costs its kernel calls (forward and backward about 150 µs on a CPU core) whatever is in it, so
+        a few segments join the next longer bucket where their padding costs less than a block.
+        """
+        edges = _bucket_edges(self.longest)
+        edge_of = np.searchsorted(edges, self.lengths)
+        used, counts = np.unique(edge_of, return_counts=True)
+        bucket_of_edge = np.zeros(len(edges), dtype=np.int64)
+        bucket, length, padded_pairs = 0, int(edges[used[-1]]), 0
+        for edge, count in zip(used[::-1], counts[::-1], strict=True):
+            padded_pairs += int(count) * (length**2 - int(edges[edge]) ** 2)
+            if padded_pairs > _PAIRS_OF_A_BLOCK:
+                bucket, length, padded_pairs = bucket - 1, int(edges[edge]), 0
+            bucket_of_edge[edge] = bucket
+        bucket_of = bucket_of_edge[edge_of]
+        order = np.argsort(bucket_of, kind="stable")
+        return np.split(order, np.flatnonzero(np.diff(bucket_of[order])) + 1)
+
+    @cached_property
+    def blocks(self) -> BlockPlan:
+        """The plan of the bucketed path."""
+        shapes, sources, reals = [], [], []
+        for members in self._buckets:
+            lengths = self.lengths[members][:, None]
+            slots = np.arange(lengths.max())
+            shapes.append((len(members), len(slots)))
+            sources.append(self.starts[members][:, None] + np.minimum(slots, lengths - 1))
+            reals.append(slots < lengths)
+        source, real = (np.concatenate([x.reshape(-1) for x in parts]) for parts in (sources, reals))
+        restore = np.empty(self.rows, dtype=np.int64)
+        restore[source[real]] = np.flatnonzero(real)
+        masks = [None if x.all() else self._to_device(x[:, None, None, :]) for x in reals]
+        return BlockPlan(
+            shapes,
+            self._to_device(source),
+            self._to_device(restore),
+            self._to_device(np.flatnonzero(~real)),
+            masks,
+        )
+
+    # What attention costs, in pairs of a query and a key.
+
+    @property
+    def pairs(self) -> int:
+        """Pairs within segments, Σ length²: a causal path may skip half of them, padded or not."""
+        return int((self.lengths**2).sum())
+
+    def computed_pairs(self, path: str) -> int:
+        """Pairs that a path computes, padding included (what lies inside a GPU kernel's tile not counted)."""
+        if path == "bucketed":
+            return sum(len(members) * int(self.lengths[members].max()) ** 2 for members in self._buckets)
+        return self.rows**2 if path == "masked" else self.pairs
+
+    # The masked and the flex path.
+
+    @cached_property
+    def block_mask(self) -> Tensor:
+        """bool [T, T]: row i and row j lie in one segment."""
+        return self.segment_of_row[:, None] == self.segment_of_row[None, :]
+
+    @cached_property
+    def _flex_masks(self) -> dict[bool, object]:
+        return {}
+
+    def flex_mask(self, causal: bool):
+        """flex attention's `BlockMask` [1, 1, T, T]: tiles that hold a pair of one segment, and the rule
+        inside them."""
+        if causal not in self._flex_masks:
+            self._flex_masks[causal] = self._make_flex_mask(causal)
+        return self._flex_masks[causal]
+
+    def _make_flex_mask(self, causal: bool):
+        from torch.nn.attention.flex_attention import BlockMask
+
+        segment = self.segment_of_row
+
+        def allowed(batch, head, query, key):
+            same = segment[query] == segment[key]
+            return same & (query >= key) if causal else same
+
+        # Rows of one segment are neighbours, so the tiles that a tile of queries needs are neighbours too.
+        tiles = -(-self.rows // _FLEX_BLOCK)
+        first_row = np.arange(tiles) * _FLEX_BLOCK
+        last_row = np.minimum(first_row + _FLEX_BLOCK, self.rows) - 1
+        first = self.starts[self._segment_of_row[first_row]] // _FLEX_BLOCK
+        end = (self.starts[self._segment_of_row[last_row] + 1] - 1) // _FLEX_BLOCK + 1
+        if causal:
+            end = np.arange(tiles) + 1
+        count = end - first
+        indices = (first[:, None] + np.arange(tiles)) % tiles
+        return BlockMask.from_kv_blocks(
+            self._to_device(count.astype(np.int32))[None, None],
+            self._to_device(indices.astype(np.int32))[None, None],
+            BLOCK_SIZE=_FLEX_BLOCK,
+            mask_mod=allowed,
+            seq_lengths=(self.rows, self.rows),
+        )
+
+
+# --- the paths ------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable  # host arithmetic on layouts, and kernels that a compiler cannot improve
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SegmentLayout,
+    causal: bool,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention within the layout's segments, on the path that `choose_path` gives.
+
+    Args:
+        q, k, v: [T, H, d_head], T = layout.rows, one dtype.
+        causal: rows see only rows of their segment up to themselves.
+        scale: factor of q·k; None is 1/sqrt(d_head).
+        dropout: of attention weights.
+    Returns: [T, H, d_head]. Raises: UserError when a forced path cannot serve.
+    """
+    requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    path = choose_path(q.device, q.dtype, q.shape[-1], requires_grad, dropout)
+    return _COMPUTE[path](q, k, v, layout, causal, scale, dropout)
+
+
+def _masked(q, k, v, layout, causal, scale, dropout):
+    mask = layout.block_mask
+    if causal:
+        mask = mask & torch.ones_like(mask).tril()
+    rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(*rows, mask, dropout, scale=scale)[0].transpose(0, 1)
+
+
+def _bucketed(q, k, v, layout, causal, scale, dropout):
+    if len(layout.lengths) == 1:  # one block as it stands: nothing to gather
+        block = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*block, None, dropout, is_causal=causal, scale=scale)
+        return out[0].transpose(0, 1)
+    plan = layout.blocks
+    sizes = [n * length for n, length in plan.shapes]
+    # `split`: its backward joins the parts once; slicing would add up one full-sized gradient per block.
+    parts = zip(*(_IntoBlocks.apply(x, plan).split(sizes) for x in (q, k, v)), strict=True)
+    outs = []
+    for (n, length), mask, qkv in zip(plan.shapes, plan.key_masks, parts, strict=True):
+        blocks = (x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in qkv)  # [n, H, L, d_head]
+        # Padding stands at the end, so a causal block needs no key mask: no real row reaches it.
+        key_mask = None if causal else mask
+        out = F.scaled_dot_product_attention(*blocks, key_mask, dropout, is_causal=causal, scale=scale)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return _OutOfBlocks.apply(torch.cat(outs), plan)
+
+
+class _IntoBlocks(torch.autograd.Function):
+    """[T, …] → [slots, …] by `plan.source`.
+
+    The gradient of a padded place is zero (a dropped query, a masked key), so the backward is a gather too:
+    the general one of indexing would add row by row into zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, x, plan):
+        ctx.plan = plan
+        return x.index_select(0, plan.source)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.plan.restore), None
+
+
+class _OutOfBlocks(torch.autograd.Function):
+    """[slots, …] → [T, …] by `plan.restore`; padded places get a gradient of zero."""
+
+    @staticmethod
+    def forward(ctx, x, plan):
+        ctx.plan = plan
+        return x.index_select(0, plan.restore)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.plan.source)
+        return grad.index_fill_(0, ctx.plan.padded, 0), None
+
+
+def _varlen(q, k, v, layout, causal, scale, dropout):
+    window = (-1, 0) if causal else (-1, -1)
+    cu, longest = layout.cu_rows, layout.longest
+    return _torch_varlen()(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window)
+
+
+def _flash_attn(q, k, v, layout, causal, scale, dropout):
+    cu, longest = layout.cu_rows, layout.longest
+    return _flash_attn_varlen()(
+        q, k, v, cu, cu, longest, longest, dropout_p=dropout, softmax_scale=scale, causal=causal
+    )
+
+
+def _flex(q, k, v, layout, causal, scale, dropout):
+    rows = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, d_head]
+    attend = _flex_attention(q.device.type == "cuda")
+    return attend(*rows, block_mask=layout.flex_mask(causal), scale=scale)[0].transpose(0, 1)
+
+
+_COMPUTE = {
+    "bucketed": _bucketed,
+    "masked": _masked,
+    "varlen": _varlen,
+    "flash_attn": _flash_attn,
+    "flex": _flex,
+}
+
+
+# --- the hook for Hugging Face models -------------------------------------------------------------
+
+HF_ATTENTION = "sllm_packed"
+
+
+def _hf_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs
+):
+    """Attention function with Hugging Face's signature: q, k, v [1, H, T, d_head] → ([1, T, H, d_head],
+    None).
+
+    The layout is one of training, or one that keeps keys and values (caches.py). Without a `layout` (a model
+    called by itself) it is Hugging Face's own SDPA.
+    """
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if hasattr(layout, "attend"):
+        return layout.attend(module.layer_idx, q, k, v, scaling)[None], None
+    k, v = repeat_heads(k, v, q.shape[1])
+    return packed_attention(q, k, v, layout, causal=True, scale=scaling, dropout=dropout)[None], None
+
+
+def repeat_heads(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [T, H_kv, d_head] → [T, heads, d_head]: grouped queries share theirs."""
+    groups = heads // k.shape[1]
+    return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+
+
+AttentionInterface.register(HF_ATTENTION, _hf_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(HF_ATTENTION, sdpa_mask)

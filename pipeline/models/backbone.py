@@ -1,0 +1,142 @@
+"""The backbone: a Hugging Face decoder-only model over sentence embeddings (paper section 3.2).
+
+In: a config or a local folder of one of `FAMILIES`. Out: the model without its token embedding, because the
+SLLM feeds sentence embeddings; `run_packed` runs it over packed rows. Always built through Hugging Face's own
+classes, so its positions, norms and projections are as the model defines them (OPT-350M: post-norm, 512-wide
+embedding; the other OPTs: pre-norm with a final norm; Llama and Qwen: rotary positions, grouped queries).
+
+What packing cannot give back exactly is refused, not approximated (`require_supported`).
+    Called by `sllm.py` and `model_io.py`; `token_lm.py` shares `run_packed`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from data_prep.common.errors import UserError
+from pipeline.config.schema import BACKBONE_KEYS
+from pipeline.models.attention import HF_ATTENTION, SegmentLayout
+from pipeline.models.folders import KINDS, load_pretrained, read_config
+from pipeline.models.kv_cache import CachedStep
+
+FAMILIES = tuple(BACKBONE_KEYS)  # whose packing, causality, cache and gradients are under test
+
+
+def backbone_config(settings: dict) -> PreTrainedConfig:
+    """A Hugging Face config from a dict with `model_type` (recipe, saved SLLM config).
+
+    Raises: UserError for a model type or settings that packing does not support.
+    """
+    settings = dict(settings)
+    model_type = settings.pop("model_type", "opt")
+    if model_type in KINDS:
+        raise UserError(f"model.backbone.model_type {model_type}: name a token-level model, for example opt")
+    require_family(model_type, "model.backbone")
+    config = AutoConfig.for_model(model_type, **settings)
+    require_supported(config, "model.backbone")
+    return config
+
+
+def require_family(model_type: str | None, where: str) -> None:
+    """Refuse (UserError) a model type that is not one of `FAMILIES`: others ignore packing in ways of their
+    own (position biases, expert routing, states), and would leak from one document into the next."""
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{where}: cannot be loaded for packed training and checks: "
+            f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}"
+        )
+
+
+def require_supported(config: PreTrainedConfig, where: str) -> None:
+    """Refuse (UserError) settings under which a packed batch would not be its documents one by one.
+
+    Sliding windows: the packed attention sees a whole window. Rotary positions that rescale with the longest
+    input: a document's numbers would depend on its neighbours. LayerDrop: ranks would call different layers,
+    which ZeRO-3 does not survive.
+    """
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    if other := next((kind for kind in kinds if kind != "full_attention"), None):
+        raise UserError(
+            f"{where}: {other.replace('_', ' ')} is not supported, only full attention: "
+            "set use_sliding_window to false"
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise UserError(
+            f"{where}: rope_type {rope} depends on the longest input of a batch: "
+            "use default, linear, yarn or llama3"
+        )
+    if getattr(config, "layerdrop", 0):
+        raise UserError(f"{where}: layerdrop {config.layerdrop} is not supported: set it to 0 (dropout is)")
+
+
+def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A randomly initialised backbone without token embedding, in torch's default dtype of the moment (that
+    of the SLLM around it, whatever dtype its config was once saved with)."""
+    dtype = torch.get_default_dtype()
+    return without_token_embedding(
+        AutoModel.from_config(config, attn_implementation=HF_ATTENTION, dtype=dtype)
+    )
+
+
+def load_backbone(folder: str | Path) -> PreTrainedModel:
+    """A pretrained decoder-only model from a local folder, in fp32, without its token embedding and head.
+
+    Raises: UserError when the folder holds no model, one of ours, or one that packing does not support.
+    """
+    return without_token_embedding(load_packable(AutoModel, folder))
+
+
+def load_packable(model_class: type, folder: str | Path) -> PreTrainedModel:
+    """`load_pretrained` (`model_class` is an `AutoModel…`) for a token-level model that will run packed.
+
+    Raises: UserError as `load_backbone`.
+    """
+    model_type = read_config(folder).get("model_type")
+    if model_type in KINDS:
+        raise UserError(f"model folder {folder}: holds a {model_type}, not a token-level causal LM")
+    require_family(model_type, f"model folder {folder}")
+    model = load_pretrained(model_class, folder, attn_implementation=HF_ATTENTION)
+    require_supported(model.config, f"model folder {folder}")
+    return model
+
+
+def without_token_embedding(model: PreTrainedModel) -> PreTrainedModel:
+    """Drop the token embedding: it has no part in an SLLM (no gradient, no memory, no parameters counted)."""
+    model.set_input_embeddings(None)
+    return model
+
+
+def vector_width(config: PreTrainedConfig) -> int:
+    """Width of the vectors that go in and come out (OPT-350M: 512 beside a hidden size of 1024)."""
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def run_packed(model: nn.Module, layout: SegmentLayout | CachedStep, **inputs: Tensor) -> Tensor:
+    """Run a Hugging Face decoder over packed rows: `input_ids` [R] or `inputs_embeds` [R, d] → last hidden
+    states [R, d].
+
+    Every segment of the layout is a document window of its own: positions restart, attention stays inside.
+    A layout of `caches.py` keeps the keys and values beside, or continues from those kept.
+    Raises: UserError when a segment is longer than the model's positions; ValueError for a model without our
+    attention, which would see across documents.
+    """
+    if model.config._attn_implementation != HF_ATTENTION:
+        raise ValueError(f"a packed run needs attn_implementation {HF_ATTENTION!r}")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = layout.longest
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"a window of {longest} positions is longer than the model's {limit}; lower window_tokens"
+        )
+    inputs = {name: value[None] for name, value in inputs.items()}
+    positions = layout.position_of_row[None]
+    # A ready-made 4-D mask is passed through untouched. Without one, Llama and Qwen see positions restart and
+    # build a [rows, rows] mask on every call, which our attention would not read.
+    unread = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
+    out = model(position_ids=positions, attention_mask=unread, layout=layout, use_cache=False, **inputs)
+    return out.last_hidden_state[0]

@@ -1,0 +1,234 @@
+"""Building, saving and loading any of the three kinds of model.
+
+`new_model` makes what a recipe asks for (the trainer); `save_model` and `load_model` move a model through
+a folder in safetensors with its config and, in `FOLDER/tokenizer/`, the tokenizer (export, evaluate,
+generate, check). Nothing is unpickled and no remote code runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from data_prep.common.errors import UserError, first_line
+from data_prep.text.tokenizer import Tokenizer, load_tokenizer
+from pipeline.models.attention import HF_ATTENTION
+from pipeline.models.backbone import backbone_config, load_backbone, load_packable
+from pipeline.models.folders import KINDS, load_pretrained, read_config
+from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
+from pipeline.models.sllm import SLLM, SLLMConfig
+from pipeline.models.token_lm import TokenLM
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import Recipe
+
+
+def model_kind(model: nn.Module) -> str:
+    """`vae`, `sllm` or `lm`."""
+    return KINDS.get(model.config.model_type, "lm")
+
+
+def _text_keys(tokenizer: Tokenizer, sentence_settings: dict, window_tokens: int) -> dict:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "sentence_settings": sentence_settings,
+        "window_tokens": window_tokens,
+    }
+
+
+def _vae_config(settings: dict, text: dict, tokenizer: Tokenizer) -> SentenceVAEConfig:
+    settings = {"vocab_size": tokenizer.vocab_size, **{k: v for k, v in settings.items() if v is not None}}
+    if settings["vocab_size"] < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vae.vocab_size is {settings['vocab_size']}, but the shards' tokenizer has "
+            f"{tokenizer.vocab_size} entries"
+        )
+    settings.setdefault("max_sentence_tokens", text["sentence_settings"].get("max_tokens", 64))
+    config = SentenceVAEConfig(**settings, **text)
+    _require_sentence_room(config, text)
+    return config
+
+
+def _require_sentence_room(config: SentenceVAEConfig, text: dict) -> None:
+    longest = text["sentence_settings"].get("max_tokens", 0)
+    if longest > config.max_sentence_tokens:
+        raise UserError(
+            f"the shards hold sentences of up to {longest} tokens, but the SentenceVAE takes "
+            f"{config.max_sentence_tokens} (model.vae.max_sentence_tokens)"
+        )
+
+
+def _require_room(config: PreTrainedConfig, window_tokens: int) -> None:
+    # A window of one-token sentences needs as many positions as it has tokens; found out in the middle of
+    # a run, one rank would stop while the others wait for it.
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and window_tokens + 1 > positions:
+        raise UserError(
+            f"data.window_tokens {window_tokens} and a start position need {window_tokens + 1} positions, "
+            f"but the backbone has {positions}; lower data.window_tokens or raise "
+            "model.backbone.max_position_embeddings"
+        )
+
+
+def build_model(
+    objective: str,
+    vae: dict,
+    backbone: dict,
+    tokenizer: Tokenizer,
+    sentence_settings: dict,
+    window_tokens: int,
+    focal_gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    embedding_weight: float = 0.0,
+) -> nn.Module:
+    """A new model for one training run, fp32 on the CPU.
+
+    Args:
+        objective: `vae`, `sllm` or `lm`.
+        vae: `SentenceVAEConfig` keys and `init_embeddings_from` (folder of a token model), or
+            `{"path": FOLDER}` of a trained SentenceVAE (`sllm`).
+        backbone: Hugging Face config keys with `model_type`, or `{"path": FOLDER}` (`sllm`, `lm`).
+        tokenizer: the shards' tokenizer; gives vocabulary size and special ids.
+        sentence_settings: how the shards were cut (`segmenter`, `language`, `max_tokens`); kept in the
+            model's config.
+        window_tokens: longest window, kept in the config; must fit the backbone's positions.
+        focal_gamma, label_smoothing, z_loss: the training loss (head.py); all 0 is cross-entropy.
+        embedding_weight: another part of it (`SLLM.forward`; `sllm` only).
+    Raises: UserError for settings that do not fit together.
+    """
+    text = _text_keys(tokenizer, sentence_settings, window_tokens)
+    loss = {"focal_gamma": focal_gamma, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    vae = dict(vae)
+    embeddings = vae.pop("init_embeddings_from", None)  # acts once: no part of the model's config
+    try:
+        if objective == "lm":
+            return TokenLM(_build_causal_lm(backbone, text, tokenizer), **loss)
+        if objective == "vae":
+            model = SentenceVAE(_vae_config({**vae, **loss}, text, tokenizer))
+        else:
+            model = _build_sllm(vae, backbone, text, tokenizer, loss, embedding_weight)
+        if embeddings is not None:
+            if (Path(embeddings) / "tokenizer").is_dir():
+                _same_tokenizer(embeddings, tokenizer)
+            source = load_packable(AutoModelForCausalLM, embeddings)
+            (model if objective == "vae" else model.vae).init_embeddings_from(source, str(embeddings))
+        return model
+    except UserError:
+        raise
+    except Exception as error:  # wrong types and sizes fail deep in configs and layers, each in its own way
+        raise UserError(f"model: cannot be built from these settings ({first_line(error)})") from error
+
+
+def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any]) -> nn.Module:
+    """The recipe's model with random weights; `tokenizer`: what `build_model` asks of one will do."""
+    return build_model(
+        recipe.objective,
+        recipe.model.vae,
+        recipe.model.backbone,
+        tokenizer,
+        sentence_settings,
+        recipe.data.window_tokens,
+        **recipe.loss.head_settings(),
+        embedding_weight=recipe.loss.embedding_weight,
+    )
+
+
+def _build_sllm(
+    vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, loss: dict, embedding_weight: float
+) -> SLLM:
+    trained_vae = loaded_backbone = None
+    if vae.get("path"):
+        trained_vae = load_model(vae["path"])
+        if model_kind(trained_vae) != "vae":
+            raise UserError(
+                f"model.vae.path {vae['path']}: holds a {trained_vae.config.model_type}, not a sentence_vae"
+            )
+        _same_tokenizer(vae["path"], tokenizer)
+        vae_config = trained_vae.config
+        vae_config.update(loss)
+        _require_sentence_room(vae_config, text)
+    else:
+        vae_config = _vae_config({**vae, **loss}, text, tokenizer)
+    if backbone.get("path"):
+        loaded_backbone = load_backbone(backbone["path"])
+        config = loaded_backbone.config
+    else:
+        config = backbone_config(backbone)
+    _require_room(config, text["window_tokens"])
+    model = SLLM(SLLMConfig(vae_config, config, embedding_weight=embedding_weight, **text))
+    if trained_vae is not None:
+        model.vae.load_state_dict(trained_vae.state_dict())
+    if loaded_backbone is not None:
+        # The published layout has no final norm and no projections; every weight that it has must be there.
+        has = model.backbone.state_dict().keys()
+        model.backbone.load_state_dict({k: v for k, v in loaded_backbone.state_dict().items() if k in has})
+    return model
+
+
+def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> nn.Module:
+    if backbone.get("path"):
+        model = load_packable(AutoModelForCausalLM, backbone["path"])
+        if model.config.vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"model.backbone.path {backbone['path']}: vocabulary of {model.config.vocab_size}, but "
+                f"the shards' tokenizer has {tokenizer.vocab_size} entries"
+            )
+    else:
+        vocab_size = backbone.get("vocab_size") or tokenizer.vocab_size
+        config = backbone_config({**backbone, **text, "vocab_size": vocab_size})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION)
+    _require_room(model.config, text["window_tokens"])
+    # Batches hold no padding, and the family's default pad id may be a real symbol of this tokenizer, whose
+    # embedding would then never learn.
+    model.get_input_embeddings().padding_idx = None
+    for key, value in text.items():
+        setattr(model.config, key, value)
+        if key.endswith("_token_id"):  # written to generation_config.json, which `generate` goes by
+            setattr(model.generation_config, key, value)
+    return model
+
+
+def _same_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
+    if load_tokenizer(Path(folder) / "tokenizer").fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{folder}: was trained with another tokenizer than the one that made the shards")
+
+
+def save_model(
+    model: nn.Module, folder: str | Path, tokenizer: Tokenizer, max_shard_size: str = "5GB"
+) -> None:
+    """Write safetensors (several files and an index above `max_shard_size`), config.json and tokenizer/ (a
+    `TokenLM` as the Hugging Face model it wraps)."""
+    inner = model.model if isinstance(model, TokenLM) else model
+    inner.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save(Path(folder) / "tokenizer")
+
+
+def load_model(folder: str | Path) -> nn.Module:
+    """Any model folder as a `SentenceVAE`, `SLLM` or `TokenLM` (any Hugging Face causal LM), fp32, CPU, in
+    eval mode.
+
+    Raises: UserError for a folder without a loadable model, or whose weights do not match its config.
+    """
+    folder = Path(folder)
+    kind = KINDS.get(read_config(folder).get("model_type"), "lm")
+    if kind == "lm":
+        return TokenLM(load_packable(AutoModelForCausalLM, folder)).eval()
+    return load_pretrained(SentenceVAE if kind == "vae" else SLLM, folder, strict=True)
+
+
+def load_model_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder: `FOLDER/tokenizer/`, else the folder itself (a plain Hugging Face
+    model)."""
+    inner = Path(folder) / "tokenizer"
+    return load_tokenizer(inner if inner.is_dir() else folder)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, each shared one counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,84 @@
+"""Weights in 8 bits for generation on a CPU: an option that trades a little likelihood for speed.
+
+Comes in: a model in fp32. Goes out: the same model, its linear layers replaced in place: weights as int8
+with one scale per output, inputs rounded to 7 bits at each call with one scale per tensor, sums in int32
+(torch's own dynamic kernels). Embeddings, norms and the stop head stay in fp32. The model can be scored
+(`sllm evaluate --int8`) and written with, not trained or saved. One scale for all rows of a call: a text's
+numbers depend on its neighbours in a batch, so here batched is not single. Speed and cost:
+docs/generation.md.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data_prep.common.errors import UserError
+from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
+
+
+class Int8Linear(nn.Module):
+    """`linear` with int8 weights: [..., in] → [..., out], float32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float().contiguous()
+        scales = weight.abs().amax(1).clamp_min(1e-12).double() / 127
+        zeros = torch.zeros(len(weight), dtype=torch.long)
+        with (
+            warnings.catch_warnings()
+        ):  # torch means to drop these tensors one day, and names no other kernel
+            warnings.simplefilter("ignore", UserWarning)
+            rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self._packed = torch.ops.quantized.linear_prepack(rounded, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Inputs of 7 bits: with 8, CPUs without VNNI would overflow 16 bits on the way.
+        return torch.ops.quantized.linear_dynamic(x.contiguous(), self._packed, True)
+
+
+class Int8Head(Int8Linear):
+    """`VocabularyHead` with int8 weights: logits, or plain cross-entropy without gradients."""
+
+    def forward(
+        self,
+        hidden_Nd: Tensor,
+        targets_N: Tensor | None = None,
+        focal_gamma: float = 0.0,
+        want_correct: bool = False,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor | None] | Tensor:
+        """As `VocabularyHead.forward`; the objective is the cross-entropy, whatever the model trained on."""
+        if targets_N is None:
+            return super().forward(hidden_Nd)
+        nll, correct = [], []
+        for h, t in zip(
+            hidden_Nd.split(chunk_rows(self.out_features)),
+            targets_N.split(chunk_rows(self.out_features)),
+            strict=True,
+        ):
+            logits = super().forward(h)
+            nll.append(F.cross_entropy(logits, t, reduction="none"))
+            correct.append(logits.argmax(-1) == t)
+        nll_N = torch.cat(nll)
+        return nll_N.sum(), nll_N, torch.cat(correct) if want_correct else None
+
+
+def to_int8(model: nn.Module) -> nn.Module:
+    """Replace a model's linear layers in place; returns it. Raises: UserError away from fp32 on a CPU."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        raise UserError(f"int8 is for fp32 models on a CPU, not {parameter.dtype} on {parameter.device.type}")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, VocabularyHead):
+                setattr(parent, name, Int8Head(child))
+            elif isinstance(child, nn.Linear) and name != "stop_head":
+                setattr(parent, name, Int8Linear(child))
+    return model

@@ -1,0 +1,207 @@
+"""Sentence decoder: a causal transformer over one sentence's symbols, conditioned on one vector (paper §3.1).
+
+Inputs are (bos, t1 … tn), outputs predict (t1 … tn, sentence end). Called by `sentence_vae.py` (the vector
+is the sentence's own embedding) and `sllm.py` (the vector is the backbone's output for the sentence before).
+How the vector comes in is the config's `condition`: into every layer, as cross-attention over one vector, or
+as rows before BOS. With `context_sentences` a row's attention also sees the sentences before its own: their
+rows are computed once, as they were when they were written, so deeper layers reach further back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.data.batch import DecoderRows, reach_back
+from pipeline.models.attention import SegmentLayout, packed_attention
+from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache
+from pipeline.models.layers import PostNormLayer, TokenEmbedding, TransformerLayer, attend_across
+
+Written = tuple[list[int], Tensor]  # a sentence before the new one: its tokens, its vector [vector_size]
+
+
+@dataclass
+class DecoderState:
+    """R sentences being written, each at a place of its own.
+
+    conditions: per layer [R, d], or None in layers that are not conditioned. cache: places of the sentences
+    seen, slots, BOS and symbols. bos_places: int64 [R], host: the place of BOS in the cache. ahead: int64
+    [R], host: the position of a row's first place. logits: float32 [V], predict the next symbol of a single
+    sentence; filled in by the model that owns the head.
+    """
+
+    conditions: list[Tensor | None]
+    cache: KeyValueCache
+    bos_places: np.ndarray
+    ahead: np.ndarray
+    logits: Tensor | None = None
+
+
+class SentenceDecoder(nn.Module):
+    """`config` is a `SentenceVAEConfig`."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        paper = config.layout == "paper"
+        layer = PostNormLayer if paper else TransformerLayer
+        self.heads, self.bos_id = config.heads, config.bos_token_id
+        # One position more than the longest sentence: BOS stands before it.
+        self.symbols = config.max_sentence_tokens + 1
+        self.slot_count, self.context = config.slots, config.context_sentences
+        rows = self.slot_count + self.symbols
+        self.places = (self.context + 1) * rows
+        self.positions = (self.context * config.layers + 1) * rows  # with the sentences that those depend on
+        self.embedding = TokenEmbedding(
+            config.vocab_size, config.embedding_size, width, rows, config.position_kind
+        )
+        self.slots = nn.Linear(config.vector_size, self.slot_count * width) if self.slot_count else None
+        conditioned = config.vector_size if config.condition == "cross_attention" else None
+        self.layers = nn.ModuleList(
+            layer(width, config.heads, config.ffn_size, config.dropout, conditioned)
+            for _ in range(config.layers)
+        )
+        if conditioned and not paper:
+            for layer in self.layers:
+                layer.condition.first_deviation = config.condition_range
+        # Post-norm layers end in a norm of their own.
+        self.final_norm = None if paper else nn.LayerNorm(width)
+
+    @property
+    def remembers(self) -> int:
+        """Sentences before a new one that its first row depends on, through all layers."""
+        return self.context * len(self.layers)
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def _embed(
+        self, symbols_R: Tensor, positions_R: Tensor, slot_rows: Tensor | None, vector_Sd: Tensor
+    ) -> Tensor:
+        """[R, d]: symbols, and vectors in the slots."""
+        x = self.embedding(symbols_R, positions_R)
+        if slot_rows is None:
+            return x
+        slots = self.slots(vector_Sd).view(-1, x.shape[1])
+        return x.index_add(0, slot_rows, slots.to(x.dtype))
+
+    def forward(self, rows: DecoderRows, vector_Sd: Tensor) -> Tensor:
+        """Rows of S sentences, vectors [S, vector_size] → hidden states [T+S, d] for the head."""
+        x = self._embed(rows.symbols_R, rows.positions_R, rows.slot_rows, vector_Sd)
+        turn = self.embedding.turn(rows.positions_R, self.heads)
+        for layer in self.layers:
+            x = layer(x, rows.layout, causal=True, vector_Sd=vector_Sd, turn=turn, reach=rows.reach)
+        return self._finish(x if rows.own_rows is None else x[rows.own_rows])
+
+    def begin(self, vector_Rd: Tensor, contexts: Sequence[Sequence[Written]] | None = None) -> DecoderState:
+        """Start R sentences, each conditioned on one vector [R, vector_size], after the sentences before it
+        (the last `remembers` are enough; none without `context_sentences`)."""
+        count = len(vector_Rd)
+        state = DecoderState(
+            [layer.condition_of(vector_Rd) for layer in self.layers],
+            KeyValueCache(count, most=self.places, places=self.places),
+            *(np.zeros(count, dtype=np.int64) for _ in range(2)),
+        )
+        self._read(state, np.arange(count), vector_Rd, contexts)
+        return state
+
+    def restart(
+        self,
+        state: DecoderState,
+        rows: np.ndarray,
+        vector_nd: Tensor,
+        contexts: Sequence[Sequence[Written]] | None = None,
+    ) -> None:
+        """Start new sentences in some rows (int64 [n], ascending) of a state, as `begin`."""
+        rows_n = torch.from_numpy(rows).to(vector_nd.device)
+        for layer, conditions in zip(self.layers, state.conditions, strict=True):
+            if conditions is not None:
+                conditions[rows_n] = layer.condition_of(vector_nd)
+        for places in (state.cache.lengths, state.bos_places, state.ahead):
+            places[rows] = 0
+        self._read(state, rows, vector_nd, contexts)
+
+    def _read(
+        self,
+        state: DecoderState,
+        rows: np.ndarray,
+        vector_nd: Tensor,
+        contexts: Sequence[Sequence[Written]] | None,
+    ) -> None:
+        """What stands before new sentences into the cache, in one packed pass: earlier ones, and slots."""
+        count, keep = self.slot_count, self.remembers
+        pasts = [list(past)[-keep:] if keep else [] for past in contexts or [()] * len(rows)]
+        if not count:
+            some = [n for n, past in enumerate(pasts) if past]
+            rows, pasts = rows[some], [pasts[n] for n in some]
+            vector_nd = vector_nd[some]
+        if not len(rows):
+            return
+        # Packed sentences: of every row those before, and the new one, of which only the slots are there.
+        symbols, lengths, vectors, first, ends, kept_from = [], [], [], [], [], []
+        for past, vector_d in zip(pasts, vector_nd, strict=True):
+            begin = len(lengths)
+            for tokens, past_vector_d in past:
+                symbols += [self.bos_id] * (count + 1) + list(tokens)
+                lengths.append(count + 1 + len(tokens))
+                vectors.append(past_vector_d)
+            if count:
+                symbols += [self.bos_id] * count
+                lengths.append(count)
+                vectors.append(vector_d)
+            first += [max(begin, number - self.context) for number in range(begin, len(lengths))]
+            ends.append(len(lengths))
+            kept_from.append(max(begin, begin + len(past) - self.context))
+        layout = SegmentLayout(np.asarray(lengths), vector_nd.device)
+        starts = layout.starts
+        ends_R = np.asarray([starts[end] for end in ends])
+        begins_R = np.concatenate([[0], ends_R[:-1]])
+        kept = np.stack([starts[kept_from], ends_R], axis=1)
+        positions = np.arange(layout.rows) - np.repeat(begins_R, ends_R - begins_R)
+        if self.context:
+            reach = reach_back(layout.lengths, np.asarray(first), layout.device)
+            attend = partial(attend_across, reach=reach)
+        else:
+            attend = partial(packed_attention, layout=layout, causal=True)
+        cached = CachedContext(state.cache, rows, kept, attend)
+        state.bos_places[rows] = kept[:, 1] - kept[:, 0]
+        state.ahead[rows] = kept[:, 0] - begins_R
+        vector_Sd, segment_of_row = torch.stack(vectors), layout.segment_of_row
+        slot_rows = (starts[:-1, None] + np.arange(count)).reshape(-1)
+        positions_R, symbols_R, slot_rows_n = (
+            torch.from_numpy(np.asarray(x, dtype=np.int64)).to(layout.device)
+            for x in (positions, symbols, slot_rows)
+        )
+        turn = self.embedding.turn(positions_R, self.heads)
+        x = self._embed(symbols_R, positions_R, slot_rows_n if count else None, vector_Sd)
+        for number, layer in enumerate(self.layers):
+            conditions = layer.condition_of(vector_Sd)
+            x = layer.step(
+                x, number, cached, None if conditions is None else conditions[segment_of_row], turn
+            )
+
+    def step(self, state: DecoderState, rows: np.ndarray, symbols_n: Tensor) -> Tensor:
+        """Feed one symbol (int64 [n]) to each of `rows` (int64 [n], ascending); returns the hidden states
+        [n, d] that predict the next ones.
+
+        Raises: ValueError when a sentence already has its most tokens.
+        """
+        places = state.cache.lengths[rows]
+        if (places - state.bos_places[rows] >= self.symbols).any():
+            raise ValueError("the sentence is full: no position is left for another symbol")
+        positions_n = torch.from_numpy(places + state.ahead[rows]).to(symbols_n.device)
+        step = CachedStep(state.cache, rows, symbols_n.device)
+        all_rows = len(rows) == state.cache.rows
+        rows_n = None if all_rows else torch.from_numpy(rows).to(symbols_n.device)
+        x = self.embedding(symbols_n, positions_n)
+        turn = self.embedding.turn(positions_n, self.heads, self.positions)
+        for number, (layer, conditions) in enumerate(zip(self.layers, state.conditions, strict=True)):
+            if conditions is not None and not all_rows:
+                conditions = conditions[rows_n]
+            x = layer.step(x, number, step, conditions, turn)
+        return self._finish(x)

@@ -1,0 +1,340 @@
+"""SentenceVAE: sentence encoder + sentence decoder, trained to reconstruct (paper §3.1).
+
+In: a `Batch`. Out: `LossSums` over its N = T + S targets (every token, then the sentence's end, sentence by
+sentence). Hugging Face model: `save_pretrained` / `from_pretrained` in safetensors.
+
+"VAE" is the paper's name for it; it is deterministic unless `latent_noise` or `variational` is set. Both act
+on the embedding between encoder and decoder, in training only: `encode` and `embed`, which the SLLM reads,
+always give the embedding itself (variational: the mean).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from data_prep.common.errors import UserError
+from pipeline.data.batch import Batch
+from pipeline.models.attention import SegmentLayout
+from pipeline.models.losses import LossSums
+from pipeline.models.sentence_decoder import DecoderState, SentenceDecoder, Written
+from pipeline.models.sentence_encoder import FUSIONS, SentenceEncoder
+from pipeline.models.vocabulary_head import VocabularyHead
+
+LAYOUTS = ("lean", "paper")
+POSITIONS = ("learned", "rotary")
+CONDITIONS = ("cross_attention", "prefix", "none")
+FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one sentence
+
+
+class SentenceVAEConfig(PreTrainedConfig):
+    """Sizes of a SentenceVAE (SVAE-768/1024/2048 × H1/H2/H4 in the paper: `hidden_size`, `layers`).
+
+    encoder_layers: of the encoder; None is `layers`, the decoder's, as in the paper.
+    embedding_size: width of the token embeddings; None is hidden_size.
+    ffn_size: None is 2 · hidden_size, the paper's choice.
+    tie_word_embeddings: encoder embedding, decoder embedding and head share one matrix.
+    layout: `lean` (pre-norm, learned positions, one matrix of cross-attention), or `paper`: the published
+        layers, parameter for parameter (docs/sizes.md).
+    positions: of encoder and decoder, `learned` or `rotary` (layout lean; the paper's are sinusoidal).
+    max_sentence_tokens: longest sentence, without BOS and end symbol.
+    fusion: how an embedding is made of a sentence's tokens: `sum` (the paper's), `mean`, `attention` or
+        `last` (sentence_encoder.py).
+    vectors: how many vectors of hidden_size a sentence has; above 1 needs fusion `attention`.
+    condition: how a vector enters the decoder: `cross_attention` (the paper's), `prefix` (rows before the
+        sentence that attention can look at), or `none` (a decoder without context, to measure against).
+    condition_range: standard deviation of cross-attention's first weights. Vectors have size 1, new token
+        embeddings 0.02: from 0.02 on, what a vector adds would drown the tokens until that is unlearnt.
+    prefix_slots: rows of a `prefix`.
+    context_sentences: sentences before its own that an SLLM's decoder sees, token by token, beside the vector
+        (needs rotary positions); 0 is the paper's. The SentenceVAE itself never sees any.
+    dropout: in [0, 1); where it acts: layers.py.
+    latent_noise: standard deviation of Gaussian noise on the embedding (whose channels have about size 1)
+        while training; 0 is none. The SLLM's backbone never hits an embedding exactly: a decoder trained with
+        noise is used to that.
+    variational: the encoder also gives a log-variance; training decodes a sample, all else the mean. Then the
+        objective has `kl_weight` · KL from the standard normal (nats), where every channel of every sentence
+        counts at least `free_bits` nats (Kingma et al. 2016, per sentence instead of per batch, so that
+        packing changes nothing).
+    focal_gamma, label_smoothing, z_loss: the training loss (head.py); 0 each is plain cross-entropy.
+    bos/pad/eos_token_id: of the tokenizer (OPT's by default); eos is the sentence end here.
+    sentence_settings: how the training text was cut (`segmenter`, `language`, `max_tokens`); window_tokens:
+        longest window.
+    """
+
+    model_type = "sentence_vae"
+
+    def __init__(
+        self,
+        vocab_size: int = 50272,
+        hidden_size: int = 768,
+        layers: int = 1,
+        encoder_layers: int | None = None,
+        heads: int = 12,
+        embedding_size: int | None = None,
+        ffn_size: int | None = None,
+        layout: str = "lean",
+        positions: str = "learned",
+        max_sentence_tokens: int = 64,
+        fusion: str = "sum",
+        vectors: int = 1,
+        condition: str = "cross_attention",
+        condition_range: float = 0.0,
+        prefix_slots: int = 1,
+        context_sentences: int = 0,
+        dropout: float = 0.0,
+        latent_noise: float = 0.0,
+        variational: bool = False,
+        kl_weight: float = 1.0,
+        free_bits: float = 0.0,
+        focal_gamma: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        sentence_settings: dict | None = None,
+        window_tokens: int = 1024,
+        bos_token_id: int = 2,
+        pad_token_id: int = 1,
+        eos_token_id: int = 2,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.layers = layers
+        self.encoder_layers = (
+            layers if encoder_layers is None else _count("encoder_layers", encoder_layers, 1)
+        )
+        self.heads = heads
+        self.embedding_size = embedding_size or hidden_size
+        self.ffn_size = ffn_size or 2 * hidden_size
+        self.layout = _one_of("layout", layout, LAYOUTS)
+        self.positions = _one_of("positions", positions, POSITIONS)
+        self.max_sentence_tokens = max_sentence_tokens
+        self.fusion = _one_of("fusion", fusion, FUSIONS)
+        self.vectors = _count("vectors", vectors, 1)
+        self.condition = _one_of("condition", condition, CONDITIONS)
+        self.condition_range = _number("condition_range", condition_range)
+        self.prefix_slots = _count("prefix_slots", prefix_slots, 1)
+        self.context_sentences = _count("context_sentences", context_sentences, 0)
+        if self.vectors > 1 and fusion != "attention":
+            raise UserError(f"model.vae.vectors {vectors} needs model.vae.fusion attention, not {fusion}")
+        if layout == "paper" and (
+            (self.vectors, condition, context_sentences, positions) != (1, "cross_attention", 0, "learned")
+        ):
+            raise UserError(
+                "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
+                "positions: use lean for anything else"
+            )
+        if prefix_slots != 1 and condition != "prefix":
+            raise UserError(
+                f"model.vae.prefix_slots {prefix_slots} needs model.vae.condition prefix, not {condition}"
+            )
+        if self.condition_range and (condition != "cross_attention" or layout == "paper"):
+            raise UserError(
+                "model.vae.condition_range is for condition cross_attention and layout lean: set it to 0"
+            )
+        self.dropout = _number("dropout", dropout, below=1.0)
+        self.latent_noise = _number("latent_noise", latent_noise)
+        self.variational = variational
+        self.kl_weight = _number("kl_weight", kl_weight)
+        self.free_bits = _number("free_bits", free_bits)
+        self.focal_gamma = focal_gamma
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.initializer_range = initializer_range
+        self.sentence_settings = sentence_settings or {}
+        self.window_tokens = window_tokens
+        if hidden_size % heads:
+            raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
+        if context_sentences and positions != "rotary":
+            raise UserError(
+                f"model.vae.context_sentences {context_sentences} needs model.vae.positions rotary: learned "
+                "positions say nothing of the distance between sentences"
+            )
+        if positions == "rotary" and hidden_size // heads % 2:
+            raise UserError("model.vae.positions rotary turns pairs of channels: hidden_size / heads is odd")
+        if tie_word_embeddings and self.embedding_size != hidden_size:
+            raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
+        if not isinstance(variational, bool):
+            raise UserError(f"model.vae.variational must be true or false, not {variational!r}")
+        if variational and self.latent_noise:
+            raise UserError(
+                "model.vae.latent_noise and model.vae.variational both put noise on the embedding: set one"
+            )
+        if not variational and (self.free_bits or self.kl_weight != 1.0):
+            raise UserError("model.vae.kl_weight and model.vae.free_bits need model.vae.variational true")
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            pad_token_id=pad_token_id,
+            eos_token_id=eos_token_id,
+            **kwargs,
+        )
+
+    @property
+    def vector_size(self) -> int:
+        """Width of a sentence embedding: `vectors` times hidden_size."""
+        return self.vectors * self.hidden_size
+
+    @property
+    def position_kind(self) -> str:
+        """Positions as `layers.TokenEmbedding` names them."""
+        return "sinusoidal" if self.layout == "paper" else self.positions
+
+    @property
+    def slots(self) -> int:
+        """Rows of the vector before every sentence in the decoder."""
+        return self.prefix_slots if self.condition == "prefix" else 0
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"model.vae.{name} must be a whole number of at least {least}, not {value!r}")
+    return value
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise UserError(f"model.vae.{name} must be one of {', '.join(allowed)}, not {value!r}")
+    return value
+
+
+def _number(name: str, value: float, below: float = math.inf) -> float:
+    """`value` as a float in [0, below); YAML reads 1e-3 as text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < below:
+        limit = "" if below == math.inf else f" and below {below:g}"
+        raise UserError(f"model.vae.{name} must be a number of at least 0{limit}, not {value!r}")
+    return number
+
+
+class SentenceVAE(PreTrainedModel):
+    """Encoder, decoder and head; the SLLM holds one of these and puts a backbone between encoder and
+    decoder."""
+
+    config_class = SentenceVAEConfig
+    base_model_prefix = "vae"
+    _tied_weights_keys = {
+        "decoder.embedding.token.weight": "encoder.embedding.token.weight",
+        "head.weight": "encoder.embedding.token.weight",
+    }
+
+    def __init__(self, config: SentenceVAEConfig):
+        super().__init__(config)
+        self.encoder = SentenceEncoder(config)
+        self.decoder = SentenceDecoder(config)
+        self.head = VocabularyHead(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if (deviation := getattr(module, "first_deviation", None)) is not None:
+            module.weight.normal_(0.0, deviation)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embedding.token
+
+    @torch.no_grad()
+    def init_embeddings_from(self, model: PreTrainedModel, name: str) -> None:
+        """Start from a token model's embedding, in encoder and decoder; the head too, where shapes fit.
+
+        Args:
+            model: a Hugging Face causal LM with this model's tokenizer and at least its vocabulary.
+            name: where it comes from, for messages.
+        Raises: UserError when its embedding is of another width, or has too few rows.
+        """
+        source = model.get_input_embeddings().weight
+        rows, width = self.encoder.embedding.token.weight.shape
+        if source.shape[1] != width:
+            raise UserError(
+                f"model.vae.init_embeddings_from {name}: its embeddings are {source.shape[1]} wide, these "
+                f"{width}: set model.vae.embedding_size {source.shape[1]}"
+            )
+        if len(source) < rows:
+            raise UserError(
+                f"model.vae.init_embeddings_from {name}: it has {len(source)} entries, this vocabulary "
+                f"{rows}: name a model with the shards' tokenizer"
+            )
+        head = model.get_output_embeddings()
+        # The head first: when it is tied, the embedding, which is what a token model ties it to, has the say.
+        if head is not None and head.weight.shape[1] == self.head.weight.shape[1]:
+            self.head.weight.copy_(head.weight[:rows])
+        self.encoder.embedding.token.weight.copy_(source[:rows])
+        self.decoder.embedding.token.weight.copy_(source[:rows])
+
+    def embed(self, tokens_T: Tensor, layout: SegmentLayout) -> Tensor:
+        """int64 [T] in S segments → sentence embeddings [S, d], without noise."""
+        return self.encoder(tokens_T, layout)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Sentence embeddings [S, d] of a batch, without noise."""
+        return self.embed(batch.tokens_T, batch.sentence_layout)
+
+    def _latent(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the decoder reconstructs from: vectors [S, d]; and KL float32 [S, d] when variational."""
+        config = self.config
+        if not config.variational:
+            vector_Sd = self.encode(batch)
+            if self.training and config.latent_noise:
+                vector_Sd = vector_Sd + config.latent_noise * torch.randn_like(vector_Sd)
+            return vector_Sd, None
+        mean_Sd, log_variance_Sd = self.encoder(batch.tokens_T, batch.sentence_layout, with_variance=True)
+        mean, log_variance = mean_Sd.float(), log_variance_Sd.float()
+        kl_Sd = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
+        if self.training:
+            sample = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+            return sample.to(mean_Sd.dtype), kl_Sd
+        return mean_Sd, kl_Sd
+
+    def decode_loss(
+        self, batch: Batch, vector_Sd: Tensor, want_correct: bool = False, context: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Score the batch's sentences given one vector [vector_size] each, and sight of `context` sentences
+        before.
+
+        Returns: (objective, nll float32 [T+S], is_end bool [T+S], correct bool [T+S] or None).
+        """
+        config, layout = self.config, batch.decoder_layout
+        inputs, targets = batch.decoder_symbols(config.bos_token_id, config.eos_token_id)
+        rows = batch.decoder_rows(inputs, config.bos_token_id, config.slots, context)
+        hidden = self.decoder(rows, vector_Sd)
+        objective, nll, correct = self.head(
+            hidden, targets, config.focal_gamma, want_correct, config.label_smoothing, config.z_loss
+        )
+        is_end = nll.new_zeros(layout.rows).bool()
+        is_end[layout.last_rows] = True
+        return objective, nll, is_end, correct
+
+    def forward(self, batch: Batch, want_correct: bool = False) -> LossSums:
+        """Reconstruction loss of every sentence of the batch from its own embedding."""
+        vector_Sd, kl_Sd = self._latent(batch)
+        objective, nll, is_end, correct = self.decode_loss(batch, vector_Sd, want_correct)
+        if kl_Sd is None:
+            return LossSums.collect(batch.scored, objective, nll, is_end, correct)
+        objective = objective + self.config.kl_weight * kl_Sd.clamp_min(self.config.free_bits).sum()
+        return LossSums.collect(batch.scored, objective, nll, is_end, correct, kl=kl_Sd.sum())
+
+    def decode_begin(self, vector_1d: Tensor, contexts: list[list[Written]] | None = None) -> DecoderState:
+        """Begin to write a sentence from one vector [1, d] (and, in `contexts`, what came before): BOS is
+        fed, `state.logits` predict its first token."""
+        state = self.decoder.begin(vector_1d, contexts)
+        self.decode_step(state, self.config.bos_token_id)
+        return state
+
+    def decode_step(self, state: DecoderState, symbol: int) -> None:
+        """Feed one symbol; `state.logits` (float32 [V]) then predict the next one."""
+        symbol_1 = torch.tensor([symbol], device=self.device)
+        state.logits = self.head(self.decoder.step(state, FIRST_ROW, symbol_1))[0]
+
+
+AutoConfig.register(SentenceVAEConfig.model_type, SentenceVAEConfig)
+AutoModel.register(SentenceVAEConfig, SentenceVAE)

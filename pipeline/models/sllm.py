@@ -1,0 +1,343 @@
+"""The sentence-level LLM: sentence encoder → backbone → sentence decoder, plus the stop head (paper §3.2).
+
+A document window of n sentences becomes n + 1 backbone positions: a learned start vector, then its sentence
+embeddings. The output at position i conditions the decoding of sentence i + 1, so the first sentence is
+predicted and scored too; from position 1 on the stop head says whether the document ends there. Nothing sees
+anything to its right: the backbone is causal over sentences, the decoder over symbols, and an encoder's view
+of sentence i enters only at position i.
+
+In: a `Batch`. Out: `LossSums` over N = T + S vocabulary targets and S stop decisions.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from data_prep.common.errors import UserError
+from data_prep.text.tokenizer import Tokenizer
+from pipeline.data.batch import Batch
+from pipeline.models.attention import SegmentLayout
+from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
+from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
+from pipeline.models.losses import LossSums
+from pipeline.models.sentence_decoder import DecoderState, Written
+from pipeline.models.sentence_vae import FIRST_ROW, SentenceVAE, SentenceVAEConfig
+
+if TYPE_CHECKING:
+    from pipeline.generation.api import Generation
+
+
+class SLLMConfig(PreTrainedConfig):
+    """An SLLM is a SentenceVAE's config, a backbone's config (Hugging Face's, of one of `backbone.FAMILIES`)
+    and the text settings. embedding_weight: of the second part of the training loss (`SLLM.forward`)."""
+
+    model_type = "sllm"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        vae: dict | SentenceVAEConfig | None = None,
+        backbone: dict | PreTrainedConfig | None = None,
+        sentence_settings: dict | None = None,
+        window_tokens: int = 1024,
+        embedding_weight: float = 0.0,
+        **kwargs,
+    ):
+        self.embedding_weight = embedding_weight
+        self.vae = vae if isinstance(vae, SentenceVAEConfig) else SentenceVAEConfig(**(vae or {}))
+        self.backbone = (
+            backbone if isinstance(backbone, PreTrainedConfig) else backbone_config(backbone or {})
+        )
+        if self.vae.layout == "paper":
+            self.backbone = _published_layout(self.backbone)
+        self.sentence_settings = sentence_settings or {}
+        self.window_tokens = window_tokens
+        kwargs["tie_word_embeddings"] = self.vae.tie_word_embeddings
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(key, getattr(self.vae, key))
+        super().__init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        for name in ("vae", "backbone"):
+            output[name] = getattr(self, name).to_dict()
+            output[name].pop("_name_or_path", None)  # the folder it came from: no part of the model
+        return output
+
+
+def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """OPT as the published code runs it: position table and layers, no final norm, no projections."""
+    if config.model_type != "opt":
+        raise UserError(
+            f"model.vae.layout paper is laid around an OPT backbone, not {config.model_type}: use lean"
+        )
+    config = copy.deepcopy(config)
+    config.word_embed_proj_dim = config.hidden_size
+    config._remove_final_layer_norm = True
+    return config
+
+
+@dataclass
+class BackboneState:
+    """R documents being read or written: key/value cache (one place per sentence and one for the start), last
+    outputs [R, d_backbone], and of each the last sentences with what predicted them, as far as the decoder
+    looks back."""
+
+    cache: KeyValueCache
+    hidden: Tensor
+    recent: list[list[Written]]
+
+
+class SLLM(PreTrainedModel):
+    """`vae` (encoder, decoder, head), `backbone`, `start` vector, `stop_head`, and adapters where widths
+    differ."""
+
+    config_class = SLLMConfig
+    base_model_prefix = "sllm"
+
+    def __init__(self, config: SLLMConfig):
+        super().__init__(config)
+        width, vector = config.vae.vector_size, vector_width(config.backbone)
+        self.vae = SentenceVAE(config.vae)
+        self.backbone = new_backbone(config.backbone)
+        # OPT-350M reads and writes 512-wide vectors around its 1024-wide layers; a SVAE-1024 needs a map
+        # each way.
+        self.to_backbone = nn.Linear(width, vector, bias=False) if width != vector else None
+        self.from_backbone = nn.Linear(vector, width, bias=False) if width != vector else None
+        self.start = nn.Embedding(1, width)
+        # The published head has a logit for stopping and one for going on: only their difference counts.
+        self.stop_head = nn.Linear(vector, 2 if config.vae.layout == "paper" else 1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vae.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """As Hugging Face's, which searches the modules for a first parameter, for 20 µs of every symbol."""
+        return self.start.weight.device
+
+    @property
+    def max_sentences(self) -> int:
+        """Most sentences of one context: the backbone's positions less the start position."""
+        return getattr(self.config.backbone, "max_position_embeddings", 1 << 30) - 1
+
+    def _stop_logits(self, hidden_Rd: Tensor) -> Tensor:
+        """float32 [R]: log-odds of the document's end after each row."""
+        logits = self.stop_head(hidden_Rd).float()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+    def _into(self, x: Tensor) -> Tensor:
+        return x if self.to_backbone is None else self.to_backbone(x)
+
+    def _out_of(self, x: Tensor) -> Tensor:
+        return x if self.from_backbone is None else self.from_backbone(x)
+
+    def contextualise(self, batch: Batch, embeddings_Sd: Tensor | None = None) -> Tensor:
+        """Backbone outputs [S+D, d_backbone] of every window: start position, then its sentences, whose
+        embeddings [S, d] are computed where they are not given."""
+        if embeddings_Sd is None:
+            embeddings_Sd = self.vae.encode(batch)
+        start_1d = self.start(torch.zeros(1, dtype=torch.long, device=batch.device))
+        x = torch.cat([start_1d, embeddings_Sd])[batch.backbone_source]
+        return run_packed(self.backbone, batch.backbone_layout, inputs_embeds=self._into(x))
+
+    def forward(self, batch: Batch, want_correct: bool = False, start_vector_only: bool = False) -> LossSums:
+        """Next-sentence loss.
+
+        start_vector_only: decode every sentence from its window's start output instead (the decoder knows no
+        more of the past than `context_sentences` show it); the bits per byte lost by that are the *vector
+        gain*.
+
+        With `embedding_weight` the objective also has, times that weight, Σ 1 − cos(vector, embedding of the
+        sentence that it predicts): the vector that a SentenceVAE's decoder would write that sentence from.
+        """
+        embeddings_Sd = self.vae.encode(batch)
+        hidden = self.contextualise(batch, embeddings_Sd)
+        vectors_Sd = self._out_of(hidden[batch.start_row_S if start_vector_only else batch.predicting_row_S])
+        objective, nll, is_end, correct = self.vae.decode_loss(
+            batch, vectors_Sd, want_correct, self.config.vae.context_sentences
+        )
+        if self.config.embedding_weight:
+            # Detached: embeddings that move towards what is easy to predict would all become one.
+            similar_S = F.cosine_similarity(vectors_Sd.float(), embeddings_Sd.detach().float())
+            objective = objective + self.config.embedding_weight * (1 - similar_S).sum()
+        stop_logits_S = self._stop_logits(hidden[batch.predicting_row_S + 1])
+        stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
+        return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
+
+    # Generation: one backbone position per sentence, one decoder position per symbol. First for many
+    # documents at once (`generation_batch.py`), each in a row of its own; then for one.
+
+    def new_state(self, rows: int) -> BackboneState:
+        """R documents that begin empty-handed: `read` starts them. The room grows up to `max_sentences`."""
+        cache = KeyValueCache(rows, most=self.max_sentences + 1)
+        hidden = torch.zeros(rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device)
+        return BackboneState(cache, hidden, [[] for _ in range(rows)])
+
+    def _encode(self, sentences: list[list[int]]) -> Tensor:
+        """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for a length of 0 or above
+        the longest."""
+        lengths = [len(sentence) for sentence in sentences]
+        longest = self.config.vae.max_sentence_tokens
+        for length in lengths:
+            if not 1 <= length <= longest:
+                raise ValueError(f"a sentence has 1 to {longest} tokens, not {length}")
+        tokens_T = torch.from_numpy(np.concatenate(sentences).astype(np.int64)).to(self.device)
+        return self.vae.embed(tokens_T, SegmentLayout(lengths, self.device))
+
+    @torch.no_grad()
+    def read(
+        self,
+        state: BackboneState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        ahead: int = FIRST_PLACES,
+    ) -> None:
+        """Start documents in `rows` (int64 [n]), each with the sentences it begins with (may be none): one
+        packed pass, as in training. `ahead`: sentences that will follow, as far as that is known.
+
+        Raises: ValueError when a document has more sentences than `max_sentences`, or one is too long.
+        """
+        start_1d = self.start.weight
+        parts = [
+            torch.cat([start_1d, self._encode(document)]) if document else start_1d for document in documents
+        ]
+        lengths = np.asarray([len(part) for part in parts])
+        layout = CachedPrompt(state.cache, rows, lengths, self.device, ahead)
+        out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
+        state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
+        if keep := self.vae.decoder.remembers:
+            vectors = self._out_of(out)
+            for row, document, start in zip(rows, documents, layout.starts, strict=False):
+                state.recent[row] = [
+                    (sentence, vectors[start + number]) for number, sentence in enumerate(document)
+                ][-keep:]
+
+    @torch.no_grad()
+    def extend(self, state: BackboneState, rows: np.ndarray, sentences: list[list[int]]) -> None:
+        """Add one whole sentence to each of `rows` (int64 [n], ascending), encoded exactly as in training.
+
+        Raises: ValueError when a row has no position left, or a sentence is empty or too long.
+        """
+        if (state.cache.lengths[rows] > self.max_sentences).any():
+            raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
+        x = self._into(self._encode(sentences))
+        layout = CachedStep(state.cache, rows, self.device)
+        rows_n = torch.from_numpy(rows).to(self.device)
+        if keep := self.vae.decoder.remembers:
+            vectors = self._out_of(state.hidden[rows_n])
+            for row, sentence, vector_d in zip(rows, sentences, vectors, strict=True):
+                state.recent[row] = [*state.recent[row], (list(sentence), vector_d)][-keep:]
+        state.hidden[rows_n] = run_packed(self.backbone, layout, inputs_embeds=x)
+
+    @torch.no_grad()
+    def stop_log_odds(self, state: BackboneState, rows: np.ndarray) -> Tensor:
+        """float32 [n], host: log-odds that the documents in `rows` end here."""
+        return self._stop_logits(state.hidden[torch.from_numpy(rows).to(self.device)]).cpu()
+
+    @torch.no_grad()
+    def new_decoder(self, state: BackboneState) -> DecoderState:
+        """A decoder row for each of the state's documents; `sentence_begin` starts their sentences."""
+        return self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
+
+    @torch.no_grad()
+    def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
+        """The next sentence of each of `rows` begins: conditioned on its document, nothing fed yet."""
+        hidden = state.hidden[torch.from_numpy(rows).to(self.device)]
+        self.vae.decoder.restart(decoder, rows, self._out_of(hidden), [state.recent[row] for row in rows])
+
+    @torch.no_grad()
+    def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
+        """Feed one symbol to each of `rows` (BOS first); float32 [n, V], logits of the next ones."""
+        symbols_n = torch.tensor(symbols, device=self.device)
+        return self.vae.head(self.vae.decoder.step(decoder, rows, symbols_n))
+
+    def begin(self) -> BackboneState:
+        """Start one document: the start position is fed."""
+        state = self.new_state(1)
+        self.read(state, FIRST_ROW, [[]])
+        return state
+
+    def append(self, state: BackboneState, tokens: list[int]) -> None:
+        """`extend` for one document."""
+        self.extend(state, FIRST_ROW, [tokens])
+
+    def stop_probability(self, state: BackboneState) -> float:
+        """Probability that the one document ends here. Raises: ValueError before the first sentence."""
+        if state.cache.lengths[0] < 2:
+            raise ValueError("no sentence yet: the stop head speaks after a sentence")
+        return torch.sigmoid(self.stop_log_odds(state, FIRST_ROW)).item()
+
+    @torch.no_grad()
+    def decode_begin(self, state: BackboneState) -> DecoderState:
+        """Begin the one document's next sentence; `.logits` float32 [V] predict its first token."""
+        return self.vae.decode_begin(self._out_of(state.hidden), state.recent)
+
+    @torch.no_grad()
+    def decode_step(self, state: DecoderState, token: int) -> None:
+        """Feed one token; `.logits` then predict the next symbol (`config.eos_token_id` is the sentence
+        end)."""
+        self.vae.decode_step(state, token)
+
+    def generate(
+        self,
+        prompt: str = "",
+        tokenizer: Tokenizer | None = None,
+        max_sentences: int = 10,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        return_tokens: bool = False,
+        **settings,
+    ) -> str | list[list[int]]:
+        """Continue `prompt` by up to `max_sentences` sentences (paper section 3.3); `pipeline.generation` has
+        the details.
+
+        Args:
+            tokenizer: the model's own; None takes the one in the folder that the model was loaded from.
+            temperature, top_p, top_k, seed: greedy at 0; else sampling, repeatable by its seed.
+            return_tokens: give token ids.
+            settings: min_p, repetition_penalty, max_tokens, stop (`generation.generate`).
+        Returns: the new text (without the prompt), or the new tokens of each sentence.
+        Raises: UserError for settings that make no sense, a prompt that is too long, or a missing tokenizer.
+        """
+        run = self.stream(
+            prompt, tokenizer, max_sentences, temperature, top_p=top_p, top_k=top_k, seed=seed, **settings
+        )
+        sentences = list(run)
+        if return_tokens:
+            return [list(sentence.tokens) for sentence in sentences]
+        return "".join(sentence.text for sentence in sentences)
+
+    def stream(
+        self,
+        prompt: str = "",
+        tokenizer: Tokenizer | None = None,
+        max_sentences: int = 10,
+        temperature: float = 0.0,
+        **settings,
+    ) -> Generation:
+        """As `generate`, while it is written: iterate over it for sentences, over its `pieces()` for
+        tokens."""
+        from pipeline.generation.api import generate
+        from pipeline.models.factory import load_model_tokenizer
+
+        if tokenizer is None:
+            if not self.name_or_path:
+                raise UserError("generate: this model was not loaded from a folder: give its tokenizer")
+            tokenizer = load_model_tokenizer(self.name_or_path)
+        return generate(self, tokenizer, prompt, max_sentences, temperature, **settings)
+
+
+AutoConfig.register(SLLMConfig.model_type, SLLMConfig)
+AutoModel.register(SLLMConfig, SLLM)

@@ -1,0 +1,64 @@
+"""The token-level baseline: a Hugging Face causal LM trained on the very same tokens, windows and bins as
+the SLLM.
+
+Each window is (bos, t1 … tn) with targets (t1 … tn, end of document where the document truly ends),
+conditioned on itself only. The wrapper exists for packing and for the chunked loss; what is saved is the
+plain Hugging Face model, which `AutoModelForCausalLM.from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.data.batch import Batch
+from pipeline.models.backbone import run_packed
+from pipeline.models.losses import LossSums
+from pipeline.models.vocabulary_head import VocabularyHead
+
+
+class TokenLM(nn.Module):
+    """`model` is a Hugging Face `…ForCausalLM` with `attn_implementation=HF_ATTENTION`; its `lm_head` is
+    replaced by a `VocabularyHead` that shares the very same weight."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        focal_gamma: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ):
+        super().__init__()
+        self.focal_gamma, self.label_smoothing, self.z_loss = focal_gamma, label_smoothing, z_loss
+        old = model.get_output_embeddings()
+        head = VocabularyHead(old.in_features, old.out_features, bias=old.bias is not None)
+        head.weight, head.bias = old.weight, old.bias
+        model.set_output_embeddings(head)
+        self.model = model
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def device(self):
+        return self.model.device
+
+    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Final hidden states of the rows with a target [N, d], their targets [N], and which of them are
+        document ends [N]."""
+        inputs, rows, targets = batch.token_model_symbols(self.config.bos_token_id, self.config.eos_token_id)
+        layout = batch.token_model_layout
+        is_end = targets.new_zeros(layout.rows).bool()
+        is_end[layout.last_rows] = True
+        hidden = run_packed(self.model.base_model, layout, input_ids=inputs)
+        return hidden[rows], targets, is_end[rows]
+
+    def forward(self, batch: Batch, want_correct: bool = False) -> LossSums:
+        """Next-token loss over N = T + E targets (E document ends)."""
+        hidden, targets, is_end = self.hidden(batch)
+        head = self.model.get_output_embeddings()
+        objective, nll, correct = head(
+            hidden, targets, self.focal_gamma, want_correct, self.label_smoothing, self.z_loss
+        )
+        return LossSums.collect(batch.scored, objective, nll, is_end, correct)

@@ -1,0 +1,298 @@
+"""`sllm scaling fit`: bits per byte as a power of size or cost, for SLLMs and token-level models.
+
+In: result files of `sllm sweep` (every row of objective sllm or lm) and run directories (their last
+validation). Out: per objective two fits, and one log-log chart.
+
+    line:    bits per byte = A · x^(-alpha)        a straight line in log-log, as the paper draws its law
+    offset:  bits per byte = E + A · x^(-alpha)    E: what no size takes away; from four sizes on
+
+Least squares of log(bits per byte), for the offset at each E of a grid. Intervals are 95 % percentiles of a
+bootstrap of the residuals: they are of the fit, not of the seeds, and know nothing of runs that were never
+made. Nothing here is extrapolated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.common.environment import require_folder
+from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomically
+from pipeline.checkpoints import store
+from pipeline.reports.charts import Series, line_chart, picture
+from pipeline.reports.page import Table, to_text, with_interval
+from pipeline.reports.run_report import read_runs, validation_sample
+
+X = {
+    "parameters": "parameters",
+    "body_parameters": "parameters without embeddings and head",
+    "operations": "multiply-adds of training, forward and backward",
+    "seconds": "seconds of training",
+}
+OBJECTIVES = ("sllm", "lm")
+FEWEST = 3  # different x for a line; one more for the offset
+RESAMPLES, SEED, LEVEL = 1000, 1, 0.95
+GRID = 200
+NOTE = (
+    "intervals: 95 %, by resampling the residuals of the fit; they are of the fit, not of the seeds, and say "
+    "nothing about sizes outside the measured range"
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run. text: on what it was measured; equal for figures that can be compared."""
+
+    objective: str
+    name: str
+    x: float
+    bits_per_byte: float
+    text: str
+
+
+# Fits -----------------------------------------------------------------------------------------------------
+
+
+def fit_line(x_N: np.ndarray, y_N: np.ndarray) -> dict[str, Any]:
+    """y = A · x^(-alpha): {"A", "alpha", "alpha_interval", "residual"}; the residual is the root mean square
+    of log(y), about the share by which the points lie beside the line."""
+    x_N, y_N = _sorted(x_N, y_N)
+    log_x, log_y = np.log(x_N), np.log(y_N)
+    slope, height = _lines(log_x, log_y[None], np.ones((1, len(x_N))))
+    fitted = height[0] + slope[0] * log_x
+    slopes, _ = _lines(log_x, _resampled(fitted, log_y, 2), np.ones((1, len(x_N))))
+    return {
+        "A": float(np.exp(height[0])),
+        "alpha": float(-slope[0]),
+        "alpha_interval": _interval(-slopes),
+        "residual": _rms(log_y - fitted),
+    }
+
+
+def fit_offset(x_N: np.ndarray, y_N: np.ndarray) -> dict[str, Any]:
+    """y = E + A · x^(-alpha): as `fit_line`, and "E", "E_interval"."""
+    x_N, y_N = _sorted(x_N, y_N)
+    log_x = np.log(x_N)
+    lowest, slope, height = _with_offset(log_x, y_N)
+    fitted = np.log(lowest + np.exp(height + slope * log_x))
+    log_y = np.log(y_N)
+    drawn = [_with_offset(log_x, np.exp(one)) for one in _resampled(fitted, log_y, 3)]
+    return {
+        "E": lowest,
+        "E_interval": _interval(np.array([one[0] for one in drawn])),
+        "A": math.exp(height),
+        "alpha": -slope,
+        "alpha_interval": _interval(-np.array([one[1] for one in drawn])),
+        "residual": _rms(log_y - fitted),
+    }
+
+
+def _sorted(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By x, then y: the residuals are drawn by place, and the points' order must not matter."""
+    order = np.lexsort((y_N, x_N))
+    return np.asarray(x_N, dtype=float)[order], np.asarray(y_N, dtype=float)[order]
+
+
+def _lines(x_N: np.ndarray, y_GN: np.ndarray, weight_GN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and height at 0 of the weighted least-squares line of each row."""
+    total = weight_GN.sum(1)
+    x_mean, y_mean = (weight_GN * x_N).sum(1) / total, (weight_GN * y_GN).sum(1) / total
+    across = x_N - x_mean[:, None]
+    slope = (weight_GN * across * (y_GN - y_mean[:, None])).sum(1) / (weight_GN * across**2).sum(1)
+    return slope, y_mean - slope * x_mean
+
+
+def _with_offset(log_x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, float]:
+    """(E, slope, height) of the best of a grid over E, and of a finer one around it.
+
+    At a fixed E, log(y - E) is a line in log x; the weights make its squares those of log y.
+    """
+    low, high, log_y = 0.0, float(y_N.min()) * (1 - 1e-4), np.log(y_N)
+    for _ in range(2):
+        grid = np.linspace(low, high, GRID)
+        above = y_N - grid[:, None]
+        slope, height = _lines(log_x_N, np.log(above), (above / y_N) ** 2)
+        fitted = np.log(grid[:, None] + np.exp(height[:, None] + slope[:, None] * log_x_N))
+        best = int(((log_y - fitted) ** 2).sum(1).argmin())
+        low, high = grid[max(0, best - 1)], grid[min(GRID - 1, best + 1)]
+    return float(grid[best]), float(slope[best]), float(height[best])
+
+
+def _resampled(fitted_N: np.ndarray, log_y_N: np.ndarray, free: int) -> np.ndarray:
+    """[RESAMPLES, N] of log y: the fit, and residuals drawn anew. They are widened for the `free` numbers
+    that the fit has chosen, without which a few points would seem to lie nearer than they do."""
+    residuals, count = log_y_N - fitted_N, len(log_y_N)
+    residuals = (residuals - residuals.mean()) * math.sqrt(count / max(1, count - free))
+    rng = np.random.default_rng(SEED)
+    return fitted_N + residuals[rng.integers(0, count, (RESAMPLES, count))]
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
+
+
+def _rms(residuals_N: np.ndarray) -> float:
+    return float(np.sqrt((residuals_N**2).mean()))
+
+
+# Points ---------------------------------------------------------------------------------------------------
+
+
+def read_points(paths: Sequence[str | Path], x: str) -> list[Point]:
+    """The points of sweep result files and run directories. Raises: UserError for what is neither, and for a
+    cost that is not known whole."""
+    return [
+        point for path in map(Path, paths) for point in (_of_run if path.is_dir() else _of_sweep)(path, x)
+    ]
+
+
+def _of_sweep(path: Path, x: str) -> list[Point]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is no result file of `sllm sweep` and no run directory") from None
+    points = []
+    for row in rows:
+        if row["objective"] in OBJECTIVES:
+            name = f"{row['name']}-s{row['seed']}"
+            where = f"{path}, run {name}"
+            value = row.get(f"{x}_with_vae", row.get(x))
+            _require_own_cost(row["recipe"], x, where, vae_counted=bool(row.get("after")))
+            text = [row["evaluation"]["data_fingerprint"], row["window_tokens"]]
+            points.append(_point(where, row["objective"], name, value, x, row["bits_per_byte"], text))
+    return points
+
+
+def _of_run(folder: Path, x: str) -> list[Point]:
+    [run] = read_runs([folder])
+    objective = run.recipe.get("objective")
+    if objective not in OBJECTIVES:
+        raise UserError(f"{folder}: its objective is {objective}, but only `sllm` and `lm` predict text")
+    _require_own_cost(run.recipe, x, str(folder))
+    measured = [row for row in run.evaluations if row.get("bits_per_byte") is not None]
+    if not measured:
+        raise UserError(f"{folder}: has no evaluation yet (data.validation, training.eval_every)")
+    if x in ("parameters", "body_parameters"):
+        value: float | None = _parameters(folder)[x]
+    else:  # what was spent up to the evaluation
+        spent = [row.get(x) for row in run.metrics if row["step"] <= measured[-1]["step"]]
+        value = None if None in spent else sum(spent)
+    bits = measured[-1]["bits_per_byte"]
+    return [_point(str(folder), objective, run.name, value, x, bits, validation_sample(run))]
+
+
+def _point(where: str, objective: str, name: str, value: Any, x: str, bits: float, text: list) -> Point:
+    if not value or not bits or bits <= 0:
+        raise UserError(f"{where}: says no {x if not value else 'bits per byte'}: leave it out")
+    return Point(objective, name, float(value), float(bits), json.dumps(text))
+
+
+def _require_own_cost(recipe: dict[str, Any], x: str, where: str, vae_counted: bool = False) -> None:
+    parts = ("backbone",) if vae_counted or recipe["objective"] == "lm" else ("vae", "backbone")
+    starts = [recipe.get("init_from"), *(recipe["model"].get(part, {}).get("path") for part in parts)]
+    if x in ("operations", "seconds") and any(starts):
+        raise UserError(
+            f"{where}: starts from {next(filter(None, starts))}, whose cost is not counted: train both in "
+            "one sweep (`after`), or take --x parameters"
+        )
+
+
+def _parameters(run_dir: Path) -> dict[str, int]:
+    """Parameters of a run's model, built from its checkpoint's record without memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from pipeline.costs.inspect import body_parameters
+    from pipeline.export.model_folder import model_from_config
+    from pipeline.models.factory import parameter_count
+
+    found = store.newest_whole(run_dir)
+    if not found:
+        raise UserError(f"{run_dir} has no checkpoint, which would say the model's size: take --x seconds")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model_from_config(found[1])
+    return {"parameters": parameter_count(model), "body_parameters": body_parameters(model)}
+
+
+# The command ----------------------------------------------------------------------------------------------
+
+
+def fit(
+    paths: Sequence[str | Path], x: str = "parameters", output: str | Path | None = None
+) -> dict[str, Any]:
+    """Fit every objective that the inputs have, and draw them, where an `output` is given.
+
+    Returns: {"x", "fits": by objective {"points", "line", "offset" or None}, "note", "output"}.
+    Raises: UserError for fewer than three different x of an objective, or figures of different texts.
+    """
+    require_folder(str(output) if output else None)
+    points = read_points(paths, x)
+    if not points:
+        raise UserError(f"nothing to fit: no run of objective {' or '.join(OBJECTIVES)} here")
+    for point in points:
+        if point.text != points[0].text:
+            raise UserError(
+                f"{point.name} and {points[0].name} were measured on different texts or windows: bits per "
+                "byte compare on one only"
+            )
+    fits = {}
+    for objective in OBJECTIVES:
+        mine = sorted((p for p in points if p.objective == objective), key=lambda p: (p.x, p.bits_per_byte))
+        if not mine:
+            continue
+        different = len({point.x for point in mine})
+        if different < FEWEST:
+            raise UserError(f"{objective}: {different} different {x}, but a fit needs {FEWEST} or more")
+        xs, ys = np.array([p.x for p in mine]), np.array([p.bits_per_byte for p in mine])
+        fits[objective] = {
+            "points": [{"run": p.name, "x": p.x, "bits_per_byte": p.bits_per_byte} for p in mine],
+            "line": fit_line(xs, ys),
+            "offset": fit_offset(xs, ys) if different > FEWEST else None,
+        }
+    result = {"x": x, "fits": fits, "note": NOTE, "output": str(output) if output else None}
+    if output:
+        write_atomically(Path(output), picture([chart(result)]).encode())
+    return result
+
+
+def chart(result: dict[str, Any]) -> str:
+    """All points, with each objective's straight line and its curve with an offset."""
+    series = []
+    for number, (objective, found) in enumerate(result["fits"].items(), 1):
+        points = [(one["x"], one["bits_per_byte"]) for one in found["points"]]
+        xs = np.geomspace(points[0][0], points[-1][0], 60)
+        for kind in ("line", "offset"):
+            if one := found[kind]:
+                ys = one.get("E", 0.0) + one["A"] * xs ** -one["alpha"]
+                start = f"{one['E']:.3f} + " if kind == "offset" else ""
+                name = f"{objective}: {start}A · x^{-one['alpha']:.3f}"
+                series.append(Series(name, list(zip(xs.tolist(), ys.tolist(), strict=True)), number))
+        series.append(Series(objective, points, number, faint=True, dots=True, joined=False))
+    return line_chart(series, X[result["x"]], "bits per byte", log=True, log_x=True)
+
+
+def table(result: dict[str, Any]) -> Table:
+    """All fits, a row each."""
+    rows = []
+    for objective, found in result["fits"].items():
+        for kind, form in (("line", "A · x^-α"), ("offset", "E + A · x^-α")):
+            if one := found[kind]:
+                alpha, offset = (with_interval(one, key) for key in ("alpha", "E"))
+                count = str(len(found["points"]))
+                rows.append(
+                    (objective, form, count, alpha, offset, f"{one['A']:.4g}", f"{one['residual']:.2%}")
+                )
+    header = (f"x: {result['x']}", "bits per byte", "points", "α", "E", "A", "residual")
+    return Table(header, tuple(rows))
+
+
+def format_fit(result: dict[str, Any]) -> str:
+    """The result of `fit` as text."""
+    lines = [to_text(table(result)), f"note: {result['note']}"]
+    return "\n".join(lines + ([f"wrote {result['output']}"] if result["output"] else []))

@@ -1,0 +1,210 @@
+"""The training engine: AdamW and DeepSpeed around a model, and one optimizer step over micro-batches.
+
+In: a model (`model_io.new_model`), a recipe, a completed DeepSpeed config. Out: an `Engine` whose `compute`
+runs a step's forward and backward passes and whose `update` applies it. Called by `train.py`.
+
+Scaling: a step's loss is the sum of the objective over all bins of the step divided by the step's targets,
+both global. DeepSpeed divides every micro-batch by the number of micro-batches and averages over ranks, so
+each is multiplied by both first: the update does not depend on how many ranks share the bins.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import shutil
+import time
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+import torch.utils.checkpoint
+from deepspeed.utils import set_z3_leaf_modules
+from deepspeed.utils.timer import SynchronizedWallClockTimer
+from torch import Tensor, nn
+
+from data_prep.common.errors import UserError
+from pipeline.config.deepspeed_config import zero_stage
+from pipeline.config.schema import Recipe
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Step
+from pipeline.models.factory import parameter_count
+from pipeline.models.layers import TransformerLayer
+from pipeline.models.losses import LossSums
+from pipeline.training.optimizer import AdamW, parameter_groups
+
+COMPILE_BACKEND = "inductor"  # of torch.compile
+
+
+class Engine:
+    """A DeepSpeed engine with our optimizer, and the arithmetic of one step."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, config: dict[str, Any], device: torch.device):
+        self.device = device
+        self.config = config
+        self.objective = recipe.objective
+        self.peak_lr = recipe.optimizer.lr
+        self.parameters = parameter_count(model)
+        # fp16 with dynamic loss scaling overflows by design: DeepSpeed skips the step and lowers the scale.
+        self.scales_loss = bool(config.get("fp16", {}).get("enabled"))
+        groups = parameter_groups(model, recipe.optimizer)
+        self._lr_scales = [group.pop("lr_scale") for group in groups]
+        optimizer = AdamW(
+            groups,
+            lr=recipe.optimizer.lr,
+            betas=tuple(recipe.optimizer.betas),
+            eps=recipe.optimizer.eps,
+            ema=recipe.training.ema,
+            fused=True if device.type == "cpu" else None,  # None: torch's choice for a GPU
+        )
+        # DeepSpeed begins its backward pass (timers, swapping from disks) by hooks on the outputs that it
+        # finds, and it looks into dicts, not into dataclasses.
+        model.register_forward_hook(lambda _model, _inputs, losses: vars(losses))
+        if config.get("flops_profiler", {}).get("enabled"):  # it would also print timings, lines a step
+            SynchronizedWallClockTimer.log = lambda *_given, **_named: None
+        layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self._optimizer = optimizer
+        self._forwards: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._processor_seconds = 0.0
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
+        if recipe.training.activation_checkpointing:
+            checkpoint_layers(model)
+
+    def compute(self, step: Step) -> Tensor:
+        """Forward and backward over the step's micro-batches; gradients stay in the engine until `update`.
+
+        Returns float64 [5], this rank's sums in nats: objective, tokens, ends, stop decisions, KL.
+        """
+        self.deepspeed.train()
+        self._forwards.clear()
+        began = time.process_time()
+        scale = dist.get_world_size() * len(step.batches) / step.targets_all
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        for number, (batch, seed) in enumerate(zip(step.batches, step.seeds, strict=True)):
+            batch = step.batches[number] = batch.to(self.device)
+            # Dropout depends on the bin alone, so that resumed runs and other world sizes agree.
+            torch.manual_seed(seed)
+            losses = LossSums(**self._timed_forward(batch))
+            self.deepspeed.backward(losses.objective * scale)
+            sums += _nats(losses)
+            if number + 1 < len(step.batches):
+                self.deepspeed.step()  # no boundary yet: DeepSpeed only counts the micro-batch
+        self._processor_seconds = time.process_time() - began
+        return sums
+
+    def _timed_forward(self, batch: Batch) -> dict[str, Tensor]:
+        if self.device.type != "cuda":
+            return self.deepspeed(batch)
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[0].record()
+        losses = self.deepspeed(batch)
+        events[1].record()
+        self._forwards.append(events)
+        return losses
+
+    def own_seconds(self) -> float | None:
+        """What the last `compute` cost this rank, without its waiting for others; call it when the device
+        has finished it.
+
+        On CPUs the process's processor time. On a GPU the time of the forward passes, which hold no
+        collective up to ZeRO-2; None under ZeRO-3, where every layer waits for all ranks.
+        """
+        if self.device.type != "cuda":
+            return self._processor_seconds
+        if zero_stage(self.config) == 3:
+            return None
+        return sum(begin.elapsed_time(end) for begin, end in self._forwards) / 1000
+
+    def update(
+        self, lr_factor: float, skip: str | None = None, norm_limit: float = math.inf
+    ) -> tuple[float, float, str | None]:
+        """Apply the step with lr = peak · `lr_factor`, unless it is to be skipped.
+
+        skip: a reason to skip it, whatever its gradient. norm_limit: the largest gradient norm applied.
+        Returns (gradient norm before clipping, lr, why the step was skipped or None). The norm is that of the
+        gradient averaged over all ranks, so all of them decide alike. Of a skipped step nothing stays: no
+        weight, moment or counter of the optimizer changes, and its gradients are dropped.
+        """
+        lr = self.peak_lr * lr_factor
+        for group, scale in zip(self.deepspeed.optimizer.param_groups, self._lr_scales, strict=True):
+            group["lr"] = lr * scale
+        norm = None
+        if zero_stage(self.config) == 0:
+            # Plain data parallel: in fp32 DeepSpeed clips but does not tell the norm.
+            gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+
+        def veto() -> bool:
+            known = getattr(self.deepspeed.optimizer, "_global_grad_norm", None)
+            now = norm if known is None else float(known)
+            return skip is not None or not math.isfinite(now) or now > norm_limit
+
+        self._optimizer.veto = veto
+        self.deepspeed.step()
+        if self.deepspeed.get_global_grad_norm() is not None:
+            norm = float(self.deepspeed.get_global_grad_norm())
+        if skip is None and not math.isfinite(norm):
+            skip = f"the gradient's norm is {norm}"
+        elif skip is None and norm > norm_limit:
+            skip = f"the gradient's norm {norm:.4g} is above {norm_limit:.4g}"
+        return norm, lr, skip
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> Tensor:
+        """Forward only. Returns the same float64 [5] as `compute`."""
+        self.deepspeed.eval()
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            sums += _nats(LossSums(**self.deepspeed(batch.to(self.device))))
+        return sums
+
+    def device_tensor(self, values: list[float]) -> Tensor:
+        """float64 on the engine's device, ready for an all-reduce."""
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+
+def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
+    """The transformer layers of a model, ready for DeepSpeed; call it before `deepspeed.initialize`.
+
+    Only they are compiled, each one's `forward` by itself, with row counts left open: the rest of a step is
+    host arithmetic on a batch's layout (which torch.compile would trace and break on), the loss, and
+    attention, which stays outside of the graph (`attention.py`). Under ZeRO-3 every layer becomes one of
+    DeepSpeed's leaf modules: its weights are gathered at once, by a hook around the compiled forward, not by
+    hooks inside, each of which would cut the graph. No collective runs in compiled code, so ranks may compile
+    at different times.
+
+    Raises: UserError when there is no compiler that torch.compile could use.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if COMPILE_BACKEND == "inductor" and not (shutil.which(compiler) or shutil.which("clang++")):
+        raise UserError(f"training.compile needs a C++ compiler, and there is no {compiler}: install one")
+    layers = transformer_layers(model)
+    if stage == 3:
+        set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda t: t.__name__))
+    return layers
+
+
+def transformer_layers(model: nn.Module) -> list[nn.Module]:
+    """All layers of encoder, decoder and backbone."""
+    backbone = getattr(model, "backbone", None) or getattr(model, "model", None)
+    kinds = set(getattr(backbone, "_no_split_modules", None) or ())
+    return [m for m in model.modules() if isinstance(m, TransformerLayer) or type(m).__name__ in kinds]
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep no more than its input of every transformer layer for the backward pass; the rest is computed
+    again there, with the same dropout."""
+    for layer in transformer_layers(model):
+        layer.forward = functools.partial(
+            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
+        )
+
+
+def _nats(losses: LossSums) -> Tensor:
+    """float64 [5] of one batch's `LossSums`."""
+    parts = (losses.objective.detach(), losses.token_nll, losses.end_nll, losses.stop_nll, losses.kl)
+    return torch.stack([part.double() for part in parts])

@@ -1,0 +1,145 @@
+"""Train a SentenceVAE, an SLLM or a token-level baseline with DeepSpeed: the story of a run.
+
+In: a recipe, a DeepSpeed config and overrides on the command line, or a run directory to go on from. Out: the
+run directory (docs/architecture.md lists it). Start it by `deepspeed pipeline/train.py`, by `srun python
+pipeline/train.py`, or plainly by `python pipeline/train.py` (one process). Exit status: 0 trained to the end,
+2 bad input, 75 stopped by a signal after saving: start it again to go on, 76 nothing was finished for
+`health.hang_seconds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.errors import REQUEUE, UserError, run_main, say
+from data_prep.shards.reader import ShardSet
+from pipeline.checkpoints import store
+from pipeline.config.deepspeed_config import read_strategy, zero_stage
+from pipeline.config.schema import Recipe, load_recipe
+from pipeline.parallel import ranks as launch
+from pipeline.parallel.ranks import AgreedError, Ranks, StopSignals
+
+EXAMPLE = """\
+example:
+  deepspeed --num_gpus 2 pipeline/train.py --config pipeline/recipes/demo-vae.yaml \\
+      --deepspeed_config ds_configs/zero3.json --data.shards demo/shards/train --training.max_steps 100
+
+Every key of the recipe can be given as --section.key VALUE. Start the same command again to resume.
+Exit status: 0 done, 2 bad input, 75 stopped by USR1 or TERM after saving (start again to go on),
+76 hung for health.hang_seconds (what each rank did then: RUN/stacks/)."""
+
+
+def console() -> int:
+    """Entry point of `pipeline/train.py`; returns the exit status."""
+    return run_main("train.py", main)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Signals are caught from its first line on, and ignored from its last.
+
+    The first rank that ends with 2 makes `srun --kill-on-bad-exit` terminate the others: one that TERM killed
+    would have a job requeued that can never succeed.
+    """
+    stop = StopSignals()
+    try:
+        return check_and_train(argv, stop)
+    finally:
+        stop.ignore()
+
+
+def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
+    """Check everything that can be checked at once, then train; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a SentenceVAE (vae), an SLLM (sllm) or a token-level baseline (lm).",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe, a YAML file")
+    parser.add_argument(
+        "--deepspeed_config",
+        required=True,
+        nargs="+",
+        metavar="JSON",
+        help="a file from ds_configs/, and any that add to it (fp16.json, flops-profiler.json)",
+    )
+    parser.add_argument("--local_rank", help="set by the deepspeed launcher; the environment is what counts")
+    arguments, overrides = parser.parse_known_args(argv)
+
+    ranks = launch.find_ranks()
+    try:
+        recipe = load_recipe(arguments.config, overrides)
+        strategy = read_strategy(*arguments.deepspeed_config)
+    except UserError:
+        if ranks.local == 0:  # all ranks read the same files: one line for each machine is enough
+            raise
+        return 2
+    try:
+        return train(recipe, strategy, ranks, stop)
+    except AgreedError:
+        if ranks.rank == 0:
+            raise
+        return 2
+    except UserError as error:  # it may be this rank's alone (a disk of its machine): say it, and say whose
+        if ranks.world == 1:
+            raise
+        raise UserError(f"rank {ranks.rank}: {error}") from error
+
+
+def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSignals) -> int:
+    """Run one training, or go on with it, to its end or to a signal. Called by every rank; returns the exit
+    status."""
+    found = store.newest_whole(recipe.output_dir)
+    if found:
+        latest, meta, damage = found
+        if recipe.training.progress(meta.step, meta.tokens) >= 1:
+            require_same(recipe, strategy, ranks, meta, latest)
+            if ranks.rank == 0:
+                if damage:
+                    say(damage)
+                say(f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do")
+            return 0
+
+    from pipeline.training.run import TrainingRun  # torch and DeepSpeed: seconds, so only now
+
+    with TrainingRun(recipe, strategy, ranks) as run:
+        run.resume()
+        run.begin()
+        while not run.finished:
+            step = run.next_step()
+            totals = run.compute(step, stop_wanted=stop.received is not None)
+            run.update(step, totals)
+            if run.evaluation_due:
+                run.evaluate()
+            if run.save_due or totals.stop:
+                run.save()
+            if totals.stop and not run.finished:
+                run.log.say(
+                    f"stopped by a signal after step {run.state.step}, saved: start the same command again"
+                )
+                stop.ignore()
+                return REQUEUE
+    return 0
+
+
+def require_same(
+    recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, meta: store.Meta, checkpoint: Path
+) -> None:
+    """Refuse a finished run's checkpoint that this recipe, strategy and number of ranks would not have made.
+
+    Compares what can be known without building the model; `TrainingRun.resume` compares the model itself.
+    """
+    ours = dataclasses.replace(
+        meta,
+        objective=recipe.objective,
+        recipe=recipe.to_dict(),
+        shards=[ShardSet.open(folder).fingerprint for folder in recipe.data.shards],
+        world=ranks.world,
+        zero_stage=zero_stage(strategy),
+    )
+    store.require_same_run(meta, checkpoint, ours)
+    store.require_same_model_recipe(meta, checkpoint, ours.recipe)

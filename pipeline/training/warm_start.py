@@ -1,0 +1,81 @@
+"""A new run from the weights of another one (`init_from` in a recipe): optimizer and step begin anew.
+
+In: a new model, and a run directory (its best weights by validation, else its last) or a model folder
+(`sllm export`, Hugging Face). Out: the model with those weights. Called by `training_run.py` where a run has
+no checkpoint yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.common.errors import UserError
+from data_prep.text.tokenizer import Tokenizer
+from pipeline.checkpoints import store
+from pipeline.checkpoints.zero_shards import Parts
+from pipeline.models.factory import load_model, load_model_tokenizer
+from pipeline.parallel.ranks import Ranks, do_and_agree
+
+
+def initialise(model: nn.Module, source: str | Path, tokenizer: Tokenizer, ranks: Ranks) -> None:
+    """Give every weight of the model the value it has in `source`; called by every rank.
+
+    Rank 0 alone reads every byte of a checkpoint, to see that it is whole; the others wait for its word and
+    take the same one. Raises AgreedError on all ranks when source is neither a run nor a model folder, is
+    damaged, was trained with another tokenizer, or has a weight less, more or of another shape.
+    """
+    source = Path(source)
+    checkpoint = do_and_agree(lambda: _checked(source) if ranks.rank == 0 else None)[0]
+    do_and_agree(lambda: _take_up(model, source, checkpoint, tokenizer))
+
+
+def _checked(source: Path) -> Path | None:
+    """The checkpoint to take from a run, read whole; None when source is no run, but a folder."""
+    if store.checkpoints_folder(source).is_dir():
+        found = store.find(source, "best") or store.find(source)
+        if found is None:
+            raise UserError(f"init_from {source}: holds no complete checkpoint")
+        store.require_undamaged(*found)
+        return found[0]
+    if not source.is_dir():
+        raise UserError(f"init_from {source}: does not exist")
+    return None
+
+
+@torch.no_grad()
+def _take_up(model: nn.Module, source: Path, checkpoint: Path | None, tokenizer: Tokenizer) -> None:
+    if checkpoint is not None:
+        meta = store.read_meta(checkpoint)
+        theirs = meta.tokenizer
+        parts = Parts(checkpoint, meta)
+        shapes, weight = parts.shapes(), parts.tensor
+    else:
+        weights: Mapping[str, Tensor] = load_model(source).state_dict()
+        theirs = load_model_tokenizer(source).fingerprint
+        shapes, weight = {name: tensor.shape for name, tensor in weights.items()}, weights.__getitem__
+    if theirs != tokenizer.fingerprint:
+        raise UserError(f"init_from {source}: was trained with another tokenizer than that of the shards")
+    fill(model, shapes, weight, f"init_from {source}")
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module, shapes: Mapping[str, torch.Size], weight: Callable[[str], Tensor], source: str
+) -> None:
+    """Copy the weights into the model one at a time, so that nobody holds it twice. UserError naming `source`
+    and the first name that one of the two lacks or has in another shape, before anything is copied."""
+    state = model.state_dict()
+    ours = {name: list(tensor.shape) for name, tensor in state.items()}
+    theirs = {name: list(shape) for name, shape in shapes.items()}
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"{source}: {name} is {theirs.get(name, 'missing')} there and "
+                f"{ours.get(name, 'missing')} in this model"
+            )
+    for name, tensor in state.items():
+        tensor.copy_(weight(name))

@@ -1,0 +1,367 @@
+"""Packed files, archives, tables, remote files and data sets as inputs: read alike, damage reported."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_prep.common.errors import UserError
+from data_prep.corpus import documents
+from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, sample_lines
+from data_prep.corpus.filters import Hygiene
+from data_prep.corpus.inputs import find_inputs, open_parquet, split
+
+GOOD = b'{"id": "a", "content": "One two. \\u4e8c"}'
+PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+def read(path: Path, data: bytes, language: str = "auto", **rules) -> tuple[list, DocumentReader]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    reader = DocumentReader(find_inputs([path])[0], language, Hygiene(**rules))
+    return list(reader), reader
+
+
+# Packed files -------------------------------------------------------------------------------------------
+
+
+def lines_of(count: int) -> bytes:
+    records = (
+        {"id": str(i), "content": hashlib.sha256(str(i).encode()).hexdigest() * 8} for i in range(count)
+    )
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_files_in_several_parts(tmp_path: Path, ending: str):
+    pack = PACKERS[ending]
+    data = pack(lines_of(50)) + pack(b"") + pack(lines_of(30))
+    data += (
+        b"\0" * 600 if ending == ".gz" else b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    )  # padding; a frame to skip
+    items, reader = read(tmp_path / f"x.jsonl{ending}", data)
+    assert [item.id for item in items] == [str(n) for n in (*range(50), *range(30))]
+    assert reader.damage is None and reader.bytes_read == len(data)
+    assert reader.sha256 == reader.piece.sha256() == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"), [(".gz", "the gzip file ends too early"), (".zst", "the zstd file ends too early")]
+)
+def test_a_file_cut_short_keeps_what_can_be_read(tmp_path: Path, ending: str, said: str):
+    stored = PACKERS[ending](lines_of(4000))
+    items, reader = read(tmp_path / f"x.jsonl{ending}", stored[: len(stored) * 3 // 4])
+    good = [item for item in items if isinstance(item, RawDocument)]
+    assert 2500 <= len(good) < 3100
+    assert [item.id for item in good] == [str(i) for i in range(len(good))]
+    assert items[len(good) :] in ([Reject(len(good) + 1, "invalid JSON")], [])  # the line that was cut
+    assert reader.damage == said
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_damage_inside_a_file(tmp_path: Path, ending: str):
+    data = bytearray(PACKERS[ending](lines_of(4000)))
+    # Enough to hit the header of a block: zstd's literals are not protected by themselves.
+    size = 64 if ending == ".gz" else len(data) // 4
+    data[len(data) // 2 : len(data) // 2 + size] = b"\xff" * size
+    items, reader = read(tmp_path / f"x.jsonl{ending}", bytes(data))
+    good = [item for item in items if isinstance(item, RawDocument)]
+    assert len(good) >= 1500 and [item.id for item in good] == [str(i) for i in range(len(good))]
+    assert reader.damage.startswith("damaged gzip data" if ending == ".gz" else "damaged zstd data")
+    assert reader.sha256 == hashlib.sha256(data).hexdigest()  # of the whole file all the same
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".tar", ".tar.gz"])
+def test_files_that_are_something_else(tmp_path: Path, ending: str):
+    items, reader = read(tmp_path / f"x.jsonl{ending}", GOOD * 30)
+    assert items == [] and reader.damage.startswith("damaged")
+    items, reader = read(tmp_path / f"y.jsonl{ending}", b"")
+    assert items == [] and reader.damage is None
+
+
+def tar_of(
+    *members: tuple[str, bytes], kind: bytes = tarfile.REGTYPE, form: int = tarfile.PAX_FORMAT
+) -> bytes:
+    stored = io.BytesIO()
+    with tarfile.open(fileobj=stored, mode="w", format=form) as archive:
+        for name, data in members:
+            facts = tarfile.TarInfo(name)
+            facts.size, facts.type, facts.linkname = len(data), kind, "elsewhere" if kind != b"0" else ""
+            archive.addfile(facts, io.BytesIO(data))
+    return stored.getvalue()
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("ending", [".jsonl.tar", ".jsonl.tar.gz", ".tgz", ".tar.zst"])
+def test_archives(tmp_path: Path, ending: str, form: int):
+    long = "x" * 90 + "/" + "y" * 90
+    data = tar_of(
+        ("./part.jsonl", GOOD + b"\nbad\n"),
+        ("CN/web/part.jsonl", b'\xef\xbb\xbf{"content": "Two"}\n' + GOOD),
+        (f"EN/{long}.jsonl", GOOD),
+        ("../../escape.jsonl", GOOD),
+        ("web/README.md", b"no lines"),
+        ("empty.jsonl", b""),
+        form=form,
+    )
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+        data += tar_of(("link.jsonl", b""), kind=kind, form=form)
+    data += tar_of(("folder.jsonl", b""), kind=tarfile.DIRTYPE, form=form)
+    path = tmp_path / f"news/w{ending}"
+    pack = PACKERS[".gz"] if ending.endswith("gz") else PACKERS[".zst"] if ending.endswith("zst") else bytes
+    items, reader = read(path, pack(data))
+    assert items == [
+        RawDocument("a", "One two. 二", "en", "news", 1, member="part.jsonl"),
+        Reject(2, "invalid JSON", "part.jsonl"),
+        RawDocument(f"news/w{ending}!CN/web/part.jsonl@0", "Two", "zh", "web", 1, True, "CN/web/part.jsonl"),
+        RawDocument("a", "One two. 二", "zh", "web", 2, member="CN/web/part.jsonl"),
+        RawDocument("a", "One two. 二", "en", "x" * 90, 1, member=f"EN/{long}.jsonl"),
+        RawDocument("a", "One two. 二", "en", "news", 1, member="escape.jsonl"),
+        Reject(0, "not a .jsonl member", "web/README.md"),
+        *[Reject(0, "not a regular file", "link.jsonl")] * 4,
+    ]
+    assert reader.damage is None and reader.bytes_read == path.stat().st_size
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["news", path.name]  # nothing was unpacked to disk
+
+
+def test_damaged_archives(tmp_path: Path):
+    members = [(f"{n}.jsonl", lines_of(3)) for n in range(5)]
+    data = tar_of(*members, form=tarfile.USTAR_FORMAT)
+    at = [n for n in range(0, len(data), 512) if data[n + 257 : n + 262] == b"ustar"]
+    items, reader = read(tmp_path / "cut.tar", data[: at[3] + 512 + 600])
+    assert len(items) == 3 * 3 + 2 and items[-1] == Reject(2, "invalid JSON", "3.jsonl")
+    assert reader.damage == "the tar archive ends too early"
+    broken = bytearray(data)
+    broken[at[2] + 130] ^= 1  # in the size of the third
+    items, reader = read(tmp_path / "broken.tar", bytes(broken))
+    assert [item.line for item in items] == [1, 2, 3] * 4  # all members but the one
+    assert reader.damage == "damaged tar header"
+    for cut in range(0, len(data), 97):  # never a stack trace
+        _, reader = read(tmp_path / "any.tar", data[:cut])
+    chance = random.Random(1)
+    for _ in range(200):
+        torn = bytearray(data)
+        for _ in range(5):
+            torn[chance.choice(at) + chance.randrange(512)] = chance.randrange(256)
+        _, reader = read(tmp_path / "any.tar", bytes(torn))
+        assert reader.bytes_read == len(torn)
+
+
+# Text and tables ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_text_files(tmp_path: Path, monkeypatch, ending: str):
+    text = "\ufeffFirst.\r\n\r\nSecond, 二.\n"
+    items, reader = read(tmp_path / f"b/x.txt{ending}", PACKERS[ending](text.encode()), text_field="body")
+    assert items == [RawDocument(f"b/x.txt{ending}", text[1:], "en", "b", 1)]
+    assert not reader.repaired and reader.lines == 1
+    for data, reason in (
+        (b"\xff\xfea", "undecodable bytes"),
+        (b" \n", "empty content"),
+        (b"", "empty content"),
+    ):
+        assert read(tmp_path / f"y.md{ending}", PACKERS[ending](data))[0] == [Reject(1, reason)]
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 10)
+    assert read(tmp_path / f"y.md{ending}", PACKERS[ending](b"x" * 11))[0] == [Reject(1, "file too long")]
+
+
+def table_of(rows: int) -> dict:
+    return {
+        "id": [f"r{n}" if n % 5 else None for n in range(rows)],
+        "text": [None if n % 7 == 3 else "" if n % 7 == 4 else f"Text {n}. 二" for n in range(rows)],
+        "toxic_score": [n / rows for n in range(rows)],
+        "language": ["zh" if n % 2 else "en" for n in range(rows)],
+        "image": [b"\xff\x00"] * rows,
+    }
+
+
+def expected_of(rows: int, name: str, source: str) -> list:
+    items = []
+    for n in range(rows):
+        if n % 7 in (3, 4):
+            items.append(Reject(n + 1, "content is not text" if n % 7 == 3 else "empty content"))
+        elif n / rows >= 0.9:
+            items.append(Reject(n + 1, "filter: toxic_score<0.9"))
+        else:
+            identity = f"r{n}" if n % 5 else f"{name}#{n + 1}"
+            language = "zh" if n % 2 else "en"
+            items.append(RawDocument(identity, f"Text {n}. 二", language, source, n + 1, n % 5 == 0))
+    return items
+
+
+RULES = Hygiene(filters=("toxic_score<0.9",))
+
+
+def test_parquet(tmp_path: Path):
+    (tmp_path / "web").mkdir()
+    pq.write_table(pa.table(table_of(1000)), tmp_path / "web/x.parquet", row_group_size=130)
+    (file,) = find_inputs([tmp_path / "web/x.parquet"])
+    reader = DocumentReader(file, hygiene=RULES)
+    expected = expected_of(1000, "web/x.parquet", "web")
+    assert list(reader) == expected
+    assert (reader.lines, reader.bytes_read, reader.damage) == (1000, file.size, None)
+    assert reader.repaired["missing id"] == sum(getattr(item, "id_repaired", False) for item in expected)
+    for count in (3, 8):
+        pieces = split(file, count)
+        readers = [DocumentReader(piece, hygiene=RULES) for piece in pieces]
+        assert [item for part in readers for item in part] == expected and len(pieces) > 2
+        assert sum(part.bytes_read for part in readers) == file.size
+        assert [part.sha256 for part in readers] == [piece.sha256() for piece in pieces]
+        assert len({part.sha256 for part in readers}) == len(pieces)
+
+
+def test_few_large_rows_of_a_table_are_in_memory_at_once(tmp_path: Path):
+    rows = [hashlib.sha256(b"%d" % n).hexdigest() * 8000 for n in range(100)]  # of 0.5 MB
+    options = {"use_dictionary": False, "write_batch_size": 1, "compression": "zstd"}
+    pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet", **options)
+    reader = DocumentReader(find_inputs([tmp_path / "x.parquet"])[0])
+    with open_parquet(reader.file) as table:
+        sizes = [batch.num_rows for batch in reader._batches(table, 0, ["text"])]
+    assert sum(sizes) == 100 and max(sizes) == 8
+    assert [document.content for document in reader] == rows
+
+
+def test_a_damaged_row_group_costs_itself(tmp_path: Path):
+    pq.write_table(pa.table(table_of(1000)), tmp_path / "x.parquet", row_group_size=250, compression="snappy")
+    group = pq.ParquetFile(tmp_path / "x.parquet").metadata.row_group(1).column(1)
+    data = bytearray((tmp_path / "x.parquet").read_bytes())
+    at = group.dictionary_page_offset
+    data[at : at + group.total_compressed_size] = b"\xff" * group.total_compressed_size
+    items, reader = read(tmp_path / "x.parquet", bytes(data), filters=RULES.filters)
+    name = f"{tmp_path.name}/x.parquet"
+    expected = expected_of(1000, name, tmp_path.name)
+    assert items == expected[:250] + expected[500:]
+    assert reader.damage.startswith("damaged row group 1: ")
+    (tmp_path / "x.parquet").write_bytes(data[:-10])
+    with pytest.raises(UserError, match="cannot read .*x.parquet: ArrowInvalid"):
+        DocumentReader(find_inputs([tmp_path / "x.parquet"])[0])
+
+
+def test_strings_in_tables_that_are_no_text(tmp_path: Path):
+    values = pa.array([b"good", b"\xff\xfe", b"too"]).view(pa.utf8())
+    pq.write_table(pa.table({"content": values}), tmp_path / "x.parquet")
+    reader = DocumentReader(find_inputs([tmp_path / "x.parquet"])[0])
+    items = list(reader)
+    assert [getattr(item, "content", None) or item.reason for item in items] == [
+        "good",
+        "undecodable bytes",
+        "too",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "field", "text"),
+    [
+        ({"passage": ["a"], "id": ["1"], "n": [1]}, None, "a"),
+        ({"passage": ["a"], "content": ["b"]}, None, "b"),
+        ({"passage": ["a"], "content": ["b"]}, "passage", "a"),
+        ({"body": [{"text": "c", "n": 1}], "title": ["t"]}, "body.text", "c"),
+        ({"body.text": ["d"]}, "body.text", "d"),
+        ({"q_main": ["Why?"], "std_ans": ["A"], "title": ["t"]}, None, "Why?\nAnswer: A"),
+        ({"kind": pa.array(["e"]).dictionary_encode()}, None, "e"),
+        ({"passage": ["a"], "title": ["t"]}, None, UserError),
+        ({"n": [1]}, None, UserError),
+        ({"passage": ["a"]}, "body", UserError),
+    ],
+)
+def test_the_text_column(tmp_path: Path, columns: dict, field: str | None, text):
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    reader = DocumentReader(find_inputs([tmp_path / "x.parquet"])[0], hygiene=Hygiene(text_field=field))
+    if isinstance(text, str):
+        assert [item.content for item in reader] == [text]
+    else:
+        with pytest.raises(text, match="--text-field"):
+            list(reader)
+
+
+def test_datasets(tmp_path: Path):
+    import datasets
+
+    table = datasets.Dataset.from_dict(table_of(300))
+    table.save_to_disk(tmp_path / "set", num_shards=3)
+    (file,) = find_inputs([f"hf:{tmp_path}/set"])
+    expected = expected_of(300, "hf:set", "set")
+    assert list(DocumentReader(file, hygiene=RULES)) == expected
+    for count in (4, 7):
+        pieces = split(file, count)
+        readers = [DocumentReader(piece, hygiene=RULES) for piece in pieces]
+        assert [item for part in readers for item in part] == expected
+        assert sum(part.bytes_read for part in readers) == file.size
+        assert [part.sha256 for part in readers] == [piece.sha256() for piece in pieces]
+    # Rows chosen and put in another order are read as the dataset gives them.
+    table.select(list(range(299, -1, -1))).save_to_disk(tmp_path / "back")
+    (file,) = find_inputs([f"hf:{tmp_path}/back"])
+    assert [item.content for item in DocumentReader(file) if hasattr(item, "content")][0] == "Text 299. 二"
+
+
+def test_remote_files_are_read_like_local_ones(tmp_path: Path):
+    corpus = tmp_path / "corpus"
+    read(corpus / "EN/a/1.jsonl", lines_of(300))
+    read(corpus / "EN/b/2.jsonl.gz", gzip.compress(lines_of(20)))
+    read(corpus / "EN/b/3.tar.zst", PACKERS[".zst"](tar_of(("x/part.jsonl", lines_of(9)))))
+    pq.write_table(pa.table(table_of(100)), corpus / "EN/b/4.parquet", row_group_size=30)
+    memory = fsspec.filesystem("memory")
+    try:
+        memory.put(str(corpus), "/bucket/corpus", recursive=True)
+        local, remote = find_inputs([corpus]), find_inputs(["memory://bucket/corpus"])
+        for one, other in zip(local, remote, strict=True):
+            assert other.path.startswith("memory://")
+            for a, b in zip(split(one, 3), split(other, 3), strict=True):
+                first, second = DocumentReader(a), DocumentReader(b)
+                assert list(first) == list(second)
+                assert first.sha256 == second.sha256 and first.lines == second.lines
+        memory.rm("/bucket/corpus/EN/a/1.jsonl")
+        with pytest.raises(UserError, match="cannot read memory://bucket/corpus/EN/a/1.jsonl"):
+            list(DocumentReader(remote[0]))
+    finally:
+        memory.rm("/", recursive=True)
+
+
+# Samples ------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_is_shared_and_bounded(tmp_path: Path):
+    for name, count in (("a", 2), ("b", 400), ("c", 400)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines_of(count))
+    files = find_inputs([tmp_path])
+    lines = list(sample_lines(files, 60_000))
+    assert 60_000 <= sum(len(line) + 1 for line in lines) <= 62_000
+    ids = {json.loads(line)["content"]: n for n, line in enumerate(lines_of(400).splitlines())}
+    taken = [ids[line] for line in lines]
+    assert taken[:2] == [0, 1] and 110 < len(taken) < 125
+    assert {n * 8 // 400 for n in taken[2:60]} == set(range(8))  # from everywhere in the second file
+    assert list(sample_lines(files, 60_000)) == lines
+    with pytest.raises(UserError, match="no usable document"):
+        (tmp_path / "bad.jsonl").write_bytes(b"{}\n")
+        list(sample_lines(find_inputs([tmp_path / "bad.jsonl"]), 1000))
+
+
+def test_every_kind_is_sampled(tmp_path: Path):
+    import datasets
+
+    corpus = tmp_path / "corpus"
+    read(corpus / "1.jsonl.gz", gzip.compress(lines_of(100)))
+    read(corpus / "2.tar", tar_of(("x.jsonl", lines_of(100))))
+    pq.write_table(pa.table({"body": ["tabular " * 50] * 100}), corpus / "3.parquet", row_group_size=10)
+    read(tmp_path / "text/4.txt", b"plain text\n" * 900)
+    datasets.Dataset.from_dict({"body": ["set " * 100] * 100}).save_to_disk(tmp_path / "set")
+    files = find_inputs([corpus, tmp_path / "text", f"hf:{tmp_path}/set"])
+    sample = "\n".join(sample_lines(files, 25_000, Hygiene()))
+    for word in ("tabular", "plain text", "set "):
+        assert sample.count(word) > 10
+    assert 25_000 <= len(sample) <= 28_000
+    hexadecimal = np.isin(list(sample), list("0123456789abcdef")).sum()
+    assert hexadecimal > 9000  # the packed files

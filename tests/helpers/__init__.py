@@ -1,0 +1,1 @@
+"""What several tests share: commands, small models, runs, ranks, a Slurm cluster."""

@@ -1,0 +1,38 @@
+"""Running `data-prep` in tests, in this process or one of its own, and looking at what it leaves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep import cli
+
+COMMAND = [sys.executable, "-m", "data_prep.cli"]
+
+
+def call(*arguments: str | Path) -> int:
+    """In this process, through the console entry point's error handling; returns the exit status."""
+    return cli.run_main("data-prep", lambda: cli.main([str(argument) for argument in arguments]))
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str | Path) -> str:
+    """Check that a command ends in one line on stderr and status 2; returns the line."""
+    capsys.readouterr()
+    assert call(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("data-prep: error: ") and err.count("\n") == 1
+    return err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its path."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def data_prep(*arguments: str | Path) -> None:
+    """Run a data-prep command in this process; a failure fails the test that asked for it."""
+    status = cli.main([str(argument) for argument in arguments])
+    assert not status, f"data-prep {arguments[0]}: status {status}"

@@ -1,0 +1,728 @@
+"""Ranks for tests: real processes, real gloo on the loopback address, forked from a preloaded server.
+
+Importing torch, transformers and DeepSpeed costs about nine CPU-seconds for each process. The fork server
+imports them once; every `run` forks fresh ranks from it in milliseconds, so no state of an earlier run is
+left in them, and none outlives its run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.parallel.ranks import free_port
+
+MODULES = [
+    "pipeline.training.main",
+    "pipeline.training.run",
+    "pipeline.export.model_folder",
+    # What DeepSpeed imports only when it needs it: the ZeRO optimizers, and by way of one of them torch's
+    # compiler.
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.parameter_offload",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
+
+
+class RankPool:
+    """Runs functions on fresh ranks; `close` ends the server that they are forked from."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(MODULES)
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call `function(*arguments)` on every rank; results by rank.
+
+        Raises RuntimeError, with the rank's own traceback, when one fails or dies.
+        """
+        started = self.start(world, function, *arguments)
+        try:
+            return [_result(rank, *pair) for rank, pair in enumerate(started)]
+        finally:
+            self.finish(started, 30)
+
+    def start(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
+        """Begin `function(*arguments)` on every rank: (process, end of the pipe its result comes by)."""
+        port = free_port()
+        ranks = []
+        for rank in range(world):
+            receive, send = self._context.Pipe(duplex=False)
+            process = self._context.Process(
+                target=_be_rank, args=(rank, world, port, send, function, arguments)
+            )
+            process.start()
+            send.close()
+            ranks.append((process, receive))
+        return ranks
+
+    def finish(self, started: list[tuple[Any, Any]], seconds: float) -> bool:
+        """Wait so long for each rank to end, and kill what has not; whether all ended by themselves."""
+        alone = True
+        for process, receive in started:
+            receive.close()
+            process.join(seconds)
+            if process.is_alive():
+                alone = False
+                process.kill()
+                process.join()
+        return alone
+
+    def close(self) -> None:
+        """End the fork server."""
+        multiprocessing.forkserver._forkserver._stop()
+
+
+def _be_rank(
+    rank: int, world: int, port: int, send: Any, function: Callable[..., Any], arguments: tuple
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        send.send((True, function(*arguments)))
+    except BaseException:
+        send.send((False, traceback.format_exc()))
+    send.close()
+
+
+def _result(rank: int, process: Any, receive: Any) -> Any:
+    try:
+        good, value = receive.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"rank {rank} died with exit code {process.exitcode}") from None
+    if not good:
+        raise RuntimeError(f"rank {rank} failed:\n{value}")
+    return value
+
+
+# What ranks run. Kept here, because a forked rank imports the module of the function that it is given.
+
+
+def train(arguments: list[str]) -> int | str:
+    """`pipeline/train.py`'s main: its exit status, or the message of a UserError."""
+    from data_prep.common.errors import UserError
+    from pipeline.training.main import main
+
+    try:
+        return main(arguments)
+    except UserError as error:
+        return str(error)
+
+
+def train_and_listen(arguments: list[str]) -> tuple[int | str, str]:
+    """As `train`, with what the rank wrote to standard output."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        answer = train(arguments)
+    return answer, out.getvalue()
+
+
+def train_without_reader(arguments: list[str]) -> int:
+    """As `train`, but nobody reads standard output any more; the process's exit status."""
+    from data_prep.common.errors import run_main
+    from pipeline.training.main import main
+
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    return run_main("train.py", lambda: main(arguments))
+
+
+def train_as_on_gpus(arguments: list[str]) -> int | str:
+    """As `train`, but nothing is dropped from the strategy for CPUs."""
+    from pipeline.training import run as training_run
+
+    complete = training_run.complete_strategy
+    training_run.complete_strategy = lambda *given, on_gpu: complete(*given, on_gpu=True)
+    return train(arguments)
+
+
+def train_with_signal(arguments: list[str], number: int, rank: int, after_step: int) -> int | str:
+    """As `train`, but `rank` sends itself a signal once metrics.jsonl has `after_step` steps."""
+    import threading
+    import time
+    from pathlib import Path
+
+    metrics = Path(arguments[arguments.index("--output_dir") + 1]) / "metrics.jsonl"
+
+    def watch() -> None:
+        while not metrics.exists() or metrics.read_text().count("\n") < after_step:
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    if os.environ["RANK"] == str(rank):
+        threading.Thread(target=watch, daemon=True).start()
+    return train(arguments)
+
+
+def train_into_log(arguments: list[str], folder: str) -> int | str:
+    """As `train`, with everything the rank writes appended to FOLDER/rank-N.log."""
+    log = os.open(
+        os.path.join(folder, f"rank-{os.environ['RANK']}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    )
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    return train(arguments)
+
+
+def train_with_file_limit(arguments: list[str], rank: int, limit: int) -> int | str:
+    """As `train`, but `rank` cannot write more than `limit` bytes into a file."""
+    import resource
+
+    if os.environ["RANK"] == str(rank):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    return train(arguments)
+
+
+def train_with_full_log(arguments: list[str], after_save: int) -> int | str:
+    """As `train`, but once the checkpoint of one step is written, rank 0 can write no whole record of a step
+    more: the disk is full, half a line further on."""
+    import resource
+
+    from pipeline.training.run_log import RunLog
+
+    save = RunLog.save
+
+    def save_and_fill(log: Any, record: dict[str, Any]) -> None:
+        save(log, record)
+        if record["step"] == after_save and os.environ["RANK"] == "0":
+            limit = log._metrics.tell() + 20
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    RunLog.save = save_and_fill
+    return train(arguments)
+
+
+def train_and_look(arguments: list[str]) -> tuple[int | str, bool, int]:
+    """As `train`: its answer, whether this rank is in a process group afterwards, and how many bytes it has
+    hashed to see that they are as they were written."""
+    import torch.distributed
+
+    from pipeline.checkpoints import store as checkpoints
+
+    real, read = checkpoints.damaged_files, []
+
+    def counting(checkpoint: Any, meta: Any, names: Any = None) -> list[str]:
+        read.extend(meta.files[name][0] for name in (meta.files if names is None else names))
+        return real(checkpoint, meta, names)
+
+    checkpoints.damaged_files = counting
+    return train(arguments), torch.distributed.is_initialized(), sum(read)
+
+
+def train_in_folders(arguments: list[str], folders: list[str]) -> int | str:
+    """As `train`, every rank in a working folder of its own: with a relative --output_dir the ranks share no
+    disk."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    return train(arguments)
+
+
+def train_and_watch_the_disk(arguments: list[str]) -> tuple[int | str, list[tuple[str, str, int]]]:
+    """As `train`, with what this rank had flushed and renamed, in order: ("flush", name, lines of a .jsonl)
+    and ("rename", new name, 0)."""
+    from pathlib import Path
+
+    seen: list[tuple[str, str, int]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def flush(handle: int) -> None:
+        fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        lines = path.read_text().count("\n") if path.suffix == ".jsonl" else 0
+        seen.append(("flush", path.name, lines))
+
+    def move(source: Any, target: Any) -> None:
+        rename(source, target)
+        seen.append(("rename", Path(target).name, 0))
+
+    os.fsync, os.rename = flush, move
+    return train(arguments), seen
+
+
+def weights_and_moments(run_dir: str) -> dict[str, Any]:
+    """What a run's newest checkpoint holds, as float64 arrays: "weight NAME", "exp_avg NAME", …, "step", and
+    "frozen NAME" of what is not trained."""
+    from pipeline.checkpoints import store as checkpoints
+    from pipeline.checkpoints.zero_shards import WEIGHT, Parts
+
+    parts = Parts(*checkpoints.find(run_dir))
+    assert {"exp_avg", "exp_avg_sq"} <= set(parts.keys())
+    values = {
+        f"{key} {name}": parts.state(name, key).double().numpy()
+        for name in parts.weights
+        for key in (WEIGHT, *parts.keys())
+    }
+    values |= {f"frozen {name}": parts.tensor(name).double().numpy() for name in parts.frozen}
+    return values | {"step": parts.scalars(0)["step"].double().numpy()}
+
+
+def train_with_wrong_bins(arguments: list[str], fault: str) -> int | str:
+    """As `train`, but the loader is broken: it leaves out the stream's fifth bin (`skip`), or gives rank 1
+    what is rank 0's (`twice`)."""
+    from pipeline.data import loader
+
+    real_bins, real_assign = loader.BinPlan.bins, loader.assign
+
+    def bins_with_gap(plan: Any, position: Any = None) -> Any:
+        for number, bin_ in enumerate(real_bins(plan, position), sum(position.taken)):
+            if number != 4:
+                yield bin_
+
+    def assign_rank_0(bins: list, ranks: Any) -> list:
+        return real_assign(bins, loader.Ranks(0, ranks.world, ranks.local))
+
+    if fault == "skip":
+        loader.BinPlan.bins = bins_with_gap
+    else:
+        loader.assign = assign_rank_0
+    return train(arguments)
+
+
+def train_with_bad_gradient(
+    arguments: list[str], rank: int, after_calls: int, until_calls: int
+) -> tuple[int | str, list[tuple[str, str]]]:
+    """As `train`, but on `rank` one weight's gradient is NaN in the backward passes [after, until): status,
+    and digests of weights and optimizer states before and after each update."""
+    import itertools
+
+    from pipeline.training import run as training_run
+
+    new_model = training_run.new_model
+
+    def build_with_fault(*settings: Any) -> Any:
+        model = new_model(*settings)
+        calls = itertools.count()
+        weight = next(model.parameters())
+        bad = range(after_calls, until_calls)
+        weight.register_hook(lambda g: g * float("nan") if next(calls) in bad else g)
+        return model
+
+    if os.environ["RANK"] == str(rank):
+        training_run.new_model = build_with_fault
+    return _with_digests(arguments)
+
+
+def train_with_bad_loss(
+    arguments: list[str], rank: int, after_calls: int, until_calls: int
+) -> tuple[int | str, list[tuple[str, str]]]:
+    """As `train_with_bad_gradient`, but it is the reported objective that is NaN, and the gradient good."""
+    import itertools
+
+    from pipeline.training import engine
+
+    nats, calls = engine._nats, itertools.count()
+
+    def bad_nats(losses: Any) -> Any:
+        found = nats(losses)
+        if losses.objective.requires_grad and next(calls) in range(after_calls, until_calls):
+            found[0] = float("nan")
+        return found
+
+    if os.environ["RANK"] == str(rank):
+        engine._nats = bad_nats
+    return _with_digests(arguments)
+
+
+def _with_digests(arguments: list[str]) -> tuple[int | str, list[tuple[str, str]]]:
+    from pipeline.training.engine import Engine
+
+    update, seen = Engine.update, []
+
+    def watched(engine: Any, *settings: Any) -> Any:
+        before = _digest(engine)
+        answer = update(engine, *settings)
+        seen.append((before, _digest(engine)))
+        return answer
+
+    Engine.update = watched
+    return train(arguments), seen
+
+
+def _digest(engine: Any) -> str:
+    """Of all that an update changes on this rank: (partitioned) weights, master weights, moments,
+    counters."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for parameter in engine.deepspeed.module.parameters():
+        digest.update(getattr(parameter, "ds_tensor", parameter).detach().numpy().tobytes())
+    for parameter, state in engine.deepspeed.basic_optimizer.state.items():
+        for tensor in (parameter, *(state[name] for name in sorted(state))):
+            digest.update(tensor.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_without_update(arguments: list[str], step: int) -> int | str:
+    """As `train`, but torch's AdamW does nothing in one step (one process without partitioning)."""
+    import itertools
+
+    import torch
+
+    original, calls = torch.optim.AdamW.step, itertools.count(1)
+
+    def step_or_not(self: Any, closure: Any = None) -> Any:
+        return None if next(calls) == step else original(self, closure)
+
+    torch.optim.AdamW.step = step_or_not
+    return train(arguments)
+
+
+def train_with_difference(arguments: list[str], fault: str) -> int | str:
+    """As `train`, but rank 1 differs from rank 0 in one respect."""
+    from pipeline.training import health
+    from pipeline.training import run as training_run
+
+    if os.environ["RANK"] == "1":
+        if fault == "recipe":
+            arguments = [*arguments, "--optimizer.lr", "0.125"]
+        elif fault == "code":
+            health.code_version = lambda: "other"
+        else:
+            provenance = training_run.provenance
+
+            def older(*settings: Any) -> dict:
+                found = provenance(*settings)
+                found["packages"]["torch"] = "0.1"
+                return found
+
+            training_run.provenance = older
+    return train(arguments)
+
+
+def train_with_unmeasured_weights(arguments: list[str]) -> int | str:
+    """As `train`, but the first evaluation gives figures that are not finite."""
+    import itertools
+
+    from pipeline.training.validation import Validation
+
+    run, calls = Validation.run, itertools.count(1)
+
+    def run_badly(self: Any, engine: Any) -> dict:
+        figures = run(self, engine)
+        return figures | ({"bits_per_byte": float("nan")} if next(calls) == 1 else {})
+
+    Validation.run = run_badly
+    return train(arguments)
+
+
+def train_unless(settings: list[str], absent: int) -> int | None:
+    """Train, but the rank `absent` leaves before it has met the others."""
+    return None if int(os.environ["RANK"]) == absent else train(settings)
+
+
+def train_and_hang(arguments: list[str], rank: int) -> int | str:
+    """As `train`, but `rank` never returns from the third forward pass."""
+    import itertools
+    import time
+
+    from pipeline.training import run as training_run
+
+    new_model, calls = training_run.new_model, itertools.count(1)
+
+    def hang_here(*_: Any) -> None:
+        if next(calls) == 3:
+            time.sleep(600)
+
+    def build_with_fault(*settings: Any) -> Any:
+        model = new_model(*settings)
+        model.register_forward_pre_hook(hang_here)
+        return model
+
+    if os.environ["RANK"] == str(rank):
+        training_run.new_model = build_with_fault
+    return train(arguments)
+
+
+def train_with_a_slow_rank(arguments: list[str], rank: int) -> tuple[int | str, str]:
+    """As `train_and_listen`, but `rank` computes for another 0.1 s in every forward pass."""
+    import time
+
+    from pipeline.training import run as training_run
+
+    new_model = training_run.new_model
+
+    def burn(*_: Any) -> None:
+        until = time.process_time() + 0.1
+        while time.process_time() < until:
+            pass
+
+    def build_slow(*settings: Any) -> Any:
+        model = new_model(*settings)
+        model.register_forward_pre_hook(burn)
+        return model
+
+    if os.environ["RANK"] == str(rank):
+        training_run.new_model = build_slow
+    return train_and_listen(arguments)
+
+
+def signal_twice_in_a_collective(folder: str) -> None:
+    """Rank 0 waits in a barrier for rank 1, which sends it TERM twice and never comes."""
+    import signal
+    import time
+    from pathlib import Path
+
+    from pipeline.parallel import ranks as launch
+
+    pid_file, rank = Path(folder) / "pid", int(os.environ["RANK"])
+    ranks = launch.find_ranks()
+    if rank == 0:
+        launch.StopSignals()
+    launch.join(ranks)
+    import torch.distributed as dist
+
+    dist.barrier()
+    if rank == 0:
+        pid_file.with_name("tmp").write_text(str(os.getpid()))
+        os.rename(pid_file.with_name("tmp"), pid_file)
+        dist.barrier()
+        return
+    while not pid_file.exists():
+        time.sleep(0.01)
+    pid = int(pid_file.read_text())
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(launch.SECOND_SIGNAL_SECONDS + 0.5)
+    os.kill(pid, 0)  # still there
+    (Path(folder) / "first").touch()
+    for _ in range(600):  # again, in case that the first one was looked at so late
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            os._exit(0)  # no leaving of a broken group
+        time.sleep(0.05)
+
+
+def train_compiled(arguments: list[str], backend: str) -> tuple[int | str, int, list[str]]:
+    """As `train`, with a given backend of torch.compile: (status, graphs, reasons why one was cut).
+
+    A function that has to be compiled too often is an error, not given up silently.
+    """
+    import torch
+
+    from pipeline.training import engine
+
+    engine.COMPILE_BACKEND = backend
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    status = train(arguments)
+    counters = torch._dynamo.utils.counters
+    return status, counters["stats"]["unique_graphs"], [r.splitlines()[0] for r in counters["graph_break"]]
+
+
+def train_without_programs(arguments: list[str]) -> int | str:
+    """As `train`, on a machine where no program can be found."""
+    os.environ["PATH"] = ""
+    return train(arguments)
+
+
+def tensors_in_checkpoints(run_dir: str) -> tuple[int, int]:
+    """How many floating-point tensors stand in a run's checkpoints, optimizer states included, and how many
+    of them hold a value that is not finite."""
+    from pathlib import Path
+
+    import torch
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point():
+                yield value
+        elif isinstance(value, dict):
+            for one in value.values():
+                yield from tensors(one)
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                yield from tensors(one)
+
+    found = [
+        bool(tensor.isfinite().all())
+        for file in Path(run_dir).glob("checkpoints/*/*.pt")
+        for tensor in tensors(torch.load(file, weights_only=False))
+    ]
+    return len(found), found.count(False)
+
+
+def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, float]:
+    """Export, load, and measure on the run's validation sample by plain torch: (class, bits per byte)."""
+    import itertools
+    import math
+
+    import torch
+    import yaml
+
+    from data_prep.shards.reader import ShardSet
+    from pipeline.data.batch import build_batch
+    from pipeline.data.plan import BinPlan
+    from pipeline.export.model_folder import export_run
+    from pipeline.models.factory import load_model, load_model_tokenizer
+    from pipeline.training.run import VALIDATION_SEED
+
+    export_run(run_dir, output, which)
+    model, tokenizer = load_model(output), load_model_tokenizer(output)
+    with open(os.path.join(run_dir, "recipe.yaml"), encoding="utf-8") as file:
+        recipe = yaml.safe_load(file)
+    data = recipe["data"]
+    plan = BinPlan(
+        [ShardSet.open(data["validation"])], data["window_tokens"], data["bin_tokens"], VALIDATION_SEED
+    )
+    nats = text_bytes = 0.0
+    with torch.no_grad():
+        for bin_ in itertools.islice(plan.epoch(), recipe["training"]["eval_bins"]):
+            batch = build_batch(plan.spans(bin_))
+            sums = model(batch)
+            nats += float(sums.token_nll + sums.end_nll + sums.stop_nll)
+            text_bytes += float(tokenizer.byte_lengths[batch.tokens_T.numpy()].sum())
+    return type(model).__name__, nats / math.log(2) / text_bytes
+
+
+def export_and_compare(run_dir: str, output: str) -> dict[str, float]:
+    """How far each weight of a run's export is from where the run began: mean absolute difference by name."""
+    from pathlib import Path
+
+    import torch
+
+    from data_prep.shards.reader import ShardSet
+    from pipeline.config.schema import load_recipe
+    from pipeline.export.model_folder import export_run
+    from pipeline.models.factory import load_model, new_model
+
+    export_run(run_dir, output, "last")
+    recipe = load_recipe(Path(run_dir) / "recipe.yaml")
+    shards = ShardSet.open(recipe.data.shards[0])
+    torch.manual_seed(recipe.seed)
+    began = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
+    trained = dict(load_model(output).named_parameters())
+    return {name: float((trained[name] - p).abs().mean().detach()) for name, p in began.named_parameters()}
+
+
+def export_average(run_dir: str, output: str, decay: float) -> tuple[float, float]:
+    """Largest distances of an export's weights from the average of the checkpoints of every step, and from
+    the last weights."""
+    from pathlib import Path
+
+    import torch
+
+    from data_prep.shards.reader import ShardSet
+    from pipeline.checkpoints import store as checkpoints
+    from pipeline.checkpoints.zero_shards import Parts
+    from pipeline.config.schema import load_recipe
+    from pipeline.export.model_folder import export_run
+    from pipeline.models.factory import load_model, new_model
+
+    export_run(run_dir, output, "last", "ema")
+    recipe = load_recipe(Path(run_dir) / "recipe.yaml")
+    shards = ShardSet.open(recipe.data.shards[0])
+    torch.manual_seed(recipe.seed)
+    model = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
+    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for checkpoint in sorted(Path(run_dir).glob("checkpoints/step-*")):
+        parts = Parts(checkpoint, checkpoints.read_meta(checkpoint))
+        last = {name: parts.tensor(name).clone() for name in average}
+        for name, tensor in average.items():
+            average[name] = decay * tensor + (1 - decay) * last[name]
+    found = load_model(output).state_dict()
+    return tuple(
+        max(float((found[name] - other[name]).abs().max()) for name in found) for other in (average, last)
+    )
+
+
+def bytes_kept_for_backward(recipe_file: str) -> tuple[int, int]:
+    """Bytes of activations that a forward pass keeps, without and with activation checkpointing."""
+    import torch
+
+    from data_prep.shards.reader import ShardSet
+    from pipeline.config.schema import load_recipe
+    from pipeline.data.batch import build_batch
+    from pipeline.data.plan import BinPlan
+    from pipeline.models.factory import new_model
+    from pipeline.training.engine import checkpoint_layers
+
+    recipe = load_recipe(recipe_file)
+    shards, data = ShardSet.open(recipe.data.shards[0]), recipe.data
+    model = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
+    plan = BinPlan([shards], data.window_tokens, data.bin_tokens, recipe.seed)
+    batch = build_batch(plan.spans(next(iter(plan.epoch()))))
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def kept() -> int:
+        found = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = model(batch)
+        size = sum(found.values())
+        losses.objective.backward()
+        return size
+
+    plain = kept()
+    checkpoint_layers(model)
+    return plain, kept()
+
+
+def export_error(run_dir: str, output: str, which: str = "best") -> str:
+    """The message with which `export_run` refuses a run; empty when it does not."""
+    from data_prep.common.errors import UserError
+    from pipeline.export.model_folder import export_run
+
+    try:
+        export_run(run_dir, output, which)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def sllm(arguments: list[str]) -> tuple[int | str, str]:
+    """The `sllm` command: its exit status, or the message of a UserError, and what it wrote on stdout."""
+    import contextlib
+    import io
+
+    from data_prep.common.errors import UserError
+    from pipeline.cli.main import build_parser
+
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
+        try:
+            args = build_parser().parse_args(arguments)
+            status: int | str = args.run(args)
+        except UserError as error:
+            status = str(error)
+    return status, written.getvalue()
+
+
+def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[int, str, str]:
+    """`sllm doctor` with the rank's own further environment (`CWD`: its working folder, `SITE`: a folder of
+    packages that come before the installed ones): its status, and what it wrote to stdout and stderr."""
+    import contextlib
+    import io
+    import sys
+
+    from pipeline.cli.main import main
+
+    os.environ.update(environments[int(os.environ["RANK"])])
+    os.chdir(os.environ.get("CWD", "."))
+    sys.path.insert(0, os.environ.get("SITE", ""))
+    if "SPOIL" in os.environ:  # a machine whose memory or network alters what it sends
+        from pipeline.cluster import network as doctor_network
+
+        right = doctor_network.weight
+        doctor_network.weight = lambda rank: right(rank) + (str(rank) == os.environ["RANK"])
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = main(["doctor", *arguments])
+    return status, out.getvalue(), err.getvalue()

@@ -1,0 +1,321 @@
+"""Recipes, strategies and launch: refused early and clearly, or read exactly as written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.paths import REPOSITORY
+
+from data_prep.common.errors import UserError
+from pipeline.config.deepspeed_config import complete_strategy, read_strategy, zero_stage
+from pipeline.config.schema import load_recipe
+from pipeline.parallel import ranks as launch
+
+RECIPES = sorted((REPOSITORY / "pipeline" / "recipes").glob("*.yaml"))
+CONFIGS = REPOSITORY / "ds_configs"
+STRATEGIES = sorted(path for path in CONFIGS.glob("zero*.json") if path.stem != "zero3-nvme")
+DEMO = REPOSITORY / "pipeline" / "recipes" / "demo-vae.yaml"
+
+
+def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+SMALL = """
+objective: vae
+output_dir: runs/x
+data: {shards: [a]}
+model: {vae: {hidden_size: 32}}
+training: {max_steps: 3}
+"""
+
+
+def test_every_published_size_has_a_recipe() -> None:
+    wanted = {f"svae-{size}-h{layers}" for size in (768, 1024, 2048) for layers in (1, 2, 4)}
+    wanted |= {f"sllm-{size}-h{layers}" for size in ("125m", "350m", "1.3b") for layers in (1, 2, 4)}
+    assert wanted <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_what_their_names_say(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    parts = path.stem.replace("svae", "vae").split("-")
+    assert recipe.objective in parts
+    assert recipe.data.shards and recipe.data.validation
+    if "-h" in path.stem:
+        assert Path(recipe.output_dir).name == path.stem
+        vae = recipe.model.vae
+        assert str(vae.get("layers") or vae["path"][-1]) == path.stem[-1]
+    # What is written into the run directory says the same.
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_the_demos_models_get_the_same_budget() -> None:
+    sllm, lm = (load_recipe(DEMO.with_name(f"demo-{kind}.yaml")) for kind in ("sllm", "lm"))
+    assert sllm.training == lm.training and sllm.data == lm.data and sllm.optimizer == lm.optimizer
+
+
+def test_overrides_win_and_get_the_keys_type(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    given = "--optimizer.lr 1e-4 --data.shards b c --training.max_tokens 1e6 --log.wandb=true"
+    given += " --data.validation null --optimizer.betas 0.8 0.9 --schedule.final 0"
+    recipe = load_recipe(path, given.split())
+    assert recipe.optimizer.lr == 1e-4 and recipe.optimizer.betas == [0.8, 0.9]
+    assert recipe.data.shards == ["b", "c"] and recipe.data.validation is None
+    assert recipe.training.max_tokens == 1_000_000 and isinstance(recipe.training.max_tokens, int)
+    assert recipe.log.wandb is True and recipe.schedule.final == 0.0
+
+
+def test_a_path_replaces_the_sizes_of_a_model_part() -> None:
+    sllm = DEMO.with_name("demo-sllm.yaml")
+    recipe = load_recipe(sllm, ["--model.backbone.path", "models/opt"])
+    assert recipe.model.backbone == {"path": "models/opt"}
+    assert recipe.model.vae == {"path": "demo/models/vae"}, "its base gives sizes"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "--training.max_step 3",
+            "unknown recipe key 'training.max_step': did you mean 'training.max_steps'?",
+        ),
+        ("--max_steps 3", "did you mean 'training.max_steps'?"),
+        ("--model.vae.hiden_size 3", "did you mean 'model.vae.hidden_size'?"),
+        ("--model.backbone.hidden 3", "did you mean 'model.backbone.hidden_size'?"),
+        ("--modl.vae.layers 3", "did you mean 'model.vae.layers'?"),
+        ("--training.max_steps", "needs a value"),
+        ("--training.max_steps 1.5", "must be a whole number, not 1.5"),
+        ("--training.max_steps 0", "training.max_steps must be at least 1"),
+        ("--training.max_steps null", "the run would never end"),
+        ("--optimizer.lr fast", "optimizer.lr must be a number, not 'fast'"),
+        ("--log.wandb 3", "must be true or false"),
+        ("--loss.kind mse", "loss.kind must be one of cross_entropy, focal"),
+        ("--schedule.warmup 2", "schedule.warmup must lie in [0, 1]"),
+        ("--schedule.kind wsd --schedule.decay 0", "schedule.decay must be above 0"),
+        ("--schedule.kind wsd --schedule.warmup 0.5 --schedule.decay 0.6", "leave room for warmup (0.5)"),
+        ("--optimizer.parts {a:1}", "optimizer.parts"),
+        ("--optimizer.parts={encoder:{lr_scale:0}}", "optimizer.parts"),
+        ("--objective gan", "objective must be one of vae, sllm, lm"),
+        ("--objective sllm", "objective sllm needs model.backbone"),
+        ("--data.window_tokens 9000", "a window must fit into a bin"),
+        ("--data.weights 0.7 0.3", "has 2 numbers for 1 shard sets: give one for each"),
+        ("--data.shards a b --data.weights 1 0", "data.weights must be positive numbers, not [1.0, 0.0]"),
+        ("--data.shards a b --data.weights 1 nan", "data.weights must be"),
+        ("--model.vae.path x", "objective vae trains a SentenceVAE from sizes"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_wrong_overrides_are_refused(overrides: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        load_recipe(write(tmp_path, SMALL), overrides.split())
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("objective: [", "is not valid YAML"),
+        ("just words", "is not a mapping"),
+        (SMALL + "optimiser: {lr: 1}", "unknown recipe key 'optimiser': did you mean 'optimizer.lr'?"),
+        (SMALL.replace("shards", "shard"), "did you mean 'data.shards'?"),
+        (SMALL.replace("objective: vae", ""), "objective is missing"),
+        (SMALL.replace("{hidden_size: 32}", "{path: x, layers: 2}"), "has a path and sizes (layers)"),
+        (SMALL + "base: recipe.yaml", "leads back to itself"),
+        (SMALL + "base: nowhere.yaml", "nowhere.yaml does not exist"),
+    ],
+)
+def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        load_recipe(write(tmp_path, text))
+    assert message in str(refused.value)
+
+
+def test_an_unknown_key_is_refused_by_the_command_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command = [sys.executable, "pipeline/train.py", "--config", str(DEMO)]
+    command += [
+        "--deepspeed_config",
+        str(REPOSITORY / "ds_configs" / "zero3.json"),
+        "--training.max_step",
+        "3",
+    ]
+    environment = dict(os.environ) | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "did you mean 'training.max_steps'?" in done.stderr
+
+
+def test_help_has_an_example() -> None:
+    done = subprocess.run(
+        [sys.executable, "pipeline/train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "example:" in done.stdout and "--deepspeed_config" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_the_learning_rate_never_rises_after_the_warm_up(kind: str, tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL), f"--schedule.kind {kind} --schedule.warmup 0.1".split())
+    steps = 50
+    factors = [recipe.schedule.factor((step + 1) / steps) for step in range(steps)]
+    assert factors[0] > 0 and max(factors) == pytest.approx(1.0, abs=0.01)
+    assert all(a < b for a, b in zip(factors[:4], factors[1:5], strict=True))
+    assert all(a >= b for a, b in zip(factors[5:], factors[6:], strict=False))
+    assert factors[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
+    assert factors[26] == pytest.approx(
+        {"cosine": 0.55, "linear": 0.55, "wsd": 1.0, "constant": 1.0}[kind], abs=0.02
+    )
+    assert factors[44] == pytest.approx(
+        {"cosine": 0.127, "linear": 0.2, "wsd": 0.55, "constant": 1.0}[kind], abs=0.01
+    )
+
+
+def test_progress_ends_at_whichever_limit_comes_first(tmp_path: Path) -> None:
+    training = load_recipe(
+        write(tmp_path, SMALL), "--training.max_steps 10 --training.max_tokens 100".split()
+    ).training
+    assert training.progress(0, 0) == 0
+    assert training.progress(5, 20) == 0.5
+    assert training.progress(5, 100) == 1
+    assert training.progress(10, 20) == 1
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
+def test_strategies_are_completed_from_the_recipe(path: Path) -> None:
+    recipe = load_recipe(DEMO, ["--data.bins_per_step", "5", "--optimizer.clip", "0.7"])
+    config = complete_strategy(read_strategy(path), recipe, world=2, on_gpu=True)
+    assert "//" not in config
+    assert config["gradient_accumulation_steps"] == 3 and config["train_batch_size"] == 6
+    assert config["gradient_clipping"] == 0.7
+    assert config["bf16"] == {"enabled": True}
+    assert path.stem.startswith(f"zero{zero_stage(config)}")
+    # ZeRO accumulates gradients in fp32 also when it computes in bf16; plain data parallel refuses to.
+    expected = None if zero_stage(config) == 0 else {"grad_accum_dtype": "fp32"}
+    assert config.get("data_types") == expected
+    on_cpu = complete_strategy(read_strategy(path), recipe, world=2, on_gpu=False)
+    assert "bf16" not in on_cpu and not any("quantized" in key for key in on_cpu["zero_optimization"])
+
+
+def test_added_files_win_and_lead_into_the_run_directory() -> None:
+    recipe = load_recipe(DEMO, ["--output_dir", "runs/here"])
+    files = [CONFIGS / f"{name}.json" for name in ("zero2", "fp16", "flops-profiler", "comms-logger")]
+    strategy = read_strategy(*files)
+    assert strategy["zero_optimization"] == read_strategy(files[0])["zero_optimization"]
+    config = complete_strategy(strategy, recipe, world=2, on_gpu=True)
+    assert config["fp16"]["enabled"] and not config["bf16"]["enabled"]
+    assert config["flops_profiler"]["output_file"] == "runs/here/flops-profile.txt"
+    assert "fp16" not in complete_strategy(strategy, recipe, world=2, on_gpu=False)
+
+
+def test_every_file_says_what_it_is_for_and_where_it_ran() -> None:
+    table = (CONFIGS / "README.md").read_text()
+    for path in CONFIGS.glob("*.json"):
+        header = " ".join(json.loads(path.read_text())["//"])
+        assert "ested" in header and ("Never run on a GPU" in header or "NEVER RUN" in header), path
+        assert f"`{path.name}`" in table
+
+
+def test_nvme_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    recipe, strategy = load_recipe(DEMO, []), read_strategy(CONFIGS / "zero3-nvme.json")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
+    with pytest.raises(UserError, match="offloads to an NVMe disk, and .* install libaio"):
+        complete_strategy(strategy, recipe, world=2, on_gpu=True)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
+    config = complete_strategy(strategy, recipe, world=2, on_gpu=True)
+    assert config["zero_optimization"]["offload_param"]["nvme_path"] == "/local_nvme"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"train_batch_size": 8}', "sets train_batch_size: remove it"),
+        ('{"optimizer": {}}', "sets optimizer: remove it"),
+        ('{"data_types": {"grad_accum_dtype": "fp32"}}', "stage 0 knows no data_types"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
+            "offload_optimizer.ratio 0.5 splits the update between two optimizers",
+        ),
+    ],
+)
+def test_wrong_strategies_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        read_strategy(write(tmp_path, text, "ds.json"))
+    with pytest.raises(UserError, match="does not exist"):
+        read_strategy(tmp_path / "none.json")
+
+
+SLURM = {
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n1",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "4",
+    "SLURM_LOCALID": "1",
+}
+
+
+def test_ranks_come_from_whichever_launcher_there_is() -> None:
+    assert launch.find_ranks({}) == launch.Ranks(0, 1, 0)
+    env = dict(SLURM)
+    assert launch.find_ranks(env) == launch.Ranks(3, 4, 1)
+    assert env["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(env["MASTER_PORT"]) < 32000
+    other = SLURM | {"SLURM_PROCID": "0"}
+    launch.find_ranks(other)
+    assert other["MASTER_PORT"] == env["MASTER_PORT"], "ranks of one step meet at one port"
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    assert launch.find_ranks(mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}) == launch.Ranks(1, 2, 1)
+
+
+def test_what_a_launcher_has_set_stays() -> None:
+    env = SLURM | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "n7", "MASTER_PORT": "9"}
+    assert launch.find_ranks(env) == launch.Ranks(0, 2, 0)
+    assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("n7", "9")
+
+
+def test_a_batch_script_is_no_rank() -> None:
+    script = {name: value for name, value in SLURM.items() if "STEP" not in name}
+    assert launch.find_ranks(script) == launch.Ranks(0, 1, 0)
+
+
+def test_several_machines_need_an_address() -> None:
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with pytest.raises(UserError, match="export MASTER_ADDR"):
+        launch.find_ranks(mpi)
+
+
+def test_steps_to_profile(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL)
+    assert load_recipe(path, ["--log.profile", "10-12"]).log.profile_steps() == (10, 12)
+    assert load_recipe(path, ["--log.profile", "7"]).log.profile_steps() == (7, 7)
+    for wrong in ("12-10", "0-3", "a-b", "3-", "-3", "1-2-3"):
+        with pytest.raises(UserError, match="log.profile must be steps such as 10-12"):
+            load_recipe(path, [f"--log.profile={wrong}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("label_smoothing", "1", r"must lie in \[0, 1\)"),
+        ("label_smoothing", "-0.1", r"must lie in \[0, 1\)"),
+        ("z_loss", "-1", "must not be negative"),
+        ("z_loss", ".nan", "must not be negative"),
+        ("focal_gamma", "0.5", "must be at least 1"),
+        ("embedding_weight", "-1", "must not be negative"),
+        ("embedding_weight", "1", "is for objective sllm, not vae"),
+    ],
+)
+def test_wrong_losses_are_refused(key, value, says, tmp_path):
+    recipe = write(tmp_path, SMALL)
+    with pytest.raises(UserError, match=f"loss.{key} {says}"):
+        load_recipe(recipe, [f"--loss.{key}={value}"])

@@ -1,0 +1,72 @@
+"""The guard's decisions: figures that are not finite, spikes, and what a checkpoint must bring back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from data_prep.common.errors import UserError
+from pipeline.config.schema import HealthRecipe
+from pipeline.training.health import FEWEST, MEMORY, SPEED_STEPS, Guard, Speeds
+
+
+def test_only_what_is_not_finite_is_bad_by_default() -> None:
+    guard, recipe = Guard(), HealthRecipe()
+    for _ in range(100):
+        guard.record(5.0, 1.0, None, recipe)
+    assert guard.bad_loss(1e9, recipe) is None
+    assert guard.norm_limit(recipe) == math.inf
+    assert guard.bad_loss(math.nan, recipe) == "the loss is nan"
+    assert guard.bad_loss(math.inf, recipe) == "the loss is inf"
+    assert guard == Guard()  # nothing to carry in checkpoints
+
+
+def test_a_spike_is_judged_by_the_median_of_the_last_accepted_steps() -> None:
+    guard, recipe = Guard(), HealthRecipe(loss_spike=2.0, norm_spike=4.0)
+    for step in range(FEWEST):
+        assert guard.bad_loss(1e9, recipe) is None and guard.norm_limit(recipe) == math.inf
+        guard.record(3.0 if step else 1000.0, 0.5, None, recipe)
+    assert guard.bad_loss(5.9, recipe) is None
+    assert guard.bad_loss(6.1, recipe) == "the loss 6.1 is above 6, 2 times the median"
+    assert guard.norm_limit(recipe) == 2.0
+    for number in (1, 2):
+        guard.record(100.0, 100.0, "a reason", recipe)
+        assert (guard.skips, guard.in_row) == (number, number)
+    assert guard.norm_limit(recipe) == 2.0  # a skipped step says nothing about what is usual
+    assert Guard(**json.loads(json.dumps(dataclasses.asdict(guard)))) == guard
+    for _ in range(MEMORY):
+        guard.record(1.0, 1.0, None, recipe)
+    assert (guard.skips, guard.in_row) == (2, 0)
+    assert len(guard.losses) == len(guard.norms) == MEMORY and guard.norm_limit(recipe) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_skips": 0}, "health.max_skips must be at least 1"),
+        ({"norm_spike": 1.0}, "health.norm_spike must be null or a number above 1"),
+        ({"loss_spike": math.nan}, "health.loss_spike must be null or a number above 1"),
+        ({"hang_seconds": 0.0}, "health.hang_seconds must be null or a positive number"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        HealthRecipe(**settings)
+
+
+def test_only_a_rank_that_stays_slow_is_named() -> None:
+    speeds = Speeds(["a", "b", "c"])
+    for step in range(100):
+        slow = step % 3  # another one each time: noise
+        assert speeds.note([2.0 if rank == slow else 1.0 for rank in range(3)]) == (slow, 2.0)
+        assert speeds.warning() is None
+    assert speeds.note([1.0, 0.0, 0.0]) is None  # a rank without bins has no figure
+    said = []
+    for _ in range(SPEED_STEPS + 5):
+        speeds.note([1.0, 1.0, 1.5])
+        said += [speeds.warning()]
+    [line] = [line for line in said if line]
+    assert line.startswith("rank 2 (c) takes 1.5 times the median rank's time")

@@ -1,0 +1,64 @@
+"""The records of a run, and what must not end it: files that are not as we wrote them, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers.paths import REPOSITORY
+
+from data_prep.common.errors import UserError
+from pipeline.config.schema import Recipe, load_recipe
+from pipeline.training.run_log import RunLog, read_records
+
+RECIPES = REPOSITORY / "pipeline" / "recipes"
+EVALUATION = {"step": 1, "bits_per_byte": 2.0, "ppl": 9.0, "best": True}
+
+
+def recipe(run: Path) -> Recipe:
+    settings = ["--output_dir", str(run), "--log.tensorboard", "false", "--log.wandb", "true"]
+    return load_recipe(str(RECIPES / "demo-vae.yaml"), settings)
+
+
+def broken(*_: object, **__: object) -> None:
+    raise RuntimeError("no network\nsecond line")
+
+
+def test_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\0\0\xff\xfe\n7\nnull\n["step"]\n{"loss": 1}\n{"step": 2}\n{"st')
+    assert read_records(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_board_that_does_not_begin_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=broken))
+    with pytest.raises(UserError, match=r"RuntimeError: no network\).*--log.wandb false") as refused:
+        RunLog(tmp_path, recipe(tmp_path), 0, 0)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_board_that_fails_later_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent = []
+
+    def log(curves: dict, step: int) -> None:
+        sent.append(step)
+        if step == 2:
+            broken()
+
+    board = SimpleNamespace(log=log, finish=broken)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: board))
+    with RunLog(tmp_path, recipe(tmp_path), 0, 0) as run_log:
+        for step in (1, 2, 3):
+            run_log.evaluation(EVALUATION | {"step": step})
+    said = "log.wandb: nothing is sent to Weights & Biases any more (RuntimeError: no network)"
+    assert sent == [1, 2] and capsys.readouterr().out.count(said) == 1
+    assert [json.loads(line)["step"] for line in open(tmp_path / "evaluations.jsonl")] == [1, 2, 3]
+
+    with RunLog(tmp_path, recipe(tmp_path), 0, 3):
+        pass
+    assert capsys.readouterr().out == said + "\n"  # it fails when it ends

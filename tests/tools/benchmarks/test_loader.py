@@ -1,0 +1,56 @@
+"""The loader's benchmark and the planning simulation: they run, and they measure what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.common.errors import UserError
+from pipeline.cli import main as cli
+from pipeline.data.plan import BinPlan
+from tools.benchmarks.loader import SyntheticShardSet
+
+
+def test_the_loader_is_measured(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["benchmark", "loader", "--shards", str(tiny_shards), "--bins", "5", "--runs", "2"]
+    assert cli.main([*command, "--output", str(tmp_path / "loader.json"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "loader.json").read_text())
+    assert list(result["windows"]) == ["1024", "128"] and result["cpu"]
+    for measured in result["windows"].values():
+        assert len(measured["tokens_per_second"]["values"]) == 2
+        assert measured["tokens_per_second"]["median"] > 0
+    assert cli.main(command) == 0
+    assert "per CPU-second) in bins of 8,192;" in capsys.readouterr().out
+    with pytest.raises(UserError, match="its folder does not exist"):
+        cli.main([*command, "--output", str(tmp_path / "nowhere" / "x.json")])
+
+
+@pytest.mark.parametrize("at", ["start", "late"])
+def test_planning_reads_one_group_of_the_index(at: str, capsys: pytest.CaptureFixture) -> None:
+    sizes = ["--documents", "200000", "--shards", "1000", "--ranks", "4", "--at", at, "--json"]
+    assert cli.main(["benchmark", "planning", *sizes]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["indexes_read"] == 16
+    assert 7000 < result["first_batch_tokens"] <= 8192
+
+
+def test_simulated_sentences_are_those_of_the_index(tmp_path: Path) -> None:
+    shard_set = SyntheticShardSet(tmp_path, 3000, 3)
+    shard = shard_set.shard(1)
+    documents = np.array([0, 5, 6, 999])
+    lengths = shard.sentence_lengths_of(documents)
+    assert lengths.min() >= 1 and len(lengths) == shard.index["sentences"][documents].sum()
+    assert lengths.sum() == shard.index["tokens"][documents].sum()
+    assert np.array_equal(shard_set.shard(1).index, shard.index) and not list(tmp_path.iterdir())
+    bins = list(BinPlan([shard_set], 128, 1024, seed=1).epoch())
+    totals = sum(int(shard_set.shard(i).index["tokens"].sum(dtype=np.int64)) for i in range(3))
+    assert sum(bin_.tokens for bin_ in bins) == totals
+
+
+def test_too_few_documents_are_refused() -> None:
+    with pytest.raises(UserError, match="cannot fill 100 shards"):
+        cli.main(["benchmark", "planning", "--documents", "9", "--shards", "100"])

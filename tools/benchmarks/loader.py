@@ -1,0 +1,279 @@
+"""`sllm benchmark loader` and `sllm benchmark planning`: what the way from shards to batches costs.
+
+loader    packed batches per second as the trainer's own loader makes them, on its one thread, from real
+          shards: planning, reading, checking and packing together. The first reading of a document checks its
+          checksum; every run opens the shards anew, so all checks are in the figures.
+planning  the first bins of one rank of a large run, planned from an index of any size, at the start and late
+          in an epoch, each in a process of its own: seconds and peak memory (what Python and torch need
+          included). Only the index files that are opened exist: each is made when it is asked for, the time
+          of which does not count, then read as any index is. Reading what the bins hold is not part of it.
+
+Out: a dictionary; the command prints it and writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_prep.common.environment import header, require_folder, say, write_result
+from data_prep.common.errors import UserError, run_main
+from data_prep.shards.reader import INDEX_DTYPE, ShardSet, npy_bytes, read_index
+from pipeline.cli.options import answer, command, positive
+from pipeline.data.loader import StepLoader, assign
+from pipeline.data.plan import PART_WINDOWS, BinPlan, Place, Position, count
+from pipeline.parallel.ranks import Ranks
+from tools.benchmarks.sharding import PACKAGES
+
+WINDOWS = (1024, 128)
+BIN_TOKENS = 8192
+TOKENS_PER_SENTENCE = 10.9
+LATE = 0.9  # of an epoch
+STEPS = 5  # planned after the first one, for the rate
+
+
+def loader(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run `sllm benchmark loader`."""
+    require_folder(arguments.output)
+    byte_lengths = ShardSet.open(arguments.shards).tokenizer().byte_lengths
+    runs: dict[int, list[dict[str, float]]] = {window: [] for window in WINDOWS}
+    for _ in range(arguments.runs):
+        for window in WINDOWS:  # in turn, so that a slow moment of the machine meets both
+            runs[window].append(_load(arguments.shards, window, arguments.bins, byte_lengths))
+            say(f"window {window}: {runs[window][-1]['tokens_per_second']:,.0f} tokens/s")
+    rates = {
+        str(window): {
+            rate: {
+                "median": statistics.median(run[rate] for run in of),
+                "values": [run[rate] for run in of],
+            }
+            for rate in ("tokens_per_second", "tokens_per_cpu_second")
+        }
+        | {
+            "first_seconds": [run["first_seconds"] for run in of],
+        }
+        for window, of in runs.items()
+    }
+    result = {
+        "benchmark": "loader",
+        **header(PACKAGES),
+        "shards": arguments.shards,
+        "bins": arguments.bins,
+        "bin_tokens": BIN_TOKENS,
+        "windows": rates,
+    }
+    write_result(result, arguments.output)
+    return result
+
+
+def _load(folder: str, window: int, bins: int, byte_lengths: np.ndarray) -> dict[str, float]:
+    """One run: the first batch, which waits for the plan of a group, and the rate of those after it."""
+    plan = BinPlan([ShardSet.open(folder)], window, BIN_TOKENS, seed=1)
+    began = time.perf_counter()
+    with StepLoader(plan, "sllm", 1, Ranks(0, 1, 0), byte_lengths, plan.start()) as steps:
+        steps.next_step()
+        first, cpu_first = time.perf_counter(), time.process_time()
+        tokens = sum(steps.next_step().tokens_all for _ in range(bins))
+        seconds, cpu_seconds = time.perf_counter() - first, time.process_time() - cpu_first
+    return {
+        "first_seconds": first - began,
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_cpu_second": tokens / cpu_seconds,
+    }
+
+
+def planning(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run `sllm benchmark planning`; with `at`, only that measurement, in this process."""
+    require_folder(arguments.output)
+    if arguments.documents < arguments.shards:
+        raise UserError(f"{arguments.documents} documents cannot fill {arguments.shards} shards")
+    if arguments.at:
+        return _plan(arguments, arguments.at, arguments.window_tokens)
+    measured: dict[str, Any] = {}
+    for window, at in itertools.product(WINDOWS, ("start", "late")):
+        command = [sys.executable, "-m", "tools.benchmarks.loader", "planning", "--json"]
+        for name in ("documents", "shards", "ranks"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+        command += ["--at", at, "--window-tokens", str(window)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        measured.setdefault(str(window), {})[at] = json.loads(done.stdout)
+        say(f"window {window}, {at}: {measured[str(window)][at]}")
+    result = {
+        "benchmark": "planning",
+        **header(PACKAGES),
+        **{name: getattr(arguments, name) for name in ("documents", "shards", "ranks")},
+        "bin_tokens": BIN_TOKENS,
+        "windows": measured,
+    }
+    write_result(result, arguments.output)
+    return result
+
+
+def _plan(arguments: argparse.Namespace, at: str, window: int) -> dict[str, Any]:
+    """The first step of the last rank, then some more steps, a bin for every rank in each."""
+    with tempfile.TemporaryDirectory() as folder:
+        shard_set = SyntheticShardSet(Path(folder), arguments.documents, arguments.shards)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        plan = BinPlan([shard_set], window, BIN_TOKENS, seed=1)
+        position = plan.start()
+        if at == "late":
+            groups = -(-arguments.shards // plan.shards_at_once)
+            part = int(LATE * arguments.documents / arguments.shards * plan.shards_at_once) // PART_WINDOWS
+            position = Position((0,), (Place(0, int(LATE * groups), part, 100),))
+        stream = plan.bins(position)
+        bins = list(itertools.islice(stream, arguments.ranks))
+        (mine,) = assign(bins, Ranks(arguments.ranks - 1, arguments.ranks, 0))
+        count(bins, "sllm")
+        seconds = time.perf_counter() - began - shard_set.making_seconds
+        cpu_seconds = time.process_time() - cpu_began - shard_set.making_cpu_seconds
+        opened = shard_set.opened
+        making, before, tokens = shard_set.making_cpu_seconds, time.process_time(), 0
+        for _ in range(STEPS):
+            bins = list(itertools.islice(stream, arguments.ranks))
+            tokens += count(bins, "sllm")[0]
+            position = position.after(bins)
+        rate = tokens / (time.process_time() - before - (shard_set.making_cpu_seconds - making))
+    return {
+        "first_batch_seconds": seconds,
+        "first_batch_cpu_seconds": cpu_seconds,
+        "first_batch_tokens": mine.tokens,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "indexes_read": opened,
+        "planned_tokens_per_cpu_second": rate,
+    }
+
+
+class SyntheticShard(NamedTuple):
+    """What planning asks of a shard: documents of `index`, whose sentences are of even length."""
+
+    index: np.ndarray
+
+    def sentence_lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        tokens, sentences = (self.index[name][documents].astype(np.int64) for name in ("tokens", "sentences"))
+        first = np.cumsum(sentences) - sentences
+        within = np.arange(sentences.sum()) - np.repeat(first, sentences)
+        longer = within < np.repeat(tokens % sentences, sentences)
+        return (np.repeat(tokens // sentences, sentences) + longer).astype(np.uint16)
+
+
+class SyntheticShardSet:
+    """What planning asks of a shard set; a shard's index is made when it is opened.
+
+    Lengths are log-normal, of some 490 tokens in the mean, as documents of 2 kB have. The last few shards
+    used stay open, as in `ShardSet`.
+    """
+
+    def __init__(self, folder: Path, documents: int, shards: int):
+        self.folder, self._documents = folder, documents // shards
+        self.tokens_per_shard = 493 * self._documents
+        self.manifest = {"shards": [{"tokens": self.tokens_per_shard}] * shards}
+        self.making_seconds = self.making_cpu_seconds = 0.0
+        self.opened = 0
+
+    def shard(self, i: int) -> SyntheticShard:
+        path = self.folder / f"shard-{i:06d}.index.npy"
+        before, cpu_before = time.perf_counter(), time.process_time()
+        rng = np.random.default_rng([7, i])
+        index = np.zeros(self._documents, INDEX_DTYPE)
+        index["tokens"] = np.clip(rng.lognormal(5.7, 1.0, self._documents), 1, 1 << 18)
+        index["sentences"] = np.maximum(1, index["tokens"] // TOKENS_PER_SENTENCE)
+        data = npy_bytes(index)
+        path.write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        del index, data
+        self.making_seconds += time.perf_counter() - before
+        self.making_cpu_seconds += time.process_time() - cpu_before
+        self.opened += 1
+        shard = SyntheticShard(read_index(path, sha256))
+        path.unlink()
+        return shard
+
+
+def format_loader(result: dict[str, Any]) -> str:
+    """The result of `loader` as text."""
+    return "\n".join(
+        f"window {window:>5}: {of['tokens_per_second']['median'] / 1e6:6.2f} M tokens/s "
+        f"({of['tokens_per_cpu_second']['median'] / 1e6:.2f} per CPU-second) in bins of "
+        f"{result['bin_tokens']:,}; the first after {statistics.median(of['first_seconds']):.2f} s"
+        for window, of in result["windows"].items()
+    )
+
+
+def format_planning(result: dict[str, Any]) -> str:
+    """The result of `planning` as text."""
+    if "windows" not in result:
+        return json.dumps(result)
+    lines = [
+        f"{result['documents']:,} documents in {result['shards']:,} shards, {result['ranks']:,} ranks: "
+        "the first batch of a rank"
+    ]
+    lines += [
+        f"  window {window:>5}, {at:<5}: {one['first_batch_seconds']:6.2f} s "
+        f"({one['first_batch_cpu_seconds']:.2f} CPU-s), "
+        f"{one['peak_memory_bytes'] / 1e9:.2f} GB, {one['indexes_read']} indexes read; then "
+        f"{one['planned_tokens_per_cpu_second'] / 1e6:,.0f} M tokens a CPU-second are planned"
+        for window, measured in result["windows"].items()
+        for at, one in measured.items()
+    ]
+    return "\n".join(lines)
+
+
+def answer_with(arguments: argparse.Namespace, measure: Callable, text: Callable) -> int:
+    answer(arguments, measure(arguments), text)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmarks.loader", description="Speed of the loader, and of planning."
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    loader_parser = command(
+        kinds,
+        "loader",
+        lambda given: answer_with(given, loader, format_loader),
+        "Real tokens per second of packed batches, as the trainer's loader makes them on one thread.",
+        "python -m tools.benchmarks.loader loader --shards shards/train",
+    )
+    loader_parser.add_argument("--shards", required=True, metavar="DIR", help="shard folder")
+    loader_parser.add_argument(
+        "--bins", type=positive, default=500, metavar="N", help="bins of a run (default 500)"
+    )
+    loader_parser.add_argument(
+        "--runs", type=positive, default=5, metavar="N", help="runs of each (default 5)"
+    )
+
+    planning_parser = command(
+        kinds,
+        "planning",
+        lambda given: answer_with(given, planning, format_planning),
+        "Seconds and memory to plan the first batch of a rank from an index of any size (simulated).",
+        "python -m tools.benchmarks.loader planning --documents 500000000 --shards 10000 --ranks 4096",
+    )
+    planning_parser.add_argument("--documents", type=positive, default=500_000_000, metavar="N")
+    planning_parser.add_argument("--shards", type=positive, default=10_000, metavar="N")
+    planning_parser.add_argument("--ranks", type=positive, default=4096, metavar="N")
+    planning_parser.add_argument("--at", choices=["start", "late"], help=argparse.SUPPRESS)
+    planning_parser.add_argument("--window-tokens", type=positive, default=1024, help=argparse.SUPPRESS)
+    for one in (loader_parser, planning_parser):
+        one.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+        one.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main("loader", main))

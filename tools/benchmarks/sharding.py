@@ -1,0 +1,489 @@
+"""`data-prep benchmark`: how fast, how large and how exact data preparation is on this machine, side by side.
+
+In: input files and a tokenizer folder. Out: one dict of figures, every single value kept beside its median;
+the command prints it and writes it as JSON. Five parts, chosen by `--only`:
+
+speed    the real `data-prep shard --workers 1`, and with `--against-python` datatrove's JsonlReader and
+         DocumentTokenizer on the same files with the same tokenizer.json, in turns (A B A B …): MB of text
+         per CPU-second of the whole process tree
+workers  1 worker against 2, in turns: wall seconds
+memory   the largest process of a run over a small and a large input (the same documents again and again)
+ids      the fast engine's token ids against the reference library's, document by document
+reading  the shards read back: in order, and at random by number and by key
+
+All runs are processes of their own, on warm file caches. Take figures on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.common.environment import header, say, write_result
+from data_prep.common.errors import UserError, run_main
+
+PARTS = ("speed", "workers", "memory", "ids", "reading")
+PACKAGES = ("numpy", "tokenizers", "gigatoken", "sentencepiece", "zstandard", "pyarrow", "datasets")
+SMALL_MB = 10.0
+LOOK_SECONDS = 0.05  # between two looks at the memory of a process tree
+READS = 2000  # random accesses of each kind
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="files or folders of text")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs of each kind (default 5)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default all)")
+    parser.add_argument(
+        "--against-python",
+        metavar="PATH",
+        help="Python of an environment with datatrove, to measure it beside (.jsonl and .jsonl.gz inputs)",
+    )
+    parser.add_argument(
+        "--big-mb", type=float, default=1000.0, metavar="MB", help="large input of `memory` (default 1000)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Measure what `add_arguments` asks for; the result is plain JSON.
+
+    Raises `UserError` on bad arguments and when a measured command fails.
+    """
+    if arguments.runs < 1:
+        raise UserError(f"--runs must be at least 1, not {arguments.runs}")
+    if arguments.big_mb < SMALL_MB:
+        raise UserError(f"--big-mb must be at least {SMALL_MB:g}, not {arguments.big_mb:g}")
+    only = [part for part in PARTS if part in arguments.only]
+    result = header(PACKAGES)
+    # Names alone: a result file is kept, and this machine's folders mean nothing elsewhere.
+    result["input"] = ["/".join(Path(path).absolute().parts[-2:]) for path in arguments.input]
+    result["tokenizer"] = Path(arguments.tokenizer).absolute().name
+    with tempfile.TemporaryDirectory(prefix="data-prep-benchmark-") as folder:
+        bench = Bench(Path(folder), [str(path) for path in arguments.input], str(arguments.tokenizer))
+        if "speed" in only or "workers" in only:
+            result |= side_by_side(bench, arguments.runs, only, arguments.against_python)
+        if "memory" in only:
+            result["memory"] = memory(bench, SMALL_MB, arguments.big_mb)
+        if "ids" in only:
+            result["ids"] = compare_ids(bench)
+        if "reading" in only:
+            result["reading"] = reading(bench.shards(), arguments.runs)
+    write_result(result, arguments.output)
+    return result
+
+
+# One measured command -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`cpu` seconds of the process and all it waited for; `wall` seconds; `peak_mb` of its largest process
+    and `worker_mb` of its largest descendant, 0 without one (MB of 10^6 bytes; `None` where /proc is
+    missing)."""
+
+    cpu: float
+    wall: float
+    peak_mb: float | None
+    worker_mb: float | None
+    stdout: str
+
+
+def measure(command: list[str]) -> Measured:
+    """Run `command` and measure its whole process tree. Raises `UserError` when it fails."""
+    peaks: dict[int, int] = {}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=out, stderr=err)
+        try:
+            while True:
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                wall = time.perf_counter() - began
+                if pid:
+                    break
+                for one in _tree(process.pid):
+                    peaks[one] = max(peaks.get(one, 0), _peak_memory(one))
+                time.sleep(LOOK_SECONDS)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read().decode("utf-8", "replace"))
+    if process.returncode:
+        last = (texts[1].strip() or "no message").splitlines()[-1]
+        raise UserError(f"`{' '.join(command[:4])} …` ended with status {process.returncode}: {last}")
+    others = [size for one, size in peaks.items() if one != process.pid]
+    seen = os.path.isdir("/proc/self")
+    return Measured(
+        cpu=usage.ru_utime + usage.ru_stime,
+        wall=wall,
+        peak_mb=max(peaks.values(), default=0) / 1e6 if seen else None,
+        worker_mb=max(others, default=0) / 1e6 if seen else None,
+        stdout=texts[0],
+    )
+
+
+def _tree(root: int) -> list[int]:
+    """`root` and its descendants that are alive."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if name.isdigit():
+            try:
+                stat = Path("/proc", name, "stat").read_text(errors="replace")
+            except OSError:  # it has ended
+                continue
+            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(name))
+    found = [root]
+    for one in found:
+        found += children.get(one, [])
+    return found
+
+
+def _peak_memory(pid: int) -> int:
+    """Bytes. Not `ru_maxrss`: a child inherits its parent's there."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+class Bench:
+    """The commands under measurement; everything they write lies in `folder`."""
+
+    def __init__(self, folder: Path, inputs: list[str], tokenizer: str):
+        self.folder, self.inputs, self.tokenizer = folder, inputs, tokenizer
+        self._count = 0
+        self._kept: Path | None = None
+
+    def shard(self, workers: int, inputs: list[str] | None = None) -> tuple[Measured, dict]:
+        """One real `data-prep shard`: what was measured, and its own summary. The last shards stay."""
+        output = self._new("shards")
+        command = [sys.executable, "-m", "data_prep.cli", "shard", "--json", "--output", str(output)]
+        command += ["--workers", str(workers), "--tokenizer", self.tokenizer]
+        measured = measure([*command, "--input", *(inputs or self.inputs)])
+        if inputs is None:
+            self._drop(self._kept)
+            self._kept = output
+        else:
+            self._drop(output)
+        return measured, json.loads(measured.stdout)
+
+    def shards(self) -> Path:
+        """The folder of shards made from the inputs; made now if no run has left one."""
+        if self._kept is None:
+            self.shard(1)
+        return self._kept
+
+    def datatrove(self, python: str) -> tuple[Measured, dict]:
+        """One run of datatrove over the same files: what was measured, and what its script printed."""
+        names = [file.path for file in self.files()]
+        if unread := [name for name in names if not name.endswith((".jsonl", ".jsonl.gz"))]:
+            raise UserError(f"datatrove's reader takes .jsonl and .jsonl.gz, not {unread[0]}")
+        definition = Path(self.tokenizer, "tokenizer.json")
+        if not definition.is_file():
+            raise UserError(f"{self.tokenizer} holds no tokenizer.json, which datatrove needs")
+        output = self._new("datatrove")
+        output.mkdir()
+        paths_file = output / "paths"
+        paths_file.write_text("".join(name.removeprefix("/") + "\n" for name in names), encoding="utf-8")
+        script = str(Path(__file__).with_name("datatrove_run.py"))
+        measured = measure([python, script, str(paths_file), str(output), str(definition.resolve())])
+        self._drop(output)
+        return measured, json.loads(measured.stdout.strip().splitlines()[-1])
+
+    def files(self) -> list:
+        from data_prep.corpus.inputs import find_inputs
+
+        return find_inputs(self.inputs)
+
+    def texts(self) -> Iterator[str]:
+        """The text of every good document of the inputs."""
+        from data_prep.corpus.documents import DocumentReader, RawDocument
+
+        for file in self.files():
+            for item in DocumentReader(file):
+                if isinstance(item, RawDocument):
+                    yield item.content
+
+    def repeated(self, megabytes: float) -> Path:
+        """A .jsonl file of about so many MB: the inputs' documents, again and again with new ids."""
+        path = self._new("input").with_suffix(".jsonl")
+        left, number = int(megabytes * 1e6), 0
+        with open(path, "w", encoding="utf-8") as stream:
+            while left > 0:
+                before = number
+                for text in self.texts():
+                    line = json.dumps({"id": str(number), "content": text}, ensure_ascii=False)
+                    left -= len(line.encode("utf-8")) + 1
+                    number += 1
+                    stream.write(line + "\n")
+                    if left <= 0:
+                        break
+                if number == before:
+                    raise UserError(f"no usable document in {', '.join(self.inputs)}")
+        return path
+
+    def _new(self, name: str) -> Path:
+        self._count += 1
+        return self.folder / f"{name}-{self._count}"
+
+    def _drop(self, folder: Path | None) -> None:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# The parts ----------------------------------------------------------------------------------------------
+
+
+def side_by_side(bench: Bench, runs: int, only: list[str], python: str | None) -> dict:
+    """`speed` and `workers`: all kinds of run in turns, so that a slow moment meets them all."""
+    kinds: dict[str, Callable[[], tuple[Measured, dict]]] = {"shard": lambda: bench.shard(1)}
+    if "workers" in only:
+        kinds["shard, 2 workers"] = lambda: bench.shard(2)
+    if "speed" in only and python:
+        kinds["datatrove"] = lambda: bench.datatrove(python)
+    taken: dict[str, list[Measured]] = {kind: [] for kind in kinds}
+    said: dict[str, dict] = {}
+    for turn in range(runs):
+        for kind, start in kinds.items():
+            measured, said[kind] = start()
+            taken[kind].append(measured)
+            _say(f"run {turn + 1} of {runs}, {kind}: {measured.cpu:.2f} CPU-s, {measured.wall:.2f} s")
+    result = {}
+    megabytes = said["shard"]["bytes"] / 1e6
+    if "speed" in only:
+        speed = {
+            "mb_of_text": round(megabytes, 3),
+            "documents": said["shard"]["documents"],
+            "tokens": said["shard"]["tokens"],
+            "shard": _rates(taken["shard"], megabytes),
+        }
+        if "datatrove" in kinds:
+            speed["datatrove"] = _rates(taken["datatrove"], megabytes) | said["datatrove"]
+            ours, theirs = (speed[k]["mb_per_cpu_second"]["median"] for k in ("shard", "datatrove"))
+            speed["times_datatrove"] = round(ours / theirs, 3)
+        result["speed"] = speed
+    if "workers" in only:
+        one, two = (_spread([m.wall for m in taken[k]]) for k in ("shard", "shard, 2 workers"))
+        result["workers"] = {
+            "wall_1": one,
+            "wall_2": two,
+            "times_faster": round(one["median"] / two["median"], 3),
+            "cpu_1": _spread([m.cpu for m in taken["shard"]]),
+            "cpu_2": _spread([m.cpu for m in taken["shard, 2 workers"]]),
+        }
+    return result
+
+
+def _rates(taken: list[Measured], megabytes: float) -> dict:
+    return {
+        "mb_per_cpu_second": _spread([megabytes / measured.cpu for measured in taken]),
+        "cpu_seconds": _spread([measured.cpu for measured in taken]),
+        "wall_seconds": _spread([measured.wall for measured in taken]),
+    }
+
+
+def _spread(values: list[float]) -> dict:
+    return {
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "most": round(max(values), 3),
+        "values": [round(value, 3) for value in values],
+    }
+
+
+def memory(bench: Bench, small_mb: float, big_mb: float) -> dict:
+    """The largest process of a `shard` run with two workers, for a small and a large input."""
+    result = {}
+    for name, megabytes in (("small", small_mb), ("big", big_mb)):
+        path = bench.repeated(megabytes)
+        measured, summary = bench.shard(2, [str(path)])
+        result[name] = {
+            "input_mb": round(path.stat().st_size / 1e6, 3),
+            "documents": summary["documents"],
+            "largest_process_mb": _rounded(measured.peak_mb),
+            "largest_worker_mb": _rounded(measured.worker_mb),
+            "wall_seconds": round(measured.wall, 3),
+            "cpu_seconds": round(measured.cpu, 3),
+        }
+        path.unlink()
+        _say(f"memory, {result[name]['input_mb']} MB: {result[name]['largest_process_mb']} MB")
+    return result
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def compare_ids(bench: Bench) -> dict:
+    """The tokenizer's ids against those of the library that defines them, on every document."""
+    import numpy as np
+
+    from data_prep.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(bench.tokenizer)
+    documents = tokens = size = 0
+    different: list[str] = []
+    seconds = {"engine": 0.0, "reference": 0.0}
+    for text in bench.texts():
+        began = time.process_time()
+        ours = tokenizer.encode(text)
+        between = time.process_time()
+        reference = tokenizer.encode_reference(text)
+        seconds["engine"] += between - began
+        seconds["reference"] += time.process_time() - between
+        documents += 1
+        tokens += reference.size
+        size += len(text.encode("utf-8"))
+        if not np.array_equal(ours, reference):
+            different.append(text[:60])
+    _say(f"ids: {documents} documents, {len(different)} differ")
+    return {
+        "engine": tokenizer.engine,
+        "reference": tokenizer.reference_name,
+        "documents": documents,
+        "mb_of_text": round(size / 1e6, 3),
+        "tokens": int(tokens),
+        "differences": len(different),
+        "first_different": different[:5],
+        "mb_per_cpu_second": {
+            name: round(size / 1e6 / spent, 2) if spent else None for name, spent in seconds.items()
+        },
+    }
+
+
+def reading(folder: Path, runs: int) -> dict:
+    """Shards read back in this process: all tokens and sentence lengths in order; documents at random."""
+    import numpy as np
+
+    from data_prep.shards.reader import ShardSet
+
+    rates, totals = [], set()
+    for _ in range(runs + 1):  # the first one warms the file cache
+        began = time.process_time()
+        shards = ShardSet.open(folder)
+        tokens = checksum = 0
+        for i in range(len(shards)):
+            shard = shards.shard(i)
+            for n in range(len(shard)):
+                row = shard.tokens(n)
+                tokens += row.size
+                checksum += int(row.sum(dtype=np.uint64)) + int(
+                    shard.sentence_lengths(n).sum(dtype=np.uint64)
+                )
+        rates.append(tokens / 1e6 / (time.process_time() - began))
+        totals.add((tokens, checksum))
+    if len(totals) != 1 or tokens != shards.manifest["totals"]["tokens"]:
+        raise AssertionError("the shards gave other tokens when read again")
+    documents = shards.manifest["totals"]["documents"]
+    numbers = np.random.default_rng(0).integers(documents, size=READS).tolist()
+    keys = [shards.document(number).id for number in numbers]
+    shards.find(keys[0])  # the first call sorts the keys
+    result = {
+        "documents": documents,
+        "tokens": tokens,
+        "mtokens_per_cpu_second": _spread(rates[1:]),
+        "by_number_us": _times(shards.document, numbers),
+        "by_key_us": _times(shards.find, keys),
+    }
+    _say(f"reading: {result['mtokens_per_cpu_second']['median']} M tokens per CPU-second")
+    return result
+
+
+def _times(get: Callable[[object], object], wanted: list) -> dict:
+    """Microseconds for a document to be there, its tokens and sentence lengths touched."""
+    taken = []
+    for one in wanted:
+        began = time.perf_counter_ns()
+        document = get(one)
+        document.tokens.sum()
+        document.sentence_lengths.sum()
+        taken.append((time.perf_counter_ns() - began) / 1000)
+    taken.sort()
+    return {
+        "reads": len(taken),
+        "median": round(statistics.median(taken), 1),
+        "p99": round(taken[int(len(taken) * 0.99)], 1),
+        "most": round(taken[-1], 1),
+    }
+
+
+def _say(line: str) -> None:
+    say(f"sharding benchmark: {line}")
+
+
+def text(result: dict) -> str:
+    """The figures for people."""
+    lines = [
+        f"{result['cpu']}, {result['cores']} cores, {result['memory_gb']} GB; Python {result['python']}; "
+        f"commit {result['git_commit'] or 'unknown'}{' with changes' if result['git_changed'] else ''}; "
+        f"{result['date']}"
+    ]
+    if speed := result.get("speed"):
+        lines.append(f"speed: {speed['mb_of_text']:,.1f} MB of text, {speed['documents']:,} documents")
+        for kind in ("shard", "datatrove"):
+            if kind in speed:
+                rate, wall = speed[kind]["mb_per_cpu_second"], speed[kind]["wall_seconds"]["median"]
+                spread = f"median of {len(rate['values'])}; {rate['least']:.2f} to {rate['most']:.2f}"
+                lines.append(f"  {kind}: {rate['median']:.2f} MB per CPU-second ({spread}); {wall:.2f} s")
+        if "times_datatrove" in speed:
+            lines.append(f"  {speed['times_datatrove']:.2f} times datatrove per CPU-second")
+    if workers := result.get("workers"):
+        one, two = workers["wall_1"]["median"], workers["wall_2"]["median"]
+        times = workers["times_faster"]
+        lines.append(f"workers: {one:.2f} s with 1, {two:.2f} s with 2: {times:.2f} times as fast")
+    for name, one in result.get("memory", {}).items():
+        lines.append(
+            f"memory, {name} input ({one['input_mb']:,.0f} MB): "
+            f"largest worker {one['largest_worker_mb']} MB, largest process {one['largest_process_mb']} MB"
+        )
+    if ids := result.get("ids"):
+        lines.append(
+            f"ids: {ids['engine']} against {ids['reference']}: {ids['documents']:,} documents, "
+            f"{ids['tokens']:,} tokens, {ids['differences']} documents differ"
+        )
+    if reads := result.get("reading"):
+        number, key = reads["by_number_us"], reads["by_key_us"]
+        lines.append(
+            f"reading: {reads['mtokens_per_cpu_second']['median']:.1f} M tokens per CPU-second in order; "
+            f"a document by number {number['median']} µs (p99 {number['p99']}), "
+            f"by key {key['median']} µs (p99 {key['p99']})"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmarks.sharding",
+        description="Measure speed, memory, ids and reading back of `data-prep shard` on this machine.",
+        epilog="example: python -m tools.benchmarks.sharding --input corpus/EN --tokenizer opt "
+        "--against-python other-env/bin/python --output figures.json",
+    )
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    result = run(arguments)
+    print(json.dumps(result) if arguments.json else text(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main("sharding", main))

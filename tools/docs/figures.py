@@ -1,0 +1,310 @@
+"""Tables of the docs that any result of a kind fits: one function a table, from result files to Markdown.
+
+In: `Results` (the files in docs/results) and the words after a table's name in its marker; FILE is a path
+below docs/results. Out: the lines. `TABLES` says which functions there are; `docs_tables.py` calls them.
+Tables that are made for one result each: `docs_single_figures.py`.
+
+    typed FILE               rows as they were typed into a file
+    sweep FILES [COLUMNS…]   runs of `sllm sweep`, a line a name, seeds averaged; (±x) is half of the range
+                             of the seeds. COLUMNS are keys of the rows; by default those of `USUAL` that
+                             are there
+    exact-by-length FILE     the same file's SentenceVAEs: sentences rebuilt exactly, by length
+    robustness FILE          result of `sllm robustness`: a line for each variant of the text and model
+    scaling FILE             result of `sllm scaling fit --json`, with its chart as a picture
+    comparison FILE          result of `sllm compare --json`, with its charts as pictures
+    by-language FILES        the same files' SLLMs and token-level models: bits per byte and vector gain of
+                             each language
+    generation-chart FILE    the picture of a result of `sllm benchmark generation`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.errors import UserError
+from pipeline.reports.charts import picture
+from pipeline.reports.generation_chart import chart
+from pipeline.reports.page import NOTHING, with_interval
+from pipeline.research import compare, scaling
+
+
+@dataclass(frozen=True)
+class Results:
+    """The folder of result files, the page that is being filled, and the pictures drawn so far."""
+
+    folder: Path
+    page: Path
+    pictures: dict[Path, str]
+
+    def read(self, file: str) -> dict[str, Any]:
+        """A result file. Raises: UserError for one that is not there or is no JSON object."""
+        path = self.folder / file
+        if not path.is_file():
+            raise UserError(f"docs/results/{file} is not there")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"docs/results/{file} cannot be read ({error})") from None
+        if not isinstance(found, dict):
+            raise UserError(f"docs/results/{file} is no JSON object")
+        return found
+
+    def draw(self, file: str, svg: str, caption: str) -> list[str]:
+        """Keep a picture, to be written as docs/results/`file`; the lines that show it on the page."""
+        path = self.folder / file
+        self.pictures[path] = svg
+        return ["", f"![{caption}]({os.path.relpath(path, self.page.parent)})"]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """A table as Markdown; columns are right-aligned but for those in `left`."""
+    rows = [header, *rows]
+    if len({len(row) for row in rows}) > 1:
+        raise UserError("not all rows have as many cells as there are columns")
+    marks = ["---" if n in left else "---:" for n in range(len(header))]
+    escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    return [
+        "|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
+        for row in (escaped[0], marks, *escaped[1:])
+    ]
+
+
+def share(value: float) -> str:
+    """A share as a percentage with one decimal; nothing at all is 0 %."""
+    return f"{100 * value:.1f} %" if value else "0 %"
+
+
+# Any file of a kind ----------------------------------------------------------------------------------------
+
+
+def typed(results: Results, file: str) -> list[str]:
+    found = results.read(file)
+    if "source" not in found:
+        raise UserError(f"docs/results/{file} does not say where its rows come from (`source`)")
+    return table(found["columns"], found["rows"], found.get("left", (0,)))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a sweep: its head, what it is divided by, its format, and whether seeds' spread matters."""
+
+    head: str
+    size: float = 1
+    form: str = ".3f"
+    spread: bool = True
+    unit: str = ""
+
+    def cell(self, values: Sequence[float]) -> str:
+        """The mean of the seeds, and half of their range where there are several."""
+        if not values:
+            return NOTHING
+        scaled = [value / self.size for value in values]
+        text = f"{statistics.fmean(scaled):{self.form}}{self.unit}"
+        half = (max(scaled) - min(scaled)) / 2
+        return f"{text} (±{half:{self.form}})" if self.spread and len(values) > 1 else text
+
+
+COLUMNS = {
+    "objective": Column("objective"),
+    "parameters": Column("parameters (M)", 1e6, ".2f", spread=False),
+    "body_parameters": Column("without embeddings and head (M)", 1e6, ".2f", spread=False),
+    "bits_per_byte": Column("bits per byte"),
+    "vector_gain": Column("vector gain"),
+    "ppl": Column("ppl", form=".1f"),
+    "tokens": Column("tokens (M)", 1e6, ".2f", spread=False),
+    "tokens_with_vae": Column("with the SentenceVAE's (M)", 1e6, ".2f", spread=False),
+    "seconds": Column("seconds", form=",.0f"),
+    "seconds_with_vae": Column("with the SentenceVAE's (s)", form=",.0f"),
+    "operations": Column("multiply-adds (10¹²)", 1e12, ",.2f", spread=False),
+    "operations_with_vae": Column("with the SentenceVAE's (10¹²)", 1e12, ",.2f", spread=False),
+    "tokens_per_second": Column("tokens/s", form=",.0f"),
+    "exact_match": Column("exact match", 0.01, ".1f", unit=" %"),
+    "exact_match_to_8": Column("up to 8 tokens", 0.01, ".1f", unit=" %"),
+    "window_tokens": Column("window", form=",.0f", spread=False),
+}
+USUAL = ("bits_per_byte", "vector_gain", "tokens", "tokens_with_vae", "seconds", "seconds_with_vae")
+USUAL += ("exact_match", "exact_match_to_8")
+
+
+def _by_name(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["name"], []).append(row)
+    return found
+
+
+def sweep(results: Results, *words: str) -> list[str]:
+    found = [results.read(word) for word in words if word.endswith(".json")]
+    rows = [row for one in found for row in one["rows"]]
+    columns = [word for word in words if not word.endswith(".json")]
+    if unknown := [key for key in columns if key not in COLUMNS]:
+        raise UserError(f"no column {unknown[0]}; there are {', '.join(COLUMNS)}")
+    if not rows:
+        raise UserError("name a FILE.json that has rows")
+    texts = {(row.get("evaluation") or {}).get("data_fingerprint") for row in rows}
+    if len(texts - {None}) > 1:
+        raise UserError("these runs were measured on different texts: they need a table each")
+    windows = {row.get("window_tokens") for row in rows if row.get("objective") != "vae"}
+    if len(windows - {None}) > 1 and "window_tokens" not in columns:
+        raise UserError("these runs were measured with different windows: add the column window_tokens")
+
+    def tells(key: str) -> bool:  # something that the column before it does not
+        values = [row.get(key) for row in rows]
+        plain = [row.get(key.removesuffix("_with_vae")) for row in rows]
+        same = all(a is None or a == b for a, b in zip(values, plain, strict=True))
+        return any(value is not None for value in values) and not (key.endswith("_with_vae") and same)
+
+    keys = columns or [key for key in USUAL if tells(key)]
+    rebuilt = "" if all(row.get("objective") == "vae" for row in rows) else " (rebuilding)"
+    runs = _by_name(rows)
+    seeds = any(len(of_name) > 1 for of_name in runs.values())
+    shown = []
+    for name, of_name in runs.items():
+        cells = []
+        for key in keys:
+            values = [row[key] for row in of_name if row.get(key) is not None]
+            if key == "objective":
+                cells.append(", ".join(dict.fromkeys(values)))
+                continue
+            cells.append(COLUMNS[key].cell(values))
+            if values and key in ("bits_per_byte", "ppl") and of_name[0].get("objective") == "vae":
+                cells[-1] += rebuilt  # no prediction: not to be read beside the others
+        shown.append([name, *([str(len(of_name))] if seeds else []), *cells])
+    header = ["run", *(["seeds"] if seeds else []), *(COLUMNS[key].head for key in keys)]
+    lines = table(header, shown, (0, *(n for n, head in enumerate(header) if head == "objective")))
+    if lost := [key for one in found for part in ("failed", "missing") for key in one.get(part) or ()]:
+        lines += ["", f"Without a result: {', '.join(lost)}."]
+    return lines
+
+
+LENGTHS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 64))
+
+
+def grouped_matches(
+    by_length: dict[str, dict[str, Any]], groups: Iterable[tuple[int, int]]
+) -> list[tuple[int, float | None]]:
+    """(sentences, share of them rebuilt exactly; None without any) of each group of lengths."""
+    found = []
+    for low, high in groups:
+        ones = [one for length, one in by_length.items() if low <= int(length) <= high]
+        sentences = sum(one["sentences"] for one in ones)
+        right = sum(one["sentences"] * one["exact_match"] for one in ones)
+        found.append((sentences, right / sentences if sentences else None))
+    return found
+
+
+def exact_by_length(results: Results, file: str) -> list[str]:
+    groups = (*LENGTHS, (1, 10**9))
+    rows = results.read(file)["rows"]
+    rows = [row for row in rows if (row.get("evaluation") or {}).get("exact_match_by_length")]
+    if not rows:
+        raise UserError(f"docs/results/{file} has no run with exact_match_by_length: no SentenceVAE")
+    column, shown, counts = COLUMNS["exact_match"], [], []
+    for name, of_name in _by_name(rows).items():
+        found = [grouped_matches(row["evaluation"]["exact_match_by_length"], groups) for row in of_name]
+        counts.append([sentences for sentences, _ in found[0]])
+        cells = [
+            column.cell([value for _, value in one if value is not None]) for one in zip(*found, strict=True)
+        ]
+        shown.append([name, *cells])
+    header = ["tokens", *(f"{low}–{high}" for low, high in LENGTHS), "all"]
+    if all(count == counts[0] for count in counts):  # one text, cut in one way
+        shown.insert(0, ["sentences", *(f"{count:,}" for count in counts[0])])
+    return table(header, shown)
+
+
+def by_language(results: Results, *files: str) -> list[str]:
+    rows = [row for file in files for row in results.read(file)["rows"] if row.get("objective") != "vae"]
+    groups = [row["evaluation"]["by_language"] for row in rows]
+    languages = sorted({language for group in groups for language in group})
+    shown = []
+    for name, of_name in _by_name(rows).items():
+        found = [row["evaluation"]["by_language"] for row in of_name]
+        cells = [
+            COLUMNS[key].cell([one[language][key] for one in found if key in one.get(language, {})])
+            for language in languages
+            for key in ("bits_per_byte", "vector_gain")
+        ]
+        shown.append([name, *cells])
+    heads = [f"{language}: {what}" for language in languages for what in ("bits per byte", "vector gain")]
+    return table(["run", *heads], shown)
+
+
+def robustness(results: Results, file: str) -> list[str]:
+    found = results.read(file)
+    variants = found["variants"]
+    plain = next(iter(variants))  # the text as it comes
+    rows = []
+    for name, of_models in variants.items():
+        for number, one in enumerate(of_models):
+            rows.append(
+                [
+                    "" if number else name,
+                    Path(one["model"]).name,
+                    with_interval(one, "bits_per_byte", 3),
+                    "" if name == plain else f"{one['change']:+.3f}",
+                    with_interval(one, "vector_gain", 3),
+                    f"{one['tokens_per_sentence']:.1f}" if "tokens_per_sentence" in one else NOTHING,
+                    share(one["cut_by_limit"]) if "cut_by_limit" in one else NOTHING,
+                ]
+            )
+    header = (
+        "text",
+        "model",
+        "bits per byte",
+        "change",
+        "vector gain",
+        "tokens a sentence",
+        "cut by the limit",
+    )
+    notes = [f"- left out: {name} ({reason})" for name, reason in found.get("skipped", {}).items()]
+    return table(header, rows, (0, 1)) + (["", *notes] if notes else [])
+
+
+def compared(results: Results, file: str) -> list[str]:
+    found = results.read(file)
+    shown = compare.table(found)
+    lines = table(shown.header, [[cell.strip() for cell in row] for row in shown.rows])
+    lines += ["", *(f"- {note}" for note in found["notes"])] if found["notes"] else []
+    stem = file.removesuffix(".json")
+    charts = list(compare.quality_charts(found, legend=True).values())
+    caption = "Validation bits per byte over what training has cost, the SentenceVAE's part included"
+    lines += results.draw(f"{stem}-quality.svg", picture(charts), caption)
+    if speed := compare.speed_chart(found, legend=True):
+        caption, drawn = speed
+        lines += results.draw(
+            f"{stem}-speed.svg", picture([drawn]), f"Quality against generation speed. {caption}"
+        )
+    return lines
+
+
+def fitted(results: Results, file: str) -> list[str]:
+    found = results.read(file)
+    shown = scaling.table(found)
+    lines = [*table(shown.header, shown.rows, (0, 1)), "", f"- {found['note']}"]
+    caption = f"Bits per byte over {scaling.X[found['x']]}: all runs, and the fits"
+    return lines + results.draw(f"{file.removesuffix('.json')}.svg", picture([scaling.chart(found)]), caption)
+
+
+def generation_chart(results: Results, file: str) -> list[str]:
+    found = results.read(file)
+    caption = f"New tokens per second and memory: {found['model']['name']} beside {found['against']['name']}"
+    return results.draw(f"{file.removesuffix('.json')}.svg", chart(found), caption)[1:]
+
+
+TABLES: dict[str, Callable[..., list[str]]] = {
+    "typed": typed,
+    "sweep": sweep,
+    "exact-by-length": exact_by_length,
+    "by-language": by_language,
+    "robustness": robustness,
+    "scaling": fitted,
+    "comparison": compared,
+    "generation-chart": generation_chart,
+}

@@ -1,0 +1,146 @@
+"""`python -m pipeline.docs_tables`: tables and charts of the docs, made from the files in docs/results.
+
+In: README.md and all Markdown below docs/, where a table of figures stands between two lines of its own,
+
+    <!-- table: NAME WORDS… -->
+    <!-- end -->
+
+and the result files. Out: the same pages with every such place filled by the function NAME of
+`docs_figures.TABLES` or `docs_single_figures.TABLES`, and the SVG files that these functions draw, beside
+their results. With `--check` nothing is written; the exit status is 1 where a page or a picture differs from
+what the results say.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep.common.errors import UserError, run_main
+from data_prep.common.files import write_atomically
+from tools.docs import figures, single_figures
+from tools.docs.figures import Results
+
+ROOT = Path(__file__).resolve().parents[2]
+MARKER = re.compile(r"<!-- (?:table: (?P<words>.+?)|(?P<end>end)) -->")
+TABLES = {**figures.TABLES, **single_figures.TABLES}
+NO_END = "no <!-- end --> comes after it"
+
+
+def refresh(root: Path, check: bool = False) -> list[str]:
+    """Write all tables and pictures below `root` anew; with `check`, write nothing.
+
+    Returns: the places that differed, `PAGE:LINE: table …` or `PICTURE: …`, in order.
+    Raises: UserError for a marker without its other half, a table that nobody makes, or results that are
+    not there or have another shape; nothing has been written then.
+    """
+    if not (root / "README.md").is_file():
+        raise UserError(f"{root} has no README.md: the docs are made in a checkout of the project")
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    stale: list[str] = []
+    files: dict[Path, str] = {}
+    pictures: dict[Path, str] = {}
+    for page in pages:
+        files[page] = _filled(page, root, stale, pictures)
+    for picture, text in pictures.items():
+        if _read(picture) != text:
+            stale.append(f"{picture.relative_to(root)}: picture differs from its results")
+    for picture in sorted((root / "docs" / "results").rglob("*.svg")):
+        if picture not in pictures:
+            stale.append(f"{picture.relative_to(root)}: picture that no page's table draws (remove it)")
+    if not check:
+        for path, text in {**files, **pictures}.items():
+            if _read(path) != text:
+                write_atomically(path, text.encode())
+    return stale
+
+
+def _read(path: Path) -> str | None:
+    return path.read_bytes().decode() if path.is_file() else None
+
+
+def _filled(page: Path, root: Path, stale: list[str], pictures: dict[Path, str]) -> str:
+    """The page with all its tables as they should be; adds to `stale` and `pictures`."""
+    lines = (_read(page) or "").split("\n")
+    name, parts, done = page.relative_to(root), [], 0
+    for begin, end, words in _places(str(name), lines):
+        made = [
+            "",
+            *_table(f"{name}:{begin + 1}", words, Results(root / "docs" / "results", page, pictures)),
+            "",
+        ]
+        if lines[begin + 1 : end] != made:
+            stale.append(f"{name}:{begin + 1}: table {' '.join(words)} differs from its results")
+        parts += [*lines[done : begin + 1], *made]
+        done = end
+    return "\n".join([*parts, *lines[done:]])
+
+
+def _places(page: str, lines: list[str]) -> Iterator[tuple[int, int, list[str]]]:
+    """(line of the marker, line of its end, its words) of every table of a page."""
+    open_at: int | None = None
+    words: list[str] = []
+    for number, line in enumerate(lines):
+        if not (found := MARKER.fullmatch(line)):
+            continue
+        if (open_at is None) == bool(found["end"]):
+            lost = number if open_at is None else open_at
+            missing = "no table begins before it" if open_at is None else NO_END
+            raise UserError(f"{page}:{lost + 1}: {lines[lost]}: {missing}")
+        if open_at is None:
+            open_at, words = number, found["words"].split()
+        else:
+            yield open_at, number, words
+            open_at = None
+    if open_at is not None:
+        raise UserError(f"{page}:{open_at + 1}: {lines[open_at]}: {NO_END}")
+
+
+def _table(place: str, words: list[str], results: Results) -> list[str]:
+    name, *rest = words
+    if name not in TABLES:
+        near = difflib.get_close_matches(name, TABLES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(TABLES))}"
+        raise UserError(f"{place}: nobody makes a table `{name}`; {hint}")
+    try:
+        return TABLES[name](results, *rest)
+    except UserError as error:
+        raise UserError(f"{place}: table {' '.join(words)}: {error}") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{place}: table {' '.join(words)} cannot be made of these words and results "
+            f"({type(error).__name__}: {error})"
+        ) from None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="docs_tables",
+        description="Make every table of figures and every chart of the docs anew from docs/results.",
+        epilog="example:\n  python -m pipeline.docs_tables --check",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; status 1 where something differs"
+    )
+    parser.add_argument(
+        "--root", default=ROOT, type=Path, metavar="DIR", help="the checkout (default: this one)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    stale = refresh(args.root, args.check)
+    if args.json:
+        print(json.dumps({"differed": stale, "written": not args.check}))
+    else:
+        print("\n".join(stale) or "docs: every table and chart is what the results say")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main("docs_tables", main))
