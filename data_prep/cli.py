@@ -261,9 +261,9 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 
 def _shard(arguments: argparse.Namespace) -> None:
-    from data_prep.common.progress import ProgressLine
     from data_prep.jobs.job import ShardSettings
     from data_prep.jobs.plan import choose_backend, make_shards, mpi_number
+    from data_prep.jobs.progress import ProgressLine
     from data_prep.text.sentences import SentenceSettings
 
     _check_output(arguments.output)

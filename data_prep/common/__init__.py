@@ -1,0 +1,1 @@
+"""Errors for the user, atomic files, remote storage, the environment of a result."""

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from data_prep.common.errors import UserError, first_line
-from data_prep.corpus.filters import TEXT_FIELDS, Hygiene, detect_language, encodable, normal_language
+from data_prep.common.language import detect_language
+from data_prep.corpus.filters import TEXT_FIELDS, Hygiene, encodable, normal_language
 from data_prep.corpus.inputs import (
     CHUNK_BYTES,
     ROWS,

@@ -5,20 +5,16 @@ Made by `sharding.plan`; used by `units.py` (what a process does), `merging.py` 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.common.files import json_bytes
 from data_prep.corpus.filters import Hygiene
 from data_prep.corpus.inputs import InputFile, Piece
 from data_prep.jobs.executor import Board
-from data_prep.shards.reader import MANIFEST, SHARD_ENDINGS, ZSTD_LEVEL, ShardSet
-from data_prep.text.segmenter import VERSION as SEGMENTER_VERSION
+from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED, ZSTD_LEVEL
+from data_prep.shards.reader import ShardSet
+from data_prep.text.segment_rules import VERSION as SEGMENTER_VERSION
 from data_prep.text.sentences import SentenceSettings
-
-UNFINISHED = ".unfinished"
-PLAN = "plan.json"  # in it
 
 
 @dataclass(frozen=True)
@@ -80,8 +76,3 @@ def missing_units(output: Path, manifest: dict) -> set[int]:
         for key in SHARD_ENDINGS
         if not (output / entry[key]).is_file()
     }
-
-
-def fingerprint(*values: object) -> str:
-    """sha256 (hex) over the JSON of `values`."""
-    return hashlib.sha256(json_bytes(values)).hexdigest()

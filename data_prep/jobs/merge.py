@@ -19,16 +19,17 @@ from pathlib import Path
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
 from data_prep.jobs.executor import RECORD, Board, Incomplete
-from data_prep.jobs.job import Job, fingerprint
-from data_prep.shards.reader import (
+from data_prep.jobs.job import Job
+from data_prep.shards.layout import (
     COUNTS,
     MANIFEST,
     QUARANTINE,
     SHARD_ENDINGS,
     TOKENIZER_FOLDER,
-    ShardSet,
+    fingerprint,
     seal_manifest,
 )
+from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
 
 Beat = Callable[[dict], None]

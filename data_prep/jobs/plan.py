@@ -22,12 +22,13 @@ from pathlib import Path
 
 from data_prep.common.errors import UserError, describe
 from data_prep.common.files import json_bytes, partial_name
-from data_prep.common.progress import Progress
 from data_prep.corpus.inputs import Piece, plan_units, survey, unread_line
 from data_prep.jobs.executor import run_in_processes
-from data_prep.jobs.job import PLAN, UNFINISHED, Job, ShardSettings, fingerprint, missing_units
+from data_prep.jobs.job import Job, ShardSettings, missing_units
+from data_prep.jobs.progress import Progress
 from data_prep.jobs.units import take_part
-from data_prep.shards.reader import FORMAT_VERSION, MANIFEST, ShardSet
+from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
+from data_prep.shards.reader import ShardSet
 from data_prep.text.segmenter import get_segmenter
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 

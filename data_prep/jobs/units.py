@@ -24,7 +24,8 @@ from data_prep.corpus.inputs import Piece
 from data_prep.jobs import merge as merging
 from data_prep.jobs.executor import BEAT_SECONDS, RECORD, Incomplete, Phase, run_phases
 from data_prep.jobs.job import Job
-from data_prep.shards.reader import QUARANTINE, Document, ShardSeries, hash64, token_dtype
+from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
+from data_prep.shards.writer import ShardSeries
 from data_prep.text.sentences import cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 

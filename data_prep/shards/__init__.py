@@ -1,0 +1,1 @@
+"""The shard format: write, read, verify, split, stage, describe."""

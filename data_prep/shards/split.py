@@ -21,19 +21,21 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
-from data_prep.jobs.job import PLAN, UNFINISHED, fingerprint
-from data_prep.shards.reader import (
+from data_prep.shards.layout import (
     COUNTS,
     MANIFEST,
+    PLAN,
     QUARANTINE,
     SHARD_ENDINGS,
     TOKENIZER_FOLDER,
+    UNFINISHED,
     Document,
-    ShardSeries,
-    ShardSet,
+    fingerprint,
     hash64,
     seal_manifest,
 )
+from data_prep.shards.reader import ShardSet
+from data_prep.shards.writer import ShardSeries
 
 
 def parse_parts(given: list[str]) -> dict[str, float]:

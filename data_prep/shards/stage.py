@@ -15,7 +15,8 @@ from pathlib import Path
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256
-from data_prep.shards.reader import MANIFEST, QUARANTINE, TOKENIZER_FOLDER, ShardSet
+from data_prep.shards.layout import MANIFEST, QUARANTINE, TOKENIZER_FOLDER
+from data_prep.shards.reader import ShardSet
 
 BLOCK = 1 << 22
 

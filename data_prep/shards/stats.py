@@ -31,7 +31,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.common.errors import UserError
-from data_prep.shards.reader import QUARANTINE, Shard, ShardSet
+from data_prep.shards.layout import QUARANTINE
+from data_prep.shards.reader import Shard, ShardSet
 from data_prep.text.tokenizer import Tokenizer
 
 SIDE = 64  # sentences a document and tokens a sentence in the published tensors; sentences in a batch

@@ -16,18 +16,17 @@ from data_prep.common.files import file_sha256
 from data_prep.corpus.documents import DocumentReader, RawDocument
 from data_prep.corpus.filters import Hygiene
 from data_prep.corpus.inputs import Piece, find_inputs
-from data_prep.shards.reader import (
+from data_prep.shards.layout import (
     LENGTH_DTYPE,
     MANIFEST,
     QUARANTINE,
     TOKENIZER_FOLDER,
     Document,
-    Shard,
-    ShardSet,
     hash64,
     index_totals,
     tar_members,
 )
+from data_prep.shards.reader import Shard, ShardSet
 
 REMEDY = "restore it, or delete the whole folder and make the shards again"
 

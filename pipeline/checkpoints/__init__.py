@@ -1,0 +1,1 @@
+"""A run's folder: complete checkpoints, read on any number of ranks."""

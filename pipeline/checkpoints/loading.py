@@ -19,7 +19,7 @@ from data_prep.common.errors import UserError, first_line
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
 from pipeline.checkpoints.zero_shards import WEIGHT, Parts
-from pipeline.parallel.ranks import AgreedError
+from pipeline.parallel.agreement import AgreedError
 
 
 def agree_on_newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:

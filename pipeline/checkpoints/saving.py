@@ -22,8 +22,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from data_prep.common.files import file_sha256, flush_to_disk, write_atomically
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
-from pipeline.parallel import ranks
-from pipeline.parallel.ranks import AgreedError
+from pipeline.parallel.agreement import AgreedError, agree
 
 
 def save(
@@ -149,7 +148,7 @@ def _agree(error: OSError | None, report: Any, give_up: Callable[[], None]) -> l
         "make room and start the same command again"
     )
     try:
-        return ranks.agree(error, report, says)
+        return agree(error, report, says)
     except AgreedError:
         give_up()
         raise

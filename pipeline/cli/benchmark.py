@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from pipeline.cli.options import INT8_HELP, VAE_RECIPE_HELP, answer, command, positive
@@ -18,7 +19,12 @@ _WHERE = {
 def _run(args: argparse.Namespace) -> int:
     name, measure, text = _WHERE[args.kind]
     module = import_module(name)
-    answer(args, getattr(module, measure)(args), getattr(module, text))
+    result = getattr(module, measure)(args)
+    if args.kind == "generation" and args.output:
+        from pipeline.reports.charts import generation_chart
+
+        Path(args.output).with_suffix(".svg").write_text(generation_chart(result), encoding="utf-8")
+    answer(args, result, getattr(module, text))
     return 0
 
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from pipeline.parallel.ranks import AgreedError, find_ranks, join, leave
+    from pipeline.parallel.agreement import AgreedError
+    from pipeline.parallel.ranks import find_ranks, join, leave
 
     # Alone, nothing is left in the environment: what this process starts next would take itself for the only
     # rank.

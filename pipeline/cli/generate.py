@@ -18,9 +18,10 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
-from pipeline.generation.api import Generation, generate_many, load_for_generation
+from pipeline.generation.api import Generation, generate_many
+from pipeline.generation.results import Continuation, Limits
 from pipeline.generation.sampling import Sampling
-from pipeline.generation.writer import Continuation, Limits
+from pipeline.models.inference import load_for_generation
 
 
 @dataclass(frozen=True)

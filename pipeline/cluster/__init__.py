@@ -1,0 +1,1 @@
+"""Is every machine of this job fit to train."""

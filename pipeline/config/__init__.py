@@ -1,0 +1,1 @@
+"""What a run is: recipes and DeepSpeed configs, checked before torch is loaded."""

@@ -1,0 +1,1 @@
+"""What a model costs before and while it trains or writes: operations, memory, speed."""

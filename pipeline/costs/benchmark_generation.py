@@ -38,14 +38,16 @@ from data_prep.common.environment import header, require_folder, say, write_resu
 from data_prep.common.errors import UserError
 from pipeline.costs import process_memory
 from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
-from pipeline.costs.inspect import DTYPES, Vocabulary, find_recipe, sized_recipe
-from pipeline.generation.api import lay_out
+from pipeline.costs.inspect import find_recipe
+from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
+from pipeline.generation.results import Limits, Piece, Request
 from pipeline.generation.sampling import Sampling
-from pipeline.generation.writer import BatchWriter, Limits, Piece, Request
-from pipeline.models.factory import new_model, parameter_count
-from pipeline.models.inference import to_int8
-from pipeline.reports.generation_chart import SIDES, chart
+from pipeline.generation.writer import BatchWriter
+from pipeline.models.factory import new_model
+from pipeline.models.folders import parameter_count
+from pipeline.models.inference import lay_out, to_int8
 
+SIDES = ("model", "against")
 SENTENCE_ROOM = 64  # longest sentence of the models measured
 
 
@@ -268,9 +270,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         **held,
     }
     if arguments.output:
-        output = Path(arguments.output)
-        write_result(result, output)
-        output.with_suffix(".svg").write_text(chart(result), encoding="utf-8")
+        write_result(result, Path(arguments.output))
     return result
 
 

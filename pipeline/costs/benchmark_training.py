@@ -41,13 +41,14 @@ from data_prep.common.errors import UserError
 from data_prep.shards.reader import ShardSet
 from pipeline.config.schema import Recipe
 from pipeline.costs import process_memory
-from pipeline.costs.inspect import DTYPES, find_recipe, sized_recipe
+from pipeline.costs.inspect import find_recipe
+from pipeline.costs.sized_recipe import DTYPES, sized_recipe
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.plan import Bin, BinPlan
 from pipeline.models import flops
-from pipeline.models.factory import new_model, parameter_count
+from pipeline.models.factory import new_model
 from pipeline.models.flops import TRAINING_FACTOR, Core, Operations
-from pipeline.models.folders import KINDS, load_pretrained, read_config
+from pipeline.models.folders import KINDS, load_pretrained, parameter_count, read_config
 from pipeline.training.optimizer import parameter_groups
 
 ROW_TOKENS = 1024  # of a Hugging Face model's rows

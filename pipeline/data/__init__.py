@@ -1,0 +1,1 @@
+"""From shards to the batches of one step, in a fixed order."""

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.plan import Span
-from pipeline.models.attention import SegmentLayout
+from pipeline.data.segments import SegmentLayout
+from pipeline.data.windows import Span
 
 
 @dataclass(frozen=True)

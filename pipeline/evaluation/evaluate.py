@@ -32,15 +32,16 @@ from data_prep.corpus.inputs import find_inputs
 from data_prep.shards.reader import ShardSet
 from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
+from pipeline.common.text import with_interval
 from pipeline.data.batch import Batch, build_batch
 from pipeline.evaluation.scores import Scores, Window, document_windows
-from pipeline.models.factory import load_model, load_model_tokenizer, model_kind, parameter_count
-from pipeline.models.folders import KINDS, read_config
+from pipeline.models.factory import load_model
+from pipeline.models.folders import KINDS, load_model_tokenizer, model_kind, parameter_count, read_config
 from pipeline.models.foreign_lm import load_plain_lm
 from pipeline.models.inference import to_int8
 from pipeline.models.losses import bits_per_byte
-from pipeline.parallel.ranks import Ranks, agree
-from pipeline.reports.page import with_interval
+from pipeline.parallel.agreement import agree
+from pipeline.parallel.ranks import Ranks
 
 DEFAULT_WINDOW_TOKENS = 1024
 ALONE = Ranks(0, 1, 0)

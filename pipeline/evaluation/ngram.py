@@ -24,7 +24,8 @@ import numpy as np
 from data_prep.common.environment import header
 from data_prep.common.errors import UserError
 from data_prep.shards.reader import ShardSet
-from pipeline.data.plan import BinPlan, Span, document_spans
+from pipeline.data.plan import BinPlan
+from pipeline.data.windows import Span, document_spans
 from pipeline.models.losses import bits_per_byte, perplexity
 
 # Of the small recipes: `train_tokens` are the very ones that such a run sees first.

@@ -23,7 +23,8 @@ from data_prep.common.environment import header, require_folder, say, write_resu
 from data_prep.common.errors import UserError
 from data_prep.corpus.documents import RawDocument, Reject
 from data_prep.corpus.inputs import find_inputs
-from data_prep.text.segmenter import DASHES, ELLIPSES, PAUSES, STOPS, get_segmenter
+from data_prep.text.segment_rules import DASHES, ELLIPSES, PAUSES, STOPS
+from data_prep.text.segmenter import get_segmenter
 from data_prep.text.sentences import LONGEST, SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 from pipeline.evaluation.evaluate import Loaded, evaluate, load, read_records, sentence_settings

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from pipeline.data.batch import Batch
-from pipeline.data.plan import Span, document_spans
+from pipeline.data.windows import Span, document_spans
 from pipeline.evaluation.reconstruction import edit_distances, rebuild
 from pipeline.models.losses import bits_per_byte, perplexity
 

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from pipeline.data.batch import Batch, build_batch
-from pipeline.data.plan import Span
+from pipeline.data.windows import Span
 from pipeline.models.attention import PATHS, attention_path
-from pipeline.models.factory import load_model, model_kind
+from pipeline.models.factory import load_model
+from pipeline.models.folders import model_kind
 
 LONGEST_SENTENCE = 24  # random sentences are short, so that a check takes seconds also on a large model
 MOST_SENTENCES = 7

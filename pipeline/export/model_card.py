@@ -13,21 +13,18 @@ Called by `training_run.py` (provenance) and `export.py` (the card).
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data_prep.common.environment import package_versions
 from data_prep.common.errors import UserError
-from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints.store import Meta
 from pipeline.data.plan import Position
+from pipeline.training.provenance import PROVENANCE
 from pipeline.training.run_log import EVALUATIONS, read_records
 
-PROVENANCE, RESULTS = "provenance.json", "results"
-_PACKAGES = ("sentence-llm", "torch", "transformers", "deepspeed", "numpy", "tokenizers", "sentencepiece")
+RESULTS = "results"
 
 _WHAT = {
     "vae": "A SentenceVAE: a sentence encoder and a sentence decoder, trained to rebuild sentences from one "
@@ -36,6 +33,7 @@ _WHAT = {
     "position per sentence, a sentence decoder and a stop head that ends the document.",
     "lm": "A token-level language model: the baseline, trained on the same tokens as sentence-level models.",
 }
+
 _USE = {
     "vae": """from pipeline import SentenceVAE
 
@@ -48,13 +46,16 @@ print(model.generate("The list is", max_sentences=5))""",
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")""",
 }
+
 _LIMITS = {
     "vae": "The figures above are of reconstruction: the model has read what it writes. They compare with no "
     "language model's.",
     "sllm": "Perplexity counts sentence ends and stop decisions as cost, and only plain tokens as length.",
     "lm": "Perplexity counts the document end as cost, and only plain tokens as length.",
 }
+
 _EVALUATION_COLUMNS = ("step", "bits_per_byte", "ppl", "tokens", "bytes")
+
 _RESULT_COLUMNS = (
     "bits_per_byte",
     "ppl",
@@ -66,27 +67,6 @@ _RESULT_COLUMNS = (
     "documents",
     "window_tokens",
 )
-
-
-def provenance(shard_sets: list[ShardSet], validation: list[ShardSet], device: str) -> dict[str, Any]:
-    """What `provenance.json` holds: packages, Python, device, and each shard set's folder, fingerprint,
-    settings and totals."""
-    return {
-        "python": platform.python_version(),
-        "packages": {name: found for name, found in package_versions(_PACKAGES).items() if found},
-        "device": device,
-        "shards": [_describe(shard_set) for shard_set in shard_sets],
-        "validation": [_describe(shard_set) for shard_set in validation],
-    }
-
-
-def _describe(shard_set: ShardSet) -> dict[str, Any]:
-    return {
-        "folder": str(shard_set.folder),
-        "fingerprint": shard_set.fingerprint,
-        "settings": shard_set.settings.to_dict(),
-        "totals": dict(shard_set.manifest["totals"]),
-    }
 
 
 def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int, folder_name: str) -> str:
@@ -197,7 +177,7 @@ def _results(run_dir: Path, checkpoint: str, meta: Meta) -> list[str]:
 def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> list[tuple[str, dict[str, Any]]]:
     """The files of `results/`, each proven to be about the exported weights: the folder that it measured says
     by its `training.json` which checkpoint it holds."""
-    from pipeline.export.model_folder import ORIGIN
+    from pipeline.export.model_card import ORIGIN
 
     found = []
     for path in sorted((run_dir / RESULTS).glob("*.json")):
@@ -308,3 +288,6 @@ def _cells(row: dict[str, Any], columns: list[str] | tuple[str, ...]) -> list[st
 def _table(names: list[str], rows: list[list[str]]) -> str:
     lines = [names, ["---"] * len(names), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder

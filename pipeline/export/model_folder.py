@@ -26,16 +26,15 @@ from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
 from pipeline.checkpoints.zero_shards import Parts
 from pipeline.config.schema import OptimizerRecipe
-from pipeline.export.model_card import model_card
+from pipeline.export.model_card import ORIGIN, model_card
 from pipeline.models.attention import HF_ATTENTION
-from pipeline.models.factory import parameter_count, save_model
+from pipeline.models.factory import save_model
+from pipeline.models.folders import parameter_count
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
 from pipeline.models.token_lm import TokenLM
 from pipeline.training.optimizer import EMA, parameter_groups
 from pipeline.training.warm_start import fill
-
-ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
 
 
 def export_run(

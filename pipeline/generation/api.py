@@ -16,17 +16,13 @@ The loop itself, for one text or many, is `generation_batch.py`. Called by `gene
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-
-import torch
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.generation.protocol import SentenceModel
+from pipeline.generation.results import Continuation, Limits, Piece, Request, Sentence
 from pipeline.generation.sampling import Sampling
-from pipeline.generation.writer import BatchWriter, Continuation, Limits, Piece, Request, Sentence
-from pipeline.models.factory import load_model, load_model_tokenizer, model_kind
-from pipeline.models.inference import to_int8
-from pipeline.models.sllm import SLLM
+from pipeline.generation.writer import BatchWriter
 
 
 class Generation(Iterator[Sentence]):
@@ -37,7 +33,7 @@ class Generation(Iterator[Sentence]):
 
     def __init__(
         self,
-        model: SLLM,
+        model: SentenceModel,
         tokenizer: Tokenizer,
         prompt: str,
         sampling: Sampling,
@@ -75,7 +71,7 @@ class Generation(Iterator[Sentence]):
 
 
 def generate(
-    model: SLLM,
+    model: SentenceModel,
     tokenizer: Tokenizer,
     prompt: str = "",
     max_sentences: int = 10,
@@ -107,7 +103,7 @@ def generate(
 
 
 def generate_many(
-    model: SLLM,
+    model: SentenceModel,
     tokenizer: Tokenizer,
     prompts: Iterable[str],
     sampling: Sampling | None = None,
@@ -148,26 +144,3 @@ def generate_many(
                 yield [max(texts, key=lambda text: text.log_probability)]
             else:
                 yield texts
-
-
-def load_for_generation(folder: str | Path, int8: bool = False) -> tuple[SLLM, Tokenizer]:
-    """A model folder's SLLM, laid out for generation, and its tokenizer. `int8`: weights in 8 bits.
-
-    Raises: UserError for another kind of model.
-    """
-    model = load_model(folder)
-    if (kind := model_kind(model)) != "sllm":
-        what = {"vae": "a SentenceVAE rebuilds sentences and", "lm": "a token-level model"}[kind]
-        raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
-    return to_int8(model) if int8 else lay_out(model), load_model_tokenizer(folder)
-
-
-def lay_out(model: torch.nn.Module) -> torch.nn.Module:
-    """Store the matrices of a model by columns, in place: on a CPU one row times such a matrix is up to 1.8
-    times as fast, where it is bound by reading it. The same numbers, shapes and names; returns the model."""
-    if next(model.parameters()).device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                weight = module.weight
-                weight.data = weight.data.t().contiguous().t()
-    return model

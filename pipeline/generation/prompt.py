@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from data_prep.common.errors import UserError
-from data_prep.corpus.filters import detect_language
+from data_prep.common.language import detect_language
 from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 

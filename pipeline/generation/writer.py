@@ -15,7 +15,6 @@ in any company, unless two choices lie closer than that.
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,119 +25,24 @@ import torch
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.prompt import split_prompt
+from pipeline.generation.protocol import SentenceModel
+from pipeline.generation.results import (
+    DOCUMENT_END,
+    POSITIONS_EXHAUSTED,
+    SENTENCE_LIMIT,
+    STOP_STRING,
+    TOKEN_LIMIT,
+    Continuation,
+    Event,
+    Limits,
+    Piece,
+    Request,
+    Sentence,
+    TextStream,
+)
 from pipeline.generation.sampling import Sampling
-from pipeline.models.kv_cache import FIRST_PLACES
-from pipeline.models.sllm import SLLM
-
-DOCUMENT_END = "document end"
-SENTENCE_LIMIT = "sentence limit"
-TOKEN_LIMIT = "token limit"
-STOP_STRING = "stop string"
-POSITIONS_EXHAUSTED = "no positions left in the backbone"
 
 READ_TOKENS = 16_384  # of prompts read in one pass, as far as they are not single ones
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Where a text stops, whatever the model says.
-
-    max_tokens: new tokens. stop: strings; the first one found in the new text ends it and is cut off.
-    sentence_tokens: for measuring speed: every sentence gets exactly so many tokens and no document ends,
-        while everything is computed as ever.
-    """
-
-    max_sentences: int = 10
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    sentence_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_sentences", "max_tokens", "sentence_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} {value}: must be at least 1")
-        if not all(self.stop):
-            raise UserError("a stop string must not be empty")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One text to be written. `number` comes back with its events; `prompt`: text, or complete sentences
-    (token ids)."""
-
-    number: int
-    prompt: str | list[list[int]]
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one token added to the text: whole characters only, and nothing that may yet become a stop string.
-    `token` is None where held-back text comes out at the end."""
-
-    text: str
-    token: int | None
-
-
-@dataclass(frozen=True)
-class Sentence:
-    """One generated sentence.
-
-    `text` continues the prompt and the sentences before it: the prompt + all texts is the document. A
-    character whose bytes are not complete at the end of a sentence appears with the sentence that completes
-    it; so does text that may yet become a stop string.
-    """
-
-    text: str
-    tokens: tuple[int, ...]  # new tokens, without the sentence end
-    forced: int  # tokens of the prompt's unfinished tail that this sentence began with
-    ended: bool  # True: the model chose the sentence end; False: cut by a limit or a stop string
-    log_probability: float  # nats, by the model itself (no temperature): new tokens and the sentence end
-    stop_probability: float | None  # that the document ends here; None where that was not asked any more
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """A finished text: `prompt + text`. `prompt_stop_probability`: that nothing follows a complete prompt."""
-
-    prompt: str | list[list[int]]
-    text: str
-    sentences: tuple[Sentence, ...]
-    stopped: str
-    seed: int
-    prompt_stop_probability: float | None
-    log_probability: float  # nats: new tokens, sentence ends, and every decision to go on or stop
-
-
-class TextStream:
-    """Bytes in, whole characters out, up to the first stop string."""
-
-    def __init__(self, stop: tuple[str, ...]):
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = stop
-        self._held = ""
-        self.stopped = False
-
-    def push(self, data: bytes, final: bool = False) -> str:
-        """The text that is certain after `data`; with `final`, all of it."""
-        self._held += self._decoder.decode(data, final)
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            text, self._held = self._held[: min(found)], ""
-            return text
-        keep = 0 if final else self._begun()
-        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return text
-
-    def _begun(self) -> int:
-        """Characters at the end that a stop string may begin with."""
-        longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
-        for size in range(longest, 0, -1):
-            if any(stop.startswith(self._held[-size:]) for stop in self._stop):
-                return size
-        return 0
 
 
 @dataclass
@@ -169,14 +73,11 @@ class _Row:
         self.text, self.sentence_log_probability = "", 0.0
 
 
-Event = tuple[int, Piece | Sentence | Continuation | UserError]
-
-
 class BatchWriter:
     """Writes up to `rows` texts at a time; `run` may be called once."""
 
     def __init__(
-        self, model: SLLM, tokenizer: Tokenizer, sampling: Sampling, limits: Limits, rows: int = 1
+        self, model: SentenceModel, tokenizer: Tokenizer, sampling: Sampling, limits: Limits, rows: int = 1
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._limits = model, tokenizer, sampling, limits
         self._rows: list[_Row | None] = [None] * rows
@@ -293,8 +194,8 @@ class BatchWriter:
 
     def _read(self, taken: dict[int, tuple[list[list[int]], list[int]]]) -> Iterator[Event]:
         rows = np.asarray(sorted(taken))
-        ahead = min(self._limits.max_sentences, FIRST_PLACES)
-        self._model.read(self._state, rows, [taken[at][0] for at in rows], ahead)
+        documents = [taken[at][0] for at in rows]
+        self._model.read(self._state, rows, documents, self._limits.max_sentences)
         begin = []
         for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
             row, (sentences, tail) = self._rows[at], taken[at]

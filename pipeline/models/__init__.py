@@ -1,0 +1,1 @@
+"""SentenceVAE, SLLM, token-level model; building, loading, saving, counting their operations."""

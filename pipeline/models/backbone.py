@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from data_prep.common.errors import UserError
 from pipeline.config.schema import BACKBONE_KEYS
-from pipeline.models.attention import HF_ATTENTION, SegmentLayout
+from pipeline.data.segments import SegmentLayout
+from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.folders import KINDS, load_pretrained, read_config
 from pipeline.models.kv_cache import CachedStep
 

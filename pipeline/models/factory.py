@@ -17,18 +17,13 @@ from data_prep.common.errors import UserError, first_line
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import backbone_config, load_backbone, load_packable
-from pipeline.models.folders import KINDS, load_pretrained, read_config
+from pipeline.models.folders import KINDS, load_pretrained, model_kind, read_config
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
 from pipeline.models.token_lm import TokenLM
 
 if TYPE_CHECKING:
     from pipeline.config.schema import Recipe
-
-
-def model_kind(model: nn.Module) -> str:
-    """`vae`, `sllm` or `lm`."""
-    return KINDS.get(model.config.model_type, "lm")
 
 
 def _text_keys(tokenizer: Tokenizer, sentence_settings: dict, window_tokens: int) -> dict:
@@ -220,15 +215,3 @@ def load_model(folder: str | Path) -> nn.Module:
     if kind == "lm":
         return TokenLM(load_packable(AutoModelForCausalLM, folder)).eval()
     return load_pretrained(SentenceVAE if kind == "vae" else SLLM, folder, strict=True)
-
-
-def load_model_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: `FOLDER/tokenizer/`, else the folder itself (a plain Hugging Face
-    model)."""
-    inner = Path(folder) / "tokenizer"
-    return load_tokenizer(inner if inner.is_dir() else folder)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Parameters, each shared one counted once."""
-    return sum(p.numel() for p in model.parameters())

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.common.errors import UserError, first_line
+from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
 # Bars for loading and writing weights would break up logs; our own commands say what they do.
 disable_progress_bar()
-
-
 KINDS = {"sentence_vae": "vae", "sllm": "sllm"}  # our model types; every other one is a token-level causal LM
 
 
@@ -74,3 +74,20 @@ def load_pretrained(
     if wrong:
         raise UserError(f"model folder {folder}: weights do not match its config (first: {sorted(wrong)[0]})")
     return model.eval()
+
+
+def model_kind(model: nn.Module) -> str:
+    """`vae`, `sllm` or `lm`."""
+    return KINDS.get(model.config.model_type, "lm")
+
+
+def load_model_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder: `FOLDER/tokenizer/`, else the folder itself (a plain Hugging Face
+    model)."""
+    inner = Path(folder) / "tokenizer"
+    return load_tokenizer(inner if inner.is_dir() else folder)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, each shared one counted once."""
+    return sum(p.numel() for p in model.parameters())

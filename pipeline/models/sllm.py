@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,15 +23,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.batch import Batch
-from pipeline.models.attention import SegmentLayout
+from pipeline.data.segments import SegmentLayout
+from pipeline.generation.api import Generation, generate
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
+from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecoderState, Written
 from pipeline.models.sentence_vae import FIRST_ROW, SentenceVAE, SentenceVAEConfig
-
-if TYPE_CHECKING:
-    from pipeline.generation.api import Generation
 
 
 class SLLMConfig(PreTrainedConfig):
@@ -212,7 +210,7 @@ class SLLM(PreTrainedModel):
             torch.cat([start_1d, self._encode(document)]) if document else start_1d for document in documents
         ]
         lengths = np.asarray([len(part) for part in parts])
-        layout = CachedPrompt(state.cache, rows, lengths, self.device, ahead)
+        layout = CachedPrompt(state.cache, rows, lengths, self.device, min(ahead, FIRST_PLACES))
         out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
         state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
         if keep := self.vae.decoder.remembers:
@@ -329,9 +327,6 @@ class SLLM(PreTrainedModel):
     ) -> Generation:
         """As `generate`, while it is written: iterate over it for sentences, over its `pieces()` for
         tokens."""
-        from pipeline.generation.api import generate
-        from pipeline.models.factory import load_model_tokenizer
-
         if tokenizer is None:
             if not self.name_or_path:
                 raise UserError("generate: this model was not loaded from a folder: give its tokenizer")

@@ -1,0 +1,1 @@
+"""Which process am I, and do all processes agree."""

@@ -10,36 +10,24 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import subprocess
-import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from data_prep.common.errors import REQUEUE, UserError, describe
+from data_prep.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
-HUNG = 76  # exit status of a rank in which nothing was finished for too long (`health.Watchdog`)
-
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-SECOND_SIGNAL_SECONDS = 1.0
 
 # Launchers that set no RANK, and what they call rank, world size and local rank.
 _LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
-
-
-class AgreedError(UserError):
-    """Raised by every rank alike, because all of them see the same figure: rank 0 says it for all."""
 
 
 @dataclass(frozen=True)
@@ -150,76 +138,3 @@ def leave() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def agree(error: UserError | OSError | None, value: Any = None, says: str | None = None) -> list[Any]:
-    """Every rank's `value`, by rank (a collective); AgreedError on all of them when one has an error.
-
-    A rank that ends alone breaks the collectives that the others wait in: they would end with a trace that
-    says nothing of the reason. says: the message, with {rank} and {message}; else the error's own.
-    """
-    import torch.distributed as dist
-
-    mine = (None if error is None else describe(error), value)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for rank, (message, _) in enumerate(everyone):
-        if message is not None:
-            says = says or ("rank {rank}: {message}" if rank else "{message}")
-            raise AgreedError(says.format(rank=rank, message=message))
-    return [theirs for _, theirs in everyone]
-
-
-def do_and_agree(work: Callable[[], Any]) -> list[Any]:
-    """`agree` on what `work` returns, or on the UserError or OSError that it raises."""
-    error = value = None
-    try:
-        value = work()
-    except (UserError, OSError) as failure:
-        error = failure
-    return agree(error, value)
-
-
-class StopSignals:
-    """USR1 (Slurm's warning) and TERM ask for a stop: the flag is read at the next step's all-reduce, so all
-    ranks agree.
-
-    A second one, at least a second later (Slurm's tools may deliver one signal twice), ends this process at
-    once, without saving, with the requeue status. A thread does that: Python runs handlers in the main thread
-    only when no collective blocks it.
-
-    Install it before the slow imports (a USR1 that nobody handles kills).
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
-        threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
-
-    def _remember(self, number: int, _frame: object) -> None:
-        self.received = signal.Signals(number).name
-
-    def _watch(self, read: int) -> None:
-        first = None
-        while number := os.read(read, 1):
-            if number[0] not in STOP_SIGNALS:
-                continue
-            if first is None:
-                first = time.monotonic()
-            elif time.monotonic() - first >= SECOND_SIGNAL_SECONDS:
-                name = signal.Signals(number[0]).name
-                print(f"a second signal ({name}): ends at once, nothing saved", file=sys.stderr, flush=True)
-                os._exit(REQUEUE)
-
-    def ignore(self) -> None:
-        """From now on these signals do nothing, up to the process's very end: call it when all is saved.
-
-        The first rank to exit with 75 makes `srun --kill-on-bad-exit` terminate the others. Python gives its
-        own handlers up before it ends; a rank killed there would hide the 75, and no job would be requeued.
-        """
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)

@@ -12,20 +12,8 @@ import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.reports.charts import COLOURS
-
-NOTHING = "–"  # in a table's cell
-
-
-def with_interval(figures: dict[str, Any], key: str, digits: int = 4) -> str:
-    """`figures[key]` for a cell, and the ends of its interval (`KEY_interval`) where it has one."""
-    if figures.get(key) is None:
-        return NOTHING
-    ends = figures.get(f"{key}_interval")
-    between = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
-    return f"{figures[key]:.{digits}f}{between}"
 
 
 @dataclass(frozen=True)

@@ -25,30 +25,11 @@ import numpy as np
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
+from pipeline.common.text import NOTHING, duration, grouped, percent, with_interval
 from pipeline.reports.charts import Series, line_chart, thinned
-from pipeline.reports.page import (
-    NOTHING,
-    Block,
-    Chart,
-    Choice,
-    Heading,
-    Table,
-    Text,
-    by,
-    to_html,
-    to_text,
-    with_interval,
-)
-from pipeline.reports.run_report import (
-    Run,
-    colour,
-    duration,
-    grouped,
-    percent,
-    read_runs,
-    training_text,
-    validation_sample,
-)
+from pipeline.reports.page import Block, Chart, Choice, Heading, Table, Text, by, to_html, to_text
+from pipeline.reports.run_files import Run, read_runs, training_text, validation_sample
+from pipeline.reports.run_report import colour
 
 # By budget: what it is called, the unit of the chart's axis, and that unit's size.
 BUDGETS = {
@@ -283,7 +264,7 @@ def _evaluate(
     if not exports:
         return {}
     from pipeline.evaluation.evaluate import evaluate  # torch: seconds that the runs' files alone do not need
-    from pipeline.export.model_folder import ORIGIN
+    from pipeline.export.model_card import ORIGIN
 
     if not data:
         raise UserError("--model needs --data SHARDS: the runs' recipes name no validation shards")

@@ -26,9 +26,10 @@ from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
 from pipeline.checkpoints import store
+from pipeline.common.text import with_interval
 from pipeline.reports.charts import Series, line_chart, picture
-from pipeline.reports.page import Table, to_text, with_interval
-from pipeline.reports.run_report import read_runs, validation_sample
+from pipeline.reports.page import Table, to_text
+from pipeline.reports.run_files import read_runs, validation_sample
 
 X = {
     "parameters": "parameters",
@@ -210,7 +211,7 @@ def _parameters(run_dir: Path) -> dict[str, int]:
 
     from pipeline.costs.inspect import body_parameters
     from pipeline.export.model_folder import model_from_config
-    from pipeline.models.factory import parameter_count
+    from pipeline.models.folders import parameter_count
 
     found = store.newest_whole(run_dir)
     if not found:

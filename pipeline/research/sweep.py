@@ -40,10 +40,11 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes, write_atomically
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
+from pipeline.common.text import NOTHING, duration, with_interval
 from pipeline.config.loading import parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
-from pipeline.reports.page import NOTHING, Table, to_text, with_interval
-from pipeline.reports.run_report import duration, read_runs
+from pipeline.reports.page import Table, to_text
+from pipeline.reports.run_files import read_runs
 
 STRATEGY = "zero0"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")

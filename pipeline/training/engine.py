@@ -30,7 +30,7 @@ from pipeline.config.deepspeed_config import zero_stage
 from pipeline.config.schema import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Step
-from pipeline.models.factory import parameter_count
+from pipeline.models.folders import parameter_count
 from pipeline.models.layers import TransformerLayer
 from pipeline.models.losses import LossSums
 from pipeline.training.optimizer import AdamW, parameter_groups

@@ -10,30 +10,17 @@ never learns from.
 
 from __future__ import annotations
 
-import faulthandler
 import math
-import os
-import platform
 import statistics
-import sys
-import threading
-import time
 from collections import deque
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from data_prep.common.environment import code_version
 from pipeline.config.schema import HealthRecipe
-from pipeline.parallel.ranks import HUNG, AgreedError, Ranks
 
 MEMORY = 50  # accepted steps that a spike is measured against
 FEWEST = 10  # before so many there is no median worth the name
 SPEED_STEPS = 20  # steps over which a rank must be slow
 SLOW = 1.3  # times the median
-LAST_WORDS_SECONDS = 3.0  # between a hung rank's stacks and its end
-STACKS = "stacks"  # folder in the run directory: what each rank was doing when it hung
-STACKS_BEFORE = "stacks-before"  # the same, of the last start that hung before this one
 
 
 @dataclass
@@ -81,91 +68,6 @@ def _limit(recent: list[float], factor: float | None) -> float:
     if factor is None or len(recent) < FEWEST:
         return math.inf
     return factor * statistics.median(recent)
-
-
-class Watchdog:
-    """Ends this process when nothing was finished for `seconds`: stacks of all its threads in
-    RUN/stacks/rank-N.txt, one line to standard error, exit status 76 (`launch.HUNG`).
-
-    Every rank has its own, because one that hangs makes all others wait; without `seconds` it never acts.
-    Between stacks and end it waits for LAST_WORDS_SECONDS: the first rank's end breaks the collective that
-    the others wait in, and they would leave with that error before they have written theirs. Use as a
-    context manager, from before the ranks meet: one that never comes is waited for like one that hangs.
-    `beat(what)` says what was finished.
-    """
-
-    def __init__(self, run_dir: Path, rank: int, seconds: float | None):
-        self._file, self._rank, self._seconds = run_dir / STACKS / f"rank-{rank}.txt", rank, seconds
-        self._ended = threading.Event()
-        self._last, self._finished = time.monotonic(), ""
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def __enter__(self) -> Watchdog:
-        self.beat("the start")
-        if self._seconds is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        if self._seconds is not None:
-            self._thread.join()
-
-    def beat(self, finished: str) -> None:
-        self._last, self._finished = time.monotonic(), finished
-
-    def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._seconds / 10)):
-            if time.monotonic() - self._last > self._seconds:
-                self._give_up()
-
-    def _give_up(self) -> None:
-        said = f"rank {self._rank}: nothing finished since {self._finished}, for {self._seconds:g} s "
-        said += "(health.hang_seconds)"
-        try:  # the disk may be what hangs or is full: end all the same
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._file, "w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-            said += f": stacks in {self._file}"
-        except OSError:
-            pass
-        print(said, file=sys.stderr, flush=True)
-        time.sleep(LAST_WORDS_SECONDS)
-        os._exit(HUNG)
-
-
-def facts(recipe: dict[str, Any], strategy: dict[str, Any], provenance: dict[str, Any]) -> dict[str, str]:
-    """What all ranks must have in common, by name: settings, shards, versions and this project's code."""
-    found = {"python": provenance["python"], **provenance["packages"], "code": code_version()}
-    for key in ("shards", "validation"):
-        for number, shard_set in enumerate(provenance[key]):
-            found[f"data.{key} {number + 1}"] = shard_set["fingerprint"][:12]
-    found |= _flat("recipe", recipe) | _flat("DeepSpeed config", strategy)
-    return found
-
-
-def _flat(name: str, value: Any) -> dict[str, str]:
-    if isinstance(value, dict):
-        return {k: v for key, one in value.items() for k, v in _flat(f"{name}.{key}", one).items()}
-    return {name: str(value)}
-
-
-def require_agreement(ranks: Ranks, ours: dict[str, str]) -> list[str]:
-    """Compare `facts` over all ranks (a collective); returns every rank's host name. AgreedError, the same on
-    every rank, names the first rank and fact that differ from rank 0's."""
-    import torch.distributed as dist
-
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, (platform.node(), ours))
-    first_host, first = everyone[0]
-    for rank, (host, theirs) in enumerate(everyone):
-        for name in [*first, *(name for name in theirs if name not in first)]:
-            if first.get(name) != theirs.get(name):
-                raise AgreedError(
-                    f"rank {rank} ({host}) has {name} {theirs.get(name)}, rank 0 ({first_host}) has "
-                    f"{first.get(name)}: give all ranks the same"
-                )
-    return [host for host, _ in everyone]
 
 
 class Speeds:

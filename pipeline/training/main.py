@@ -19,8 +19,9 @@ from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.config.deepspeed_config import read_strategy, zero_stage
 from pipeline.config.schema import Recipe, load_recipe
-from pipeline.parallel import ranks as launch
-from pipeline.parallel.ranks import AgreedError, Ranks, StopSignals
+from pipeline.parallel.agreement import AgreedError
+from pipeline.parallel.ranks import Ranks, find_ranks
+from pipeline.parallel.signals import StopSignals
 
 EXAMPLE = """\
 example:
@@ -70,7 +71,7 @@ def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
     parser.add_argument("--local_rank", help="set by the deepspeed launcher; the environment is what counts")
     arguments, overrides = parser.parse_known_args(argv)
 
-    ranks = launch.find_ranks()
+    ranks = find_ranks()
     try:
         recipe = load_recipe(arguments.config, overrides)
         strategy = read_strategy(*arguments.deepspeed_config)

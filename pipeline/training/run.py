@@ -30,19 +30,19 @@ from pipeline.config.deepspeed_config import COMMS, complete_strategy, zero_stag
 from pipeline.config.schema import Recipe
 from pipeline.data.loader import Step, StepLoader
 from pipeline.data.plan import BinPlan, Consumed, Position
-from pipeline.export.model_card import PROVENANCE, provenance
 from pipeline.models.factory import new_model
-from pipeline.models.flops import TRAINING_FACTOR, utilisation
+from pipeline.models.flops import TRAINING_FACTOR, StepArithmetic, utilisation
 from pipeline.models.losses import bits_per_byte
-from pipeline.models.step_flops import StepArithmetic
-from pipeline.parallel import ranks as launch
-from pipeline.parallel.ranks import AgreedError, Ranks
+from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts, require_agreement
+from pipeline.parallel.ranks import Ranks, join, leave
 from pipeline.training.engine import Engine
-from pipeline.training.health import STACKS, STACKS_BEFORE, Guard, Speeds, Watchdog, facts, require_agreement
+from pipeline.training.health import Guard, Speeds
 from pipeline.training.profiler import StepProfiler
+from pipeline.training.provenance import PROVENANCE, provenance
 from pipeline.training.run_log import RunLog
 from pipeline.training.validation import Validation
 from pipeline.training.warm_start import initialise
+from pipeline.training.watchdog import STACKS, STACKS_BEFORE, Watchdog
 
 VALIDATION_SEED = 0  # every run looks at the same sample of a validation set
 
@@ -103,8 +103,8 @@ class TrainingRun:
         self._watchdog = self._open.enter_context(
             Watchdog(self.run_dir, ranks.rank, recipe.health.hang_seconds)
         )
-        device = launch.join(ranks)
-        self._open.callback(launch.leave)
+        device = join(ranks)
+        self._open.callback(leave)
         self._watchdog.beat("the ranks' meeting")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
@@ -115,7 +115,7 @@ class TrainingRun:
         if recipe.init_from:
             # By rank 0's answer: one that does not see the run's disk must not go another way than the rest.
             begun = ranks.rank == 0 and bool(store.listed(self.run_dir)[0])
-            if not launch.agree(None, begun)[0]:
+            if not agree(None, begun)[0]:
                 initialise(model, recipe.init_from, self.tokenizer, ranks)
                 self._watchdog.beat("the reading of init_from")
         self.model_config = json.loads(model.config.to_json_string(use_diff=False))
@@ -195,7 +195,7 @@ class TrainingRun:
 
     def begin(self) -> None:
         """Write down what this run is, open its log and start loading data."""
-        launch.do_and_agree(self._open_log)
+        do_and_agree(self._open_log)
         self._loader = self._open.enter_context(
             StepLoader(
                 self.plan,
@@ -270,7 +270,7 @@ class TrainingRun:
         if unwritten:  # all know that it is so; this says whose it is, and why
             says = f"after step {self.state.step}: rank {{rank}} cannot write its log or trace: {{message}}; "
             says += "checkpoints are whole: make room and start the same command again"
-            launch.agree(self._unwritten, says=says)
+            agree(self._unwritten, says=says)
         by_rank = everything[-2 * world :].tolist()
         seconds = self.engine.own_seconds()
         self._time_per_operation = seconds / computed if seconds and computed else 0.0

@@ -17,8 +17,10 @@ from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.checkpoints import store
 from pipeline.checkpoints.zero_shards import Parts
-from pipeline.models.factory import load_model, load_model_tokenizer
-from pipeline.parallel.ranks import Ranks, do_and_agree
+from pipeline.models.factory import load_model
+from pipeline.models.folders import load_model_tokenizer
+from pipeline.parallel.agreement import do_and_agree
+from pipeline.parallel.ranks import Ranks
 
 
 def initialise(model: nn.Module, source: str | Path, tokenizer: Tokenizer, ranks: Ranks) -> None:

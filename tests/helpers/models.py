@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from pipeline.data.batch import Batch, build_batch
-from pipeline.data.plan import Span
+from pipeline.data.windows import Span
 from pipeline.models.attention import HF_ATTENTION, PATHS
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig

@@ -475,13 +475,14 @@ def signal_twice_in_a_collective(folder: str) -> None:
     import time
     from pathlib import Path
 
-    from pipeline.parallel import ranks as launch
-
     pid_file, rank = Path(folder) / "pid", int(os.environ["RANK"])
-    ranks = launch.find_ranks()
+    from pipeline.parallel.ranks import find_ranks, join
+    from pipeline.parallel.signals import SECOND_SIGNAL_SECONDS, StopSignals
+
+    ranks = find_ranks()
     if rank == 0:
-        launch.StopSignals()
-    launch.join(ranks)
+        StopSignals()
+    join(ranks)
     import torch.distributed as dist
 
     dist.barrier()
@@ -495,7 +496,7 @@ def signal_twice_in_a_collective(folder: str) -> None:
     pid = int(pid_file.read_text())
     time.sleep(0.5)
     os.kill(pid, signal.SIGTERM)
-    time.sleep(launch.SECOND_SIGNAL_SECONDS + 0.5)
+    time.sleep(SECOND_SIGNAL_SECONDS + 0.5)
     os.kill(pid, 0)  # still there
     (Path(folder) / "first").touch()
     for _ in range(600):  # again, in case that the first one was looked at so late
@@ -566,7 +567,8 @@ def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, floa
     from pipeline.data.batch import build_batch
     from pipeline.data.plan import BinPlan
     from pipeline.export.model_folder import export_run
-    from pipeline.models.factory import load_model, load_model_tokenizer
+    from pipeline.models.factory import load_model
+    from pipeline.models.folders import load_model_tokenizer
     from pipeline.training.run import VALIDATION_SEED
 
     export_run(run_dir, output, which)

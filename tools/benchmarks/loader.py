@@ -31,7 +31,8 @@ import numpy as np
 
 from data_prep.common.environment import header, require_folder, say, write_result
 from data_prep.common.errors import UserError, run_main
-from data_prep.shards.reader import INDEX_DTYPE, ShardSet, npy_bytes, read_index
+from data_prep.shards.layout import INDEX_DTYPE, npy_bytes, read_index
+from data_prep.shards.reader import ShardSet
 from pipeline.cli.options import answer, command, positive
 from pipeline.data.loader import StepLoader, assign
 from pipeline.data.plan import PART_WINDOWS, BinPlan, Place, Position, count

@@ -32,7 +32,7 @@ from pipeline.cli.options import VAE_RECIPE_HELP, answer, positive
 from pipeline.config.library import find_deepspeed_config, find_recipe
 from pipeline.config.schema import Recipe
 from pipeline.costs.benchmark_training import PACKAGES
-from pipeline.costs.inspect import sized_recipe
+from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.parallel.ranks import free_port
 from pipeline.training.run_log import METRICS, read_records
 
@@ -200,7 +200,7 @@ def format_benchmark(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.benchmarks.strategies",
         description="Seconds of a training step under several DeepSpeed strategies, by turns.",
@@ -234,7 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
     parser.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
     answer(arguments, run(arguments), format_benchmark)
     return 0
 

@@ -1,0 +1,1 @@
+"""The demo: every step of a small project, and a report."""

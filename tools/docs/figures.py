@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
+from pipeline.common.text import NOTHING, with_interval
+from pipeline.reports import charts as drawing
 from pipeline.reports.charts import picture
-from pipeline.reports.generation_chart import chart
-from pipeline.reports.page import NOTHING, with_interval
 from pipeline.research import compare, scaling
 
 
@@ -295,7 +295,7 @@ def fitted(results: Results, file: str) -> list[str]:
 def generation_chart(results: Results, file: str) -> list[str]:
     found = results.read(file)
     caption = f"New tokens per second and memory: {found['model']['name']} beside {found['against']['name']}"
-    return results.draw(f"{file.removesuffix('.json')}.svg", chart(found), caption)[1:]
+    return results.draw(f"{file.removesuffix('.json')}.svg", drawing.generation_chart(found), caption)[1:]
 
 
 TABLES: dict[str, Callable[..., list[str]]] = {

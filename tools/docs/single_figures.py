@@ -9,8 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.reports.page import NOTHING
-from pipeline.reports.run_report import duration
+from pipeline.common.text import NOTHING, duration
 from tools.docs.figures import Results, grouped_matches, share, table
 
 KINDS = ("vae", "sllm", "lm")

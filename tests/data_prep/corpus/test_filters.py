@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.common.errors import UserError
+from data_prep.common.language import detect_language
 from data_prep.corpus import filters as hygiene
-from data_prep.corpus.filters import Hygiene, detect_language, exam_text, normal_language
+from data_prep.corpus.filters import Hygiene, exam_text, normal_language
 
 EXAM = {
     "q_type": "单选题",

@@ -11,7 +11,8 @@ import pytest
 from helpers.data_prep_command import data_prep
 
 from data_prep.common.errors import UserError
-from data_prep.shards.reader import COMPRESSIONS, ShardSet, tar_members
+from data_prep.shards.layout import COMPRESSIONS, tar_members
+from data_prep.shards.reader import ShardSet
 from data_prep.shards.verify import verify
 from pipeline.data.batch import build_batch
 from pipeline.data.plan import BinPlan

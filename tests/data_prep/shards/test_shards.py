@@ -19,22 +19,20 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes
 from data_prep.jobs.job import ShardSettings
 from data_prep.jobs.plan import make_shards
-from data_prep.shards.reader import (
+from data_prep.shards.layout import (
     COMPRESSIONS,
     INDEX_DTYPE,
     Document,
-    Shard,
-    ShardSet,
-    ShardWriter,
     hash64,
     npy_bytes,
     seal_manifest,
     tar_members,
     token_dtype,
     unpack_zstd,
-    zstd_handler,
 )
+from data_prep.shards.reader import Shard, ShardSet, zstd_handler
 from data_prep.shards.verify import verify, verify_deep
+from data_prep.shards.writer import ShardWriter
 from data_prep.text.segmenter import get_segmenter
 from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import load_tokenizer

@@ -14,9 +14,11 @@ from helpers.data_prep_command import contents
 from data_prep.common.errors import UserError
 from data_prep.jobs.plan import ShardSettings, make_shards
 from data_prep.shards import split as splitting
-from data_prep.shards.reader import MANIFEST, ShardSet, ShardWriter
+from data_prep.shards.layout import MANIFEST
+from data_prep.shards.reader import ShardSet
 from data_prep.shards.split import UNFINISHED, parse_parts, split
 from data_prep.shards.verify import verify
+from data_prep.shards.writer import ShardWriter
 from data_prep.text.sentences import SentenceSettings
 
 PARTS = {"train": 0.6, "valid": 0.2, "test": 0.2}

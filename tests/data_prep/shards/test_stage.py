@@ -37,7 +37,8 @@ def test_a_signal_ends_a_copy_and_leaves_nothing(
 ) -> None:
     local = tmp_path / "local"
     script = (
-        "import os, sys; from data_prep import cli, staging; copy = staging._copy\n"
+        "import os, sys; from data_prep import cli; from data_prep.shards import stage as staging\n"
+        "copy = staging._copy\n"
         "def copy_and_be_told(source, target):\n"
         "    found = copy(source, target)\n"
         f"    if source.suffix == '.tar': os.kill(os.getpid(), {int(number)})\n"

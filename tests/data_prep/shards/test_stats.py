@@ -15,10 +15,11 @@ from helpers import tokenizer_folders
 
 from data_prep import cli
 from data_prep.common.errors import UserError
-from data_prep.shards.reader import Document, ShardSet
+from data_prep.shards.layout import Document
+from data_prep.shards.reader import ShardSet
 from data_prep.shards.stats import percent, stats, stats_text
 from data_prep.shards.stats_page import stats_page
-from pipeline.data.plan import cut_windows
+from pipeline.data.windows import cut_windows
 
 LIMIT = 24  # tokens a sentence: short enough for some to be split
 HOSTILE = (

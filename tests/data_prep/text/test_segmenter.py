@@ -19,19 +19,8 @@ from hypothesis import strategies as st
 
 from data_prep.common.errors import UserError
 from data_prep.text.abbreviations import LOWER_CASE, NEVER_LAST, NUMBERED, SOMETIMES_LAST, STARTERS, TITLES
-from data_prep.text.segmenter import (
-    _FAR_LETTER,
-    _SCANNERS,
-    CLOSERS,
-    DASHES,
-    ELLIPSES,
-    LANGUAGES,
-    NAMES,
-    PAUSES,
-    STOPS,
-    Segmenter,
-    get_segmenter,
-)
+from data_prep.text.segment_rules import CLOSERS, DASHES, ELLIPSES, FAR_LETTER, PAUSES, SCANNERS, STOPS
+from data_prep.text.segmenter import LANGUAGES, NAMES, Segmenter, get_segmenter
 from tools.benchmarks import segment_quality
 
 # The same examples every time, nothing kept between runs.
@@ -151,7 +140,7 @@ def test_the_fast_path_takes_most_cuts() -> None:
             sure = found = 0
             for case in golden(language):
                 text = re.sub("[‖¦]", "", case["cut"])
-                runs = list(_SCANNERS[name][True].finditer(text))
+                runs = list(SCANNERS[name][True].finditer(text))
                 sure += sum(run.lastindex is None for run in runs)
                 found += len(get_segmenter(name, language).cuts(text)) - 1
             assert sure > found / 4
@@ -191,7 +180,7 @@ def test_complete_agrees_with_cutting(text: str) -> None:
             assert segmenter.is_complete(text)
             continue
         assert segmenter.is_complete(text + "\n") == any(map(str.isalnum, text))
-        if segmenter.language == "auto" and _FAR_LETTER.search(text):
+        if segmenter.language == "auto" and FAR_LETTER.search(text):
             continue  # " The" may make another language of a line of few letters
         body = text.rstrip()
         ends, at = set(), 0

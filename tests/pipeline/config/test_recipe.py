@@ -14,7 +14,7 @@ from helpers.paths import REPOSITORY
 from data_prep.common.errors import UserError
 from pipeline.config.deepspeed_config import complete_strategy, read_strategy, zero_stage
 from pipeline.config.schema import load_recipe
-from pipeline.parallel import ranks as launch
+from pipeline.parallel.ranks import Ranks, find_ranks
 
 RECIPES = sorted((REPOSITORY / "pipeline" / "recipes").glob("*.yaml"))
 CONFIGS = REPOSITORY / "ds_configs"
@@ -266,32 +266,32 @@ SLURM = {
 
 
 def test_ranks_come_from_whichever_launcher_there_is() -> None:
-    assert launch.find_ranks({}) == launch.Ranks(0, 1, 0)
+    assert find_ranks({}) == Ranks(0, 1, 0)
     env = dict(SLURM)
-    assert launch.find_ranks(env) == launch.Ranks(3, 4, 1)
+    assert find_ranks(env) == Ranks(3, 4, 1)
     assert env["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(env["MASTER_PORT"]) < 32000
     other = SLURM | {"SLURM_PROCID": "0"}
-    launch.find_ranks(other)
+    find_ranks(other)
     assert other["MASTER_PORT"] == env["MASTER_PORT"], "ranks of one step meet at one port"
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-    assert launch.find_ranks(mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}) == launch.Ranks(1, 2, 1)
+    assert find_ranks(mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}) == Ranks(1, 2, 1)
 
 
 def test_what_a_launcher_has_set_stays() -> None:
     env = SLURM | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "n7", "MASTER_PORT": "9"}
-    assert launch.find_ranks(env) == launch.Ranks(0, 2, 0)
+    assert find_ranks(env) == Ranks(0, 2, 0)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("n7", "9")
 
 
 def test_a_batch_script_is_no_rank() -> None:
     script = {name: value for name, value in SLURM.items() if "STEP" not in name}
-    assert launch.find_ranks(script) == launch.Ranks(0, 1, 0)
+    assert find_ranks(script) == Ranks(0, 1, 0)
 
 
 def test_several_machines_need_an_address() -> None:
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(UserError, match="export MASTER_ADDR"):
-        launch.find_ranks(mpi)
+        find_ranks(mpi)
 
 
 def test_steps_to_profile(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from pipeline.costs.benchmark_generation import (
     Case,
     SentenceSide,
     TokenSide,
-    chart,
     format_benchmark,
     held_per_token,
     memory,
     run,
 )
+from pipeline.reports.charts import generation_chart
 
 RECIPE = """
 objective: sllm
@@ -49,13 +49,17 @@ def recipes(tmp_path):
     return str(tmp_path / "sllm.yaml"), str(tmp_path / "lm.yaml")
 
 
-def arguments(recipes, *more: str):
+def words(recipes, *more: str) -> list[str]:
     sllm, lm = recipes
     flags = ["benchmark", "generation", "--recipe", sllm, "--against", lm, "--runs", "2", "--threads", "1"]
-    return cli.build_parser().parse_args([*flags, *more])
+    return [*flags, *more]
 
 
-def test_figures_and_chart(recipes, tmp_path):
+def arguments(recipes, *more: str):
+    return cli.build_parser().parse_args(words(recipes, *more))
+
+
+def test_figures_and_chart(recipes, tmp_path, capsys):
     output = tmp_path / "result.json"
     flags = (
         "--batch",
@@ -70,7 +74,9 @@ def test_figures_and_chart(recipes, tmp_path):
         "--sentence-tokens",
         "4",
     )
-    result = run(arguments(recipes, *flags, "--output", str(output)))  # with a process for each's memory
+    # With a process for each one's memory.
+    assert cli.main(words(recipes, *flags, "--output", str(output), "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
     assert json.loads(output.read_text()) == result
     assert [(p["batch"], p["context"]) for p in result["points"]] == [
         (batch, context) for batch in (1, 3) for context in (10, 37, 100)
@@ -97,7 +103,7 @@ def test_figures_and_chart(recipes, tmp_path):
     dots = [e for e in root.iter() if e.tag.endswith("circle")]
     # Along three contexts (two of the other's), then along two batches; speed and memory each.
     assert len(dots) == 2 * (5 + 4)
-    assert chart(result) == output.with_suffix(".svg").read_text()
+    assert generation_chart(result) == output.with_suffix(".svg").read_text()
 
 
 def test_forced_lengths_are_what_is_written(recipes):

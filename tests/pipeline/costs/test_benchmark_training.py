@@ -25,7 +25,8 @@ from data_prep.shards.reader import ShardSet
 from pipeline.cli import main as cli
 from pipeline.costs import benchmark_training
 from pipeline.costs.benchmark_training import OPT_SIZES, PlainModel, RecipeModel, Settings, Stepper, count
-from pipeline.costs.inspect import inspect, sized_recipe
+from pipeline.costs.inspect import inspect
+from pipeline.costs.sized_recipe import sized_recipe
 
 
 def arguments(*words: str | Path) -> argparse.Namespace:

@@ -20,9 +20,10 @@ from data_prep.common.errors import UserError, run_main
 from pipeline.cli import main as cli
 from pipeline.config.schema import load_recipe
 from pipeline.costs import inspect as inspection
-from pipeline.costs.inspect import Vocabulary, inspect, made_up_batch, new_model, sized_recipe, states_memory
-from pipeline.models.factory import parameter_count
+from pipeline.costs.inspect import inspect, made_up_batch, new_model, states_memory
+from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
 from pipeline.models.flops import batch_cores, count_operations, counted_rows
+from pipeline.models.folders import parameter_count
 
 VARIANTS = {
     "plain": {},
@@ -88,7 +89,7 @@ def test_attention_pairs_are_counted_by_hand(tmp_path):
 
 def test_padding_is_weighed_by_operations(tmp_path):
     from pipeline.data.batch import build_batch
-    from pipeline.data.plan import Span
+    from pipeline.data.windows import Span
 
     model = real_model(write_recipe(tmp_path, "vae"), 500)
     lengths = torch.tensor([40, 41]).numpy()  # long ones share a block of 41 columns
@@ -105,7 +106,7 @@ def test_padding_is_weighed_by_operations(tmp_path):
 MEASURE = """
 import json, re, sys, torch
 from pathlib import Path
-from pipeline.inspection import Vocabulary, made_up_batch, new_model, sized_recipe
+from pipeline.costs.inspect import Vocabulary, made_up_batch, new_model, sized_recipe
 def resident():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text()).group(1)) * 1024
 torch.set_num_threads(1)
@@ -278,7 +279,7 @@ def test_the_published_sizes(run):
 
 
 def test_the_largest_size_is_inspected_without_memory():
-    code = "import resource, sys\nfrom pipeline import cli\n"
+    code = "import resource, sys\nfrom pipeline.cli import main as cli\n"
     code += "resource.setrlimit(resource.RLIMIT_DATA, (3_000_000_000,) * 2)\n"  # its weights alone are 6.4 GB
     code += "sys.exit(cli.main(['inspect', '--recipe', 'sllm-1.3b-h1', '--dtype', 'fp32', '--json']))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)

@@ -19,7 +19,7 @@ from helpers.paths import REPOSITORY
 
 from pipeline.config.schema import load_recipe
 from pipeline.models.backbone import backbone_config
-from pipeline.models.factory import parameter_count
+from pipeline.models.folders import parameter_count
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
 

@@ -14,17 +14,8 @@ from helpers.data_prep_command import data_prep
 from data_prep.common.errors import UserError
 from data_prep.shards.reader import Shard, ShardSet
 from pipeline.data.batch import build_batch
-from pipeline.data.plan import (
-    LOOK_AHEAD,
-    BinPlan,
-    Consumed,
-    Position,
-    count,
-    cut_documents,
-    cut_windows,
-    document_spans,
-    pack,
-)
+from pipeline.data.plan import LOOK_AHEAD, BinPlan, Consumed, Position, count, pack
+from pipeline.data.windows import cut_documents, cut_windows, document_spans
 
 
 @pytest.fixture(scope="module")

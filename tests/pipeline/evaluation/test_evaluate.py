@@ -22,7 +22,7 @@ from data_prep.text.segmenter import get_segmenter
 from data_prep.text.sentences import cut_document
 from data_prep.text.tokenizer import load_tokenizer, train_sentencepiece
 from pipeline.data.batch import build_batch
-from pipeline.data.plan import Span, document_spans
+from pipeline.data.windows import Span, document_spans
 from pipeline.evaluation.evaluate import evaluate, format_result, score
 from pipeline.evaluation.reconstruction import edit_distances, rebuild
 from pipeline.evaluation.scores import Window, interval

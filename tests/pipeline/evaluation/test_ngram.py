@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from pipeline.data.plan import Span
+from pipeline.data.windows import Span
 from pipeline.evaluation.ngram import NgramModel
 
 V = 6

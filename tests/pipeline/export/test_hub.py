@@ -67,7 +67,7 @@ def test_one_import_makes_the_auto_classes_know_our_folders(tmp_path):
 
 
 def test_the_package_alone_imports_nothing_heavy():
-    code = "import sys, pipeline, pipeline.recipe; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, pipeline, pipeline.config.schema; print({'torch', 'transformers'} & set(sys.modules))"
     assert python(code) == "set()"
     with pytest.raises(ImportError, match="cannot import name 'Nonsense'"):
         from pipeline import Nonsense  # noqa: F401

@@ -14,11 +14,10 @@ from data_prep.text.tokenizer import load_tokenizer
 from pipeline.cli import generate as generate_command
 from pipeline.cli.generate import generate_prompt
 from pipeline.data.batch import build_batch
-from pipeline.data.plan import Span
+from pipeline.data.windows import Span
 from pipeline.generation.api import generate
 from pipeline.generation.prompt import split_prompt
-from pipeline.generation.sampling import Sampling
-from pipeline.generation.writer import (
+from pipeline.generation.results import (
     DOCUMENT_END,
     POSITIONS_EXHAUSTED,
     SENTENCE_LIMIT,
@@ -26,6 +25,7 @@ from pipeline.generation.writer import (
     TOKEN_LIMIT,
     Limits,
 )
+from pipeline.generation.sampling import Sampling
 
 PROMPT = "The list is set by hand, and its value is"
 

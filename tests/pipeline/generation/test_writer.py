@@ -14,21 +14,22 @@ from helpers.models import _wake
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.data.batch import build_batch
-from pipeline.data.plan import Span
-from pipeline.generation.api import generate, generate_many, lay_out
+from pipeline.data.windows import Span
+from pipeline.generation.api import generate, generate_many
 from pipeline.generation.prompt import split_prompt
-from pipeline.generation.sampling import Sampling
-from pipeline.generation.writer import (
+from pipeline.generation.results import (
     DOCUMENT_END,
     SENTENCE_LIMIT,
     STOP_STRING,
     TOKEN_LIMIT,
-    BatchWriter,
     Limits,
     Request,
     TextStream,
 )
+from pipeline.generation.sampling import Sampling
+from pipeline.generation.writer import BatchWriter
 from pipeline.models.factory import build_model
+from pipeline.models.inference import lay_out
 from pipeline.models.kv_cache import CachedStep, KeyValueCache
 
 PROMPTS = [

@@ -10,16 +10,9 @@ import torch
 from helpers.models import random_batch, random_spans, small_lm, small_sllm
 
 from data_prep.common.errors import UserError
+from pipeline.data.segments import SegmentLayout
 from pipeline.models import attention
-from pipeline.models.attention import (
-    KERNELS,
-    PATHS,
-    SegmentLayout,
-    attention_path,
-    choose_path,
-    packed_attention,
-    why_not,
-)
+from pipeline.models.attention import KERNELS, PATHS, attention_path, choose_path, packed_attention, why_not
 
 CPU = torch.device("cpu")
 # One row; one segment; short ones; some longer than every exact bucket; rows beyond one flex tile.

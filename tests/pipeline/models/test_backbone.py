@@ -34,10 +34,11 @@ from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.config.schema import BACKBONE_KEYS, load_recipe
 from pipeline.data.batch import build_batch, empty_batch
+from pipeline.data.segments import SegmentLayout
 from pipeline.evaluation.self_check import Checker
 from pipeline.generation.api import generate
-from pipeline.generation.writer import POSITIONS_EXHAUSTED
-from pipeline.models.attention import PATHS, SegmentLayout, attention_path
+from pipeline.generation.results import POSITIONS_EXHAUSTED
+from pipeline.models.attention import PATHS, attention_path
 from pipeline.models.backbone import backbone_config, load_backbone, run_packed
 from pipeline.models.factory import build_model, load_model
 from pipeline.models.sllm import SLLM, SLLMConfig

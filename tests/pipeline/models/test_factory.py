@@ -11,7 +11,8 @@ from transformers import OPTForCausalLM
 
 from data_prep.common.errors import UserError
 from data_prep.shards.reader import ShardSet
-from pipeline.models.factory import build_model, load_model, model_kind, save_model
+from pipeline.models.factory import build_model, load_model, save_model
+from pipeline.models.folders import model_kind
 
 VAE = {"hidden_size": 32, "layers": 1, "heads": 4}
 BACKBONE = {

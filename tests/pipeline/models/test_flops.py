@@ -10,12 +10,12 @@ from helpers.models import opt_config, post_norm_opt_config, random_batch, small
 
 from data_prep.shards.reader import ShardSet
 from pipeline.data.batch import build_batch
-from pipeline.data.plan import BinPlan, Span
+from pipeline.data.plan import BinPlan
+from pipeline.data.windows import Span
 from pipeline.models.attention import KERNELS, attention_path, choose_path
-from pipeline.models.flops import batch_cores, count_operations, counted_rows, utilisation
+from pipeline.models.flops import StepArithmetic, batch_cores, count_operations, counted_rows, utilisation
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
-from pipeline.models.step_flops import StepArithmetic
 
 MODELS = {
     "vae": small_vae,
@@ -101,9 +101,9 @@ def test_the_path_counted_is_asked_for_with_the_dropout_that_runs(training, monk
     ]
     for model in models:
         counted, ran = [], []
-        for module, seen in (("arithmetic", counted), ("attention", ran)):
+        for module, seen in (("flops", counted), ("attention", ran)):
             monkeypatch.setattr(
-                f"pipeline.{module}.choose_path",
+                f"pipeline.models.{module}.choose_path",
                 lambda device, dtype, width, requires_grad, dropout=0.0, seen=seen: (
                     seen.append((width, dropout)),
                     "bucketed",

@@ -15,7 +15,7 @@ from helpers.models import opt_config, small_sllm
 
 import pipeline.models.attention
 from pipeline.data.batch import Batch, build_batch
-from pipeline.data.plan import Span
+from pipeline.data.windows import Span
 from pipeline.evaluation.self_check import check_model
 from pipeline.models.attention import attention_path, packed_attention
 

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, OPTForCausalLM, OPTModel
 
 from pipeline.data.batch import build_batch, empty_batch
-from pipeline.data.plan import Span
-from pipeline.models.attention import SegmentLayout, attention_path
+from pipeline.data.segments import SegmentLayout
+from pipeline.data.windows import Span
+from pipeline.models.attention import attention_path
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

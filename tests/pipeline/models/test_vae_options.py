@@ -27,8 +27,9 @@ from data_prep.common.errors import UserError
 from data_prep.shards.reader import ShardSet
 from pipeline.config.schema import load_recipe
 from pipeline.data.batch import build_batch, empty_batch
-from pipeline.data.plan import Span
-from pipeline.models.attention import SegmentLayout, attention_path
+from pipeline.data.segments import SegmentLayout
+from pipeline.data.windows import Span
+from pipeline.models.attention import attention_path
 from pipeline.models.factory import build_model, load_model, save_model
 from pipeline.models.layers import CrossAttention, PostNormLayer, TokenEmbedding, sinusoids
 from pipeline.models.sentence_encoder import AttentionPooling, _sum_rows

@@ -12,8 +12,10 @@ from helpers.run_files import STEPS, make_run, write_lines
 
 from data_prep.common.errors import UserError
 from pipeline.cli import main as cli
+from pipeline.common.text import duration
 from pipeline.reports.charts import log_ticks, running_mean, thinned
-from pipeline.reports.run_report import differences, duration, read_runs, report, summarise
+from pipeline.reports.run_files import read_runs
+from pipeline.reports.run_report import differences, report, summarise
 
 
 def test_a_runs_summary_is_what_its_files_say(tmp_path: Path) -> None:

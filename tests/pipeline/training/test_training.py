@@ -766,7 +766,8 @@ def test_the_deepspeed_launcher_trains(recipes: Path, reference: dict[str, Path]
 def test_a_signal_after_the_save_does_not_hide_the_requeue_status() -> None:
     """`srun --kill-on-bad-exit` sends TERM to the slower ranks once the first has left with 75."""
     script = (
-        "import os, signal, sys; from pipeline.launch import REQUEUE, StopSignals; stop = StopSignals(); "
+        "import os, signal, sys; from data_prep.common.errors import REQUEUE; "
+        "from pipeline.parallel.signals import StopSignals; stop = StopSignals(); "
         "os.kill(os.getpid(), signal.SIGUSR1); assert stop.received == 'SIGUSR1'; stop.ignore(); "
         "[os.kill(os.getpid(), s) for s in (signal.SIGTERM, signal.SIGUSR1)]; "
         # What the interpreter does to handlers of its own before it ends; ignored signals stay ignored.
@@ -780,7 +781,8 @@ def test_a_signal_does_not_hide_that_the_input_is_bad(local_rank: str) -> None:
     """A rank that TERM kills while it refuses its recipe, or on its way out, would have a job requeued for
     ever."""
     script = (
-        "import os, signal, sys; from data_prep.errors import run_main; from pipeline import train; "
+        "import os, signal, sys; from data_prep.common.errors import run_main; "
+        "from pipeline.training import main as train; "
         "load = train.load_recipe; "
         "train.load_recipe = lambda *given: os.kill(os.getpid(), signal.SIGTERM) or load(*given); "
         "status = run_main('train.py', lambda: train.main(sys.argv[1:])); "

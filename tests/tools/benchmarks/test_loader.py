@@ -9,30 +9,30 @@ import numpy as np
 import pytest
 
 from data_prep.common.errors import UserError
-from pipeline.cli import main as cli
 from pipeline.data.plan import BinPlan
+from tools.benchmarks import loader
 from tools.benchmarks.loader import SyntheticShardSet
 
 
 def test_the_loader_is_measured(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    command = ["benchmark", "loader", "--shards", str(tiny_shards), "--bins", "5", "--runs", "2"]
-    assert cli.main([*command, "--output", str(tmp_path / "loader.json"), "--json"]) == 0
+    command = ["loader", "--shards", str(tiny_shards), "--bins", "5", "--runs", "2"]
+    assert loader.main([*command, "--output", str(tmp_path / "loader.json"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == json.loads((tmp_path / "loader.json").read_text())
     assert list(result["windows"]) == ["1024", "128"] and result["cpu"]
     for measured in result["windows"].values():
         assert len(measured["tokens_per_second"]["values"]) == 2
         assert measured["tokens_per_second"]["median"] > 0
-    assert cli.main(command) == 0
+    assert loader.main(command) == 0
     assert "per CPU-second) in bins of 8,192;" in capsys.readouterr().out
     with pytest.raises(UserError, match="its folder does not exist"):
-        cli.main([*command, "--output", str(tmp_path / "nowhere" / "x.json")])
+        loader.main([*command, "--output", str(tmp_path / "nowhere" / "x.json")])
 
 
 @pytest.mark.parametrize("at", ["start", "late"])
 def test_planning_reads_one_group_of_the_index(at: str, capsys: pytest.CaptureFixture) -> None:
     sizes = ["--documents", "200000", "--shards", "1000", "--ranks", "4", "--at", at, "--json"]
-    assert cli.main(["benchmark", "planning", *sizes]) == 0
+    assert loader.main(["planning", *sizes]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["indexes_read"] == 16
     assert 7000 < result["first_batch_tokens"] <= 8192
@@ -53,4 +53,4 @@ def test_simulated_sentences_are_those_of_the_index(tmp_path: Path) -> None:
 
 def test_too_few_documents_are_refused() -> None:
     with pytest.raises(UserError, match="cannot fill 100 shards"):
-        cli.main(["benchmark", "planning", "--documents", "9", "--shards", "100"])
+        loader.main(["planning", "--documents", "9", "--shards", "100"])

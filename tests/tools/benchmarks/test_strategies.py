@@ -1,4 +1,4 @@
-"""`sllm benchmark strategies`: real starts, and figures that are what their metrics say."""
+"""`tools.benchmarks.strategies`: real starts, and figures that are what their metrics say."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import pytest
 from helpers.paths import REPOSITORY
 
 from data_prep.common.errors import UserError
-from pipeline.cli import main as cli
-from tools.benchmarks.strategies import figures, format_benchmark, run
+from tools.benchmarks.strategies import build_parser, figures, format_benchmark, run
 
 
 def arguments(shards: Path, *more: str) -> argparse.Namespace:
     recipe = str(REPOSITORY / "pipeline" / "recipes" / "demo-vae.yaml")
-    given = ["benchmark", "strategies", "--recipe", recipe, "--shards", str(shards), *more]
-    return cli.build_parser().parse_args(given)
+    given = ["--recipe", recipe, "--shards", str(shards), *more]
+    return build_parser().parse_args(given)
 
 
 def test_a_start_is_a_real_training(tiny_shards: Path, tmp_path: Path) -> None:

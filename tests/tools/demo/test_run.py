@@ -100,7 +100,7 @@ def test_stopped_demo_leaves_no_process(project: Path) -> None:
     script = f"""
 import signal, sys
 from pathlib import Path
-from pipeline.demo import Runner, Step
+from tools.demo.run import Runner, Step
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 step = Step("long", (sys.executable, "-c", {launcher!r}), Path("out/long"))
 Runner(Path({str(project)!r}), Path("out")).run(step, 1)

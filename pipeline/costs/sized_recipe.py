@@ -1,0 +1,76 @@
+"""A recipe whose model folders are replaced by their sizes, so that a model can be built without them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from data_prep.common.errors import UserError
+from pipeline.config.library import RECIPES, find_recipe
+from pipeline.config.schema import VAE_KEYS, ModelRecipe, Recipe, load_recipe
+from pipeline.models.folders import KINDS, read_config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Vocabulary(NamedTuple):
+    """What `build_model` asks of a tokenizer: OPT's unless said otherwise."""
+
+    vocab_size: int = 50272
+    bos_id: int = 2
+    eos_id: int = 2
+    pad_id: int = 1
+
+
+# A model from a recipe alone ---------------------------------------------------------------------------
+
+
+def sized_recipe(
+    path: str | Path, vae_recipe: str | Path | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """A recipe in which model folders are replaced by their sizes, so that a model can be built without them.
+
+    `model.vae.path` is read when it is there; else the SentenceVAE's own recipe is looked up by the folder's
+    name (`models/svae-768-h1` → `svae-768-h1.yaml`), or given as `vae_recipe`.
+    Raises: UserError when neither is found.
+    """
+    path = find_recipe(path)
+    recipe = load_recipe(path, list(overrides))
+    vae, backbone = dict(recipe.model.vae), dict(recipe.model.backbone)
+    if recipe.objective != "lm" and (vae_recipe or vae.get("path")):
+        vae = _vae_sizes(recipe, path, vae_recipe)
+    if recipe.objective != "vae" and backbone.get("path"):
+        backbone = read_config(backbone["path"])
+        if backbone.get("model_type") in KINDS:
+            raise UserError(
+                f"recipe {path}: model.backbone.path holds a {backbone['model_type']}, not a backbone"
+            )
+    # Weights to start from say nothing about sizes.
+    vae = {key: value for key, value in vae.items() if value is not None and key != "init_embeddings_from"}
+    model = ModelRecipe(vae=vae)
+    model.backbone = backbone  # a config of a folder has more keys than a recipe may have
+    return dataclasses.replace(recipe, model=model)
+
+
+def _vae_sizes(recipe: Recipe, path: Path, vae_recipe: str | Path | None) -> dict[str, Any]:
+    folder = recipe.model.vae.get("path")
+    if vae_recipe is None:
+        if (Path(folder) / "config.json").is_file():
+            config = read_config(folder)
+            return {key: config[key] for key in VAE_KEYS if key in config}
+        name = f"{Path(folder).name}.yaml"
+        found = [place / name for place in (path.parent, RECIPES) if (place / name).is_file()]
+        if not found:
+            raise UserError(
+                f"recipe {path}: model.vae.path {folder} does not exist and there is no recipe {name}: "
+                "give the SentenceVAE's recipe with --vae-recipe"
+            )
+        vae_recipe = found[0]
+    source = load_recipe(find_recipe(vae_recipe))
+    if source.objective != "vae":
+        raise UserError(f"--vae-recipe {vae_recipe}: its objective is {source.objective}, not vae")
+    return dict(source.model.vae)

@@ -1,0 +1,46 @@
+"""What generation asks of a model: one vector for each sentence read, symbols of the next one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+
+class SentenceModel(Protocol):
+    """A model that predicts a sentence at a time, with one cache row for each of R documents.
+
+    `state` is what the model keeps of the documents, `decoder` what it keeps of the sentences being written;
+    generation hands both back and reads `cache` of each.
+    """
+
+    config: Any  # `vae`, `sentence_settings`, `bos_token_id`, `eos_token_id`, `pad_token_id`
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def max_sentences(self) -> int:
+        """The longest document, in sentences."""
+
+    def new_state(self, rows: int) -> Any:
+        """R empty documents."""
+
+    def new_decoder(self, state: Any) -> Any:
+        """A decoder row for each document of `state`."""
+
+    def read(self, state: Any, rows: np.ndarray, documents: list[list[list[int]]], ahead: int) -> None:
+        """Start documents in `rows` (int64 [n]) with complete sentences; up to `ahead` more will follow."""
+
+    def extend(self, state: Any, rows: np.ndarray, sentences: list[list[int]]) -> None:
+        """Append one sentence to each document in `rows` (int64 [n], ascending)."""
+
+    def stop_log_odds(self, state: Any, rows: np.ndarray) -> torch.Tensor:
+        """Log-odds that each document ends here, float32 [n] on the host."""
+
+    def sentence_begin(self, state: Any, decoder: Any, rows: np.ndarray) -> None:
+        """Start the next sentence of each document in `rows`."""
+
+    def sentence_step(self, decoder: Any, rows: np.ndarray, symbols: list[int]) -> torch.Tensor:
+        """Feed one symbol to each row; logits of the next symbols, float32 [n, V]."""
