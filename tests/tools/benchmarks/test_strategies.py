@@ -49,7 +49,7 @@ def test_figures_compare_within_a_round() -> None:
 
 
 def test_wrong_arguments_are_refused(tiny_shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="zero9.json does not exist"):
+    with pytest.raises(UserError, match="zero9 does not exist"):
         run(arguments(tiny_shards, "--strategies", "zero9"))
     with pytest.raises(UserError, match="--steps must be more than 2"):
         run(arguments(tiny_shards, "--steps", "2"))
