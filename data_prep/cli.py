@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import data_prep
 from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
 from data_prep.corpus import filters
 
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Turn a WanJuan corpus into sentence shards.",
         epilog="example: data-prep shard --input corpus/EN --output shards --tokenizer opt --workers 8",
     )
+    parser.add_argument("--version", action="version", version=f"data-prep {data_prep.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run, summary: str, example: str) -> argparse.ArgumentParser:

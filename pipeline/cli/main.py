@@ -14,11 +14,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+import pipeline
 from data_prep.common.errors import UserError, run_main
 from pipeline.cli.benchmark import add_benchmarks
 from pipeline.cli.evaluation import add_evaluation
 from pipeline.cli.options import INT8_HELP, VAE_RECIPE_HELP, answer, command, positive, print_json
 from pipeline.cli.research import add_research
+from pipeline.cli.train import add_train
 
 DESCRIPTION = "Evaluate, generate with, check, export, audit, inspect and measure sentence-level models."
 
@@ -145,8 +147,10 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example:\n  sllm generate --model demo/models/sllm --prompt 'The list is' --max-sentences 5",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"sllm {pipeline.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    add_train(commands)
     add_evaluation(commands)
     add_research(commands)
 
