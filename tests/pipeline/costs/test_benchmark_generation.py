@@ -24,6 +24,8 @@ from pipeline.costs.benchmark_generation import (
 )
 from pipeline.reports.charts import generation_chart
 
+pytestmark = pytest.mark.launch
+
 RECIPE = """
 objective: sllm
 output_dir: runs/x

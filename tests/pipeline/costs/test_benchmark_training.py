@@ -28,6 +28,8 @@ from pipeline.costs.benchmark_training import OPT_SIZES, PlainModel, RecipeModel
 from pipeline.costs.inspect import inspect
 from pipeline.costs.sized_recipe import sized_recipe
 
+pytestmark = pytest.mark.launch
+
 
 def arguments(*words: str | Path) -> argparse.Namespace:
     return cli.build_parser().parse_args(["benchmark", "train", "--threads", "1", *map(str, words)])
