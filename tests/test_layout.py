@@ -12,18 +12,7 @@ import pipeline
 from tools.structure import circles, longest_chain
 
 # Import names of packages that this project may get as extras.
-EXTRAS = {
-    "dask",
-    "distributed",
-    "fastapi",
-    "gguf",
-    "langcodes",
-    "lm_eval",
-    "matplotlib",
-    "openai",
-    "peft",
-    "uvicorn",
-}
+EXTRAS = set("dask distributed fastapi gguf langcodes lm_eval matplotlib openai peft uvicorn".split())
 
 
 def test_no_child_of_pipeline_shadows_an_import() -> None:
