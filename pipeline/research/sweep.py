@@ -35,8 +35,8 @@ from typing import Any
 
 import yaml
 
-from data_prep.common.environment import header, require_folder, say
-from data_prep.common.errors import UserError
+from data_prep.common.environment import header, require_folder
+from data_prep.common.errors import UserError, log
 from data_prep.common.files import json_bytes, write_atomically
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
@@ -250,7 +250,7 @@ class Workers:
                     for job in [j for j in waiting if not (j.after and j.after.key in open_keys)]:
                         if job.after and job.after.key in failed:
                             failed[job.key] = f"not begun, because {job.after.key} failed"
-                            say(f"{job.key}: {failed[job.key]}")
+                            log(f"{job.key}: {failed[job.key]}")
                             waiting.remove(job)
                         elif slots:
                             slot = slots.pop(0)
@@ -263,12 +263,12 @@ class Workers:
                             row = done.result()
                         except JobFailed as error:
                             failed[job.key] = str(error)
-                            say(f"{job.key}: failed: {error}")
+                            log(f"{job.key}: failed: {error}")
                         else:
                             took = duration(row["seconds"])
-                            say(f"{job.key}: {took} of training, {row['bits_per_byte']:.4f} bits per byte")
+                            log(f"{job.key}: {took} of training, {row['bits_per_byte']:.4f} bits per byte")
             except BaseException:
-                say("stopping; trainings save first")
+                log("stopping; trainings save first")
                 self._stop()
                 raise
         return failed
@@ -417,7 +417,7 @@ def run(
             if job.key in wanted:
                 job.require_same()
         todo = [job for job in jobs if job.key in wanted and job.row() is None]
-        say(f"{folder}: {len(wanted) - len(todo)} of {len(wanted)} runs are done")
+        log(f"{folder}: {len(wanted) - len(todo)} of {len(wanted)} runs are done")
         failed = Workers(min(workers, len(todo)), lock).run(todo) if todo else {}
         rows = {job.key: job.row() for job in jobs}
         result = {

@@ -30,8 +30,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.common.environment import header, say, write_result
-from data_prep.common.errors import UserError, run_main
+from data_prep.common.environment import header, write_result
+from data_prep.common.errors import UserError, log, run_main
 
 PARTS = ("speed", "workers", "memory", "ids", "reading")
 PACKAGES = ("numpy", "tokenizers", "gigatoken", "sentencepiece", "zstandard", "pyarrow", "datasets")
@@ -428,7 +428,7 @@ def _times(get: Callable[[object], object], wanted: list) -> dict:
 
 
 def _say(line: str) -> None:
-    say(f"sharding benchmark: {line}")
+    log(f"sharding benchmark: {line}")
 
 
 def text(result: dict) -> str:

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.environment import header, require_folder, say, write_result
-from data_prep.common.errors import UserError, run_main
+from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.errors import UserError, log, run_main
 from data_prep.shards.reader import ShardSet
 from pipeline.cli.options import VAE_RECIPE_HELP, answer, positive
 from pipeline.config.library import find_deepspeed_config, find_recipe
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, paths in zip(arguments.strategies, files, strict=True):
             with tempfile.TemporaryDirectory(prefix="strategies-") as folder:
                 found[name].append(train(recipe, paths, arguments, Path(folder)))
-            say(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s a step")
+            log(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s a step")
     result = {
         **header(PACKAGES),
         "recipe": find_recipe(arguments.recipe).stem,
