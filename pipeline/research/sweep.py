@@ -44,7 +44,7 @@ from pipeline.common.text import NOTHING, duration, with_interval
 from pipeline.config.loading import parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
 from pipeline.reports.page import Table, to_text
-from pipeline.reports.run_files import read_runs
+from pipeline.training.run_files import read_runs
 
 STRATEGY = "zero0"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
