@@ -55,9 +55,9 @@ class RunLog:
         self._training = recipe.training
         if not self._on:
             return
-        self._metrics, self._lost = _open_after(run_dir / METRICS, resumed_step)
-        self._evaluations, _ = _open_after(run_dir / EVALUATIONS, resumed_step)
-        self._saves, _ = _open_after(run_dir / SAVES, resumed_step)
+        opened = {name: _open_after(run_dir / name, resumed_step) for name in (METRICS, EVALUATIONS, SAVES)}
+        self._files = {name: file for name, (file, _) in opened.items()}
+        self._lost = opened[METRICS][1]
         self._starts = run_dir / STARTS
         if recipe.log.tensorboard:
             self._tensorboard = _tensorboard(run_dir / "tensorboard", resumed_step)
@@ -76,7 +76,7 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._on:
             return
-        for part in (self._metrics, self._evaluations, self._saves, self._tensorboard):
+        for part in (*self._files.values(), self._tensorboard):
             if part is not None:
                 with self._remembering():  # retries what a full disk has left in a buffer
                     part.close()
@@ -118,8 +118,8 @@ class RunLog:
         if self.error is not None:
             raise self.error
         if self._on:
-            for file in (self._metrics, self._evaluations):
-                os.fsync(file.fileno())
+            for name in (METRICS, EVALUATIONS):
+                os.fsync(self._files[name].fileno())
 
     def say(self, text: str) -> None:
         """Print a line to the console (rank 0 only)."""
@@ -144,7 +144,7 @@ class RunLog:
     def step(self, step: StepRecord) -> None:
         """Log an optimizer step."""
         record = step.to_dict()
-        if not self._add(self._metrics, "train", record):
+        if not self._add(METRICS, "train", record):
             return
         progress = self._training.progress(step.step, step.tokens)
         if self._bar is not None:
@@ -160,7 +160,7 @@ class RunLog:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Log an evaluation."""
-        if self._add(self._evaluations, "validation", record):
+        if self._add(EVALUATIONS, "validation", record):
             best = " (best so far)" if record["best"] else ""
             self.say(
                 f"step {record['step']:>7}  validation bits/byte {record['bits_per_byte']:.4f}  "
@@ -169,14 +169,14 @@ class RunLog:
 
     def save(self, record: dict[str, Any]) -> None:
         """Log a checkpoint and how long training waited for it."""
-        self._add(self._saves, "train", record)
+        self._add(SAVES, "train", record)
 
-    def _add(self, file: Any, group: str, record: dict[str, Any]) -> bool:
+    def _add(self, file: str, group: str, record: dict[str, Any]) -> bool:
         """Write a record to a file and to the dashboards; False if this rank writes none, or not any more."""
         if not self._on or self.error is not None:
             return False
         with self._remembering():
-            _write(file, record)
+            _write(self._files[file], record)
             self._publish(group, record)
         return self.error is None
 
