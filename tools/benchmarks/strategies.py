@@ -18,7 +18,6 @@ import argparse
 import itertools
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from typing import Any
 
 from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, log, run_main
+from data_prep.common.processes import start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.cli.options import VAE_RECIPE_HELP, answer, positive
 from pipeline.config.library import find_deepspeed_config, find_recipe
@@ -149,13 +149,8 @@ def train(
     }
     try:
         for rank in range(arguments.ranks):
-            with open(folder / f"rank-{rank}.log", "w") as log:
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(
-                    subprocess.Popen(
-                        command, env=environment | own, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                    )
-                )
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(start_logged(command, folder / f"rank-{rank}.log", env=environment | own))
         statuses = [process.wait() for process in ranks]
     finally:
         for process in ranks:
