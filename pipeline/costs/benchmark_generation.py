@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from data_prep.common.environment import header, require_folder, say, write_result
-from data_prep.common.errors import UserError
+from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.errors import UserError, log
 from pipeline.costs import process_memory
 from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
 from pipeline.costs.inspect import find_recipe
@@ -317,7 +317,7 @@ def _memory_in_own_process(name: str, arguments: argparse.Namespace) -> list[dic
     """Run this command again for one side's memory alone."""
     names = ("recipe", "against", "vae_recipe", "sentence_tokens", "sentences", "threads", "dtype")
     names += ("batch", "context", "int8", "columns", "vocab_size")
-    say(f"memory of {name}, in a process of its own")
+    log(f"memory of {name}, in a process of its own")
     return process_memory.in_own_process("generation", name, arguments, names)["memory"]
 
 
@@ -359,7 +359,7 @@ def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -
             turn = sides[name].turn(case, prompts_BC)
             if number >= 0:
                 turns[name].append(turn)
-                say(
+                log(
                     f"batch {case.batch}, context {case.context}, {sides[name].name}: "
                     f"{turn.tokens_per_second:.2f} tokens/s"
                 )
