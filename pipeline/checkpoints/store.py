@@ -20,7 +20,7 @@ from typing import Any
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
-from pipeline.config.schema import LossRecipe
+from pipeline.config.schema import LossRecipe, ModelRecipe
 
 FORMAT_VERSION = 3
 META = "meta.json"
@@ -237,7 +237,8 @@ def require_same_model_recipe(meta: Meta, checkpoint: Path, recipe: dict[str, An
     """
     was, now = (
         {
-            "model": r["model"],
+            # Older recipes kept numbers of a model as text where YAML does (1e-2).
+            "model": ModelRecipe(**r["model"]).model_dump(),
             "loss": loss.head_settings() | {"embedding_weight": loss.embedding_weight},
         }
         for r in (meta.recipe, recipe)

@@ -1,8 +1,9 @@
-"""The keys of a recipe in words: what each must be, what is wrong with a value, and a table of all."""
+"""The keys of a recipe in words: what each must be, what is wrong with a value, and its default."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
@@ -58,30 +59,21 @@ def expected(field: FieldInfo) -> str:
 
 def explain(error: ValidationError, keys: Mapping[str, FieldInfo], where: str = "") -> list[str]:
     """All problems of a recipe, a clause each. where: prefix of the keys of the model that was validated."""
-    return [
-        _clause(one["type"], one["loc"], one["input"], one.get("ctx", {}), keys, where)
-        for one in error.errors()
-    ]
+    return [_clause(dict(one), keys, where) for one in error.errors(include_url=False)]
 
 
-def _clause(
-    problem: str,
-    place: tuple[int | str, ...],
-    value: Any,
-    context: dict[str, Any],
-    keys: Mapping[str, FieldInfo],
-    where: str,
-) -> str:
-    if problem in ("extra_forbidden", "invalid_key"):
-        return unknown_key(where + ".".join(map(str, place)), keys)
-    # The number of an item in a list is left out.
-    key = where + ".".join(part for part in place if isinstance(part, str))
-    if problem == "missing":
+def _clause(problem: dict[str, Any], keys: Mapping[str, FieldInfo], where: str) -> str:
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        return unknown_key(where + ".".join(map(str, problem["loc"])), keys)
+    # An item of a list is called by its list.
+    key = where + ".".join(part for part in problem["loc"] if isinstance(part, str))
+    if problem["type"] == "missing":
         return f"{key} is missing"
-    if problem == "value_error":
-        said = str(context["error"])
-        return f"{key} {said}" if said.startswith("must be") else said
-    return f"{key} must be {expected(keys[key]) if key in keys else 'a mapping'}, not {value!r}"
+    if problem["type"] == "value_error":
+        reason = str(problem["ctx"]["error"])
+        return f"{key} {reason}" if reason.startswith("must be") else reason
+    kind = expected(keys[key]) if key in keys else "a mapping"
+    return f"{key} must be {kind}, not {problem['input']!r}"
 
 
 def unknown_key(key: str, known: Collection[str]) -> str:
@@ -100,25 +92,12 @@ def default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, (list, dict))
-        else str(value)
-    )
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def as_text(keys: Mapping[str, FieldInfo]) -> str:
     """Every key with its type, default and meaning, for `--help`."""
     return "\n".join(
-        f"  --{key}  {expected(field)} (default: {default(field)})\n      {field.description}"
+        f"  --{key} ({expected(field)}; default {default(field)})\n      {field.description}"
         for key, field in keys.items()
     )
-
-
-def as_markdown(keys: Mapping[str, FieldInfo]) -> str:
-    """A Markdown table of keys."""
-    rows = [
-        f"| `{key}` | {expected(field)} | `{default(field)}` | {field.description} |"
-        for key, field in keys.items()
-    ]
-    return "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows])

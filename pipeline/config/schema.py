@@ -9,7 +9,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -27,7 +27,7 @@ from pipeline.config.keys import explain, keys_of, unknown_key
 from pipeline.config.library import find_recipe
 from pipeline.config.loading import parse_overrides, read_yaml, set_override
 
-PATH = "local folder of a trained model, in place of all other keys"
+PATH = "local folder of a trained model, instead of all other keys"
 
 
 def _number(value: Any) -> Any:
@@ -47,6 +47,8 @@ def _mapping(value: Any) -> Any:
     return {} if value is None else value
 
 
+Item = TypeVar("Item")
+List = Annotated[list[Item], BeforeValidator(_list)]
 # Integers and floats are strict after `_number`, so that true and false are no numbers.
 Whole = Annotated[int, BeforeValidator(_number), Field(strict=True, ge=0)]
 Count = Annotated[int, BeforeValidator(_number), Field(strict=True, ge=1)]
@@ -55,6 +57,7 @@ Ratio = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=1)]
 Positive = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=0)]
 Share = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0, le=1)]
 Below1 = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0, lt=1)]
+Decay = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
 # Every section of a recipe may be left out; its cross-checks run all the same.
 SECTION: Any = Field(default_factory=dict, validate_default=True)
@@ -79,10 +82,8 @@ class Section(BaseModel):
 class DataRecipe(Section):
     """The shards to read. One step is `bins_per_step` bins of at most `bin_tokens` tokens."""
 
-    shards: Annotated[list[str], BeforeValidator(_list)] = Field([], description="shard folders to train on")
-    weights: Annotated[list[Positive], BeforeValidator(_list)] | None = Field(
-        None, description="share of the bins of each shard set, in any unit; null: the sets are one pool"
-    )
+    shards: List[str] = Field([], description="shard folders to train on")
+    weights: List[Positive] | None = Field(None, description="share of each set in the bins; null: one pool")
     validation: str | None = Field(None, description="shard folder to validate on; null: no validation")
     window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
     bin_tokens: Count = Field(8192, description="tokens of a bin at most")
@@ -105,9 +106,7 @@ class VaeRecipe(Section):
     """The SentenceVAE: arguments of `SentenceVAEConfig`, or the folder of a trained one."""
 
     path: str | None = Field(None, description=PATH)
-    init_embeddings_from: str | None = Field(
-        None, description="folder of a token model whose embeddings a new SentenceVAE starts from"
-    )
+    init_embeddings_from: str | None = Field(None, description="token model that gives the first embeddings")
     hidden_size: Count = Field(768, description="width of layers and sentence vectors")
     embedding_size: Count | None = Field(None, description="width of token embeddings; null: hidden_size")
     layers: Count = Field(1, description="layers of the decoder")
@@ -115,15 +114,13 @@ class VaeRecipe(Section):
     heads: Count = Field(12, description="attention heads")
     ffn_size: Count | None = Field(None, description="width of the feed-forward; null: 2 · hidden_size")
     vocab_size: Count | None = Field(None, description="entries of the vocabulary; null: the tokenizer's")
-    max_sentence_tokens: Count | None = Field(
-        None, description="longest sentence, without BOS and end symbol; null: the limit of the shards"
-    )
+    max_sentence_tokens: Count | None = Field(None, description="longest sentence; null: that of the shards")
     layout: Literal["lean", "paper"] = Field(
-        "lean", description="lean: pre-norm, one matrix of cross-attention; paper: the published layers"
+        "lean", description="paper: the published layers (docs/sizes.md)"
     )
     positions: Literal["learned", "rotary"] = Field("learned", description="positions of layout lean")
     fusion: Literal["sum", "mean", "attention", "last"] = Field(
-        "sum", description="how a sentence's token states become its vector; sum is the paper's"
+        "sum", description="how a sentence's token states become its vector"
     )
     vectors: Count = Field(1, description="vectors of a sentence; above 1 needs fusion attention")
     condition: Literal["cross_attention", "prefix", "none"] = Field(
@@ -131,20 +128,14 @@ class VaeRecipe(Section):
     )
     condition_range: Number = Field(0.0, description="standard deviation of cross-attention's first weights")
     prefix_slots: Count = Field(1, description="rows of the prefix (condition prefix)")
-    context_sentences: Whole = Field(
-        0, description="earlier sentences that an SLLM's decoder sees as tokens; needs rotary positions"
-    )
+    context_sentences: Whole = Field(0, description="earlier sentences that an SLLM's decoder sees as tokens")
     dropout: Below1 = Field(0.0, description="dropout of encoder and decoder")
     latent_noise: Number = Field(0.0, description="standard deviation of noise on the vector, in training")
-    variational: Flag = Field(
-        False, description="the encoder gives a distribution; training decodes a sample"
-    )
+    variational: Flag = Field(False, description="train on samples of a distribution for each sentence")
     kl_weight: Number = Field(1.0, description="weight of the KL divergence (variational)")
     free_bits: Number = Field(0.0, description="nats of KL that a channel may have for free (variational)")
     initializer_range: Number = Field(0.02, description="standard deviation of new weights")
-    tie_word_embeddings: Flag = Field(
-        False, description="encoder embedding, decoder embedding and head share one matrix"
-    )
+    tie_word_embeddings: Flag = Field(False, description="both embeddings and the head share one matrix")
 
 
 class BackboneRecipe(Section):
@@ -236,12 +227,8 @@ def _given_backbone(values: dict[str, Any]) -> dict[str, Any]:
 class ModelRecipe(Section):
     """Dicts of the keys that are given; the model's config has the defaults of the others."""
 
-    vae: Annotated[dict[str, Any], BeforeValidator(_mapping), AfterValidator(_given_vae)] = Field(
-        default_factory=dict, description="keys of `VaeRecipe`"
-    )
-    backbone: Annotated[dict[str, Any], BeforeValidator(_mapping), AfterValidator(_given_backbone)] = Field(
-        default_factory=dict, description="keys of the family's class in `BACKBONES`"
-    )
+    vae: Annotated[dict[str, Any], BeforeValidator(_mapping), AfterValidator(_given_vae)] = {}
+    backbone: Annotated[dict[str, Any], BeforeValidator(_mapping), AfterValidator(_given_backbone)] = {}
 
     def problems(self) -> Iterator[str]:
         for name, part in (("vae", self.vae), ("backbone", self.backbone)):
@@ -258,9 +245,7 @@ class LossRecipe(Section):
     focal_gamma: Annotated[Number, Field(ge=1)] = Field(2.0, description="gamma of the focal loss")
     label_smoothing: Below1 = Field(0.0, description="share of the target spread over the vocabulary")
     z_loss: Number = Field(0.0, description="weight of the squared log-partition of the logits")
-    embedding_weight: Number = Field(
-        0.0, description="weight of the distance from predicted vectors to the next embeddings (sllm)"
-    )
+    embedding_weight: Number = Field(0.0, description="weight of the loss on predicted vectors (sllm)")
 
     def head_settings(self) -> dict[str, float]:
         """Arguments of the vocabulary head: focal_gamma (0 for cross-entropy), label_smoothing, z_loss."""
@@ -280,23 +265,24 @@ def _optimizer_part(values: dict[str, Any]) -> dict[str, Any]:
     return {"lr_scale": float(scale)}
 
 
+Part = Annotated[dict[str, Any], AfterValidator(_optimizer_part)]
+PARTS = (
+    "by the name of a module (`vae.encoder`, `backbone.decoder.layers.0-5`), `{lr_scale: NUMBER}` (times lr) "
+    "or `{freeze: true}`; of two names that fit, the longer one counts"
+)
+
+
 class OptimizerRecipe(Section):
     """AdamW. Weight decay touches matrices only: no biases, no norms, no embeddings."""
 
     lr: Number = Field(1.0e-4, description="peak learning rate")
     betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = Field(
-        [0.9, 0.95], description="decay of the averages of gradients and of their squares"
+        [0.9, 0.95], description="decay of the averages of gradients and of squares"
     )
     eps: Number = Field(1.0e-8, description="added to the denominator")
     weight_decay: Number = Field(0.01, description="decoupled weight decay")
     clip: Number = Field(1.0, description="largest gradient norm; 0: no clipping")
-    parts: Annotated[
-        dict[str, Annotated[dict[str, Any], AfterValidator(_optimizer_part)]], BeforeValidator(_mapping)
-    ] = Field(
-        {},
-        description="by the name of a module (`vae.encoder`, `backbone.decoder.layers.0-5`), `lr_scale: NUMBER` "
-        "(times lr) or `freeze: true`; of two names that fit, the longer one counts",
-    )
+    parts: Annotated[dict[str, Part], BeforeValidator(_mapping)] = Field({}, description=PARTS)
 
 
 class ScheduleRecipe(Section):
@@ -342,12 +328,8 @@ class TrainingRecipe(Section):
     save_every: Count = Field(200, description="steps between checkpoints")
     keep: Count = Field(2, description="last checkpoints to keep")
     compile: Flag = Field(False, description="transformer layers go through torch.compile")
-    activation_checkpointing: Flag = Field(
-        False, description="recompute layers in the backward pass, to save memory"
-    )
-    ema: Annotated[float, BeforeValidator(_number), Field(strict=True, gt=0, lt=1)] | None = Field(
-        None, description="decay of a running average of the weights (`sllm export --weights ema`)"
-    )
+    activation_checkpointing: Flag = Field(False, description="recompute layers in the backward pass")
+    ema: Decay | None = Field(None, description="decay of an average of the weights; null: none is kept")
 
     def problems(self) -> Iterator[str]:
         if self.max_tokens is None and self.max_steps is None:
@@ -367,13 +349,9 @@ class HealthRecipe(Section):
     """When a step is skipped, and when a diverging or hung run ends."""
 
     max_skips: Count = Field(5, description="skipped steps in a row that end the run")
-    loss_spike: Ratio | None = Field(
-        None, description="skip a step whose loss is above so many medians of the last ones; null: never"
-    )
+    loss_spike: Ratio | None = Field(None, description="skip losses above so many times the recent median")
     norm_spike: Ratio | None = Field(None, description="the same for the gradient norm")
-    hang_seconds: Positive | None = Field(
-        1200.0, description="seconds without progress that end the run; null: never"
-    )
+    hang_seconds: Positive | None = Field(1200.0, description="time without progress that ends the run")
 
 
 class LogRecipe(Section):
@@ -383,7 +361,7 @@ class LogRecipe(Section):
     wandb: Flag = Field(False, description="log to Weights & Biases")
     console_every: Count = Field(10, description="steps between lines, without a terminal")
     profile: str | None = Field(None, description="steps to trace, such as 10-12 or 10; null: none")
-    profile_ranks: Annotated[list[Whole], BeforeValidator(_list)] = Field([0], description="ranks to trace")
+    profile_ranks: List[Whole] = Field([0], description="ranks to trace")
 
     def problems(self) -> Iterator[str]:
         if self.profile is not None and not 1 <= self.profile_steps()[0] <= self.profile_steps()[1]:
@@ -399,9 +377,7 @@ class LogRecipe(Section):
 class Recipe(Section):
     """One training run. The key names are those of the YAML file and of the command line's overrides."""
 
-    objective: Literal["vae", "sllm", "lm"] = Field(
-        description="what to train: a SentenceVAE, an SLLM or a token-level model"
-    )
+    objective: Literal["vae", "sllm", "lm"] = Field(description="SentenceVAE, SLLM or token-level model")
     output_dir: str = Field(description="the run's folder")
     seed: Whole = Field(1, description="decides first weights, the order of bins and all noise")
     init_from: str | None = Field(None, description="model folder whose weights a new run starts from")
@@ -446,7 +422,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     values = read_yaml(find_recipe(path))
     problems = []
     for key, texts in parse_overrides(overrides or []):
-        if key in KEYS:
+        # Which keys a backbone has, its family decides.
+        if key in KEYS or key.rpartition(".")[0] == "model.backbone":
             set_override(values, key, texts)
         else:
             problems.append(unknown_key(key, KEYS))
