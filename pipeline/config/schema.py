@@ -31,11 +31,15 @@ PATH = "local folder of a trained model, instead of all other keys"
 
 
 def _number(value: Any) -> Any:
-    """Text as a number where it is one: YAML reads `1e-4` as text. Whole floats become integers."""
+    """Text as a number where it is one: YAML reads `1e-4` as text."""
     try:
-        number = float(value) if isinstance(value, (str, float)) else value
+        return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def _whole(value: Any) -> Any:
+    number = _number(value)
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
@@ -49,9 +53,9 @@ def _mapping(value: Any) -> Any:
 
 Item = TypeVar("Item")
 List = Annotated[list[Item], BeforeValidator(_list)]
-# Integers and floats are strict after `_number`, so that true and false are no numbers.
-Whole = Annotated[int, BeforeValidator(_number), Field(strict=True, ge=0)]
-Count = Annotated[int, BeforeValidator(_number), Field(strict=True, ge=1)]
+# Strict after reading text, so that true and false are no numbers.
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
+Count = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
 Number = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0)]
 Ratio = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=1)]
 Positive = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=0)]
@@ -137,6 +141,30 @@ class VaeRecipe(Section):
     initializer_range: Number = Field(0.02, description="standard deviation of new weights")
     tie_word_embeddings: Flag = Field(False, description="both embeddings and the head share one matrix")
 
+    def problems(self) -> Iterator[str]:
+        if self.vectors > 1 and self.fusion != "attention":
+            yield f"model.vae.vectors {self.vectors} needs model.vae.fusion attention, not {self.fusion}"
+        paper = (self.vectors, self.condition, self.context_sentences, self.positions)
+        if self.layout == "paper" and paper != (1, "cross_attention", 0, "learned"):
+            yield (
+                "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
+                "positions: use lean for anything else"
+            )
+        if self.prefix_slots != 1 and self.condition != "prefix":
+            slots = f"model.vae.prefix_slots {self.prefix_slots}"
+            yield f"{slots} needs model.vae.condition prefix, not {self.condition}"
+        if self.condition_range and (self.condition, self.layout) != ("cross_attention", "lean"):
+            yield "model.vae.condition_range is for condition cross_attention and layout lean: set it to 0"
+        if self.context_sentences and self.positions != "rotary":
+            yield (
+                f"model.vae.context_sentences {self.context_sentences} needs model.vae.positions rotary: "
+                "learned positions say nothing of the distance between sentences"
+            )
+        if self.variational and self.latent_noise:
+            yield "model.vae.latent_noise and model.vae.variational both put noise on the embedding: set one"
+        if not self.variational and (self.free_bits or self.kl_weight != 1.0):
+            yield "model.vae.kl_weight and model.vae.free_bits need model.vae.variational true"
+
 
 class BackboneRecipe(Section):
     """The backbone of an SLLM, or a token model: keys of a Hugging Face config, or a local folder.
@@ -212,6 +240,14 @@ def _given(kind: type[Section], values: dict[str, Any], where: str) -> dict[str,
 
 def _given_vae(values: dict[str, Any]) -> dict[str, Any]:
     return _given(VaeRecipe, values, "model.vae.")
+
+
+def checked_vae(values: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `model.vae` with values of the right types. Raises: UserError with all problems."""
+    try:
+        return _given_vae(values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _given_backbone(values: dict[str, Any]) -> dict[str, Any]:

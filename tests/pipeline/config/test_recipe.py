@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from helpers.paths import REPOSITORY
 
 from data_prep.common.errors import UserError
+from pipeline.checkpoints.store import require_same_model_recipe
 from pipeline.config.deepspeed_config import complete_strategy, read_strategy, zero_stage
 from pipeline.config.keys import expected
 from pipeline.config.schema import BACKBONES, KEYS, VaeRecipe, load_recipe
@@ -144,6 +147,8 @@ def test_a_path_replaces_the_sizes_of_a_model_part() -> None:
         ("--model.vae.dropout .nan", "model.vae.dropout must be a number of at least 0 and below 1, not nan"),
         ("--model.vae.layers 1.5", "model.vae.layers must be a whole number of at least 1, not 1.5"),
         ("--model.vae.fusion max", "model.vae.fusion must be one of sum, mean, attention, last, not 'max'"),
+        ("--model.vae.vectors 2", "model.vae.vectors 2 needs model.vae.fusion attention, not sum"),
+        ("--model.vae.free_bits 1", "need model.vae.variational true"),
         ("--training.ema 1", "training.ema must be null or a number above 0 and below 1, not 1"),
         ("--data.shards null", "data.shards must be a list, each text, not None"),
     ],
@@ -219,6 +224,18 @@ def test_model_parts_keep_the_keys_that_are_given_in_their_order(tmp_path: Path)
     assert type(recipe.model.vae["hidden_size"]) is int and recipe.model.backbone == {}
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
     assert list(recipe.to_dict())[:4] == ["objective", "output_dir", "seed", "init_from"]
+
+
+def test_numbers_that_old_checkpoints_kept_as_text_are_the_same_model(tmp_path: Path) -> None:
+    variational = ["--model.vae.variational=true", "--model.vae.kl_weight=1e-2"]
+    recipe = load_recipe(write(tmp_path, SMALL), variational).to_dict()
+    old = copy.deepcopy(recipe)
+    old["model"]["vae"]["kl_weight"] = "1e-2"
+    meta = types.SimpleNamespace(recipe=old)
+    require_same_model_recipe(meta, tmp_path, recipe)
+    old["model"]["vae"]["kl_weight"] = "1e-3"
+    with pytest.raises(UserError, match="is of another model"):
+        require_same_model_recipe(meta, tmp_path, recipe)
 
 
 def test_a_merged_mapping_is_no_duplicate(tmp_path: Path) -> None:
