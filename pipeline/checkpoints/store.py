@@ -19,7 +19,7 @@ from typing import Any
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
-from pipeline.config.schema import LossRecipe
+from pipeline.config.schema import LossRecipe, ModelRecipe
 
 FORMAT_VERSION = 3
 META = "meta.json"
@@ -241,7 +241,8 @@ def _require_same(checkpoint: Path, was: dict[str, Any], now: dict[str, Any]) ->
 def _recipe_identity(recipe: dict[str, Any]) -> dict[str, Any]:
     loss = LossRecipe(**recipe["loss"])
     head = loss.head_settings() | {"embedding_weight": loss.embedding_weight}
-    return {"model": recipe["model"], "loss": head}
+    # Older recipes kept numbers of a model as text where YAML does (1e-2).
+    return {"model": ModelRecipe(**recipe["model"]).model_dump(), "loss": head}
 
 
 def _identity(meta: Meta) -> dict[str, Any]:

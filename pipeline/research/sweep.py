@@ -42,7 +42,7 @@ from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.common.text import NOTHING, duration, with_interval
 from pipeline.config.library import find_recipe
-from pipeline.config.loading import parse_overrides
+from pipeline.config.loading import load_yaml, parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
 from pipeline.reports.page import Table, to_text
 from pipeline.training.run_files import read_runs
@@ -156,7 +156,7 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
     Raises: UserError for a wrong file, key or recipe, with the run's name.
     """
     try:
-        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sweep = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"sweep {path} cannot be read: {error}") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), dict) or not sweep["runs"]:

@@ -16,7 +16,8 @@ from data_prep.common.errors import REQUEUE, UserError, run_main, say
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.config.deepspeed_config import read_strategy, zero_stage
-from pipeline.config.schema import Recipe, load_recipe
+from pipeline.config.keys import as_text
+from pipeline.config.schema import KEYS, Recipe, load_recipe
 from pipeline.parallel.agreement import AgreedError
 from pipeline.parallel.ranks import Ranks, find_ranks
 from pipeline.parallel.signals import StopSignals
@@ -54,7 +55,7 @@ def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a SentenceVAE (vae), an SLLM (sllm) or a token-level baseline (lm).",
-        epilog=EXAMPLE,
+        epilog=f"{EXAMPLE}\n\nkeys of a recipe, with type and default:\n{as_text(KEYS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
