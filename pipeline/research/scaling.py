@@ -3,8 +3,8 @@
     line:    bits per byte = A · x^(-alpha)        a straight line in log-log, as the paper draws its law
     offset:  bits per byte = E + A · x^(-alpha)    E: what no size takes away; from four sizes on
 
-Least squares of log(bits per byte). Intervals are 95 % percentiles of a bootstrap of the residuals: they are of
-the fit, not of the seeds. Nothing here is extrapolated.
+Least squares of log(bits per byte). Intervals are 95 % percentiles of a bootstrap of the residuals: they are
+of the fit, not of the seeds. Nothing here is extrapolated.
 """
 
 from __future__ import annotations
