@@ -7,7 +7,6 @@ the run does not know (a license, a model id of the Hub) is left out. The text i
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from pipeline.training.run_log import EVALUATIONS, read_records
 
 ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
 RESULTS = "results"  # of a run: outputs of `sllm evaluate --json` that the user wants on the card
-_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
-_EVALUATION_COLUMNS = ["step", "bits_per_byte", "ppl", "tokens", "bytes"]
+_EVALUATION_COLUMNS = ("step", "bits_per_byte", "ppl", "tokens", "bytes")
 _RESULT_COLUMNS = (
     "bits_per_byte",
     "ppl",
@@ -35,8 +33,6 @@ _RESULT_COLUMNS = (
     "documents",
     "window_tokens",
 )
-_VAE_SIZES = ("vocab_size", "hidden_size", "layers", "heads", "ffn_size", "max_sentence_tokens")
-_BACKBONE_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
 
 def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int, folder_name: str) -> str:
@@ -51,47 +47,53 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
     Raises: UserError for a file in `results/` that is no result of these weights.
     """
     run_dir = Path(run_dir)
-    known = _read_json(run_dir / PROVENANCE) or {}
-    settings = meta.model_config.get("sentence_settings") or {}
-    measured = [row for row in read_records(run_dir / EVALUATIONS) if row["step"] <= meta.step]
-    evaluations = []
-    if measured:
-        best = min(measured, key=lambda row: (_finite(row["bits_per_byte"]), row["step"]))
-        evaluations = [
-            [name, *_cells(row, _EVALUATION_COLUMNS)]
-            for name, row in (("best", best), ("last", measured[-1]))
-        ]
+    provenance = _read_json(run_dir / PROVENANCE) or {}
+    deepspeed = _read_json(run_dir / "ds_config.json") or {}
+    evaluations = [row for row in read_records(run_dir / EVALUATIONS) if row["step"] <= meta.step]
+    if evaluations:
+        best = min(evaluations, key=lambda row: (_finite(row["bits_per_byte"]), row["step"]))
+        evaluations = [{"evaluation": "best", **best}, {"evaluation": "last", **evaluations[-1]}]
     given = _given_results(run_dir, checkpoint, meta)
-    columns = [name for name in _RESULT_COLUMNS if any(row.get(name) is not None for row in given.values())]
+    results = [{"result": name, **row} for name, row in given.items()]
+    columns = [name for name in _RESULT_COLUMNS if any(row.get(name) is not None for row in results)]
+    settings = meta.model_config.get("sentence_settings") or {}
+    parts = {"vae": (meta.model_config, {}), "lm": ({}, meta.model_config)}
+    vae, backbone = parts.get(meta.objective) or (
+        meta.model_config.get("vae") or {},
+        meta.model_config["backbone"],
+    )
     card = ModelCard.from_template(
-        _card_data(meta, known, settings),
-        template_path=str(_TEMPLATE),
+        _card_data(meta, provenance, settings, backbone),
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
         name=run_dir.resolve().name,
-        objective=meta.objective,
         folder=folder_name,
-        step=meta.step,
+        objective=meta.objective,
+        checkpoint=checkpoint,
+        meta=meta,
         recipe=meta.recipe,
         recipe_yaml=yaml.safe_dump(meta.recipe, sort_keys=False, allow_unicode=True),
-        evaluation_columns=_EVALUATION_COLUMNS,
-        evaluations=evaluations,
-        result_columns=columns,
-        results=[[name, row["data"], *_cells(row, columns)] for name, row in given.items()],
-        fingerprints=[(name, row["data_fingerprint"]) for name, row in given.items()],
-        model=_model(meta, parameters),
-        training=_training(run_dir, checkpoint, meta, known),
-        data=list(_data(meta, known)),
-        window_tokens=_number(meta.model_config["window_tokens"]),
-        sentences=settings if meta.objective != "lm" and "max_tokens" in settings else None,
+        evaluations=_rows(evaluations, ("evaluation", *_EVALUATION_COLUMNS)),
+        results=_rows(results, ("result", "data", *columns)),
+        given=given,
+        parameters=parameters,
+        vae=vae,
+        backbone=backbone,
+        epochs=Position.from_json(meta.position).epochs_begun,
+        precision=next((half for half in ("bf16", "fp16") if deepspeed.get(half, {}).get("enabled")), "fp32"),
+        provenance=provenance,
+        sentence_settings=settings,
         number=_number,
     )
     return f"{card}\n"
 
 
-def _card_data(meta: Meta, known: dict[str, Any], settings: dict[str, Any]) -> ModelCardData:
-    languages = {part["settings"]["language"] for part in known.get("shards", [])}
+def _card_data(
+    meta: Meta, provenance: dict[str, Any], settings: dict[str, Any], backbone: dict[str, Any]
+) -> ModelCardData:
+    languages = {part["settings"]["language"] for part in provenance.get("shards", [])}
     languages.add(settings.get("language"))
     path = meta.recipe["model"]["backbone"].get("path")
-    tags = {"vae": ["sentence-vae"], "sllm": ["sllm", _backbone(meta).get("model_type")], "lm": []}
+    tags = {"vae": ["sentence-vae"], "sllm": ["sllm", backbone.get("model_type")], "lm": []}
     return ModelCardData(
         language=sorted(languages) if languages <= {"en", "zh"} else None,
         library_name="transformers" if meta.objective == "lm" else "sentence-llm",
@@ -100,10 +102,6 @@ def _card_data(meta: Meta, known: dict[str, Any], settings: dict[str, Any]) -> M
         base_model=path if path and len(Path(path).parts) == 2 and path[0] not in "./" else None,
         tags=["sentence-llm", *tags[meta.objective]],
     )
-
-
-def _backbone(meta: Meta) -> dict[str, Any]:
-    return meta.model_config["backbone"] if meta.objective == "sllm" else meta.model_config
 
 
 def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> dict[str, dict[str, Any]]:
@@ -127,52 +125,6 @@ def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> dict[str, dict
     return found
 
 
-def _model(meta: Meta, parameters: int) -> dict[str, str]:
-    rows = {"parameters": _number(parameters)}
-    sizes = {"vae": meta.model_config, "sllm": meta.model_config.get("vae") or {}, "lm": {}}[meta.objective]
-    rows |= {f"SentenceVAE {name}": _number(sizes[name]) for name in _VAE_SIZES if name in sizes}
-    if meta.objective != "vae":
-        backbone = _backbone(meta)
-        rows["backbone model_type"] = backbone["model_type"]
-        rows |= {f"backbone {name}": _number(backbone[name]) for name in _BACKBONE_SIZES if name in backbone}
-    for name in ("vae", "backbone"):
-        if path := meta.recipe["model"][name].get("path"):
-            rows[f"{name} began from"] = f"`{path}`"
-    return rows
-
-
-def _training(run_dir: Path, checkpoint: str, meta: Meta, known: dict[str, Any]) -> dict[str, str]:
-    strategy = _read_json(run_dir / "ds_config.json") or {}
-    half = next((name for name in ("bf16", "fp16") if strategy.get(name, {}).get("enabled")), "fp32")
-    rows = {
-        "checkpoint": checkpoint,
-        "steps": _number(meta.step),
-        "tokens": _number(meta.tokens),
-        "epochs begun": _number(Position.from_json(meta.position).epochs_begun),
-        "ranks": _number(meta.world),
-        "ZeRO stage": _number(meta.zero_stage),
-        "precision": half,
-    }
-    rows |= {name: str(known[name]) for name in ("device", "python") if name in known}
-    return rows | dict(sorted(known.get("packages", {}).items()))
-
-
-def _data(meta: Meta, known: dict[str, Any]) -> list[str]:
-    lines = []
-    for role, name in (("shards", "training"), ("validation", "validation")):
-        for part in known.get(role, []):
-            counts = ", ".join(f"{_number(count)} {of}" for of, count in part["totals"].items())
-            settings = ", ".join(f"{key} {value}" for key, value in part["settings"].items())
-            lines.append(
-                f"{name}: `{part['folder']}`: {counts}; {settings}; fingerprint `{part['fingerprint']}`"
-            )
-    if lines:
-        return lines
-    # A run that started before provenance was recorded.
-    lines = [f"training: fingerprint `{one}`" for one in meta.shards]
-    return lines + ([f"validation: fingerprint `{meta.validation}`"] if meta.validation else [])
-
-
 def _read_json(path: Path) -> Any:
     """A JSON file's value, None when there is no such file. UserError when it does not parse."""
     try:
@@ -194,5 +146,7 @@ def _number(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _cells(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    return ["" if row.get(name) is None else _number(row[name]) for name in columns]
+def _rows(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[list[str]]:
+    """A table's header and cells, none without rows."""
+    cells = [["" if row.get(name) is None else _number(row[name]) for name in columns] for row in rows]
+    return [list(columns), *cells] if rows else []
