@@ -86,7 +86,7 @@ class TrainingRun:
         )
         device = join(ranks)
         self._open.callback(leave)
-        self._watchdog.heartbeat("the ranks' meeting")
+        self._watchdog.heartbeat("the process group's start")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
         hosts = require_agreement(facts(recipe.to_dict(), strategy, self.provenance))
@@ -98,14 +98,15 @@ class TrainingRun:
             resumes = ranks.rank == 0 and bool(store.listed(self.run_dir)[0])
             if not agree(None, resumes)[0]:
                 initialise(model, recipe.init_from, self.tokenizer, ranks)
-                self._watchdog.heartbeat("the reading of init_from")
-        self.model_config = json.loads(model.config.to_json_string(use_diff=False))
+                self._watchdog.heartbeat("reading init_from")
+        config: Any = model.config
+        self.model_config = json.loads(config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
         self.engine = Engine(model, recipe, self.config, device)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
-        self._watchdog.heartbeat("the model's making")
+        self._watchdog.heartbeat("building the model")
         self.validation = None
         if validation_sets:
             sample = BinPlan(validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED)
@@ -156,7 +157,7 @@ class TrainingRun:
                     f"its parts are regrouped for {ours.world} rank(s) with ZeRO {ours.zero_stage}"
                 )
         loading.restore(self.engine.deepspeed, checkpoint, saved, ours.world, ours.zero_stage)
-        self._watchdog.heartbeat("the resuming")
+        self._watchdog.heartbeat("resuming")
         self.state = State(
             position=Position.from_json(saved.position),
             consumed=Consumed.from_json(saved.consumed),
@@ -194,7 +195,7 @@ class TrainingRun:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"
             self._profiler = self._open.enter_context(StepProfiler(steps, folder, self.ranks.rank))
         self.log.say(self._description())
-        self._watchdog.heartbeat("the loading")
+        self._watchdog.heartbeat("starting the loader")
         self._clock = time.perf_counter()
 
     def _open_log(self) -> None:
