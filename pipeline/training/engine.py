@@ -172,10 +172,6 @@ class Engine:
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def device_tensor(self, values: list[float]) -> Tensor:
-        """float64 on the engine's device, ready for an all-reduce."""
-        return torch.tensor(values, dtype=torch.float64, device=self.device)
-
 
 def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
     """The transformer layers of a model, prepared for DeepSpeed; call it before `deepspeed.initialize`.

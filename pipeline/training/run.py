@@ -373,14 +373,12 @@ class TrainingRun:
 
     def _start_record(self) -> dict[str, Any]:
         """The line of starts.jsonl (a collective)."""
-        hosts = self.engine.device_tensor([float(self.ranks.local == 0)])
-        dist.all_reduce(hosts)
         return {
             "time": time.time(),
             "step": self.state.step,
             "world": self.ranks.world,
             "zero_stage": zero_stage(self.config),
-            "hosts": int(hosts.item()),
+            "hosts": sum(agree(None, self.ranks.local == 0)),
             "versions": {"python": self.provenance["python"], **self.provenance["packages"]},
         }
 
