@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import UserError
-from pipeline.config.schema import VaeRecipe, checked_vae
+from pipeline.config.model_recipe import VaeRecipe, checked_vae
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.losses import LossSums
