@@ -42,7 +42,7 @@ from pipeline.config.model_recipe import BACKBONES, VaeRecipe, given_backbone, g
 class DataRecipe(Section):
     """The shards to read. One step is `bins_per_step` bins of at most `bin_tokens` tokens."""
 
-    shards: List[str] = Field([], description="shard folders to train on")
+    shards: List[str] = Field([], description="shard folders to train on, made with one tokenizer")
     weights: List[Positive] | None = Field(None, description="share of each set in the bins; null: one pool")
     validation: str | None = Field(None, description="shard folder to validate on; null: no validation")
     window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
@@ -82,8 +82,8 @@ class LossRecipe(Section):
     # Below 1 its gradient has a pole where the target is certain.
     focal_gamma: AtLeast1 = Field(2.0, description="gamma of the focal loss")
     label_smoothing: Below1 = Field(0.0, description="share of the target spread over the vocabulary")
-    z_loss: Number = Field(0.0, description="weight of the squared log-partition of the logits")
-    embedding_weight: Number = Field(0.0, description="weight of the loss on predicted vectors (sllm)")
+    z_loss: Number = Field(0.0, description="weight of (log of the partition sum)²")
+    embedding_weight: Number = Field(0.0, description="weight of 1 − cos(prediction, next vector) (sllm)")
 
     def head_settings(self) -> dict[str, float]:
         """Arguments of the vocabulary head: focal_gamma (0 for cross-entropy), label_smoothing, z_loss."""
@@ -218,7 +218,7 @@ class Recipe(Section):
     objective: Literal["vae", "sllm", "lm"] = Field(description="SentenceVAE, SLLM or token-level model")
     output_dir: str = Field(description="the run's folder")
     seed: Whole = Field(1, description="decides first weights, the order of bins and all noise")
-    init_from: str | None = Field(None, description="model folder whose weights a new run starts from")
+    init_from: str | None = Field(None, description="run or model folder that gives a new run its weights")
     data: DataRecipe = SECTION
     model: ModelRecipe = SECTION
     loss: LossRecipe = SECTION
