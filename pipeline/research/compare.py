@@ -27,7 +27,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
 from pipeline.common.text import NOTHING, duration, grouped, percent, with_interval
 from pipeline.reports.charts import Series, line_chart, thinned
-from pipeline.reports.page import Block, Chart, Choice, Heading, Table, Text, by, to_html, to_text
+from data_prep.common.page import Block, Chart, Choice, Heading, Table, Text, by, to_html, to_text
 from pipeline.reports.run_files import Run, read_runs, training_text, validation_sample
 from pipeline.reports.run_report import colour
 

@@ -28,7 +28,7 @@ from data_prep.common.files import write_atomically
 from pipeline.checkpoints import store
 from pipeline.common.text import with_interval
 from pipeline.reports.charts import Series, line_chart, picture
-from pipeline.reports.page import Table, to_text
+from data_prep.common.page import Table, to_text
 from pipeline.reports.run_files import read_runs, validation_sample
 
 X = {

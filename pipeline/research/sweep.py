@@ -43,7 +43,7 @@ from pipeline.checkpoints import store
 from pipeline.common.text import NOTHING, duration, with_interval
 from pipeline.config.loading import parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
-from pipeline.reports.page import Table, to_text
+from data_prep.common.page import Table, to_text
 from pipeline.reports.run_files import read_runs
 
 STRATEGY = "zero0"
