@@ -78,8 +78,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 def colours(kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """(colour, dash pattern) of each of several models: the hue of its kind; more of one kind differ in shade,
-    then in dashes."""
+    """(colour, dash pattern) of each model: its kind's hue; more of a kind differ in shade, then in dashes."""
     found = []
     for n, kind in enumerate(kinds):
         before = list(kinds[:n]).count(kind)
@@ -149,8 +148,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at `x`: a "restart", "skip" or "save", with a title under the pointer, or a "limit",
-    with its title beside it."""
+    """Something that happened at `x`: a "restart", "skip" or "save", with a title under the pointer, or a
+    "limit", with its title beside it."""
 
     x: float
     kind: str
@@ -162,8 +161,8 @@ class Mark:
 class Lines:
     """Lines over common axes.
 
-    x_from, y_from: where an axis starts, else it fits the data; x_ticks: (x, label); legend: whether names that do
-    not fit at the lines' ends are listed above.
+    x_from, y_from: where an axis starts, else it fits the data; x_ticks: (x, label); legend: whether names
+    that do not fit at the lines' ends are listed above.
     """
 
     lines: Sequence[Line]
@@ -213,7 +212,7 @@ class Lines:
     def _axes(self, axes: Axes, width: int) -> None:
         from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-        axes.margins(x=0 if self.x_from is not None else 0.02, y=0.06)
+        axes.margins(x=0.02, y=0.06)
         for axis, log, count in ((axes.xaxis, self.log_x, width // 80), (axes.yaxis, self.log_y, 6)):
             if log:
                 getattr(axes, f"set_{axis.axis_name}scale")("log")
@@ -348,14 +347,14 @@ def figure(plots: Sequence[Plot], width: int = WIDTH) -> Figure:
             longest = _text_width(max(unique, key=len, default=""))
             columns = max(1, min(len(unique), int(width / (longest + 40))))
             rows = -(-len(unique) // columns)
-            _lay_out(drawn, plots, width, [[]] * len(plots), 17 * rows + 4)
+            _lay_out(drawn, plots, width, [[]] * len(plots), 17 * rows + 6)
             drawn.legend(
                 list(unique.values()),
                 list(unique),
                 loc="upper left",
                 ncols=columns,
                 bbox_to_anchor=(0, 1),
-                borderaxespad=0,
+                borderaxespad=0.2,
                 borderpad=0.1,
             )
         for axes, plot in zip(all_axes, plots, strict=True):
@@ -393,8 +392,8 @@ def _text_width(text: str) -> float:
 
 
 def _label_ends(all_axes: Sequence[Axes], named: Sequence[list[tuple[Any, Line]]], width: int) -> bool:
-    """Write each line's name at its end; False, and nothing written, where a name would meet a line or be pushed
-    away from its own by another name."""
+    """Write each line's name at its end; False, and nothing written, where a name would meet a line or would be
+    pushed away from its line by another name."""
     labels = []
     for axes, found in zip(all_axes, named, strict=True):
         ends = [(*axes.transData.transform(line.points[-1]), line, artist) for artist, line in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ Points = Sequence[dict[str, Any]]
 
 
 def generation_chart(result: dict[str, Any]) -> str:
-    """Speed and memory over the context at the smallest batch and over the batch at the shortest context, where
-    they were varied: one SVG file."""
+    """One SVG file: speed and memory over the context at the smallest batch, and over the batch at the
+    shortest context, where they were varied."""
     return svg(generation_plots(result), "New tokens per second and memory")
 
 
@@ -45,9 +46,14 @@ def _plots(result: dict[str, Any], points: Points, along: str, x_label: str) -> 
         speed.append(Line(name, values, colour, "dots", interval=spread))
         peaks = [(p[along], p[side]["memory"]["peak"] / 1e9) for p in drawn if "memory" in p[side]]
         memory += [Line(name, peaks, colour, "dots")] if peaks else []
-    # Powers of two are evenly spaced; both figures are read against zero.
-    places = [(place, f"{place:,}") for place in sorted({point[along] for point in points})]
+    # The axis is logarithmic, and a label that would meet its neighbour is left out. Both figures start at zero.
+    places = sorted({point[along] for point in points}, reverse=True)
+    shown = places[:1]
+    for place in places[1:]:
+        if math.log(shown[-1] / place) >= 0.08 * math.log(places[0] / places[-1]):
+            shown.append(place)
+    ticks = [(place, f"{place:,}") for place in shown]
     panels = [(speed, "new tokens per second, median and range")] + (
         [(memory, "memory at the peak, GB")] if memory else []
     )
-    return [Lines(lines, x_label, label, log_x=True, y_from=0, x_ticks=places) for lines, label in panels]
+    return [Lines(lines, x_label, label, log_x=True, y_from=0, x_ticks=ticks) for lines, label in panels]

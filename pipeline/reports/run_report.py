@@ -36,8 +36,8 @@ Record = dict[str, Any]
 class Curve(NamedTuple):
     """A chart of one figure.
 
-    key: in the lines of metrics.jsonl; marked: with restarts, skips and saves; smooth: the figure scatters, and
-    its running mean is drawn over it; start: where the y axis starts, else it fits the data.
+    key: in the lines of metrics.jsonl; marked: with restarts, skips and saves; smooth: with its running mean
+    drawn over it; start: where the y axis starts, else it fits the data.
     """
 
     title: str

@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common.charts import Line, Lines, colours, thinned
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
+from data_prep.common.page import Block, Chart, Choice, Heading, Table, Text, to_html, to_text
 from pipeline.common.text import NOTHING, duration, grouped, percent, with_interval
-from pipeline.reports.charts import Series, line_chart, thinned
-from data_prep.common.page import Block, Chart, Choice, Heading, Table, Text, by, to_html, to_text
 from pipeline.reports.run_files import Run, read_runs, training_text, validation_sample
-from pipeline.reports.run_report import colour
 
 # By budget: what it is called, the unit of the chart's axis, and that unit's size.
 BUDGETS = {
@@ -455,53 +454,61 @@ def table(result: dict[str, Any]) -> Table:
 
 def compose(result: dict[str, Any]) -> Iterable[Block]:
     """The page's blocks in reading order."""
-    runs = result["runs"]
     if result["notes"]:
         yield Text("**Before these figures are believed**:", tuple(result["notes"]))
     yield table(result)
     yield Heading("Quality against what training has cost")
-    options = tuple((budget, BUDGETS[budget][0]) for budget in result["equal"])
-    yield Choice("against", options, tuple(runs))
-    drawn = [by(budget, chart) for budget, chart in quality_charts(result).items()]
-    yield Chart("Validation bits per byte; an SLLM's line begins after its SentenceVAE", "\n".join(drawn))
-    if speed := speed_chart(result):
+    options = [(budget, BUDGETS[budget][0]) for budget in result["equal"]]
+    yield Choice("against", options, [(name, colour) for name, (colour, _) in _styles(result).items()])
+    yield Chart(QUALITY, quality_plots(result))
+    if speed := speed_plot(result):
         yield Heading("Quality against generation speed")
         yield Chart(*speed)
 
 
-def quality_charts(result: dict[str, Any], legend: bool = False) -> dict[str, str]:
+QUALITY = "Validation bits per byte; an SLLM's line starts after its SentenceVAE"
+
+
+def _styles(result: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """By run, its colour and dash pattern."""
+    found = colours([one["objective"] for one in result["runs"].values()])
+    return dict(zip(result["runs"], found, strict=True))
+
+
+def quality_plots(result: dict[str, Any]) -> dict[str, Lines]:
     """By budget, validation bits per byte over what was spent."""
-    drawn = {}
+    styles, plots = _styles(result), {}
     for budget, (_, unit, size) in BUDGETS.items():
         if budget in result["equal"]:
             lines = []
-            for number, (name, one) in enumerate(result["runs"].items()):
+            for name, one in result["runs"].items():
                 points = [(row[budget] / size, row["bits_per_byte"]) for row in one["curve"]]
-                lines.append(Series(name, thinned(points), colour(number), dots=len(points) <= 200))
-            drawn[budget] = line_chart(lines, unit, "bits per byte", legend=legend)
-    return drawn
+                kind = "dots" if len(points) <= 200 else "line"
+                lines.append(Line(name, thinned(points), styles[name][0], kind, styles[name][1]))
+            plots[budget] = Lines(lines, unit, "bits per byte", x_from=0)
+    return plots
 
 
-def speed_chart(result: dict[str, Any], legend: bool = False) -> tuple[str, str] | None:
+def speed_plot(result: dict[str, Any]) -> tuple[str, Lines] | None:
     """Bits per byte over new tokens per second, with words that say what was measured; None without
     measured speeds."""
-    runs = result["runs"]
-    measured = [(number, name) for number, (name, one) in enumerate(runs.items()) if one["generation"]]
+    runs, styles = result["runs"], _styles(result)
+    measured = [name for name, one in runs.items() if one["generation"]]
     if not measured:
         return None
-    whole = all(runs[name]["evaluated"] for _, name in measured)
-    dots = []
-    for number, name in measured:
-        one = runs[name]
-        quality = one["evaluated"] if whole else one["curve"][-1]
-        place = (one["generation"]["tokens_per_second"], quality["bits_per_byte"])
-        dots.append(Series(name, [place], colour(number), dots=True))
+    whole = all(runs[name]["evaluated"] for name in measured)
+    lines = []
+    for name in measured:
+        quality = runs[name]["evaluated"] if whole else runs[name]["curve"][-1]
+        place = runs[name]["generation"]["tokens_per_second"], quality["bits_per_byte"]
+        ends = quality.get("bits_per_byte_interval")
+        lines.append(Line(name, [place], styles[name][0], "points", interval=[tuple(ends)] if ends else None))
     how = result["generation"]
     where = how["gpu"] or f"{how['cpu']}, {how['threads']} threads"
     return (
         f"{'The whole text' if whole else 'The last validation'}; batch {how['batch']}, "
         f"{how['context']:,} tokens of context, {how['dtype']}, {where}",
-        line_chart(dots, "new tokens per second", "bits per byte", legend=legend),
+        Lines(lines, "new tokens per second", "bits per byte", x_from=0),
     )
 
 

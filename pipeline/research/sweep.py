@@ -38,12 +38,12 @@ import yaml
 from data_prep.common.environment import header, require_folder, say
 from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes, write_atomically
+from data_prep.common.page import Table, to_text
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.common.text import NOTHING, duration, with_interval
 from pipeline.config.loading import parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
-from data_prep.common.page import Table, to_text
 from pipeline.reports.run_files import read_runs
 
 STRATEGY = "zero0"
