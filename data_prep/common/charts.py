@@ -78,7 +78,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 def colours(kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """(colour, dash pattern) of each model: its kind's hue; more of a kind differ in shade, then in dashes."""
+    """(colour, dash pattern) of each model: its kind's hue; more of a kind differ in shade, then dashes."""
     found = []
     for n, kind in enumerate(kinds):
         before = list(kinds[:n]).count(kind)
@@ -392,8 +392,8 @@ def _text_width(text: str) -> float:
 
 
 def _label_ends(all_axes: Sequence[Axes], named: Sequence[list[tuple[Any, Line]]], width: int) -> bool:
-    """Write each line's name at its end; False, and nothing written, where a name would meet a line or would be
-    pushed away from its line by another name."""
+    """Write each line's name at its end; False, and nothing written, where a name would meet a line or would
+    have to make way for another name."""
     labels = []
     for axes, found in zip(all_axes, named, strict=True):
         ends = [(*axes.transData.transform(line.points[-1]), line, artist) for artist, line in found]

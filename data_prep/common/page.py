@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def from_template(path: Path, values: Mapping[str, Any], parts: Mapping[str, Seq
     """Blocks from a Jinja template of paragraphs: `## heading`, `- point`, `> note`, and `[[part]]` for the
     blocks `parts[part]`. `**bold**` and `code` are kept inside of paragraphs."""
     blocks: list[Block] = []
-    for paragraph in re.split(r"\n\s*\n", _environment().from_string(path.read_text("utf-8")).render(values)):
+    for paragraph in re.split(r"\n\s*\n", render(path, values)):
         if not (paragraph := paragraph.strip()):
             continue
         if found := re.fullmatch(r"\[\[(\w+)\]\]", paragraph):
@@ -124,6 +124,15 @@ def from_template(path: Path, values: Mapping[str, Any], parts: Mapping[str, Seq
             text, *points = (" ".join(part.split()) for part in re.split(r"^- ", paragraph, flags=re.M))
             blocks.append(Text(text.removeprefix("> "), tuple(points), text.startswith("> ")))
     return blocks
+
+
+def render(
+    path: Path, values: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
+) -> str:
+    """A Jinja template of plain text, filled."""
+    environment = _environment()
+    environment.filters.update(filters or {})
+    return environment.from_string(path.read_text(encoding="utf-8")).render(values)
 
 
 def _environment(**options: Any) -> Any:

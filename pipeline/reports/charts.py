@@ -46,7 +46,7 @@ def _plots(result: dict[str, Any], points: Points, along: str, x_label: str) -> 
         speed.append(Line(name, values, colour, "dots", interval=spread))
         peaks = [(p[along], p[side]["memory"]["peak"] / 1e9) for p in drawn if "memory" in p[side]]
         memory += [Line(name, peaks, colour, "dots")] if peaks else []
-    # The axis is logarithmic, and a label that would meet its neighbour is left out. Both figures start at zero.
+    # The axis is logarithmic; a label that would meet its neighbour is left out.
     places = sorted({point[along] for point in points}, reverse=True)
     shown = places[:1]
     for place in places[1:]:

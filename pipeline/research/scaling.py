@@ -263,7 +263,7 @@ def fit(
 
 
 def plot(result: dict[str, Any]) -> Lines:
-    """All points, and for each objective its straight line, the band of the slope's interval around the middle of
+    """All points; for each objective the straight line, the band of its slope's interval around the middle of
     the points, and the curve with an offset."""
     lines = []
     for objective, found in result["fits"].items():

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.reports.page import Block, Chart, Heading, Sample, Table, Text, to_html, to_markdown
+
 from data_prep.common.errors import UserError
 from pipeline.common.text import NOTHING
 from pipeline.reports.charts import Series, bar_chart, line_chart, running_mean
-from pipeline.reports.page import Block, Chart, Heading, Sample, Table, Text, to_html, to_markdown
 
 TITLE = "Demo report: from text to a measured sentence-level language model"
 KINDS = ("vae", "sllm", "lm")
