@@ -207,7 +207,7 @@ class Lines:
         self._axes(axes, width)
         for n, mark in enumerate(self.marks):
             _draw_mark(axes, mark, n)
-        return named if len(named) > 1 or any(one.kind == "points" for _, one in named) else []
+        return named
 
     def _axes(self, axes: Axes, width: int) -> None:
         from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -264,7 +264,7 @@ class Bars:
         axes.set_ylim(bottom=0)
         for n, mark in enumerate(self.marks):
             _draw_mark(axes, mark, n)
-        return named if len(named) > 1 else []
+        return named if named and named[0][1].name else []
 
 
 @dataclass(frozen=True)

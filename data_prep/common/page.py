@@ -109,11 +109,16 @@ def visible(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def from_template(path: Path, values: Mapping[str, Any], parts: Mapping[str, Sequence[Block]]) -> list[Block]:
+Filters = Mapping[str, Callable[..., str]]
+
+
+def from_template(
+    path: Path, values: Mapping[str, Any], parts: Mapping[str, Sequence[Block]], filters: Filters
+) -> list[Block]:
     """Blocks from a Jinja template of paragraphs: `## heading`, `- point`, `> note`, and `[[part]]` for the
     blocks `parts[part]`. `**bold**` and `code` are kept inside of paragraphs."""
     blocks: list[Block] = []
-    for paragraph in re.split(r"\n\s*\n", render(path, values)):
+    for paragraph in re.split(r"\n\s*\n", render(path, values, filters)):
         if not (paragraph := paragraph.strip()):
             continue
         if found := re.fullmatch(r"\[\[(\w+)\]\]", paragraph):
@@ -126,12 +131,10 @@ def from_template(path: Path, values: Mapping[str, Any], parts: Mapping[str, Seq
     return blocks
 
 
-def render(
-    path: Path, values: Mapping[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
-) -> str:
+def render(path: Path, values: Mapping[str, Any], filters: Filters) -> str:
     """A Jinja template of plain text, filled."""
     environment = _environment()
-    environment.filters.update(filters or {})
+    environment.filters.update(filters)
     return environment.from_string(path.read_text(encoding="utf-8")).render(values)
 
 

@@ -282,6 +282,7 @@ def curve_plot(runs: Sequence[Run], curve: Curve, axis: str, x_label: str) -> Li
     lines: list[Line] = []
     marks: list[Mark] = []
     for run, (colour, dash) in zip(runs, colours(kinds(runs)), strict=True):
+        name = run.name if len(runs) > 1 else ""
         rows: list[Record] = getattr(run, curve.events) if curve.events else run.metrics
         places = [run.place(axis, row["step"]) for row in rows] if curve.events else run.positions[axis]
         measured = zip(places, (_value(row, curve) for row in rows), strict=True)
@@ -289,11 +290,11 @@ def curve_plot(runs: Sequence[Run], curve: Curve, axis: str, x_label: str) -> Li
         if not points:
             continue
         if curve.smooth:
-            lines.append(Line(run.name, thinned(points), colour, "faint"))
+            lines.append(Line(name, thinned(points), colour, "faint"))
             means = running_mean([y for _, y in points])
             points = [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
         kind = "dots" if curve.events and len(points) <= MOST_DOTS else "line"
-        lines.append(Line(run.name, thinned(points), colour, kind, dash))
+        lines.append(Line(name, thinned(points), colour, kind, dash))
         marks += _marks(run, axis, colour) if curve.marked else ()
     if not any(y > 0 or not curve.log for line in lines for _, y in line.points):
         return None

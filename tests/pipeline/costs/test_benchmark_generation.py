@@ -100,7 +100,7 @@ def test_figures_and_chart(recipes, tmp_path, capsys):
     # None where such small caches drown in noise.
     assert set(result["held_per_token"]) <= {"model", "against"}
     root = ElementTree.fromstring(output.with_suffix(".svg").read_text())
-    dots = [e for e in root.iter() if e.tag.endswith("circle")]
+    dots = [e for e in root.iter() if e.tag.endswith("}use")]
     # Along three contexts (two of the other's), then along two batches; speed and memory each.
     assert len(dots) == 2 * (5 + 4)
     assert generation_chart(result) == output.with_suffix(".svg").read_text()

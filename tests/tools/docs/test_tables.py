@@ -139,8 +139,10 @@ def test_a_scaling_fit_comes_with_its_chart(checkout: Path) -> None:
     assert f"| lm | A · x^-α | 4 | {fits['lm']['line']['alpha']:.4f} [" in text
     assert "- of the fit\n" in text
     assert "](results/experiments/law.svg)" in text
-    drawn = (checkout / "docs/results/experiments/law.svg").read_text()
-    assert drawn.count("<use ") == 4 and f"lm: A · x^-{fits['lm']['line']['alpha']:.3f}" in drawn
+    drawn = xml.etree.ElementTree.parse(checkout / "docs/results/experiments/law.svg").getroot()
+    assert len([dot for dot in drawn.iter(f"{SVG}use") if "opacity" not in dot.get("style")]) == 4
+    names = [text.text for text in drawn.iter(f"{SVG}text")]
+    assert f"lm: A · x^-{fits['lm']['line']['alpha']:.3f}" in names
 
 
 def test_sentences_rebuilt_exactly_by_length(checkout: Path) -> None:
