@@ -346,17 +346,12 @@ def figure(plots: Sequence[Plot], width: int = WIDTH) -> Figure:
             unique = {line.name: artist for found in listed for artist, line in found}
             longest = _text_width(max(unique, key=len, default=""))
             columns = max(1, min(len(unique), int(width / (longest + 40))))
-            rows = -(-len(unique) // columns)
-            _lay_out(drawn, plots, width, [[]] * len(plots), 17 * rows + 6)
-            drawn.legend(
-                list(unique.values()),
-                list(unique),
-                loc="upper left",
-                ncols=columns,
-                bbox_to_anchor=(0, 1),
-                borderaxespad=0.2,
-                borderpad=0.1,
-            )
+            above = 17 * -(-len(unique) // columns) + 6 if unique else 0
+            _lay_out(drawn, plots, width, [[]] * len(plots), above)
+            if unique:
+                style: dict[str, Any] = {"bbox_to_anchor": (0, 1), "borderaxespad": 0.2, "borderpad": 0.1}
+                artists, names = list(unique.values()), list(unique)
+                drawn.legend(artists, names, loc="upper left", ncols=columns, **style)
         for axes, plot in zip(all_axes, plots, strict=True):
             if not isinstance(plot, BarsAcross):
                 box, point = axes.get_position(), 1 / (72 * drawn.get_figheight())

@@ -56,7 +56,7 @@ class Trained:
         return sum(row["seconds"] for row in self.metrics)
 
     def losses(self) -> list[tuple[float, float]]:
-        """(million tokens, nats per target) of each step; without skipped steps, which have no finite loss."""
+        """(million tokens, nats per target) of each step that has a finite loss."""
         return [(row["tokens"] / 1e6, row["loss"]) for row in self.metrics if row["loss"] is not None]
 
 
