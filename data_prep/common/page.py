@@ -109,7 +109,7 @@ def visible(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-Filters = Mapping[str, Callable[..., str]]
+Filters = Mapping[str, Callable[..., Any]]
 
 
 def from_template(

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.charts import Bars, BarsAcross, Line, Lines, Mark
-from data_prep.common.page import Block, Chart, Heading, Quotes, Table, from_template, to_html, visible
+from data_prep.common.page import (
+    Block,
+    Chart,
+    Filters,
+    Heading,
+    Quotes,
+    Table,
+    from_template,
+    to_html,
+    visible,
+)
 from data_prep.shards.stats import SIDE, percent
 
 DRAWN = 5  # languages, one colour each; the page says when there are more
@@ -52,7 +62,7 @@ def stats_page(result: dict[str, Any]) -> str:
         **_left_out(result),
         "samples": [block for name in drawn for block in _samples(result, name)],
     }
-    filters = {"count": _count, "size": _size, "percent": percent, "visible": visible}
+    filters: Filters = {"count": _count, "size": _size, "percent": percent, "visible": visible}
     blocks = from_template(Path(__file__).with_name("stats.md.jinja"), values, parts, filters)
     return to_html(f"Shards: {visible(folder)}", blocks)
 

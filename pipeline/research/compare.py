@@ -386,8 +386,8 @@ def _notes(
             )
         if late := [name for name, one in at["runs"].items() if one is None]:
             yield f"equal {word}: {', '.join(late)} has no evaluation as early as where the shortest run ends"
-    for name, one in found.items():
-        gap, evaluated, speed = one["gap_recovered"], one["evaluated"], one["generation"]
+    for name, figures in found.items():
+        gap, evaluated, speed = (figures[key] for key in ("gap_recovered", "evaluated", "generation"))
         if gap and gap["share"] is None:
             yield f"gap recovered: no gap, {gap['baseline']} is no better than {name} without vectors"
         elif gap:

@@ -148,8 +148,8 @@ def training(runs: Sequence[Trained]) -> Iterable[Block]:
     if predictors:
         lines = []
         for run in predictors:
-            tokens = {row["step"]: row["tokens"] / 1e6 for row in run.metrics}
-            points = [(tokens[row["step"]], row["bits_per_byte"]) for row in run.evaluations]
+            seen = {row["step"]: row["tokens"] / 1e6 for row in run.metrics}
+            points = [(seen[row["step"]], row["bits_per_byte"]) for row in run.evaluations]
             lines.append(Line(run.name, points, run.kind, "dots"))
         rows = [
             (run.name, grouped(row["step"]), f"{row['bits_per_byte']:.3f}")

@@ -117,8 +117,10 @@ COLUMNS = {
     "exact_match_to_8": Column("up to 8 tokens", 0.01, ".1f", unit=" %"),
     "window_tokens": Column("window", form=",.0f", spread=False),
 }
-USUAL = ("bits_per_byte", "vector_gain", "tokens", "tokens_with_vae", "seconds", "seconds_with_vae")
-USUAL += ("exact_match", "exact_match_to_8")
+USUAL = (
+    *("bits_per_byte", "vector_gain", "tokens", "tokens_with_vae", "seconds", "seconds_with_vae"),
+    *("exact_match", "exact_match_to_8"),
+)
 
 
 def _by_name(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
