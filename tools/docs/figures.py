@@ -31,7 +31,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.page import NOTHING, Table, markdown_table, render
 from pipeline.common.text import duration, with_interval
 from pipeline.reports.charts import generation_plots
-from pipeline.research import compare, scaling
+from pipeline.research import compare_page, scaling
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -248,12 +248,12 @@ def robustness(results: Results, file: str) -> list[str]:
 
 def compared(results: Results, file: str) -> list[str]:
     found = results.read(file)
-    shown, stem = compare.table(found), file.removesuffix(".json")
+    shown, stem = compare_page.table(found), file.removesuffix(".json")
     lines = markdown_table(Table(shown.header, [[cell.strip() for cell in row] for row in shown.rows]))
     lines += ["", *(f"- {note}" for note in found["notes"])] if found["notes"] else []
     caption = "Validation bits per byte over what training has cost, the SentenceVAE's part included"
-    lines += results.draw(f"{stem}-quality.svg", list(compare.quality_plots(found).values()), caption)
-    if speed := compare.speed_plot(found):
+    lines += results.draw(f"{stem}-quality.svg", list(compare_page.quality_plots(found).values()), caption)
+    if speed := compare_page.speed_plot(found):
         caption, plot = speed
         lines += results.draw(f"{stem}-speed.svg", [plot], f"Quality against generation speed. {caption}")
     return lines
