@@ -327,6 +327,11 @@ def _figure_class() -> type[Figure]:
     return Figure
 
 
+def require() -> None:
+    """Raises: UserError where matplotlib is missing; to be called before work whose result is to be drawn."""
+    _figure_class()
+
+
 def figure(plots: Sequence[Plot], width: int = WIDTH) -> Figure:
     """The plots below each other. Raises: UserError where matplotlib is missing."""
     figure_class = _figure_class()

@@ -149,6 +149,12 @@ def _environment(**options: Any) -> Any:
     )
 
 
+def require() -> None:
+    """Raises: UserError where jinja2 or matplotlib is missing; to be called before long work for a page."""
+    charts.require()
+    _environment()
+
+
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """The page. Raises: UserError where jinja2 or, for charts, matplotlib is missing."""
     environment = _environment(autoescape=True)

@@ -1,8 +1,6 @@
 """`sllm compare RUN_DIR…`: SLLMs and token-level models at equal budgets, in one table and on one page.
 
-In: run directories that were measured on one validation sample; the SentenceVAE's run of every SLLM that
-starts from one; where given, exported models and result files of `sllm benchmark generation`. Out: one dict
-of plain figures, and a page made of that dict alone (docs/evaluation.md says what stands in both).
+The result is a dictionary of plain figures; compare_page.py makes the page of it (docs/evaluation.md).
 
 A budget is tokens, seconds of steps (without evaluating and saving) or multiply-adds (forward and backward,
 padding included). What a SentenceVAE has cost counts as its SLLM's, in all three. Every run's validation
@@ -22,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common import page
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
@@ -129,6 +128,7 @@ def compare(
     """
     output = Path(output)
     require_folder(str(output))
+    page.require()
     runs = read_runs(folders)
     contenders = _contenders(runs, vae_runs)
     names = list(contenders)

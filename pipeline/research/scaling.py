@@ -1,7 +1,7 @@
 """`sllm scaling fit`: bits per byte as a power of size or cost, for SLLMs and token-level models.
 
-In: result files of `sllm sweep` (every row of objective sllm or lm) and run directories (their last
-validation). Out: per objective two fits, and one log-log chart.
+Points are rows of `sllm sweep` of objective sllm or lm, and run directories (their last validation). Each
+objective gets two fits; all are drawn in one log-log chart.
 
     line:    bits per byte = A · x^(-alpha)        a straight line in log-log, as the paper draws its law
     offset:  bits per byte = E + A · x^(-alpha)    E: what no size takes away; from four sizes on
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common import charts
 from data_prep.common.charts import Line, Lines, svg
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
@@ -232,7 +233,9 @@ def fit(
     Returns: {"x", "fits": by objective {"points", "line", "offset" or None}, "note", "output"}.
     Raises: UserError for fewer than three different x of an objective, or figures of different texts.
     """
-    require_folder(str(output) if output else None)
+    if output:
+        require_folder(str(output))
+        charts.require()
     points = read_points(paths, x)
     if not points:
         raise UserError(f"nothing to fit: no run of objective {' or '.join(OBJECTIVES)} here")

@@ -25,6 +25,8 @@ from data_prep.common.charts import (
     svg,
 )
 from data_prep.common.errors import UserError
+from pipeline.research.compare import compare
+from pipeline.research.scaling import fit
 
 SVG = "{http://www.w3.org/2000/svg}"
 FALLING = [(float(n), 9.0 - n) for n in range(9)]
@@ -146,13 +148,17 @@ def test_a_template_becomes_blocks(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match="charts need matplotlib: install the extra `report`") as error:
         figure([Lines([Line("a", FALLING, "sllm")], "x", "y")])
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="the extra `report`"):  # before anything is read
+        fit(["nowhere.json"], output=tmp_path / "a.svg")
+    with pytest.raises(UserError, match="the extra `report`"):
+        compare(["nowhere", "else"], tmp_path / "a.html")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(UserError, match="pages need jinja2: install the extra `report`"):
         page.to_html("title", [])
