@@ -409,8 +409,11 @@ def _split(arguments: argparse.Namespace) -> None:
 
 
 def _stats(arguments: argparse.Namespace) -> None:
+    from data_prep.common import page
     from data_prep.shards.stats import stats, stats_text
 
+    if arguments.html:
+        page.require()
     result = stats(arguments.folder)
     if arguments.html:
         from data_prep.common.files import write_atomically

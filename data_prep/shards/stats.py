@@ -1,7 +1,6 @@
 """What a shard set holds: counts and distributions, padding, duplicates, rejects, sample sentences.
 
-In: a shard folder. Out: `stats` gives one plain dictionary (`data-prep stats --json`, the demo's report,
-`stats_page.py`), `stats_text` its short form for a terminal. Called by `data_prep/cli.py`.
+`stats` gives one plain dictionary, `stats_text` its short form for a terminal, `stats_page.py` an HTML page.
 
 All figures are exact, over every document. Work goes by some groups of a shard at a time, on whole arrays;
 memory is their sentences, the counts, and 8 bytes a document to find duplicates.
@@ -33,6 +32,7 @@ import numpy as np
 from data_prep.common.errors import UserError
 from data_prep.shards.layout import QUARANTINE
 from data_prep.shards.reader import Shard, ShardSet
+from data_prep.shards.stats_samples import Samples
 from data_prep.text.tokenizer import Tokenizer
 
 SIDE = 64  # sentences a document and tokens a sentence in the published tensors; sentences in a batch
@@ -40,9 +40,6 @@ POOL = 100  # batches sorted together
 BATCH_GROUPS = 16  # read at once: at most about 8 MB of a shard
 OPEN_BINS = 64
 WINDOW_TOKENS, BIN_TOKENS = 1024, 8192
-BAND_STARTS = (1, 3, 9, 17, 33)  # samples are picked per band of lengths; later bands double
-SAMPLES = 5  # sentences shown per band
-CANDIDATES = 20  # kept per band, since sentences of several documents may have the same text
 MOST_COPIED = 5
 REJECTED_FILES = 20
 SNIPPET = 100  # characters
@@ -57,25 +54,24 @@ def stats(
     window_tokens: int = WINDOW_TOKENS,
     report: Callable[[int, int], None] | None = None,
 ) -> dict:
-    """Everything this module knows of the shard set in `folder`, ready for JSON.
+    """The figures of the shard set in `folder`, ready for JSON.
 
-    The counts stand at the top for all documents, and the same under `languages` and `sources` (by name) and
-    in the list `groups` (per language and source): `documents`, `sentences`, `tokens`, `bytes`,
-    `bytes_per_token`; `tokens_per_sentence`, `sentences_per_document` and `tokens_per_document` (each mean,
-    p5, median, p95, p99, max); `share_at_limit` (sentences of exactly `max_tokens`, the longest allowed:
-    nearly all were split) and `share_one_token`; `histogram` (sentences by length, item n = length n);
-    `document_histogram` (rows [first, last, documents] of sentences per document) and `tensor_64x64`.
-    Beside them stand `padding`, `duplicates`, `rejected`, `repaired` (by reason), `rejected_files` (the worst
-    20), `damaged`, `not_read` and `samples` (by language and band of lengths).
-
-    `report(shards done, shards)` is called after each shard. Raises `UserError` when the folder is no shard
-    set, holds no document, or one of its files is missing or damaged.
+    Args:
+        bin_tokens, window_tokens: what `packed` padding is counted for.
+        report: called with (shards done, shards) after each shard.
+    Returns: for all documents, and the same under `languages` and `sources` (by name) and in `groups` (by
+        language and source): counts; `tokens_per_sentence`, `sentences_per_document`,
+        `tokens_per_document` (mean, p5, median, p95, p99, max); `share_at_limit` (sentences of `max_tokens`:
+        nearly all were split), `share_one_token`; `histogram` (sentences, item n = length n);
+        `document_histogram` (rows [first, last, documents] of sentences), `tensor_64x64`. For all also
+        `padding`, `duplicates`, `rejected`, `repaired`, `rejected_files`, `damaged`, `not_read`, `samples`.
+    Raises: UserError when the folder is no shard set, holds no document, or has a missing or damaged file.
     """
     shards = ShardSet.open(folder)
     limit = shards.settings.max_tokens
     tallies: dict[tuple[str, str], _Tally] = {}
     padding = _Padding(limit, bin_tokens, window_tokens)
-    samples = _Samples(limit)
+    samples = Samples(limit)
     hashes = np.empty(shards.manifest["totals"]["documents"], dtype=np.uint64)
     done = 0
     for i in range(len(shards)):
@@ -126,7 +122,7 @@ def stats(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Some groups of a shard: D documents, S sentences.
 
     first: place of the first document in the shard; lengths: int64 [S] tokens; sizes: int64 [D] sentences;
@@ -165,7 +161,7 @@ class _Batch:
         return np.bincount(flat, minlength=len(self.keys) * width).reshape(len(self.keys), width)
 
 
-def _batches_of(shard: Shard, limit: int, expected: int) -> Iterator[_Batch]:
+def _batches_of(shard: Shard, limit: int, expected: int) -> Iterator[Batch]:
     """A whole shard in order. Raises `UserError` where it disagrees with its index or has more documents than
     `expected`.
     """
@@ -188,7 +184,7 @@ def _batches_of(shard: Shard, limit: int, expected: int) -> Iterator[_Batch]:
         if not whole or all_lengths.sum() != tokens.sum() or all_lengths.max(initial=0) > limit:
             raise UserError(f"{shard.path} does not agree with its index or manifest; run `data-prep verify`")
         hashes, places = rows["text_hash"], np.array(codes, dtype=np.int64)
-        yield _Batch(first, all_lengths, sizes, tokens, size, hashes, places, list(keys))
+        yield Batch(first, all_lengths, sizes, tokens, size, hashes, places, list(keys))
 
 
 # Counts ------------------------------------------------------------------------------------------------
@@ -204,7 +200,7 @@ class _Tally:
         self.sizes: Counter[int] = Counter()  # documents by number of sentences
         self.document_tokens: Counter[int] = Counter()
 
-    def add(self, batch: _Batch, mine: np.ndarray, lengths: np.ndarray, kept: int) -> None:
+    def add(self, batch: Batch, mine: np.ndarray, lengths: np.ndarray, kept: int) -> None:
         """Documents of `batch` (`mine`: bool [D]), whose sentences by length are `lengths`."""
         self.documents += int(mine.sum())
         self.tokens += int(batch.tokens[mine].sum())
@@ -216,11 +212,8 @@ class _Tally:
             counter.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
 
     def merge(self, other: _Tally) -> None:
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.bytes += other.bytes
-        self.kept += other.kept
-        self.lengths += other.lengths
+        for name in ("documents", "tokens", "bytes", "kept", "lengths"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.sizes.update(other.sizes)
         self.document_tokens.update(other.document_tokens)
 
@@ -313,7 +306,7 @@ class _Padding:
         self._waiting = np.empty(0, dtype=np.int64)  # lengths of sentences that fill no pool yet
         self._room: list[int] = []  # of the open bins, ascending
 
-    def add(self, batch: _Batch) -> None:
+    def add(self, batch: Batch) -> None:
         lengths = np.concatenate([self._waiting, batch.lengths])
         whole = lengths.size - lengths.size % (SIDE * POOL)
         self._waiting = lengths[whole:]
@@ -342,13 +335,8 @@ class _Padding:
 
     def summary(self, everything: _Tally) -> dict:
         tokens = everything.tokens
-        batch_cells, sorted_cells = (
-            cells + sum(len(part) * int(part.max()) for part in _batches(rest))
-            for cells, rest in (
-                (self.batch_cells, self._waiting),
-                (self.sorted_cells, np.sort(self._waiting)),
-            )
-        )
+        batch_cells = self.batch_cells + _filled_up(self._waiting)
+        sorted_cells = self.sorted_cells + _filled_up(np.sort(self._waiting))
         tensor_cells = everything.documents * SIDE * SIDE
 
         def way(cells: int, real: int) -> dict:
@@ -360,21 +348,18 @@ class _Padding:
             "batch": way(batch_cells, tokens) | {"sentences": SIDE},
             "sorted_batch": way(sorted_cells, tokens) | {"sentences": SIDE, "batches_sorted": POOL},
             "packed": way(self.bins * self.budget, tokens)
-            | {
-                "bin_tokens": self.budget,
-                "window_tokens": self.window,
-                "windows": self.windows,
-                "bins": self.bins,
-            },
+            | {"bin_tokens": self.budget, "window_tokens": self.window}
+            | {"windows": self.windows, "bins": self.bins},
         }
 
 
-def _batches(lengths: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, lengths.size, SIDE):
-        yield lengths[start : start + SIDE]
+def _filled_up(lengths: np.ndarray) -> int:
+    """Cells of batches in a row, each filled up to its longest sentence."""
+    batches = (lengths[start : start + SIDE] for start in range(0, lengths.size, SIDE))
+    return sum(len(batch) * int(batch.max()) for batch in batches)
 
 
-def _windows(batch: _Batch, window_tokens: int) -> Iterator[int]:
+def _windows(batch: Batch, window_tokens: int) -> Iterator[int]:
     """Tokens of every window, in stored order."""
     ends = np.cumsum(batch.lengths)
     begins = np.cumsum(batch.tokens) - batch.tokens
@@ -422,15 +407,8 @@ def _duplicates(shards: ShardSet, hashes: np.ndarray, tokenizer: Tokenizer) -> d
         document = shards.shard(i).document(n)
         # A token adds at least a part of a byte: four tokens a character always reach far enough.
         start = tokenizer.decode(document.tokens[: 4 * SNIPPET])[:SNIPPET]
-        most.append(
-            {
-                "documents": int(counts[place]) + 1,
-                "id": document.id,
-                "language": document.language,
-                "source": document.source,
-                "start": start,
-            }
-        )
+        facts = {"id": document.id, "language": document.language, "source": document.source}
+        most.append({"documents": int(counts[place]) + 1, **facts, "start": start})
     return {
         "texts": int(copied.size),
         "documents": copies,
@@ -457,88 +435,6 @@ def _rejected_files(quarantine: Path) -> list[dict]:
         {"file": name, "records": files[name].total(), "reasons": dict(sorted(files[name].items()))}
         for name in worst
     ]
-
-
-# Samples -----------------------------------------------------------------------------------------------
-
-
-def _bands(limit: int) -> list[tuple[int, int]]:
-    """[first, last] lengths of the bands: 1–2, 3–8, 9–16, 17–32, 33–64, … below the limit, then the limit."""
-    starts = list(BAND_STARTS)
-    while starts[-1] < limit:
-        starts.append(2 * starts[-1] - 1)
-    starts = [*(start for start in starts if start < limit), limit]
-    return [*zip(starts, [start - 1 for start in starts[1:]], strict=False), (limit, limit)]
-
-
-class _Samples:
-    """For every language and band of lengths, the sentences with the lowest hash of (text, place in it).
-
-    So the choice depends on the texts alone, not on their order, and needs no second reading.
-    """
-
-    def __init__(self, limit: int):
-        self.bands = _bands(limit)
-        self._band_of = np.zeros(limit + 1, dtype=np.int64)
-        for band, (first, last) in enumerate(self.bands):
-            self._band_of[first : last + 1] = band
-        # (language, band) → [(hash, shard, document, place)], ascending
-        self._kept: dict[tuple[str, int], list[tuple[int, int, int, int]]] = {}
-
-    def add(self, shard: int, batch: _Batch) -> None:
-        fresh = np.zeros(batch.sizes.size, dtype=bool)
-        fresh[np.unique(batch.hashes, return_index=True)[1]] = True  # copies would give the same again
-        documents = np.repeat(np.arange(batch.sizes.size), batch.sizes)
-        places = batch.places()
-        hashes = _mixed(batch.hashes[documents], places)
-        languages = sorted({language for language, _ in batch.keys})
-        numbers = np.array([languages.index(language) for language, _ in batch.keys], dtype=np.int64)
-        cells = numbers[batch.codes][documents] * len(self.bands) + self._band_of[batch.lengths]
-        bounds = np.full(len(languages) * len(self.bands), np.iinfo(np.uint64).max, dtype=np.uint64)
-        for number, language in enumerate(languages):
-            for band in range(len(self.bands)):
-                kept = self._kept.get((language, band), [])
-                if len(kept) == CANDIDATES:
-                    bounds[number * len(self.bands) + band] = kept[-1][0]
-        (chosen,) = np.nonzero((hashes < bounds[cells]) & fresh[documents])
-        for cell in np.unique(cells[chosen]).tolist():
-            mine = chosen[cells[chosen] == cell]
-            if mine.size > CANDIDATES:
-                mine = mine[np.argpartition(hashes[mine], CANDIDATES)[:CANDIDATES]]
-            rows = (documents[mine] + batch.first).tolist()
-            found = zip(hashes[mine].tolist(), rows, places[mine].tolist(), strict=True)
-            key = languages[cell // len(self.bands)], cell % len(self.bands)
-            known = {entry[0]: entry for entry in self._kept.get(key, [])}
-            for value, document, place in found:
-                known.setdefault(value, (value, shard, document, place))
-            self._kept[key] = sorted(known.values())[:CANDIDATES]
-
-    def decoded(self, shards: ShardSet, tokenizer: Tokenizer) -> dict[str, list[dict]]:
-        """Language → bands with sentences: `from`, `to` (tokens), `sentences` (`tokens`, `text`, `id`)."""
-        result: dict[str, list[dict]] = {}
-        for language, band in sorted(self._kept):
-            texts: dict[str, dict] = {}
-            for _, shard, number, place in self._kept[language, band]:
-                if len(texts) == SAMPLES:
-                    break
-                document = shards.shard(shard).document(number)
-                start = int(document.sentence_lengths[:place].sum(dtype=np.int64))
-                tokens = document.tokens[start : start + int(document.sentence_lengths[place])]
-                text = tokenizer.decode(tokens)
-                texts.setdefault(text, {"tokens": tokens.size, "text": text, "id": document.id})
-            first, last = self.bands[band]
-            entry = {"from": first, "to": last, "sentences": list(texts.values())}
-            result.setdefault(language, []).append(entry)
-        return result
-
-
-def _mixed(seeds: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """uint64 [S]: every bit depends on all bits of both (products wrap around)."""
-    mixed = seeds + (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
-    for shift in (32, 29):
-        mixed ^= mixed >> np.uint64(shift)
-        mixed *= np.uint64(0xDABA0B6EB09322E3)
-    return mixed ^ (mixed >> np.uint64(32))
 
 
 # For people --------------------------------------------------------------------------------------------
@@ -569,19 +465,16 @@ def stats_text(result: dict) -> str:
             f"  at the limit: {percent(group['share_at_limit'])} of the sentences; "
             f"of one token: {percent(group['share_one_token'])}"
         )
-    padding = result["padding"]
-    lines.append(
-        f"padding: 64 × 64 tensors {percent(padding['tensor_64x64']['padding'])} "
+    padding, copies = result["padding"], result["duplicates"]
+    shares = {way: percent(figures["padding"]) for way, figures in padding.items()}
+    lines += [
+        f"padding: 64 × 64 tensors {shares['tensor_64x64']} "
         f"(and {percent(padding['tensor_64x64']['dropped'])} of the tokens dropped), "
-        f"batches of 64 sentences {percent(padding['batch']['padding'])}, "
-        f"sorted {percent(padding['sorted_batch']['padding'])}, "
-        f"packed bins of {padding['packed']['bin_tokens']:,} tokens {percent(padding['packed']['padding'])}"
-    )
-    copies = result["duplicates"]
-    lines.append(
+        f"batches of 64 sentences {shares['batch']}, sorted {shares['sorted_batch']}, "
+        f"packed bins of {padding['packed']['bin_tokens']:,} tokens {shares['packed']}",
         f"duplicates: {copies['documents']:,} documents ({percent(copies['share'])}) repeat "
-        f"{copies['texts']:,} texts, {copies['tokens']:,} tokens"
-    )
+        f"{copies['texts']:,} texts, {copies['tokens']:,} tokens",
+    ]
     for what in ("rejected", "repaired"):
         said = ", ".join(f"{count:,} × {reason}" for reason, count in result[what].items()) or "none"
         lines.append(f"{what} records: {said}")
@@ -601,7 +494,6 @@ def percent(share: float) -> str:
 def _histogram_lines(histogram: list[int]) -> Iterator[str]:
     last = max((length for length, count in enumerate(histogram) if count), default=0)
     steps = [sum(histogram[start : start + HISTOGRAM_STEP]) for start in range(1, last + 1, HISTOGRAM_STEP)]
-    for number, count in enumerate(steps):
-        start = 1 + number * HISTOGRAM_STEP
+    for start, count in zip(range(1, last + 1, HISTOGRAM_STEP), steps, strict=True):
         bar = "█" * round(HISTOGRAM_WIDTH * count / max(steps))
         yield f"{start:5d}–{start + HISTOGRAM_STEP - 1:<5d} {count:12,} {bar}"

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from data_prep.common import charts
 from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, log
 from pipeline.costs import process_memory
@@ -235,6 +236,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
     require_folder(arguments.output)
+    if arguments.output:
+        charts.require()
     if arguments.sentences < 2:
         raise UserError("--sentences: at least 2, the first one is timed apart")
     torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))

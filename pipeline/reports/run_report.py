@@ -1,10 +1,7 @@
-"""`sllm report RUN_DIR…`: training runs side by side, on one HTML page that needs nothing else.
+"""`sllm report RUN_DIR…`: training runs side by side on one HTML page that needs no other file.
 
-In: run directories, finished or not: `recipe.yaml`, `ds_config.json`, `provenance.json` and the lines of
-`metrics.jsonl`, `evaluations.jsonl`, `saves.jsonl` and `starts.jsonl` (docs/training.md). Out: the page, and
-a summary of every run as plain JSON. Every curve can be seen against steps, tokens, time and operations;
-restarts, skipped steps and saves are marked. A long run's curves are thinned, the same way every time, so
-that no spike is lost. Nothing here imports torch.
+Every curve can be seen against steps, tokens, time and operations; restarts, skipped steps and saves are
+marked. Runs need not be finished (docs/training.md has the files of a run). Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -18,61 +15,63 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_prep.common.charts import Line, Lines, Mark, colours, running_mean, thinned
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
+from data_prep.common.page import Block, Chart, Choice, Heading, Table, Text, to_html
 from pipeline.common.text import NOTHING, duration, grouped, percent
-from pipeline.reports.charts import COLOURS, Mark, Series, line_chart, running_mean, thinned
-from pipeline.reports.page import Block, Chart, Choice, Heading, Table, Text, by, to_html
 from pipeline.training.run_files import Run, read_runs, training_text, validation_sample
 
 MOST_SKIPS = 50  # of a run that are listed one by one
-
+MOST_DOTS = 200
 AXES = (
     ("steps", "steps", "steps"),
     ("tokens", "tokens", "million tokens"),
     ("time", "time", "hours of training, saving and evaluating"),
     ("operations", "operations", "multiply-adds (10¹²), forward and backward, padding included"),
 )
-
-
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
-
-
-def _percent(share: float | None) -> float | None:
-    return _times(share, 100)
-
-
-def _waiting(row: dict[str, Any]) -> float | None:
-    return _times(row.get("data_wait_seconds"), 1 / row["seconds"])
+Record = dict[str, Any]
 
 
 class Curve(NamedTuple):
-    """A chart of one figure of every step. `marked`: with restarts, skips and saves; `smooth`: the figure
-    scatters, so its running mean is drawn over it."""
+    """A chart of one figure.
+
+    key: in the lines of metrics.jsonl; marked: with restarts, skips and saves; smooth: with its running mean
+    drawn over it; start: where the y axis starts, else it fits the data.
+    """
 
     title: str
     unit: str
-    value: Callable[[dict[str, Any]], float | None]  # of one line of metrics.jsonl
+    key: str
+    factor: float = 1
     log: bool = False
     marked: bool = False
     smooth: bool = True
+    start: float | None = None
+    events: str = ""  # the attribute of a run with the lines, where not those of every step
 
 
 CURVES = (
-    Curve("Loss", "nats per target", lambda row: row.get("loss"), marked=True),
-    Curve("Bits per byte of the training text", "bits per byte", lambda row: row.get("bits_per_byte")),
-    Curve("Throughput", "tokens per second", lambda row: row.get("tokens_per_second"), marked=True),
-    Curve("Padding", "per cent of operations", lambda row: _percent(row.get("padding_share"))),
-    Curve("Waiting for data", "per cent of time", lambda row: _percent(_waiting(row))),
-    Curve("Slowest rank by the median one", "times its time", lambda row: row.get("slowest_ratio")),
-    Curve("Gradient norm before clipping", "norm", lambda row: row.get("grad_norm"), log=True, marked=True),
-    Curve("Learning rate", "learning rate", lambda row: row.get("lr"), smooth=False),
+    Curve("Loss", "nats per target", "loss", marked=True),
+    Curve("Bits per byte of the training text", "bits per byte", "bits_per_byte"),
+    Curve("Validation bits per byte", "bits per byte", "bits_per_byte", smooth=False, events="evaluations"),
+    Curve("Throughput", "tokens per second", "tokens_per_second", marked=True, start=0),
+    Curve("Padding", "per cent of operations", "padding_share", 100, start=0),
+    Curve("Waiting for data", "per cent of time", "waiting", 100, start=0),
+    Curve("Slowest rank by the median one", "times its time", "slowest_ratio", start=1),
+    Curve("Gradient norm before clipping", "norm", "grad_norm", log=True, marked=True),
+    Curve("Learning rate", "learning rate", "lr", smooth=False, start=0),
+    Curve("Peak memory so far (rank 0)", "GB", "memory_bytes", 1e-9, smooth=False, start=0),
+    Curve("Model FLOPs utilisation", "per cent", "mfu", 100, start=0),
+    Curve("KL divergence", "nats per sentence", "kl", start=0),
     Curve(
-        "Peak memory so far (rank 0)", "GB", lambda row: _times(row.get("memory_bytes"), 1e-9), smooth=False
+        "Seconds for which a save stops training",
+        "seconds",
+        "save_seconds",
+        smooth=False,
+        start=0,
+        events="saves",
     ),
-    Curve("Model FLOPs utilisation", "per cent", lambda row: _percent(row.get("mfu"))),
-    Curve("KL divergence", "nats per sentence", lambda row: row.get("kl")),
 )
 
 
@@ -175,9 +174,9 @@ def cautions(runs: Sequence[Run]) -> list[str]:
 
 
 def report(folders: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
-    """Write the page about these runs to `output`; returns {"output", "runs": their summaries,
-    "not_comparable": reasons}.
+    """Write the page about these runs to `output`.
 
+    Returns: {"output", "runs": their summaries, "not_comparable": reasons}.
     Raises: UserError for a folder that is no run directory, or an output whose folder is missing.
     """
     output = Path(output)
@@ -197,21 +196,26 @@ def compose(runs: Sequence[Run]) -> Iterable[Block]:
     """The page's blocks in reading order."""
     if len(runs) > 1 and (found := cautions(runs)):
         yield Text(f"**Not all figures can be compared**: {'; '.join(found)}.")
+    names = [run.name for run in runs]
     yield summary_table(runs)
     yield Heading("Curves")
     axes = [axis for axis in AXES if any(run.positions[axis[0]][0] is not None for run in runs)]
-    yield Choice("against", tuple(axis[:2] for axis in axes), tuple(run.name for run in runs))
+    hues = [colour for colour, _ in colours(kinds(runs))]
+    yield Choice("against", [axis[:2] for axis in axes], list(zip(names, hues, strict=True)))
     yield Text(
         "Pale: each step; strong: the running mean over 4 % of the run. Dashed lines are restarts, crosses "
         "at the top skipped steps, ticks on the axis saved checkpoints."
     )
-    yield from curves(runs, [axis[::2] for axis in axes])
+    for curve in CURVES:
+        plots = {axis: plot for axis, _, label in axes if (plot := curve_plot(runs, curve, axis, label))}
+        if plots:
+            yield Chart(curve.title, plots)
     yield Heading("Starts")
     yield starts_table(runs)
     if skips := [(run, step, why) for run in runs for step, why in run.skipped()[:MOST_SKIPS]]:
         yield Heading("Skipped steps")
         rows = [(run.name, grouped(step), why) for run, step, why in skips]
-        yield Table(("run", "step", "why"), tuple(rows), f"the first {MOST_SKIPS} of each run", left=True)
+        yield Table(("run", "step", "why"), rows, f"the first {MOST_SKIPS} of each run", left=True)
     if len(runs) > 1:
         yield Heading("What differs")
         parts = [
@@ -219,146 +223,120 @@ def compose(runs: Sequence[Run]) -> Iterable[Block]:
             | {"deepspeed": run.deepspeed, "versions": run.provenance.get("packages", {})}
             for run in runs
         ]
-        rows = [(key, *values) for key, values in differences(parts)]
-        yield Table(("key", *(run.name for run in runs)), tuple(rows) or (("nothing",),), left=True)
+        differing = [(key, *values) for key, values in differences(parts)]
+        yield Table(("key", *names), differing or [("nothing", *[""] * len(runs))], left=True)
+
+
+def kinds(runs: Sequence[Run]) -> list[str]:
+    """What kind of model each run trains, for its colour."""
+    return [str(run.recipe.get("objective")) for run in runs]
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
     """The figures of `summarise`, a column a run."""
     found = [summarise(run) for run in runs]
 
-    def row(label: str, key: str, show: Callable[[Any], str]) -> tuple[str, ...]:
-        return (label, *(NOTHING if one[key] is None else show(one[key]) for one in found))
-
-    def number(digits: int) -> Callable[[float], str]:
+    def fixed(digits: int) -> Callable[[float], str]:
         return lambda value: f"{value:.{digits}f}"
 
     def arrows(values: list[Any]) -> str:
         return " → ".join(map(str, values)) or NOTHING
 
-    best = row("best validation bits per byte", "best_validation_bits_per_byte", number(4))
-    at = [NOTHING if one["best_step"] is None else f"{one['best_step']:,}" for one in found]
-    rows = (
-        row("objective", "objective", str),
-        row("finished", "finished", lambda done: "yes" if done else "not yet"),
-        row("steps", "steps", grouped),
-        row("tokens", "tokens", grouped),
-        row("time of steps, saves and evaluations", "seconds", duration),
-        row("time from the first start to the last step", "seconds_from_first_start", duration),
-        row("operations (10¹² multiply-adds)", "operations", lambda n: f"{n / 1e12:,.3f}"),
-        row("loss at the end (nats per target)", "loss_at_the_end", number(4)),
-        row("training bits per byte at the end", "bits_per_byte_at_the_end", number(4)),
-        best,
-        ("  at step", *at),
-        row("last validation bits per byte", "validation_bits_per_byte", number(4)),
-        row("tokens per second (median)", "tokens_per_second", lambda n: grouped(round(n))),
-        row("MFU (median)", "mfu", percent),
-        row("padding", "padding_share", percent),
-        row("waiting for data", "data_wait_share", percent),
-        row("standing still to save", "save_share", percent),
-        row("longest save", "save_seconds_longest", duration),
-        row("peak memory of rank 0 (GB)", "memory_bytes", lambda n: f"{n / 1e9:.2f}"),
-        row("restarts", "restarts", grouped),
-        row("steps computed again after kills", "lost_steps", grouped),
-        row("skipped steps", "skipped_steps", grouped),
-        row("ranks", "worlds", arrows),
-        row("ZeRO stage", "zero_stages", arrows),
+    shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+        ("objective", "objective", str),
+        ("finished", "finished", lambda done: "yes" if done else "not yet"),
+        ("steps", "steps", grouped),
+        ("tokens", "tokens", grouped),
+        ("time of steps, saves and evaluations", "seconds", duration),
+        ("time from the first start to the last step", "seconds_from_first_start", duration),
+        ("operations (10¹² multiply-adds)", "operations", lambda n: f"{n / 1e12:,.3f}"),
+        ("loss at the end (nats per target)", "loss_at_the_end", fixed(4)),
+        ("training bits per byte at the end", "bits_per_byte_at_the_end", fixed(4)),
+        ("best validation bits per byte", "best_validation_bits_per_byte", fixed(4)),
+        ("  at step", "best_step", grouped),
+        ("last validation bits per byte", "validation_bits_per_byte", fixed(4)),
+        ("tokens per second (median)", "tokens_per_second", lambda n: grouped(round(n))),
+        ("MFU (median)", "mfu", percent),
+        ("padding", "padding_share", percent),
+        ("waiting for data", "data_wait_share", percent),
+        ("standing still to save", "save_share", percent),
+        ("longest save", "save_seconds_longest", duration),
+        ("peak memory of rank 0 (GB)", "memory_bytes", lambda n: f"{n / 1e9:.2f}"),
+        ("restarts", "restarts", grouped),
+        ("steps computed again after kills", "lost_steps", grouped),
+        ("skipped steps", "skipped_steps", grouped),
+        ("ranks", "worlds", arrows),
+        ("ZeRO stage", "zero_stages", arrows),
     )
-    shown = [cells for cells in rows if any(cell != NOTHING for cell in cells[1:])]
-    return Table(("", *(run.name for run in runs)), tuple(shown))
+    rows = [
+        (label, *(NOTHING if one[key] is None else show(one[key]) for one in found))
+        for label, key, show in shown
+    ]
+    return Table(
+        ("", *(run.name for run in runs)), [row for row in rows if any(cell != NOTHING for cell in row[1:])]
+    )
 
 
-def curves(runs: Sequence[Run], axes: Sequence[tuple[str, str]]) -> Iterable[Chart]:
-    """One chart a figure, drawn once for each axis; those of which no run says anything are left out."""
-    for curve in CURVES:
-        drawn = _step_series(runs, curve)
-        yield from _chart(curve.title, curve.unit, axes, drawn, curve.log, runs if curve.marked else ())
-        if curve.title == "Bits per byte of the training text":
-            measured = _event_series(runs, lambda run: run.evaluations, "bits_per_byte")
-            yield from _chart("Validation bits per byte", curve.unit, axes, measured)
-    saved = _event_series(runs, lambda run: run.saves, "save_seconds")
-    yield from _chart("Seconds for which a save stops training", "seconds", axes, saved)
+def curve_plot(runs: Sequence[Run], curve: Curve, axis: str, x_label: str) -> Lines | None:
+    """One figure of all runs over one axis; None where no run has it."""
+    lines: list[Line] = []
+    marks: list[Mark] = []
+    for run, (colour, dash) in zip(runs, colours(kinds(runs)), strict=True):
+        name = run.name if len(runs) > 1 else ""
+        rows: list[Record] = getattr(run, curve.events) if curve.events else run.metrics
+        places = [run.place(axis, row["step"]) for row in rows] if curve.events else run.positions[axis]
+        measured = zip(places, (_value(row, curve) for row in rows), strict=True)
+        points = [(x, y) for x, y in measured if x is not None and y is not None and math.isfinite(y)]
+        if not points:
+            continue
+        if curve.smooth:
+            lines.append(Line(name, thinned(points), colour, "faint"))
+            means = running_mean([y for _, y in points])
+            points = [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
+        kind = "dots" if curve.events and len(points) <= MOST_DOTS else "line"
+        lines.append(Line(name, thinned(points), colour, kind, dash))
+        marks += _marks(run, axis, colour) if curve.marked else ()
+    if not any(y > 0 or not curve.log for line in lines for _, y in line.points):
+        return None
+    return Lines(
+        lines, x_label, curve.unit, marks, log_y=curve.log, x_from=0, y_from=curve.start, legend=False
+    )
 
 
-Drawn = Callable[[str], list[Series]]  # axis → what is drawn over it
+def _value(row: Record, curve: Curve) -> float | None:
+    if curve.key == "waiting":
+        waited = row.get("data_wait_seconds")
+        value = None if waited is None else waited / row["seconds"]
+    else:
+        value = row.get(curve.key)
+    return None if value is None else value * curve.factor
 
 
-def _chart(
-    title: str,
-    unit: str,
-    axes: Sequence[tuple[str, str]],
-    drawn: Drawn,
-    log: bool = False,
-    marked: Sequence[Run] = (),
-) -> Iterable[Chart]:
-    svgs = []
-    for axis, label in axes:
-        series = [one for one in drawn(axis) if any(not log or y > 0 for _, y in one.points)]
-        if series:
-            marks = [mark for number, run in enumerate(marked) for mark in _marks(run, axis, number)]
-            svgs.append(by(axis, line_chart(series, label, unit, marks, log, legend=False)))
-    if svgs:
-        yield Chart(title, "\n".join(svgs))
-
-
-def _step_series(runs: Sequence[Run], curve: Curve) -> Drawn:
-    def drawn(axis: str) -> list[Series]:
-        series = []
-        for number, run in enumerate(runs):
-            rows = zip(run.positions[axis], map(curve.value, run.metrics), strict=True)
-            points = [(x, y) for x, y in rows if x is not None and y is not None and math.isfinite(y)]
-            if points:
-                places, values = zip(*points, strict=True)
-                if curve.smooth:
-                    series.append(Series(run.name, thinned(points), colour(number), faint=True))
-                    points = list(zip(places, running_mean(values), strict=True))
-                series.append(Series(run.name, thinned(points), colour(number)))
-        return series
-
-    return drawn
-
-
-def _event_series(runs: Sequence[Run], events: Callable[[Run], list[dict[str, Any]]], key: str) -> Drawn:
-    def drawn(axis: str) -> list[Series]:
-        series = []
-        for number, run in enumerate(runs):
-            rows = [(run.place(axis, row["step"]), row.get(key)) for row in events(run)]
-            points = [(x, y) for x, y in rows if x is not None and y is not None]
-            if points:
-                series.append(Series(run.name, thinned(points), colour(number), dots=len(points) <= 200))
-        return series
-
-    return drawn
-
-
-def _marks(run: Run, axis: str, number: int) -> Iterable[Mark]:
+def _marks(run: Run, axis: str, colour: str) -> Iterable[Mark]:
     found = [(start["step"], "restart", "restart after step") for start in run.starts[1:]]
     found += [(step, "skip", f"skipped: {why}; step") for step, why in run.skipped()]
-    if len(run.saves) <= 200:
+    if len(run.saves) <= MOST_DOTS:
         found += [(save["step"], "save", "saved at step") for save in run.saves]
     for step, kind, words in found:
         if (x := run.place(axis, step)) is not None:
-            yield Mark(x, kind, colour(number), f"{run.name}: {words} {step:,}")
+            yield Mark(x, kind, colour, f"{run.name}: {words} {step:,}")
 
 
 def starts_table(runs: Sequence[Run]) -> Table:
     """Every start of every run."""
+    keys = ("step", "world", "hosts", "zero_stage", "lost_steps")
     rows = [
         (
             run.name,
             time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start["time"])),
-            *(grouped(start.get(key, 0)) for key in ("step", "world", "hosts", "zero_stage", "lost_steps")),
+            *(grouped(start.get(key, 0)) for key in keys),
         )
         for run in runs
         for start in run.starts
     ]
-    header = ("run", "started (UTC)", "from step", "ranks", "machines", "ZeRO stage", "steps computed again")
-    return Table(header, tuple(rows))
-
-
-def colour(number: int) -> int:
-    """The series of the page's style sheet in which run `number` (from 0) is drawn."""
-    return number % COLOURS + 1
+    return Table(
+        ("run", "started (UTC)", "from step", "ranks", "machines", "ZeRO stage", "steps computed again"), rows
+    )
 
 
 def format_report(result: dict[str, Any]) -> str:

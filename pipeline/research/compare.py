@@ -1,8 +1,6 @@
 """`sllm compare RUN_DIR…`: SLLMs and token-level models at equal budgets, in one table and on one page.
 
-In: run directories that were measured on one validation sample; the SentenceVAE's run of every SLLM that
-starts from one; where given, exported models and result files of `sllm benchmark generation`. Out: one dict
-of plain figures, and a page made of that dict alone (docs/evaluation.md says what stands in both).
+The result is a dictionary of plain figures; compare_page.py makes the page of it (docs/evaluation.md).
 
 A budget is tokens, seconds of steps (without evaluating and saving) or multiply-adds (forward and backward,
 padding included). What a SentenceVAE has cost counts as its SLLM's, in all three. Every run's validation
@@ -15,33 +13,22 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.common import page
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json, write_atomically
-from pipeline.common.text import NOTHING, duration, grouped, percent, with_interval
-from pipeline.reports.charts import Series, line_chart, thinned
-from pipeline.reports.page import Block, Chart, Choice, Heading, Table, Text, by, to_html, to_text
-from pipeline.reports.run_report import colour
+from data_prep.common.page import to_html, to_text
+from pipeline.common.text import duration
+from pipeline.research.compare_page import BUDGETS, compose, table
 from pipeline.training.run_files import Run, read_runs, training_text, validation_sample
 
-# By budget: what it is called, the unit of the chart's axis, and that unit's size.
-BUDGETS = {
-    "operations": ("operations", "multiply-adds (10¹²), forward and backward, padding included", 1e12),
-    "seconds": ("time", "hours of training steps", 3600.0),
-    "tokens": ("tokens", "million tokens", 1e6),
-}
-SHOWN: dict[str, Callable[[float], str]] = {
-    "operations": lambda n: f"{n / 1e12:,.3f} · 10¹²",
-    "seconds": duration,
-    "tokens": lambda n: grouped(round(n)),
-}
 EVALUATED = (
     "bits_per_byte",
     "bits_per_byte_interval",
@@ -141,6 +128,7 @@ def compare(
     """
     output = Path(output)
     require_folder(str(output))
+    page.require()
     runs = read_runs(folders)
     candidates = _candidates(runs, vae_runs)
     names = list(candidates)
@@ -379,8 +367,8 @@ def _notes(
             )
         if late := [name for name, one in at["runs"].items() if one is None]:
             yield f"equal {word}: {', '.join(late)} has no evaluation as early as where the shortest run ends"
-    for name, one in found.items():
-        gap, evaluated, speed = one["gap_recovered"], one["evaluated"], one["generation"]
+    for name, figures in found.items():
+        gap, evaluated, speed = (figures[key] for key in ("gap_recovered", "evaluated", "generation"))
         if gap and gap["share"] is None:
             yield f"gap recovered: no gap, {gap['baseline']} is no better than {name} without vectors"
         elif gap:
@@ -395,106 +383,6 @@ def _notes(
                 f"speed of {name}: measured on {speed['name']} with {speed['parameters']:,} parameters; "
                 f"the model trained here has {evaluated['parameters']:,}"
             )
-
-
-# The table and the page ------------------------------------------------------------------------------------
-
-
-def table(result: dict[str, Any]) -> Table:
-    """All figures, a column a run."""
-    runs = result["runs"]
-
-    def row(label: str, cell: Callable[[dict[str, Any]], str | None]) -> tuple[str, ...]:
-        return (label, *(cell(one) or NOTHING for one in runs.values()))
-
-    def part(key: str, figure: str, show: Callable[[Any], str]) -> Callable[[dict[str, Any]], str | None]:
-        def cell(one: dict[str, Any]) -> str | None:
-            value = (one[key] or {}).get(figure)
-            return None if value is None else show(value)
-
-        return cell
-
-    def measured(figure: str) -> Callable[[dict[str, Any]], str]:
-        return lambda one: with_interval(one["evaluated"] or {}, figure)
-
-    rows = [row("objective", lambda one: one["objective"])]
-    for budget, (word, _, _) in BUDGETS.items():
-        rows.append(row(f"{word} spent", part("spent", budget, SHOWN[budget])))
-        rows.append(row("  of it the SentenceVAE's", part("spent_on_vae", budget, SHOWN[budget])))
-    for budget, at in result["equal"].items():
-        cells = []
-        for one in at["runs"].values():
-            share = "" if one is None or one["progress"] >= 1 else f" (at {one['progress']:.0%} of its run)"
-            cells.append(NOTHING if one is None else f"{one['bits_per_byte']:.4f}{share}")
-        rows.append((f"bits per byte at equal {BUDGETS[budget][0]}: {SHOWN[budget](at['amount'])}", *cells))
-    rows += [
-        row("last validation bits per byte", lambda one: f"{one['curve'][-1]['bits_per_byte']:.4f}"),
-        row("whole text: bits per byte", measured("bits_per_byte")),
-        row("  weights of step", part("evaluated", "step", grouped)),
-        row("  parameters", part("evaluated", "parameters", grouped)),
-        row("  without sentence vectors", measured("bits_per_byte_without_vectors")),
-        row("  vector gain", measured("vector_gain")),
-        row("  gap recovered", part("gap_recovered", "share", percent)),
-        row("new tokens per second", part("generation", "tokens_per_second", lambda n: f"{n:,.1f}")),
-        row("  seconds to the first sentence", part("generation", "first_sentence", lambda n: f"{n:.3f}")),
-        row("  memory at the peak (GB)", part("generation", "peak_bytes", lambda n: f"{n / 1e9:.3f}")),
-        row("  cached bytes per token", part("generation", "cached_bytes_per_token", lambda n: f"{n:,.0f}")),
-        row("  held for one more token", part("generation", "held_bytes_per_token", lambda n: f"{n:,.0f}")),
-    ]
-    shown = [cells for cells in rows if any(cell != NOTHING for cell in cells[1:])]
-    return Table(("", *runs), tuple(shown))
-
-
-def compose(result: dict[str, Any]) -> Iterable[Block]:
-    """The page's blocks in reading order."""
-    runs = result["runs"]
-    if result["notes"]:
-        yield Text("**Before these figures are believed**:", tuple(result["notes"]))
-    yield table(result)
-    yield Heading("Quality against what training has cost")
-    options = tuple((budget, BUDGETS[budget][0]) for budget in result["equal"])
-    yield Choice("against", options, tuple(runs))
-    drawn = [by(budget, chart) for budget, chart in quality_charts(result).items()]
-    yield Chart("Validation bits per byte; an SLLM's line begins after its SentenceVAE", "\n".join(drawn))
-    if speed := speed_chart(result):
-        yield Heading("Quality against generation speed")
-        yield Chart(*speed)
-
-
-def quality_charts(result: dict[str, Any], legend: bool = False) -> dict[str, str]:
-    """By budget, validation bits per byte over what was spent."""
-    drawn = {}
-    for budget, (_, unit, size) in BUDGETS.items():
-        if budget in result["equal"]:
-            lines = []
-            for number, (name, one) in enumerate(result["runs"].items()):
-                points = [(row[budget] / size, row["bits_per_byte"]) for row in one["curve"]]
-                lines.append(Series(name, thinned(points), colour(number), dots=len(points) <= 200))
-            drawn[budget] = line_chart(lines, unit, "bits per byte", legend=legend)
-    return drawn
-
-
-def speed_chart(result: dict[str, Any], legend: bool = False) -> tuple[str, str] | None:
-    """Bits per byte over new tokens per second, with words that say what was measured; None without
-    measured speeds."""
-    runs = result["runs"]
-    measured = [(number, name) for number, (name, one) in enumerate(runs.items()) if one["generation"]]
-    if not measured:
-        return None
-    whole = all(runs[name]["evaluated"] for _, name in measured)
-    dots = []
-    for number, name in measured:
-        one = runs[name]
-        quality = one["evaluated"] if whole else one["curve"][-1]
-        place = (one["generation"]["tokens_per_second"], quality["bits_per_byte"])
-        dots.append(Series(name, [place], colour(number), dots=True))
-    how = result["generation"]
-    where = how["gpu"] or f"{how['cpu']}, {how['threads']} threads"
-    return (
-        f"{'The whole text' if whole else 'The last validation'}; batch {how['batch']}, "
-        f"{how['context']:,} tokens of context, {how['dtype']}, {where}",
-        line_chart(dots, "new tokens per second", "bits per byte", legend=legend),
-    )
 
 
 def format_comparison(result: dict[str, Any]) -> str:

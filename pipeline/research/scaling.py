@@ -1,5 +1,8 @@
 """`sllm scaling fit`: bits per byte as a power of size or cost, for SLLMs and token-level models.
 
+Points are rows of `sllm sweep` of objective sllm or lm, and run directories (their last validation). Each
+objective gets two fits; all are drawn in one log-log chart.
+
     line:    bits per byte = A · x^(-alpha)        a straight line in log-log, as the paper draws its law
     offset:  bits per byte = E + A · x^(-alpha)    E: what no size takes away; from four sizes on
 
@@ -18,14 +21,15 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common import charts
+from data_prep.common.charts import Line, Lines, svg
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
 from data_prep.common.extras import import_extra
 from data_prep.common.files import write_atomically
+from data_prep.common.page import Table, to_text
 from pipeline.checkpoints import store
 from pipeline.common.text import with_interval
-from pipeline.reports.charts import Series, line_chart, picture
-from pipeline.reports.page import Table, to_text
 from pipeline.training.run_files import read_runs, validation_sample
 
 X = {
@@ -227,7 +231,9 @@ def fit(
     Returns: {"x", "fits": by objective {"points", "line", "offset" or None}, "note", "output"}.
     Raises: UserError for fewer than three different x of an objective, or figures of different texts.
     """
-    require_folder(str(output) if output else None)
+    if output:
+        require_folder(str(output))
+        charts.require()
     points = read_points(paths, x)
     if not points:
         raise UserError(f"nothing to fit: no run of objective {' or '.join(OBJECTIVES)} here")
@@ -253,24 +259,30 @@ def fit(
         }
     result = {"x": x, "fits": fits, "note": NOTE, "output": str(output) if output else None}
     if output:
-        write_atomically(Path(output), picture([chart(result)]).encode())
+        write_atomically(Path(output), svg([plot(result)], "Bits per byte, and the fits").encode())
     return result
 
 
-def chart(result: dict[str, Any]) -> str:
-    """All points, with each objective's straight line and its curve with an offset."""
-    series = []
-    for number, (objective, found) in enumerate(result["fits"].items(), 1):
+def plot(result: dict[str, Any]) -> Lines:
+    """All points; for each objective the straight line, the band of its slope's interval around the middle of
+    the points, and the curve with an offset."""
+    lines = []
+    for objective, found in result["fits"].items():
         points = [(one["x"], one["bits_per_byte"]) for one in found["points"]]
         xs = np.geomspace(points[0][0], points[-1][0], 60)
-        for kind in ("line", "offset"):
-            if one := found[kind]:
-                ys = one.get("E", 0.0) + one["A"] * xs ** -one["alpha"]
-                start = f"{one['E']:.3f} + " if kind == "offset" else ""
-                name = f"{objective}: {start}A · x^{-one['alpha']:.3f}"
-                series.append(Series(name, list(zip(xs.tolist(), ys.tolist(), strict=True)), number))
-        series.append(Series(objective, points, number, faint=True, dots=True, joined=False))
-    return line_chart(series, X[result["x"]], "bits per byte", log=True, log_x=True)
+        line, offset = found["line"], found["offset"]
+        ys = line["A"] * xs ** -line["alpha"]
+        away = xs / np.exp(np.mean(np.log([x for x, _ in points])))
+        low, high = (ys * away ** (line["alpha"] - alpha) for alpha in reversed(line["alpha_interval"]))
+        band = list(zip(np.minimum(low, high).tolist(), np.maximum(low, high).tolist(), strict=True))
+        name = f"{objective}: A · x^{-line['alpha']:.3f}"
+        lines.append(Line(name, list(zip(xs.tolist(), ys.tolist(), strict=True)), objective, interval=band))
+        if offset:
+            ys = offset["E"] + offset["A"] * xs ** -offset["alpha"]
+            name = f"{objective}: {offset['E']:.3f} + A · x^{-offset['alpha']:.3f}"
+            lines.append(Line(name, list(zip(xs.tolist(), ys.tolist(), strict=True)), objective, dash="--"))
+        lines.append(Line("", points, objective, "points"))
+    return Lines(lines, X[result["x"]], "bits per byte", log_x=True, log_y=True)
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -285,7 +297,7 @@ def table(result: dict[str, Any]) -> Table:
                     (objective, form, count, alpha, offset, f"{one['A']:.4g}", f"{one['residual']:.2%}")
                 )
     header = (f"x: {result['x']}", "bits per byte", "points", "α", "E", "A", "residual")
-    return Table(header, tuple(rows))
+    return Table(header, rows, left=(0, 1))
 
 
 def format_fit(result: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ import yaml
 from data_prep.common.environment import header, require_folder
 from data_prep.common.errors import UserError, log
 from data_prep.common.files import json_bytes, read_json, write_atomically
+from data_prep.common.page import Table, to_text
 from data_prep.common.processes import last_line, start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
@@ -44,7 +45,6 @@ from pipeline.common.text import NOTHING, duration, with_interval
 from pipeline.config.library import find_recipe
 from pipeline.config.loading import load_yaml, parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
-from pipeline.reports.page import Table, to_text
 from pipeline.training.run_files import read_runs
 
 STRATEGY = "zero0"

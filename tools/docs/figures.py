@@ -1,8 +1,6 @@
-"""Tables of the docs that any result of a kind fits: one function a table, from result files to Markdown.
+"""Tables of the docs: one function for each kind of result, from result files to lines of Markdown.
 
-In: `Results` (the files in docs/results) and the words after a table's name in its marker; FILE is a path
-below docs/results. Out: the lines. `TABLES` says which functions there are; `docs_tables.py` calls them.
-Tables that are made for one result each: `docs_single_figures.py`.
+A table that is made for one result is a template in `templates/`. FILE is a path below docs/results.
 
     typed FILE               rows as they were typed into a file
     sweep FILES [COLUMNS…]   runs of `sllm sweep`, a line a name, seeds averaged; (±x) is half of the range
@@ -19,6 +17,7 @@ Tables that are made for one result each: `docs_single_figures.py`.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -26,12 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.common.charts import Plot, svg
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json
-from pipeline.common.text import NOTHING, with_interval
-from pipeline.reports import charts as drawing
-from pipeline.reports.charts import picture
-from pipeline.research import compare, scaling
+from data_prep.common.page import NOTHING, Table, markdown_table, render
+from pipeline.common.text import duration, with_interval
+from pipeline.reports.charts import generation_plots
+from pipeline.research import compare_page, scaling
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
@@ -46,29 +48,16 @@ class Results:
         """A result file. Raises: UserError for one that is not there or is no JSON object."""
         return read_json(self.folder / file, f"docs/results/{file}", "is not there")
 
-    def draw(self, file: str, svg: str, caption: str) -> list[str]:
+    def draw(self, file: str, plots: Sequence[Plot], caption: str) -> list[str]:
         """Keep a picture, to be written as docs/results/`file`; the lines that show it on the page."""
         path = self.folder / file
-        self.pictures[path] = svg
+        self.pictures[path] = svg(plots, caption)
         return ["", f"![{caption}]({os.path.relpath(path, self.page.parent)})"]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
-    """A table as Markdown; columns are right-aligned but for those in `left`."""
-    rows = [header, *rows]
-    if len({len(row) for row in rows}) > 1:
-        raise UserError("not all rows have as many cells as there are columns")
-    marks = ["---" if n in left else "---:" for n in range(len(header))]
-    escaped = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-    return [
-        "|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
-        for row in (escaped[0], marks, *escaped[1:])
-    ]
-
-
-def share(value: float) -> str:
+def share(value: float | None) -> str:
     """A share as a percentage with one decimal; nothing at all is 0 %."""
-    return f"{100 * value:.1f} %" if value else "0 %"
+    return NOTHING if value is None else f"{100 * value:.1f} %" if value else "0 %"
 
 
 # Any file of a kind ----------------------------------------------------------------------------------------
@@ -78,7 +67,7 @@ def typed(results: Results, file: str) -> list[str]:
     found = results.read(file)
     if "source" not in found:
         raise UserError(f"docs/results/{file} does not say where its rows come from (`source`)")
-    return table(found["columns"], found["rows"], found.get("left", (0,)))
+    return markdown_table(Table(found["columns"], found["rows"], left=found.get("left", (0,))))
 
 
 @dataclass(frozen=True)
@@ -119,8 +108,10 @@ COLUMNS = {
     "exact_match_to_8": Column("up to 8 tokens", 0.01, ".1f", unit=" %"),
     "window_tokens": Column("window", form=",.0f", spread=False),
 }
-USUAL = ("bits_per_byte", "vector_gain", "tokens", "tokens_with_vae", "seconds", "seconds_with_vae")
-USUAL += ("exact_match", "exact_match_to_8")
+USUAL = (
+    *("bits_per_byte", "vector_gain", "tokens", "tokens_with_vae", "seconds", "seconds_with_vae"),
+    *("exact_match", "exact_match_to_8"),
+)
 
 
 def _by_name(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -168,7 +159,8 @@ def sweep(results: Results, *words: str) -> list[str]:
                 cells[-1] += rebuilt  # no prediction: not to be read beside the others
         shown.append([name, *([str(len(of_name))] if seeds else []), *cells])
     header = ["run", *(["seeds"] if seeds else []), *(COLUMNS[key].head for key in keys)]
-    lines = table(header, shown, (0, *(n for n, head in enumerate(header) if head == "objective")))
+    left = [n for n, head in enumerate(header) if n == 0 or head == "objective"]
+    lines = markdown_table(Table(header, shown, left=left))
     if lost := [key for one in found for part in ("failed", "missing") for key in one.get(part) or ()]:
         lines += ["", f"Without a result: {', '.join(lost)}."]
     return lines
@@ -177,17 +169,12 @@ def sweep(results: Results, *words: str) -> list[str]:
 LENGTHS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 64))
 
 
-def grouped_matches(
-    by_length: dict[str, dict[str, Any]], groups: Iterable[tuple[int, int]]
-) -> list[tuple[int, float | None]]:
-    """(sentences, share of them rebuilt exactly; None without any) of each group of lengths."""
-    found = []
-    for low, high in groups:
-        ones = [one for length, one in by_length.items() if low <= int(length) <= high]
-        sentences = sum(one["sentences"] for one in ones)
-        right = sum(one["sentences"] * one["exact_match"] for one in ones)
-        found.append((sentences, right / sentences if sentences else None))
-    return found
+def matches(by_length: dict[str, dict[str, Any]], low: int, high: int) -> tuple[int, float | None]:
+    """(sentences, share of them rebuilt exactly; None without any) from one length to another."""
+    ones = [one for length, one in by_length.items() if low <= int(length) <= high]
+    sentences = sum(one["sentences"] for one in ones)
+    right = sum(one["sentences"] * one["exact_match"] for one in ones)
+    return sentences, right / sentences if sentences else None
 
 
 def exact_by_length(results: Results, file: str) -> list[str]:
@@ -198,7 +185,8 @@ def exact_by_length(results: Results, file: str) -> list[str]:
         raise UserError(f"docs/results/{file} has no run with exact_match_by_length: no SentenceVAE")
     column, shown, counts = COLUMNS["exact_match"], [], []
     for name, of_name in _by_name(rows).items():
-        found = [grouped_matches(row["evaluation"]["exact_match_by_length"], groups) for row in of_name]
+        by_length = [row["evaluation"]["exact_match_by_length"] for row in of_name]
+        found = [[matches(one, *group) for group in groups] for one in by_length]
         counts.append([sentences for sentences, _ in found[0]])
         cells = [
             column.cell([value for _, value in one if value is not None]) for one in zip(*found, strict=True)
@@ -207,7 +195,7 @@ def exact_by_length(results: Results, file: str) -> list[str]:
     header = ["tokens", *(f"{low}–{high}" for low, high in LENGTHS), "all"]
     if all(count == counts[0] for count in counts):  # one text, cut in one way
         shown.insert(0, ["sentences", *(f"{count:,}" for count in counts[0])])
-    return table(header, shown)
+    return markdown_table(Table(header, shown))
 
 
 def by_language(results: Results, *files: str) -> list[str]:
@@ -224,69 +212,65 @@ def by_language(results: Results, *files: str) -> list[str]:
         ]
         shown.append([name, *cells])
     heads = [f"{language}: {what}" for language in languages for what in ("bits per byte", "vector gain")]
-    return table(["run", *heads], shown)
+    return markdown_table(Table(["run", *heads], shown))
 
 
 def robustness(results: Results, file: str) -> list[str]:
     found = results.read(file)
-    variants = found["variants"]
-    plain = next(iter(variants))  # the text as it comes
-    rows = []
-    for name, of_models in variants.items():
-        for number, one in enumerate(of_models):
-            rows.append(
-                [
-                    "" if number else name,
-                    Path(one["model"]).name,
-                    with_interval(one, "bits_per_byte", 3),
-                    "" if name == plain else f"{one['change']:+.3f}",
-                    with_interval(one, "vector_gain", 3),
-                    f"{one['tokens_per_sentence']:.1f}" if "tokens_per_sentence" in one else NOTHING,
-                    share(one["cut_by_limit"]) if "cut_by_limit" in one else NOTHING,
-                ]
-            )
-    header = (
-        "text",
-        "model",
-        "bits per byte",
-        "change",
-        "vector gain",
-        "tokens a sentence",
-        "cut by the limit",
-    )
+    plain = next(iter(found["variants"]))  # the text as it comes
+    rows = [
+        [
+            "" if number else name,
+            Path(one["model"]).name,
+            with_interval(one, "bits_per_byte", 3),
+            "" if name == plain else f"{one['change']:+.3f}",
+            with_interval(one, "vector_gain", 3),
+            f"{one['tokens_per_sentence']:.1f}" if "tokens_per_sentence" in one else NOTHING,
+            share(one["cut_by_limit"]) if "cut_by_limit" in one else NOTHING,
+        ]
+        for name, of_models in found["variants"].items()
+        for number, one in enumerate(of_models)
+    ]
+    heads = "text, model, bits per byte, change, vector gain, tokens a sentence, cut by the limit"
     notes = [f"- left out: {name} ({reason})" for name, reason in found.get("skipped", {}).items()]
-    return table(header, rows, (0, 1)) + (["", *notes] if notes else [])
+    lines = markdown_table(Table(heads.split(", "), rows, left=(0, 1)))
+    return lines + (["", *notes] if notes else [])
 
 
 def compared(results: Results, file: str) -> list[str]:
     found = results.read(file)
-    shown = compare.table(found)
-    lines = table(shown.header, [[cell.strip() for cell in row] for row in shown.rows])
+    shown, stem = compare_page.table(found), file.removesuffix(".json")
+    lines = markdown_table(Table(shown.header, [[cell.strip() for cell in row] for row in shown.rows]))
     lines += ["", *(f"- {note}" for note in found["notes"])] if found["notes"] else []
-    stem = file.removesuffix(".json")
-    charts = list(compare.quality_charts(found, legend=True).values())
     caption = "Validation bits per byte over what training has cost, the SentenceVAE's part included"
-    lines += results.draw(f"{stem}-quality.svg", picture(charts), caption)
-    if speed := compare.speed_chart(found, legend=True):
-        caption, drawn = speed
-        lines += results.draw(
-            f"{stem}-speed.svg", picture([drawn]), f"Quality against generation speed. {caption}"
-        )
+    lines += results.draw(f"{stem}-quality.svg", list(compare_page.quality_plots(found).values()), caption)
+    if speed := compare_page.speed_plot(found):
+        caption, plot = speed
+        lines += results.draw(f"{stem}-speed.svg", [plot], f"Quality against generation speed. {caption}")
     return lines
 
 
 def fitted(results: Results, file: str) -> list[str]:
     found = results.read(file)
-    shown = scaling.table(found)
-    lines = [*table(shown.header, shown.rows, (0, 1)), "", f"- {found['note']}"]
     caption = f"Bits per byte over {scaling.X[found['x']]}: all runs, and the fits"
-    return lines + results.draw(f"{file.removesuffix('.json')}.svg", picture([scaling.chart(found)]), caption)
+    lines = [*markdown_table(scaling.table(found)), "", f"- {found['note']}"]
+    return lines + results.draw(f"{file.removesuffix('.json')}.svg", [scaling.plot(found)], caption)
 
 
 def generation_chart(results: Results, file: str) -> list[str]:
     found = results.read(file)
     caption = f"New tokens per second and memory: {found['model']['name']} beside {found['against']['name']}"
-    return results.draw(f"{file.removesuffix('.json')}.svg", drawing.generation_chart(found), caption)[1:]
+    return results.draw(f"{file.removesuffix('.json')}.svg", generation_plots(found), caption)[1:]
+
+
+def of_template(path: Path) -> Callable[[Results], list[str]]:
+    """A table that is made for one result: its template reads the files."""
+
+    def made(results: Results) -> list[str]:
+        values = {"read": results.read, "matches": matches, "ln2": math.log(2), "exp": math.exp}
+        return render(path, values, {"f": format, "share": share, "duration": duration}).splitlines()
+
+    return made
 
 
 TABLES: dict[str, Callable[..., list[str]]] = {
@@ -298,4 +282,5 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "scaling": fitted,
     "comparison": compared,
     "generation-chart": generation_chart,
+    **{path.name.split(".")[0]: of_template(path) for path in sorted(TEMPLATES.glob("*.md.jinja"))},
 }

@@ -1,14 +1,12 @@
-"""`python -m pipeline.docs_tables`: tables and charts of the docs, made from the files in docs/results.
+"""`python -m tools.docs.tables`: tables and charts of the docs, made from the files in docs/results.
 
-In: README.md and all Markdown below docs/, where a table of figures stands between two lines of its own,
+A table of README.md or of a page below docs/ is between two lines of its own,
 
     <!-- table: NAME WORDS… -->
     <!-- end -->
 
-and the result files. Out: the same pages with every such place filled by the function NAME of
-`docs_figures.TABLES` or `docs_single_figures.TABLES`, and the SVG files that these functions draw, beside
-their results. With `--check` nothing is written; the exit status is 1 where a page or a picture differs from
-what the results say.
+and is filled by the function NAME of `figures.TABLES`, which also draws SVG files beside its results.
+With `--check` nothing is written; the exit status is 1 where a page or a picture differs from its results.
 Nothing here imports torch.
 """
 
@@ -22,19 +20,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from jinja2 import TemplateError
+
 from data_prep.common.errors import UserError, run_main
 from data_prep.common.files import write_atomically
-from tools.docs import figures, single_figures
-from tools.docs.figures import Results
+from tools.docs.figures import TABLES, Results
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = re.compile(r"<!-- (?:table: (?P<words>.+?)|(?P<end>end)) -->")
-TABLES = {**figures.TABLES, **single_figures.TABLES}
 NO_END = "no <!-- end --> comes after it"
 
 
 def refresh(root: Path, check: bool = False) -> list[str]:
-    """Write all tables and pictures below `root` anew; with `check`, write nothing.
+    """Write all tables and pictures below `root`; with `check`, write nothing.
 
     Returns: the places that differed, `PAGE:LINE: table …` or `PICTURE: …`, in order.
     Raises: UserError for a marker without its other half, a table that nobody makes, or results that are
@@ -112,7 +110,7 @@ def _table(place: str, words: list[str], results: Results) -> list[str]:
         return TABLES[name](results, *rest)
     except UserError as error:
         raise UserError(f"{place}: table {' '.join(words)}: {error}") from None
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, TemplateError) as error:
         raise UserError(
             f"{place}: table {' '.join(words)} cannot be made of these words and results "
             f"({type(error).__name__}: {error})"
@@ -122,8 +120,8 @@ def _table(place: str, words: list[str], results: Results) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="docs_tables",
-        description="Make every table of figures and every chart of the docs anew from docs/results.",
-        epilog="example:\n  python -m pipeline.docs_tables --check",
+        description="Make every table of figures and every chart of the docs from docs/results.",
+        epilog="example:\n  python -m tools.docs.tables --check",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_prep.common.charts import figure
 from data_prep.common.errors import UserError
 from pipeline.cli import main as cli
 from pipeline.costs.benchmark_generation import (
@@ -22,7 +23,7 @@ from pipeline.costs.benchmark_generation import (
     memory,
     run,
 )
-from pipeline.reports.charts import generation_chart
+from pipeline.reports.charts import generation_chart, generation_plots
 
 pytestmark = pytest.mark.launch
 
@@ -102,9 +103,15 @@ def test_figures_and_chart(recipes, tmp_path, capsys):
     # None where such small caches drown in noise.
     assert set(result["held_per_token"]) <= {"model", "against"}
     root = ElementTree.fromstring(output.with_suffix(".svg").read_text())
-    dots = [e for e in root.iter() if e.tag.endswith("circle")]
+    texts = [e.text for e in root.iter() if e.tag.endswith("}text")]
+    assert texts.count("memory at the peak, GB") == 2 and "tokens of context (batch 1)" in texts
     # Along three contexts (two of the other's), then along two batches; speed and memory each.
-    assert len(dots) == 2 * (5 + 4)
+    drawn = [line for axes in figure(generation_plots(result)).axes for line in axes.get_lines()]
+    assert sum(len(line.get_xdata()) for line in drawn) == 2 * (5 + 4)
+    # Every speed is drawn where it was measured, and the axis starts at zero.
+    speed = figure(generation_plots(result)).axes[0]
+    ours = [p["model"]["tokens_per_second"]["median"] for p in result["points"] if p["batch"] == 1]
+    assert list(speed.get_lines()[0].get_ydata()) == ours and speed.get_ylim()[0] == 0
     assert generation_chart(result) == output.with_suffix(".svg").read_text()
 
 

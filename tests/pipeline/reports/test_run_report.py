@@ -10,11 +10,11 @@ import pytest
 from helpers.html_page import Page
 from helpers.run_files import STEPS, make_run, write_lines
 
+from data_prep.common.charts import figure, running_mean, thinned
 from data_prep.common.errors import UserError
 from pipeline.cli import main as cli
 from pipeline.common.text import duration
-from pipeline.reports.charts import log_ticks, running_mean, thinned
-from pipeline.reports.run_report import differences, report, summarise
+from pipeline.reports.run_report import CURVES, curve_plot, differences, report, summarise
 from pipeline.training.run_files import read_runs
 
 
@@ -60,8 +60,19 @@ def test_the_page_shows_curves_marks_and_differences(tmp_path: Path) -> None:
         assert loss.count('class="mark restart') == loss.count('class="mark skip') == 2
         assert loss.count('class="mark save') == 4
         assert "one: restart after step 20" in loss and "nan," not in loss
-        points = re.findall(r'points="([^"]*)"', loss)
-        assert [len(line.split()) for line in points] == [STEPS - 1] * 4  # without the skipped step
+    read = read_runs(runs)
+    for axis, last in (("steps", 40), ("tokens", 0.04), ("time", 27 / 3600), ("operations", 0.2)):
+        plot = curve_plot(read, CURVES[0], axis, axis)
+        points = [line.points for line in plot.lines]
+        assert [len(line) for line in points] == [STEPS - 1] * 4  # without the skipped step
+        assert points[0][0][1] == 6.0 and points[0][-1] == pytest.approx((last, 6 / 40))
+        assert [line.kind for line in plot.lines] == ["faint", "line"] * 2
+        # Two runs of one kind have one hue in two shades.
+        assert [line.colour for line in plot.lines] == ["sllm", "sllm", "sllm-2", "sllm-2"]
+        [axes] = figure([plot]).axes
+        drawn = [line for line in axes.get_lines() if len(line.get_xdata()) == STEPS - 1]
+        assert [list(zip(*line.get_data(), strict=True)) for line in drawn] == points
+        assert axes.get_xlim()[0] == 0
 
 
 def test_what_must_not_be_compared_is_said(tmp_path: Path) -> None:
@@ -120,8 +131,6 @@ def test_long_curves_are_thinned_without_losing_a_spike() -> None:
 
 def test_helpers() -> None:
     assert running_mean([1.0, 2.0, 3.0, 5.0], share=0.5) == [1.0, 1.5, 2.5, 4.0]
-    assert log_ticks(0.9, 60) == pytest.approx([1, 2, 5, 10, 20, 50])
-    assert log_ticks(1e-4, 1e4)[0] == pytest.approx(1e-4) and len(log_ticks(1e-9, 1e9)) < 8
     assert [duration(s) for s in (2.5, 125, 7500)] == ["2.5 s", "2 min 05 s", "2 h 05 min"]
     assert differences([{"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": [1]}]) == [
         ("a.c", ["2", "3"]),

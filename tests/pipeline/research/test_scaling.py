@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from helpers.run_files import make_run
 
+from data_prep.common.charts import PALETTE
+from data_prep.common.charts import figure as draw
 from data_prep.common.errors import UserError
 from pipeline.cli import main as cli
-from pipeline.research.scaling import fit, fit_line, fit_offset, read_points
+from pipeline.research.scaling import fit, fit_line, fit_offset, plot, read_points
 
 SIZES = np.geomspace(1e5, 1e7, 6)
 
@@ -89,12 +91,26 @@ def test_the_command_fits_both_kinds_and_draws_them(
     assert fits["sllm"]["offset"]["E"] >= 0
     svg = "{http://www.w3.org/2000/svg}"
     drawn = xml.etree.ElementTree.parse(figure).getroot()
-    dots, lines = drawn.findall(f".//{svg}circle"), drawn.findall(f".//{svg}polyline")
-    assert (len(dots), len(lines)) == (11, 3)
+    dots = [one for one in drawn.findall(f".//{svg}use") if "opacity" not in one.get("style")]  # no bands
+    lines = [p for p in drawn.findall(f".//{svg}path") if "stroke-width: 2" in p.get("style", "")]
+    assert len(dots) == 11 and len(lines) >= 3
     # On log-log axes a power law is straight: the token-level model's dots lie on one line.
-    places = [(float(d.get("cx")), float(d.get("cy"))) for d in dots if "series-2" in d.get("class")]
+    hue = PALETTE["lm"][0]
+    places = [(float(d.get("x")), float(d.get("y"))) for d in dots if hue in d.get("style")]
     (x0, y0), (x1, y1), (x2, y2) = places
     assert y1 == pytest.approx(y0 + (y2 - y0) * (x1 - x0) / (x2 - x0), abs=0.2)
+    result = fit([first, second])
+    described = plot(result)
+    assert [(one.colour, one.kind) for one in described.lines if one.kind == "points"] == [
+        ("sllm", "points"),
+        ("lm", "points"),
+    ]
+    # The band of the slope's interval is around the line.
+    for line in described.lines:
+        for (_, y), (low, high) in zip(line.points, line.interval or [], strict=False):
+            assert low <= y <= high
+    [axes] = draw([described]).axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert cli.main(["scaling", "fit", str(second), "--x", "operations"]) == 0
     out = capsys.readouterr().out
     assert "x: operations" in out and "of the fit, not of the seeds" in out

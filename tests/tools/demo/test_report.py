@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.html_page import Page
 
+from data_prep.common.charts import Bars, Line, Lines, figure, svg
 from data_prep.common.errors import UserError
-from pipeline.reports.charts import Series, bar_chart, line_chart, ticks
 from tools.demo.report import build_report
 
 PREDICTION = {
@@ -210,17 +210,21 @@ def test_missing_file_is_named(demo: Path) -> None:
         build_report(demo)
 
 
-def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert ticks(1.93, 2.41) == pytest.approx([2.0, 2.1, 2.2, 2.3, 2.4])
-    assert ticks(5, 5) == [5]
+@pytest.mark.parametrize("low, high", [(0, 1), (1.93, 2.41), (3, 40_000)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    [axes] = figure([Lines([Line("a", [(0, low), (1, high)], "sllm")], "x", "y")]).axes
+    bottom, top = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticks() if bottom <= tick <= top]
+    assert 3 <= len(shown) <= 8 and all(float(f"{tick:.2g}") == pytest.approx(tick) for tick in shown)
 
 
 def test_charts_draw_higher_values_higher() -> None:
-    chart = line_chart([Series("a", [(0, 1.0), (1, 2.0)], 1)], "x", "y")
-    (first, second) = re.search(r'points="([^"]*)"', chart).group(1).split()
-    assert float(first.split(",")[1]) > float(second.split(",")[1])  # SVG's y axis points down
-    heights = [
-        float(h) for h in re.findall(r'<rect[^>]* height="([\d.]+)"', bar_chart([(1, 2), (2, 4)], "x", "y"))
-    ]
-    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
+    lines, bars = Lines([Line("a", [(0, 1.0), (1, 2.0)], "sllm")], "x", "y"), [("", "vae", (2, 4))]
+    text = svg([lines], "a")
+    path = re.search(r'd="M ([\d.]+) ([\d.]+) *\nL ([\d.]+) ([\d.]+) *\n" [^>]*stroke-width: 2', text)
+    first, second = float(path[2]), float(path[4])
+    assert first > second  # SVG's y axis points down
+    [axes] = figure([Bars((1, 2), bars, "x", "y")]).axes
+    boxes = [bar.get_window_extent() for bar in axes.patches]
+    assert boxes[1].height == pytest.approx(2 * boxes[0].height)
+    assert axes.get_ylim()[0] == 0

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data_prep.common.charts import PALETTE
 from data_prep.common.errors import UserError, run_main
 from pipeline.research.scaling import fit_line
 from tools.docs import tables as docs_tables
 from tools.docs.tables import ROOT, refresh
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_the_docs_are_what_the_results_say() -> None:
@@ -135,7 +139,10 @@ def test_a_scaling_fit_comes_with_its_chart(checkout: Path) -> None:
     assert f"| lm | A · x^-α | 4 | {fits['lm']['line']['alpha']:.4f} [" in text
     assert "- of the fit\n" in text
     assert "](results/experiments/law.svg)" in text
-    assert (checkout / "docs/results/experiments/law.svg").read_text().count("<circle") == 4
+    drawn = xml.etree.ElementTree.parse(checkout / "docs/results/experiments/law.svg").getroot()
+    assert len([dot for dot in drawn.iter(f"{SVG}use") if "opacity" not in dot.get("style")]) == 4
+    names = [text.text for text in drawn.iter(f"{SVG}text")]
+    assert f"lm: A · x^-{fits['lm']['line']['alpha']:.3f}" in names
 
 
 def test_sentences_rebuilt_exactly_by_length(checkout: Path) -> None:
@@ -202,7 +209,13 @@ def test_a_comparison_comes_with_its_charts(checkout: Path) -> None:
     assert "- a note\n" in text
     quality, speed = (checkout / f"docs/results/experiments/main-{name}.svg" for name in ("quality", "speed"))
     assert "](results/experiments/main-quality.svg)" in text
-    assert quality.read_text().count("<polyline") == 4  # two runs, over time and over tokens
+    drawn = xml.etree.ElementTree.parse(quality).getroot()
+    names = [text.text for text in drawn.iter(f"{SVG}text")]
+    assert names.count("bits per byte") == 2  # over time and over tokens
+    assert {"hours of training steps", "million tokens", "a", "b"} <= set(names)
+    hues = [path.get("style") for path in drawn.iter(f"{SVG}path") if path.get("style")]
+    for light in (PALETTE["lm"][0], PALETTE["lm-2"][0]):  # two runs of one kind
+        assert sum(f"stroke: {light}; stroke-width: 2" in style for style in hues) >= 2
     assert "new tokens per second" in speed.read_text()
     quality.write_text(quality.read_text().replace("tokens", "sentences"))
     speed.unlink()
