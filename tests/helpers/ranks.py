@@ -382,14 +382,14 @@ def train_without_update(arguments: list[str], step: int) -> int | str:
 
 def train_with_difference(arguments: list[str], fault: str) -> int | str:
     """As `train`, but rank 1 differs from rank 0 in one respect."""
-    from pipeline.training import health
+    from pipeline.parallel import agreement
     from pipeline.training import run as training_run
 
     if os.environ["RANK"] == "1":
         if fault == "recipe":
             arguments = [*arguments, "--optimizer.lr", "0.125"]
         elif fault == "code":
-            health.code_version = lambda: "other"
+            agreement.code_version = lambda: "other"
         else:
             provenance = training_run.provenance
 
