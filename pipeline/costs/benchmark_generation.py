@@ -38,7 +38,7 @@ from data_prep.common.errors import UserError
 from pipeline.costs import process_memory
 from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
 from pipeline.costs.inspect import find_recipe
-from pipeline.costs.options import GenerationBenchmark, Side
+from pipeline.costs.options import GenerationBenchmark
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.generation.results import Limits, Piece, Request
 from pipeline.generation.sampling import Sampling
@@ -47,7 +47,7 @@ from pipeline.models.factory import new_model
 from pipeline.models.folders import parameter_count
 from pipeline.models.inference import lay_out, to_int8
 
-SIDES: tuple[Side, ...] = ("model", "against")
+SIDES = ("model", "against")
 SENTENCE_ROOM = 64  # longest sentence of the models measured
 
 

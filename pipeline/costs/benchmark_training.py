@@ -41,7 +41,7 @@ from data_prep.shards.reader import ShardSet
 from pipeline.config.schema import Recipe
 from pipeline.costs import process_memory
 from pipeline.costs.inspect import find_recipe
-from pipeline.costs.options import Side, TrainingBenchmark
+from pipeline.costs.options import TrainingBenchmark
 from pipeline.costs.sized_recipe import DTYPES, sized_recipe
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.plan import Bin, BinPlan
@@ -55,7 +55,7 @@ ROW_TOKENS = 1024  # of a Hugging Face model's rows
 PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 # Of one timed matrix product: long enough to be timed (a GPU is that much faster), short enough to wait for.
 GEMM_MULTIPLY_ADDS = {"cpu": 1 << 34, "cuda": 1 << 38}
-SIDES: tuple[Side, ...] = ("model", "against")
+SIDES = ("model", "against")
 
 # As published (arXiv 2205.01068, table 1; 350M's post-norm and 512-wide embedding as in its config).
 OPT_SIZES: dict[str, dict[str, Any]] = {

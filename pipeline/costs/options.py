@@ -10,7 +10,6 @@ from cyclopts import Parameter
 
 from data_prep.common.command_line import Positive
 
-Side = Literal["model", "against"]
 Several = Annotated[Sequence[Positive], Parameter(consume_multiple=1)]
 
 
@@ -36,7 +35,7 @@ class Benchmark:
     device: Literal["cpu", "cuda"] = "cpu"
     no_memory: bool = False
     output: str | None = None
-    memory_of: Annotated[Side | None, Parameter(show=False)] = None
+    memory_of: Annotated[str | None, Parameter(show=False)] = None
 
 
 @dataclass(frozen=True, kw_only=True)

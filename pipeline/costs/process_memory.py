@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
-from pipeline.costs.options import Benchmark, Side
+from pipeline.costs.options import Benchmark
 
 
 def resident() -> int:
@@ -49,7 +49,7 @@ def _field(name: str) -> int:
     return int(found.group(1)) * 1024
 
 
-def in_own_process(kind: str, side: Side, options: Benchmark) -> Any:
+def in_own_process(kind: str, side: str, options: Benchmark) -> Any:
     """The result of `sllm benchmark KIND --memory-of SIDE` with these options, run in a process of its own.
     Raises: UserError with its last line when it fails."""
     command = ["benchmark", kind]
