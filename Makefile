@@ -1,9 +1,13 @@
-# The two commands most people want: `make demo` and `make test`. Both set themselves up in .venv first.
+# make demo       train three small models on an embedded corpus, in minutes, and write demo/report.html
+# make test       every test but those marked `long` (at most 15 minutes on 2 cores)
+# make test-fast  tests that start no processes of their own (at most 4 minutes)
+# make test-all   every test
+# make lint       ruff, import layers, spelling, types, structure
+# make results    tables and charts of the docs, from docs/results
 #
 #   make demo PYTHON=python3.12          another interpreter for .venv
 #   make setup PIP_FLAGS='--index-url …' another package source, e.g. for a CPU or a particular CUDA build of torch
 #   make test PYTEST_FLAGS='-k slurm'    a part of the suite
-#   make results                         tables and charts of the docs anew, from docs/results
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -12,12 +16,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_FLAGS)
+# Two files at a time: much of a test's time is waiting for ranks, jobs and imports. A later `-n 0` in PYTEST_FLAGS wins.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help setup demo test soak results lint format clean distclean
+.PHONY: help setup demo test test-fast test-long test-all soak results lint format clean distclean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo 'targets: setup demo test soak results lint format clean distclean'
 
 setup: $(STAMP)
 
@@ -37,8 +42,15 @@ demo: $(STAMP)
 	$(BIN)/python -m tools.demo.run
 
 test: $(STAMP)
-# Two files at a time: much of a test's time is waiting for ranks, jobs and imports. A later `-n 0` in PYTEST_FLAGS wins.
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_FLAGS)
+	$(PYTEST) -m 'not long' $(PYTEST_FLAGS)
+
+test-fast: $(STAMP)
+	$(PYTEST) -m 'not long and not launch' $(PYTEST_FLAGS)
+
+test-long: $(STAMP)
+	$(PYTEST) -m long --durations=0 $(PYTEST_FLAGS)
+
+test-all: test test-long
 
 soak: $(STAMP)
 	$(BIN)/python tests/soak.py --output docs/results/soak.json
@@ -49,14 +61,18 @@ results: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/mypy
+	$(BIN)/python -m tools.structure --check
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo .pytest_cache .ruff_cache .hypothesis
-	find data_prep pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find data_prep pipeline tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV) *.egg-info

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter, validators
 
+import data_prep
 from data_prep.common.command_line import Many, Positive, make_app, run_command
 from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
 from data_prep.corpus.filters import Hygiene
@@ -53,6 +54,7 @@ WORK = Parameter(group=Group("Shards and work"))
 
 app = make_app(
     "data-prep",
+    data_prep.__version__,
     "Turn a WanJuan corpus into sentence shards.",
     "data-prep shard --input corpus/EN --output shards --tokenizer opt --workers 8",
 )

@@ -48,6 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"SLLM_REQUIRE: unknown {sorted(unknown)}; known are {sorted(WHY_NOT)}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()) or item.get_closest_marker("slurm"):
+            item.add_marker("launch")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for name, why_not in WHY_NOT.items():
         if item.get_closest_marker(name) and (reason := why_not()):

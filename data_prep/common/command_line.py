@@ -15,13 +15,13 @@ Many = Annotated[Sequence[str], Parameter(consume_multiple=1)]  # `--shards A B`
 Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 
 
-def make_app(name: str, summary: str, example: str) -> App:
+def make_app(name: str, version: str, summary: str, example: str) -> App:
     """A program without commands yet, which can install shell completion for itself."""
     app = App(
         name=name,
         help=f"{summary}\n\nexample: {example}",
         help_format="plaintext",
-        version_flags=[],
+        version=f"{name} {version}",
         suppress_keyboard_interrupt=False,  # `run_main` reports it
         default_parameter=Parameter(negative=(), allow_repeating=True, show_default=_shown_default),
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+import pipeline
 from data_prep.common.command_line import make_app
 
 VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
@@ -17,10 +18,13 @@ Int8 = Annotated[
     bool,
     Parameter(help="weights in 8 bits (CPU): faster generation, slightly higher loss (docs/generation.md)"),
 ]
+# Recipe keys as --section.key VALUE: every word that is no option of the command.
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Output = Annotated[str | None, Parameter(help="also write the figures to this file, as JSON")]
 
 app = make_app(
     "sllm",
+    pipeline.__version__,
     "Train, evaluate, generate with, check, export, audit, inspect and measure sentence-level models.",
     "sllm generate --model demo/models/sllm --prompt 'The list is' --max-sentences 5",
 )

@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from data_prep.common.command_line import Many, Positive
-from pipeline.cli.options import Json, answer, app
+from pipeline.cli.options import Json, Overrides, answer, app
 from pipeline.cluster.options import Checks
 
 ALL_CHECKS = Checks()
-Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 
 scaling = App(
     name="scaling", group="Research", help="Bits per byte as a power of size or cost (docs/evaluation.md)."

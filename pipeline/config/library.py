@@ -17,9 +17,13 @@ RECIPES = _folder("pipeline") / "recipes"
 DEEPSPEED_CONFIGS = _folder("ds_configs")
 
 
-def find_recipe(name: str | Path) -> Path:
-    """A recipe file, or the bare name of one that ships with the package (`sllm-125m-h1`)."""
-    path = Path(name)
+def find_recipe(name: str | Path, beside: Path = Path()) -> Path:
+    """A recipe file, or the bare name of one that ships with the package (`sllm-125m-h1`).
+
+    Args:
+        beside: folder that a relative path starts from.
+    """
+    path = beside / name
     packaged = RECIPES / f"{name}.yaml"
     return packaged if not path.exists() and packaged.is_file() else path
 

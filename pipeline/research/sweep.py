@@ -41,6 +41,7 @@ from data_prep.common.files import json_bytes, write_atomically
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.common.text import NOTHING, duration, with_interval
+from pipeline.config.library import find_recipe
 from pipeline.config.loading import parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
 from pipeline.reports.page import Table, to_text
@@ -184,13 +185,13 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
         before = {job.seed: job for job in jobs[settings["after"]]} if "after" in settings else {}
         try:
             jobs[name] = []
-            for seed in seeds or [load_recipe(path.parent / file, texts).seed]:
+            for seed in seeds or [load_recipe(find_recipe(file, path.parent), texts).seed]:
                 if before and seed not in before:
                     raise UserError(f"{settings['after']} has another seed: name `seeds` in the sweep")
                 after = before.get(seed)
                 fixed = [f"--seed={seed}", f"--output_dir={folder / f'{name}-s{seed}'}"]
                 fixed += [f"--model.vae.path={after.model}"] if after else []
-                recipe = load_recipe(path.parent / file, texts + fixed)
+                recipe = load_recipe(find_recipe(file, path.parent), texts + fixed)
                 if not recipe.data.validation:
                     raise UserError("needs validation shards: --data.validation SHARDS")
                 if after and (recipe.objective, after.recipe.objective) != ("sllm", "vae"):

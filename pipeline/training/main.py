@@ -60,20 +60,27 @@ def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe, a YAML file")
     parser.add_argument(
+        "--recipe",
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help="a YAML file, or the name of one of ours",
+    )
+    parser.add_argument(
+        "--deepspeed-config",
         "--deepspeed_config",
         required=True,
         nargs="+",
         metavar="JSON",
-        help="a file from ds_configs/, and any that add to it (fp16.json, flops-profiler.json)",
+        help="a file or a name of ds_configs/, and any that add to it (fp16, flops-profiler)",
     )
     parser.add_argument("--local_rank", help="set by the deepspeed launcher; the environment is what counts")
     arguments, overrides = parser.parse_known_args(argv)
 
     ranks = find_ranks()
     try:
-        recipe = load_recipe(arguments.config, overrides)
+        recipe = load_recipe(arguments.recipe, overrides)
         strategy = read_strategy(*arguments.deepspeed_config)
     except UserError:
         if ranks.local == 0:  # all ranks read the same files: one line for each machine is enough

@@ -47,9 +47,7 @@ RECIPE = {
 }
 
 
-def slurm(test: Callable) -> Callable:
-    """A test that needs the cluster."""
-    return pytest.mark.slurm(pytest.mark.slow(test))
+slurm = pytest.mark.slurm
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +115,7 @@ def test_failed_job_says_so(cluster: SlurmCluster, project: Path, tmp_path: Path
 
 
 @slurm
+@pytest.mark.long
 def test_prepare_data_by_an_array_of_tasks(
     cluster: SlurmCluster, project: Path, tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +191,7 @@ class Life:
 
 
 @slurm
+@pytest.mark.long
 def test_chain_lives_through_everything(
     cluster: SlurmCluster, project: Path, tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:

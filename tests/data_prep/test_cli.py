@@ -23,6 +23,8 @@ from data_prep.text.segmenter import get_segmenter
 from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.launch
+
 
 def run(*arguments: str | Path, status: int = 0, stdin: bytes = b"") -> subprocess.CompletedProcess:
     """The real command in a process of its own."""
@@ -370,7 +372,6 @@ def test_tokenizer(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.slow
 def test_demo_corpus(tiny_corpus: Path, tmp_path: Path):
     subprocess.run(
         [*COMMAND, "demo-corpus", "--output", str(tmp_path / "again")],

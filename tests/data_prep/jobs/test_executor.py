@@ -17,6 +17,8 @@ from data_prep.common.errors import UserError
 from data_prep.jobs import executor as execution
 from data_prep.jobs.executor import RECORD, Board, Phase, run_in_processes, run_phases
 
+pytestmark = pytest.mark.launch
+
 UNITS = 12
 
 

@@ -28,6 +28,8 @@ from data_prep.shards.split import parse_parts, split
 from data_prep.shards.verify import verify, verify_deep
 from data_prep.text.tokenizer import ByteLevelTokenizer, load_tokenizer
 
+pytestmark = pytest.mark.launch
+
 MPIRUN = Path(sys.executable).with_name("mpirun")
 KILLS = 20
 
@@ -174,7 +176,6 @@ def test_tasks_of_an_array_share_the_work_and_outlive_one_of_them(
     assert contents(tmp_path / "s") == contents(shards)
 
 
-@pytest.mark.slow
 def test_ten_thousand_fuzzed_lines_among_good_ones(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -253,7 +254,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_again_and_again_it_comes_to_the_same_end(
     long_corpus: Path, long_shards: Path, tokenizer: Path, tmp_path: Path
 ):
@@ -287,7 +288,6 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-@pytest.mark.slow
 def test_killed_while_it_merges_it_is_finished_by_many(corpus: Path, tokenizer: Path, tmp_path: Path):
     """All who resume find the dead holder's claim at once; two may merge, and nothing is lost."""
     many = ("--shard-documents", "2")  # hundreds of files to move
@@ -345,7 +345,6 @@ def test_several_mend_a_set_together(corpus: Path, shards: Path, tokenizer: Path
     assert contents(tmp_path / "s") == contents(shards)
 
 
-@pytest.mark.slow
 def test_ctrl_c_is_quiet_and_finished_units_are_kept(
     long_corpus: Path, long_shards: Path, tokenizer: Path, tmp_path: Path
 ):
@@ -413,7 +412,6 @@ def test_an_unfinished_run_with_other_settings_or_input_is_refused(
     assert "other settings or input" in refused(capsys, *arguments)
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_is_told(long_corpus: Path, tokenizer: Path, tmp_path: Path):
     output = tmp_path / "shards"
     process = start(arguments_for(long_corpus, output, tokenizer, *LONG, "--workers", "2"))

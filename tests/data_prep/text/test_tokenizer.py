@@ -137,7 +137,6 @@ def test_a_size_that_does_not_suit_the_sample(tmp_path: Path, size: int, said: s
         train_sentencepiece(tokenizer_folders.LINES[:3], tmp_path, size)
 
 
-@pytest.mark.slow  # imports transformers
 def test_slow_files_and_transformers_agree(tmp_path: Path):
     from transformers import AutoTokenizer
 

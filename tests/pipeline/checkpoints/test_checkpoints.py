@@ -254,6 +254,7 @@ def test_a_new_run_begins_from_the_weights_of_another(
         assert not in_group and bytes_read == read
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_been(
     pool: ranks.RankPool, tiny_shards: Path, tiny_valid_shards: Path, tmp_path: Path
 ) -> None:

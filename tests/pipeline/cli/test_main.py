@@ -17,6 +17,8 @@ from data_prep.common.errors import run_main
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.cli import main as cli
 
+pytestmark = pytest.mark.launch
+
 COMMANDS = ("evaluate", "generate", "check", "export")
 
 

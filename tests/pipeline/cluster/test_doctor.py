@@ -26,6 +26,8 @@ from pipeline.cluster.options import Checks
 from pipeline.cluster.rendezvous import Meeting
 from pipeline.parallel.ranks import Ranks
 
+pytestmark = pytest.mark.launch
+
 MACHINES = ["node1", "node2", "node3"]
 
 

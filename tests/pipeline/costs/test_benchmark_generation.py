@@ -27,6 +27,8 @@ from pipeline.costs.benchmark_generation import (
 from pipeline.costs.options import GenerationBenchmark
 from pipeline.reports.charts import generation_chart
 
+pytestmark = pytest.mark.launch
+
 RECIPE = """
 objective: sllm
 output_dir: runs/x

@@ -30,6 +30,8 @@ from pipeline.costs.inspect import inspect
 from pipeline.costs.options import TrainingBenchmark
 from pipeline.costs.sized_recipe import sized_recipe
 
+pytestmark = pytest.mark.launch
+
 
 def options(*words: str | Path) -> TrainingBenchmark:
     command = parse(app, ["benchmark", "train", "--threads", "1", *map(str, words)])

@@ -25,6 +25,8 @@ from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
 from pipeline.models.flops import batch_cores, count_operations, counted_rows
 from pipeline.models.folders import parameter_count
 
+pytestmark = pytest.mark.launch
+
 VARIANTS = {
     "plain": {},
     "paper": {"vae": {"layout": "paper"}},

@@ -30,6 +30,8 @@ from pipeline.export.model_folder import export_run
 from pipeline.generation.api import generate
 from pipeline.models.factory import load_model
 
+pytestmark = pytest.mark.launch
+
 MAKERS = {
     "vae": small_vae,
     "vae-tied": lambda: small_vae(tie_word_embeddings=True),

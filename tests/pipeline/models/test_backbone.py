@@ -351,7 +351,6 @@ def test_a_token_models_pad_id_costs_no_real_token_its_gradient(tiny_tokenizer):
     assert model.model.get_input_embeddings().weight.grad[1].abs().max() > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "family"), [("sllm", "llama"), ("lm", "qwen3")])
 def test_partitioned_over_two_ranks_they_train_as_on_one(
     objective, family, tiny_shards, tiny_valid_shards, tmp_path

@@ -28,6 +28,8 @@ from pipeline.research.scaling import read_points
 from pipeline.research.sweep import read_sweep, run
 from pipeline.training.optimizer import parameter_groups
 
+pytestmark = pytest.mark.launch
+
 
 def write(folder: Path, **sweep: object) -> Path:
     path = folder / "sweep.yaml"

@@ -13,6 +13,8 @@ from pipeline.data.plan import BinPlan
 from tools.benchmarks import loader
 from tools.benchmarks.loader import SyntheticShardSet
 
+pytestmark = pytest.mark.launch
+
 
 def test_the_loader_is_measured(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = ["loader", "--shards", str(tiny_shards), "--bins", "5", "--runs", "2"]

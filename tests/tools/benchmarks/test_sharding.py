@@ -15,6 +15,8 @@ from helpers import tokenizer_folders
 from data_prep.common.errors import UserError
 from tools.benchmarks import sharding as benchmark
 
+pytestmark = pytest.mark.launch
+
 BURN = "import time\nend = time.process_time() + {}\nwhile time.process_time() < end: pass\n"
 
 

@@ -12,6 +12,8 @@ from helpers.paths import REPOSITORY
 from data_prep.common.errors import UserError
 from tools.benchmarks.strategies import build_parser, figures, format_benchmark, run
 
+pytestmark = pytest.mark.launch
+
 
 def arguments(shards: Path, *more: str) -> argparse.Namespace:
     recipe = str(REPOSITORY / "pipeline" / "recipes" / "demo-vae.yaml")

@@ -18,6 +18,8 @@ from helpers.paths import REPOSITORY
 from pipeline.config.schema import load_recipe
 from tools.demo.run import Runner, Step, steps
 
+pytestmark = pytest.mark.launch
+
 
 def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)

@@ -1,0 +1,37 @@
+"""Names that would shadow an import, and the structure that `make lint` checks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+from helpers.paths import REPOSITORY
+
+import pipeline
+from tools.structure import circles, longest_chain
+
+# Import names of packages that this project may get as extras.
+EXTRAS = set("dask distributed fastapi gguf langcodes lm_eval matplotlib openai peft uvicorn".split())
+
+
+def test_no_child_of_pipeline_shadows_an_import() -> None:
+    """`deepspeed pipeline/train.py` puts pipeline/ itself on the path, before the script's first line."""
+    children = {
+        path.stem for path in Path(pipeline.__path__[0]).iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+    installed = set(importlib.metadata.packages_distributions())
+    assert not children & (set(sys.stdlib_module_names) | (installed - {"pipeline", "data_prep"}) | EXTRAS)
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    for root in ("pipeline", "data_prep", "tools"):
+        for init in (REPOSITORY / root).rglob("__init__.py"):
+            first = init.read_text(encoding="utf-8").splitlines()[0]
+            assert first.startswith('"""') and first.rstrip('"').endswith("."), init
+
+
+def test_chains_and_circles_are_counted() -> None:
+    assert longest_chain({("a", "b"), ("b", "c"), ("a", "c")}) == ["a", "b", "c"]
+    assert circles({("a", "b"), ("b", "c")}) == []
+    assert circles({("a", "b"), ("b", "a"), ("b", "c"), ("c", "d"), ("d", "c")}) == [["a", "b"], ["c", "d"]]
