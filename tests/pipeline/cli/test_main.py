@@ -13,9 +13,12 @@ import transformers
 from helpers.model_folders import save, small_model
 from helpers.paths import REPOSITORY
 
+from data_prep.common.command_line import parse
 from data_prep.common.errors import run_main
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.cli import main as cli
+from pipeline.cli.models import inspect
+from pipeline.cli.options import app
 
 pytestmark = pytest.mark.launch
 
@@ -192,6 +195,34 @@ def test_bad_input_files_are_refused_in_one_line(folders, tmp_path, run):
 )
 def test_impossible_arguments_are_refused(words, message, run):
     assert_one_line(*run(*words.split()), message)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("doctor --shards a b --output_dir c --free_gb 2", "doctor --data a b --output-dir c --free-gb 2"),
+        ("doctor --data a --data b", "doctor --data a b"),
+        ("audit run --shards a b", "audit run --data a b"),
+        ("benchmark train --recipe r --shards s", "benchmark train --recipe r --data s"),
+        ("ngram --shards t --validation v", "ngram --train t --data v"),
+        ("train --config r --deepspeed_config a b", "train --recipe r --deepspeed-config a b"),
+        ("report --output page.html a b", "report a b --output page.html"),
+    ],
+)
+def test_spellings_of_one_command(old, new):
+    before, after = (parse(app, words.split()) for words in (old, new))
+    assert (before.func, before.args, before.keywords) == (after.func, after.args, after.keywords)
+
+
+@pytest.mark.parametrize("command", ["train --recipe r --deepspeed-config z", "sweep f --output o"])
+def test_recipe_keys_pass_through(command):
+    bound = parse(app, [*command.split(), "--data.shards", "a", "b", "--training.max_steps", "-3"])
+    assert bound.args[-5:] == ("--data.shards", "a", "b", "--training.max_steps", "-3")
+
+
+def test_a_command_is_a_function(capsys):
+    inspect(recipe="svae-768-h1", world=(1, 2), json=True)
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 1e8
 
 
 def test_a_closed_pipe_is_no_accident(folders):
