@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter, validators
 
 import data_prep
-from data_prep.common.command_line import Many, Positive, make_app, run_command
+from data_prep.common.command_line import Many, Positive, make_app, run_app
 from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
 from data_prep.corpus.filters import Hygiene
 
@@ -63,7 +63,7 @@ app = make_app(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's arguments) asks for; returns its exit status."""
     words = sys.argv[1:] if argv is None else argv
-    return run_command(app, [STANDARD_INPUT if word == "-" else word for word in words])
+    return run_app(app, [STANDARD_INPUT if word == "-" else word for word in words])
 
 
 def console() -> int:

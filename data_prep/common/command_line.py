@@ -51,6 +51,6 @@ def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | Non
     return partial(command, *bound.args, **bound.kwargs)
 
 
-def run_command(app: App, argv: Sequence[str] | None = None) -> int:
+def run_app(app: App, argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` asks for; returns its exit status."""
     return parse(app, argv)() or 0

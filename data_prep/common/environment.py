@@ -1,8 +1,4 @@
-"""The frame of a result file: what was measured when, on what machine, with which versions of what.
-
-In: figures as plain JSON. Out: a header to put before them, and the file, where one is asked for. Called by
-every benchmark, here and in `pipeline`; names no folder of this machine.
-"""
+"""The environment of a result: date, machine, versions of packages and of this project's code."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.resources import files
@@ -94,8 +89,3 @@ def write_result(result: dict[str, Any], output: str | Path | None) -> None:
     """The result as JSON, where a file was asked for."""
     if output:
         Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def say(line: str) -> None:
-    """A line of progress, apart from the result."""
-    print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,4 @@
-"""One way to tell a user that the input is wrong: one clear line, a non-zero exit status, no stack trace.
-
-Both console commands (`data-prep`, `sllm`) and `pipeline/train.py` run their `main` through `run_main`.
-"""
+"""Errors for the user: one clear line and a non-zero exit status, no stack trace. And lines of output."""
 
 from __future__ import annotations
 
@@ -9,9 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-NO_PATH = "cannot read or write"  # what `describe` says in place of a path that an error does not name
-
-
+NO_PATH = "cannot read or write"  # in place of a path that an error does not name
 REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
 
 
@@ -20,12 +15,17 @@ class UserError(Exception):
 
 
 def say(text: str) -> None:
-    """One line to standard output, at once. When it can go there no longer (`| head` has gone, a full disk),
-    this line and all later ones go nowhere: for a program that is to run on without a reader."""
+    """Print a line to standard output at once. Once that fails (`| head` has gone, a full disk), this line
+    and all later ones are dropped: training continues without a reader."""
     try:
         print(text, flush=True)
     except OSError:
         _drop_output()
+
+
+def log(text: str) -> None:
+    """Print a line of progress to standard error, apart from a command's result."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:
@@ -45,7 +45,7 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone: let the last flush of the interpreter go nowhere, quietly.
+        # The reader (`| head`) has gone: drop the interpreter's last flush quietly.
         _drop_output()
         return 141
     except OSError as error:  # a full disk, a folder without permission, a file where a folder should be
@@ -63,8 +63,8 @@ def _refuse(prog: str, message: str) -> int:
 
 
 def describe(error: UserError | OSError) -> str:
-    """What to tell the user about an error that ends the program: a path and a reason, or a message."""
-    # Libraries raise OSError with a text alone, too.
+    """The message for an error that ends the program: a path and a reason, or the error's own text."""
+    # Libraries also raise OSError with a text only.
     strerror = getattr(error, "strerror", None)
     return f"{error.filename or NO_PATH}: {strerror}" if strerror else str(error)
 

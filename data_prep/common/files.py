@@ -1,9 +1,4 @@
-"""Files that are complete or absent, and the same bytes for the same content.
-
-In: paths and bytes. Out: files that appear by rename, once they are on the disk for good. Called by whoever
-writes something that a crash must not leave half done, in `data_prep` and in `pipeline`. Imports nothing but
-the standard library.
-"""
+"""Atomic writes (a file is complete or absent, also after a crash), and readers of JSON with clear errors."""
 
 from __future__ import annotations
 
@@ -11,7 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from data_prep.common.errors import UserError
 
 
 def file_sha256(path: Path) -> str:
@@ -24,8 +23,47 @@ def file_sha256(path: Path) -> str:
 
 
 def json_bytes(value: object) -> bytes:
-    """JSON as all our files hold it: sorted keys, indented, ASCII, so that equal values are equal bytes."""
+    """Canonical JSON: sorted keys, indented, ASCII, so that equal values are equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode("ascii")
+
+
+def read_json(
+    path: str | Path, what: str = "", missing: str = "does not exist", default: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        what: what the message calls the file; else its path.
+        missing: what the message says when there is no such file.
+        default: returned when there is no such file, instead of the error.
+    Raises: UserError when the file is missing, unreadable or not a JSON object.
+    """
+    what = what or str(path)
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        if default is None:
+            raise UserError(f"{what} {missing}") from None
+        return default
+    except (OSError, ValueError) as error:
+        raise UserError(f"{what} cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{what} is not a JSON object")
+    return found
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of each line of a JSONL file; the value is None where a line is not JSON.
+    The last line is left out if a killed process wrote only half of it. A missing file has no lines."""
+    if not path.exists():
+        return
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate([*lines, last], 1):
+        try:
+            yield number, json.loads(line)
+        except ValueError:
+            if number <= len(lines):
+                yield number, None
 
 
 def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None:
@@ -50,13 +88,13 @@ def partial_name(path: Path) -> Path:
 
 
 def flush_and_rename(partial: Path, path: Path) -> None:
-    """Give a file its name once it is on the disk."""
+    """Rename a file once its bytes are on the disk."""
     flush_to_disk(partial)
     os.replace(partial, path)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have a file's bytes, or a folder's list of names, on the disk for good."""
+    """fsync a file, or a folder's list of names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,8 @@
-"""Loading: all ranks agree on a whole checkpoint, and take it up, also as another number of ranks.
+"""Loading: all ranks agree on a whole checkpoint and load it, also with another number of ranks.
 
-In: a run directory and a fresh DeepSpeed engine. Out: the engine with the checkpoint's weights and optimizer
-state. With the same ranks and ZeRO stage DeepSpeed loads its own files. Otherwise each rank puts together its
-new part from the old ones (`checkpoint_parts.py`) and hands it to DeepSpeed as if it had written that itself:
-nothing is converted on the disk. Called by every rank.
+With the same ranks and ZeRO stage DeepSpeed loads its own files. Otherwise each rank assembles its new part
+from the old ones (`zero_shards`) and passes it to DeepSpeed as if it had saved it; nothing is converted on
+disk.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from data_prep.common.errors import UserError, first_line
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
 from pipeline.checkpoints.zero_shards import WEIGHT, Parts
-from pipeline.parallel.agreement import AgreedError
+from pipeline.parallel.agreement import AgreedError, agree
+from pipeline.parallel.deepspeed_compat import fp32_fragment
 
 
 def agree_on_newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:
-    """As `checkpoints.newest_whole`, with every byte read: the ranks share the files out and agree.
+    """`store.newest_whole` with every byte read: the ranks divide the files among them and agree.
 
-    Raises AgreedError when the ranks do not see the same checkpoint.
+    Raises AgreedError when the ranks see different checkpoints.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     spoilt: dict[str, str] = {}
@@ -36,8 +36,7 @@ def agree_on_newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:
             by_size = sorted(found[1].files, key=lambda name: (-found[1].files[name][0], name))
             damaged = store.damaged_files(*found[:2], by_size[rank::world])
         name = found[0].name if found else None
-        everyone: list[Any] = [None] * world
-        torch.distributed.all_gather_object(everyone, (name, damaged))
+        everyone = agree(None, (name, damaged))
         for other, (theirs, _) in enumerate(everyone):
             if theirs != everyone[0][0]:
                 raise AgreedError(
@@ -59,11 +58,11 @@ def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: i
     if not as_written and engine.zero_nvme_offload_optimizer():
         raise AgreedError(
             f"checkpoint {checkpoint} was written by {meta.world} rank(s) with ZeRO {meta.zero_stage}: its "
-            "optimizer state on NVMe cannot be shared out anew: start with those, or without NVMe offload"
+            "optimizer state on NVMe cannot be redistributed: start with those, or without NVMe offload"
         )
     try:
         if as_written:
-            # Without partitions every rank holds everything, and their number does not matter.
+            # Without partitions every rank holds everything, so their number does not matter.
             path, _ = engine.load_checkpoint(
                 str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
             )
@@ -82,13 +81,13 @@ def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: i
 
 @torch.no_grad()
 def _restore_parts(engine: Any, parts: Parts, zero_stage: int) -> None:
-    """Give this rank its part of a checkpoint that other ranks, or another stage, have written."""
+    """Load this rank's part of a checkpoint that another number of ranks, or another stage, has written."""
     optimizer = engine.optimizer
     if zero_stage == 3:
         optimizer.checkpoint_event_prologue()
     _load_rest(engine, parts, zero_stage)
 
-    state = optimizer.state_dict()  # in this world's form; what stands in it is replaced
+    state = optimizer.state_dict()  # in this world's form; its values are replaced
     saved = parts.optimizers[0]
     for key in ("loss_scaler", "dynamic_loss_scale", "overflow"):
         state[key] = saved[key]
@@ -158,13 +157,12 @@ def _fill_stage12(engine: Any, parts: Parts, state: dict[str, Any]) -> None:
         like = optimizer.single_partition_of_fp32_groups[number]
         filled = {key: torch.zeros_like(like) for key in (WEIGHT, *parts.keys())}
         for weight in group:
-            mapping = weight._hp_mapping
-            if mapping is None:  # another rank's
+            fragment = fp32_fragment(weight)
+            if fragment is None:  # another rank's
                 continue
-            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+            here, there = fragment
             for key, flat in filled.items():
-                whole = parts.state(optimizer.param_names[weight], key).flatten()
-                flat[here.start : here.start + here.numel] = whole[there.start : there.start + there.numel]
+                flat[here] = parts.state(optimizer.param_names[weight], key).flatten()[there]
         flats.append(filled.pop(WEIGHT))
         moments[number] = {**_copied(parts.scalars(0)), **filled}
     state["single_partition_of_fp32_groups"] = flats
@@ -172,5 +170,5 @@ def _fill_stage12(engine: Any, parts: Parts, state: dict[str, Any]) -> None:
 
 
 def _copied(scalars: dict[str, Any]) -> dict[str, Any]:
-    """One of its own for every group: Adam counts its `step` in place."""
+    """A copy for each group: Adam counts its `step` in place."""
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in scalars.items()}

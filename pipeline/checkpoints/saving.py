@@ -1,13 +1,10 @@
-"""Saving: every rank writes its part aside, hashed and flushed on the way; then one rename makes it current.
+"""Saving: every rank writes, hashes and flushes its part in a temporary folder; one rename makes it current.
 
-In: a DeepSpeed engine and a `Meta`. Out: a folder `step-…` under `RUN/checkpoints/`, and `latest` and `best`.
-A kill at any moment, or a full disk on any rank, leaves the checkpoint before this one current and whole.
-Called by every rank.
+After a kill at any moment, or a full disk on any rank, the checkpoint before is still current and whole.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -22,7 +19,13 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from data_prep.common.files import file_sha256, flush_to_disk, write_atomically
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
-from pipeline.parallel.agreement import AgreedError, agree
+from pipeline.parallel.agreement import AgreedError, agree, do_and_agree
+from pipeline.parallel.deepspeed_compat import saving_through
+
+_SAYS = (
+    "rank {rank} cannot write its part of a checkpoint: {message}; the checkpoint before it is whole: "
+    "make room and start the same command again"
+)
 
 
 def save(
@@ -33,13 +36,16 @@ def save(
     flush_records: Callable[[], None],
     abandoned: Collection[str] = (),
 ) -> Path:
-    """Write a checkpoint, make it `latest`, and remove all but the last `keep` whole ones (and the best one).
+    """Write a checkpoint, make it `latest`, and remove all but the last `keep` whole ones and the best one.
+    Called by every rank.
 
-    `meta.best["step"]` names the best, `abandoned` those that the run did not go on from though they were
-    later: they do not count (`checkpoints.prune`). flush_records has the records of the steps up to here on
-    the disk for good, so that no checkpoint outlives them when a machine dies; rank 0 calls it. Raises
-    AgreedError on every rank alike when a rank cannot write: the run may be started again from the checkpoint
-    before.
+    Args:
+        meta: `meta.best["step"]` names the best checkpoint.
+        flush_records: called by rank 0 to fsync the records of the steps so far: after a machine's crash no
+            checkpoint is newer than the records.
+        abandoned: names of later checkpoints that the run did not resume from; they do not count (`prune`).
+    Raises: AgreedError on every rank when one cannot write; the run can be started again from the checkpoint
+        before.
     """
     folder = store.checkpoints_folder(run_dir)
     name = store.step_name(meta.step)
@@ -48,21 +54,23 @@ def save(
     writer = _Writer()
     if first:
         shutil.rmtree(aside, ignore_errors=True)
-    with _written_by(engine, writer):
+    with saving_through(engine, writer):
         engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False)
 
-    reports = _agree(writer.error, writer.written, lambda: _give_up(aside, first))
-    error = None
-    if first:
-        try:
-            flush_records()
-            meta.files = _files(aside, {k: v for written in reports for k, v in written.items()})
-            store.write_meta(aside, meta)
-            flush_to_disk(aside)
-            _make_current(folder, aside, name, meta)
-        except OSError as failure:
-            error = failure
-    _agree(error, None, lambda: _give_up(aside, first))
+    def publish() -> None:
+        flush_records()
+        meta.files = _files(aside, {path: file for written in everyone for path, file in written.items()})
+        store.write_meta(aside, meta)
+        flush_to_disk(aside)
+        _make_current(folder, aside, name, meta)
+
+    try:
+        everyone = agree(writer.error, writer.written, _SAYS)
+        do_and_agree(publish if first else lambda: None, _SAYS)
+    except AgreedError:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
     if first:
         best = store.step_name(meta.best["step"]) if meta.best else None
         store.prune(folder, name, best, keep, set(abandoned) - {name})
@@ -70,9 +78,9 @@ def save(
 
 
 class _Writer(TorchCheckpointEngine):
-    """Writes what DeepSpeed hands over; remembers each file's size and sha256, and the first error.
+    """Writes DeepSpeed's files; records each one's size and sha256, and the first error.
 
-    An error must not leave `save_checkpoint` on one rank alone: the others would wait in its barriers.
+    An error must not end `save_checkpoint` on one rank alone: the others would wait in its barriers.
     """
 
     def __init__(self) -> None:
@@ -104,7 +112,7 @@ class _Writer(TorchCheckpointEngine):
 
 
 class _Stream:
-    """A file that hashes what is written to it. After an error it swallows the rest: torch.save aborts the
+    """A file that hashes what is written to it. After an error it drops the rest: torch.save aborts the
     process when a write fails while it closes its archive."""
 
     def __init__(self, file: Any) -> None:
@@ -125,45 +133,14 @@ class _Stream:
         return length
 
     def flush(self) -> None:
-        """Nothing: flushed once, at the end."""
-
-
-@contextlib.contextmanager
-def _written_by(engine: Any, writer: _Writer) -> Any:
-    """Have DeepSpeed write through `writer`, and leave out its recovery script (`sllm export` is ours)."""
-    before = engine.checkpoint_engine
-    engine.checkpoint_engine = writer
-    engine._copy_recovery_script = lambda _: None
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = before
-        del engine._copy_recovery_script
-
-
-def _agree(error: OSError | None, report: Any, give_up: Callable[[], None]) -> list[Any]:
-    """Every rank's report, by rank; AgreedError on all of them when one has an error."""
-    says = (
-        "rank {rank} cannot write its part of a checkpoint: {message}; the checkpoint before it is whole: "
-        "make room and start the same command again"
-    )
-    try:
-        return agree(error, report, says)
-    except AgreedError:
-        give_up()
-        raise
-
-
-def _give_up(aside: Path, first: bool) -> None:
-    if first:
-        shutil.rmtree(aside, ignore_errors=True)
+        """Does nothing: the file is flushed once, at the end."""
 
 
 def _files(aside: Path, written: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Name → (size, sha256) of all files in the folder, as their writers meant them to be.
+    """Name → (size, sha256) of all files in the folder, as they were written.
 
-    Files that DeepSpeed copies by itself (NVMe offload) are hashed here. Raises OSError when one that another
-    rank has written is not to be seen, or has not the size that was written.
+    Files that DeepSpeed copies itself (NVMe offload) are hashed here. Raises OSError when another rank's file
+    is not visible or has another size than was written.
     """
     files = {}
     listed = {path for path in aside.rglob("*") if path.is_file()}
@@ -182,12 +159,12 @@ def _files(aside: Path, written: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def _make_current(folder: Path, aside: Path, name: str, meta: Meta) -> None:
-    shutil.rmtree(folder / name, ignore_errors=True)  # left by a run that was continued from further back
+    shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier start
     os.rename(aside, folder / name)
     flush_to_disk(folder)
     write_atomically(folder / "latest", f"{name}\n".encode())
     best = store.step_name(meta.best["step"]) if meta.best else None
     if best and (folder / best).is_dir():
         write_atomically(folder / "best", f"{best}\n".encode())
-    elif best is None:  # none yet, or no longer comparable: the next evaluation names one
+    elif best is None:  # none yet, or not comparable any more: the next evaluation names one
         (folder / "best").unlink(missing_ok=True)

@@ -1,10 +1,9 @@
-"""Checkpoints as folders: which there are, which are whole, and which one a run may go on from.
+"""Checkpoints as folders: which exist, which are whole, and which one a run resumes from.
 
-In: a run directory. Out: `RUN/checkpoints/step-00000100/` (DeepSpeed's files and `meta.json`) as a path and
-its `Meta`; the text files `latest` and `best` each name one. A folder named `step-…` is complete: it got that
-name after every rank had written its part (`checkpoint_saving.py`). `meta.json` holds the sha256 of every
-file and of itself, so a single changed byte is found before anything of it is used. Imports no torch, so that
-a finished run can say so at once.
+`RUN/checkpoints/step-00000100/` holds DeepSpeed's files and `meta.json`; the text files `latest` and `best`
+name one each. A folder named `step-…` is complete: it is renamed after every rank has written its part.
+`meta.json` holds the sha256 of every file and of itself, so a single changed byte is detected before use.
+Imports no torch, so that a finished run reports that at once.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
-from pipeline.config.schema import LossRecipe
+from pipeline.config.schema import LossRecipe, ModelRecipe
 
 FORMAT_VERSION = 3
 META = "meta.json"
@@ -29,13 +28,13 @@ TMP = ".tmp-"
 
 @dataclass
 class Meta:
-    """What `meta.json` holds: where the run stands and what a reader needs to make sense of the weights.
+    """The content of `meta.json`: the run's progress, and what a reader needs to interpret the weights.
 
-    `position` is where the stream of bins stands and `consumed` says which ones were trained on
-    (`bins.Position`, `bins.Consumed`, as JSON); `tokens` counts the real tokens trained on; `best` is the
-    best evaluation so far (`{"step", "bits_per_byte"}`) or None; `shards` and `validation` are the
-    fingerprints of the shard sets, in the recipe's order, `tokenizer` that of their tokenizer; `guard` is
-    `health.Guard`; `files` maps file names to (size in bytes, sha256).
+    position, consumed: of the stream of bins (`plan.Position`, `plan.Consumed`, as JSON).
+    tokens: real tokens trained on.
+    best: the best evaluation so far (`{"step", "bits_per_byte"}`) or None.
+    shards, validation, tokenizer: fingerprints; shards in the recipe's order.
+    guard: `health.Guard`. files: file name → (size in bytes, sha256).
     """
 
     objective: str
@@ -57,7 +56,7 @@ class Meta:
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not whole: an older one may do instead."""
+    """A checkpoint that is not whole; an older one may be."""
 
 
 def checkpoints_folder(run_dir: str | Path) -> Path:
@@ -67,15 +66,15 @@ def checkpoints_folder(run_dir: str | Path) -> Path:
 def find(run_dir: str | Path, which: str = "latest") -> tuple[Path, Meta] | None:
     """The newest checkpoint (`latest`), or the best one by validation (`best`); None when there is none yet.
 
-    The best one's name comes from the newest checkpoint's own record, which is guarded, not from the file
-    `best`. Raises UserError when the newest or the best one is damaged: an older one is not what was asked.
+    The best one's name comes from the newest checkpoint's `meta.json`, which has a checksum, not from the
+    file `best`. Raises UserError when the newest or the best one is damaged.
     """
     found = _first_whole(run_dir, {})
     if found is None:
         return None
     checkpoint, meta, damages = found
     if damages:
-        raise DamagedCheckpoint(f"{'; '.join(damages)}; the training command goes on from {checkpoint.name}")
+        raise DamagedCheckpoint(f"{'; '.join(damages)}; the training command resumes from {checkpoint.name}")
     if which == "latest":
         return checkpoint, meta
     folder = checkpoint.with_name(step_name(meta.best["step"])) if meta.best else None
@@ -85,12 +84,12 @@ def find(run_dir: str | Path, which: str = "latest") -> tuple[Path, Meta] | None
 def newest_whole(
     run_dir: str | Path, spoilt: Mapping[str, str] | None = None
 ) -> tuple[Path, Meta, str] | None:
-    """The checkpoint to go on from: the latest, or the newest before it that is whole; None when there is
+    """The checkpoint to resume from: the latest, or the newest before it that is whole; None when there is
     none yet.
 
-    Whole as far as names, sizes and `meta.json` tell; `damaged_files` reads the bytes, and what it found is
-    passed back in `spoilt` (name of a checkpoint → what is wrong). Returns (folder, its meta, one line that
-    names the damaged ones passed over, else empty). Raises UserError when every one is damaged.
+    Checks names, sizes and `meta.json`. `damaged_files` reads the bytes; pass what it found as `spoilt`
+    (checkpoint's name → message). Returns (folder, its meta, a line that names the damaged ones before it,
+    or empty). Raises UserError when all are damaged.
     """
     found = _first_whole(run_dir, spoilt or {})
     if found is None:
@@ -100,16 +99,15 @@ def newest_whole(
 
 
 def listed(run_dir: str | Path) -> tuple[list[Path], str]:
-    """The checkpoints up to `latest`, newest first, whole or not; and what is wrong with `latest`, else
-    empty.
+    """The checkpoints up to `latest`, newest first, whole or not; and what is wrong with `latest`, or empty.
 
-    What is beyond `latest` was left by a run that went on from further back: it will be written again.
+    Those beyond `latest` were left by an earlier start and will be written again.
     """
     folder = checkpoints_folder(run_dir)
     paths = sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
     try:
         latest = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:  # none yet, or killed between the first checkpoint's rename and this file
+    except FileNotFoundError:  # none yet, or killed before this file was written
         return paths, ""
     if folder / latest not in paths:
         return paths, f"{folder / 'latest'} names the checkpoint {latest!r}, which is not there"
@@ -129,12 +127,12 @@ def _first_whole(run_dir: str | Path, spoilt: Mapping[str, str]) -> tuple[Path, 
         except DamagedCheckpoint as error:
             damages.append(str(error))
     raise UserError(
-        f"no checkpoint of {run_dir} is whole: {'; '.join(damages)}; begin anew with another --output_dir"
+        f"no checkpoint of {run_dir} is whole: {'; '.join(damages)}; start again with another --output_dir"
     )
 
 
 def write_meta(checkpoint: Path, meta: Meta) -> None:
-    """Write `meta.json` with the digest of its own content."""
+    """Write `meta.json` with a digest of its content."""
     values = dataclasses.asdict(meta)
     write_atomically(checkpoint / META, json_bytes({**values, "digest": _digest(values)}))
 
@@ -150,7 +148,7 @@ def read_meta(checkpoint: Path) -> Meta:
         values = json.loads(raw)
         if "digest" not in values and values["format_version"] < FORMAT_VERSION:
             raise _other_release(path, values)
-        # The bytes too: what is not as we write it was changed by somebody.
+        # The bytes too: a file in another format than ours was edited.
         digest = values.pop("digest")
         if _digest(values) != digest or json_bytes({**values, "digest": digest}) != raw:
             raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {META} is not as it was written")
@@ -182,7 +180,7 @@ def _other_release(path: Path, values: dict[str, Any]) -> UserError:
 
 
 def damaged_files(checkpoint: Path, meta: Meta, names: Iterable[str] | None = None) -> list[str]:
-    """Which of a checkpoint's files (all, or these) are not the bytes that were written; reads them whole."""
+    """Which of a checkpoint's files (all, or `names`) differ from what was written; reads them whole."""
     damaged = []
     for name in meta.files if names is None else names:
         try:
@@ -195,7 +193,7 @@ def damaged_files(checkpoint: Path, meta: Meta, names: Iterable[str] | None = No
 
 
 def require_undamaged(checkpoint: Path, meta: Meta) -> None:
-    """Read every file of a checkpoint (one process alone); DamagedCheckpoint when one has other bytes."""
+    """Read every file of a checkpoint in this process; DamagedCheckpoint when one has changed."""
     damaged = damaged_files(checkpoint, meta)
     if damaged:
         raise DamagedCheckpoint(spoilt_message(checkpoint, damaged))
@@ -215,46 +213,42 @@ def require_same_run(meta: Meta, checkpoint: Path, ours: Meta) -> None:
     Raises UserError naming the first difference and what to do: another objective, model or data order.
     Length, learning rate, validation shards, number of ranks and ZeRO stage (among 1, 2 and 3) may change.
     """
-    was, now = _identity(meta), _identity(ours)
-    difference = first_difference(was, now)
-    if difference:
-        raise UserError(
-            f"checkpoint {checkpoint} is of another model: {difference}; "
-            "use another --output_dir, or the recipe that began this run"
-        )
+    _require_same(checkpoint, _identity(meta), _identity(ours))
     if meta.zero_stage != ours.zero_stage and 0 in (meta.zero_stage, ours.zero_stage):
         raise UserError(
             f"checkpoint {checkpoint} was written with ZeRO stage {meta.zero_stage} and this run has stage "
-            f"{ours.zero_stage}: stages 1, 2 and 3 go on from each other, stage 0 from itself"
+            f"{ours.zero_stage}: stages 1, 2 and 3 resume from each other, stage 0 from itself"
         )
 
 
 def require_same_model_recipe(meta: Meta, checkpoint: Path, recipe: dict[str, Any]) -> None:
     """Refuse a checkpoint whose recipe asks for another model than `recipe` (`Recipe.to_dict()`).
 
-    For a finished run, of which no model is built: what is written in the recipe counts, not the model config
-    that comes of it.
+    For a finished run, whose model is not built: it compares the recipes instead of the model configs.
     """
-    was, now = (
-        {
-            "model": r["model"],
-            "loss": loss.head_settings() | {"embedding_weight": loss.embedding_weight},
-        }
-        for r in (meta.recipe, recipe)
-        for loss in [LossRecipe(**r["loss"])]
-    )
+    _require_same(checkpoint, _recipe_identity(meta.recipe), _recipe_identity(recipe))
+
+
+def _require_same(checkpoint: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
     difference = first_difference(was, now)
     if difference:
         raise UserError(
             f"checkpoint {checkpoint} is of another model: {difference}; "
-            "use another --output_dir, or the recipe that began this run"
+            "use another --output_dir, or the recipe that started this run"
         )
 
 
-def _identity(meta: Meta) -> dict[str, Any]:
-    """What makes a run the same run: the model, and what decides which bins come in which order.
+def _recipe_identity(recipe: dict[str, Any]) -> dict[str, Any]:
+    loss = LossRecipe(**recipe["loss"])
+    head = loss.head_settings() | {"embedding_weight": loss.embedding_weight}
+    # Older recipes kept numbers of a model as text where YAML does (1e-2).
+    return {"model": ModelRecipe(**recipe["model"]).model_dump(), "loss": head}
 
-    Shards count by content: a set may move, but not change in its place.
+
+def _identity(meta: Meta) -> dict[str, Any]:
+    """What identifies a run: the model, and what determines the order of bins.
+
+    Shards are compared by content: a set may move, but not change.
     """
     data = {key: value for key, value in meta.recipe["data"].items() if key != "validation"}
     data["shards"] = [fingerprint[:12] for fingerprint in meta.shards]
@@ -263,7 +257,7 @@ def _identity(meta: Meta) -> dict[str, Any]:
         "model": meta.model_config,
         "data": data,
         "seed": meta.recipe["seed"],
-        # They decide what states the optimizer has, and in which groups.
+        # They determine the optimizer's states and groups.
         "optimizer": {"parts": meta.recipe["optimizer"].get("parts", {})},
         "training": {"ema": meta.recipe["training"].get("ema")},
     }
@@ -282,7 +276,7 @@ def first_difference(was: Any, now: Any, where: str = "") -> str | None:
 
 
 def remove_unfinished(run_dir: str | Path) -> None:
-    """Delete what a killed run was writing when it died (rank 0 only)."""
+    """Delete what a killed run was writing (rank 0 only)."""
     folder = checkpoints_folder(run_dir)
     for path in folder.glob(f"{TMP}*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -295,16 +289,15 @@ def step_name(step: int) -> str:
 
 
 def beyond(run_dir: str | Path, checkpoint: Path) -> set[str]:
-    """Names of the checkpoints later than this one: damaged, or left by a run that went on from further
-    back."""
+    """Names of the checkpoints later than this one: damaged, or left by an earlier start."""
     return {path.name for path in checkpoints_folder(run_dir).glob("step-*") if path.name > checkpoint.name}
 
 
 def prune(folder: Path, latest: str, best: str | None, keep: int, abandoned: Collection[str] = ()) -> None:
-    """Remove all checkpoints up to `latest` but the last `keep` whole ones and the best (rank 0 only).
+    """Remove all checkpoints up to `latest` except the last `keep` whole ones and the best (rank 0 only).
 
-    Whole as far as names, sizes and `meta.json` tell, and not `abandoned` (`beyond` the one that this run
-    went on from, and not written again): a damaged one must not push a good one out.
+    Checks names, sizes and `meta.json`. Damaged and `abandoned` ones (`beyond` the checkpoint that this run
+    resumed from, and not written again) do not count, so that they cannot displace a good one.
     """
     older = sorted(path.name for path in folder.glob("step-*") if path.is_dir() and path.name <= latest)
     whole = [name for name in older if name not in abandoned and _seems_whole(folder / name)]
@@ -318,6 +311,6 @@ def _seems_whole(checkpoint: Path) -> bool:
         read_meta(checkpoint)
     except DamagedCheckpoint:
         return False
-    except (UserError, OSError):  # another release's, or a disk that does not answer: nothing to remove
+    except (UserError, OSError):  # of another release, or an unreachable disk: keep it
         return True
     return True

@@ -1,11 +1,10 @@
-"""The parts of a checkpoint as whole tensors by name, whatever the number of ranks that wrote them.
+"""A checkpoint's ZeRO parts as whole tensors by name, for any number of ranks that wrote them.
 
-In: a checkpoint's folder and its `Meta`. Out: weights in fp32, and what the optimizer keeps for each weight
-(Adam's moments and any other state of a weight's shape). The files are mapped, not read: a tensor is put
-together when it is asked for, so nobody holds a whole model twice. Used to go on with another number of ranks
-or ZeRO stage (`checkpoint_loading.py`) and by `export.py`.
+They are the weights in fp32 and the optimizer's states of each weight (Adam's moments and any other of its
+shape). Files are memory-mapped and a tensor is assembled when it is read, so that no process holds the model
+twice.
 
-DeepSpeed's files are pickles: only those of runs of your own.
+DeepSpeed's files are pickles: read only those of your own runs.
 """
 
 from __future__ import annotations

@@ -10,12 +10,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from data_prep.common.command_line import run_command
+from data_prep.common.command_line import run_app
 from data_prep.common.errors import run_main
 
 # Importing a module registers its commands.
-from pipeline.cli import benchmark, evaluation, models, runs, train  # noqa: F401
+from pipeline.cli import benchmark, evaluation, models, runs  # noqa: F401
 from pipeline.cli.options import app
+
+# Imported for this command alone: its help lists the keys of a recipe.
+app.command(
+    "pipeline.cli.train:command",
+    name="train",
+    group="Train",
+    help="Train a SentenceVAE, an SLLM or a token-level model. Run the same command again to resume. "
+    "Every recipe key may follow, as --section.key VALUE.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    return run_command(app, argv)
+    return run_app(app, argv)
 
 
 def console() -> int:

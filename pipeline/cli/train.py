@@ -8,34 +8,39 @@ import subprocess
 import sys
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 from data_prep.common.command_line import Many, Positive
 from data_prep.common.errors import UserError
-from pipeline.cli.options import Overrides, app
+from pipeline.cli.options import Overrides
+from pipeline.config.keys import as_text
+from pipeline.config.schema import KEYS
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 
 
-@app.command(group="Train")
+EXAMPLE = """\
+example:
+  sllm train --recipe demo-vae --deepspeed-config zero1 --data.shards shards/train --output_dir runs/vae"""
+
+command = App(
+    name="train", help_epilogue=f"{EXAMPLE}\n\nkeys of a recipe, with type and default:\n{as_text(KEYS)}"
+)
+
+
+@command.default
 def train(
     *overrides: Overrides,
     recipe: Annotated[str, Parameter(alias="--config")],
     deepspeed_config: Annotated[Many, Parameter(alias="--deepspeed_config")],
     ranks: Positive | None = None,
 ) -> int:
-    """Train a SentenceVAE, an SLLM or a token-level model. Run the same command again to resume. Every recipe
-    key may follow, as --section.key VALUE.
-
-    example:
-      sllm train --recipe demo-vae --deepspeed-config zero1 --data.shards shards/train --output_dir runs/vae
+    """One training run; every recipe key may follow, as --section.key VALUE.
 
     Args:
         recipe: recipe file, or the name of one that ships with the package
-        deepspeed_config: a DeepSpeed JSON file or the name of one that ships with the package, and any that
-            add to it
-        ranks: processes on this machine, by DeepSpeed's launcher (default: this process alone; under srun or
-            torchrun it is one of their ranks)
+        deepspeed_config: a DeepSpeed JSON file or the name of one in ds_configs/, and any that add to it
+        ranks: processes on this machine (default: this process alone, or one rank of srun or torchrun)
     """
     words = ["--recipe", recipe, "--deepspeed-config", *deepspeed_config, *overrides]
     if ranks is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import read_json
 from pipeline.config.library import find_deepspeed_config
 from pipeline.config.schema import Recipe
 
@@ -62,14 +63,8 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        strategy = json.loads(find_deepspeed_config(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"DeepSpeed config {path} does not exist: see ds_configs/") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"DeepSpeed config {path} cannot be read as JSON: {error}") from None
-    if not isinstance(strategy, dict):
-        raise UserError(f"DeepSpeed config {path} is not a JSON object")
+    missing = "does not exist: see ds_configs/"
+    strategy = read_json(find_deepspeed_config(path), f"DeepSpeed config {path}", missing)
     for key, decided_by in _RECIPE_DECIDES.items():
         if key in strategy:
             raise UserError(

@@ -1,23 +1,32 @@
-"""Text to values of the right type: a recipe's YAML file, its bases, overrides, and dataclasses made of them.
-
-In: a YAML file that may start from another one (`base`), `--key value` arguments. Out: plain values, and
-dataclasses built from them, with a UserError for what is unreadable, unknown or of another type. Which keys
-there are is `recipe.py`'s, which calls this.
-"""
+"""A recipe's YAML file with its bases, and overrides from the command line, as plain values."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data_prep.common.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key of a mapping is given twice."""
+
+    def compose_mapping_node(self, anchor: str) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line, before = key.start_mark.line + 1, lines.get((key.tag, key.value))
+            if before is not None:
+                raise yaml.YAMLError(f"key {key.value!r} is given twice, in lines {before} and {line}")
+            lines[key.tag, key.value] = line
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values. Raises: yaml.YAMLError, also for a key that is given twice."""
+    return yaml.load(text, _Loader)
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
@@ -39,22 +48,47 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
+def set_override(values: dict[str, Any], key: str, texts: list[str]) -> None:
+    """Put one command line value where it belongs, as YAML reads it."""
+    *sections, last = key.split(".")
+    node = values
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}
+        node = node[section]
+    if sections[:1] == ["model"] and (last == "path" or node.get("path")):
+        node.clear()
+    parsed = [_parse_value(text) for text in texts]
+    node[last] = parsed[0] if len(parsed) == 1 else parsed
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's mapping, merged over its `base` (a path relative to the file). seen: the files that led
-    here."""
+    """The file's mapping, merged over its `base` (a path relative to the file).
+
+    Args:
+        seen: the files that led here.
+    Raises: UserError for a file that is missing, no mapping, or its own base.
+    """
     resolved = path.resolve()
     if resolved in seen:
         raise UserError(f"recipe {path}: `base` leads back to itself")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"recipe {path} does not exist: see pipeline/recipes/ for the ones that come along"
+            f"recipe {path} does not exist: see pipeline/recipes/ for the ones that ship with the package"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not valid YAML: {error}") from None
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"recipe {path} is not a mapping of keys to values")
     base = values.pop("base", None)
@@ -74,78 +108,3 @@ def _merge(under: dict[str, Any], over: dict[str, Any], where: str) -> dict[str,
         else:
             merged[key] = value
     return merged
-
-
-def parse_value(text: str) -> Any:
-    """A command line value as YAML would read it."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def build(kind: type, values: dict[str, Any], known: Sequence[str], where: str = "") -> Any:
-    """A dataclass out of plain values, which may hold others. known: all keys, dotted, for what a message
-    suggests; where: the dotted prefix of `kind` itself.
-
-    Raises: UserError for an unknown or missing key and a value of another type.
-    """
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            raise unknown_key(f"{where}{key}", known)
-    built = {}
-    for item in dataclasses.fields(kind):
-        if item.name in values:
-            built[item.name] = coerce(hints[item.name], values[item.name], f"{where}{item.name}", known)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise UserError(f"recipe: {where}{item.name} is missing")
-        elif dataclasses.is_dataclass(hints[item.name]):
-            built[item.name] = build(hints[item.name], {}, known, f"{where}{item.name}.")
-    return kind(**built)
-
-
-def coerce(kind: Any, value: Any, key: str, known: Sequence[str] = ()) -> Any:
-    """`value` as the annotated type, or UserError. YAML reads `1e-4` as text, so numbers may come as text."""
-    if isinstance(kind, types.UnionType):
-        (inner,) = (part for part in typing.get_args(kind) if part is not type(None))
-        return None if value is None else coerce(inner, value, key, known)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(f"recipe: {key} must be a mapping, not {value!r}")
-        return build(kind, value, known, f"{key}.")
-    origin = typing.get_origin(kind)
-    if origin is list:
-        (inner,) = typing.get_args(kind)
-        return [coerce(inner, one, key, known) for one in (value if isinstance(value, list) else [value])]
-    if origin is dict:
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise UserError(f"recipe: {key} must be a mapping, not {value!r}")
-        return dict(value)
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if kind is float or number == int(number):
-                return kind(number)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise UserError(f"recipe: {key} must be {names[kind]}, not {value!r}")
-
-
-def unknown_key(key: str, known: Sequence[str]) -> UserError:
-    """What to raise: with the nearest known key, or all of them."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:  # people often forget the section: --max_steps instead of --training.max_steps
-        last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-        near = [
-            last[name] for name in difflib.get_close_matches(key.rsplit(".", 1)[-1], last, n=1, cutoff=0.75)
-        ]
-    hint = f": did you mean {near[0]!r}?" if near else f": known keys are {', '.join(known)}"
-    return UserError(f"unknown recipe key {key!r}{hint}")

@@ -1,189 +1,290 @@
-"""Recipes: what one training run is, from YAML and `--key value` overrides, checked before torch loads.
+"""Recipes: what one training run is, every key with its type, default and meaning.
 
-In: a recipe file (`pipeline/recipes/*.yaml`, which may start from another one with `base: other.yaml`) and
-the command line's overrides. Out: a `Recipe`, every value of the right type, every key known. Called by
-`train.py` before torch is imported, so this module imports nothing but PyYAML: a wrong key is refused within
-a second. How text becomes typed values is `recipe_reading.py`'s.
+Imports neither torch nor transformers, so that a wrong recipe is refused within a second.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
-import typing
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from data_prep.common.errors import UserError
+from pipeline.config.keys import explain, keys_of, unknown_key
 from pipeline.config.library import find_recipe
-from pipeline.config.loading import build, coerce, parse_overrides, parse_value, read_yaml, unknown_key
+from pipeline.config.loading import parse_overrides, read_yaml, set_override
 
-OBJECTIVES = ("vae", "sllm", "lm")
+PATH = "local folder of a trained model, instead of all other keys"
 
-# Keys of `model.vae`: `path`, or those of SentenceVAEConfig. What is left out comes from the shards'
-# tokenizer and settings (vocabulary size, longest sentence) or is the usual value. `init_embeddings_from`,
-# the folder of a token model, acts once, when the model is made, and is kept in no config.
-VAE_KEYS = (
-    "path",
-    "init_embeddings_from",
-    "hidden_size",
-    "embedding_size",
-    "layers",
-    "encoder_layers",
-    "heads",
-    "ffn_size",
-    "vocab_size",
-    "max_sentence_tokens",
-    "layout",
-    "positions",
-    "fusion",
-    "vectors",
-    "condition",
-    "condition_range",
-    "prefix_slots",
-    "context_sentences",
-    "dropout",
-    "latent_noise",
-    "variational",
-    "kl_weight",
-    "free_bits",
-    "initializer_range",
-    "tie_word_embeddings",
-)
 
-# Keys of `model.backbone` by its `model_type`: the families whose packing, causality and cache are under
-# test, and those of their Hugging Face config's keys that a model is made from.
-OPT_KEYS = (
-    "path",
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "ffn_dim",
-    "max_position_embeddings",
-    "word_embed_proj_dim",
-    "do_layer_norm_before",
-    "dropout",
-    "attention_dropout",
-    "activation_function",
-    "layerdrop",
-    "init_std",
-    "enable_bias",
-    "layer_norm_elementwise_affine",
-    "tie_word_embeddings",
-)
-QWEN2_KEYS = (
-    "path",
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_parameters",
-    "attention_dropout",
-    "tie_word_embeddings",
-)
-BACKBONE_KEYS = {
-    "opt": OPT_KEYS,
-    "llama": (*QWEN2_KEYS, "head_dim", "attention_bias", "mlp_bias"),
-    "qwen2": (*QWEN2_KEYS, "use_sliding_window"),
-    "qwen3": (*QWEN2_KEYS, "use_sliding_window", "head_dim", "attention_bias"),
+def _number(value: Any) -> Any:
+    """Text as a number where it is one: YAML reads `1e-4` as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _whole(value: Any) -> Any:
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _mapping(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Item = TypeVar("Item")
+List = Annotated[list[Item], BeforeValidator(_list)]
+# Strict after reading text, so that true and false are no numbers.
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
+Count = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
+Number = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0)]
+Ratio = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=1)]
+Positive = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=0)]
+Share = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0, le=1)]
+Below1 = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0, lt=1)]
+Decay = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=0, lt=1)]
+Flag = Annotated[bool, Field(strict=True)]
+# Every section of a recipe may be left out; its cross-checks run all the same.
+SECTION: Any = Field(default_factory=dict, validate_default=True)
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    def problems(self) -> Iterator[str]:
+        """What does not fit together, when each value by itself is right."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Section:
+        if found := "; ".join(self.problems()):
+            raise ValueError(found)
+        return self
+
+
+class DataRecipe(Section):
+    """The shards to read. One step is `bins_per_step` bins of at most `bin_tokens` tokens."""
+
+    shards: List[str] = Field([], description="shard folders to train on")
+    weights: List[Positive] | None = Field(None, description="share of each set in the bins; null: one pool")
+    validation: str | None = Field(None, description="shard folder to validate on; null: no validation")
+    window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
+    bin_tokens: Count = Field(8192, description="tokens of a bin at most")
+    bins_per_step: Count = Field(1, description="bins of one step, over all ranks")
+
+    def problems(self) -> Iterator[str]:
+        if self.window_tokens > self.bin_tokens:
+            yield (
+                f"data.window_tokens ({self.window_tokens}) is larger than data.bin_tokens "
+                f"({self.bin_tokens}): a window must fit into a bin"
+            )
+        if self.weights is not None and len(self.weights) != len(self.shards):
+            yield (
+                f"data.weights has {len(self.weights)} numbers for {len(self.shards)} shard sets: "
+                "give one for each of data.shards"
+            )
+
+
+class VaeRecipe(Section):
+    """The SentenceVAE: arguments of `SentenceVAEConfig`, or the folder of a trained one."""
+
+    path: str | None = Field(None, description=PATH)
+    init_embeddings_from: str | None = Field(None, description="token model that gives the first embeddings")
+    hidden_size: Count = Field(768, description="width of layers and sentence vectors")
+    embedding_size: Count | None = Field(None, description="width of token embeddings; null: hidden_size")
+    layers: Count = Field(1, description="layers of the decoder")
+    encoder_layers: Count | None = Field(None, description="layers of the encoder; null: layers")
+    heads: Count = Field(12, description="attention heads")
+    ffn_size: Count | None = Field(None, description="width of the feed-forward; null: 2 · hidden_size")
+    vocab_size: Count | None = Field(None, description="entries of the vocabulary; null: the tokenizer's")
+    max_sentence_tokens: Count | None = Field(None, description="longest sentence; null: that of the shards")
+    layout: Literal["lean", "paper"] = Field(
+        "lean", description="paper: the published layers (docs/sizes.md)"
+    )
+    positions: Literal["learned", "rotary"] = Field("learned", description="positions of layout lean")
+    fusion: Literal["sum", "mean", "attention", "last"] = Field(
+        "sum", description="how a sentence's token states become its vector"
+    )
+    vectors: Count = Field(1, description="vectors of a sentence; above 1 needs fusion attention")
+    condition: Literal["cross_attention", "prefix", "none"] = Field(
+        "cross_attention", description="how a vector enters the decoder; none: it does not, as a control"
+    )
+    condition_range: Number = Field(0.0, description="standard deviation of cross-attention's first weights")
+    prefix_slots: Count = Field(1, description="rows of the prefix (condition prefix)")
+    context_sentences: Whole = Field(0, description="earlier sentences that an SLLM's decoder sees as tokens")
+    dropout: Below1 = Field(0.0, description="dropout of encoder and decoder")
+    latent_noise: Number = Field(0.0, description="standard deviation of noise on the vector, in training")
+    variational: Flag = Field(False, description="train on samples of a distribution for each sentence")
+    kl_weight: Number = Field(1.0, description="weight of the KL divergence (variational)")
+    free_bits: Number = Field(0.0, description="nats of KL that a channel may have for free (variational)")
+    initializer_range: Number = Field(0.02, description="standard deviation of new weights")
+    tie_word_embeddings: Flag = Field(False, description="both embeddings and the head share one matrix")
+
+    def problems(self) -> Iterator[str]:
+        if self.vectors > 1 and self.fusion != "attention":
+            yield f"model.vae.vectors {self.vectors} needs model.vae.fusion attention, not {self.fusion}"
+        paper = (self.vectors, self.condition, self.context_sentences, self.positions)
+        if self.layout == "paper" and paper != (1, "cross_attention", 0, "learned"):
+            yield (
+                "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
+                "positions: use lean for anything else"
+            )
+        if self.prefix_slots != 1 and self.condition != "prefix":
+            slots = f"model.vae.prefix_slots {self.prefix_slots}"
+            yield f"{slots} needs model.vae.condition prefix, not {self.condition}"
+        if self.condition_range and (self.condition, self.layout) != ("cross_attention", "lean"):
+            yield "model.vae.condition_range is for condition cross_attention and layout lean: set it to 0"
+        if self.context_sentences and self.positions != "rotary":
+            yield (
+                f"model.vae.context_sentences {self.context_sentences} needs model.vae.positions rotary: "
+                "learned positions say nothing of the distance between sentences"
+            )
+        if self.variational and self.latent_noise:
+            yield "model.vae.latent_noise and model.vae.variational both put noise on the embedding: set one"
+        if not self.variational and (self.free_bits or self.kl_weight != 1.0):
+            yield "model.vae.kl_weight and model.vae.free_bits need model.vae.variational true"
+
+
+class BackboneRecipe(Section):
+    """The backbone of an SLLM, or a token model: keys of a Hugging Face config, or a local folder.
+
+    Only families whose packing, causality and cache are under test. A key that is left out, or null, has the
+    default of the family's Hugging Face config.
+    """
+
+    path: str | None = Field(None, description=PATH)
+    model_type: str = Field("opt", description="family: opt, llama, qwen2 or qwen3")
+    vocab_size: Count | None = Field(None, description="entries of the vocabulary (token model)")
+    hidden_size: Count | None = Field(None, description="width of the layers")
+    num_hidden_layers: Count | None = Field(None, description="layers")
+    num_attention_heads: Count | None = Field(None, description="attention heads")
+    max_position_embeddings: Count | None = Field(None, description="longest input, in positions")
+    attention_dropout: Share | None = Field(None, description="dropout of attention weights")
+    tie_word_embeddings: Flag | None = Field(None, description="embedding and head share one matrix")
+
+
+class OptRecipe(BackboneRecipe):
+    ffn_dim: Count | None = Field(None, description="width of the feed-forward (OPT)")
+    word_embed_proj_dim: Count | None = Field(None, description="width of token embeddings (OPT)")
+    do_layer_norm_before: Flag | None = Field(None, description="pre-norm; OPT-350M has post-norm (OPT)")
+    dropout: Share | None = Field(None, description="dropout of the layers (OPT)")
+    activation_function: str | None = Field(None, description="activation of the feed-forward (OPT)")
+    layerdrop: Share | None = Field(None, description="must be 0 (OPT)")
+    init_std: Number | None = Field(None, description="standard deviation of new weights (OPT)")
+    enable_bias: Flag | None = Field(None, description="linear layers have biases (OPT)")
+    layer_norm_elementwise_affine: Flag | None = Field(None, description="norms have weights (OPT)")
+
+
+class RotaryRecipe(BackboneRecipe):
+    intermediate_size: Count | None = Field(None, description="width of the feed-forward (Llama, Qwen)")
+    num_key_value_heads: Count | None = Field(None, description="heads of keys and values (Llama, Qwen)")
+    hidden_act: str | None = Field(None, description="activation of the feed-forward (Llama, Qwen)")
+    initializer_range: Number | None = Field(None, description="standard deviation of new weights")
+    rms_norm_eps: Number | None = Field(None, description="epsilon of the norms (Llama, Qwen)")
+    rope_parameters: dict[str, Any] | None = Field(None, description="rotary positions (Llama, Qwen)")
+
+
+class LlamaRecipe(RotaryRecipe):
+    head_dim: Count | None = Field(None, description="width of a head (Llama, Qwen3)")
+    attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
+    mlp_bias: Flag | None = Field(None, description="the feed-forward has biases (Llama)")
+
+
+class Qwen2Recipe(RotaryRecipe):
+    use_sliding_window: Flag | None = Field(None, description="must be false (Qwen)")
+
+
+class Qwen3Recipe(Qwen2Recipe):
+    head_dim: Count | None = Field(None, description="width of a head (Llama, Qwen3)")
+    attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
+
+
+BACKBONES: dict[str, type[BackboneRecipe]] = {
+    "opt": OptRecipe,
+    "llama": LlamaRecipe,
+    "qwen2": Qwen2Recipe,
+    "qwen3": Qwen3Recipe,
 }
 
 
-@dataclass
-class DataRecipe:
-    """Which shards are read; one step is `bins_per_step` bins of at most `bin_tokens` tokens.
-
-    weights: each shard set's share of the bins, in any unit; without them the sets are one pool.
-    """
-
-    shards: list[str] = field(default_factory=list)
-    weights: list[float] | None = None
-    validation: str | None = None
-    window_tokens: int = 1024
-    bin_tokens: int = 8192
-    bins_per_step: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("window_tokens", "bin_tokens", "bins_per_step"):
-            _require_positive(f"data.{name}", getattr(self, name))
-        if self.window_tokens > self.bin_tokens:
-            raise UserError(
-                f"recipe: data.window_tokens ({self.window_tokens}) is larger than data.bin_tokens "
-                f"({self.bin_tokens}): a window must fit into a bin"
-            )
-        if self.weights is not None:
-            if len(self.weights) != len(self.shards):
-                raise UserError(
-                    f"recipe: data.weights has {len(self.weights)} numbers for {len(self.shards)} shard "
-                    "sets: give one for each of data.shards"
-                )
-            if not all(0 < weight < math.inf for weight in self.weights):
-                raise UserError(f"recipe: data.weights must be positive numbers, not {self.weights}")
+def _given(kind: type[Section], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The keys that are given, in their order, with values as `kind` types them; null stays null."""
+    known = kind.model_fields
+    try:
+        checked = kind.model_validate({k: v for k, v in values.items() if v is not None or k not in known})
+    except ValidationError as error:
+        raise ValueError("; ".join(explain(error, keys_of(kind, where=where), where))) from None
+    return {key: None if value is None else getattr(checked, key) for key, value in values.items()}
 
 
-@dataclass
-class ModelRecipe:
-    """`vae`: sizes of a SentenceVAE; `backbone`: a Hugging Face config's keys; either may be a `path`."""
+def _given_vae(values: dict[str, Any]) -> dict[str, Any]:
+    return _given(VaeRecipe, values, "model.vae.")
 
-    vae: dict[str, Any] = field(default_factory=dict)
-    backbone: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        _require_known("model.vae.", self.vae, VAE_KEYS)
-        family = str(self.backbone.get("model_type", "opt"))
-        if family not in BACKBONE_KEYS:
-            near = difflib.get_close_matches(family, BACKBONE_KEYS, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"recipe: model.backbone.model_type must be one of {', '.join(BACKBONE_KEYS)}, "
-                f"not {family!r}{hint}"
-            )
-        _require_known("model.backbone.", self.backbone, BACKBONE_KEYS[family])
+def checked_vae(values: dict[str, Any]) -> dict[str, Any]:
+    """Keys of `model.vae` with values of the right types. Raises: UserError with all problems."""
+    try:
+        return _given_vae(values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _given_backbone(values: dict[str, Any]) -> dict[str, Any]:
+    family = str(values.get("model_type", "opt"))
+    if family not in BACKBONES:
+        near = difflib.get_close_matches(family, BACKBONES, n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        known = ", ".join(BACKBONES)
+        raise ValueError(f"model.backbone.model_type must be one of {known}, not {family!r}{hint}")
+    return _given(BACKBONES[family], values, "model.backbone.")
+
+
+class ModelRecipe(Section):
+    """Dicts of the keys that are given; the model's config has the defaults of the others."""
+
+    vae: Annotated[dict[str, Any], BeforeValidator(_mapping), AfterValidator(_given_vae)] = {}
+    backbone: Annotated[dict[str, Any], BeforeValidator(_mapping), AfterValidator(_given_backbone)] = {}
+
+    def problems(self) -> Iterator[str]:
         for name, part in (("vae", self.vae), ("backbone", self.backbone)):
             sizes = sorted(set(part) - {"path"})
             if part.get("path") and sizes:
-                raise UserError(
-                    f"recipe: model.{name} has a path and sizes ({', '.join(sizes)}): give one or the other"
-                )
+                yield f"model.{name} has a path and sizes ({', '.join(sizes)}): give one or the other"
 
 
-@dataclass
-class LossRecipe:
-    """`cross_entropy`, or `focal` with the paper's gamma (section 4: focal loss, gamma 2); either with label
-    smoothing and z-loss (pipeline/head.py), and for an SLLM with a weight on how far each predicted vector is
-    from the next sentence's embedding (`sllm.py`). Plain cross-entropy is reported whatever is trained on."""
+class LossRecipe(Section):
+    """What is trained on. Plain cross-entropy is always reported, too."""
 
-    kind: str = "cross_entropy"
-    focal_gamma: float = 2.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    embedding_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require_one_of("loss.kind", self.kind, ("cross_entropy", "focal"))
-        if not self.focal_gamma >= 1:  # below 1 its gradient has a pole where the target is certain
-            raise UserError(f"recipe: loss.focal_gamma must be at least 1, not {self.focal_gamma}")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"recipe: loss.label_smoothing must lie in [0, 1), not {self.label_smoothing}")
-        for key in ("z_loss", "embedding_weight"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"recipe: loss.{key} must not be negative, not {getattr(self, key)}")
+    kind: Literal["cross_entropy", "focal"] = Field("cross_entropy", description="focal is the paper's")
+    # Below 1 its gradient has a pole where the target is certain.
+    focal_gamma: Annotated[Number, Field(ge=1)] = Field(2.0, description="gamma of the focal loss")
+    label_smoothing: Below1 = Field(0.0, description="share of the target spread over the vocabulary")
+    z_loss: Number = Field(0.0, description="weight of the squared log-partition of the logits")
+    embedding_weight: Number = Field(0.0, description="weight of the loss on predicted vectors (sllm)")
 
     def head_settings(self) -> dict[str, float]:
-        """What the vocabulary head takes: focal_gamma (0 for cross-entropy), label_smoothing, z_loss."""
+        """Arguments of the vocabulary head: focal_gamma (0 for cross-entropy), label_smoothing, z_loss."""
         return {
             "focal_gamma": self.focal_gamma if self.kind == "focal" else 0.0,
             "label_smoothing": self.label_smoothing,
@@ -191,49 +292,50 @@ class LossRecipe:
         }
 
 
-@dataclass
-class OptimizerRecipe:
-    """AdamW; weight decay touches matrices only (no biases, no norms, no embeddings).
-
-    parts: by the name of a module in the model (`vae.encoder`, `backbone.decoder.layers.0-5`), either
-    `lr_scale` (times `lr`) or `freeze: true`. Of two names that fit, the longer one counts.
-    """
-
-    lr: float = 1.0e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1.0e-8
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    parts: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"recipe: optimizer.betas must be two numbers in [0, 1), not {self.betas}")
-        if self.lr < 0:
-            raise UserError(f"recipe: optimizer.lr must not be negative, not {self.lr}")
-        for name, settings in self.parts.items():
-            where = f"recipe: optimizer.parts.{name}"
-            if settings == {"freeze": True}:
-                continue
-            if not isinstance(settings, dict) or set(settings) != {"lr_scale"}:
-                raise UserError(f"{where} must be {{lr_scale: NUMBER}} or {{freeze: true}}, not {settings!r}")
-            scale = settings["lr_scale"] = coerce(float, settings["lr_scale"], f"{where[8:]}.lr_scale")
-            if not 0 < scale < math.inf:
-                raise UserError(f"{where}.lr_scale must be above 0, not {scale}: freeze: true trains nothing")
+def _optimizer_part(values: dict[str, Any]) -> dict[str, Any]:
+    scale = _number(values.get("lr_scale"))
+    if values == {"freeze": True}:
+        return values
+    if set(values) != {"lr_scale"} or type(scale) not in (int, float) or not 0 < scale < math.inf:
+        raise ValueError(f"must be {{lr_scale: NUMBER above 0}} or {{freeze: true}}, not {values!r}")
+    return {"lr_scale": float(scale)}
 
 
-@dataclass
-class ScheduleRecipe:
-    """Learning rate: up over `warmup` (a fraction of the run), then down to `final` times the peak.
+Part = Annotated[dict[str, Any], AfterValidator(_optimizer_part)]
+PARTS = (
+    "by the name of a module (`vae.encoder`, `backbone.decoder.layers.0-5`), `{lr_scale: NUMBER}` (times lr) "
+    "or `{freeze: true}`; of two names that fit, the longer one counts"
+)
 
-    `cosine` and `linear` fall all the way, `wsd` (warm-up, stable, decay) stays at the peak and falls in a
-    line over the last `decay` of the run, `constant` stays.
-    """
 
-    kind: str = "cosine"
-    warmup: float = 0.02
-    final: float = 0.1
-    decay: float = 0.2
+class OptimizerRecipe(Section):
+    """AdamW. Weight decay touches matrices only: no biases, no norms, no embeddings."""
+
+    lr: Number = Field(1.0e-4, description="peak learning rate")
+    betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.95], description="decay of the averages of gradients and of squares"
+    )
+    eps: Number = Field(1.0e-8, description="added to the denominator")
+    weight_decay: Number = Field(0.01, description="decoupled weight decay")
+    clip: Number = Field(1.0, description="largest gradient norm; 0: no clipping")
+    parts: Annotated[dict[str, Part], BeforeValidator(_mapping)] = Field({}, description=PARTS)
+
+
+class ScheduleRecipe(Section):
+    """Learning rate: up over `warmup`, then down to `final`."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="wsd (warm-up, stable, decay) stays at the peak and then falls in a line"
+    )
+    warmup: Share = Field(0.02, description="share of the run in which the rate rises")
+    final: Share = Field(0.1, description="last rate, as a share of the peak")
+    decay: Number = Field(0.2, description="share of the run in which the rate falls (wsd)")
+
+    def problems(self) -> Iterator[str]:
+        if self.kind == "wsd" and not 0 < self.decay <= 1 - self.warmup:
+            yield (
+                f"schedule.decay must be above 0 and leave room for warmup ({self.warmup}), not {self.decay}"
+            )
 
     def factor(self, progress: float) -> float:
         """Learning rate as a share of the peak; `progress` in [0, 1] is the run's share done AFTER the step.
@@ -251,49 +353,23 @@ class ScheduleRecipe:
             return 1 - (1 - self.final) * way
         return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * way))
 
-    def __post_init__(self) -> None:
-        _require_one_of("schedule.kind", self.kind, ("cosine", "linear", "wsd", "constant"))
-        for name in ("warmup", "final"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"recipe: schedule.{name} must lie in [0, 1], not {getattr(self, name)}")
-        if self.kind == "wsd" and not 0 < self.decay <= 1 - self.warmup:
-            raise UserError(
-                f"recipe: schedule.decay must be above 0 and leave room for warmup ({self.warmup}), "
-                f"not {self.decay}"
-            )
 
+class TrainingRecipe(Section):
+    """How long a run is, `max_tokens` or `max_steps`, whichever comes first, and what happens on the way."""
 
-@dataclass
-class TrainingRecipe:
-    """How long a run is (`max_tokens` or `max_steps`, whichever comes first) and what happens on the way.
+    max_tokens: Count | None = Field(None, description="real tokens to train on")
+    max_steps: Count | None = Field(None, description="steps to train for")
+    eval_every: Count = Field(200, description="steps between validations")
+    eval_bins: Count = Field(32, description="bins of a validation")
+    save_every: Count = Field(200, description="steps between checkpoints")
+    keep: Count = Field(2, description="last checkpoints to keep")
+    compile: Flag = Field(False, description="transformer layers go through torch.compile")
+    activation_checkpointing: Flag = Field(False, description="recompute layers in the backward pass")
+    ema: Decay | None = Field(None, description="decay of an average of the weights; null: none is kept")
 
-    `eval_every`, `save_every` and `eval_bins` count steps, steps and bins; `keep` is the number of last
-    checkpoints kept. `compile`: transformer layers go through torch.compile (a minute or more at the start;
-    `engine.layers_to_compile`). `activation_checkpointing`: every transformer layer is computed a second time
-    in the backward pass, so that little of it is kept in memory. `ema`: decay of a running average of the
-    weights, kept beside them for `sllm export --weights ema`.
-    """
-
-    max_tokens: int | None = None
-    max_steps: int | None = None
-    eval_every: int = 200
-    eval_bins: int = 32
-    save_every: int = 200
-    keep: int = 2
-    compile: bool = False
-    activation_checkpointing: bool = False
-    ema: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"recipe: training.ema must be null or lie in (0, 1), not {self.ema}")
+    def problems(self) -> Iterator[str]:
         if self.max_tokens is None and self.max_steps is None:
-            raise UserError(
-                "recipe: set training.max_tokens or training.max_steps, or the run would never end"
-            )
-        for name in ("max_tokens", "max_steps", "eval_every", "eval_bins", "save_every", "keep"):
-            if getattr(self, name) is not None:
-                _require_positive(f"training.{name}", getattr(self, name))
+            yield "set training.max_tokens or training.max_steps, or the run would never end"
 
     def progress(self, step: int, tokens: int) -> float:
         """Share of the run that is done after `step` steps and `tokens` real tokens, in [0, 1]."""
@@ -305,49 +381,27 @@ class TrainingRecipe:
         return min(1.0, max(shares))
 
 
-@dataclass
-class HealthRecipe:
-    """When a step is skipped, and when the run ends because it is not well (`health.py`).
+class HealthRecipe(Section):
+    """When a step is skipped, and when a diverging or hung run ends."""
 
-    max_skips: skipped steps in a row that end the run. loss_spike, norm_spike: skip a step whose loss or
-    gradient norm is above so many times the median of the last accepted ones; null skips for values that are
-    not finite only. hang_seconds: a run in which nothing is finished for so long ends; null: never.
-    """
-
-    max_skips: int = 5
-    loss_spike: float | None = None
-    norm_spike: float | None = None
-    hang_seconds: float | None = 1200.0
-
-    def __post_init__(self) -> None:
-        _require_positive("health.max_skips", self.max_skips)
-        for name in ("loss_spike", "norm_spike"):
-            factor = getattr(self, name)
-            if factor is not None and not 1 < factor < math.inf:
-                raise UserError(f"recipe: health.{name} must be null or a number above 1, not {factor}")
-        if self.hang_seconds is not None and not 0 < self.hang_seconds < math.inf:
-            raise UserError(
-                f"recipe: health.hang_seconds must be null or a positive number, not {self.hang_seconds}"
-            )
+    max_skips: Count = Field(5, description="skipped steps in a row that end the run")
+    loss_spike: Ratio | None = Field(None, description="skip losses above so many times the recent median")
+    norm_spike: Ratio | None = Field(None, description="the same for the gradient norm")
+    hang_seconds: Positive | None = Field(1200.0, description="time without progress that ends the run")
 
 
-@dataclass
-class LogRecipe:
-    """Where figures go beside metrics.jsonl; without a terminal, a line every `console_every` steps.
+class LogRecipe(Section):
+    """Where metrics go, beside metrics.jsonl."""
 
-    `profile`: steps of which `profile_ranks` write a trace, "10-12" or "10" (`profiling.py`).
-    """
+    tensorboard: Flag = Field(True, description="write TensorBoard files")
+    wandb: Flag = Field(False, description="log to Weights & Biases")
+    console_every: Count = Field(10, description="steps between lines, without a terminal")
+    profile: str | None = Field(None, description="steps to trace, such as 10-12 or 10; null: none")
+    profile_ranks: List[Whole] = Field([0], description="ranks to trace")
 
-    tensorboard: bool = True
-    wandb: bool = False
-    console_every: int = 10
-    profile: str | None = None
-    profile_ranks: list[int] = field(default_factory=lambda: [0])
-
-    def __post_init__(self) -> None:
-        _require_positive("log.console_every", self.console_every)
+    def problems(self) -> Iterator[str]:
         if self.profile is not None and not 1 <= self.profile_steps()[0] <= self.profile_steps()[1]:
-            raise UserError(f"recipe: log.profile must be steps such as 10-12, not {self.profile!r}")
+            yield f"log.profile must be steps such as 10-12, not {self.profile!r}"
 
     def profile_steps(self) -> tuple[int, int]:
         """First and last step of `profile`; (0, 0) when it is no such thing."""
@@ -356,103 +410,65 @@ class LogRecipe:
         return (int(first), int(last)) if first.isdecimal() and last.isdecimal() else (0, 0)
 
 
-@dataclass
-class Recipe:
+class Recipe(Section):
     """One training run. The key names are those of the YAML file and of the command line's overrides."""
 
-    objective: str
-    output_dir: str
-    seed: int = 1
-    init_from: str | None = None
-    data: DataRecipe = field(default_factory=DataRecipe)
-    model: ModelRecipe = field(default_factory=ModelRecipe)
-    loss: LossRecipe = field(default_factory=LossRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
-    training: TrainingRecipe = field(default_factory=TrainingRecipe)
-    health: HealthRecipe = field(default_factory=HealthRecipe)
-    log: LogRecipe = field(default_factory=LogRecipe)
+    objective: Literal["vae", "sllm", "lm"] = Field(description="SentenceVAE, SLLM or token-level model")
+    output_dir: str = Field(description="the run's folder")
+    seed: Whole = Field(1, description="decides first weights, the order of bins and all noise")
+    init_from: str | None = Field(None, description="model folder whose weights a new run starts from")
+    data: DataRecipe = SECTION
+    model: ModelRecipe = SECTION
+    loss: LossRecipe = SECTION
+    optimizer: OptimizerRecipe = SECTION
+    schedule: ScheduleRecipe = SECTION
+    training: TrainingRecipe = SECTION
+    health: HealthRecipe = SECTION
+    log: LogRecipe = SECTION
 
-    def __post_init__(self) -> None:
-        _require_one_of("objective", self.objective, OBJECTIVES)
+    def problems(self) -> Iterator[str]:
         if not self.data.shards:
-            raise UserError(
-                "recipe: data.shards is empty: name the shard folders, for example --data.shards shards/train"
-            )
-        needs = {"vae": ("vae",), "sllm": ("vae", "backbone"), "lm": ("backbone",)}[self.objective]
-        for name in needs:
+            yield "data.shards is empty: name the shard folders, for example --data.shards shards/train"
+        for name in {"vae": ("vae",), "sllm": ("vae", "backbone"), "lm": ("backbone",)}[self.objective]:
             if not getattr(self.model, name):
-                raise UserError(f"recipe: objective {self.objective} needs model.{name} (sizes, or a path)")
+                yield f"objective {self.objective} needs model.{name} (sizes, or a path)"
         if self.loss.embedding_weight and self.objective != "sllm":
-            raise UserError(f"recipe: loss.embedding_weight is for objective sllm, not {self.objective}")
+            yield f"loss.embedding_weight is for objective sllm, not {self.objective}"
         if self.objective == "vae" and self.model.vae.get("path"):
-            raise UserError(
-                "recipe: objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
-            )
+            yield "objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the layout of the YAML file."""
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
     def to_yaml(self) -> str:
         """The resolved recipe, as kept in the run directory."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+# Every key that a file or an override may name, with its type, default and meaning.
+KEYS = keys_of(Recipe, {"model.vae": [VaeRecipe], "model.backbone": BACKBONES.values()})
+
+
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe file, apply `["--training.max_steps", "10", …]` and check everything.
 
-    Raises UserError for a missing or unreadable file, an unknown key (with the nearest known one) or a wrong
-    value.
+    Raises: UserError for a file that is missing or unreadable, or with all problems of its keys and values.
     """
     values = read_yaml(find_recipe(path))
+    problems = []
     for key, texts in parse_overrides(overrides or []):
-        _set_override(values, key, texts)
-    return build(Recipe, values, known_keys())
-
-
-def _set_override(values: dict[str, Any], key: str, texts: list[str]) -> None:
-    """Put one command line value where it belongs; types are settled later by `build`."""
-    parts = key.split(".")
-    is_model_part = len(parts) == 3 and parts[0] == "model" and parts[1] in ("vae", "backbone")
-    if not is_model_part and key not in known_keys():
-        raise unknown_key(key, known_keys())
-    parsed = [parse_value(text) for text in texts]
-    node = values
-    for part in parts[:-1]:
-        if not isinstance(node.get(part), dict):
-            node[part] = {}
-        node = node[part]
-    if is_model_part and (parts[2] == "path" or node.get("path")):
-        node.clear()
-    node[parts[-1]] = parsed[0] if len(parsed) == 1 else parsed
-
-
-def known_keys() -> list[str]:
-    """Every dotted key an override may name, model parts included."""
-    keys = []
-    for name, kind in typing.get_type_hints(Recipe).items():
-        if name == "model":
-            keys += [f"model.vae.{key}" for key in VAE_KEYS]
-            keys += [f"model.backbone.{key}" for key in dict.fromkeys(sum(BACKBONE_KEYS.values(), ()))]
-        elif dataclasses.is_dataclass(kind):
-            keys += [f"{name}.{part.name}" for part in dataclasses.fields(kind)]
+        # Which keys a backbone has, its family decides.
+        if key in KEYS or key.rpartition(".")[0] == "model.backbone":
+            set_override(values, key, texts)
         else:
-            keys.append(name)
-    return keys
-
-
-def _require_known(where: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
-    for key in values:
-        if key not in known:
-            raise unknown_key(f"{where}{key}", [where + name for name in known])
-
-
-def _require_one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"recipe: {key} must be one of {', '.join(allowed)}, not {value!r}")
-
-
-def _require_positive(key: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"recipe: {key} must be at least 1, not {value}")
+            problems.append(unknown_key(key, KEYS))
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems += explain(error, KEYS)
+    if problems:
+        problems.sort(key=lambda text: not text.startswith("unknown recipe key"))
+        prefix = "" if problems[0].startswith("unknown recipe key") else "recipe: "
+        raise UserError(prefix + "; ".join(problems))
+    return recipe

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from data_prep.common.environment import header, require_folder, say, write_result
-from data_prep.common.errors import UserError
+from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.errors import UserError, log
 from pipeline.costs import process_memory
 from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
 from pipeline.costs.inspect import find_recipe
@@ -251,7 +251,7 @@ def run(options: GenerationBenchmark) -> dict[str, Any]:
     points = [measure(case, sides, options.runs) for case in cases]
     if device.type == "cpu" and not options.no_memory:
         for name in sides:
-            say(f"memory of {name}, in a process of its own")
+            log(f"memory of {name}, in a process of its own")
             add_memory(points, name, process_memory.in_own_process("generation", name, options)["memory"])
         found = {name: held_per_token(points, name) for name in sides}
         held = {"held_per_token": {name: value for name, value in found.items() if value is not None}}
@@ -352,7 +352,7 @@ def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -
             turn = sides[name].turn(case, prompts_BC)
             if number >= 0:
                 turns[name].append(turn)
-                say(
+                log(
                     f"batch {case.batch}, context {case.context}, {sides[name].name}: "
                     f"{turn.tokens_per_second:.2f} tokens/s"
                 )

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
-from data_prep.common.environment import header, require_folder, say, write_result
-from data_prep.common.errors import UserError
+from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.errors import UserError, log
 from data_prep.shards.reader import ShardSet
 from pipeline.config.schema import Recipe
 from pipeline.costs import process_memory
@@ -318,7 +318,7 @@ def run(options: TrainingBenchmark) -> dict[str, Any]:
     if not options.no_memory:
         for name in figures:
             figures[name]["memory_bytes"] = process_memory.in_own_process("train", name, options)
-            say(f"memory, {figures[name]['name']}: {figures[name]['memory_bytes']['peak'] / 1e9:.2f} GB")
+            log(f"memory, {figures[name]['name']}: {figures[name]['memory_bytes']['peak'] / 1e9:.2f} GB")
     totals = settings.shards.manifest["totals"]
     result = {
         **header(PACKAGES),
@@ -361,7 +361,7 @@ def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[
             seconds = _timed(settings.device, steppers[name])
             steppers[name].clear()
             taken[name].append((side.tokens, seconds))
-            say(f"run {turn + 1} of {options.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
+            log(f"run {turn + 1} of {options.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
     peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
     figures = {}
     for name, side in sides.items():

@@ -41,7 +41,6 @@ from pipeline.models.flops import (
     part_of,
 )
 from pipeline.models.folders import parameter_count
-from pipeline.models.sentence_vae import LAYOUTS
 
 TOKENS_PER_SENTENCE = 10.9
 WORLDS = (1, 8, 64)
@@ -306,7 +305,7 @@ def inspect_all(vocab_size: int | None = None) -> dict[str, Any]:
     rows, vocabulary = [], Vocabulary(vocab_size or Vocabulary().vocab_size)
     for path in sorted([*RECIPES.glob("svae-*.yaml"), *RECIPES.glob("sllm-*-h*.yaml")]):
         recipe, counts = sized_recipe(path), {}
-        for layout in LAYOUTS:
+        for layout in ("lean", "paper"):
             recipe.model.vae["layout"] = layout
             with torch.device("meta"):
                 counts[layout] = parameter_count(new_model(recipe, vocabulary, {}))

@@ -10,13 +10,13 @@ import ctypes
 import gc
 import json
 import re
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
+from data_prep.common.processes import last_line, run_command
 from pipeline.costs.options import Benchmark
 
 
@@ -59,12 +59,5 @@ def in_own_process(kind: str, side: str, options: Benchmark) -> Any:
             command += [flag] if value else []
         elif value is not None:
             command += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *command, "--json"],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise UserError(f"measuring the memory of {side} ended with status {done.returncode}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    command = [sys.executable, "-m", "pipeline.cli", *command, "--json"]
+    return json.loads(last_line(run_command(command, f"measuring the memory of {side}")))

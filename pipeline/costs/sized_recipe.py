@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 
 from data_prep.common.errors import UserError
 from pipeline.config.library import RECIPES, find_recipe
-from pipeline.config.schema import VAE_KEYS, ModelRecipe, Recipe, load_recipe
+from pipeline.config.schema import Recipe, VaeRecipe, load_recipe
 from pipeline.models.folders import KINDS, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,9 +50,9 @@ def sized_recipe(
             )
     # Weights to start from say nothing about sizes.
     vae = {key: value for key, value in vae.items() if value is not None and key != "init_embeddings_from"}
-    model = ModelRecipe(vae=vae)
-    model.backbone = backbone  # a config of a folder has more keys than a recipe may have
-    return dataclasses.replace(recipe, model=model)
+    # Not checked: the config of a folder has more keys than a recipe may have.
+    recipe.model.vae, recipe.model.backbone = vae, backbone
+    return recipe
 
 
 def _vae_sizes(recipe: Recipe, path: Path, vae_recipe: str | Path | None) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def _vae_sizes(recipe: Recipe, path: Path, vae_recipe: str | Path | None) -> dic
     if vae_recipe is None:
         if (Path(folder) / "config.json").is_file():
             config = read_config(folder)
-            return {key: config[key] for key in VAE_KEYS if key in config}
+            return {key: config[key] for key in VaeRecipe.model_fields if key in config}
         name = f"{Path(folder).name}.yaml"
         found = [place / name for place in (path.parent, RECIPES) if (place / name).is_file()]
         if not found:

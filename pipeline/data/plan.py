@@ -331,23 +331,23 @@ def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:
     fullest is closed for a new one. A full bin is closed at once, those left at the end in the order in which
     they were opened.
     """
-    rooms: list[int] = []  # of the open bins, sorted: room << 40 | the bin's number
+    rooms: list[tuple[int, int]] = []  # (room, number) of the open bins, sorted
     members: dict[int, list[int]] = {}
     bins = 0
     for n, size in enumerate(sizes):
-        at = bisect_left(rooms, size << 40)
+        at = bisect_left(rooms, (size, 0))
         if at < len(rooms):
-            key = rooms.pop(at)
-            room, which = key >> 40, key & ((1 << 40) - 1)
-            members[which].append(n)
+            room, number = rooms.pop(at)
+            members[number].append(n)
         else:
             if len(rooms) == LOOK_AHEAD:
-                yield members.pop(rooms.pop(0) & ((1 << 40) - 1))
+                _, fullest = rooms.pop(0)
+                yield members.pop(fullest)
             bins += 1
-            room, which = budget, bins
-            members[which] = [n]
+            room, number = budget, bins
+            members[number] = [n]
         if room > size:
-            insort(rooms, (room - size) << 40 | which)
+            insort(rooms, (room - size, number))
         else:
-            yield members.pop(which)
+            yield members.pop(number)
     yield from members.values()

@@ -1,40 +1,36 @@
-"""`sllm audit`: proof that a run trained on every bin once, in order, over its whole life.
+"""`sllm audit`: proves that a run trained on every bin once, in order, from its start to its end.
 
-In: a run directory and the shard sets that it was trained on. Out: a dictionary with `clean`, `findings` and
-what was looked at. Called by `cli.py`.
-
-What ranks computed stands in metrics.jsonl: of every step the number of batches and the sum of their digests
-(`Batch.digest`, over what the model is given), over all ranks. What they should have computed is worked out
-again here: the stream is planned from the saved recipe, every bin is read, and the sums are compared. So
-nothing that a run says about its own order is believed. The cost is reading, once, all text that the run has
-seen.
+metrics.jsonl has, for every step, the number of batches that all ranks computed and the sum of their digests
+(`Batch.digest`, over the model's input). The audit plans the stream again from the saved recipe, reads every
+bin, and compares the sums. It trusts nothing that the run records about its order. It reads all text of the
+run once.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import read_json_lines
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import DamagedCheckpoint, Meta
 from pipeline.config.schema import Recipe, load_recipe
 from pipeline.data.batch import build_batch
 from pipeline.data.plan import Bin, BinPlan, Consumed, count
-from pipeline.training.run_log import METRICS, STARTS, read_records
+from pipeline.training.run_files import Run
+from pipeline.training.run_log import METRICS
 
 SHOWN = 20  # findings in the text; --json has all
 
 
 @dataclass
 class PlannedStep:
-    """A step as the plan wants it: its bins, the digest of each, and their sums."""
+    """A step by the plan: its bins, the digest of each, and its counts."""
 
     bins: list[Bin]
     digests: list[int]
@@ -43,7 +39,7 @@ class PlannedStep:
 
 
 class PlannedSteps:
-    """The plan's steps by number, from 1, in ascending order; the one before may be asked for again."""
+    """The plan's steps by number, from 1; ask in ascending order, except for the step before."""
 
     def __init__(self, plan: BinPlan, recipe: Recipe):
         self._plan, self._recipe = plan, recipe
@@ -58,16 +54,20 @@ class PlannedSteps:
             self._made += 1
         return self._last[number - self._made - 1]
 
+    def around(self, number: int) -> list[PlannedStep]:
+        """A step and its neighbours."""
+        return [self[n] for n in range(max(1, number - 1), number + 2)]
+
 
 def audit(run_dir: str | Path, shards: list[str] | None = None) -> dict[str, Any]:
-    """Walk through every step and every checkpoint of a run.
+    """Check every step and every checkpoint of a run.
 
     Args:
-        shards: where the recipe's shard sets lie now, if they have moved.
+        shards: folders of the recipe's shard sets, if they have moved.
     Returns: `clean`; `findings`, a line each; `steps`, `bins`, `tokens`; `skipped`, steps that the guard did
-        not apply (their bins are consumed all the same); `starts` (as in starts.jsonl) and
-        `world_changes`; `checkpoints` that were compared; `damaged` ones that could not be.
-    Raises: UserError when there is no run, or the shards are not those that it was trained on.
+        not apply (their bins count as consumed); `starts` (of starts.jsonl) and `world_changes`;
+        `checkpoints` that were compared; `damaged` ones that were not.
+    Raises: UserError when there is no run, or it was trained on other shards.
     """
     run_dir = Path(run_dir)
     if not (run_dir / METRICS).is_file():
@@ -77,7 +77,7 @@ def audit(run_dir: str | Path, shards: list[str] | None = None) -> dict[str, Any
     plan = _plan(recipe, shards or recipe.data.shards, metas)
     findings: list[str] = []
     records = _step_records(run_dir / METRICS, findings)
-    starts = read_records(run_dir / STARTS)
+    starts = Run(run_dir).starts
     last = max(records, default=0)
 
     planned = PlannedSteps(plan, recipe)
@@ -117,7 +117,7 @@ _START = ("time", "step", "world", "zero_stage", "lost_steps")
 
 
 def format_audit(result: dict[str, Any]) -> str:
-    """A line of verdict; what was found; where the number of ranks changed."""
+    """The verdict, the findings, and where the number of ranks changed."""
     starts, found = result["starts"], result["findings"]
     if result["clean"]:
         verdict = (
@@ -144,7 +144,7 @@ def format_audit(result: dict[str, Any]) -> str:
 
 
 def _checkpoints(run_dir: Path) -> tuple[dict[int, Meta], list[str]]:
-    """The metas of whole checkpoints by step, up to `latest` (what is beyond it will be written again); and
+    """The metas of whole checkpoints by step, up to `latest` (those beyond it will be written again); and
     what is wrong with damaged ones."""
     metas, damaged = {}, []
     for path in reversed(store.listed(run_dir)[0]):
@@ -157,7 +157,7 @@ def _checkpoints(run_dir: Path) -> tuple[dict[int, Meta], list[str]]:
 
 
 def _plan(recipe: Recipe, folders: list[str], metas: dict[int, Meta]) -> BinPlan:
-    """The plan that the run followed. Raises UserError when these are other shards than a checkpoint's."""
+    """The run's plan. Raises UserError when a checkpoint is of other shards."""
     shard_sets = [ShardSet.open(folder) for folder in folders]
     fingerprints = [shard_set.fingerprint for shard_set in shard_sets]
     for number, meta in metas.items():
@@ -171,47 +171,42 @@ def _plan(recipe: Recipe, folders: list[str], metas: dict[int, Meta]) -> BinPlan
 
 
 def _step_records(path: Path, findings: list[str]) -> dict[int, dict[str, Any]]:
-    """The records by step; adds a finding for lines that are none, and for steps that are missing, repeated
-    or out of order."""
+    """The records by step. Adds a finding for each line that is no record, and for steps that are missing,
+    repeated or out of order."""
     records: dict[int, dict[str, Any]] = {}
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a kill may leave half a line
-    reached = 0
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            step = int(record["step"])
-        except (ValueError, KeyError, TypeError):
+    last = 0
+    for number, record in read_json_lines(path):
+        step = record.get("step") if isinstance(record, dict) else None
+        if not isinstance(step, int):
             findings.append(f"{METRICS}, line {number}: not the record of a step")
             continue
         if step in records:
-            findings.append(f"step {step} stands twice in {METRICS} (line {number})")
+            findings.append(f"step {step} is twice in {METRICS} (line {number})")
             continue
-        if step < reached:
-            findings.append(f"step {step} stands after step {reached} in {METRICS} (line {number})")
-        missing = range(reached + 1, step)
+        if step < last:
+            findings.append(f"step {step} comes after step {last} in {METRICS} (line {number})")
+        missing = range(last + 1, step)
         if missing:
             which = (
                 f"step {missing[0]} is" if len(missing) == 1 else f"steps {missing[0]} to {missing[-1]} are"
             )
             findings.append(f"{which} missing in {METRICS} (line {number})")
         records[step] = record
-        reached = max(reached, step)
+        last = max(last, step)
     return records
 
 
 def _compare_step(number: int, record: dict[str, Any], planned: PlannedSteps, tokens: int) -> list[str]:
-    """What differs between a step's record and the plan; `tokens` counts those of all steps so far."""
+    """The differences between a step's record and the plan; `tokens` counts those of all steps so far."""
     step = planned[number]
     found = []
     ours = len(step.bins), sum(step.digests)
     theirs = record.get("bins"), record.get("bins_digest")
     if theirs != ours:
-        neighbours = [planned[number - 1]] if number > 1 else []
-        neighbours += [step, planned[number + 1]]
-        why = _explain(step, theirs, neighbours)
         found.append(
             f"step {number} computed other bins than planned: {theirs[0]} with digest {theirs[1]}, "
-            f"planned {ours[0]} with digest {ours[1]}, from {step.bins[0]} on{why}"
+            f"planned {ours[0]} with digest {ours[1]}, from {step.bins[0]} on"
+            + _explain(step, theirs, planned.around(number))
         )
     for name, value in (("targets", step.targets), ("tokens", tokens)):
         if record.get(name) != value:
@@ -219,25 +214,23 @@ def _compare_step(number: int, record: dict[str, Any], planned: PlannedSteps, to
     return found
 
 
-def _explain(step: PlannedStep, theirs: tuple[Any, Any], neighbours: Iterable[PlannedStep]) -> str:
-    """Which bin was left out or taken for another, if one alone accounts for the difference."""
-    bins, digest = theirs
-    if not isinstance(bins, int) or not isinstance(digest, int):
+def _explain(step: PlannedStep, theirs: tuple[Any, Any], around: list[PlannedStep]) -> str:
+    """The bin that is missing, or was replaced by one of the steps around, if that gives the run's sum."""
+    if None in theirs:
         return " (no count or digest)"
-    excess = digest - sum(step.digests)
-    ours = dict(zip(step.digests, step.bins, strict=True))
-    if bins == len(step.bins) - 1 and -excess in ours:
-        return f": {ours[-excess]} is missing"
-    near = {d: bin_ for one in neighbours for d, bin_ in zip(one.digests, one.bins, strict=True)}
-    if bins == len(step.bins):
-        for mine, bin_ in ours.items():
-            if mine + excess in near:
-                return f": {bin_} is missing, {near[mine + excess]} was computed for it"
+    near = [pair for one in around for pair in zip(one.digests, one.bins, strict=True)]
+    for digest, bin_ in zip(step.digests, step.bins, strict=True):
+        rest = sum(step.digests) - digest
+        if theirs == (len(step.bins) - 1, rest):
+            return f": {bin_} is missing"
+        for other, instead in near:
+            if theirs == (len(step.bins), rest + other):
+                return f": {bin_} is missing, {instead} was computed for it"
     return ""
 
 
 def _compare_checkpoint(meta: Meta, ours: dict[str, Any], recipe: Recipe) -> list[str]:
-    """What differs between a checkpoint and the steps up to it."""
+    """The differences between a checkpoint and the steps up to it."""
     name = f"checkpoint {store.step_name(meta.step)}"
     found = [
         f"{name}: {key} is {getattr(meta, key)} there and {value} by the steps up to it"

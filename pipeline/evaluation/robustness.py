@@ -19,8 +19,8 @@ from itertools import chain, zip_longest
 
 import numpy as np
 
-from data_prep.common.environment import header, require_folder, say, write_result
-from data_prep.common.errors import UserError
+from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.errors import UserError, log
 from data_prep.corpus.documents import RawDocument, Reject
 from data_prep.corpus.inputs import find_inputs
 from data_prep.text.segment_rules import DASHES, ELLIPSES, PAUSES, STOPS
@@ -232,7 +232,7 @@ def _of_model(
     """What the model is, and by variant its figures."""
     figures: dict[str, dict] = {}
     for name, documents in texts.items():
-        say(f"{loaded.folder}: {name}")
+        log(f"{loaded.folder}: {name}")
         scored = evaluate(loaded, text=text, documents=documents)
         mine = {
             "model": loaded.folder,

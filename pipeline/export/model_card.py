@@ -12,17 +12,16 @@ Called by `training_run.py` (provenance) and `export.py` (the card).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import read_json
 from pipeline.checkpoints.store import Meta
 from pipeline.data.plan import Position
-from pipeline.training.provenance import PROVENANCE
-from pipeline.training.run_log import EVALUATIONS, read_records
+from pipeline.training.run_files import Run
 
 RESULTS = "results"
 
@@ -81,7 +80,7 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
     Raises: UserError for a file in `results/` that is no result of these weights.
     """
     run_dir = Path(run_dir)
-    known = _read_json(run_dir / PROVENANCE) or {}
+    known = Run(run_dir).provenance
     parts = [
         "---\n" + yaml.safe_dump(_front_matter(meta, known), sort_keys=False, allow_unicode=True) + "---",
         f"# {run_dir.resolve().name}",
@@ -145,7 +144,7 @@ def _use(meta: Meta, folder_name: str) -> str:
 
 def _results(run_dir: Path, checkpoint: str, meta: Meta) -> list[str]:
     rows = []
-    measured = [row for row in read_records(run_dir / EVALUATIONS) if row["step"] <= meta.step]
+    measured = [row for row in Run(run_dir).evaluations if row["step"] <= meta.step]
     if measured:
         best = min(measured, key=lambda row: (_finite(row["bits_per_byte"]), row["step"]))
         rows += [("best", best), ("last", measured[-1])]
@@ -181,12 +180,12 @@ def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> list[tuple[str
 
     found = []
     for path in sorted((run_dir / RESULTS).glob("*.json")):
-        result = _read_json(path)
-        if not isinstance(result, dict) or not {"model", "kind", "data", "data_fingerprint"} <= set(result):
+        result = read_json(path)
+        if not {"model", "kind", "data", "data_fingerprint"} <= set(result):
             raise UserError(
                 f"{path} is no output of `sllm evaluate --json`: remove it from {run_dir / RESULTS}"
             )
-        origin = _read_json(Path(result["model"]) / ORIGIN) or {}
+        origin = read_json(Path(result["model"]) / ORIGIN, default={})
         same = origin.get("checkpoint") == checkpoint and origin.get("tokens") == meta.tokens
         if result["kind"] != meta.objective or not same or origin.get("recipe") != meta.recipe:
             raise UserError(
@@ -215,7 +214,7 @@ def _model(meta: Meta, parameters: int) -> str:
 
 
 def _training(run_dir: Path, checkpoint: str, meta: Meta, known: dict[str, Any]) -> str:
-    strategy = _read_json(run_dir / "ds_config.json") or {}
+    strategy = Run(run_dir).deepspeed
     half = next((name for name in ("bf16", "fp16") if strategy.get(name, {}).get("enabled")), "fp32")
     rows = [
         ["checkpoint", checkpoint],
@@ -258,16 +257,6 @@ def _limits(meta: Meta) -> str:
         lines.insert(1, f"Sentences are cut by `{_settings(meta)['segmenter']}` and have at most "
                         f"{_number(_settings(meta)['max_tokens'])} tokens.")  # fmt: skip
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _read_json(path: Path) -> Any:
-    """A JSON file's value, None when there is no such file. UserError when it does not parse."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
 
 
 def _finite(value: float | None) -> float:

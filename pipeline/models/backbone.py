@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import UserError
-from pipeline.config.schema import BACKBONE_KEYS
+from pipeline.config.schema import BACKBONES
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.folders import KINDS, load_pretrained, read_config
 from pipeline.models.kv_cache import CachedStep
 
-FAMILIES = tuple(BACKBONE_KEYS)  # whose packing, causality, cache and gradients are under test
+FAMILIES = tuple(BACKBONES)  # whose packing, causality, cache and gradients are under test
 
 
 def backbone_config(settings: dict) -> PreTrainedConfig:

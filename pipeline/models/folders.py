@@ -7,7 +7,6 @@ not match the config are refused, because a model that was silently filled up wi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from data_prep.common.errors import UserError, first_line
+from data_prep.common.files import read_json
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
 # Bars for loading and writing weights would break up logs; our own commands say what they do.
@@ -27,17 +27,11 @@ KINDS = {"sentence_vae": "vae", "sllm": "sllm"}  # our model types; every other 
 def read_config(folder: str | Path) -> dict:
     """`config.json` of a model folder. Raises: UserError when there is none."""
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise UserError(
             f"model folder {folder}: no config.json there; give one made by `sllm export` or save_pretrained"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return config
+        )
+    return read_json(path)
 
 
 def load_pretrained(

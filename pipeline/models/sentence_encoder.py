@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.layers import PostNormLayer, TokenEmbedding, TransformerLayer
 
-FUSIONS = ("sum", "mean", "attention", "last")
-
 # Where a new variational encoder starts: noise of e⁻² beside embeddings of size 1. From a variance of 1 the
 # decoder would learn to ignore its vector before the encoder has put anything into it.
 START_LOG_VARIANCE = -4.0

@@ -10,24 +10,20 @@ always give the embedding itself (variational: the mean).
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import UserError
+from pipeline.config.schema import VaeRecipe, checked_vae
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecoderState, SentenceDecoder, Written
-from pipeline.models.sentence_encoder import FUSIONS, SentenceEncoder
+from pipeline.models.sentence_encoder import SentenceEncoder
 from pipeline.models.vocabulary_head import VocabularyHead
 
-LAYOUTS = ("lean", "paper")
-POSITIONS = ("learned", "rotary")
-CONDITIONS = ("cross_attention", "prefix", "none")
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one sentence
 
 
@@ -106,68 +102,40 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.layers = layers
-        self.encoder_layers = (
-            layers if encoder_layers is None else _count("encoder_layers", encoder_layers, 1)
-        )
+        self.encoder_layers = layers if encoder_layers is None else encoder_layers
         self.heads = heads
         self.embedding_size = embedding_size or hidden_size
         self.ffn_size = ffn_size or 2 * hidden_size
-        self.layout = _one_of("layout", layout, LAYOUTS)
-        self.positions = _one_of("positions", positions, POSITIONS)
+        self.layout = layout
+        self.positions = positions
         self.max_sentence_tokens = max_sentence_tokens
-        self.fusion = _one_of("fusion", fusion, FUSIONS)
-        self.vectors = _count("vectors", vectors, 1)
-        self.condition = _one_of("condition", condition, CONDITIONS)
-        self.condition_range = _number("condition_range", condition_range)
-        self.prefix_slots = _count("prefix_slots", prefix_slots, 1)
-        self.context_sentences = _count("context_sentences", context_sentences, 0)
-        if self.vectors > 1 and fusion != "attention":
-            raise UserError(f"model.vae.vectors {vectors} needs model.vae.fusion attention, not {fusion}")
-        if layout == "paper" and (
-            (self.vectors, condition, context_sentences, positions) != (1, "cross_attention", 0, "learned")
-        ):
-            raise UserError(
-                "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
-                "positions: use lean for anything else"
-            )
-        if prefix_slots != 1 and condition != "prefix":
-            raise UserError(
-                f"model.vae.prefix_slots {prefix_slots} needs model.vae.condition prefix, not {condition}"
-            )
-        if self.condition_range and (condition != "cross_attention" or layout == "paper"):
-            raise UserError(
-                "model.vae.condition_range is for condition cross_attention and layout lean: set it to 0"
-            )
-        self.dropout = _number("dropout", dropout, below=1.0)
-        self.latent_noise = _number("latent_noise", latent_noise)
+        self.fusion = fusion
+        self.vectors = vectors
+        self.condition = condition
+        self.condition_range = condition_range
+        self.prefix_slots = prefix_slots
+        self.context_sentences = context_sentences
+        self.dropout = dropout
+        self.latent_noise = latent_noise
         self.variational = variational
-        self.kl_weight = _number("kl_weight", kl_weight)
-        self.free_bits = _number("free_bits", free_bits)
+        self.kl_weight = kl_weight
+        self.free_bits = free_bits
         self.focal_gamma = focal_gamma
         self.label_smoothing = label_smoothing
         self.z_loss = z_loss
         self.initializer_range = initializer_range
         self.sentence_settings = sentence_settings or {}
         self.window_tokens = window_tokens
+        # Types, limits and what does not fit together: as in a recipe.
+        given = {key: value for key, value in vars(self).items() if key in VaeRecipe.model_fields}
+        for key, value in checked_vae({**given, "tie_word_embeddings": tie_word_embeddings}).items():
+            setattr(self, key, value)
         if hidden_size % heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
-        if context_sentences and positions != "rotary":
-            raise UserError(
-                f"model.vae.context_sentences {context_sentences} needs model.vae.positions rotary: learned "
-                "positions say nothing of the distance between sentences"
-            )
         if positions == "rotary" and hidden_size // heads % 2:
             raise UserError("model.vae.positions rotary turns pairs of channels: hidden_size / heads is odd")
         if tie_word_embeddings and self.embedding_size != hidden_size:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
-        if not isinstance(variational, bool):
-            raise UserError(f"model.vae.variational must be true or false, not {variational!r}")
-        if variational and self.latent_noise:
-            raise UserError(
-                "model.vae.latent_noise and model.vae.variational both put noise on the embedding: set one"
-            )
-        if not variational and (self.free_bits or self.kl_weight != 1.0):
-            raise UserError("model.vae.kl_weight and model.vae.free_bits need model.vae.variational true")
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -190,30 +158,6 @@ class SentenceVAEConfig(PreTrainedConfig):
     def slots(self) -> int:
         """Rows of the vector before every sentence in the decoder."""
         return self.prefix_slots if self.condition == "prefix" else 0
-
-
-def _count(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"model.vae.{name} must be a whole number of at least {least}, not {value!r}")
-    return value
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise UserError(f"model.vae.{name} must be one of {', '.join(allowed)}, not {value!r}")
-    return value
-
-
-def _number(name: str, value: float, below: float = math.inf) -> float:
-    """`value` as a float in [0, below); YAML reads 1e-3 as text."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number < below:
-        limit = "" if below == math.inf else f" and below {below:g}"
-        raise UserError(f"model.vae.{name} must be a number of at least 0{limit}, not {value!r}")
-    return number
 
 
 class SentenceVAE(PreTrainedModel):

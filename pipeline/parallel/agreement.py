@@ -1,4 +1,4 @@
-"""All ranks agree, or all of them stop with the same message."""
+"""All ranks agree, or all stop with the same message."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 
 from data_prep.common.environment import code_version
 from data_prep.common.errors import UserError, describe
-from pipeline.parallel.ranks import Ranks
 
 
 class AgreedError(UserError):
-    """Raised by every rank alike, because all of them see the same figure: rank 0 says it for all."""
+    """Raised by every rank with the same message; rank 0 prints it for all."""
 
 
 def agree(error: UserError | OSError | None, value: Any = None, says: str | None = None) -> list[Any]:
-    """Every rank's `value`, by rank (a collective); AgreedError on all of them when one has an error.
+    """Every rank's `value`, by rank (a collective); AgreedError on every rank when one has an error.
 
-    A rank that ends alone breaks the collectives that the others wait in: they would end with a trace that
-    says nothing of the reason. says: the message, with {rank} and {message}; else the error's own.
+    A rank that ends alone breaks the collectives in which the others wait, and their traces would not name
+    the reason. says: the message, with {rank} and {message}; else the error's own.
     """
-    import torch.distributed as dist
+    import torch.distributed as dist  # here: a wrong recipe is refused before torch loads
 
     mine = (None if error is None else describe(error), value)
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -33,18 +32,18 @@ def agree(error: UserError | OSError | None, value: Any = None, says: str | None
     return [theirs for _, theirs in everyone]
 
 
-def do_and_agree(work: Callable[[], Any]) -> list[Any]:
+def do_and_agree(work: Callable[[], Any], says: str | None = None) -> list[Any]:
     """`agree` on what `work` returns, or on the UserError or OSError that it raises."""
     error = value = None
     try:
         value = work()
     except (UserError, OSError) as failure:
         error = failure
-    return agree(error, value)
+    return agree(error, value, says)
 
 
 def facts(recipe: dict[str, Any], strategy: dict[str, Any], provenance: dict[str, Any]) -> dict[str, str]:
-    """What all ranks must have in common, by name: settings, shards, versions and this project's code."""
+    """What all ranks must share, by name: settings, shards, versions and this project's code."""
     found = {"python": provenance["python"], **provenance["packages"], "code": code_version()}
     for key in ("shards", "validation"):
         for number, shard_set in enumerate(provenance[key]):
@@ -59,13 +58,10 @@ def _flat(name: str, value: Any) -> dict[str, str]:
     return {name: str(value)}
 
 
-def require_agreement(ranks: Ranks, ours: dict[str, str]) -> list[str]:
-    """Compare `facts` over all ranks (a collective); returns every rank's host name. AgreedError, the same on
-    every rank, names the first rank and fact that differ from rank 0's."""
-    import torch.distributed as dist
-
-    everyone: list[Any] = [None] * ranks.world
-    dist.all_gather_object(everyone, (platform.node(), ours))
+def require_agreement(ours: dict[str, str]) -> list[str]:
+    """Compare `facts` over all ranks (a collective); returns every rank's host name. AgreedError names the
+    first rank and fact that differ from rank 0's."""
+    everyone = agree(None, (platform.node(), ours))
     first_host, first = everyone[0]
     for rank, (host, theirs) in enumerate(everyone):
         for name in [*first, *(name for name in theirs if name not in first)]:

@@ -1,9 +1,7 @@
-"""From a launcher's environment to a working process group, and from signals to one agreed stop.
+"""From a launcher's environment variables to a process group (gloo on CPUs, NCCL on CUDA).
 
-In: the variables of `deepspeed`, `torchrun`, plain `srun` or `mpirun` (or none: one process). Out: `Ranks`, a
-torch process group (gloo on CPUs, NCCL on CUDA) and a `StopSignals` flag. Called by `train.py`; torch is
-imported only when the group is made, so a wrong recipe is refused, and signals are caught, before the slow
-imports.
+Launchers are `deepspeed`, `torchrun`, plain `srun`, `mpirun`, or none (one process). torch is imported only
+when the group is made, so that a wrong recipe is refused before the slow imports.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# Launchers that set no RANK, and what they call rank, world size and local rank.
+# Launchers that set no RANK, and their names for rank, world size and local rank.
 _LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -40,7 +38,7 @@ class Ranks:
 
 
 def free_port(address: str = "127.0.0.1") -> int:
-    """A port of this machine that was free a moment ago; `address` "": on all of its addresses."""
+    """A port of this machine that was free just now; `address` "": on all of its addresses."""
     with socket.create_server((address, 0)) as server:
         return server.getsockname()[1]
 
@@ -49,8 +47,9 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in `env` and return this process's
     place.
 
-    What a launcher has set stays. Slurm's variables count only inside a job step (SLURM_STEP_ID), not in the
-    batch script itself. Raises UserError when several machines take part and nobody says where rank 0 is.
+    Variables that a launcher has set are kept. Slurm's variables count only inside a job step
+    (SLURM_STEP_ID), not in the batch script. Raises UserError when there are several machines and none of
+    them is known to hold rank 0.
     """
     if "RANK" not in env:
         for rank, world, local in _LAUNCHERS:
@@ -74,7 +73,7 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
 
 
 def _find_master(env: MutableMapping[str, str]) -> None:
-    """MASTER_ADDR and MASTER_PORT, the same on every rank, from what Slurm or MPI tells each of them."""
+    """Set MASTER_ADDR and MASTER_PORT, the same on every rank, from Slurm's or MPI's variables."""
     job = env.get("SLURM_JOB_ID", "0") + env.get("SLURM_STEP_ID", "")
     env.setdefault("MASTER_PORT", str(20000 + int(job if job.isdigit() else 0) % 12000))
     if "MASTER_ADDR" in env:
@@ -103,11 +102,11 @@ def join(ranks: Ranks) -> torch.device:
     import deepspeed
     import torch
 
+    from pipeline.parallel.deepspeed_compat import skip_shared_memory_op
+
     _silence(deepspeed.utils.logger)
     deepspeed.utils.logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
-    # DeepSpeed would compile a shared-memory op for gloo first, for about a minute, and needs a compiler for
-    # it.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    skip_shared_memory_op()
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     if on_gpu:
         # With one visible GPU per task (`--gpus-per-task`) the local rank is not an index.
@@ -122,10 +121,9 @@ def join(ranks: Ranks) -> torch.device:
 
 
 def _silence(logger: logging.Logger) -> None:
-    """Drop lines that call for nothing and come with every run."""
-    # Models return a LossSums; ZeRO-3 does not look for tensors in it and need not: no weight belongs to the
-    # outermost module.
-    # The optimizer is torch's AdamW with a veto.
+    """Drop warnings that every run prints and that need no action."""
+    # Models return a LossSums, in which ZeRO-3 finds no tensors; it need not: the outermost module has no
+    # weights of its own. The optimizer is torch's AdamW with a veto.
     unwanted = ("module has unknown inputs or outputs type", "using ZeRO with an untested optimizer")
     logger.addFilter(lambda record: not any(words in record.getMessage() for words in unwanted))
     # DeepSpeed calls collectives by names that torch has replaced.
@@ -133,7 +131,7 @@ def _silence(logger: logging.Logger) -> None:
 
 
 def leave() -> None:
-    """Leave the process group, so that no rank's exit looks like a crash to the others."""
+    """Leave the process group, so that this rank's exit does not look like a crash to the others."""
     import torch.distributed
 
     if torch.distributed.is_initialized():

@@ -10,20 +10,20 @@ import time
 
 from data_prep.common.errors import REQUEUE
 
-HUNG = 76  # exit status of a rank in which nothing was finished for too long (`health.Watchdog`)
+HUNG = 76  # exit status of a rank without a heartbeat for too long (`Watchdog`)
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 SECOND_SIGNAL_SECONDS = 1.0
 
 
 class StopSignals:
-    """USR1 (Slurm's warning) and TERM ask for a stop: the flag is read at the next step's all-reduce, so all
+    """USR1 (Slurm's warning) and TERM request a stop: the flag is part of the next step's all-reduce, so all
     ranks agree.
 
-    A second one, at least a second later (Slurm's tools may deliver one signal twice), ends this process at
-    once, without saving, with the requeue status. A thread does that: Python runs handlers in the main thread
-    only when no collective blocks it.
+    A second signal, at least a second later (Slurm may deliver one signal twice), ends this process at once
+    with the requeue status, without saving. A thread does that, because Python runs no handler while a
+    collective blocks the main thread.
 
-    Install it before the slow imports (a USR1 that nobody handles kills).
+    Install it before the slow imports: without a handler, USR1 kills the process.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class StopSignals:
                 os._exit(REQUEUE)
 
     def ignore(self) -> None:
-        """From now on these signals do nothing, up to the process's very end: call it when all is saved.
+        """Ignore these signals until the process ends; call it when all is saved.
 
-        The first rank to exit with 75 makes `srun --kill-on-bad-exit` terminate the others. Python gives its
-        own handlers up before it ends; a rank killed there would hide the 75, and no job would be requeued.
+        The first rank to exit with 75 makes `srun --kill-on-bad-exit` terminate the others. Python removes
+        its own handlers before it ends. A rank killed then would hide the 75, and the job would not requeue.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -23,7 +23,7 @@ from data_prep.common.files import write_atomically
 from pipeline.common.text import NOTHING, duration, grouped, percent
 from pipeline.reports.charts import COLOURS, Mark, Series, line_chart, running_mean, thinned
 from pipeline.reports.page import Block, Chart, Choice, Heading, Table, Text, by, to_html
-from pipeline.reports.run_files import Run, read_runs, training_text, validation_sample
+from pipeline.training.run_files import Run, read_runs, training_text, validation_sample
 
 MOST_SKIPS = 50  # of a run that are listed one by one
 

@@ -24,12 +24,12 @@ import numpy as np
 
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
-from data_prep.common.files import write_atomically
+from data_prep.common.files import read_json, write_atomically
 from pipeline.common.text import NOTHING, duration, grouped, percent, with_interval
 from pipeline.reports.charts import Series, line_chart, thinned
 from pipeline.reports.page import Block, Chart, Choice, Heading, Table, Text, by, to_html, to_text
-from pipeline.reports.run_files import Run, read_runs, training_text, validation_sample
 from pipeline.reports.run_report import colour
+from pipeline.training.run_files import Run, read_runs, training_text, validation_sample
 
 # By budget: what it is called, the unit of the chart's axis, and that unit's size.
 BUDGETS = {
@@ -270,7 +270,7 @@ def _evaluate(
         raise UserError("--model needs --data SHARDS: the runs' recipes name no validation shards")
     origins = {}
     for name, folder in exports.items():
-        origins[name] = origin = _read_json(Path(folder) / ORIGIN)
+        origins[name] = origin = read_json(Path(folder) / ORIGIN)
         recipe = contenders[name].run.recipe
         theirs = origin.get("recipe", {})
         if any(theirs.get(key) != recipe.get(key) for key in ("objective", "seed", "model")):
@@ -299,7 +299,7 @@ def _speeds(
     points: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, file in files.items():
-        result = _read_json(Path(file))
+        result = read_json(file)
         side = "model" if contenders[name].run.recipe["objective"] == "sllm" else "against"
         if "points" not in result or side not in result:
             raise UserError(f"{file}: is no result of `sllm benchmark generation` with figures for {name}")
@@ -331,14 +331,6 @@ def _speeds(
             "cached_bytes_per_token": figures["cached_bytes_per_token"],
         }
     return {**conditions, "batch": batch, "context": context}, found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _add_gaps(found: dict[str, dict[str, Any]]) -> None:

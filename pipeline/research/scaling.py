@@ -29,7 +29,7 @@ from pipeline.checkpoints import store
 from pipeline.common.text import with_interval
 from pipeline.reports.charts import Series, line_chart, picture
 from pipeline.reports.page import Table, to_text
-from pipeline.reports.run_files import read_runs, validation_sample
+from pipeline.training.run_files import read_runs, validation_sample
 
 X = {
     "parameters": "parameters",

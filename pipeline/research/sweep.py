@@ -1,17 +1,16 @@
-"""`sllm sweep SWEEP.yaml`: a set of runs, trained and evaluated alike, and one file with a row for each.
+"""`sllm sweep SWEEP.yaml`: trains and evaluates a set of runs, and writes a row of figures for each.
 
-In: a sweep file (`pipeline/recipes/sweeps/`), which names a recipe, seeds, and for every run the keys of the
-recipe that it changes. Out, under the sweep's folder:
+A sweep file (`pipeline/recipes/sweeps/`) names a recipe, seeds, and for every run the keys that it changes.
+The output folder holds:
 
-    NAME-sSEED/                    one run directory per run and seed, by the real trainer
-    recipes/ logs/ models/         per run: the recipe it was started with, what it printed, its export
-    rows/NAME-sSEED.json           its figures: the run is done
+    NAME-sSEED/                    one run directory per run and seed
+    recipes/ logs/ models/         per run: its recipe, its output, its exported model
+    rows/NAME-sSEED.json           its figures, written when the run is done
     results.json                   machine, the sweep's text, and all rows in order
 
-Several runs go at once, each on a core of its own where there are enough. A run that is done is not repeated,
-and a stopped or killed one goes on by the same command, from its last checkpoint. A run directory of another
-recipe is refused, never overwritten. The last checkpoint counts, not the best one: the best of many is chosen
-by the very text that it is then measured on.
+Several runs train at once, one per core where there are enough. Rerun the command to resume: runs that are
+done are kept, others resume at their last checkpoint. A run directory of another recipe is refused, never
+overwritten. The last checkpoint is evaluated, not the best one, which is chosen on the evaluated text.
 """
 
 from __future__ import annotations
@@ -21,31 +20,32 @@ import fcntl
 import functools
 import json
 import os
+import queue
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data_prep.common.environment import header, require_folder, say
-from data_prep.common.errors import UserError
-from data_prep.common.files import json_bytes, write_atomically
+from data_prep.common.environment import header, require_folder
+from data_prep.common.errors import UserError, log
+from data_prep.common.files import json_bytes, read_json, write_atomically
+from data_prep.common.processes import last_line, start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.common.text import NOTHING, duration, with_interval
 from pipeline.config.library import find_recipe
-from pipeline.config.loading import parse_overrides
+from pipeline.config.loading import load_yaml, parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
 from pipeline.reports.page import Table, to_text
-from pipeline.reports.run_files import read_runs
+from pipeline.training.run_files import read_runs
 
 STRATEGY = "zero0"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
@@ -62,8 +62,10 @@ STOP_SECONDS = 60.0  # for a stopped training to save
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep with one seed. overrides: what sets it apart from the sweep's other runs. after: the
-    SentenceVAE's run that it starts from."""
+    """One run of a sweep with one seed.
+
+    overrides: the recipe keys that this run changes. after: the run of the SentenceVAE that it starts from.
+    """
 
     name: str
     seed: int
@@ -93,11 +95,11 @@ class Job:
         return self.folder / "rows" / f"{self.key}.json"
 
     def row(self) -> dict[str, Any] | None:
-        """Its row, if it is done: trained to the end by these shards, and measured on this text."""
+        """Its row, if it is done: trained to the end on these shards, and evaluated on this text."""
         meta = self.trained()
         if meta is None or not self.row_file.is_file():
             return None
-        row = json.loads(self.row_file.read_text(encoding="utf-8"))
+        row = read_json(self.row_file)
         data = self.recipe.data
         same = (
             row["checkpoint"] == store.step_name(meta.step)
@@ -107,20 +109,20 @@ class Job:
         return row if same else None
 
     def trained(self) -> store.Meta | None:
-        """The checkpoint at the run's end, if it is there."""
+        """The checkpoint at the run's end, if there is one."""
         found = store.newest_whole(self.run_dir)
         meta = found[1] if found else None
         return meta if meta and self.recipe.training.progress(meta.step, meta.tokens) >= 1 else None
 
     def require_same(self) -> None:
-        """Refuse (UserError) a run directory that another recipe, or another SentenceVAE, has begun."""
-        begun = self.run_dir / "recipe.yaml"
-        if not begun.is_file():
+        """Refuse (UserError) a run directory of another recipe, or of another SentenceVAE."""
+        before = self.run_dir / "recipe.yaml"
+        if not before.is_file():
             return
-        was, now = (_what_is_trained(self, recipe) for recipe in (load_recipe(begun), self.recipe))
+        was, now = (_what_is_trained(self, recipe) for recipe in (load_recipe(before), self.recipe))
         wrong = store.first_difference(was, now)
         if not wrong and self.after and not self.after.trained():
-            wrong = f"it was begun after another run of {self.after.key}"
+            wrong = f"it started from another run of {self.after.key}"
         if wrong:
             raise UserError(
                 f"{self.run_dir} is of another sweep ({wrong}): remove it, or choose another --output"
@@ -128,7 +130,7 @@ class Job:
 
 
 def _what_is_trained(job: Job, recipe: Recipe) -> dict[str, Any]:
-    """A recipe without what may change between two calls. Shards are compared by content, elsewhere."""
+    """A recipe without what may change between two calls. Shards are compared by content in `Job.row`."""
     values = recipe.to_dict()
     for key in ("output_dir", "log"):
         del values[key]
@@ -148,13 +150,13 @@ def _fingerprint(folder: str) -> str:
 
 
 def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[Job]:
-    """The jobs of a sweep file in its order, every recipe checked. overrides: of all runs, from the command
-    line; they win.
+    """The jobs of a sweep file in its order, with checked recipes. overrides: from the command line, for all
+    runs; they take precedence.
 
-    Raises: UserError for a file, a key or a recipe that is not right, with the run's name.
+    Raises: UserError for a wrong file, key or recipe, with the run's name.
     """
     try:
-        sweep = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sweep = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"sweep {path} cannot be read: {error}") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), dict) or not sweep["runs"]:
@@ -168,7 +170,7 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
         if key in OURS:
             raise UserError(f"--{key}: the sweep sets it itself (`seeds` in {path}, --output)")
     if sorted(set(seeds or ())) != sorted(seeds or ()):
-        raise UserError(f"sweep {path}: a seed stands twice in {seeds}")
+        raise UserError(f"sweep {path}: {seeds} has a seed twice")
 
     jobs: dict[str, list[Job]] = {}
     runs = {name: settings or {} for name, settings in sweep["runs"].items()}
@@ -203,7 +205,7 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
 
 
 def _in_order(path: Path, runs: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and settings, those that others come after first."""
+    """Names and settings; runs that others start from come first."""
     for name, settings in runs.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise UserError(f"sweep {path}: run {name!r}: a name is text of letters, digits, '.', '_', '-'")
@@ -221,77 +223,75 @@ def _in_order(path: Path, runs: dict[Any, Any]) -> Iterator[tuple[str, dict[str,
 
 
 class JobFailed(Exception):
-    """A run that did not come to its end: what to say about it, in one line."""
+    """A run that failed; the message is one line."""
 
 
 class Workers:
     """Runs jobs in subprocesses, `number` at once. lock: an open file that every subprocess inherits."""
 
     def __init__(self, number: int, lock: int):
-        self.number, self._lock = number, lock
-        self._cores = sorted(os.sched_getaffinity(0))
-        self._processes: dict[str, subprocess.Popen] = {}
-        self._guard, self._stopped = threading.Lock(), False
         import torch  # here: a sweep with nothing to do needs none
 
+        self.number, self._lock = number, lock
+        self._cores = sorted(os.sched_getaffinity(0))
+        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(number):
+            self._slots.put(slot)
+        self._processes: dict[str, subprocess.Popen] = {}
+        self._guard, self._stopped = threading.Lock(), False
         gpus = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         self._gpus = chosen.split(",") if gpus else []
 
     def run(self, jobs: Sequence[Job]) -> dict[str, str]:
-        """Do these jobs, each after the one it needs; by key, why those failed that did. Ctrl-C stops all,
-        letting trainings save."""
-        waiting, failed = list(jobs), {}
-        running: dict[Future, tuple[Job, int]] = {}
-        slots = list(range(self.number))
-        with ThreadPoolExecutor(self.number) as pool:
+        """Do these jobs, each after the one it starts from; returns the reasons of failed ones by key. Ctrl-C
+        stops all; trainings save first."""
+        failed: dict[str, str] = {}
+        futures: dict[str, Future] = {}
+        with ThreadPoolExecutor(len(jobs)) as pool:  # a thread waits for its slot
             try:
-                while waiting or running:
-                    open_keys = {job.key for job in waiting} | {job.key for job, _ in running.values()}
-                    for job in [j for j in waiting if not (j.after and j.after.key in open_keys)]:
-                        if job.after and job.after.key in failed:
-                            failed[job.key] = f"not begun, because {job.after.key} failed"
-                            say(f"{job.key}: {failed[job.key]}")
-                            waiting.remove(job)
-                        elif slots:
-                            slot = slots.pop(0)
-                            running[pool.submit(self._do, job, slot)] = (job, slot)
-                            waiting.remove(job)
-                    for done in wait(running, return_when=FIRST_COMPLETED).done if running else ():
-                        job, slot = running.pop(done)
-                        slots.append(slot)
-                        try:
-                            row = done.result()
-                        except JobFailed as error:
-                            failed[job.key] = str(error)
-                            say(f"{job.key}: failed: {error}")
-                        else:
-                            took = duration(row["seconds"])
-                            say(f"{job.key}: {took} of training, {row['bits_per_byte']:.4f} bits per byte")
+                for job in sorted(jobs, key=lambda job: job.after is not None):
+                    before = futures.get(job.after.key) if job.after else None
+                    futures[job.key] = pool.submit(self._do, job, before)
+                keys = {future: key for key, future in futures.items()}
+                for done in as_completed(keys):
+                    try:
+                        row = done.result()
+                    except JobFailed as error:
+                        failed[keys[done]] = str(error)
+                        log(f"{keys[done]}: failed: {error}")
+                    else:
+                        took, bits = duration(row["seconds"]), row["bits_per_byte"]
+                        log(f"{keys[done]}: {took} of training, {bits:.4f} bits per byte")
             except BaseException:
-                say("stopping; trainings save first")
+                log("stopping; trainings save first")
                 self._stop()
                 raise
         return failed
 
-    def _do(self, job: Job, slot: int) -> dict[str, Any]:
-        """Train, export, evaluate; the row, which is written too. Raises: JobFailed."""
+    def _do(self, job: Job, before: Future | None) -> dict[str, Any]:
+        """Train, export, evaluate; writes and returns the row. Raises: JobFailed."""
+        if before is not None and before.exception():
+            raise JobFailed(f"not started, because {job.after.key} failed")
         recipe = job.folder / "recipes" / f"{job.key}.yaml"
         write_atomically(recipe, job.recipe.to_yaml().encode())
         train = [sys.executable, "-m", "pipeline.train", "--config", str(recipe)]
-        self._execute(job, slot, [*train, "--deepspeed_config", STRATEGY])
         measure = [sys.executable, "-m", "pipeline.research.sweep", str(job.run_dir), str(job.model)]
-        figures = json.loads(self._execute(job, slot, [*measure, job.recipe.data.validation], captured=True))
-        row = make_row(job, figures, self.number)
+        slot = self._slots.get()
+        try:
+            self._execute(job, slot, [*train, "--deepspeed_config", STRATEGY])
+            printed = self._execute(job, slot, [*measure, job.recipe.data.validation], capture=True)
+        finally:
+            self._slots.put(slot)
+        row = make_row(job, json.loads(printed), self.number)
         write_atomically(job.row_file, json_bytes(row))
         return row
 
-    def _execute(self, job: Job, slot: int, command: list[str], captured: bool = False) -> str:
-        """Run a command to its end. What it prints is added to the job's log; its standard output is returned
-        instead, if it is `captured`. Raises: JobFailed."""
+    def _execute(self, job: Job, slot: int, command: list[str], capture: bool = False) -> str:
+        """Run a command; its output goes to the job's log, or is returned (`capture`). Raises: JobFailed."""
         environment = dict(os.environ) | {
             "OMP_NUM_THREADS": "1",
-            # One process, whatever launcher's variables stand here; port 0: any that is free.
+            # One process, whatever a launcher has set; port 0: any that is free.
             **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
         }
@@ -299,30 +299,18 @@ class Workers:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[slot % len(self._gpus)]
         else:
             environment["DS_ACCELERATOR"] = "cpu"
-        with open(job.log, "a+", encoding="utf-8", errors="replace") as log:
-            print("$", shlex.join(command), file=log, flush=True)
-            with self._guard:
-                if self._stopped:
-                    raise JobFailed("stopped")
-                process = subprocess.Popen(
-                    command,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE if captured else log,
-                    stderr=log,
-                    text=True,
-                    start_new_session=True,  # Ctrl-C is for us, who ask it to save
-                    pass_fds=(self._lock,),
-                )
-                self._processes[job.key] = process
-            if not self._gpus and self.number <= len(self._cores):
-                with contextlib.suppress(OSError):  # it may have ended by now
-                    os.sched_setaffinity(process.pid, {self._cores[slot]})
-            printed = process.communicate()[0]
-            if process.returncode:
-                log.seek(0)
-                last = next((line.strip() for line in reversed(log.readlines()) if line.strip()), "")
-                raise JobFailed(f"{last} (status {process.returncode}; all it said: {job.log})")
+        with self._guard:
+            if self._stopped:
+                raise JobFailed("stopped")
+            process = start_logged(command, job.log, capture, env=environment, pass_fds=(self._lock,))
+            self._processes[job.key] = process
+        if not self._gpus and self.number <= len(self._cores):
+            with contextlib.suppress(OSError):  # it may have ended
+                os.sched_setaffinity(process.pid, {self._cores[slot]})
+        printed, _ = process.communicate()
+        if process.returncode:
+            last = last_line(job.log.read_text(encoding="utf-8", errors="replace"))
+            raise JobFailed(f"{last} (status {process.returncode}; its whole output: {job.log})")
         return printed or ""
 
     def _stop(self) -> None:
@@ -350,7 +338,7 @@ def measure(run_dir: str, model: str, data: str) -> dict[str, Any]:
 
 
 def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
-    """A run's row out of its metrics and the figures of `measure`."""
+    """A run's row, from its metrics and the figures of `measure`."""
     [run] = read_runs([job.run_dir])
     operations = run.values("operations")
     row: dict[str, Any] = {
@@ -369,8 +357,8 @@ def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
     }
     row["tokens_per_second"] = row["tokens"] / row["seconds"]
     if job.after:
-        forerunner = json.loads(job.after.row_file.read_text(encoding="utf-8"))
-        row |= {f"{cost}_with_vae": _sum(row[cost], forerunner[cost]) for cost in COSTS}
+        vae = read_json(job.after.row_file)
+        row |= {f"{cost}_with_vae": _sum(row[cost], vae[cost]) for cost in COSTS}
     if job.recipe.objective == "vae":
         short = [at for n, at in figures["exact_match_by_length"].items() if int(n) <= SHORT]
         count = sum(at["sentences"] for at in short)
@@ -397,11 +385,12 @@ def run(
     only: Iterable[str] = (),
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Do what is not done of a sweep, and write its result file (default: OUTPUT/results.json).
+    """Do the jobs of a sweep that are not done, and write its result file (default: OUTPUT/results.json).
 
-    only: names of runs; those that they come after are done too. Returns: the result, as it was written:
-    `rows` of all runs that are done, `failed` (by key, why), `missing` (keys of the others).
-    Raises: UserError before anything is trained for what is wrong with the sweep or its folder.
+    Args:
+        only: names of runs; the ones they start from are included.
+    Returns: the result: `rows` of all runs that are done, `failed` (key → reason), `missing` (other keys).
+    Raises: UserError, before any training, for a wrong sweep or folder.
     """
     path, folder = Path(path), Path(output)
     require_folder(str(result_file) if result_file else None)
@@ -418,7 +407,7 @@ def run(
             if job.key in wanted:
                 job.require_same()
         todo = [job for job in jobs if job.key in wanted and job.row() is None]
-        say(f"{folder}: {len(wanted) - len(todo)} of {len(wanted)} runs are done")
+        log(f"{folder}: {len(wanted) - len(todo)} of {len(wanted)} runs are done")
         failed = Workers(min(workers, len(todo)), lock).run(todo) if todo else {}
         rows = {job.key: job.row() for job in jobs}
         result = {
@@ -438,8 +427,8 @@ def run(
 
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[int]:
-    """Hold the folder for this sweep; yields the lock's file, which a killed sweep's trainings keep open.
-    TERM ends like Ctrl-C meanwhile."""
+    """Lock the folder for this sweep; yields the lock's file, which the trainings of a killed sweep keep
+    open. TERM acts like Ctrl-C meanwhile."""
     handle = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
@@ -458,8 +447,8 @@ def _only_one(folder: Path) -> Iterator[int]:
 
 
 def format_sweep(result: dict[str, Any]) -> str:
-    """The result of `run` as a table. A SentenceVAE's bits per byte have a column of their own: they are
-    no prediction."""
+    """The result of `run` as a table. A SentenceVAE's bits per byte are in another column: they measure
+    reconstruction, not prediction."""
     header = ("run", "seed", "kind", "parameters", "body", "tokens", "time", "tokens/s")
     header += ("bits/byte", "vector gain", "ppl", "rebuilt bits/byte", "exact match")
 

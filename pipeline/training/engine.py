@@ -1,11 +1,8 @@
 """The training engine: AdamW and DeepSpeed around a model, and one optimizer step over micro-batches.
 
-In: a model (`model_io.new_model`), a recipe, a completed DeepSpeed config. Out: an `Engine` whose `compute`
-runs a step's forward and backward passes and whose `update` applies it. Called by `train.py`.
-
-Scaling: a step's loss is the sum of the objective over all bins of the step divided by the step's targets,
-both global. DeepSpeed divides every micro-batch by the number of micro-batches and averages over ranks, so
-each is multiplied by both first: the update does not depend on how many ranks share the bins.
+A step's loss is the sum of the objective over all its bins, divided by its number of targets, both global.
+DeepSpeed divides every micro-batch by the number of micro-batches and averages over ranks. Each micro-batch
+is multiplied by both first, so that the update does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import deepspeed.comm as dist
 import torch
 import torch.utils.checkpoint
 from deepspeed.utils import set_z3_leaf_modules
-from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import Tensor, nn
 
 from data_prep.common.errors import UserError
@@ -33,9 +29,11 @@ from pipeline.data.loader import Step
 from pipeline.models.folders import parameter_count
 from pipeline.models.layers import TransformerLayer
 from pipeline.models.losses import LossSums
+from pipeline.parallel.deepspeed_compat import norm_before_step, silence_timers
 from pipeline.training.optimizer import AdamW, parameter_groups
 
 COMPILE_BACKEND = "inductor"  # of torch.compile
+NATS = ("objective", "token_nll", "end_nll", "stop_nll", "kl")  # what `Engine.compute` and `evaluate` sum
 
 
 class Engine:
@@ -59,11 +57,11 @@ class Engine:
             ema=recipe.training.ema,
             fused=True if device.type == "cpu" else None,  # None: torch's choice for a GPU
         )
-        # DeepSpeed begins its backward pass (timers, swapping from disks) by hooks on the outputs that it
-        # finds, and it looks into dicts, not into dataclasses.
+        # DeepSpeed starts its backward pass (timers, swapping from disks) by hooks on output tensors, which
+        # it finds in dicts but not in dataclasses.
         model.register_forward_hook(lambda _model, _inputs, losses: vars(losses))
-        if config.get("flops_profiler", {}).get("enabled"):  # it would also print timings, lines a step
-            SynchronizedWallClockTimer.log = lambda *_given, **_named: None
+        if config.get("flops_profiler", {}).get("enabled"):
+            silence_timers()
         layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._optimizer = optimizer
@@ -77,7 +75,7 @@ class Engine:
     def compute(self, step: Step) -> Tensor:
         """Forward and backward over the step's micro-batches; gradients stay in the engine until `update`.
 
-        Returns float64 [5], this rank's sums in nats: objective, tokens, ends, stop decisions, KL.
+        Returns float64 [5]: this rank's sums of `NATS`.
         """
         self.deepspeed.train()
         self._forwards.clear()
@@ -92,7 +90,7 @@ class Engine:
             self.deepspeed.backward(losses.objective * scale)
             sums += _nats(losses)
             if number + 1 < len(step.batches):
-                self.deepspeed.step()  # no boundary yet: DeepSpeed only counts the micro-batch
+                self.deepspeed.step()  # not a boundary: DeepSpeed only counts the micro-batch
         self._processor_seconds = time.process_time() - began
         return sums
 
@@ -107,8 +105,8 @@ class Engine:
         return losses
 
     def own_seconds(self) -> float | None:
-        """What the last `compute` cost this rank, without its waiting for others; call it when the device
-        has finished it.
+        """Seconds that the last `compute` took on this rank, without waiting for others. Call it after the
+        device has finished.
 
         On CPUs the process's processor time. On a GPU the time of the forward passes, which hold no
         collective up to ZeRO-2; None under ZeRO-3, where every layer waits for all ranks.
@@ -117,7 +115,7 @@ class Engine:
             return self._processor_seconds
         if zero_stage(self.config) == 3:
             return None
-        return sum(begin.elapsed_time(end) for begin, end in self._forwards) / 1000
+        return sum(start.elapsed_time(end) for start, end in self._forwards) / 1000
 
     def update(
         self, lr_factor: float, skip: str | None = None, norm_limit: float = math.inf
@@ -126,21 +124,21 @@ class Engine:
 
         skip: a reason to skip it, whatever its gradient. norm_limit: the largest gradient norm applied.
         Returns (gradient norm before clipping, lr, why the step was skipped or None). The norm is that of the
-        gradient averaged over all ranks, so all of them decide alike. Of a skipped step nothing stays: no
-        weight, moment or counter of the optimizer changes, and its gradients are dropped.
+        gradient averaged over all ranks, so all ranks decide alike. A skipped step changes no weight, moment
+        or counter of the optimizer; its gradients are dropped.
         """
         lr = self.peak_lr * lr_factor
         for group, scale in zip(self.deepspeed.optimizer.param_groups, self._lr_scales, strict=True):
             group["lr"] = lr * scale
         norm = None
         if zero_stage(self.config) == 0:
-            # Plain data parallel: in fp32 DeepSpeed clips but does not tell the norm.
+            # Plain data parallel: in fp32 DeepSpeed clips but does not return the norm.
             gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
 
         def veto() -> bool:
-            known = getattr(self.deepspeed.optimizer, "_global_grad_norm", None)
-            now = norm if known is None else float(known)
+            known = norm_before_step(self.deepspeed.optimizer)
+            now = norm if known is None else known
             return skip is not None or not math.isfinite(now) or now > norm_limit
 
         self._optimizer.veto = veto
@@ -168,16 +166,15 @@ class Engine:
 
 
 def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
-    """The transformer layers of a model, ready for DeepSpeed; call it before `deepspeed.initialize`.
+    """The transformer layers of a model, prepared for DeepSpeed; call it before `deepspeed.initialize`.
 
-    Only they are compiled, each one's `forward` by itself, with row counts left open: the rest of a step is
-    host arithmetic on a batch's layout (which torch.compile would trace and break on), the loss, and
-    attention, which stays outside of the graph (`attention.py`). Under ZeRO-3 every layer becomes one of
-    DeepSpeed's leaf modules: its weights are gathered at once, by a hook around the compiled forward, not by
-    hooks inside, each of which would cut the graph. No collective runs in compiled code, so ranks may compile
-    at different times.
+    Only these are compiled, each `forward` separately, with dynamic row counts. The rest of a step is the
+    loss, attention (outside of the graph) and host arithmetic on a batch's layout, which breaks graphs. Under
+    ZeRO-3 every layer becomes a leaf module of DeepSpeed: one hook around the compiled forward gathers all
+    its weights, where hooks inside would break the graph. No collective runs in compiled code, so ranks may
+    compile at different times.
 
-    Raises: UserError when there is no compiler that torch.compile could use.
+    Raises: UserError when torch.compile has no C++ compiler.
     """
     compiler = os.environ.get("CXX", "g++")
     if COMPILE_BACKEND == "inductor" and not (shutil.which(compiler) or shutil.which("clang++")):
@@ -196,8 +193,8 @@ def transformer_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Keep no more than its input of every transformer layer for the backward pass; the rest is computed
-    again there, with the same dropout."""
+    """Activation checkpointing: keep only the input of each transformer layer for the backward pass, which
+    recomputes the rest with the same dropout."""
     for layer in transformer_layers(model):
         layer.forward = functools.partial(
             torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
@@ -205,6 +202,5 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 
 def _nats(losses: LossSums) -> Tensor:
-    """float64 [5] of one batch's `LossSums`."""
-    parts = (losses.objective.detach(), losses.token_nll, losses.end_nll, losses.stop_nll, losses.kl)
-    return torch.stack([part.double() for part in parts])
+    """float64 [5]: `NATS` of one batch."""
+    return torch.stack([getattr(losses, name).detach().double() for name in NATS])

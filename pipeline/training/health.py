@@ -1,11 +1,8 @@
-"""Is the run well? Which steps are skipped, when skipping ends the run, ranks that hang, ranks that differ.
+"""Which steps are skipped, and which rank is slow. All ranks have the same figures and decide alike.
 
-In: figures that all ranks share, so that all of them decide alike. Called by `training_run.py`.
-
-Skipping: a step whose loss or gradient norm is not finite is never applied, under any ZeRO stage. Spikes
-(`health.loss_spike`, `health.norm_spike`: so many times the median of the last accepted steps) are skipped
-only when asked for: clipping bounds what a large gradient does, and a skipped step is data that the model
-never learns from.
+A step whose loss or gradient norm is not finite is never applied, under any ZeRO stage. Spikes (above
+`health.loss_spike` or `health.norm_spike` times the median of the last accepted steps) are skipped only on
+request: clipping bounds the effect of a large gradient, and the model does not learn from a skipped step.
 """
 
 from __future__ import annotations
@@ -18,18 +15,18 @@ from dataclasses import dataclass, field
 from pipeline.config.schema import HealthRecipe
 
 MEMORY = 50  # accepted steps that a spike is measured against
-FEWEST = 10  # before so many there is no median worth the name
+FEWEST = 10  # accepted steps before a median is meaningful
 SPEED_STEPS = 20  # steps over which a rank must be slow
 SLOW = 1.3  # times the median
 
 
 @dataclass
 class Guard:
-    """Skipped steps so far, and the recent figures that spikes are judged by; part of every checkpoint, so
-    that a resumed run decides as an uninterrupted one.
+    """Skipped steps, and the recent figures that define a spike. Part of every checkpoint, so that a resumed
+    run decides like an uninterrupted one.
 
-    skips: steps skipped in the run's life. in_row: how many of them ended the last step, without a good one
-    between. losses, norms: of the last accepted steps; empty while the recipe asks for no spike guard.
+    skips: of the whole run. in_row: consecutive ones up to the last step. losses, norms: of the last accepted
+    steps; empty without a spike guard.
     """
 
     skips: int = 0
@@ -38,7 +35,7 @@ class Guard:
     norms: list[float] = field(default_factory=list)
 
     def bad_loss(self, loss: float, recipe: HealthRecipe) -> str | None:
-        """Why a step with this loss (nats per target) is not to be applied; None when it is good."""
+        """Why a step with this loss (nats per target) must not be applied; None when it may be."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         limit = _limit(self.losses, recipe.loss_spike)
@@ -51,7 +48,7 @@ class Guard:
         return _limit(self.norms, recipe.norm_spike)
 
     def record(self, loss: float, norm: float, skipped: str | None, recipe: HealthRecipe) -> None:
-        """Take note of one step. skipped: why it was not applied, if so."""
+        """Record one step. skipped: why it was not applied, if so."""
         if skipped:
             self.skips += 1
             self.in_row += 1
@@ -71,10 +68,10 @@ def _limit(recent: list[float], factor: float | None) -> float:
 
 
 class Speeds:
-    """Finds a rank that is slower than the others step after step.
+    """Finds a rank that is consistently slower than the others.
 
-    Compared is each rank's own time for its work (`Engine.own_seconds`: waiting for others is not in it) per
-    multiply-add of its bins, because ranks may hold different numbers of them.
+    It compares each rank's own time (`Engine.own_seconds`, which excludes waiting) per multiply-add of its
+    bins, because ranks may hold different numbers of bins.
     """
 
     def __init__(self, hosts: list[str]):
@@ -83,8 +80,8 @@ class Speeds:
         self._steps_to_silence = 0
 
     def note(self, times: list[float]) -> tuple[int, float] | None:
-        """One step's time per multiply-add of every rank, 0 where it is not known. Returns the slowest rank
-        and how many times the median's its time is; None when fewer than two are known."""
+        """Record every rank's time per multiply-add of one step, 0 where unknown. Returns the slowest rank
+        and its time divided by the median; None when fewer than two are known."""
         known = [time for time in times if time > 0]
         if len(known) < 2:
             return None
@@ -96,7 +93,7 @@ class Speeds:
         return slowest, times[slowest] / middle
 
     def warning(self) -> str | None:
-        """A line about the slowest rank when it has been slow for `SPEED_STEPS` steps; said rarely."""
+        """A line about the slowest rank when it has been slow for `SPEED_STEPS` steps; rarely repeated."""
         if self._steps_to_silence:
             self._steps_to_silence -= 1
             return None

@@ -1,10 +1,8 @@
-"""Train a SentenceVAE, an SLLM or a token-level baseline with DeepSpeed: the story of a run.
+"""Train a SentenceVAE, an SLLM or a token-level baseline with DeepSpeed.
 
-In: a recipe, a DeepSpeed config and overrides on the command line, or a run directory to go on from. Out: the
-run directory (docs/architecture.md lists it). Start it by `deepspeed pipeline/train.py`, by `srun python
-pipeline/train.py`, or plainly by `python pipeline/train.py` (one process). Exit status: 0 trained to the end,
-2 bad input, 75 stopped by a signal after saving: start it again to go on, 76 nothing was finished for
-`health.hang_seconds`.
+Start it by `deepspeed pipeline/train.py`, `srun python pipeline/train.py` or `python pipeline/train.py` (one
+process). Exit status: 0 trained to the end, 2 bad input, 75 stopped by a signal after saving (start it again
+to resume), 76 hung for `health.hang_seconds`.
 """
 
 from __future__ import annotations
@@ -18,7 +16,8 @@ from data_prep.common.errors import REQUEUE, UserError, run_main, say
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.config.deepspeed_config import read_strategy, zero_stage
-from pipeline.config.schema import Recipe, load_recipe
+from pipeline.config.keys import as_text
+from pipeline.config.schema import KEYS, Recipe, load_recipe
 from pipeline.parallel.agreement import AgreedError
 from pipeline.parallel.ranks import Ranks, find_ranks
 from pipeline.parallel.signals import StopSignals
@@ -29,7 +28,7 @@ example:
       --deepspeed_config ds_configs/zero3.json --data.shards demo/shards/train --training.max_steps 100
 
 Every key of the recipe can be given as --section.key VALUE. Start the same command again to resume.
-Exit status: 0 done, 2 bad input, 75 stopped by USR1 or TERM after saving (start again to go on),
+Exit status: 0 done, 2 bad input, 75 stopped by USR1 or TERM after saving (start again to resume),
 76 hung for health.hang_seconds (what each rank did then: RUN/stacks/)."""
 
 
@@ -39,10 +38,10 @@ def console() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Signals are caught from its first line on, and ignored from its last.
+    """The command. It catches signals from its first line to its last, and ignores them after that.
 
-    The first rank that ends with 2 makes `srun --kill-on-bad-exit` terminate the others: one that TERM killed
-    would have a job requeued that can never succeed.
+    The first rank that exits with 2 makes `srun --kill-on-bad-exit` terminate the others. A rank killed by
+    that TERM would requeue a job that can never succeed.
     """
     stop = StopSignals()
     try:
@@ -52,11 +51,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
-    """Check everything that can be checked at once, then train; returns the exit status."""
+    """Check what can be checked without torch, then train; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Train a SentenceVAE (vae), an SLLM (sllm) or a token-level baseline (lm).",
-        epilog=EXAMPLE,
+        epilog=f"{EXAMPLE}\n\nkeys of a recipe, with type and default:\n{as_text(KEYS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -83,7 +82,7 @@ def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
         recipe = load_recipe(arguments.recipe, overrides)
         strategy = read_strategy(*arguments.deepspeed_config)
     except UserError:
-        if ranks.local == 0:  # all ranks read the same files: one line for each machine is enough
+        if ranks.local == 0:  # all ranks read the same files: one line per machine is enough
             raise
         return 2
     try:
@@ -92,14 +91,14 @@ def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
         if ranks.rank == 0:
             raise
         return 2
-    except UserError as error:  # it may be this rank's alone (a disk of its machine): say it, and say whose
+    except UserError as error:  # may concern this rank alone (a disk of its machine): name the rank
         if ranks.world == 1:
             raise
         raise UserError(f"rank {ranks.rank}: {error}") from error
 
 
 def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSignals) -> int:
-    """Run one training, or go on with it, to its end or to a signal. Called by every rank; returns the exit
+    """Start or resume a run, and train to its end or to a signal. Called by every rank; returns the exit
     status."""
     found = store.newest_whole(recipe.output_dir)
     if found:
@@ -116,16 +115,16 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
 
     with TrainingRun(recipe, strategy, ranks) as run:
         run.resume()
-        run.begin()
+        run.start()
         while not run.finished:
             step = run.next_step()
-            totals = run.compute(step, stop_wanted=stop.received is not None)
-            run.update(step, totals)
+            sums = run.compute(step, stop_wanted=stop.received is not None)
+            run.update(step, sums)
             if run.evaluation_due:
                 run.evaluate()
-            if run.save_due or totals.stop:
+            if run.save_due or sums.stop:
                 run.save()
-            if totals.stop and not run.finished:
+            if sums.stop and not run.finished:
                 run.log.say(
                     f"stopped by a signal after step {run.state.step}, saved: start the same command again"
                 )
@@ -137,9 +136,9 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
 def require_same(
     recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, meta: store.Meta, checkpoint: Path
 ) -> None:
-    """Refuse a finished run's checkpoint that this recipe, strategy and number of ranks would not have made.
+    """Refuse a finished run's checkpoint that is not of this recipe, strategy and number of ranks.
 
-    Compares what can be known without building the model; `TrainingRun.resume` compares the model itself.
+    Compares what is known without building the model; `TrainingRun.resume` compares the model itself.
     """
     ours = dataclasses.replace(
         meta,

@@ -1,8 +1,6 @@
-"""AdamW whose steps can be vetoed, and which parameters it moves: groups by weight decay and learning rate.
+"""AdamW whose steps can be vetoed, and its parameter groups by weight decay and learning rate.
 
-In: a model and `OptimizerRecipe`. Out: parameter groups in an order that follows from the model and the
-recipe alone (every rank, and every restart, makes the same), with frozen parameters left out. Called by
-`engine.py`; knows nothing of DeepSpeed.
+The order of groups depends on model and recipe only, so every rank and every restart makes the same.
 """
 
 from __future__ import annotations
@@ -22,13 +20,13 @@ EMA = "ema"  # the key of a weight's running average among the optimizer's state
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, of which a step can be vetoed: then weights, moments and step counters stay as they are.
+    """torch's AdamW with a veto: a vetoed step changes no weight, moment or step counter.
 
-    DeepSpeed knows the gradient's global norm before it calls this, once for each of its groups. It drops
-    most steps whose norm is not finite itself, but knows nothing of the loss or of spikes.
+    DeepSpeed calls `step` once per group and has the gradient's global norm by then. It drops most steps with
+    a non-finite norm itself, but does not check the loss or spikes.
 
-    ema: keep a running average of the weights, of this decay, beside the moments (`EMA`), so that it is
-    partitioned, offloaded, saved and restored as they are.
+    ema: decay of a running average of the weights. It is kept beside the moments (`EMA`), so that it is
+    partitioned, offloaded, saved and restored like them.
     """
 
     def __init__(self, *arguments: Any, ema: float | None = None, **options: Any):
@@ -39,10 +37,10 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        begun = {p: p.clone() for p in moving if self.ema is not None and EMA not in self.state[p]}
+        first_weights = {p: p.clone() for p in moving if self.ema is not None and EMA not in self.state[p]}
         if not self.veto():
             answer = super().step(closure)
-            for p, weight in begun.items():
+            for p, weight in first_weights.items():
                 self.state[p][EMA] = weight
             for p in moving if self.ema is not None else ():
                 self.state[p][EMA].lerp_(p, 1 - self.ema)
@@ -51,18 +49,18 @@ class AdamW(torch.optim.AdamW):
         for p in moving:
             if not self.state[p]:
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                average = {EMA: begun[p]} if p in begun else {}
+                average = {EMA: first_weights[p]} if p in first_weights else {}
                 self.state[p] = {"step": torch.tensor(0.0), **moments, **average}
         return None
 
 
 def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:
-    """Groups for AdamW, each with `params`, `weight_decay` and `lr_scale` (times the recipe's rate).
+    """Groups for AdamW, each with `params`, `weight_decay` and `lr_scale` (a factor of the recipe's rate).
 
-    Weight decay acts on matrices only: not on biases, norms and embeddings (nor a head tied to one). Frozen
-    parameters (`optimizer.parts`) stop requiring gradients and are in no group.
+    Weight decay applies to matrices only: not to biases, norms, embeddings or a head tied to one. Frozen
+    parameters (`optimizer.parts`) require no gradients and are in no group.
 
-    Raises: UserError when a part is no part of the model, or nothing is left to train.
+    Raises: UserError when a part is not in the model, or nothing is left to train.
     """
     scales = _scales(model, recipe.parts)
     embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}

@@ -1,4 +1,4 @@
-"""What a run was made from: shards, packages, machine."""
+"""What a run is made from: shards, packages, device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGES = ("sentence-llm", "torch", "transformers", "deepspeed", "numpy", "tok
 
 
 def provenance(shard_sets: list[ShardSet], validation: list[ShardSet], device: str) -> dict[str, Any]:
-    """What `provenance.json` holds: packages, Python, device, and each shard set's folder, fingerprint,
+    """The content of `provenance.json`: packages, Python, device, and each shard set's folder, fingerprint,
     settings and totals."""
     return {
         "python": platform.python_version(),

@@ -1,11 +1,9 @@
-"""What a run writes down: metrics.jsonl, evaluations.jsonl, saves.jsonl and starts.jsonl, TensorBoard,
-Weights & Biases if asked for, and the console.
+"""The log of a run: JSONL files, the console, TensorBoard and Weights & Biases.
 
-In: one record per step, evaluation, save and start, from rank 0. Out: files in the run directory; each step
-stands in them once, also after a resume (records of steps that a killed run had computed but not saved are
-removed first), and starts.jsonl keeps every start. A full disk raises nothing here: rank 0 must not end alone
-(`RunLog.error`). A console that is gone, or trouble with Weights & Biases, ends no run. Called by
-`training_run.py`; docs/training.md names the fields.
+The files are metrics.jsonl, evaluations.jsonl, saves.jsonl and starts.jsonl; docs/training.md names the
+fields. Each step is in them once: a resume first removes the records of steps after the checkpoint. A full
+disk raises nothing here, because rank 0 must not end alone (`RunLog.error`). A closed console or a failure of
+Weights & Biases does not end the run.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError, first_line, say
-from data_prep.common.files import flush_and_rename, write_atomically
+from data_prep.common.files import flush_and_rename, read_json_lines, write_atomically
 from pipeline.config.schema import Recipe
+from pipeline.training.records import StepRecord
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 SAVES, STARTS = "saves.jsonl", "starts.jsonl"
@@ -42,26 +41,26 @@ _CURVES = (
 
 
 class RunLog:
-    """The log of one run. On ranks other than 0 nothing is written. Use as a context manager.
+    """The log of one run; ranks other than 0 write nothing. Use as a context manager.
 
-    error: the first OSError met while writing a record; nothing is written after it. The ranks share it with
-    the next step's figures, or when they save; at the very end leaving the context raises it.
+    error: the first OSError of writing a record; nothing is written after it. The ranks share it in the next
+    step's all-reduce or when they save. After the last step, leaving the context raises it.
     """
 
     def __init__(self, run_dir: Path, recipe: Recipe, rank: int, resumed_step: int):
         self._on = rank == 0
         self.error: OSError | None = None
-        self._board = self._wandb = self._bar = None
+        self._tensorboard = self._wandb = self._bar = None
         self._every = recipe.log.console_every
         self._training = recipe.training
         if not self._on:
             return
-        self._metrics, self._lost = _open_after(run_dir / METRICS, resumed_step)
-        self._evaluations, _ = _open_after(run_dir / EVALUATIONS, resumed_step)
-        self._saves, _ = _open_after(run_dir / SAVES, resumed_step)
+        opened = {name: _open_after(run_dir / name, resumed_step) for name in (METRICS, EVALUATIONS, SAVES)}
+        self._files = {name: file for name, (file, _) in opened.items()}
+        self._lost = opened[METRICS][1]
         self._starts = run_dir / STARTS
         if recipe.log.tensorboard:
-            self._board = _tensorboard(run_dir / "tensorboard", resumed_step)
+            self._tensorboard = _tensorboard(run_dir / "tensorboard", resumed_step)
         if recipe.log.wandb:
             self._wandb = _wandb_run(run_dir, recipe)
         if sys.stderr.isatty():
@@ -77,9 +76,9 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._on:
             return
-        for part in (self._metrics, self._evaluations, self._saves, self._board):
+        for part in (*self._files.values(), self._tensorboard):
             if part is not None:
-                with self._remembering():  # what a full disk has left in a buffer is tried once more
+                with self._remembering():  # retries what a full disk has left in a buffer
                     part.close()
         if self._bar is not None:
             with self._on_terminal():
@@ -99,7 +98,7 @@ class RunLog:
 
     @contextlib.contextmanager
     def _on_terminal(self) -> Iterator[None]:
-        """For what moves the bar: when its terminal has gone, there is no bar any more."""
+        """Drop the progress bar when its terminal has gone."""
         try:
             yield
         except OSError:
@@ -107,31 +106,23 @@ class RunLog:
 
     @contextlib.contextmanager
     def _or_without_wandb(self) -> Iterator[None]:
-        """Whatever goes wrong at Weights & Biases is said once, and nothing more is sent there."""
+        """Log the first error of Weights & Biases, and send nothing more there."""
         try:
             yield
         except Exception as error:
             self._wandb = None
             self.say(f"log.wandb: nothing is sent to Weights & Biases any more ({first_line(error)})")
 
-    def _write(self, file: Any, record: dict[str, Any]) -> None:
-        try:
-            _write(file, record)
-        except OSError as error:  # an error of writing does not know the file's name
-            error.filename = error.filename or file.name
-            raise
-
     def flush_to_disk(self) -> None:
-        """Have the records of steps and evaluations on the disk for good. Raises OSError, also one of
-        before."""
+        """fsync the records of steps and evaluations. Raises OSError, also an earlier one (`error`)."""
         if self.error is not None:
             raise self.error
         if self._on:
-            for file in (self._metrics, self._evaluations):
-                os.fsync(file.fileno())
+            for name in (METRICS, EVALUATIONS):
+                os.fsync(self._files[name].fileno())
 
     def say(self, text: str) -> None:
-        """One line for the person who watches (rank 0 only)."""
+        """Print a line to the console (rank 0 only)."""
         if not self._on:
             return
         if self._bar is None:
@@ -141,61 +132,53 @@ class RunLog:
             say(text)
 
     def start(self, record: dict[str, Any]) -> None:
-        """That the run begins, or goes on. `lost_steps` is added: the steps that stood in metrics.jsonl and
-        are computed again, because they came after the checkpoint."""
+        """Add a line to starts.jsonl. `lost_steps` is added: the steps in metrics.jsonl that are computed
+        again, because they came after the checkpoint."""
         if not self._on:
             return
         with self._remembering():
-            whole = read_records(self._starts)  # a kill may have left half a line
-            lines = "".join(json.dumps(one) + "\n" for one in [*whole, record | {"lost_steps": self._lost}])
-            write_atomically(self._starts, lines.encode())
+            complete = read_records(self._starts)  # a kill may have left half a line
+            lines = [*complete, record | {"lost_steps": self._lost}]
+            write_atomically(self._starts, "".join(json.dumps(one) + "\n" for one in lines).encode())
 
-    def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step's figures."""
-        if self._on and self.error is None:
-            with self._remembering():
-                self._step(record)
-
-    def _step(self, record: dict[str, Any]) -> None:
-        self._write(self._metrics, record)
-        self._publish("train", record)
-        progress = self._training.progress(record["step"], record["tokens"])
+    def step(self, step: StepRecord) -> None:
+        """Log an optimizer step."""
+        record = step.to_dict()
+        if not self._add(METRICS, "train", record):
+            return
+        progress = self._training.progress(step.step, step.tokens)
         if self._bar is not None:
             with self._on_terminal():
-                self._bar.n = record["tokens"] if self._training.max_tokens else record["step"]
-                figures = {"loss": f"{record['loss']:.3f}", "tok_s": f"{record['tokens_per_second']:.0f}"}
-                self._bar.set_postfix(figures)
-        elif record["step"] % self._every == 0 or progress >= 1 or record["step"] == 1:
+                self._bar.n = step.tokens if self._training.max_tokens else step.step
+                self._bar.set_postfix(loss=f"{step.loss:.3f}", tok_s=f"{step.tokens_per_second:.0f}")
+        elif step.step % self._every == 0 or progress >= 1 or step.step == 1:
             say(
-                f"step {record['step']:>7}  {progress:6.1%}  loss {record['loss']:.4f}  "
-                f"bits/byte {record['bits_per_byte']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  "
-                f"lr {record['lr']:.2e}  grad norm {record['grad_norm']:.2f}"
+                f"step {step.step:>7}  {progress:6.1%}  loss {step.loss:.4f}  "
+                f"bits/byte {step.bits_per_byte:.4f}  {step.tokens_per_second:,.0f} tokens/s  "
+                f"lr {step.lr:.2e}  grad norm {step.grad_norm:.2f}"
             )
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """One evaluation's figures."""
-        if self._on and self.error is None:
-            with self._remembering():
-                self._evaluation(record)
-
-    def _evaluation(self, record: dict[str, Any]) -> None:
-        self._write(self._evaluations, record)
-        self._publish("validation", record)
-        best = " (best so far)" if record["best"] else ""
-        self.say(
-            f"step {record['step']:>7}  validation bits/byte {record['bits_per_byte']:.4f}  "
-            f"ppl {record['ppl']:.2f}{best}"
-        )
+        """Log an evaluation."""
+        if self._add(EVALUATIONS, "validation", record):
+            best = " (best so far)" if record["best"] else ""
+            self.say(
+                f"step {record['step']:>7}  validation bits/byte {record['bits_per_byte']:.4f}  "
+                f"ppl {record['ppl']:.2f}{best}"
+            )
 
     def save(self, record: dict[str, Any]) -> None:
-        """That a checkpoint was written, and how long training stood still for it."""
-        if self._on and self.error is None:
-            with self._remembering():
-                self._save(record)
+        """Log a checkpoint and how long training waited for it."""
+        self._add(SAVES, "train", record)
 
-    def _save(self, record: dict[str, Any]) -> None:
-        self._write(self._saves, record)
-        self._publish("train", record)
+    def _add(self, file: str, group: str, record: dict[str, Any]) -> bool:
+        """Write a record to a file and to the dashboards; False if this rank writes none, or not any more."""
+        if not self._on or self.error is not None:
+            return False
+        with self._remembering():
+            _write(self._files[file], record)
+            self._publish(group, record)
+        return self.error is None
 
     def _publish(self, group: str, record: dict[str, Any]) -> None:
         curves = {
@@ -203,9 +186,9 @@ class RunLog:
             for name in (*_CURVES, "ppl")
             if isinstance(record.get(name), (int, float)) and math.isfinite(record[name])
         }
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in curves.items():
-                self._board.add_scalar(name, value, record["step"])
+                self._tensorboard.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             if "loss" in record:  # an evaluation's tokens are those of its sample
                 curves["tokens"] = record["tokens"]
@@ -214,23 +197,14 @@ class RunLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of one of these files. What is none is dropped: a half line that a killed run left at the
-    end, or what a machine that lost its power left of a block."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
+    """The records of one of these files. Other lines are dropped: half a line of a killed run, or what a
+    machine that lost its power left of a block."""
+    values = (value for _, value in read_json_lines(path))
+    return [value for value in values if isinstance(value, dict) and isinstance(value.get("step"), int)]
 
 
 def _open_after(path: Path, step: int) -> tuple[Any, int]:
-    """Open for appending, with only the records up to `step` kept; and how many were not."""
+    """Open for appending, keeping only the records up to `step`; and how many were dropped."""
     records = read_records(path)
     kept = [record for record in records if record["step"] <= step]
     aside = path.with_name(f".tmp-{path.name}")
@@ -243,8 +217,12 @@ def _open_after(path: Path, step: int) -> tuple[Any, int]:
 
 def _write(file: Any, record: dict[str, Any]) -> None:
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    file.write(json.dumps(plain) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(plain) + "\n")
+        file.flush()
+    except OSError as error:  # an error of writing does not know the file's name
+        error.filename = error.filename or file.name
+        raise
 
 
 def _tensorboard(folder: Path, resumed_step: int) -> Any:
@@ -272,16 +250,14 @@ def _wandb_run(run_dir: Path, recipe: Recipe) -> Any:
         )
     except Exception as error:  # no account, no network, or settings that it does not take
         raise UserError(
-            f"log.wandb is true and Weights & Biases does not begin ({first_line(error)}): log in there, set "
+            f"log.wandb is true and Weights & Biases does not start ({first_line(error)}): log in there, set "
             "WANDB_MODE=offline, or --log.wandb false"
         ) from error
 
 
 def wandb_id(run_dir: Path) -> str:
-    """The run's id at Weights & Biases: random, made once, kept in the run directory for resumes.
-
-    Not the folder's name: two runs of one name would become one there.
-    """
+    """The run's id at Weights & Biases: random, because two runs may have the same name; kept in the run
+    directory for resumes."""
     path = run_dir / WANDB_ID
     if not path.exists():
         write_atomically(path, f"{secrets.token_hex(8)}\n".encode())

@@ -1,8 +1,7 @@
-"""A new run from the weights of another one (`init_from` in a recipe): optimizer and step begin anew.
+"""A new run from another's weights (`init_from` in a recipe), with a new optimizer, from step 0.
 
-In: a new model, and a run directory (its best weights by validation, else its last) or a model folder
-(`sllm export`, Hugging Face). Out: the model with those weights. Called by `training_run.py` where a run has
-no checkpoint yet.
+The source is a run directory (its best weights by validation, else its last) or a model folder (`sllm
+export`, Hugging Face).
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from pipeline.parallel.ranks import Ranks
 
 
 def initialise(model: nn.Module, source: str | Path, tokenizer: Tokenizer, ranks: Ranks) -> None:
-    """Give every weight of the model the value it has in `source`; called by every rank.
+    """Set every weight of the model to its value in `source`; called by every rank.
 
-    Rank 0 alone reads every byte of a checkpoint, to see that it is whole; the others wait for its word and
-    take the same one. Raises AgreedError on all ranks when source is neither a run nor a model folder, is
-    damaged, was trained with another tokenizer, or has a weight less, more or of another shape.
+    Only rank 0 reads every byte of a checkpoint to verify it; the others wait and load the same one. Raises
+    AgreedError on all ranks when source is neither a run nor a model folder, is damaged, was trained with
+    another tokenizer, or has a missing, additional or differently shaped weight.
     """
     source = Path(source)
-    checkpoint = do_and_agree(lambda: _checked(source) if ranks.rank == 0 else None)[0]
-    do_and_agree(lambda: _take_up(model, source, checkpoint, tokenizer))
+    checkpoint = do_and_agree(lambda: _verified(source) if ranks.rank == 0 else None)[0]
+    do_and_agree(lambda: _load(model, source, checkpoint, tokenizer))
 
 
-def _checked(source: Path) -> Path | None:
-    """The checkpoint to take from a run, read whole; None when source is no run, but a folder."""
+def _verified(source: Path) -> Path | None:
+    """The checkpoint of a run, every byte verified; None when source is a model folder."""
     if store.checkpoints_folder(source).is_dir():
         found = store.find(source, "best") or store.find(source)
         if found is None:
@@ -49,7 +48,7 @@ def _checked(source: Path) -> Path | None:
 
 
 @torch.no_grad()
-def _take_up(model: nn.Module, source: Path, checkpoint: Path | None, tokenizer: Tokenizer) -> None:
+def _load(model: nn.Module, source: Path, checkpoint: Path | None, tokenizer: Tokenizer) -> None:
     if checkpoint is not None:
         meta = store.read_meta(checkpoint)
         theirs = meta.tokenizer
@@ -68,8 +67,8 @@ def _take_up(model: nn.Module, source: Path, checkpoint: Path | None, tokenizer:
 def fill(
     model: nn.Module, shapes: Mapping[str, torch.Size], weight: Callable[[str], Tensor], source: str
 ) -> None:
-    """Copy the weights into the model one at a time, so that nobody holds it twice. UserError naming `source`
-    and the first name that one of the two lacks or has in another shape, before anything is copied."""
+    """Copy the weights into the model one at a time, so that the process does not hold it twice. First
+    compares names and shapes: UserError with `source` and the first difference."""
     state = model.state_dict()
     ours = {name: list(tensor.shape) for name, tensor in state.items()}
     theirs = {name: list(shape) for name, shape in shapes.items()}

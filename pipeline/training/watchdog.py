@@ -1,4 +1,4 @@
-"""Ends a rank that hangs, and writes down what it was doing."""
+"""Ends a rank that hangs, after writing its stacks."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from pathlib import Path
 
 from pipeline.parallel.signals import HUNG
 
-LAST_WORDS_SECONDS = 3.0  # between a hung rank's stacks and its end
-STACKS = "stacks"  # folder in the run directory: what each rank was doing when it hung
-STACKS_BEFORE = "stacks-before"  # the same, of the last start that hung before this one
+EXIT_DELAY_SECONDS = 3.0  # between a hung rank's stacks and its exit
+STACKS = "stacks"  # folder in the run directory: each rank's stacks when it hung
+STACKS_BEFORE = "stacks-before"  # the same, of the last earlier start that hung
 
 
 class Watchdog:
-    """Ends this process when nothing was finished for `seconds`: stacks of all its threads in
-    RUN/stacks/rank-N.txt, one line to standard error, exit status 76 (`launch.HUNG`).
+    """Ends this process after `seconds` without a heartbeat: writes the stacks of all threads to
+    RUN/stacks/rank-N.txt and one line to standard error, and exits with status 76 (`HUNG`).
 
-    Every rank has its own, because one that hangs makes all others wait; without `seconds` it never acts.
-    Between stacks and end it waits for LAST_WORDS_SECONDS: the first rank's end breaks the collective that
-    the others wait in, and they would leave with that error before they have written theirs. Use as a
-    context manager, from before the ranks meet: one that never comes is waited for like one that hangs.
-    `beat(what)` says what was finished.
+    Every rank has its own, because one that hangs makes all others wait; without `seconds` it never acts. It
+    waits for EXIT_DELAY_SECONDS before it exits: the first rank's end breaks the collective in which the
+    others wait, and they must have written their stacks by then. Use it as a context manager, from before the
+    process group forms: a rank that never joins also hangs the others.
     """
 
     def __init__(self, run_dir: Path, rank: int, seconds: float | None):
@@ -34,7 +33,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self.beat("the start")
+        self.heartbeat("the start")
         if self._seconds is not None:
             self._thread.start()
         return self
@@ -44,7 +43,8 @@ class Watchdog:
         if self._seconds is not None:
             self._thread.join()
 
-    def beat(self, finished: str) -> None:
+    def heartbeat(self, finished: str) -> None:
+        """Something was finished; the message of a rank that hangs later names it."""
         self._last, self._finished = time.monotonic(), finished
 
     def _watch(self) -> None:
@@ -53,15 +53,15 @@ class Watchdog:
                 self._give_up()
 
     def _give_up(self) -> None:
-        said = f"rank {self._rank}: nothing finished since {self._finished}, for {self._seconds:g} s "
-        said += "(health.hang_seconds)"
-        try:  # the disk may be what hangs or is full: end all the same
+        message = f"rank {self._rank}: nothing finished since {self._finished}, for {self._seconds:g} s "
+        message += "(health.hang_seconds)"
+        try:  # the disk may hang or be full: exit all the same
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with open(self._file, "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            said += f": stacks in {self._file}"
+            message += f": stacks in {self._file}"
         except OSError:
             pass
-        print(said, file=sys.stderr, flush=True)
-        time.sleep(LAST_WORDS_SECONDS)
+        print(message, file=sys.stderr, flush=True)
+        time.sleep(EXIT_DELAY_SECONDS)
         os._exit(HUNG)

@@ -19,7 +19,6 @@ import itertools
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,8 +28,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.common.environment import header, require_folder, say, write_result
-from data_prep.common.errors import UserError, run_main
+from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.errors import UserError, log, run_main
+from data_prep.common.processes import run_command
 from data_prep.shards.layout import INDEX_DTYPE, npy_bytes, read_index
 from data_prep.shards.reader import ShardSet
 from pipeline.data.loader import StepLoader, assign
@@ -54,7 +54,7 @@ def loader(arguments: argparse.Namespace) -> dict[str, Any]:
     for _ in range(arguments.runs):
         for window in WINDOWS:  # in turn, so that a slow moment of the machine meets both
             runs[window].append(_load(arguments.shards, window, arguments.bins, byte_lengths))
-            say(f"window {window}: {runs[window][-1]['tokens_per_second']:,.0f} tokens/s")
+            log(f"window {window}: {runs[window][-1]['tokens_per_second']:,.0f} tokens/s")
     rates = {
         str(window): {
             rate: {
@@ -109,9 +109,8 @@ def planning(arguments: argparse.Namespace) -> dict[str, Any]:
         for name in ("documents", "shards", "ranks"):
             command += [f"--{name}", str(getattr(arguments, name))]
         command += ["--at", at, "--window-tokens", str(window)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        measured.setdefault(str(window), {})[at] = json.loads(done.stdout)
-        say(f"window {window}, {at}: {measured[str(window)][at]}")
+        measured.setdefault(str(window), {})[at] = json.loads(run_command(command, f"planning at {at}"))
+        log(f"window {window}, {at}: {measured[str(window)][at]}")
     result = {
         "benchmark": "planning",
         **header(PACKAGES),

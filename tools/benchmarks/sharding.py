@@ -30,8 +30,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.common.environment import header, say, write_result
-from data_prep.common.errors import UserError, run_main
+from data_prep.common.environment import header, write_result
+from data_prep.common.errors import UserError, log, run_main
+from data_prep.common.processes import require_success
 
 PARTS = ("speed", "workers", "memory", "ids", "reading")
 PACKAGES = ("numpy", "tokenizers", "gigatoken", "sentencepiece", "zstandard", "pyarrow", "datasets")
@@ -126,9 +127,7 @@ def measure(command: list[str]) -> Measured:
         for stream in (out, err):
             stream.seek(0)
             texts.append(stream.read().decode("utf-8", "replace"))
-    if process.returncode:
-        last = (texts[1].strip() or "no message").splitlines()[-1]
-        raise UserError(f"`{' '.join(command[:4])} …` ended with status {process.returncode}: {last}")
+    require_success(process.returncode, texts[1], f"`{' '.join(command[:4])} …`")
     others = [size for one, size in peaks.items() if one != process.pid]
     seen = os.path.isdir("/proc/self")
     return Measured(
@@ -428,7 +427,7 @@ def _times(get: Callable[[object], object], wanted: list) -> dict:
 
 
 def _say(line: str) -> None:
-    say(f"sharding benchmark: {line}")
+    log(f"sharding benchmark: {line}")
 
 
 def text(result: dict) -> str:

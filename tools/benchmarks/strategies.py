@@ -18,15 +18,15 @@ import argparse
 import itertools
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.environment import header, require_folder, say, write_result
-from data_prep.common.errors import UserError, run_main
+from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.errors import UserError, log, run_main
+from data_prep.common.processes import start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.cli.options import VAE_RECIPE_HELP
 from pipeline.config.library import find_deepspeed_config, find_recipe
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, paths in zip(arguments.strategies, files, strict=True):
             with tempfile.TemporaryDirectory(prefix="strategies-") as folder:
                 found[name].append(train(recipe, paths, arguments, Path(folder)))
-            say(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s a step")
+            log(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s a step")
     result = {
         **header(PACKAGES),
         "recipe": find_recipe(arguments.recipe).stem,
@@ -150,13 +150,8 @@ def train(
     }
     try:
         for rank in range(arguments.ranks):
-            with open(folder / f"rank-{rank}.log", "w") as log:
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                ranks.append(
-                    subprocess.Popen(
-                        command, env=environment | own, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                    )
-                )
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(start_logged(command, folder / f"rank-{rank}.log", env=environment | own))
         statuses = [process.wait() for process in ranks]
     finally:
         for process in ranks:

@@ -15,17 +15,17 @@ by `pipeline/demo.py`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.errors import UserError
+from data_prep.common.files import read_json
 from pipeline.common.text import NOTHING
 from pipeline.reports.charts import Series, bar_chart, line_chart, running_mean
 from pipeline.reports.page import Block, Chart, Heading, Sample, Table, Text, to_html, to_markdown
+from pipeline.training.run_files import read_runs
 
 TITLE = "Demo report: from text to a measured sentence-level language model"
 KINDS = ("vae", "sllm", "lm")
@@ -79,47 +79,29 @@ def build_report(folder: str | Path) -> tuple[Path, Path]:
     return paths
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: the demo step that writes it has not run; run `make demo`"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): delete it and run `make demo`") from None
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: the training run that writes it has not run; run `make demo`"
-        ) from None
-    return [json.loads(line) for line in lines]
+def read_output(path: Path) -> dict[str, Any]:
+    """What a step of the demo has written. UserError when it has not."""
+    return read_json(path, missing="is missing: the demo step that writes it has not run; run `make demo`")
 
 
 def read_run(folder: Path, kind: str) -> Run:
     """Everything about one run. UserError when a file is missing or the run trained no step."""
-    run = folder / "runs" / kind
-    metrics = read_json_lines(run / "metrics.jsonl")
-    if not metrics:
-        raise UserError(f"{run / 'metrics.jsonl'} is empty: the run made no step")
+    [run] = read_runs([folder / "runs" / kind])
     measured = folder / "measured"
     return Run(
         kind=kind,
-        metrics=metrics,
-        evaluations=read_json_lines(run / "evaluations.jsonl"),
-        result=read_json(measured / f"evaluate-{kind}.json"),
-        check=read_json(measured / f"check-{kind}.json"),
+        metrics=run.metrics,
+        evaluations=run.evaluations,
+        result=read_output(measured / f"evaluate-{kind}.json"),
+        check=read_output(measured / f"check-{kind}.json"),
     )
 
 
 def compose(folder: Path, runs: Sequence[Run]) -> Iterable[Block]:
     """The report's blocks in reading order."""
     vae, sllm, lm = runs
-    stats = {name: read_json(folder / "measured" / f"stats-{name}.json") for name in ("train", "validation")}
+    parts = ("train", "validation")
+    stats = {name: read_output(folder / "measured" / f"stats-{name}.json") for name in parts}
     yield from summary(vae, sllm, lm)
     yield Heading("Results")
     yield results_table(runs)
@@ -135,7 +117,7 @@ def compose(folder: Path, runs: Sequence[Run]) -> Iterable[Block]:
     yield Heading("Sentences")
     yield from sentences(stats, vae)
     yield Heading("What the SLLM writes")
-    yield from samples([read_json(path) for path in sorted((folder / "measured").glob("sample-*.json"))])
+    yield from samples([read_output(path) for path in sorted((folder / "measured").glob("sample-*.json"))])
     yield Heading("What such a small model can and cannot show")
     yield from limits(sllm, lm)
     yield Heading("How it was made")
@@ -379,11 +361,11 @@ def limits(sllm: Run, lm: Run) -> Iterable[Block]:
 
 
 def provenance(folder: Path, runs: Sequence[Run]) -> Iterable[Block]:
-    machine = read_json(folder / "machine.json")
+    machine = read_output(folder / "machine.json")
     yield Table(
         ("machine and versions", ""), tuple((key, str(value)) for key, value in machine.items()), left=True
     )
-    stamps = [read_json(path) for path in (folder / "stamps").glob("*.json")]
+    stamps = [read_output(path) for path in (folder / "stamps").glob("*.json")]
     stamps.sort(key=lambda stamp: stamp["order"])
     total = sum(stamp["seconds"] for stamp in stamps)
     rows = [(stamp["step"], f"{stamp['seconds']:.1f}", stamp["finished"]) for stamp in stamps]

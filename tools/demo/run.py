@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +33,8 @@ import yaml
 
 from data_prep.common.environment import machine
 from data_prep.common.errors import UserError, run_main
+from data_prep.common.files import write_atomically
+from data_prep.common.processes import start_logged
 from pipeline.parallel.ranks import free_port
 from tools.demo.report import KINDS, build_report
 
@@ -204,35 +205,19 @@ class Runner:
     def execute(self, step: Step, output: Path) -> int:
         """The command's exit status. Its captured output appears under its name only when it is complete."""
         command = [str(free_port()) if part == PORT else part for part in step.command]
-        aside = output.with_name(f".tmp-{output.name}")
-        with open(self.path(self.log(step)), "w") as log:
-            print("$", shlex.join(command), file=log, flush=True)
-            captured = open(aside, "w") if step.captures else None
-            process = subprocess.Popen(
-                command,
-                cwd=self.project,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=captured or log,
-                stderr=log,
-                start_new_session=True,
-            )
-            try:
-                status = process.wait()
-            except BaseException:  # Ctrl-C: the launcher's ranks are in its group and must not outlive us
-                say("  stopped")
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                raise
-            finally:
-                if captured:
-                    captured.close()
-        if captured:
-            if status == 0:
-                os.replace(aside, output)
-            else:
-                aside.unlink()
-        return status
+        log = self.path(self.log(step))
+        log.unlink(missing_ok=True)
+        process = start_logged(command, log, step.captures, cwd=self.project, env=self.environment)
+        try:
+            printed, _ = process.communicate()
+        except BaseException:  # Ctrl-C: the launcher's ranks are in its group and must not outlive us
+            say("  stopped")
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        if step.captures and process.returncode == 0:
+            write_atomically(output, printed.encode())
+        return process.returncode
 
     def explain(self, step: Step) -> None:
         lines = self.path(self.log(step)).read_text(errors="replace").splitlines()[-LAST_LINES:]

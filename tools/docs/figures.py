@@ -19,7 +19,6 @@ Tables that are made for one result each: `docs_single_figures.py`.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import read_json
 from pipeline.common.text import NOTHING, with_interval
 from pipeline.reports import charts as drawing
 from pipeline.reports.charts import picture
@@ -44,16 +44,7 @@ class Results:
 
     def read(self, file: str) -> dict[str, Any]:
         """A result file. Raises: UserError for one that is not there or is no JSON object."""
-        path = self.folder / file
-        if not path.is_file():
-            raise UserError(f"docs/results/{file} is not there")
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"docs/results/{file} cannot be read ({error})") from None
-        if not isinstance(found, dict):
-            raise UserError(f"docs/results/{file} is no JSON object")
-        return found
+        return read_json(self.folder / file, f"docs/results/{file}", "is not there")
 
     def draw(self, file: str, svg: str, caption: str) -> list[str]:
         """Keep a picture, to be written as docs/results/`file`; the lines that show it on the page."""

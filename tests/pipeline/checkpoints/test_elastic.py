@@ -62,7 +62,7 @@ def test_a_run_goes_on_as_another_number_of_ranks(
         said += answers[0][1]
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 13))
     assert losses(tmp_path) == pytest.approx(expected, abs=1e-4)
-    assert said.count("its parts are put together anew for ") == len(worlds) - 1
+    assert said.count("its parts are regrouped for ") == len(worlds) - 1
     if strategies[-1] == "zero0":
         return
     [ours] = pool.run(1, ranks.weights_and_moments, str(tmp_path))

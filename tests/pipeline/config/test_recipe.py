@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import os
+import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from helpers.paths import REPOSITORY
 
 from data_prep.common.errors import UserError
+from pipeline.checkpoints.store import require_same_model_recipe
 from pipeline.config.deepspeed_config import complete_strategy, read_strategy, zero_stage
-from pipeline.config.schema import load_recipe
+from pipeline.config.keys import expected
+from pipeline.config.schema import BACKBONES, KEYS, VaeRecipe, load_recipe
 from pipeline.parallel.ranks import Ranks, find_ranks
 
 RECIPES = sorted((REPOSITORY / "pipeline" / "recipes").glob("*.yaml"))
@@ -91,13 +97,16 @@ def test_a_path_replaces_the_sizes_of_a_model_part() -> None:
         ("--model.backbone.hidden 3", "did you mean 'model.backbone.hidden_size'?"),
         ("--modl.vae.layers 3", "did you mean 'model.vae.layers'?"),
         ("--training.max_steps", "needs a value"),
-        ("--training.max_steps 1.5", "must be a whole number, not 1.5"),
-        ("--training.max_steps 0", "training.max_steps must be at least 1"),
+        (
+            "--training.max_steps 1.5",
+            "training.max_steps must be null or a whole number of at least 1, not 1.5",
+        ),
+        ("--training.max_steps 0", "training.max_steps must be null or a whole number of at least 1, not 0"),
         ("--training.max_steps null", "the run would never end"),
-        ("--optimizer.lr fast", "optimizer.lr must be a number, not 'fast'"),
+        ("--optimizer.lr fast", "optimizer.lr must be a number of at least 0, not 'fast'"),
         ("--log.wandb 3", "must be true or false"),
         ("--loss.kind mse", "loss.kind must be one of cross_entropy, focal"),
-        ("--schedule.warmup 2", "schedule.warmup must lie in [0, 1]"),
+        ("--schedule.warmup 2", "schedule.warmup must be a number of at least 0 and at most 1, not 2"),
         ("--schedule.kind wsd --schedule.decay 0", "schedule.decay must be above 0"),
         ("--schedule.kind wsd --schedule.warmup 0.5 --schedule.decay 0.6", "leave room for warmup (0.5)"),
         ("--optimizer.parts {a:1}", "optimizer.parts"),
@@ -106,16 +115,48 @@ def test_a_path_replaces_the_sizes_of_a_model_part() -> None:
         ("--objective sllm", "objective sllm needs model.backbone"),
         ("--data.window_tokens 9000", "a window must fit into a bin"),
         ("--data.weights 0.7 0.3", "has 2 numbers for 1 shard sets: give one for each"),
-        ("--data.shards a b --data.weights 1 0", "data.weights must be positive numbers, not [1.0, 0.0]"),
+        (
+            "--data.shards a b --data.weights 1 0",
+            "data.weights must be null or a list, each a number above 0, not 0",
+        ),
         ("--data.shards a b --data.weights 1 nan", "data.weights must be"),
         ("--model.vae.path x", "objective vae trains a SentenceVAE from sizes"),
         ("stray", "unexpected argument 'stray'"),
+        ("--optimizer.lr -1", "optimizer.lr must be a number of at least 0, not -1"),
+        ("--optimizer.lr .nan", "optimizer.lr must be a number of at least 0, not nan"),
+        ("--optimizer.lr true", "optimizer.lr must be a number of at least 0, not True"),
+        ("--optimizer.clip .inf", "optimizer.clip must be a number of at least 0, not inf"),
+        ("--optimizer.clip=-1", "optimizer.clip must be a number of at least 0, not -1"),
+        (
+            "--optimizer.betas 0.9",
+            "optimizer.betas must be a list of 2, each a number of at least 0 and below 1",
+        ),
+        (
+            "--optimizer.betas 0.9 1",
+            "optimizer.betas must be a list of 2, each a number of at least 0 and below 1",
+        ),
+        ("--optimizer.parts.a 1", "unknown recipe key 'optimizer.parts.a'"),
+        ("--optimizer.parts='{a: 1}'", "optimizer.parts.a must be a mapping, not 1"),
+        (
+            "--optimizer.parts='{a: {lr_scale: .nan}}'",
+            "optimizer.parts.a must be {lr_scale: NUMBER above 0} or",
+        ),
+        ("--seed -1", "seed must be a whole number of at least 0, not -1"),
+        ("--seed .nan", "seed must be a whole number of at least 0, not nan"),
+        ("--seed .inf", "seed must be a whole number of at least 0, not inf"),
+        ("--model.vae.dropout .nan", "model.vae.dropout must be a number of at least 0 and below 1, not nan"),
+        ("--model.vae.layers 1.5", "model.vae.layers must be a whole number of at least 1, not 1.5"),
+        ("--model.vae.fusion max", "model.vae.fusion must be one of sum, mean, attention, last, not 'max'"),
+        ("--model.vae.vectors 2", "model.vae.vectors 2 needs model.vae.fusion attention, not sum"),
+        ("--model.vae.free_bits 1", "need model.vae.variational true"),
+        ("--training.ema 1", "training.ema must be null or a number above 0 and below 1, not 1"),
+        ("--data.shards null", "data.shards must be a list, each text, not None"),
     ],
 )
 def test_wrong_overrides_are_refused(overrides: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
-        load_recipe(write(tmp_path, SMALL), overrides.split())
-    assert message in str(refused.value)
+        load_recipe(write(tmp_path, SMALL), shlex.split(overrides))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +168,19 @@ def test_wrong_overrides_are_refused(overrides: str, message: str, tmp_path: Pat
         (SMALL.replace("shards", "shard"), "did you mean 'data.shards'?"),
         (SMALL.replace("objective: vae", ""), "objective is missing"),
         (SMALL.replace("{hidden_size: 32}", "{path: x, layers: 2}"), "has a path and sizes (layers)"),
+        (SMALL + "model: 3", "key 'model' is given twice, in lines 5 and 7"),
+        (
+            SMALL.replace("32}", "32, layers: 1, hidden_size: 48}"),
+            "key 'hidden_size' is given twice, in lines 5",
+        ),
+        (SMALL + "loss: [{a: {b: 1,\n b: 2}}]", "key 'b' is given twice, in lines 7 and 8"),
+        (SMALL + "optimizer:\n  {}: 1", "is not valid YAML"),
+        (SMALL + "3: 1", "unknown recipe key '3'"),
+        (SMALL + "loss: {3: 1}", "unknown recipe key 'loss.3'"),
+        (SMALL + "loss: 3", "loss must be a mapping, not 3"),
+        (SMALL.replace("{hidden_size: 32}", "3"), "model.vae must be a mapping, not 3"),
+        (SMALL.replace("{hidden_size: 32}", "{hiden_size: null}"), "did you mean 'model.vae.hidden_size'?"),
+        (SMALL.replace("training: {max_steps: 3}", ""), "the run would never end"),
         (SMALL + "base: recipe.yaml", "leads back to itself"),
         (SMALL + "base: nowhere.yaml", "nowhere.yaml does not exist"),
     ],
@@ -134,7 +188,81 @@ def test_wrong_overrides_are_refused(overrides: str, message: str, tmp_path: Pat
 def test_wrong_files_are_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         load_recipe(write(tmp_path, text))
-    assert message in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    model = "{vae: {hiden_size: 32, dropout: 2}, "
+    model += "backbone: {model_type: llama, ffn_dim: 1, hidden_act: [], head_dim: 0}}"
+    text = SMALL.replace("{vae: {hidden_size: 32}}", model).replace("objective: vae", "optimiser: {lr: 1}")
+    overrides = "--max_steps 3 --data.window_tokens 9000 --loss.kind mse --seed -1 --log.profile x"
+    with pytest.raises(UserError) as refused:
+        load_recipe(write(tmp_path, text), overrides.split())
+    for problem in (
+        "unknown recipe key 'max_steps': did you mean 'training.max_steps'?",
+        "unknown recipe key 'optimiser': did you mean 'optimizer.lr'?",
+        "unknown recipe key 'model.vae.hiden_size': did you mean 'model.vae.hidden_size'?",
+        "model.vae.dropout must be a number of at least 0 and below 1, not 2",
+        "unknown recipe key 'model.backbone.ffn_dim': ",
+        "model.backbone.hidden_act must be null or text, not []",
+        "model.backbone.head_dim must be null or a whole number of at least 1, not 0",
+        "a window must fit into a bin",
+        "loss.kind must be one of cross_entropy, focal, not 'mse'",
+        "seed must be a whole number of at least 0, not -1",
+        "log.profile must be steps such as 10-12, not 'x'",
+        "objective is missing",
+    ):
+        assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_model_parts_keep_the_keys_that_are_given_in_their_order(tmp_path: Path) -> None:
+    given = "{layers: 2, hidden_size: 32.0, kl_weight: '1e-2', fusion: null, variational: true}"
+    recipe = load_recipe(write(tmp_path, SMALL.replace("{hidden_size: 32}", given)))
+    expected = {"layers": 2, "hidden_size": 32, "kl_weight": 0.01, "fusion": None, "variational": True}
+    assert list(recipe.to_dict()["model"]["vae"].items()) == list(expected.items())
+    assert type(recipe.model.vae["hidden_size"]) is int and recipe.model.backbone == {}
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert list(recipe.to_dict())[:4] == ["objective", "output_dir", "seed", "init_from"]
+
+
+def test_numbers_that_old_checkpoints_kept_as_text_are_the_same_model(tmp_path: Path) -> None:
+    variational = ["--model.vae.variational=true", "--model.vae.kl_weight=1e-2"]
+    recipe = load_recipe(write(tmp_path, SMALL), variational).to_dict()
+    old = copy.deepcopy(recipe)
+    old["model"]["vae"]["kl_weight"] = "1e-2"
+    meta = types.SimpleNamespace(recipe=old)
+    require_same_model_recipe(meta, tmp_path, recipe)
+    old["model"]["vae"]["kl_weight"] = "1e-3"
+    with pytest.raises(UserError, match="is of another model"):
+        require_same_model_recipe(meta, tmp_path, recipe)
+
+
+def test_a_merged_mapping_is_no_duplicate(tmp_path: Path) -> None:
+    text = SMALL + "optimizer: {parts: {a: {freeze: &f true}, b: &b {freeze: *f}, c: {<<: *b, freeze: true}}}"
+    assert load_recipe(write(tmp_path, text)).optimizer.parts["c"] == {"freeze": True}
+
+
+def test_the_recipe_and_the_model_have_the_same_vae_keys_and_defaults() -> None:
+    from pipeline.models.sentence_vae import SentenceVAEConfig
+
+    # Where weights come from: only in a recipe. From other sections or the shards: only in a model.
+    ours = {"path", "init_embeddings_from"}
+    theirs = {"focal_gamma", "label_smoothing", "z_loss", "sentence_settings", "window_tokens"}
+    theirs |= {"bos_token_id", "pad_token_id", "eos_token_id", "self", "kwargs"}
+    arguments = inspect.signature(SentenceVAEConfig.__init__).parameters
+    assert VaeRecipe.model_fields.keys() - ours == arguments.keys() - theirs
+    from_shards = {"vocab_size", "max_sentence_tokens"}
+    for key in VaeRecipe.model_fields.keys() - ours - from_shards:
+        assert VaeRecipe.model_fields[key].default == arguments[key].default, key
+
+
+def test_every_key_has_a_meaning_and_a_valid_default() -> None:
+    for key, field in KEYS.items():
+        assert field.description and expected(field), key
+    for kind in (VaeRecipe, *BACKBONES.values()):
+        defaults = kind().model_dump()
+        assert kind.model_validate(defaults).model_dump() == defaults
 
 
 def test_an_unknown_key_is_refused_by_the_command_before_torch_is_imported(tmp_path: Path) -> None:
@@ -157,6 +285,8 @@ def test_help_has_an_example() -> None:
         [sys.executable, "pipeline/train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0 and "example:" in done.stdout and "--deepspeed_config" in done.stdout
+    assert "--optimizer.lr (a number of at least 0; default 0.0001)" in done.stdout
+    assert all(f"--{key} (" in done.stdout for key in KEYS)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
@@ -306,12 +436,12 @@ def test_steps_to_profile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("label_smoothing", "1", r"must lie in \[0, 1\)"),
-        ("label_smoothing", "-0.1", r"must lie in \[0, 1\)"),
-        ("z_loss", "-1", "must not be negative"),
-        ("z_loss", ".nan", "must not be negative"),
-        ("focal_gamma", "0.5", "must be at least 1"),
-        ("embedding_weight", "-1", "must not be negative"),
+        ("label_smoothing", "1", "must be a number of at least 0 and below 1, not 1"),
+        ("label_smoothing", "-0.1", "must be a number of at least 0 and below 1, not -0.1"),
+        ("z_loss", "-1", "must be a number of at least 0, not -1"),
+        ("z_loss", ".nan", "must be a number of at least 0, not nan"),
+        ("focal_gamma", "0.5", "must be a number of at least 1, not 0.5"),
+        ("embedding_weight", "-1", "must be a number of at least 0, not -1"),
         ("embedding_weight", "1", "is for objective sllm, not vae"),
     ],
 )

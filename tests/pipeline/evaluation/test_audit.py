@@ -84,8 +84,8 @@ def edit(change: Callable[[dict], dict]) -> Callable[[list[str]], list[str]]:
     [
         (lambda lines: lines[:2] + lines[3:], "step 3 is missing in metrics.jsonl"),
         (lambda lines: lines[:1] + lines[4:], "steps 2 to 4 are missing in metrics.jsonl"),
-        (lambda lines: lines[:3] + lines[2:], "step 3 stands twice in metrics.jsonl (line 4)"),
-        (lambda lines: lines[:2] + [lines[3], lines[2]] + lines[4:], "step 3 stands after step 4"),
+        (lambda lines: lines[:3] + lines[2:], "step 3 is twice in metrics.jsonl (line 4)"),
+        (lambda lines: lines[:2] + [lines[3], lines[2]] + lines[4:], "step 3 comes after step 4"),
         (lambda lines: lines[:2] + ["{"] + lines[3:], "line 3: not the record of a step"),
         (lambda lines: lines[:3], "step-00000004: metrics.jsonl ends before it"),
         (edit(lambda r: r | {"bins_digest": r["bins_digest"] ^ 1}), "step 3 computed other bins"),

@@ -32,7 +32,7 @@ from transformers import (
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
-from pipeline.config.schema import BACKBONE_KEYS, load_recipe
+from pipeline.config.schema import BACKBONES, load_recipe
 from pipeline.data.batch import build_batch, empty_batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.evaluation.self_check import Checker
@@ -163,7 +163,7 @@ def test_a_model_with_another_attention_is_not_run_packed():
 # --- limits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", BACKBONE_KEYS)
+@pytest.mark.parametrize("family", BACKBONES)
 def test_positions_are_a_limit_in_every_family(family, tiny_tokenizer):
     settings = {"max_position_embeddings": 6, **IDS}
     config = opt_config(**settings) if family == "opt" else rotary_config(family, **settings)
@@ -230,10 +230,10 @@ def test_folders_of_untested_families_are_refused(tmp_path):
 # --- recipes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", BACKBONE_KEYS)
+@pytest.mark.parametrize("family", BACKBONES)
 def test_recipe_keys_are_keys_of_the_familys_config(family):
     known = AutoConfig.for_model(family).to_dict()
-    assert set(BACKBONE_KEYS[family]) - {"path"} <= set(known) | {"model_type"}
+    assert set(BACKBONES[family].model_fields) - {"path"} <= set(known) | {"model_type"}
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_partitioned_over_two_ranks_they_train_as_on_one(
     import json
 
     config = rotary_config(family, max_position_embeddings=256).to_dict()
-    backbone = {key: config[key] for key in BACKBONE_KEYS[family] if config.get(key) is not None}
+    backbone = {key: config[key] for key in BACKBONES[family].model_fields if config.get(key) is not None}
     backbone.pop("vocab_size")
     recipe = {
         "objective": objective,

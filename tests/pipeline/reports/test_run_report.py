@@ -14,8 +14,8 @@ from data_prep.common.errors import UserError
 from pipeline.cli import main as cli
 from pipeline.common.text import duration
 from pipeline.reports.charts import log_ticks, running_mean, thinned
-from pipeline.reports.run_files import read_runs
 from pipeline.reports.run_report import differences, report, summarise
+from pipeline.training.run_files import read_runs
 
 
 def test_a_runs_summary_is_what_its_files_say(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_lost_row_is_measured_again_and_another_recipe_is_refused(
         run(path, ours, only=["vae"], overrides=["--training.eval_bins", "2", "--optimizer.lr", "0.01"])
     shutil.rmtree(ours / "vae-s3")
     with pytest.raises(
-        UserError, match="from-vae-s3 is of another sweep .it was begun after another run of vae"
+        UserError, match="from-vae-s3 is of another sweep .it started from another run of vae"
     ):
         run(path, ours, only=["from-vae"], overrides=["--training.eval_bins", "2"])
 
@@ -175,7 +175,7 @@ def test_a_stopped_sweep_saves_and_goes_on(recipes: Path, tmp_path: Path) -> Non
         ({"runs": {}}, "needs `runs`"),
         ({"runs": {"a": {}}, "seed": 1}, "unknown key 'seed'"),
         ({"runs": {"a": {}}, "seeds": "1"}, "seeds must be a list"),
-        ({"runs": {"a": {}}, "seeds": [1, 1]}, "a seed stands twice"),
+        ({"runs": {"a": {}}, "seeds": [1, 1]}, "[1, 1] has a seed twice"),
         ({"runs": {"a": {}}, "recipe": None}, "run a: neither it nor the sweep names a recipe"),
         ({"runs": {"a": {"optimizer.lrr": 1}}}, "run a: unknown recipe key 'optimizer.lrr': did you mean"),
         ({"runs": {"a": {"seed": 2}}}, "run a: seed is set by the sweep itself"),

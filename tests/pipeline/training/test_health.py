@@ -9,7 +9,7 @@ import math
 import pytest
 
 from data_prep.common.errors import UserError
-from pipeline.config.schema import HealthRecipe
+from pipeline.config.schema import HealthRecipe, load_recipe
 from pipeline.training.health import FEWEST, MEMORY, SPEED_STEPS, Guard, Speeds
 
 
@@ -46,15 +46,15 @@ def test_a_spike_is_judged_by_the_median_of_the_last_accepted_steps() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_skips": 0}, "health.max_skips must be at least 1"),
-        ({"norm_spike": 1.0}, "health.norm_spike must be null or a number above 1"),
-        ({"loss_spike": math.nan}, "health.loss_spike must be null or a number above 1"),
-        ({"hang_seconds": 0.0}, "health.hang_seconds must be null or a positive number"),
+        ({"max_skips": 0}, "health.max_skips must be a whole number of at least 1, not 0"),
+        ({"norm_spike": 1.0}, "health.norm_spike must be null or a number above 1, not 1"),
+        ({"loss_spike": ".nan"}, "health.loss_spike must be null or a number above 1, not nan"),
+        ({"hang_seconds": 0.0}, "health.hang_seconds must be null or a number above 0, not 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        HealthRecipe(**settings)
+        load_recipe("demo-vae", [f"--health.{key}={value}" for key, value in settings.items()])
 
 
 def test_only_a_rank_that_stays_slow_is_named() -> None:

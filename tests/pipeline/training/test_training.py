@@ -573,7 +573,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     [line] = [line for line in said.splitlines() if " is damaged: " in line]
     assert "step-00000006 is damaged: mp_rank_00_model_states.pt has" in line
     assert line.endswith("using step-00000004 instead")
-    assert "going on from step 4" in said
+    assert "resuming at step 4" in said
     assert losses(run) == losses(reference["vae"])  # steps 5 and 6 once more, and once only
     assert pool.run(1, ranks.train_and_listen, again) == [
         (0, f"{run}: already finished, at step-00000006; nothing to do\n")
@@ -605,7 +605,7 @@ def test_a_checkpoint_spoilt_in_place_is_passed_over_by_all_ranks(
     assert (status, other_status, other_said) == (0, 0, "")
     [line] = [line for line in said.splitlines() if " is damaged: " in line]
     assert line.endswith("_optim_states.pt is not as it was written (sha256): using step-00000004 instead")
-    assert "going on from step 4" in said
+    assert "resuming at step 4" in said
     assert losses(run)[:4] == expected[:4] and len(losses(run)) == 7
     # Of the last two the spoilt one is none.
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))

@@ -1,11 +1,11 @@
-"""The files of a training run's folder, read."""
+"""Reads the files of a run directory; every report of runs goes through here."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,58 @@ from typing import Any
 import yaml
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import read_json
+from pipeline.training.provenance import PROVENANCE
 from pipeline.training.run_log import EVALUATIONS, METRICS, SAVES, STARTS, read_records
+
+DEEPSPEED_CONFIG = "ds_config.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run directory's files. `name` tells it from the other runs of the report."""
+    """A run directory's files, each read when first used; empty where there is none. UserError for one that
+    does not parse. `name` is unique among the runs of a report."""
 
-    name: str
     folder: Path
-    recipe: dict[str, Any]
-    deepspeed: dict[str, Any]
-    provenance: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    saves: list[dict[str, Any]]
-    starts: list[dict[str, Any]]
+    name: str = ""
+
+    @functools.cached_property
+    def recipe(self) -> dict[str, Any]:
+        path = self.folder / "recipe.yaml"
+        try:
+            return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{path} cannot be read ({error})") from None
+
+    @functools.cached_property
+    def deepspeed(self) -> dict[str, Any]:
+        return read_json(self.folder / DEEPSPEED_CONFIG, default={})
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        return read_json(self.folder / PROVENANCE, default={})
+
+    @functools.cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_records(self.folder / METRICS)
+
+    @functools.cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return read_records(self.folder / EVALUATIONS)
+
+    @functools.cached_property
+    def saves(self) -> list[dict[str, Any]]:
+        return read_records(self.folder / SAVES)
+
+    @functools.cached_property
+    def starts(self) -> list[dict[str, Any]]:
+        return read_records(self.folder / STARTS)
 
     @functools.cached_property
     def positions(self) -> dict[str, list[float | None]]:
-        """By axis, where each step stands on it; None where its lines do not say."""
+        """By axis, each step's coordinate at its end; None where the records do not have it."""
         beside: dict[int, float] = {}  # seconds of saving and evaluating after a step
         for row in (*self.saves, *self.evaluations):
             seconds = row.get("save_seconds", row.get("seconds")) or 0.0
@@ -49,7 +81,7 @@ class Run:
         }
 
     def place(self, axis: str, step: int) -> float | None:
-        """Where the end of `step` stands on an axis; None for a step that no line is about."""
+        """A step's coordinate on an axis; None for a step without a record."""
         row = self._rows.get(step)
         return None if row is None else self.positions[axis][row]
 
@@ -74,43 +106,22 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     paths = [Path(folder) for folder in folders]
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
-    return [_read_run(name, path) for name, path in zip(names, paths, strict=True)]
-
-
-def _read_run(name: str, folder: Path) -> Run:
-    if not (folder / METRICS).is_file():
-        raise UserError(f"{folder} is no run directory: it has no {METRICS}")
-    metrics = read_records(folder / METRICS)
-    if not metrics:
-        raise UserError(f"{folder / METRICS} has no whole line: the run has made no step yet")
-    return Run(
-        name,
-        folder,
-        _read(folder / "recipe.yaml", yaml.safe_load),
-        _read(folder / "ds_config.json", json.loads),
-        _read(folder / "provenance.json", json.loads),
-        metrics,
-        *(read_records(folder / file) for file in (EVALUATIONS, SAVES, STARTS)),
-    )
-
-
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """A file's mapping; empty when there is none. UserError when it does not parse."""
-    try:
-        return parse(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
+    runs = [Run(path, name) for name, path in zip(names, paths, strict=True)]
+    for run in runs:
+        if not (run.folder / METRICS).is_file():
+            raise UserError(f"{run.folder} is no run directory: it has no {METRICS}")
+        if not run.metrics:
+            raise UserError(f"{run.folder / METRICS} has no whole line: the run has made no step yet")
+    return runs
 
 
 def training_text(run: Run) -> str:
-    """The shards that a run reads, by content: equal for equal text."""
+    """Fingerprints of a run's training shards: equal for equal text."""
     return json.dumps([one.get("fingerprint") for one in run.provenance.get("shards", [])])
 
 
 def validation_sample(run: Run) -> list[Any]:
-    """What decides on which text the evaluations of a run were made: equal for equal samples."""
+    """What determines the text of a run's evaluations: equal for equal samples."""
     data, training = run.recipe.get("data", {}), run.recipe.get("training", {})
     prints = [one.get("fingerprint") for one in run.provenance.get("validation", [])]
     return [prints, data.get("window_tokens"), data.get("bin_tokens"), training.get("eval_bins")]

@@ -1,0 +1,55 @@
+"""Every use of a private part of DeepSpeed (0.19.x).
+
+tests/pipeline/parallel/test_deepspeed_compat.py has a test for each, which names the part that a new release
+has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+from deepspeed.utils.timer import SynchronizedWallClockTimer
+
+
+def skip_shared_memory_op() -> None:
+    """Keep `init_distributed` from compiling gloo's shared-memory op: it takes a minute and a compiler."""
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
+
+def silence_timers() -> None:
+    """Drop the timings that an engine with a FLOPS profiler prints, several lines a step."""
+    SynchronizedWallClockTimer.log = lambda *_given, **_named: None
+
+
+@contextlib.contextmanager
+def saving_through(engine: Any, writer: Any) -> Iterator[None]:
+    """Let `engine.save_checkpoint` write through `writer`, and without its recovery script: `sllm export`
+    replaces it."""
+    before = engine.checkpoint_engine
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = lambda _: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = before
+        del engine._copy_recovery_script
+
+
+def fp32_fragment(weight: Any) -> tuple[slice, slice] | None:
+    """Where this rank's fp32 part of a weight is under ZeRO 1 and 2: the slice of the group's flat partition,
+    and the slice of the flattened weight. None when the whole weight is another rank's."""
+    mapping = weight._hp_mapping
+    if mapping is None:
+        return None
+    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return slice(here.start, here.start + here.numel), slice(there.start, there.start + there.numel)
+
+
+def norm_before_step(optimizer: Any) -> float | None:
+    """The gradient's global norm while the optimizer applies a step; None where DeepSpeed keeps none (stage
+    0 in fp32)."""
+    norm = getattr(optimizer, "_global_grad_norm", None)
+    return None if norm is None else float(norm)
