@@ -68,20 +68,8 @@ def generate(
     """
     from pipeline.cli import generate as generation
 
-    how = generation.settings(
-        max_sentences,
-        temperature,
-        top_p,
-        top_k,
-        min_p,
-        repetition_penalty,
-        max_tokens,
-        stop,
-        samples,
-        best_of,
-        seed,
-        int8,
-    )
+    sampling = (temperature, top_p, top_k, min_p, repetition_penalty)
+    how = generation.settings(max_sentences, *sampling, max_tokens, stop, samples, best_of, seed, int8)
     if (prompts is None) != (output is None):
         raise UserError("--prompts FILE and --output FILE belong together")
     if prompts is not None and output is not None:

@@ -177,9 +177,9 @@ def test_bad_input_files_are_refused_in_one_line(folders, tmp_path, run):
     [
         ("", "no command"),
         ("fly", 'Unknown command "fly"'),
-        ("evalute", 'Did you mean "evaluate"?'),
+        ("evaluatee", 'Did you mean "evaluate"?'),
         ("benchmark", "no command"),
-        ("benchmark trian", 'Did you mean "train"?'),
+        ("benchmark trainn", 'Did you mean "train"?'),
         ("evaluate --model x", "--data"),
         ("evaluate --model x --data y --text z", "--text"),
         ("evaluate --model x --data y --max-document 3", "Did you mean --max-documents?"),
