@@ -30,7 +30,7 @@ def generate(
     batch: Positive = 8,
     max_sentences: Positive = 10,
     max_tokens: Positive | None = None,
-    stop: Sequence[Text] = (),
+    stop: Annotated[Sequence[str], Parameter(allow_leading_hyphen=True)] = (),
     temperature: Annotated[float | None, SAMPLING] = None,
     top_p: Annotated[float | None, SAMPLING] = None,
     top_k: Annotated[int | None, SAMPLING] = None,
