@@ -1,23 +1,24 @@
-"""How far a run of `data-prep shard` is, whoever does the work, and the line that tells it.
-
-In: a `Job`, whose board is read. Out: numbers, and a bar on a terminal or plain lines in a log. Called by
-`sharding.py` and `cli.py`.
-"""
+"""The progress of a run of `data-prep shard` over all its processes, and its display."""
 
 from __future__ import annotations
 
+import io
 import json
 import time
+from typing import Any, TextIO
 
 from data_prep.jobs.executor import RECORD
 from data_prep.jobs.job import Job
 
+LOG_SECONDS = 10.0
+LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
 
 class Progress:
-    """How far the whole run is, whoever does the work: read from the board, `update` by `update`.
+    """The counts of all processes, read from the work folder by `update`.
 
-    done, total: bytes of input, over all phases; documents, rejected: in the phase under way; bytes_rate and
-    documents_rate: per second, over what has been done since this object, or the phase, began.
+    done, total: bytes of input, over all phases; documents, rejected: in the current phase; documents_rate:
+    per second, in this phase and since this object was made.
     """
 
     def __init__(self, job: Job):
@@ -26,24 +27,19 @@ class Progress:
         units = range(len(sizes)) if job.only is None else job.only
         self._names = (["hash"] if job.settings.deduplicate else []) + ["shard"]
         self._counts: dict[tuple[str, int], dict] = {}
-        self._began = self._phase_began = time.monotonic()
-        self._first: int | None = None  # bytes done when we first looked
+        self._phase_started = time.monotonic()
         self._first_documents = 0
         self._phase: str | None = None
         self.done = self.documents = self.rejected = 0
         self.total = sum(sizes[unit] for unit in units) * len(self._names)
 
     @property
-    def bytes_rate(self) -> float:
-        return (self.done - (self._first or 0)) / max(time.monotonic() - self._began, 1e-3)
-
-    @property
     def documents_rate(self) -> float:
         fresh = self.documents - self._first_documents
-        return fresh / max(time.monotonic() - self._phase_began, 1e-3)
+        return fresh / max(time.monotonic() - self._phase_started, 1e-3)
 
     def update(self) -> None:
-        """Look at the board again."""
+        """Read the work folder again."""
         if self._board.is_finished():
             self.done = self.total
             return
@@ -58,10 +54,8 @@ class Progress:
                 self.documents = sum(count.get("documents", 0) for count in here)
                 self.rejected = sum(count.get("rejected", 0) for count in here)
                 if name != self._phase:
-                    self._phase, self._phase_began = name, time.monotonic()
+                    self._phase, self._phase_started = name, time.monotonic()
                     self._first_documents = self.documents
-        if self._first is None:
-            self._first = self.done
 
     def _count(self, phase: str, unit: int) -> dict:
         if (phase, unit) not in self._counts:
@@ -74,44 +68,36 @@ class Progress:
 
 
 class ProgressLine:
-    """`report` for `sharding.make_shards`: a live line on a terminal, else a plain line every ten seconds."""
+    """`report` for `make_shards`: a bar on a terminal, a plain line every ten seconds in a log."""
 
-    def __init__(self, stream: object, label: str = "data-prep shard"):
+    def __init__(self, stream: TextIO, label: str = "data-prep shard"):
         self._stream, self._label = stream, label
-        self._bar = None
-        self._said = time.monotonic()
+        self._bar: Any = None
+        self._printed = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
-        if self._stream.isatty():
-            if self._bar is None:
-                from tqdm import tqdm
+        live = self._stream.isatty()
+        if self._bar is None:
+            from tqdm import tqdm
 
-                shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}B{postfix}"
-                options = {"unit_scale": True, "desc": self._label, "bar_format": shape}
-                self._bar = tqdm(total=progress.total, file=self._stream, **options)
-            self._bar.set_postfix_str(_said(progress), refresh=False)
-            self._bar.update(progress.done - self._bar.n)
-        elif time.monotonic() - self._said >= 10:
-            self._said = time.monotonic()
-            line = f"{self._label}: {progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB read, "
-            print(line + _said(progress), file=self._stream, flush=True)
+            self._bar = tqdm(
+                desc=self._label,
+                total=progress.total,
+                initial=progress.done,
+                unit="B",
+                unit_scale=True,
+                smoothing=0,
+                file=self._stream if live else io.StringIO(),
+                bar_format=None if live else LOG_FORMAT,
+            )
+        self._bar.total = progress.total
+        counts = f"{progress.documents:,} documents ({progress.documents_rate:,.0f}/s)"
+        self._bar.set_postfix_str(f"{counts}, {progress.rejected:,} rejected", refresh=False)
+        self._bar.update(progress.done - self._bar.n)
+        if not live and time.monotonic() - self._printed >= LOG_SECONDS:
+            self._printed = time.monotonic()
+            print(self._bar, file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _said(progress: Progress) -> str:
-    speed = progress.bytes_rate
-    left = f", {_duration((progress.total - progress.done) / speed)} left" if speed > 1 else ""
-    return (
-        f"{progress.documents:,} documents ({progress.documents_rate:,.0f}/s), {speed / 1e6:.1f} MB/s, "
-        f"{progress.rejected:,} rejected{left}"
-    )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return (
-        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-    )

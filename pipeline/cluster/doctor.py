@@ -1,10 +1,6 @@
-"""`sllm doctor`: are these machines fit for a run together? Before the first step, and naming the bad one.
+"""`sllm doctor`: checks that the machines of a job are fit to train together, before the first step.
 
-In: the ranks of a launcher (`srun sllm doctor …`, mpirun, torchrun; alone it looks at this machine), shard
-folders and the run's output folder. Out: rank 0 prints what it found, and one line for every problem with the
-machine's name; every rank exits with 0, or 1 when there is a problem, or 75 when USR1 has told it to stop.
-The parts: `meeting.py` (ranks talk without torch), `doctor_machine.py` (what a machine sees of itself),
-`doctor_network.py` (all-reduce and pairs).
+Rank 0 prints the report and one line for every problem, with the name of the machine.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +23,7 @@ from data_prep.common.errors import REQUEUE, UserError, describe
 from pipeline.cluster import machine as doctor_machine
 from pipeline.cluster import network as doctor_network
 from pipeline.cluster.options import Checks
-from pipeline.cluster.rendezvous import LostTable, Meeting
+from pipeline.cluster.rendezvous import Meeting, ServerLost
 from pipeline.parallel.ranks import Ranks, find_ranks, free_port
 
 CLOCK_LIMIT = 2.0  # seconds between any machine's clock and the first one's
@@ -44,15 +40,17 @@ def run(checks: Checks, as_json: bool = False) -> int:
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        with closing(Meeting(ranks, host, address, port, checks.timeout)) as meeting:
+        with Meeting(ranks, host, address, port, checks.timeout) as meeting:
             report = examine(meeting, checks)
-    except LostTable:
+            # Before rank 0 waits for the others to leave: the first that ends makes the launcher send TERM.
+            decided.set()
+            if ranks.rank == 0:
+                text = json.dumps(report, allow_nan=False) if as_json else format_report(report)
+                print(text, flush=True)
+                for line in report["problems"]:
+                    print(f"sllm doctor: {line}", file=sys.stderr)
+    except ServerLost:
         return 2  # rank 0 has said why
-    decided.set()
-    if ranks.rank == 0:
-        print(json.dumps(report, allow_nan=False) if as_json else format_report(report), flush=True)
-        for line in report["problems"]:
-            print(f"sllm doctor: {line}", file=sys.stderr)
     return 0 if report["ok"] else 1
 
 
@@ -61,7 +59,7 @@ def _end_on_signals() -> threading.Event:
     is set: the verdict is in.
 
     The first rank to end makes `srun --kill-on-bad-exit` terminate the others, and a step ends with the
-    highest status of all: ranks killed by TERM (143) would hide the 75, so that nobody starts the job again,
+    highest status of all: ranks killed by TERM (143) would hide the 75, so that the job is not requeued,
     and the 1 of a verdict. A thread waits for the signals, since the main one may be blocked in a collective.
     """
     decided, signals = threading.Event(), (signal.SIGUSR1, signal.SIGTERM)

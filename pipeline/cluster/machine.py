@@ -1,7 +1,6 @@
-"""What `sllm doctor` looks at on one machine: versions, code, shards, disks, GPUs.
+"""What `sllm doctor` finds on one machine: versions, code, shards, disks, GPUs.
 
-In: folders and limits. Out: plain JSON facts, each with a list `problems` of lines that do not name the
-machine (the caller does). Called on every machine by `doctor.py`. No torch, no transformers.
+Each function returns plain JSON with a list `problems` of lines that do not name the machine. No torch here.
 """
 
 from __future__ import annotations
@@ -9,26 +8,30 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError, describe
 
 PACKAGES = (
-    *("sentence-llm", "torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors"),
-    *("numpy", "nvidia-nccl-cu12", "nvidia-nccl-cu13"),
+    "sentence-llm",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "safetensors",
+    "numpy",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
 )
 SAMPLED = 2  # shards verified on each machine when not all are
 WRITE_BYTES = 32 << 20
 SLOW_DISK = 20e6  # bytes/s; less is worth a warning
 VISIBLE_SECONDS = 10.0  # how long a shared file system may take to show a new file elsewhere
-BUSY_GPU = 0.1  # of its memory, before the job has begun
-GPU_FIELDS = (
-    *("index", "name", "driver_version", "memory.total", "memory.used", "temperature.gpu"),
-    *("ecc.errors.uncorrected.volatile.total", "retired_pages.pending"),
-)
+BUSY_GPU = 0.1  # of its memory, before the job starts
 
 
 def versions() -> dict[str, str | None]:
@@ -141,43 +144,69 @@ def is_visible(path: str, content: str) -> bool:
 
 
 def gpus(tasks: int) -> dict[str, Any]:
-    """What `nvidia-smi` says; `tasks`: ranks on this machine, each wants a GPU unless DS_ACCELERATOR is
-    `cpu`."""
+    """The GPUs that the driver reports, none where there is no driver.
+
+    tasks: ranks on this machine; each needs a GPU unless DS_ACCELERATOR is `cpu`.
+    """
+    import pynvml
+
     facts: dict[str, Any] = {"gpus": [], "problems": []}
-    if shutil.which("nvidia-smi") is None:
-        return facts
-    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return facts | {"problems": [f"nvidia-smi does not answer ({type(error).__name__})"]}
-    if done.returncode:
-        said = (done.stdout.strip() or done.stderr.strip()).split("\n")[0]
-        return facts | {"problems": [f"nvidia-smi fails with status {done.returncode}: {said}"]}
-    for line in done.stdout.strip().splitlines():
-        gpu = dict(zip(GPU_FIELDS, (field.strip() for field in line.split(",")), strict=False))
-        facts["gpus"].append(gpu)
-        name = f"GPU {gpu['index']} ({gpu.get('name')})"
-        used, total = _number(gpu.get("memory.used")), _number(gpu.get("memory.total"))
-        if total and used > BUSY_GPU * total:
-            facts["problems"].append(f"{name}: {used:.0f} of {total:.0f} MiB are in use by somebody else")
-        if errors := _number(gpu.get("ecc.errors.uncorrected.volatile.total")):
-            facts["problems"].append(f"{name}: {errors:.0f} uncorrected memory errors since the last start")
-        if gpu.get("retired_pages.pending", "").lower() == "yes":
-            facts["problems"].append(
-                f"{name}: memory pages wait to be retired: the machine must be restarted"
-            )
+        pynvml.nvmlInit()
+    except pynvml.NVMLError_LibraryNotFound:
+        return facts
+    except pynvml.NVMLError as error:
+        return facts | {"problems": [f"the NVIDIA driver fails: {error}"]}
+    try:
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            try:
+                gpu = _gpu(index)
+            except pynvml.NVMLError as error:
+                facts["problems"].append(f"GPU {index} fails: {error}")
+                continue
+            facts["gpus"].append(gpu)
+            facts["problems"] += _gpu_problems(gpu)
+    finally:
+        pynvml.nvmlShutdown()
     if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and len(facts["gpus"]) < tasks:
         facts["problems"].append(f"{len(facts['gpus'])} GPUs for {tasks} tasks")
     return facts
 
 
-def _number(text: str | None) -> float:
-    """0 for what a GPU does not report (`[N/A]`)."""
-    try:
-        return float(text or 0)
-    except ValueError:
-        return 0.0
+def _gpu(index: int) -> dict[str, Any]:
+    """Memory is in MiB, temperature in degrees Celsius; None: this kind of GPU does not report it."""
+    import pynvml as nvml
+
+    def ask(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(handle, *arguments)
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+            return None
+
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    # Version 2 does not count what the driver reserves as used.
+    memory = ask(nvml.nvmlDeviceGetMemoryInfo, nvml.nvmlMemory_v2)
+    uncorrected = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+    return {
+        "index": index,
+        "name": nvml.nvmlDeviceGetName(handle),
+        "driver_version": nvml.nvmlSystemGetDriverVersion(),
+        "memory.total": memory and memory.total >> 20,
+        "memory.used": memory and memory.used >> 20,
+        "temperature.gpu": ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+        "ecc.errors.uncorrected.volatile.total": ask(nvml.nvmlDeviceGetTotalEccErrors, *uncorrected),
+        "retired_pages.pending": ask(nvml.nvmlDeviceGetRetiredPagesPendingStatus),
+    }
+
+
+def _gpu_problems(gpu: dict[str, Any]) -> Iterator[str]:
+    name, used, total = f"GPU {gpu['index']} ({gpu['name']})", gpu["memory.used"], gpu["memory.total"]
+    if total and used > BUSY_GPU * total:
+        yield f"{name}: {used} of {total} MiB are in use by another process"
+    if errors := gpu["ecc.errors.uncorrected.volatile.total"]:
+        yield f"{name}: {errors} uncorrected memory errors since the last start"
+    if gpu["retired_pages.pending"]:
+        yield f"{name}: memory pages wait to be retired: the machine must be restarted"
 
 
 def _gb(count: float) -> str:

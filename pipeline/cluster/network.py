@@ -1,8 +1,4 @@
-"""What `sllm doctor` measures between the ranks: all-reduce and every pair of machines, by the real backend.
-
-In: `Ranks`, the first rank of every machine, a free port on rank 0. Out: plain JSON: errors, or Gbit/s.
-Called by `doctor.py` on every rank. The only part that imports torch; DeepSpeed is not needed.
-"""
+"""What `sllm doctor` measures between ranks: all-reduce and every pair of machines, by the real backend."""
 
 from __future__ import annotations
 
@@ -23,11 +19,13 @@ BYTES = {"gloo": 8 << 20, "nccl": 256 << 20}  # of one tensor
 
 
 def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeout: float) -> dict[str, Any]:
-    """`{"backend", "gbps" of the all-reduce (bus bandwidth), "pairs": {peer: gbps}, "problems"}` of this
-    rank.
+    """Every rank calls this. Errors of the backend become lines in `problems`.
 
-    Every rank calls it. Errors of the backend become a line in `problems`; whoever hangs without an error is
-    noticed by the meeting.
+    Args:
+        leaders: the first rank of every machine.
+        port: a free one on rank 0.
+        timeout: seconds for each operation.
+    Returns: {"backend", "gbps" of the all-reduce (bus bandwidth), "pairs": {peer: gbps}, "problems"}.
     """
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a time-out is an exception, not an abort
     import torch
@@ -64,14 +62,13 @@ def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeo
 
 
 def weight(rank: int) -> int:
-    """What a rank multiplies the common pattern by: small, so that fp32 sums are exact on thousands of
-    ranks."""
+    """The factor of a rank's data: small, so that fp32 sums are exact on thousands of ranks."""
     return rank % 7 + 1
 
 
 def schedule(leaders: list[int], rank: int) -> Iterator[int]:
-    """Whom `rank` meets in each round, so that every pair of `leaders` meets once and all pairs of a round
-    are disjoint (one stays, the others walk round the table); nobody for a rank that is no leader."""
+    """The peer of `rank` in each round of a round-robin tournament of `leaders`: every pair meets once, and
+    the pairs of a round are disjoint. Empty for a rank that is no leader."""
     seats: list[int | None] = list(leaders)
     if len(seats) % 2:
         seats.append(None)

@@ -1,180 +1,145 @@
-"""A meeting of all ranks over plain TCP: what `sllm doctor` compares the machines by, before torch is there.
-
-In: `Ranks` and rank 0's address. Out: `Meeting.exchange(value)`: every rank gives a JSON value and gets the
-list of all, by rank. Rank 0 is the table that all others sit at, one connection each; whoever stays away or
-falls silent is named by its host. Nothing but the standard library.
-"""
+"""All ranks of a job meet at rank 0 and exchange JSON values (torch's TCPStore), before any training."""
 
 from __future__ import annotations
 
 import json
-import select
-import socket
-import struct
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, first_line
 from pipeline.parallel.ranks import Ranks
 
 PINGS = 5
-RETRY_SECONDS = 0.2
-LARGEST_MESSAGE = 64 << 20  # bytes; more is not one of ours
-_LENGTH = struct.Struct("!I")
 
 
-class LostTable(UserError):
-    """Rank 0 has ended the meeting; it says why."""
+class ServerLost(UserError):
+    """Rank 0 ended the meeting; its own message says why."""
 
 
 class Meeting:
-    """Made by every rank alike; raises UserError, on rank 0 with the names, when not all have come in time.
+    """A context that every rank enters alike; one rank alone needs no torch.
 
-    timeout: seconds to wait for the others, at the beginning and at every exchange.
+    Args:
+        host: the name that other ranks report this machine by.
+        address, port: of rank 0.
+        timeout: seconds to wait for the other ranks, at the start and in every exchange.
+    Raises: UserError, on rank 0 with the names of the missing ranks, when not all ranks arrive in time.
     """
 
     def __init__(self, ranks: Ranks, host: str, address: str, port: int, timeout: float):
-        self.ranks, self.timeout = ranks, timeout
-        self.hosts: list[str] = [host]
-        self._peers: dict[int, socket.socket] = {}
+        self.ranks, self.timeout, self.hosts = ranks, timeout, [host]
+        self._round = 0
         if ranks.world == 1:
             return
-        if ranks.rank == 0:
-            self._receive_all(host, port)
-        else:
-            self._peers[0] = self._connect(address, port)
-            self._send(0, {"rank": ranks.rank, "host": host})
+        # Otherwise each rank prints C++ stack traces for a lost connection, beside the exception.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+        from torch.distributed import TCPStore
+
+        is_server, limit = ranks.rank == 0, timedelta(seconds=timeout)
+        where = f"{host}: cannot listen on port {port}" if is_server else f"cannot reach {address}:{port}"
+        try:
+            self._store = TCPStore(
+                "127.0.0.1" if is_server else address, port, None, is_server, limit, wait_for_workers=False
+            )
+        except RuntimeError as error:
+            raise UserError(f"{where}: {first_line(error)}") from None
+        self._port = port
         self.hosts = self.exchange(host)
 
-    def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
-        """Every rank's value, by rank. UserError when a rank does not answer in time (default: the
-        meeting's)."""
+    def __enter__(self) -> Meeting:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave an empty value in the next round, so that no rank waits for this one."""
         if self.ranks.world == 1:
+            return
+        self._round += 1
+        with suppress(RuntimeError):
+            self._store.set(self._key(self.ranks.rank or "all"), "")
+            if self.ranks.rank == 0 and kind is None:  # the store ends with rank 0: others may still read
+                self._wait(map(self._key, range(1, self.ranks.world)), self.timeout)
+        del self._store
+
+    def exchange(self, value: Any, timeout: float | None = None) -> list[Any]:
+        """Every rank's value, by rank. Raises UserError when a rank does not answer within `timeout` seconds
+        (default: the meeting's)."""
+        world, limit = self.ranks.world, timeout or self.timeout
+        if world == 1:
             return [value]
-        deadline = time.monotonic() + (timeout or self.timeout)
+        self._round += 1
         if self.ranks.rank:
-            self._send(0, value)
-            return self._receive(0, deadline + self.timeout)  # rank 0 may itself have to wait for others
-        values, silent = [value], []
-        for rank in range(1, self.ranks.world):
-            try:
-                values.append(self._receive(rank, deadline))
-            except UserError:
-                silent.append(rank)
+            with self._or_raise(ServerLost("lost rank 0: see its message")):
+                self._store.set(self._key(self.ranks.rank), json.dumps(value))
+                # Rank 0 may itself have to wait for others.
+                self._wait([self._key("all")], limit + self.timeout)
+                if not (answer := self._store.get(self._key("all"))):
+                    raise RuntimeError
+            return json.loads(answer)
+        keys = {rank: self._key(rank) for rank in range(1, world)}
+        with suppress(RuntimeError):
+            self._wait(keys.values(), limit)
+        found = {0: json.dumps(value).encode()}
+        found |= {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
+        values = {rank: json.loads(text) for rank, text in found.items() if text}
+        silent = [rank for rank in range(world) if rank not in values]
+        if silent and self._round == 1:
+            raise UserError(
+                f"{len(silent)} of {world} ranks did not reach {value}:{self._port} within {limit:.0f} s: "
+                f"{_some(silent)}; here are {_some(sorted(set(values.values())))}"
+            )
         if silent:
-            raise UserError(f"no answer from {self._names(silent)}: the process died or hangs there")
-        for rank in self._peers:
-            self._send(rank, values)
-        return values
+            raise self._no_answer(silent)
+        answers = [values[rank] for rank in range(world)]
+        self._store.set(self._key("all"), json.dumps(answers))
+        return answers
 
     def clock_offsets(self, leaders: list[int], clock: Callable[[], float] = time.time) -> dict[int, float]:
         """On rank 0: by how many seconds the clocks of the ranks `leaders` are ahead of its own, as exact as
         half the fastest of a few round trips. Empty on other ranks."""
         mine, offsets = self.ranks.rank, {}
         for rank in leaders:
-            if rank == 0:
+            if rank == 0 or mine not in (0, rank):
                 continue
-            if mine == rank:
-                for _ in range(PINGS):
-                    self._receive(0, time.monotonic() + self.timeout)
-                    self._send(0, clock())
-            elif mine == 0:
-                rounds = []
-                for _ in range(PINGS):
+            rounds = []
+            for n in range(PINGS):
+                ping, pong = self._key(f"ping-{rank}-{n}"), self._key(f"pong-{rank}-{n}")
+                if mine:
+                    with self._or_raise(ServerLost("lost rank 0: see its message")):
+                        self._wait([ping], self.timeout)
+                        self._store.set(pong, repr(clock()))
+                    continue
+                with self._or_raise(self._no_answer([rank])):
                     sent = clock()
-                    self._send(rank, None)
-                    theirs = self._receive(rank, time.monotonic() + self.timeout)
+                    self._store.set(ping, "")
+                    theirs = float(self._store.get(pong))
                     back = clock()
-                    rounds.append((back - sent, theirs - (sent + back) / 2))
+                rounds.append((back - sent, theirs - (sent + back) / 2))
+            if mine == 0:
                 offsets[rank] = min(rounds)[1]
         return offsets
 
-    def close(self) -> None:
-        for peer in self._peers.values():
-            peer.close()
+    def _key(self, name: int | str) -> str:
+        return f"{self._round}/{name}"
 
-    def _receive_all(self, host: str, port: int) -> None:
-        deadline = time.monotonic() + self.timeout
-        known = {0: host}
-        try:
-            server = socket.create_server(("", port), backlog=self.ranks.world)
-        except OSError as error:
-            raise UserError(f"{host}: cannot listen on port {port}: {error.strerror}") from None
-        with server:
-            while len(known) < self.ranks.world:
-                ready, _, _ = select.select([server], [], [], max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    missing = [rank for rank in range(self.ranks.world) if rank not in known]
-                    raise UserError(
-                        f"{len(missing)} of {self.ranks.world} ranks did not reach {host}:{port} within "
-                        f"{self.timeout:.0f} s: {_some(missing)}; here are "
-                        f"{_some(sorted(set(known.values())))}"
-                    )
-                peer, _ = server.accept()
-                self._peers[-1] = peer
-                try:
-                    hello = self._receive(-1, min(deadline, time.monotonic() + 5))
-                    rank = int(hello["rank"])
-                except (UserError, TypeError, KeyError, ValueError):
-                    peer.close()  # somebody else's connection
-                    continue
-                finally:
-                    del self._peers[-1]
-                if not 0 < rank < self.ranks.world or rank in known:
-                    peer.close()
-                    continue
-                self._peers[rank], known[rank] = peer, str(hello["host"])
-        self.hosts = [known[rank] for rank in range(self.ranks.world)]
+    def _wait(self, keys: Iterable[str], seconds: float) -> None:
+        self._store.wait(list(keys), timedelta(seconds=seconds))
 
-    def _connect(self, address: str, port: int) -> socket.socket:
-        deadline = time.monotonic() + self.timeout
-        while True:
-            try:
-                return socket.create_connection(
-                    (address, port), timeout=max(1.0, deadline - time.monotonic())
-                )
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise UserError(f"cannot reach rank 0 at {address}:{port}: {error}") from None
-                time.sleep(RETRY_SECONDS)  # it may not have begun to listen
-
-    def _names(self, ranks: list[int]) -> str:
-        return _some([f"{self.hosts[rank]} (rank {rank})" for rank in ranks])
-
-    def _send(self, rank: int, value: Any) -> None:
-        data = json.dumps(value).encode()
-        try:
-            self._peers[rank].sendall(_LENGTH.pack(len(data)) + data)
-        except OSError:
-            raise self._lost(rank) from None
-
-    def _receive(self, rank: int, deadline: float) -> Any:
-        (length,) = _LENGTH.unpack(self._read(rank, _LENGTH.size, deadline))
-        if length > LARGEST_MESSAGE:
-            raise UserError(f"rank {rank} sent something else than a message of ours")
-        try:
-            return json.loads(self._read(rank, length, deadline))
-        except ValueError:
-            raise UserError(f"rank {rank} sent something else than a message of ours") from None
+    def _no_answer(self, ranks: list[int]) -> UserError:
+        names = _some([f"{self.hosts[rank]} (rank {rank})" for rank in ranks])
+        return UserError(f"no answer from {names}: the process died or hangs there")
 
     @staticmethod
-    def _lost(rank: int) -> UserError:
-        return UserError(f"lost rank {rank}") if rank else LostTable("lost rank 0: see its message")
-
-    def _read(self, rank: int, count: int, deadline: float) -> bytes:
-        parts, peer = [], self._peers[rank]
+    @contextmanager
+    def _or_raise(error: UserError) -> Iterator[None]:
+        """`error` in place of what the store raises for a lost connection or a timeout."""
         try:
-            while count:
-                peer.settimeout(max(0.001, deadline - time.monotonic()))
-                part = peer.recv(min(count, 1 << 20))
-                if not part:
-                    raise ConnectionResetError
-                parts.append(part)
-                count -= len(part)
-        except OSError:
-            raise self._lost(rank) from None
-        return b"".join(parts)
+            yield
+        except RuntimeError:
+            raise error from None
 
 
 def _some(items: list[Any], most: int = 8) -> str:

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from data_prep.common.errors import UserError
+from data_prep.common.extras import import_extra
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.inputs import find_inputs
 from data_prep.shards.reader import ShardSet
@@ -289,6 +290,8 @@ def score(
     progress: bool = False,
 ) -> Scores:
     """Sums over all windows. `model` in eval mode; `kind`: sllm, vae or lm."""
+    if kind == "vae":  # refused before the work, not at the first sentence that differs
+        import_extra("rapidfuzz", "eval")
     scores, nats, text_bytes = Scores(kind), 0.0, 0
     # disable=None: shown on a terminal only.
     with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:

@@ -1,8 +1,4 @@
-"""What a SentenceVAE makes of sentences that it has read: greedy decoding of many at once, and how far the
-result is from the original.
-
-In: a batch and the numbers of some of its sentences. Out: the tokens written for each, and edit distances.
-"""
+"""Reconstruction of sentences by a SentenceVAE: greedy decoding of many at once, and edit distances."""
 
 from __future__ import annotations
 
@@ -11,13 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from data_prep.common.extras import import_extra
 from pipeline.data.batch import Batch
+from pipeline.models.sentence_vae import SentenceVAE
 
 ROWS_AT_ONCE = 256  # sentences written side by side: bounds the cache and the logits
 
 
 @torch.inference_mode()
-def rebuild(model: torch.nn.Module, batch: Batch, sentences: np.ndarray) -> list[np.ndarray]:
+def rebuild(model: SentenceVAE, batch: Batch, sentences: np.ndarray) -> list[np.ndarray]:
     """Greedy decoding of `sentences` (int64 [n], numbers in the batch) from their own embeddings.
 
     Returns: int64 tokens of each, without the end symbol; at most the model's longest sentence.
@@ -30,7 +28,7 @@ def rebuild(model: torch.nn.Module, batch: Batch, sentences: np.ndarray) -> list
     ]
 
 
-def _write(model: torch.nn.Module, vector_Rd: torch.Tensor) -> list[np.ndarray]:
+def _write(model: SentenceVAE, vector_Rd: torch.Tensor) -> list[np.ndarray]:
     config, count = model.config, len(vector_Rd)
     longest = config.max_sentence_tokens
     written = np.full((count, longest + 1), config.eos_token_id, dtype=np.int64)
@@ -48,26 +46,10 @@ def _write(model: torch.nn.Module, vector_Rd: torch.Tensor) -> list[np.ndarray]:
 
 
 def edit_distances(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> np.ndarray:
-    """Levenshtein distances of pairs of token sequences (insert, delete, replace cost 1): int64 [n]."""
-    if not first:
-        return np.zeros(0, dtype=np.int64)
-    ours, theirs = _padded(first, -1), _padded(second, -2)
-    lengths = np.array([len(sequence) for sequence in second])
-    columns = np.arange(theirs.shape[1] + 1)
-    row = np.tile(columns, (len(ours), 1))  # distances of the empty beginning to all beginnings of `second`
-    result = row[np.arange(len(ours)), lengths]
-    for place in range(ours.shape[1]):
-        replaced = row[:, :-1] + (ours[:, place, None] != theirs)
-        best = np.concatenate([row[:, :1] + 1, np.minimum(row[:, 1:] + 1, replaced)], axis=1)
-        # Insertions: a step to the right costs 1.
-        row = np.minimum.accumulate(best - columns, axis=1) + columns
-        ended = np.array([len(sequence) == place + 1 for sequence in first])
-        result[ended] = row[ended, lengths[ended]]
-    return result
+    """Levenshtein distances of pairs of token sequences (insert, delete, replace cost 1): int64 [n].
 
-
-def _padded(sequences: Sequence[np.ndarray], filler: int) -> np.ndarray:
-    padded = np.full((len(sequences), max(len(s) for s in sequences)), filler, dtype=np.int64)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    return padded
+    Raises: UserError when rapidfuzz is not installed.
+    """
+    distance = import_extra("rapidfuzz.distance.Levenshtein", "eval").distance
+    pairs = zip(first, second, strict=True)
+    return np.array([distance(a.tolist(), b.tolist()) for a, b in pairs], dtype=np.int64)

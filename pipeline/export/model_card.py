@@ -1,13 +1,7 @@
 """The model card: README.md of an exported model folder, in Hugging Face's format.
 
-In: a run directory (the checkpoint's `Meta`, `evaluations.jsonl`, `provenance.json`, `ds_config.json`,
-`results/*.json`) and the exported model's parameter count. Out: YAML front matter and Markdown. Nothing else
-is looked at, no clock and no library version of this machine, so the same run gives the same card; what the
-run does not know (a license, a model id of the Hub) is left out.
-
-`RUN/provenance.json` is written when a run begins: package versions, device, and what the shard sets held.
-`RUN/results/NAME.json` is the output of `sllm evaluate --json`, put there by whoever wants it on the card.
-Called by `training_run.py` (provenance) and `export.py` (the card).
+It is made from the run directory and the exported checkpoint alone, so the same run gives the same card. What
+the run does not know (a license, a model id of the Hub) is left out. The text is in `model_card.md.jinja`.
 """
 
 from __future__ import annotations
@@ -16,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json
@@ -23,38 +18,9 @@ from pipeline.checkpoints.store import Meta
 from pipeline.data.plan import Position
 from pipeline.training.run_files import Run
 
-RESULTS = "results"
-
-_WHAT = {
-    "vae": "A SentenceVAE: a sentence encoder and a sentence decoder, trained to rebuild sentences from one "
-    "vector each. A sentence-level language model is built around it; by itself it does not continue texts.",
-    "sllm": "A sentence-level language model (SLLM): a sentence encoder, a decoder-only backbone with one "
-    "position per sentence, a sentence decoder and a stop head that ends the document.",
-    "lm": "A token-level language model: the baseline, trained on the same tokens as sentence-level models.",
-}
-
-_USE = {
-    "vae": """from pipeline import SentenceVAE
-
-model = SentenceVAE.from_pretrained("{folder}")""",
-    "sllm": """from pipeline import SLLM
-
-model = SLLM.from_pretrained("{folder}")
-print(model.generate("The list is", max_sentences=5))""",
-    "lm": """from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{folder}")""",
-}
-
-_LIMITS = {
-    "vae": "The figures above are of reconstruction: the model has read what it writes. They compare with no "
-    "language model's.",
-    "sllm": "Perplexity counts sentence ends and stop decisions as cost, and only plain tokens as length.",
-    "lm": "Perplexity counts the document end as cost, and only plain tokens as length.",
-}
-
+ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
+RESULTS = "results"  # of a run: outputs of `sllm evaluate --json` that the user wants on the card
 _EVALUATION_COLUMNS = ("step", "bits_per_byte", "ppl", "tokens", "bytes")
-
 _RESULT_COLUMNS = (
     "bits_per_byte",
     "ppl",
@@ -76,109 +42,71 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
         checkpoint: name of the exported checkpoint.
         meta: that checkpoint's `meta.json`.
         parameters: of the exported model, shared ones counted once.
-        folder_name: of the export; it stands in the example.
+        folder_name: of the export, for the example.
     Raises: UserError for a file in `results/` that is no result of these weights.
     """
     run_dir = Path(run_dir)
-    known = Run(run_dir).provenance
-    parts = [
-        "---\n" + yaml.safe_dump(_front_matter(meta, known), sort_keys=False, allow_unicode=True) + "---",
-        f"# {run_dir.resolve().name}",
-        _WHAT[meta.objective],
-        "## Use",
-        _use(meta, folder_name),
-        "## Results",
-        *_results(run_dir, checkpoint, meta),
-        "## Model",
-        _model(meta, parameters),
-        "## Training",
-        _training(run_dir, checkpoint, meta, known),
-        "## Data",
-        *_data(meta, known),
-        "## Recipe",
-        "```yaml\n" + yaml.safe_dump(meta.recipe, sort_keys=False, allow_unicode=True) + "```",
-        "## Limits",
-        _limits(meta),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(meta: Meta, known: dict[str, Any]) -> dict[str, Any]:
-    languages = {part["settings"]["language"] for part in known.get("shards", [])}
-    languages.add(_settings(meta).get("language"))
-    front: dict[str, Any] = {}
-    if languages and languages <= {"en", "zh"}:
-        front["language"] = sorted(languages)
-    front["library_name"] = "transformers" if meta.objective == "lm" else "sentence-llm"
-    if meta.objective != "vae":
-        front["pipeline_tag"] = "text-generation"
-    if base := _hub_like(meta.recipe["model"]["backbone"].get("path")):
-        front["base_model"] = base
-    tags = {"vae": ["sentence-vae"], "sllm": ["sllm", _backbone(meta)["model_type"]], "lm": []}
-    front["tags"] = ["sentence-llm", *tags[meta.objective]]
-    return front
-
-
-def _hub_like(path: str | None) -> str | None:
-    """A relative `owner/name` reads as an id of the Hub; of any other folder, no id is known."""
-    return path if path and len(Path(path).parts) == 2 and path[0] not in "./" else None
-
-
-def _settings(meta: Meta) -> dict[str, Any]:
-    return meta.model_config.get("sentence_settings") or {}
-
-
-def _backbone(meta: Meta) -> dict[str, Any]:
-    return meta.model_config["backbone"] if meta.objective == "sllm" else meta.model_config
-
-
-def _use(meta: Meta, folder_name: str) -> str:
-    code = "```python\n" + _USE[meta.objective].format(folder=folder_name) + "\n```"
-    text = "The weights are float32 safetensors; the tokenizer is in `tokenizer/`."
-    if meta.objective == "lm":
-        return f"{text} Nothing but transformers is needed.\n\n{code}"
-    register = "That import also lets `AutoModel.from_pretrained` load this folder; no remote code is needed."
-    command = "generate --prompt 'The list is'" if meta.objective == "sllm" else "check"
-    return f"{text}\n\n{code}\n\n{register} On the command line: `sllm {command} --model {folder_name}`."
-
-
-def _results(run_dir: Path, checkpoint: str, meta: Meta) -> list[str]:
-    rows = []
-    measured = [row for row in Run(run_dir).evaluations if row["step"] <= meta.step]
-    if measured:
-        best = min(measured, key=lambda row: (_finite(row["bits_per_byte"]), row["step"]))
-        rows += [("best", best), ("last", measured[-1])]
-    parts = []
-    if rows:
-        parts.append(
-            "In the loop, on the first "
-            f"{meta.recipe['training']['eval_bins']} bins of the validation shards "
-            f"(this folder holds the weights of step {meta.step}):"
-        )
-        parts.append(
-            _table(
-                ["evaluation", *_EVALUATION_COLUMNS], [[n, *_cells(r, _EVALUATION_COLUMNS)] for n, r in rows]
-            )
-        )
+    run = Run(run_dir)
+    provenance, deepspeed = run.provenance, run.deepspeed
+    evaluations = [row for row in run.evaluations if row["step"] <= meta.step]
+    if evaluations:
+        best = min(evaluations, key=lambda row: (_finite(row["bits_per_byte"]), row["step"]))
+        evaluations = [{"evaluation": "best", **best}, {"evaluation": "last", **evaluations[-1]}]
     given = _given_results(run_dir, checkpoint, meta)
-    if given:
-        columns = [
-            name for name in _RESULT_COLUMNS if any(result.get(name) is not None for _, result in given)
-        ]
-        parts.append("By `sllm evaluate`, on a whole text, with these weights:")
-        names = ["result", "data", *columns]
-        parts.append(_table(names, [[n, r["data"], *_cells(r, columns)] for n, r in given]))
-        prints = [f"- `{name}`: data fingerprint `{result['data_fingerprint']}`" for name, result in given]
-        parts.append("\n".join(prints))
-    return parts or ["Nothing was measured in this run: it had no validation shards."]
+    results = [{"result": name, **row} for name, row in given.items()]
+    columns = [name for name in _RESULT_COLUMNS if any(row.get(name) is not None for row in results)]
+    settings = meta.model_config.get("sentence_settings") or {}
+    parts = {"vae": (meta.model_config, {}), "lm": ({}, meta.model_config)}
+    vae, backbone = parts.get(meta.objective) or (
+        meta.model_config.get("vae") or {},
+        meta.model_config["backbone"],
+    )
+    card = ModelCard.from_template(
+        _card_data(meta, provenance, settings, backbone),
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        name=run_dir.resolve().name,
+        folder=folder_name,
+        objective=meta.objective,
+        checkpoint=checkpoint,
+        meta=meta,
+        recipe=meta.recipe,
+        recipe_yaml=yaml.safe_dump(meta.recipe, sort_keys=False, allow_unicode=True),
+        evaluations=_rows(evaluations, ("evaluation", *_EVALUATION_COLUMNS)),
+        results=_rows(results, ("result", "data", *columns)),
+        given=given,
+        parameters=parameters,
+        vae=vae,
+        backbone=backbone,
+        epochs=Position.from_json(meta.position).epochs_begun,
+        precision=next((half for half in ("bf16", "fp16") if deepspeed.get(half, {}).get("enabled")), "fp32"),
+        provenance=provenance,
+        sentence_settings=settings,
+        number=_number,
+    )
+    return f"{card}\n"
 
 
-def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> list[tuple[str, dict[str, Any]]]:
-    """The files of `results/`, each proven to be about the exported weights: the folder that it measured says
-    by its `training.json` which checkpoint it holds."""
-    from pipeline.export.model_card import ORIGIN
+def _card_data(
+    meta: Meta, provenance: dict[str, Any], settings: dict[str, Any], backbone: dict[str, Any]
+) -> ModelCardData:
+    languages = {part["settings"]["language"] for part in provenance.get("shards", [])}
+    languages.add(settings.get("language"))
+    path = meta.recipe["model"]["backbone"].get("path")
+    tags = {"vae": ["sentence-vae"], "sllm": ["sllm", backbone.get("model_type")], "lm": []}
+    return ModelCardData(
+        language=sorted(languages) if languages <= {"en", "zh"} else None,
+        library_name="transformers" if meta.objective == "lm" else "sentence-llm",
+        pipeline_tag=None if meta.objective == "vae" else "text-generation",
+        # A relative `owner/name` is an id of the Hub; of any other folder, no id is known.
+        base_model=path if path and len(Path(path).parts) == 2 and path[0] not in "./" else None,
+        tags=["sentence-llm", *tags[meta.objective]],
+    )
 
-    found = []
+
+def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> dict[str, dict[str, Any]]:
+    """The files of `results/` by name. The `training.json` of the folder that each one measured must name the
+    exported checkpoint."""
+    found = {}
     for path in sorted((run_dir / RESULTS).glob("*.json")):
         result = read_json(path)
         if not {"model", "kind", "data", "data_fingerprint"} <= set(result):
@@ -192,71 +120,8 @@ def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> list[tuple[str
                 f"{path} measured {result['model']}, which does not hold {checkpoint} of this run: "
                 f"remove it, or measure that export again and export once more"
             )
-        found.append((path.stem, result))
+        found[path.stem] = result
     return found
-
-
-def _model(meta: Meta, parameters: int) -> str:
-    rows: list[list[str]] = [["parameters", _number(parameters)]]
-    sizes = {"vae": meta.model_config, "sllm": meta.model_config.get("vae"), "lm": None}[meta.objective]
-    if sizes:
-        names = ("vocab_size", "hidden_size", "layers", "heads", "ffn_size", "max_sentence_tokens")
-        rows += [[f"SentenceVAE {name}", _number(sizes[name])] for name in names if name in sizes]
-    if meta.objective != "vae":
-        backbone = _backbone(meta)
-        rows.append(["backbone model_type", backbone["model_type"]])
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        rows += [[f"backbone {name}", _number(backbone[name])] for name in names if name in backbone]
-    for name in ("vae", "backbone"):
-        if path := meta.recipe["model"][name].get("path"):
-            rows.append([f"{name} began from", f"`{path}`"])
-    return _table(["", "value"], rows)
-
-
-def _training(run_dir: Path, checkpoint: str, meta: Meta, known: dict[str, Any]) -> str:
-    strategy = Run(run_dir).deepspeed
-    half = next((name for name in ("bf16", "fp16") if strategy.get(name, {}).get("enabled")), "fp32")
-    rows = [
-        ["checkpoint", checkpoint],
-        ["steps", _number(meta.step)],
-        ["tokens", _number(meta.tokens)],
-        ["epochs begun", _number(Position.from_json(meta.position).epochs_begun)],
-        ["ranks", _number(meta.world)],
-        ["ZeRO stage", _number(meta.zero_stage)],
-        ["precision", half],
-    ]
-    rows += [[name, str(known[name])] for name in ("device", "python") if name in known]
-    rows += [[name, version] for name, version in sorted(known.get("packages", {}).items())]
-    return _table(["", "value"], rows)
-
-
-def _data(meta: Meta, known: dict[str, Any]) -> list[str]:
-    parts = []
-    for role in ("shards", "validation"):
-        for part in known.get(role, []):
-            counts = ", ".join(f"{_number(count)} {name}" for name, count in part["totals"].items())
-            settings = ", ".join(f"{name} {value}" for name, value in part["settings"].items())
-            name = "training" if role == "shards" else role
-            parts.append(
-                f"- {name}: `{part['folder']}`: {counts}; {settings}; fingerprint `{part['fingerprint']}`"
-            )
-    if not parts:  # a run that began before provenance was written down
-        parts = [f"- training: fingerprint `{one}`" for one in meta.shards]
-        parts += [f"- validation: fingerprint `{meta.validation}`"] if meta.validation else []
-    return ["\n".join(parts)]
-
-
-def _limits(meta: Meta) -> str:
-    lines = [
-        f"It was trained on windows of at most {_number(meta.model_config['window_tokens'])} tokens; longer "
-        "contexts are untested.",
-        _LIMITS[meta.objective],
-        "It has learnt what its training text says, true or not; it was not tuned to be helpful or harmless.",
-    ]
-    if meta.objective != "lm" and "max_tokens" in _settings(meta):
-        lines.insert(1, f"Sentences are cut by `{_settings(meta)['segmenter']}` and have at most "
-                        f"{_number(_settings(meta)['max_tokens'])} tokens.")  # fmt: skip
-    return "\n".join(f"- {line}" for line in lines)
 
 
 def _finite(value: float | None) -> float:
@@ -270,13 +135,7 @@ def _number(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _cells(row: dict[str, Any], columns: list[str] | tuple[str, ...]) -> list[str]:
-    return ["" if row.get(name) is None else _number(row[name]) for name in columns]
-
-
-def _table(names: list[str], rows: list[list[str]]) -> str:
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
+def _rows(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> list[list[str]]:
+    """A table's header and cells, none without rows."""
+    cells = [["" if row.get(name) is None else _number(row[name]) for name in columns] for row in rows]
+    return [list(columns), *cells] if rows else []

@@ -1,14 +1,10 @@
 """`sllm scaling fit`: bits per byte as a power of size or cost, for SLLMs and token-level models.
 
-In: result files of `sllm sweep` (every row of objective sllm or lm) and run directories (their last
-validation). Out: per objective two fits, and one log-log chart.
-
     line:    bits per byte = A · x^(-alpha)        a straight line in log-log, as the paper draws its law
     offset:  bits per byte = E + A · x^(-alpha)    E: what no size takes away; from four sizes on
 
-Least squares of log(bits per byte), for the offset at each E of a grid. Intervals are 95 % percentiles of a
-bootstrap of the residuals: they are of the fit, not of the seeds, and know nothing of runs that were never
-made. Nothing here is extrapolated.
+Least squares of log(bits per byte). Intervals are 95 % percentiles of a bootstrap of the residuals: they are
+of the fit, not of the seeds. Nothing here is extrapolated.
 """
 
 from __future__ import annotations
@@ -24,6 +20,7 @@ import numpy as np
 
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
+from data_prep.common.extras import import_extra
 from data_prep.common.files import write_atomically
 from pipeline.checkpoints import store
 from pipeline.common.text import with_interval
@@ -40,7 +37,6 @@ X = {
 OBJECTIVES = ("sllm", "lm")
 FEWEST = 3  # different x for a line; one more for the offset
 RESAMPLES, SEED, LEVEL = 1000, 1, 0.95
-GRID = 200
 NOTE = (
     "intervals: 95 %, by resampling the residuals of the fit; they are of the fit, not of the seeds, and say "
     "nothing about sizes outside the measured range"
@@ -62,16 +58,18 @@ class Point:
 
 
 def fit_line(x_N: np.ndarray, y_N: np.ndarray) -> dict[str, Any]:
-    """y = A · x^(-alpha): {"A", "alpha", "alpha_interval", "residual"}; the residual is the root mean square
-    of log(y), about the share by which the points lie beside the line."""
+    """y = A · x^(-alpha): {"A", "alpha", "alpha_interval", "residual"}.
+
+    The residual is the root mean square of log(y): about the points' relative distance from the line.
+    """
     x_N, y_N = _sorted(x_N, y_N)
     log_x, log_y = np.log(x_N), np.log(y_N)
-    slope, height = _lines(log_x, log_y[None], np.ones((1, len(x_N))))
-    fitted = height[0] + slope[0] * log_x
-    slopes, _ = _lines(log_x, _resampled(fitted, log_y, 2), np.ones((1, len(x_N))))
+    slope, height = np.polyfit(log_x, log_y, 1)
+    fitted = height + slope * log_x
+    slopes = np.polyfit(log_x, _resampled(fitted, log_y, 2).T, 1)[0]
     return {
-        "A": float(np.exp(height[0])),
-        "alpha": float(-slope[0]),
+        "A": math.exp(height),
+        "alpha": -float(slope),
         "alpha_interval": _interval(-slopes),
         "residual": _rms(log_y - fitted),
     }
@@ -80,55 +78,52 @@ def fit_line(x_N: np.ndarray, y_N: np.ndarray) -> dict[str, Any]:
 def fit_offset(x_N: np.ndarray, y_N: np.ndarray) -> dict[str, Any]:
     """y = E + A · x^(-alpha): as `fit_line`, and "E", "E_interval"."""
     x_N, y_N = _sorted(x_N, y_N)
-    log_x = np.log(x_N)
-    lowest, slope, height = _with_offset(log_x, y_N)
-    fitted = np.log(lowest + np.exp(height + slope * log_x))
-    log_y = np.log(y_N)
-    drawn = [_with_offset(log_x, np.exp(one)) for one in _resampled(fitted, log_y, 3)]
+    log_x, log_y = np.log(x_N), np.log(y_N)
+    offset, slope, height = _with_offset(log_x, y_N)
+    fitted = np.log(offset + np.exp(height + slope * log_x))
+    drawn = np.array([_with_offset(log_x, np.exp(one)) for one in _resampled(fitted, log_y, 3)])
     return {
-        "E": lowest,
-        "E_interval": _interval(np.array([one[0] for one in drawn])),
+        "E": offset,
+        "E_interval": _interval(drawn[:, 0]),
         "A": math.exp(height),
         "alpha": -slope,
-        "alpha_interval": _interval(-np.array([one[1] for one in drawn])),
+        "alpha_interval": _interval(-drawn[:, 1]),
         "residual": _rms(log_y - fitted),
     }
 
 
 def _sorted(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By x, then y: the residuals are drawn by place, and the points' order must not matter."""
+    """By x, then y: residuals are resampled by position, and the points' order must not matter."""
     order = np.lexsort((y_N, x_N))
     return np.asarray(x_N, dtype=float)[order], np.asarray(y_N, dtype=float)[order]
 
 
-def _lines(x_N: np.ndarray, y_GN: np.ndarray, weight_GN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and height at 0 of the weighted least-squares line of each row."""
-    total = weight_GN.sum(1)
-    x_mean, y_mean = (weight_GN * x_N).sum(1) / total, (weight_GN * y_GN).sum(1) / total
-    across = x_N - x_mean[:, None]
-    slope = (weight_GN * across * (y_GN - y_mean[:, None])).sum(1) / (weight_GN * across**2).sum(1)
-    return slope, y_mean - slope * x_mean
-
-
 def _with_offset(log_x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, float]:
-    """(E, slope, height) of the best of a grid over E, and of a finer one around it.
+    """(E, slope, height) of the least squares of log y.
 
     At a fixed E, log(y - E) is a line in log x; the weights make its squares those of log y.
     """
-    low, high, log_y = 0.0, float(y_N.min()) * (1 - 1e-4), np.log(y_N)
-    for _ in range(2):
-        grid = np.linspace(low, high, GRID)
-        above = y_N - grid[:, None]
-        slope, height = _lines(log_x_N, np.log(above), (above / y_N) ** 2)
-        fitted = np.log(grid[:, None] + np.exp(height[:, None] + slope[:, None] * log_x_N))
-        best = int(((log_y - fitted) ** 2).sum(1).argmin())
-        low, high = grid[max(0, best - 1)], grid[min(GRID - 1, best + 1)]
-    return float(grid[best]), float(slope[best]), float(height[best])
+    minimize_scalar = import_extra("scipy.optimize", "research").minimize_scalar
+
+    def line(offset: float) -> np.ndarray:
+        above = y_N - offset
+        return np.polyfit(log_x_N, np.log(above), 1, w=above / y_N)
+
+    def loss(offset: float) -> float:
+        slope, height = line(offset)
+        return float(((np.log(y_N) - np.log(offset + np.exp(height + slope * log_x_N))) ** 2).sum())
+
+    high = float(y_N.min()) * (1 - 1e-4)
+    found = minimize_scalar(loss, bounds=(0.0, high), method="bounded", options={"xatol": 1e-6 * high})
+    # The search stays inside its bounds, and the minimum may be at one of them.
+    offset = min((0.0, float(found.x), high), key=loss)
+    slope, height = line(offset)
+    return offset, float(slope), float(height)
 
 
 def _resampled(fitted_N: np.ndarray, log_y_N: np.ndarray, free: int) -> np.ndarray:
-    """[RESAMPLES, N] of log y: the fit, and residuals drawn anew. They are widened for the `free` numbers
-    that the fit has chosen, without which a few points would seem to lie nearer than they do."""
+    """[RESAMPLES, N] of log y: the fit plus resampled residuals. They are widened for the `free` parameters
+    of the fit, because residuals of a few points are smaller than the errors."""
     residuals, count = log_y_N - fitted_N, len(log_y_N)
     residuals = (residuals - residuals.mean()) * math.sqrt(count / max(1, count - free))
     rng = np.random.default_rng(SEED)

@@ -1,6 +1,6 @@
 """`sllm doctor`: every bad machine is named. Real ranks, real gloo; SLURMD_NODENAME makes a rank a machine.
 
-The same on a Slurm cluster: tests/test_slurm.py.
+The same on a Slurm cluster: tests/cluster/test_slurm.py.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 from helpers import ranks
 
@@ -42,11 +44,8 @@ def meet(world: int, talk, hosts: list[str] | None = None, timeout: float = 60.0
     def one(rank: int) -> None:
         try:
             host = hosts[rank] if hosts else f"node{rank + 1}"
-            meeting = Meeting(Ranks(rank, world, 0), host, "127.0.0.1", port, timeout)
-            try:
+            with Meeting(Ranks(rank, world, 0), host, "127.0.0.1", port, timeout) as meeting:
                 results[rank] = talk(meeting)
-            finally:
-                meeting.close()
         except UserError as error:
             results[rank] = error
 
@@ -77,8 +76,7 @@ def test_fit_machines(pool: ranks.RankPool, tiny_shards: Path, tmp_path: Path) -
 
 
 def test_bad_machines_are_named(pool: ranks.RankPool, tiny_shards: Path, tmp_path: Path) -> None:
-    """Each machine has a view of its own: node2 another release and a card that alters what
-    it sends, node3 a spoilt shard."""
+    """node2 has another release of a package and a card that alters what it sends, node3 a damaged shard."""
     other = tmp_path / "site/deepspeed-0.1.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.1\n")
@@ -188,7 +186,7 @@ def test_every_pair_meets_once_in_disjoint_rounds(count: int) -> None:
     met = {rank: list(doctor_network.schedule(leaders, rank)) for rank in leaders}
     for rank, peers in met.items():
         assert sorted(peers) == [other for other in leaders if other != rank]
-    # Nobody waits in a circle: taking turns in the given order, all exchanges come about.
+    # No circle of waiting: in the given order, all exchanges take place.
     while any(met.values()):
         pairs = [(a, met[a][0]) for a in met if met[a] and met[met[a][0]][0] == a]
         assert pairs
@@ -216,24 +214,56 @@ def test_differences_and_slow_pairs() -> None:
     ]
 
 
-def fake_smi(folder: Path, text: str, status: int = 0) -> None:
-    script = folder / "nvidia-smi"
-    script.write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\nexit {status}\n")
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+MIB = 1 << 20
 
 
-def test_sick_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def fake_driver(
+    monkeypatch: pytest.MonkeyPatch, *cards: tuple[str, int, int, int | None, int | None]
+) -> None:
+    """A driver that reports `cards`: name, MiB in all and in use, uncorrected errors, pages to retire."""
+
+    def or_unsupported(value: int | None) -> int:
+        if value is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return value
+
+    for name, answer in {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: len(cards),
+        "nvmlDeviceGetHandleByIndex": lambda index: cards[index],
+        "nvmlSystemGetDriverVersion": lambda: "550.1",
+        "nvmlDeviceGetName": lambda card: card[0],
+        "nvmlDeviceGetMemoryInfo": lambda card, _: SimpleNamespace(total=card[1] * MIB, used=card[2] * MIB),
+        "nvmlDeviceGetTemperature": lambda card, _: 30,
+        "nvmlDeviceGetTotalEccErrors": lambda card, kind, counter: or_unsupported(card[3]),
+        "nvmlDeviceGetRetiredPagesPendingStatus": lambda card: or_unsupported(card[4]),
+    }.items():
+        monkeypatch.setattr(pynvml, name, answer)
+
+
+def test_sick_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    fake_smi(tmp_path, "0, H100, 550.1, 81559, 10, 30, 0, No\n1, H100, 550.1, 81559, 70000, 30, 3, Yes")
+    fake_driver(monkeypatch, ("H100", 81559, 10, 0, 0), ("H100", 81559, 70000, 3, 1))
     facts = doctor_machine.gpus(4)
     assert [gpu["name"] for gpu in facts["gpus"]] == ["H100", "H100"]
     assert [line.split(":")[0] for line in facts["problems"]] == ["GPU 1 (H100)"] * 3 + ["2 GPUs for 4 tasks"]
-    fake_smi(tmp_path, "0, RTX, 550.1, 24000, 10, 30, [N/A], [N/A]")
+    fake_driver(monkeypatch, ("RTX", 24000, 10, None, None))
     assert doctor_machine.gpus(1)["problems"] == []
-    fake_smi(tmp_path, "Unable to determine the device handle for GPU", 9)
-    [problem] = doctor_machine.gpus(1)["problems"]
-    assert "status 9" in problem and "device handle" in problem
+
+    def fail(error: int) -> Callable[..., None]:
+        def function(*_: object) -> None:
+            raise pynvml.NVMLError(error)
+
+        return function
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", fail(pynvml.NVML_ERROR_GPU_IS_LOST))
+    problems = doctor_machine.gpus(1)["problems"]
+    assert problems == ["GPU 0 fails: GPU is lost", "0 GPUs for 1 tasks"]
+    monkeypatch.setattr(pynvml, "nvmlInit", fail(pynvml.NVML_ERROR_DRIVER_NOT_LOADED))
+    assert doctor_machine.gpus(1)["problems"] == ["the NVIDIA driver fails: Driver Not Loaded"]
+    monkeypatch.setattr(pynvml, "nvmlInit", fail(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))
+    assert doctor_machine.gpus(1) == {"gpus": [], "problems": []}
 
 
 def test_alone_and_quick(tmp_path: Path) -> None:
