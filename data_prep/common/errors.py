@@ -65,8 +65,9 @@ def _refuse(prog: str, message: str) -> int:
 def describe(error: UserError | OSError) -> str:
     """The message for an error that ends the program: a path and a reason, or the error's own text."""
     # Libraries also raise OSError with a text only.
-    strerror = getattr(error, "strerror", None)
-    return f"{error.filename or NO_PATH}: {strerror}" if strerror else str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or NO_PATH}: {error.strerror}"
+    return str(error)
 
 
 def _drop_output() -> None:

@@ -99,7 +99,7 @@ class _Writer(TorchCheckpointEngine):
             return
         try:
             with open(path, "wb") as file:
-                stream = _Stream(file)
+                stream: Any = _Stream(file)
                 torch.save(state_dict, stream)
                 if stream.error is not None:
                     raise stream.error

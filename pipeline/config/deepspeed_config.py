@@ -1,8 +1,7 @@
-"""The DeepSpeed config of one run: files from `ds_configs/`, put together and completed from the recipe.
+"""The DeepSpeed config of one run: JSON files from `ds_configs/`, merged and completed from the recipe.
 
-In: a JSON file that says how to partition, offload and round, and nothing about batch sizes, so that it fits
-every recipe and world size; more files may add to it (fp16, a profiler). Out: the dictionary for
-`deepspeed.initialize`. Called by `train.py`; imports no torch until an NVMe disk is asked for.
+The files set partitioning, offload and precision, never batch sizes: each fits every recipe and world size.
+Nothing here imports torch, except where a config offloads to an NVMe disk.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pipeline.config.schema import Recipe
 COMMENT = "//"  # a file's header: JSON has no comments
 FLOPS_PROFILE, COMMS = "flops-profile.txt", "comms.json"  # of the run directory
 
-# What the recipe decides: given in the strategy too, one of the two would be a lie.
+# The recipe sets these. A second value in the DeepSpeed config could contradict it.
 _RECIPE_DECIDES = {
     "train_batch_size": "data.bins_per_step",
     "train_micro_batch_size_per_gpu": "data.bins_per_step",
@@ -36,7 +35,7 @@ _NEEDS_CUDA = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quant
 def read_strategy(*paths: str | Path) -> dict[str, Any]:
     """Read DeepSpeed JSON files; a later one wins, key by key.
 
-    UserError when one is missing, not JSON, or speaks about what the recipe decides.
+    Raises: UserError for a file that is missing, not JSON, or sets what the recipe sets.
     """
     strategy: dict[str, Any] = {}
     for path in paths:
@@ -79,13 +78,15 @@ def zero_stage(strategy: dict[str, Any]) -> int:
 
 
 def micro_batches(bins_per_step: int, world: int) -> int:
-    """Bins that every rank runs in a step, empty ones included."""
+    """Bins that each rank runs in a step, empty ones included."""
     return -(-bins_per_step // world)
 
 
 def complete_strategy(strategy: dict[str, Any], recipe: Recipe, world: int, on_gpu: bool) -> dict[str, Any]:
-    """The config for `deepspeed.initialize`: batch bookkeeping and clipping from the recipe; fp32 and nothing
-    quantised on CPUs. UserError when an NVMe disk is asked for and DeepSpeed cannot use one here."""
+    """The config for `deepspeed.initialize`: batch sizes and clipping from the recipe; fp32 on CPUs.
+
+    Raises: UserError for NVMe offload on a machine where DeepSpeed cannot use it.
+    """
     config = json.loads(json.dumps(strategy))
     accumulation = micro_batches(recipe.data.bins_per_step, world)
     config |= {

@@ -1,4 +1,4 @@
-"""The keys of a recipe in words: what each must be, what is wrong with a value, and its default."""
+"""Types of the keys of a recipe, and what they are in words, for messages, `--help` and docs."""
 
 from __future__ import annotations
 
@@ -6,36 +6,77 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 BOUNDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-def keys_of(
-    kind: type[BaseModel], parts: Mapping[str, Iterable[type[BaseModel]]] | None = None, where: str = ""
-) -> dict[str, FieldInfo]:
-    """Every dotted key of a model and of the models below it, in order.
+def read_number(value: Any) -> Any:
+    """Text as a number where it is one: YAML reads `1e-4` as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
-    Args:
-        parts: by key, the models that check a plain dict.
-        where: prefix of the keys of `kind` itself.
-    """
-    found: dict[str, FieldInfo] = {}
-    for name, field in kind.model_fields.items():
-        key, inner = where + name, field.annotation
-        below = (parts or {}).get(key, ())
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            below = [inner]
-        for part in below:
-            found |= keys_of(part, parts, f"{key}.")
-        if not below:
-            found[key] = field
-    return found
+
+def _whole(value: Any) -> Any:
+    number = read_number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+def _dict(value: Any) -> Any:
+    return {} if value is None else value
+
+
+Item = TypeVar("Item")
+List = Annotated[list[Item], BeforeValidator(_list)]
+Dict = Annotated[dict[str, Item], BeforeValidator(_dict)]
+# Strict after reading text, so that true and false are no numbers.
+Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
+Count = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
+Number = Annotated[float, BeforeValidator(read_number), Field(strict=True, ge=0)]
+AtLeast1 = Annotated[float, BeforeValidator(read_number), Field(strict=True, ge=1)]
+Above1 = Annotated[float, BeforeValidator(read_number), Field(strict=True, gt=1)]
+Positive = Annotated[float, BeforeValidator(read_number), Field(strict=True, gt=0)]
+Share = Annotated[float, BeforeValidator(read_number), Field(strict=True, ge=0, le=1)]
+Below1 = Annotated[float, BeforeValidator(read_number), Field(strict=True, ge=0, lt=1)]
+Decay = Annotated[float, BeforeValidator(read_number), Field(strict=True, gt=0, lt=1)]
+Flag = Annotated[bool, Field(strict=True)]
+# Every section of a recipe may be left out; its cross-checks run all the same.
+SECTION: Any = Field(default_factory=dict, validate_default=True)
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    def problems(self) -> Iterator[str]:
+        """What does not fit together, when each value by itself is right."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Section:
+        if found := "; ".join(self.problems()):
+            raise ValueError(found)
+        return self
+
+
+def keys_of(kind: type[BaseModel], where: str = "") -> dict[str, FieldInfo]:
+    """The keys of a model itself, without those of its sections. where: their prefix."""
+    fields = kind.model_fields.items()
+    return {
+        where + name: field for name, field in fields if not isinstance(field.annotation, type(BaseModel))
+    }
 
 
 def expected(field: FieldInfo) -> str:
@@ -46,15 +87,18 @@ def expected(field: FieldInfo) -> str:
         return f"null or {expected(FieldInfo.from_annotation(arguments[0]))}"
     if origin is typing.Literal:
         return f"one of {', '.join(arguments)}"
-    limits = {name: getattr(one, name) for one in field.metadata for name in BOUNDS if hasattr(one, name)}
     if origin is list:
         count = next((f" of {one.min_length}" for one in field.metadata if hasattr(one, "min_length")), "")
         return f"a list{count}, each {expected(FieldInfo.from_annotation(arguments[0]))}"
     if kind not in NAMES:
         return "a mapping"
-    return " ".join(
-        [NAMES[kind], " and ".join(f"{BOUNDS[name]} {limits[name]:g}" for name in limits)]
-    ).strip()
+    limits = " and ".join(
+        f"{words} {getattr(one, name):g}"
+        for name, words in BOUNDS.items()
+        for one in field.metadata
+        if hasattr(one, name)
+    )
+    return f"{NAMES[kind]} {limits}".rstrip()
 
 
 def explain(error: ValidationError, keys: Mapping[str, FieldInfo], where: str = "") -> list[str]:

@@ -5,88 +5,44 @@ Imports neither torch nor transformers, so that a wrong recipe is refused within
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError
 
 from data_prep.common.errors import UserError
-from pipeline.config.keys import explain, keys_of, unknown_key
+from pipeline.config.keys import (
+    SECTION,
+    Above1,
+    AtLeast1,
+    Below1,
+    Count,
+    Decay,
+    Dict,
+    Flag,
+    List,
+    Number,
+    Positive,
+    Section,
+    Share,
+    Whole,
+    explain,
+    keys_of,
+    read_number,
+    unknown_key,
+)
 from pipeline.config.library import find_recipe
 from pipeline.config.loading import parse_overrides, read_yaml, set_override
-
-PATH = "local folder of a trained model, instead of all other keys"
-
-
-def _number(value: Any) -> Any:
-    """Text as a number where it is one: YAML reads `1e-4` as text."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _whole(value: Any) -> Any:
-    number = _number(value)
-    return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def _list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-def _mapping(value: Any) -> Any:
-    return {} if value is None else value
-
-
-Item = TypeVar("Item")
-List = Annotated[list[Item], BeforeValidator(_list)]
-# Strict after reading text, so that true and false are no numbers.
-Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0)]
-Count = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=1)]
-Number = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0)]
-Ratio = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=1)]
-Positive = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=0)]
-Share = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0, le=1)]
-Below1 = Annotated[float, BeforeValidator(_number), Field(strict=True, ge=0, lt=1)]
-Decay = Annotated[float, BeforeValidator(_number), Field(strict=True, gt=0, lt=1)]
-Flag = Annotated[bool, Field(strict=True)]
-# Every section of a recipe may be left out; its cross-checks run all the same.
-SECTION: Any = Field(default_factory=dict, validate_default=True)
-
-
-class Section(BaseModel):
-    """A group of keys. Unknown keys, NaN and infinity are refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
-
-    def problems(self) -> Iterator[str]:
-        """What does not fit together, when each value by itself is right."""
-        return iter(())
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Section:
-        if found := "; ".join(self.problems()):
-            raise ValueError(found)
-        return self
+from pipeline.config.model_recipe import BACKBONES, VaeRecipe, given_backbone, given_vae
 
 
 class DataRecipe(Section):
     """The shards to read. One step is `bins_per_step` bins of at most `bin_tokens` tokens."""
 
-    shards: List[str] = Field([], description="shard folders to train on")
+    shards: List[str] = Field([], description="shard folders to train on, made with one tokenizer")
     weights: List[Positive] | None = Field(None, description="share of each set in the bins; null: one pool")
     validation: str | None = Field(None, description="shard folder to validate on; null: no validation")
     window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
@@ -106,165 +62,11 @@ class DataRecipe(Section):
             )
 
 
-class VaeRecipe(Section):
-    """The SentenceVAE: arguments of `SentenceVAEConfig`, or the folder of a trained one."""
-
-    path: str | None = Field(None, description=PATH)
-    init_embeddings_from: str | None = Field(None, description="token model that gives the first embeddings")
-    hidden_size: Count = Field(768, description="width of layers and sentence vectors")
-    embedding_size: Count | None = Field(None, description="width of token embeddings; null: hidden_size")
-    layers: Count = Field(1, description="layers of the decoder")
-    encoder_layers: Count | None = Field(None, description="layers of the encoder; null: layers")
-    heads: Count = Field(12, description="attention heads")
-    ffn_size: Count | None = Field(None, description="width of the feed-forward; null: 2 · hidden_size")
-    vocab_size: Count | None = Field(None, description="entries of the vocabulary; null: the tokenizer's")
-    max_sentence_tokens: Count | None = Field(None, description="longest sentence; null: that of the shards")
-    layout: Literal["lean", "paper"] = Field(
-        "lean", description="paper: the published layers (docs/sizes.md)"
-    )
-    positions: Literal["learned", "rotary"] = Field("learned", description="positions of layout lean")
-    fusion: Literal["sum", "mean", "attention", "last"] = Field(
-        "sum", description="how a sentence's token states become its vector"
-    )
-    vectors: Count = Field(1, description="vectors of a sentence; above 1 needs fusion attention")
-    condition: Literal["cross_attention", "prefix", "none"] = Field(
-        "cross_attention", description="how a vector enters the decoder; none: it does not, as a control"
-    )
-    condition_range: Number = Field(0.0, description="standard deviation of cross-attention's first weights")
-    prefix_slots: Count = Field(1, description="rows of the prefix (condition prefix)")
-    context_sentences: Whole = Field(0, description="earlier sentences that an SLLM's decoder sees as tokens")
-    dropout: Below1 = Field(0.0, description="dropout of encoder and decoder")
-    latent_noise: Number = Field(0.0, description="standard deviation of noise on the vector, in training")
-    variational: Flag = Field(False, description="train on samples of a distribution for each sentence")
-    kl_weight: Number = Field(1.0, description="weight of the KL divergence (variational)")
-    free_bits: Number = Field(0.0, description="nats of KL that a channel may have for free (variational)")
-    initializer_range: Number = Field(0.02, description="standard deviation of new weights")
-    tie_word_embeddings: Flag = Field(False, description="both embeddings and the head share one matrix")
-
-    def problems(self) -> Iterator[str]:
-        if self.vectors > 1 and self.fusion != "attention":
-            yield f"model.vae.vectors {self.vectors} needs model.vae.fusion attention, not {self.fusion}"
-        paper = (self.vectors, self.condition, self.context_sentences, self.positions)
-        if self.layout == "paper" and paper != (1, "cross_attention", 0, "learned"):
-            yield (
-                "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
-                "positions: use lean for anything else"
-            )
-        if self.prefix_slots != 1 and self.condition != "prefix":
-            slots = f"model.vae.prefix_slots {self.prefix_slots}"
-            yield f"{slots} needs model.vae.condition prefix, not {self.condition}"
-        if self.condition_range and (self.condition, self.layout) != ("cross_attention", "lean"):
-            yield "model.vae.condition_range is for condition cross_attention and layout lean: set it to 0"
-        if self.context_sentences and self.positions != "rotary":
-            yield (
-                f"model.vae.context_sentences {self.context_sentences} needs model.vae.positions rotary: "
-                "learned positions say nothing of the distance between sentences"
-            )
-        if self.variational and self.latent_noise:
-            yield "model.vae.latent_noise and model.vae.variational both put noise on the embedding: set one"
-        if not self.variational and (self.free_bits or self.kl_weight != 1.0):
-            yield "model.vae.kl_weight and model.vae.free_bits need model.vae.variational true"
-
-
-class BackboneRecipe(Section):
-    """The backbone of an SLLM, or a token model: keys of a Hugging Face config, or a local folder.
-
-    Only families whose packing, causality and cache are under test. A key that is left out, or null, has the
-    default of the family's Hugging Face config.
-    """
-
-    path: str | None = Field(None, description=PATH)
-    model_type: str = Field("opt", description="family: opt, llama, qwen2 or qwen3")
-    vocab_size: Count | None = Field(None, description="entries of the vocabulary (token model)")
-    hidden_size: Count | None = Field(None, description="width of the layers")
-    num_hidden_layers: Count | None = Field(None, description="layers")
-    num_attention_heads: Count | None = Field(None, description="attention heads")
-    max_position_embeddings: Count | None = Field(None, description="longest input, in positions")
-    attention_dropout: Share | None = Field(None, description="dropout of attention weights")
-    tie_word_embeddings: Flag | None = Field(None, description="embedding and head share one matrix")
-
-
-class OptRecipe(BackboneRecipe):
-    ffn_dim: Count | None = Field(None, description="width of the feed-forward (OPT)")
-    word_embed_proj_dim: Count | None = Field(None, description="width of token embeddings (OPT)")
-    do_layer_norm_before: Flag | None = Field(None, description="pre-norm; OPT-350M has post-norm (OPT)")
-    dropout: Share | None = Field(None, description="dropout of the layers (OPT)")
-    activation_function: str | None = Field(None, description="activation of the feed-forward (OPT)")
-    layerdrop: Share | None = Field(None, description="must be 0 (OPT)")
-    init_std: Number | None = Field(None, description="standard deviation of new weights (OPT)")
-    enable_bias: Flag | None = Field(None, description="linear layers have biases (OPT)")
-    layer_norm_elementwise_affine: Flag | None = Field(None, description="norms have weights (OPT)")
-
-
-class RotaryRecipe(BackboneRecipe):
-    intermediate_size: Count | None = Field(None, description="width of the feed-forward (Llama, Qwen)")
-    num_key_value_heads: Count | None = Field(None, description="heads of keys and values (Llama, Qwen)")
-    hidden_act: str | None = Field(None, description="activation of the feed-forward (Llama, Qwen)")
-    initializer_range: Number | None = Field(None, description="standard deviation of new weights")
-    rms_norm_eps: Number | None = Field(None, description="epsilon of the norms (Llama, Qwen)")
-    rope_parameters: dict[str, Any] | None = Field(None, description="rotary positions (Llama, Qwen)")
-
-
-class LlamaRecipe(RotaryRecipe):
-    head_dim: Count | None = Field(None, description="width of a head (Llama, Qwen3)")
-    attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
-    mlp_bias: Flag | None = Field(None, description="the feed-forward has biases (Llama)")
-
-
-class Qwen2Recipe(RotaryRecipe):
-    use_sliding_window: Flag | None = Field(None, description="must be false (Qwen)")
-
-
-class Qwen3Recipe(Qwen2Recipe):
-    head_dim: Count | None = Field(None, description="width of a head (Llama, Qwen3)")
-    attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
-
-
-BACKBONES: dict[str, type[BackboneRecipe]] = {
-    "opt": OptRecipe,
-    "llama": LlamaRecipe,
-    "qwen2": Qwen2Recipe,
-    "qwen3": Qwen3Recipe,
-}
-
-
-def _given(kind: type[Section], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The keys that are given, in their order, with values as `kind` types them; null stays null."""
-    known = kind.model_fields
-    try:
-        checked = kind.model_validate({k: v for k, v in values.items() if v is not None or k not in known})
-    except ValidationError as error:
-        raise ValueError("; ".join(explain(error, keys_of(kind, where=where), where))) from None
-    return {key: None if value is None else getattr(checked, key) for key, value in values.items()}
-
-
-def _given_vae(values: dict[str, Any]) -> dict[str, Any]:
-    return _given(VaeRecipe, values, "model.vae.")
-
-
-def checked_vae(values: dict[str, Any]) -> dict[str, Any]:
-    """Keys of `model.vae` with values of the right types. Raises: UserError with all problems."""
-    try:
-        return _given_vae(values)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _given_backbone(values: dict[str, Any]) -> dict[str, Any]:
-    family = str(values.get("model_type", "opt"))
-    if family not in BACKBONES:
-        near = difflib.get_close_matches(family, BACKBONES, n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
-        known = ", ".join(BACKBONES)
-        raise ValueError(f"model.backbone.model_type must be one of {known}, not {family!r}{hint}")
-    return _given(BACKBONES[family], values, "model.backbone.")
-
-
 class ModelRecipe(Section):
     """Dicts of the keys that are given; the model's config has the defaults of the others."""
 
-    vae: Annotated[dict[str, Any], BeforeValidator(_mapping), AfterValidator(_given_vae)] = {}
-    backbone: Annotated[dict[str, Any], BeforeValidator(_mapping), AfterValidator(_given_backbone)] = {}
+    vae: Annotated[Dict[Any], AfterValidator(given_vae)] = {}
+    backbone: Annotated[Dict[Any], AfterValidator(given_backbone)] = {}
 
     def problems(self) -> Iterator[str]:
         for name, part in (("vae", self.vae), ("backbone", self.backbone)):
@@ -278,10 +80,10 @@ class LossRecipe(Section):
 
     kind: Literal["cross_entropy", "focal"] = Field("cross_entropy", description="focal is the paper's")
     # Below 1 its gradient has a pole where the target is certain.
-    focal_gamma: Annotated[Number, Field(ge=1)] = Field(2.0, description="gamma of the focal loss")
+    focal_gamma: AtLeast1 = Field(2.0, description="gamma of the focal loss")
     label_smoothing: Below1 = Field(0.0, description="share of the target spread over the vocabulary")
-    z_loss: Number = Field(0.0, description="weight of the squared log-partition of the logits")
-    embedding_weight: Number = Field(0.0, description="weight of the loss on predicted vectors (sllm)")
+    z_loss: Number = Field(0.0, description="weight of (log of the partition sum)²")
+    embedding_weight: Number = Field(0.0, description="weight of 1 − cos(prediction, next vector) (sllm)")
 
     def head_settings(self) -> dict[str, float]:
         """Arguments of the vocabulary head: focal_gamma (0 for cross-entropy), label_smoothing, z_loss."""
@@ -293,7 +95,7 @@ class LossRecipe(Section):
 
 
 def _optimizer_part(values: dict[str, Any]) -> dict[str, Any]:
-    scale = _number(values.get("lr_scale"))
+    scale = read_number(values.get("lr_scale"))
     if values == {"freeze": True}:
         return values
     if set(values) != {"lr_scale"} or type(scale) not in (int, float) or not 0 < scale < math.inf:
@@ -318,7 +120,7 @@ class OptimizerRecipe(Section):
     eps: Number = Field(1.0e-8, description="added to the denominator")
     weight_decay: Number = Field(0.01, description="decoupled weight decay")
     clip: Number = Field(1.0, description="largest gradient norm; 0: no clipping")
-    parts: Annotated[dict[str, Part], BeforeValidator(_mapping)] = Field({}, description=PARTS)
+    parts: Dict[Part] = Field({}, description=PARTS)
 
 
 class ScheduleRecipe(Section):
@@ -385,8 +187,8 @@ class HealthRecipe(Section):
     """When a step is skipped, and when a diverging or hung run ends."""
 
     max_skips: Count = Field(5, description="skipped steps in a row that end the run")
-    loss_spike: Ratio | None = Field(None, description="skip losses above so many times the recent median")
-    norm_spike: Ratio | None = Field(None, description="the same for the gradient norm")
+    loss_spike: Above1 | None = Field(None, description="skip losses above so many times the recent median")
+    norm_spike: Above1 | None = Field(None, description="the same for the gradient norm")
     hang_seconds: Positive | None = Field(1200.0, description="time without progress that ends the run")
 
 
@@ -416,7 +218,7 @@ class Recipe(Section):
     objective: Literal["vae", "sllm", "lm"] = Field(description="SentenceVAE, SLLM or token-level model")
     output_dir: str = Field(description="the run's folder")
     seed: Whole = Field(1, description="decides first weights, the order of bins and all noise")
-    init_from: str | None = Field(None, description="model folder whose weights a new run starts from")
+    init_from: str | None = Field(None, description="run or model folder that gives a new run its weights")
     data: DataRecipe = SECTION
     model: ModelRecipe = SECTION
     loss: LossRecipe = SECTION
@@ -446,8 +248,26 @@ class Recipe(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+# The models that define the keys below each prefix.
+SECTIONS: dict[str, list[type[Section]]] = {
+    "": [Recipe],
+    "data.": [DataRecipe],
+    "model.vae.": [VaeRecipe],
+    "model.backbone.": [*BACKBONES.values()],
+    "loss.": [LossRecipe],
+    "optimizer.": [OptimizerRecipe],
+    "schedule.": [ScheduleRecipe],
+    "training.": [TrainingRecipe],
+    "health.": [HealthRecipe],
+    "log.": [LogRecipe],
+}
 # Every key that a file or an override may name, with its type, default and meaning.
-KEYS = keys_of(Recipe, {"model.vae": [VaeRecipe], "model.backbone": BACKBONES.values()})
+KEYS = {
+    key: field
+    for prefix, kinds in SECTIONS.items()
+    for kind in kinds
+    for key, field in keys_of(kind, prefix).items()
+}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

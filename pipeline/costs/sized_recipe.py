@@ -10,7 +10,8 @@ import torch
 
 from data_prep.common.errors import UserError
 from pipeline.config.library import RECIPES, find_recipe
-from pipeline.config.schema import Recipe, VaeRecipe, load_recipe
+from pipeline.config.model_recipe import VaeRecipe
+from pipeline.config.schema import Recipe, load_recipe
 from pipeline.models.folders import KINDS, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

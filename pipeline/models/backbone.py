@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import UserError
-from pipeline.config.schema import BACKBONES
+from pipeline.config.model_recipe import BACKBONES
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.folders import KINDS, load_pretrained, read_config

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import UserError
-from pipeline.config.schema import VaeRecipe, checked_vae
+from pipeline.config.model_recipe import VaeRecipe, checked_vae
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.losses import LossSums
@@ -102,10 +102,10 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.layers = layers
-        self.encoder_layers = layers if encoder_layers is None else encoder_layers
+        self.encoder_layers = encoder_layers
         self.heads = heads
-        self.embedding_size = embedding_size or hidden_size
-        self.ffn_size = ffn_size or 2 * hidden_size
+        self.embedding_size = embedding_size
+        self.ffn_size = ffn_size
         self.layout = layout
         self.positions = positions
         self.max_sentence_tokens = max_sentence_tokens
@@ -130,6 +130,9 @@ class SentenceVAEConfig(PreTrainedConfig):
         given = {key: value for key, value in vars(self).items() if key in VaeRecipe.model_fields}
         for key, value in checked_vae({**given, "tie_word_embeddings": tie_word_embeddings}).items():
             setattr(self, key, value)
+        self.encoder_layers = self.encoder_layers or self.layers
+        self.embedding_size = self.embedding_size or self.hidden_size
+        self.ffn_size = self.ffn_size or 2 * self.hidden_size
         if hidden_size % heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
         if positions == "rotary" and hidden_size // heads % 2:

@@ -58,11 +58,11 @@ EVALUATED = (
 )
 # What two measurements of speed must have in common.
 CONDITIONS = ("cpu", "gpu", "device", "threads", "dtype", "sentences", "sentence_tokens")
-NEARLY = 0.95  # a run read before this share of its length, or of the other's time, is told of
+NEARLY = 0.95  # of its length or of the other's time: a run that was read earlier gets a note
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A run, and the run of the SentenceVAE that it starts from."""
 
     run: Run
@@ -142,11 +142,11 @@ def compare(
     output = Path(output)
     require_folder(str(output))
     runs = read_runs(folders)
-    contenders = _contenders(runs, vae_runs)
-    names = list(contenders)
+    candidates = _candidates(runs, vae_runs)
+    names = list(candidates)
     exports, speed_files = _by_name("--model", models, names), _by_name("--generation", generation, names)
-    conditions, speeds = _speeds(speed_files, contenders)  # before the models, which take long
-    evaluated = _evaluate(exports, contenders, data or runs[0].recipe.get("data", {}).get("validation"))
+    conditions, speeds = _speeds(speed_files, candidates)  # before the models, which take long
+    evaluated = _evaluate(exports, candidates, data or runs[0].recipe.get("data", {}).get("validation"))
     found = {
         name: {
             "run": str(one.run.folder),
@@ -162,17 +162,17 @@ def compare(
             "gap_recovered": None,
             "generation": speeds.get(name),
         }
-        for name, one in contenders.items()
+        for name, one in candidates.items()
     }
     _add_gaps(found)
-    budgets = [budget for budget in BUDGETS if all(budget in one.costs for one in contenders.values())]
-    equal = {budget: _at_equal(contenders, budget) for budget in budgets}
+    budgets = [budget for budget in BUDGETS if all(budget in one.costs for one in candidates.values())]
+    equal = {budget: _at_equal(candidates, budget) for budget in budgets}
     result = {
         "output": str(output),
         "runs": found,
         "equal": equal,
         "generation": conditions,
-        "notes": list(_notes(contenders, found, equal)),
+        "notes": list(_notes(candidates, found, equal)),
     }
     write_atomically(output, to_html(" · ".join(names), list(compose(result))).encode())
     return result
@@ -181,11 +181,11 @@ def compare(
 # What is compared -------------------------------------------------------------------------------------------
 
 
-def _contenders(runs: Sequence[Run], vae_runs: Sequence[str]) -> dict[str, Contender]:
+def _candidates(runs: Sequence[Run], vae_runs: Sequence[str]) -> dict[str, Candidate]:
     """The runs by name, each with its SentenceVAE's. Raises: UserError where they cannot be compared."""
     if len({run.folder.resolve() for run in runs}) < max(2, len(runs)):
         raise UserError("sllm compare needs two or more different run directories")
-    forerunners = _by_name("--vae-run", vae_runs, [run.name for run in runs])
+    vae_runs_by_name = _by_name("--vae-run", vae_runs, [run.name for run in runs])
     found = {}
     for run in runs:
         objective = run.recipe.get("objective")
@@ -195,21 +195,21 @@ def _contenders(runs: Sequence[Run], vae_runs: Sequence[str]) -> dict[str, Conte
                 "a SentenceVAE's run goes with its SLLM's: --vae-run NAME=RUN_DIR"
             )
         path = run.recipe.get("model", {}).get("vae", {}).get("path") if objective == "sllm" else None
-        if path and run.name not in forerunners:
+        if path and run.name not in vae_runs_by_name:
             raise UserError(
                 f"{run.folder}: starts from the SentenceVAE {path}, whose training counts as well: "
                 f"name its run with --vae-run {run.name}=RUN_DIR"
             )
-        if run.name in forerunners and not path:
+        if run.name in vae_runs_by_name and not path:
             raise UserError(
                 f"--vae-run {run.name}: this run starts from no SentenceVAE (no model.vae.path in its recipe)"
             )
         vae = None
         if path:
-            [vae] = read_runs([forerunners[run.name]])
+            [vae] = read_runs([vae_runs_by_name[run.name]])
             if vae.recipe.get("objective") != "vae":
                 raise UserError(f"{vae.folder}: its objective is {vae.recipe.get('objective')}, not vae")
-        found[run.name] = Contender(run, vae)
+        found[run.name] = Candidate(run, vae)
         if not found[run.name].measured:
             raise UserError(f"{run.folder}: has no evaluation yet (data.validation, training.eval_every)")
     if len({json.dumps(validation_sample(run)) for run in runs}) > 1:
@@ -235,15 +235,15 @@ def _by_name(flag: str, texts: Sequence[str], names: Sequence[str]) -> dict[str,
     return found
 
 
-def _at_equal(contenders: dict[str, Contender], budget: str) -> dict[str, Any]:
+def _at_equal(candidates: dict[str, Candidate], budget: str) -> dict[str, Any]:
     """Every run's bits per byte at the largest budget that all reach; None for one whose first evaluation
     comes later."""
     places = {
-        name: [one.costs[budget][row["step"]] for row in one.measured] for name, one in contenders.items()
+        name: [one.costs[budget][row["step"]] for row in one.measured] for name, one in candidates.items()
     }
     amount = min(costs[-1] for costs in places.values())
     found: dict[str, Any] = {}
-    for name, one in contenders.items():
+    for name, one in candidates.items():
         costs = places[name]
         if amount < costs[0]:
             found[name] = None
@@ -258,7 +258,7 @@ def _at_equal(contenders: dict[str, Contender], budget: str) -> dict[str, Any]:
 
 
 def _evaluate(
-    exports: dict[str, str], contenders: dict[str, Contender], data: str | None
+    exports: dict[str, str], candidates: dict[str, Candidate], data: str | None
 ) -> dict[str, dict[str, Any]]:
     """The figures of `sllm evaluate` of each export, and what its weights have cost."""
     if not exports:
@@ -271,7 +271,7 @@ def _evaluate(
     origins = {}
     for name, folder in exports.items():
         origins[name] = origin = read_json(Path(folder) / ORIGIN)
-        recipe = contenders[name].run.recipe
+        recipe = candidates[name].run.recipe
         theirs = origin.get("recipe", {})
         if any(theirs.get(key) != recipe.get(key) for key in ("objective", "seed", "model")):
             raise UserError(f"--model {name}={folder}: is an export of another run")
@@ -282,14 +282,14 @@ def _evaluate(
         found[name] = {
             "model": folder,
             "step": step,
-            "spent": contenders[name].spent(step),
+            "spent": candidates[name].spent(step),
             **{key: figures[key] for key in EVALUATED if key in figures},
         }
     return found
 
 
 def _speeds(
-    files: dict[str, str], contenders: dict[str, Contender]
+    files: dict[str, str], candidates: dict[str, Candidate]
 ) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
     """The conditions that all were measured under (None without files), and the figures by name: those of the
     smallest batch and, with it, the shortest context that all files have, where an SLLM gains least."""
@@ -300,7 +300,7 @@ def _speeds(
     found: dict[str, dict[str, Any]] = {}
     for name, file in files.items():
         result = read_json(file)
-        side = "model" if contenders[name].run.recipe["objective"] == "sllm" else "against"
+        side = "model" if candidates[name].run.recipe["objective"] == "sllm" else "against"
         if "points" not in result or side not in result:
             raise UserError(f"{file}: is no result of `sllm benchmark generation` with figures for {name}")
         if side == "model" and result.get("int8"):
@@ -350,10 +350,10 @@ def _add_gaps(found: dict[str, dict[str, Any]]) -> None:
 
 
 def _notes(
-    contenders: dict[str, Contender], found: dict[str, dict[str, Any]], equal: dict[str, Any]
+    candidates: dict[str, Candidate], found: dict[str, dict[str, Any]], equal: dict[str, Any]
 ) -> Iterable[str]:
     """In words, what must be known before these figures are believed."""
-    everyone = [run for one in contenders.values() for run in (one.run, one.vae) if run is not None]
+    everyone = [run for one in candidates.values() for run in (one.run, one.vae) if run is not None]
     if len({training_text(run) for run in everyone}) > 1:
         yield "not all were trained on the same shards"
     machines = {
@@ -362,7 +362,7 @@ def _notes(
     }
     if len(machines) > 1:
         yield "they were trained on different devices or numbers of ranks: equal time is not equal hardware"
-    for name, one in contenders.items():
+    for name, one in candidates.items():
         recipe = one.run.recipe
         for source in (recipe.get("init_from"), recipe.get("model", {}).get("backbone", {}).get("path")):
             if source:

@@ -54,8 +54,17 @@ KEYS = ("about", "recipe", "seeds", "overrides", "runs")
 OURS = ("seed", "output_dir")  # recipe keys that the sweep itself sets
 COSTS = ("tokens", "seconds", "operations")
 # Figures of `sllm evaluate` that stand in a row itself; the others are its `evaluation`.
-FIGURES = ("parameters", "body_parameters", "bits_per_byte", "bits_per_byte_interval", "vector_gain")
-FIGURES += ("vector_gain_interval", "ppl", "exact_match", "window_tokens")
+FIGURES = (
+    "parameters",
+    "body_parameters",
+    "bits_per_byte",
+    "bits_per_byte_interval",
+    "vector_gain",
+    "vector_gain_interval",
+    "ppl",
+    "exact_match",
+    "window_tokens",
+)
 SHORT = 8  # tokens: `exact_match_to_8`
 STOP_SECONDS = 60.0  # for a stopped training to save
 
@@ -449,9 +458,8 @@ def _only_one(folder: Path) -> Iterator[int]:
 def format_sweep(result: dict[str, Any]) -> str:
     """The result of `run` as a table. A SentenceVAE's bits per byte are in another column: they measure
     reconstruction, not prediction."""
-    header = ("run", "seed", "kind", "parameters", "body", "tokens", "time", "tokens/s")
-    header += ("bits/byte", "vector gain", "ppl", "rebuilt bits/byte", "exact match")
-
+    names = "run,seed,kind,parameters,body,tokens,time,tokens/s"
+    names += ",bits/byte,vector gain,ppl,rebuilt bits/byte,exact match"
     lines = []
     for row in result["rows"]:
         counts = (f"{row['parameters']:,}", f"{row['body_parameters']:,}", f"{row['tokens']:,}")
@@ -462,7 +470,7 @@ def format_sweep(result: dict[str, Any]) -> str:
         speed = f"{row['tokens_per_second']:,.0f}"
         kind = (row["name"], str(row["seed"]), row["objective"], *counts, duration(row["seconds"]), speed)
         lines.append((*kind, *shown, bits if rebuilds else NOTHING, exact))
-    text = [to_text(Table(header, tuple(lines)))] if lines else []
+    text = [to_text(Table(tuple(names.split(",")), tuple(lines)))] if lines else []
     text += [f"{key}: failed: {why}" for key, why in result["failed"].items()]
     text += [f"not done: {', '.join(result['missing'])}"] if result["missing"] else []
     return "\n".join(text)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import math
 import os
+import resource
 import shutil
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import deepspeed.comm as dist
@@ -34,6 +35,14 @@ from pipeline.training.optimizer import AdamW, parameter_groups
 
 COMPILE_BACKEND = "inductor"  # of torch.compile
 NATS = ("objective", "token_nll", "end_nll", "stop_nll", "kl")  # what `Engine.compute` and `evaluate` sum
+
+
+class Update(NamedTuple):
+    """What became of a step."""
+
+    grad_norm: float  # before clipping, of the gradient averaged over all ranks
+    lr: float
+    skipped: str | None  # why it was not applied
 
 
 class Engine:
@@ -117,15 +126,12 @@ class Engine:
             return None
         return sum(start.elapsed_time(end) for start, end in self._forwards) / 1000
 
-    def update(
-        self, lr_factor: float, skip: str | None = None, norm_limit: float = math.inf
-    ) -> tuple[float, float, str | None]:
+    def update(self, lr_factor: float, skip: str | None = None, norm_limit: float = math.inf) -> Update:
         """Apply the step with lr = peak · `lr_factor`, unless it is to be skipped.
 
         skip: a reason to skip it, whatever its gradient. norm_limit: the largest gradient norm applied.
-        Returns (gradient norm before clipping, lr, why the step was skipped or None). The norm is that of the
-        gradient averaged over all ranks, so all ranks decide alike. A skipped step changes no weight, moment
-        or counter of the optimizer; its gradients are dropped.
+        All ranks have the same norm and decide alike. A skipped step changes no weight, moment or counter of
+        the optimizer; its gradients are dropped.
         """
         lr = self.peak_lr * lr_factor
         for group, scale in zip(self.deepspeed.optimizer.param_groups, self._lr_scales, strict=True):
@@ -149,7 +155,7 @@ class Engine:
             skip = f"the gradient's norm is {norm}"
         elif skip is None and norm > norm_limit:
             skip = f"the gradient's norm {norm:.4g} is above {norm_limit:.4g}"
-        return norm, lr, skip
+        return Update(norm, lr, skip)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> Tensor:
@@ -160,9 +166,11 @@ class Engine:
             sums += _nats(LossSums(**self.deepspeed(batch.to(self.device))))
         return sums
 
-    def device_tensor(self, values: list[float]) -> Tensor:
-        """float64 on the engine's device, ready for an all-reduce."""
-        return torch.tensor(values, dtype=torch.float64, device=self.device)
+    def memory_bytes(self) -> int:
+        """This rank's peak memory: of its GPU, or resident memory on CPUs."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import resource
 import shutil
 import time
 from contextlib import ExitStack
@@ -35,7 +34,7 @@ from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts, require_agreement
 from pipeline.parallel.ranks import Ranks, join, leave
 from pipeline.parallel.reduction import sum_over_ranks
-from pipeline.training.engine import NATS, Engine
+from pipeline.training.engine import NATS, Engine, Update
 from pipeline.training.health import Guard, Speeds
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.provenance import PROVENANCE, provenance
@@ -86,7 +85,7 @@ class TrainingRun:
         )
         device = join(ranks)
         self._open.callback(leave)
-        self._watchdog.heartbeat("the ranks' meeting")
+        self._watchdog.heartbeat("the process group's start")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
         hosts = require_agreement(facts(recipe.to_dict(), strategy, self.provenance))
@@ -98,14 +97,15 @@ class TrainingRun:
             resumes = ranks.rank == 0 and bool(store.listed(self.run_dir)[0])
             if not agree(None, resumes)[0]:
                 initialise(model, recipe.init_from, self.tokenizer, ranks)
-                self._watchdog.heartbeat("the reading of init_from")
-        self.model_config = json.loads(model.config.to_json_string(use_diff=False))
+                self._watchdog.heartbeat("reading init_from")
+        config: Any = model.config
+        self.model_config = json.loads(config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
         self.engine = Engine(model, recipe, self.config, device)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
-        self._watchdog.heartbeat("the model's making")
+        self._watchdog.heartbeat("building the model")
         self.validation = None
         if validation_sets:
             sample = BinPlan(validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED)
@@ -156,7 +156,7 @@ class TrainingRun:
                     f"its parts are regrouped for {ours.world} rank(s) with ZeRO {ours.zero_stage}"
                 )
         loading.restore(self.engine.deepspeed, checkpoint, saved, ours.world, ours.zero_stage)
-        self._watchdog.heartbeat("the resuming")
+        self._watchdog.heartbeat("resuming")
         self.state = State(
             position=Position.from_json(saved.position),
             consumed=Consumed.from_json(saved.consumed),
@@ -194,7 +194,7 @@ class TrainingRun:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"
             self._profiler = self._open.enter_context(StepProfiler(steps, folder, self.ranks.rank))
         self.log.say(self._description())
-        self._watchdog.heartbeat("the loading")
+        self._watchdog.heartbeat("starting the loader")
         self._clock = time.perf_counter()
 
     def _open_log(self) -> None:
@@ -260,45 +260,38 @@ class TrainingRun:
         state, health = self.state, self.recipe.health
         loss = sums.objective / step.targets_all
         progress = self.recipe.training.progress(state.step + 1, state.tokens + step.tokens_all)
-        grad_norm, lr, skipped = self.engine.update(
+        update = self.engine.update(
             self.recipe.schedule.factor(progress),
             state.guard.bad_loss(loss, health),
             state.guard.norm_limit(health),
         )
         # With dynamic loss scaling gradients overflow by design: DeepSpeed skips and lowers the scale.
-        rescaled = self.engine.scales_loss and math.isfinite(loss) and not math.isfinite(grad_norm)
+        rescaled = self.engine.scales_loss and math.isfinite(loss) and not math.isfinite(update.grad_norm)
         if not rescaled:
-            state.guard.record(loss, grad_norm, skipped, health)
+            state.guard.record(loss, update.grad_norm, update.skipped, health)
         state.step += 1
         state.tokens += step.tokens_all
         state.position = step.position
         state.consumed.add(step.bins_all)
         before, self._clock = self._clock, time.perf_counter()
-        self.log.step(self._step_record(step, sums, loss, grad_norm, lr, skipped, self._clock - before))
+        self.log.step(self._step_record(step, sums, loss, update, self._clock - before))
         if self._profiler:
             self._profiler.end(state.step)
         self._watchdog.heartbeat(f"step {state.step}")
         if warning := self._speeds.warning():
             self.log.say(warning)
-        if skipped and not rescaled:
-            self.log.say(f"step {state.step:>7}  skipped on all ranks: {skipped}")
+        if update.skipped and not rescaled:
+            self.log.say(f"step {state.step:>7}  skipped on all ranks: {update.skipped}")
             if state.guard.in_row >= health.max_skips:
                 latest = store.newest_whole(self.run_dir)
                 raise AgreedError(
-                    f"step {state.step}: {skipped}; {state.guard.in_row} steps in a row were skipped "
+                    f"step {state.step}: {update.skipped}; {state.guard.in_row} steps in a row were skipped "
                     f"(health.max_skips); last checkpoint: {latest[0].name if latest else 'none'}; start "
                     "again from there with a lower --optimizer.lr"
                 )
 
     def _step_record(
-        self,
-        step: Step,
-        sums: StepSums,
-        loss: float,
-        grad_norm: float,
-        lr: float,
-        skipped: str | None,
-        seconds: float,
+        self, step: Step, sums: StepSums, loss: float, update: Update, seconds: float
     ) -> StepRecord:
         needed = TRAINING_FACTOR * (sums.computed - sums.padding) / self.ranks.world  # of one device
         waits = sums.wait_seconds
@@ -324,11 +317,11 @@ class TrainingRun:
             data_wait_rank=waits.index(max(waits)),
             slowest_rank=slowest_rank,
             slowest_ratio=slowest_ratio,
-            grad_norm=grad_norm,
-            lr=lr,
+            grad_norm=update.grad_norm,
+            lr=update.lr,
             skips=self.state.guard.skips,
-            skipped=skipped,
-            memory_bytes=self._memory_bytes(),
+            skipped=update.skipped,
+            memory_bytes=self.engine.memory_bytes(),
             operations=int(TRAINING_FACTOR * sums.computed),
             mfu=utilisation(needed, seconds, self.engine.device),
             seconds=seconds,
@@ -380,14 +373,12 @@ class TrainingRun:
 
     def _start_record(self) -> dict[str, Any]:
         """The line of starts.jsonl (a collective)."""
-        hosts = self.engine.device_tensor([float(self.ranks.local == 0)])
-        dist.all_reduce(hosts)
         return {
             "time": time.time(),
             "step": self.state.step,
             "world": self.ranks.world,
             "zero_stage": zero_stage(self.config),
-            "hosts": int(hosts.item()),
+            "hosts": sum(agree(None, self.ranks.local == 0)),
             "versions": {"python": self.provenance["python"], **self.provenance["packages"]},
         }
 
@@ -406,12 +397,6 @@ class TrainingRun:
             except OSError:
                 if kind is None:
                     raise
-
-    def _memory_bytes(self) -> int:
-        """This rank's peak memory: of its GPU, or resident memory on CPUs."""
-        if self.engine.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.engine.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _description(self) -> str:
         state, data = self.state, self.recipe.data

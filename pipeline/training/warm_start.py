@@ -53,7 +53,8 @@ def _load(model: nn.Module, source: Path, checkpoint: Path | None, tokenizer: To
         meta = store.read_meta(checkpoint)
         theirs = meta.tokenizer
         parts = Parts(checkpoint, meta)
-        shapes, weight = parts.shapes(), parts.tensor
+        shapes: Mapping[str, torch.Size] = parts.shapes()
+        weight: Callable[[str], Tensor] = parts.tensor
     else:
         weights: Mapping[str, Tensor] = load_model(source).state_dict()
         theirs = load_model_tokenizer(source).fingerprint

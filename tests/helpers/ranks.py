@@ -199,7 +199,7 @@ def train_with_full_log(arguments: list[str], after_save: int) -> int | str:
     def save_and_fill(log: Any, record: dict[str, Any]) -> None:
         save(log, record)
         if record["step"] == after_save and os.environ["RANK"] == "0":
-            limit = log._metrics.tell() + 20
+            limit = log._files["metrics.jsonl"].tell() + 20
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     RunLog.save = save_and_fill

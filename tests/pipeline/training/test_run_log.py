@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +14,15 @@ from helpers.paths import REPOSITORY
 
 from data_prep.common.errors import UserError
 from pipeline.config.schema import Recipe, load_recipe
+from pipeline.training.records import StepRecord
 from pipeline.training.run_log import RunLog, read_records
 
 RECIPES = REPOSITORY / "pipeline" / "recipes"
 EVALUATION = {"step": 1, "bits_per_byte": 2.0, "ppl": 9.0, "best": True}
 
 
-def recipe(run: Path) -> Recipe:
-    settings = ["--output_dir", str(run), "--log.tensorboard", "false", "--log.wandb", "true"]
+def recipe(run: Path, wandb: bool = True) -> Recipe:
+    settings = ["--output_dir", str(run), "--log.tensorboard", "false", "--log.wandb", str(wandb).lower()]
     return load_recipe(str(RECIPES / "demo-vae.yaml"), settings)
 
 
@@ -62,3 +65,27 @@ def test_a_board_that_fails_later_is_left_alone(
     with RunLog(tmp_path, recipe(tmp_path), 0, 3):
         pass
     assert capsys.readouterr().out == said + "\n"  # it fails when it ends
+
+
+def test_a_step_s_record_has_its_optional_fields_only_where_they_are_known(tmp_path: Path) -> None:
+    figures: dict = {field.name: 1 for field in dataclasses.fields(StepRecord)}
+    for optional in ("kl", "slowest_rank", "slowest_ratio", "skipped"):
+        figures[optional] = None
+    figures |= {"mfu": None, "loss": math.nan}
+    with RunLog(tmp_path, recipe(tmp_path, wandb=False), 0, 0) as run_log:
+        run_log.step(StepRecord(**figures))
+        run_log.step(StepRecord(**figures | {"step": 2, "kl": 0.5, "skipped": "why"}))
+    first, second = read_records(tmp_path / "metrics.jsonl")
+    assert list(first) == [
+        *("step", "epoch", "tokens", "loss", "bits_per_byte", "token_nll", "end_nll", "stop_nll"),
+        *("targets", "bytes", "bins", "bins_digest", "tokens_per_second", "padding_share"),
+        *("data_wait_seconds", "data_wait_max_seconds", "data_wait_rank", "grad_norm", "lr", "skips"),
+        *("memory_bytes", "operations", "mfu", "seconds", "time"),
+    ]
+    assert first["mfu"] is None and first["loss"] is None
+    assert list(second)[8] == "kl" and second["skipped"] == "why" and "slowest_rank" not in second
+
+
+def test_the_docs_name_every_field_of_a_step() -> None:
+    page = (REPOSITORY / "docs" / "training.md").read_text()
+    assert [field.name for field in dataclasses.fields(StepRecord) if f"`{field.name}`" not in page] == []
