@@ -3,19 +3,20 @@
 In: one record (a dict: a JSON object, or a row of a table). Out: its text as a str that can be encoded, the
 names of the rules that changed it, its language code, or the reason why it is left out. `Hygiene` holds the
 rules and is part of a shard set's settings: rules that change bytes or drop documents are off unless asked
-for. Called by `documents.py` for every record; `add_arguments` and `from_arguments` serve the command line.
+for. Its fields are options of the command line (`data_prep/cli.py`).
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import operator
 import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
@@ -116,20 +117,29 @@ class Filter:
 
 @dataclass(frozen=True)
 class Hygiene:
-    """The rules, all off by default; 0 characters is no limit, no `keep_languages` keeps all.
+    """The rules, all off by default.
 
-    `text_field` names the field that holds the text (`a.b` looks inside), `filters` are `Filter` expressions,
-    `normal_form` is NFC or NFKC. Raises `UserError` on values that cannot be meant.
+    Args:
+        text_field: field that holds the text, a.b looks inside (default: found)
+        filters: keep records for which 'FIELD OP VALUE' holds, such as 'toxic_score<0.5'; may be repeated
+        strip_control: remove control characters but line feed and tab
+        white_space: one space for runs, none at line ends, one empty line
+        normal_form: Unicode normal form of the text
+        min_chars: leave out shorter documents
+        max_chars: leave out longer documents (0: no limit)
+        keep_languages: leave out documents in other languages (default: keep all)
+
+    Raises: UserError on values that cannot be meant.
     """
 
     text_field: str | None = None
-    filters: tuple[str, ...] = ()
+    filters: Annotated[tuple[str, ...], Parameter(name="--filter")] = ()
     strip_control: bool = False
     white_space: bool = False
-    normal_form: str | None = None
+    normal_form: Literal["NFC", "NFKC"] | None = None
     min_chars: int = 0
     max_chars: int = 0
-    keep_languages: tuple[str, ...] = ()
+    keep_languages: Annotated[tuple[str, ...], Parameter(name="--keep-lang", consume_multiple=1)] = ()
 
     def __post_init__(self) -> None:
         # Kept beside the fields, so that no expression is parsed twice.
@@ -308,39 +318,3 @@ def _number(value: object) -> float | int | None:
         return float(value) if hasattr(value, "as_tuple") else None
     except (TypeError, ValueError):
         return None
-
-
-# The command line ---------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `Hygiene`."""
-    add = parser.add_argument_group("hygiene (all off by default)").add_argument
-    add("--text-field", metavar="FIELD", help="field that holds the text, a.b looks inside (default: found)")
-    add(
-        "--filter",
-        action="append",
-        default=[],
-        metavar="EXPR",
-        help="keep records for which 'FIELD OP VALUE' holds, such as 'toxic_score<0.5'; may be repeated",
-    )
-    add("--strip-control", action="store_true", help="remove control characters but line feed and tab")
-    add("--white-space", action="store_true", help="one space for runs, none at line ends, one empty line")
-    add("--normal-form", choices=NORMAL_FORMS, help="Unicode normal form of the text")
-    add("--min-chars", type=int, default=0, metavar="N", help="leave out shorter documents")
-    add("--max-chars", type=int, default=0, metavar="N", help="leave out longer documents")
-    add("--keep-lang", nargs="+", default=[], metavar="CODE", help="leave out documents in other languages")
-
-
-def from_arguments(arguments: argparse.Namespace) -> Hygiene:
-    """The rules asked for by `add_arguments`' flags. Raises `UserError` like `Hygiene`."""
-    return Hygiene(
-        text_field=arguments.text_field,
-        filters=tuple(arguments.filter),
-        strip_control=arguments.strip_control,
-        white_space=arguments.white_space,
-        normal_form=arguments.normal_form,
-        min_chars=arguments.min_chars,
-        max_chars=arguments.max_chars,
-        keep_languages=tuple(arguments.keep_lang),
-    )

@@ -1,24 +1,56 @@
-"""`sllm evaluate`, `compare`, `ngram` and `robustness`: how well models predict, and beside what. The
-arguments, and what each command calls."""
+"""`sllm evaluate`, `compare`, `ngram`, `robustness` and `check`: how well models predict, and beside what."""
 
 from __future__ import annotations
 
-import argparse
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
-from data_prep.common.environment import require_folder, write_result
-from pipeline.cli.options import INT8_HELP, answer, command, positive
+from cyclopts import Group, Parameter, validators
 
-if TYPE_CHECKING:
-    from pipeline.parallel.ranks import Ranks
+from data_prep.common.command_line import Many, Positive
+from pipeline.cli.options import Int8, Json, Output, answer, app
+
+SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
+CUT = Parameter(group=Group("With --text"))
 
 
-def _evaluate(args: argparse.Namespace) -> int:
+@app.command(group="Evaluate")
+def evaluate(
+    *,
+    model: str,
+    data: Annotated[str | None, SOURCE] = None,
+    text: Annotated[str | None, SOURCE] = None,
+    window_tokens: Positive | None = None,
+    batch_tokens: Positive = 8192,
+    max_documents: Positive | None = None,
+    segmenter: Annotated[Literal["clause", "sentence"] | None, CUT] = None,
+    lang: Annotated[Literal["en", "zh", "auto"] | None, CUT] = None,
+    max_tokens: Annotated[Positive | None, CUT] = None,
+    int8: Int8 = False,
+    json: Json = False,
+) -> int:
+    """Bits per byte and perplexity of an SLLM, a SentenceVAE or a token-level model (docs/evaluation.md).
+
+    example:
+      sllm evaluate --model demo/models/sllm --data demo/shards/validation --json
+
+    Args:
+        model: exported SLLM, SentenceVAE, or the folder of a Hugging Face causal language model
+        data: shard folder made with the model's own tokenizer
+        text: WanJuan documents, .jsonl or .jsonl.gz
+        window_tokens: longest window (default: the model's window_tokens, else 1024)
+        batch_tokens: tokens per forward pass
+        max_documents: score the first documents only
+        segmenter: how sentences are cut (default: as the model was trained, else clause)
+        lang: language (default: as trained, else auto)
+        max_tokens: longest sentence in tokens (default: as trained, else 64)
+    """
+    from pipeline.evaluation import evaluate as evaluation
     from pipeline.parallel.agreement import AgreedError
     from pipeline.parallel.ranks import find_ranks, join, leave
 
-    # Alone, nothing is left in the environment: what this process starts next would take itself for the only
+    # Alone, nothing is left in the environment: a process started from here would take itself for the only
     # rank.
     environment = dict(os.environ)
     ranks = find_ranks(environment)
@@ -26,199 +58,142 @@ def _evaluate(args: argparse.Namespace) -> int:
         os.environ.update(environment)
         join(ranks)
     try:
-        return _evaluate_as(ranks, args)
+        result = evaluation.evaluate(
+            model,
+            data=data,
+            text=text,
+            window_tokens=window_tokens,
+            batch_tokens=batch_tokens,
+            max_documents=max_documents,
+            segmenter=segmenter,
+            language=lang,
+            max_tokens=max_tokens,
+            int8=int8,
+            progress=ranks.rank == 0,
+            ranks=ranks,
+        )
     except AgreedError:
         if ranks.rank == 0:
             raise
         return 2
     finally:
         leave()
-
-
-def _evaluate_as(ranks: Ranks, args: argparse.Namespace) -> int:
-    from pipeline.evaluation.evaluate import evaluate, format_result
-
-    result = evaluate(
-        args.model,
-        data=args.data,
-        text=args.text,
-        window_tokens=args.window_tokens,
-        batch_tokens=args.batch_tokens,
-        max_documents=args.max_documents,
-        segmenter=args.segmenter,
-        language=args.lang,
-        max_tokens=args.max_tokens,
-        int8=args.int8,
-        progress=ranks.rank == 0,
-        ranks=ranks,
-    )
     if ranks.rank == 0:
-        answer(args, result, format_result)
+        answer(result, json, evaluation.format_result)
     return 0
 
 
-def _compare(args: argparse.Namespace) -> int:
-    from pipeline.research.compare import compare, format_comparison
+@app.command(group="Evaluate")
+def compare(
+    run_dirs: Sequence[str],
+    /,
+    *,
+    vae_run: Many = (),
+    model: Many = (),
+    data: str | None = None,
+    generation: Many = (),
+    output: str = "compare.html",
+    json: Json = False,
+) -> None:
+    """SLLMs and token-level models at equal tokens, time and operations, with their speed: one table, one
+    HTML page (docs/evaluation.md).
 
-    result = compare(
-        args.run_dirs, args.output, args.vae_run or (), args.model or (), args.data, args.generation or ()
-    )
-    answer(args, result, format_comparison)
-    return 0
+    example:
+      sllm compare runs/sllm runs/lm --vae-run sllm=runs/vae --model sllm=models/sllm lm=models/lm
+
+    Args:
+        run_dirs: runs of objective sllm or lm; named by their folders
+        vae_run: NAME=RUN, the SentenceVAE's run that the SLLM run NAME starts from: its cost is counted
+        model: NAME=DIR, export of run NAME, to be evaluated on the whole text
+        data: with --model: shard folder of the text (default: the recipes' validation shards)
+        generation: NAME=FILE, result of `sllm benchmark generation`: NAME's speed and memory
+        output: page to write
+    """
+    from pipeline.research import compare as comparison
+
+    result = comparison.compare(run_dirs, output, vae_run, model, data, generation)
+    answer(result, json, comparison.format_comparison)
 
 
-def _ngram(args: argparse.Namespace) -> int:
-    from pipeline.evaluation import ngram
+@app.command(group="Evaluate")
+def ngram(
+    *,
+    train: Annotated[str, Parameter(alias="--shards")],
+    data: Annotated[str, Parameter(alias="--validation")],
+    order: Positive = 5,
+    train_tokens: Positive | None = None,
+    window_tokens: Positive = 1024,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Bits per byte of a Kneser-Ney n-gram model: what a trained baseline must beat (docs/evaluation.md).
 
-    require_folder(args.output)
-    result = ngram.run(args.shards, args.validation, args.order, args.window_tokens, args.train_tokens)
-    write_result(result, args.output)
-    answer(args, result, ngram.format_result)
-    return 0
+    example:
+      sllm ngram --train shards/train --data shards/valid --train-tokens 5000000
+
+    Args:
+        train: shard folder to count
+        data: shard folder to score
+        order: longest n-gram
+        train_tokens: tokens to count, in windows drawn as by a training run with seed 1 (default: all)
+        window_tokens: longest window
+    """
+    from data_prep.common.environment import require_folder, write_result
+    from pipeline.evaluation import ngram as counting
+
+    require_folder(output)
+    result = counting.run(train, data, order, window_tokens, train_tokens)
+    write_result(result, output)
+    answer(result, json, counting.format_result)
 
 
-def _robustness(args: argparse.Namespace) -> int:
-    from pipeline.evaluation import robustness
+@app.command(group="Evaluate")
+def robustness(
+    *,
+    model: Many,
+    text: str,
+    mix: str | None = None,
+    max_documents: Positive | None = None,
+    seed: int = 1,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """How bits per byte move on text that is not clean: other punctuation, no punctuation, noise, two
+    languages (docs/evaluation.md).
 
-    result = robustness.run(args.model, args.text, args.mix, args.max_documents, args.seed, args.output)
-    answer(args, result, robustness.format_result)
-    return 0
+    example:
+      sllm robustness --model models/sllm models/lm --text valid.jsonl --mix chinese.jsonl --max-documents 20
+
+    Args:
+        model: model folders of any kind
+        text: WanJuan documents, as for `sllm evaluate --text`
+        mix: documents in another language: every second sentence is replaced by one of theirs
+        max_documents: read the first documents only
+        seed: seed of every random choice
+    """
+    from pipeline.evaluation import robustness as variants
+
+    result = variants.run(model, text, mix, max_documents, seed, output)
+    answer(result, json, variants.format_result)
 
 
-def add_evaluation(commands: Any) -> None:
-    """These commands, to those of `sllm`."""
-    evaluate = command(
-        commands,
-        "evaluate",
-        _evaluate,
-        "Bits per byte and perplexity of an SLLM, a SentenceVAE or a token-level model (docs/evaluation.md).",
-        "sllm evaluate --model demo/models/sllm --data demo/shards/validation --json",
-    )
-    evaluate.add_argument(
-        "--model",
-        required=True,
-        metavar="DIR",
-        help="exported SLLM, SentenceVAE, or the folder of a Hugging Face causal language model",
-    )
-    source = evaluate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="SHARDS", help="shard folder made with the model's own tokenizer")
-    source.add_argument("--text", metavar="FILE", help="WanJuan documents, .jsonl or .jsonl.gz")
-    evaluate.add_argument(
-        "--window-tokens",
-        type=positive,
-        metavar="W",
-        help="longest window (default: the model's window_tokens, else 1024)",
-    )
-    evaluate.add_argument(
-        "--batch-tokens",
-        type=positive,
-        default=8192,
-        metavar="N",
-        help="tokens per forward pass (default 8192)",
-    )
-    evaluate.add_argument(
-        "--max-documents", type=positive, metavar="N", help="score the first N documents only"
-    )
-    evaluate.add_argument(
-        "--segmenter",
-        choices=["clause", "sentence"],
-        help="with --text: how sentences are cut (default: as the model was trained, else clause)",
-    )
-    evaluate.add_argument(
-        "--lang",
-        choices=["en", "zh", "auto"],
-        help="with --text: language (default: as trained, else auto)",
-    )
-    evaluate.add_argument(
-        "--max-tokens",
-        type=positive,
-        metavar="N",
-        help="with --text: longest sentence in tokens (default: as trained, else 64)",
-    )
-    evaluate.add_argument("--int8", action="store_true", help=INT8_HELP)
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+@app.command(group="Evaluate")
+def check(
+    *, model: str, documents: Positive = 6, seed: int = 0, tolerance: float = 1e-5, json: Json = False
+) -> int:
+    """Prove on a model folder: causal, cached = uncached, packed = one by one. Status 1 if a check fails.
 
-    compare = command(
-        commands,
-        "compare",
-        _compare,
-        "SLLMs and token-level models at equal tokens, time and operations, with their speed: one table, one "
-        "HTML page (docs/evaluation.md).",
-        "sllm compare runs/sllm runs/lm --vae-run sllm=runs/vae --model sllm=models/sllm lm=models/lm",
-    )
-    compare.add_argument(
-        "run_dirs", metavar="RUN_DIR", nargs="+", help="runs of objective sllm or lm; named by their folders"
-    )
-    compare.add_argument(
-        "--vae-run",
-        nargs="+",
-        metavar="NAME=RUN",
-        help="run of the SentenceVAE that the SLLM run NAME starts from: its cost is counted",
-    )
-    compare.add_argument(
-        "--model", nargs="+", metavar="NAME=DIR", help="export of run NAME, to be evaluated on the whole text"
-    )
-    compare.add_argument(
-        "--data", metavar="SHARDS", help="with --model: the text (default: the recipes' validation shards)"
-    )
-    compare.add_argument(
-        "--generation",
-        nargs="+",
-        metavar="NAME=FILE",
-        help="result of `sllm benchmark generation`: NAME's speed and memory",
-    )
-    compare.add_argument(
-        "--output", default="compare.html", metavar="FILE", help="page to write (default compare.html)"
-    )
-    compare.add_argument("--json", action="store_true", help="print one JSON object")
+    example:
+      sllm check --model demo/models/sllm --json
 
-    ngram = command(
-        commands,
-        "ngram",
-        _ngram,
-        "Bits per byte of a Kneser-Ney n-gram model: what a trained baseline must beat (docs/evaluation.md).",
-        "sllm ngram --shards shards/train --validation shards/valid --train-tokens 5000000",
-    )
-    ngram.add_argument("--shards", required=True, metavar="DIR", help="shard folder to count")
-    ngram.add_argument("--validation", required=True, metavar="DIR", help="shard folder to score")
-    ngram.add_argument("--order", type=positive, default=5, metavar="N", help="longest n-gram (default 5)")
-    ngram.add_argument(
-        "--train-tokens",
-        type=positive,
-        metavar="N",
-        help="tokens to count, of windows drawn as a training run with seed 1 draws them (default: all)",
-    )
-    ngram.add_argument(
-        "--window-tokens", type=positive, default=1024, metavar="W", help="longest window (default 1024)"
-    )
-    ngram.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
-    ngram.add_argument("--json", action="store_true", help="print one JSON object")
+    Args:
+        model: SLLM, SentenceVAE or token-level model folder
+        documents: random documents to try
+        seed: seed of the random documents
+        tolerance: largest accepted difference
+    """
+    from pipeline.evaluation.self_check import check_folder, format_report
 
-    robustness = command(
-        commands,
-        "robustness",
-        _robustness,
-        "How bits per byte move on text that is not clean: other punctuation, no punctuation, noise, two "
-        "languages (docs/evaluation.md).",
-        "sllm robustness --model models/sllm models/lm --text valid.jsonl --mix chinese.jsonl "
-        "--max-documents 20",
-    )
-    robustness.add_argument(
-        "--model", nargs="+", required=True, metavar="DIR", help="model folders of any kind"
-    )
-    robustness.add_argument(
-        "--text", required=True, metavar="FILE", help="WanJuan documents, as for `sllm evaluate --text`"
-    )
-    robustness.add_argument(
-        "--mix",
-        metavar="FILE",
-        help="documents in another language: every second sentence is replaced by one of theirs",
-    )
-    robustness.add_argument(
-        "--max-documents", type=positive, metavar="N", help="read the first N documents (default: all)"
-    )
-    robustness.add_argument(
-        "--seed", type=int, default=1, metavar="N", help="of all that is drawn (default 1)"
-    )
-    robustness.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
-    robustness.add_argument("--json", action="store_true", help="print one JSON object")
+    report = check_folder(model, documents, seed, tolerance)
+    answer(report, json, format_report)
+    return 0 if report["passed"] else 1

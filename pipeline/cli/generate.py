@@ -1,8 +1,4 @@
-"""`sllm generate`: one prompt with live text, a file of prompts, or a conversation in the terminal.
-
-Comes in: a model folder, prompts and settings. Goes out: text on the terminal, or one JSON line per prompt.
-A file that was begun is continued: complete lines stay, a torn last one is written again. Called by `cli.py`.
-"""
+"""One prompt with live text, a file of prompts that can be resumed, or a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from pipeline.models.inference import load_for_generation
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says of how to write; refused (UserError) before a model is loaded."""
+    """How to generate; bad values are refused (UserError) before a model is loaded."""
 
     sampling: Sampling
     limits: Limits
@@ -34,7 +30,7 @@ class Settings:
     best_of: bool
     seed: int | None
     int8: bool = False
-    seed_drawn: bool = False  # nobody asked for this seed: a run that resumes takes over the first one's
+    seed_drawn: bool = False  # the user gave no seed: a run that resumes takes the first run's
 
     def to_dict(self) -> dict[str, Any]:
         limits = asdict(self.limits)
@@ -57,8 +53,7 @@ def settings(
     seed: int | None = None,
     int8: bool = False,
 ) -> Settings:
-    """Settings out of flags: greedy, unless something is asked for that only sampling has; a seed is drawn
-    where one is needed and none is given."""
+    """Settings from options: greedy unless an option needs sampling; sampling without a seed draws one."""
     if temperature is None:
         sampled = samples > 1 or best_of or any(x is not None for x in (top_p, top_k, min_p))
         temperature = 1.0 if sampled else 0.0
@@ -97,11 +92,11 @@ def record(text: Continuation) -> dict[str, Any]:
 def generate_prompt(
     folder: str | Path, prompt: str, how: Settings, on_text: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Continue one prompt. With one text, every piece goes to `on_text` as it comes, the prompt first; of
-    several, each whole text.
+    """Continue one prompt. `on_text` gets the prompt and each piece of a single text as it is generated; of
+    several texts, all of them at the end.
 
-    Returns: prompt, text (prompt + the first continuation), sentences and tokens of it, stopped, the
-    log-probabilities, samples (all texts, as `record` gives them), seconds (without loading), the settings.
+    Returns: prompt, text (prompt and first continuation), its sentences, number of tokens and
+    log-probabilities, stopped, samples (all texts, as from `record`), seconds (without loading), settings.
     """
     require_text(prompt, "the prompt")
     model, tokenizer = load_for_generation(folder, how.int8)
@@ -114,19 +109,10 @@ def generate_prompt(
             on_text(piece.text)
         texts = [run.result]
     else:
-        (texts,) = generate_many(
-            model,
-            tokenizer,
-            [prompt],
-            how.sampling,
-            how.limits,
-            how.samples,
-            how.samples,
-            how.best_of,
-            how.seed,
-        )
-        if isinstance(texts, UserError):
-            raise texts
+        (found,) = _generate_many(model, tokenizer, [prompt], how, how.samples, how.seed)
+        if isinstance(found, UserError):
+            raise found
+        texts = found
         on_text("\n\n".join(prompt + text.text for text in texts))
     first = record(texts[0])
     return {
@@ -141,18 +127,25 @@ def generate_prompt(
     }
 
 
+def _generate_many(
+    model: Any, tokenizer: Any, prompts: Iterable[str], how: Settings, batch_size: int, seed: int | None
+) -> Iterator[list[Continuation] | UserError]:
+    more = (how.sampling, how.limits, batch_size, how.samples, how.best_of, seed)
+    return generate_many(model, tokenizer, prompts, *more)
+
+
 def generate_file(
     folder: str | Path, prompts: str | Path, output: str | Path, how: Settings, batch_size: int
 ) -> dict[str, Any]:
     """Continue every prompt of a file, `batch_size` texts at a time.
 
     Args:
-        prompts: JSON lines, each an object with `prompt` (text); its other fields come back in the output.
+        prompts: JSON lines, each an object with `prompt` (text); its other fields are copied to the output.
         output: JSON lines in the prompts' order: the prompt's fields and `samples`, or `error` where a prompt
-            cannot be continued. Beside it, `OUTPUT.settings.json` says how it was made.
-    Returns: prompts, resumed (lines that were there), errors (those that were there too), tokens (new ones),
-    seconds.
-    Raises: UserError for a bad line, and for an output that other settings or prompts have begun.
+            cannot be continued. Complete lines of an earlier run stay. `OUTPUT.settings.json` records how
+            it was made.
+    Returns: counts of prompts, resumed lines, errors (resumed ones included) and new tokens; seconds.
+    Raises: UserError for a bad line, and for an output started with other settings or prompts.
     """
     lines, output = read_prompts(prompts), Path(output)
     how, done = resume(output, lines, how, str(folder))
@@ -166,17 +159,8 @@ def generate_file(
             started = time.perf_counter()
             todo = lines[done.lines :]
             first_seed = (how.seed or 0) + done.lines * how.samples
-            many = generate_many(
-                model,
-                tokenizer,
-                (line["prompt"] for line in todo),
-                how.sampling,
-                how.limits,
-                batch_size,
-                how.samples,
-                how.best_of,
-                first_seed,
-            )
+            prompts_todo = (line["prompt"] for line in todo)
+            many = _generate_many(model, tokenizer, prompts_todo, how, batch_size, first_seed)
             for line, texts in zip(todo, many, strict=True):
                 if isinstance(texts, UserError):
                     counts["errors"] += 1
@@ -214,7 +198,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
 
 class Done(NamedTuple):
-    """What an output holds already: complete lines, their bytes, and how many of them are errors."""
+    """What an output holds: complete lines, their bytes, and how many of them are errors."""
 
     lines: int = 0
     bytes: int = 0
@@ -222,23 +206,23 @@ class Done(NamedTuple):
 
 
 def resume(output: Path, prompts: list[dict[str, Any]], how: Settings, folder: str) -> tuple[Settings, Done]:
-    """The settings to go on with (a drawn seed is taken over), and what is there. Begins a new output's
-    settings file.
+    """The settings to resume with (an earlier run's drawn seed is kept), and what the output holds. Writes
+    the settings file of a new output.
 
-    Raises: UserError when it was made with other settings or prompts.
+    Raises: UserError when the output was made with other settings or prompts.
     """
     sidecar = output.with_name(output.name + ".settings.json")
-    wanted = json.loads(json.dumps({**how.to_dict(), "model": folder}))  # as a file gives it back
+    wanted = json.loads(json.dumps({**how.to_dict(), "model": folder}))  # as read from a file
     if not sidecar.exists():
         if output.exists() and output.stat().st_size:
-            raise UserError(f"{output}: exists, and was not begun by this command; name another output")
+            raise UserError(f"{output}: exists, and was not started by this command; name another output")
         write_atomically(sidecar, (json.dumps(wanted, indent=1) + "\n").encode())
         return how, Done()
     before = _object(sidecar.read_bytes(), str(sidecar))
     for key, value in wanted.items():
         if before.get(key) != value and not (key == "seed" and how.seed_drawn):
             raise UserError(
-                f"{output}: was begun with {key} {before.get(key)!r}, not {value!r}; name another output"
+                f"{output}: was started with {key} {before.get(key)!r}, not {value!r}; name another output"
             )
     how = replace(how, seed=before.get("seed"))
     data = output.read_bytes() if output.exists() else b""
@@ -251,7 +235,7 @@ def resume(output: Path, prompts: list[dict[str, Any]], how: Settings, folder: s
 
 
 def _object(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object that this command once wrote. Raises: UserError when it is something else now."""
+    """A JSON object that this command wrote. Raises: UserError when it is something else now."""
     try:
         value = json.loads(data)
     except ValueError:
@@ -264,8 +248,8 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
 def converse(
     folder: str | Path, how: Settings, read: Callable[[], str], write: Callable[[str], None]
 ) -> Iterator[Continuation]:
-    """A conversation in the terminal: what is typed is added to the text, and the model goes on from there;
-    an empty line lets it go on, `/new` begins a new text, the end of the input ends it.
+    """A conversation in the terminal: the model continues the text and what is typed. An empty line adds
+    nothing, `/new` starts a new text, the end of the input ends the conversation.
 
     `read` gives a line and raises EOFError at the end; `write` shows text. Yields every continuation.
     """

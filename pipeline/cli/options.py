@@ -1,50 +1,43 @@
-"""What the commands of `sllm` share: arguments, and how a result is given. Imports nothing heavy."""
+"""The program `sllm`, and what its commands share: options, and how a result is printed."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import json as jsonlib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
-INT8_HELP = "weights in 8 bits (CPU): faster to write with, a little less likely (docs/generation.md)"
+from cyclopts import Parameter
+
+import pipeline
+from data_prep.common.command_line import make_app
+
 VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
 
+Json = Annotated[bool, Parameter(help="print one JSON object")]
+Int8 = Annotated[
+    bool,
+    Parameter(help="weights in 8 bits (CPU): faster generation, slightly higher loss (docs/generation.md)"),
+]
+# Recipe keys as --section.key VALUE: every word that is no option of the command.
+Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
+Output = Annotated[str | None, Parameter(help="also write the figures to this file, as JSON")]
 
-def command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, example: str
-) -> argparse.ArgumentParser:
-    """A command with its help and an example; `run` gets the parsed arguments, returns the exit status."""
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return number
-
-
-positive.__name__ = "whole number"  # argparse prints the type's name for text that is no number at all
+app = make_app(
+    "sllm",
+    pipeline.__version__,
+    "Train, evaluate, generate with, check, export, audit, inspect and measure sentence-level models.",
+    "sllm generate --model demo/models/sllm --prompt 'The list is' --max-sentences 5",
+)
 
 
 def print_json(result: dict) -> None:
     """A result for a machine."""
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    print(jsonlib.dumps(result, ensure_ascii=False, allow_nan=False))
 
 
-def answer(args: argparse.Namespace, result: dict, text: Callable[[dict], str]) -> None:
-    """A result as one JSON object, or as `text` gives it to a reader."""
-    if args.json:
+def answer(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], str]) -> None:
+    """Print a result as one JSON object, or as `text` formats it for a reader."""
+    if json:
         print_json(result)
     else:
         print(text(result))

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import Annotated
 
+from cyclopts import App, Parameter
+
+from data_prep.common.command_line import Many, Positive
 from data_prep.common.errors import UserError
-from pipeline.cli.options import command, positive
+from pipeline.cli.options import Overrides
+from pipeline.config.keys import as_text
+from pipeline.config.schema import KEYS
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 
 
-def _train(args: argparse.Namespace) -> int:
-    words = ["--recipe", args.recipe, "--deepspeed-config", *args.deepspeed_config, *args.overrides]
-    if args.ranks is not None:
-        return launch(args.ranks, words)
+EXAMPLE = """\
+example:
+  sllm train --recipe demo-vae --deepspeed-config zero1 --data.shards shards/train --output_dir runs/vae"""
+
+command = App(
+    name="train", help_epilogue=f"{EXAMPLE}\n\nkeys of a recipe, with type and default:\n{as_text(KEYS)}"
+)
+
+
+@command.default
+def train(
+    *overrides: Overrides,
+    recipe: Annotated[str, Parameter(alias="--config")],
+    deepspeed_config: Annotated[Many, Parameter(alias="--deepspeed_config")],
+    ranks: Positive | None = None,
+) -> int:
+    """One training run; every recipe key may follow, as --section.key VALUE.
+
+    Args:
+        recipe: recipe file, or the name of one that ships with the package
+        deepspeed_config: a DeepSpeed JSON file or the name of one in ds_configs/, and any that add to it
+        ranks: processes on this machine (default: this process alone, or one rank of srun or torchrun)
+    """
+    words = ["--recipe", recipe, "--deepspeed-config", *deepspeed_config, *overrides]
+    if ranks is not None:
+        return launch(ranks, words)
     from pipeline.training.main import main
 
     return main(words)
@@ -50,40 +76,3 @@ def _signal_ranks(launcher: int, number: int) -> None:
                 process.send_signal(number)
         except psutil.Error:
             continue
-
-
-def add_train(commands: Any) -> None:
-    """This command, to those of `sllm`."""
-    train = command(
-        commands,
-        "train",
-        _train,
-        "Train a SentenceVAE, an SLLM or a token-level model. Run the same command again to resume.",
-        "sllm train --recipe demo-vae --deepspeed-config zero1 --data.shards shards/train "
-        "--output_dir runs/vae --training.max_steps 100",
-    )
-    train.allow_abbrev = False
-    train.add_argument(
-        "--recipe",
-        "--config",
-        required=True,
-        metavar="RECIPE",
-        help="recipe file, or the name of one that ships with the package; every key may follow, as "
-        "--section.key VALUE",
-    )
-    train.add_argument(
-        "--deepspeed-config",
-        "--deepspeed_config",
-        required=True,
-        nargs="+",
-        metavar="JSON",
-        help="a DeepSpeed JSON file or the name of one that ships with the package, and any that add to it",
-    )
-    train.add_argument(
-        "--ranks",
-        type=positive,
-        metavar="N",
-        help="processes on this machine, by DeepSpeed's launcher (default: this process alone; under srun or "
-        "torchrun it is one of their ranks)",
-    )
-    train.set_defaults(overrides=[])  # what is left of the command line goes here

@@ -5,7 +5,6 @@ Rank 0 prints the report and one line for every problem, with the name of the ma
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import secrets
@@ -23,6 +22,7 @@ from typing import Any
 from data_prep.common.errors import REQUEUE, UserError, describe
 from pipeline.cluster import machine as doctor_machine
 from pipeline.cluster import network as doctor_network
+from pipeline.cluster.options import Checks
 from pipeline.cluster.rendezvous import Meeting, ServerLost
 from pipeline.parallel.ranks import Ranks, find_ranks, free_port
 
@@ -32,23 +32,7 @@ LONG = 24 * 3600.0  # seconds that reading every shard may take
 QUICK = 300.0  # seconds that a look at one machine may take: longer, and a disk hangs
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `sllm doctor`."""
-    parser.add_argument("--shards", nargs="+", default=[], metavar="DIR", help="shard folders of the run")
-    parser.add_argument(
-        "--output_dir", metavar="DIR", help="run directory: shared, writable, with space left"
-    )
-    parser.add_argument("--local_dir", metavar="DIR", help="node-local folder with room for the shards")
-    parser.add_argument("--free_gb", type=float, default=1.0, metavar="X", help="of --output_dir (default 1)")
-    parser.add_argument(
-        "--min_gbps", type=float, default=0.0, metavar="X", help="least Gbit/s of a pair (default: none)"
-    )
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="for a rank (default 120)")
-    parser.add_argument("--deep", action="store_true", help="sha256 of every shard, not of a few")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(checks: Checks, as_json: bool = False) -> int:
     """The command, on every rank: 0 all well, 1 a problem, 75 stopped by USR1. UserError when the ranks
     cannot meet."""
     decided = _end_on_signals()
@@ -56,12 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        with Meeting(ranks, host, address, port, arguments.timeout) as meeting:
-            report = examine(meeting, arguments)
+        with Meeting(ranks, host, address, port, checks.timeout) as meeting:
+            report = examine(meeting, checks)
             # Before rank 0 waits for the others to leave: the first that ends makes the launcher send TERM.
             decided.set()
             if ranks.rank == 0:
-                text = json.dumps(report, allow_nan=False) if arguments.json else format_report(report)
+                text = json.dumps(report, allow_nan=False) if as_json else format_report(report)
                 print(text, flush=True)
                 for line in report["problems"]:
                     print(f"sllm doctor: {line}", file=sys.stderr)
@@ -92,14 +76,14 @@ def _end_on_signals() -> threading.Event:
     return decided
 
 
-def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
+def examine(meeting: Meeting, checks: Checks) -> dict[str, Any]:
     """Every check, on every rank; all get the same report (`problems`: lines, each with a machine's name)."""
     ranks, hosts = meeting.ranks, meeting.hosts
     leaders = [rank for rank, host in enumerate(hosts) if hosts.index(host) == rank]
-    token = _write_token(arguments.output_dir) if ranks.rank == 0 else None
+    token = _write_token(checks.output_dir) if ranks.rank == 0 else None
     token = meeting.exchange(token)[0]
     facts = meeting.exchange(
-        _look_at_machine(ranks, hosts, leaders, token, arguments), LONG if arguments.deep else QUICK
+        _look_at_machine(ranks, hosts, leaders, token, checks), LONG if checks.deep else QUICK
     )
     if ranks.rank == 0 and token and token["path"]:
         Path(token["path"]).unlink(missing_ok=True)
@@ -109,13 +93,13 @@ def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
     network = None
     # Two releases of torch need not speak the same language: they might wait for each other for ever.
     if ranks.world > 1 and not any("torch " in line for line in different):
-        mine = doctor_network.measure(ranks, hosts, leaders, port, arguments.timeout)
+        mine = doctor_network.measure(ranks, hosts, leaders, port, checks.timeout)
         network = meeting.exchange(mine)
     report = {
         "hosts": [hosts[rank] for rank in leaders],
         "ranks": ranks.world,
         "versions": facts[0]["versions"],
-        "shards": [_shards_of_all(facts, n, leaders) for n in range(len(arguments.shards))],
+        "shards": [_shards_of_all(facts, n, leaders) for n in range(len(checks.data))],
         "disks": {hosts[rank]: facts[rank]["disks"] for rank in leaders},
         "gpus": {hosts[rank]: facts[rank]["gpus"]["gpus"] for rank in leaders},
         "clock_offsets": {hosts[rank]: offset for rank, offset in offsets.items()},
@@ -129,7 +113,7 @@ def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     problems = different + list(_machine_problems(facts, hosts))
     problems += _differences({hosts[rank]: _gpu_kinds(facts[rank]["gpus"]["gpus"]) for rank in leaders})
-    for n, folder in enumerate(arguments.shards):
+    for n, folder in enumerate(checks.data):
         of_hosts = {hosts[rank]: {folder: facts[rank]["shards"][n]["fingerprint"]} for rank in leaders}
         readable = {host: found for host, found in of_hosts.items() if found[folder]}
         problems += _differences(readable, "other shards: fingerprint of ")
@@ -141,7 +125,7 @@ def examine(meeting: Meeting, arguments: argparse.Namespace) -> dict[str, Any]:
     if network:
         for host, seen in zip(hosts, network, strict=True):
             problems += [f"{host}: {line}" for line in seen["problems"]]
-        slow, warnings = _slow_pairs(report["network"]["pairs"], arguments.min_gbps)
+        slow, warnings = _slow_pairs(report["network"]["pairs"], checks.min_gbps)
         problems += slow
         report["warnings"] += warnings
     return report | {"problems": problems, "ok": not problems}
@@ -169,15 +153,15 @@ def _look_at_machine(
     hosts: list[str],
     leaders: list[int],
     token: dict[str, str] | None,
-    arguments: argparse.Namespace,
+    checks: Checks,
 ) -> dict[str, Any]:
     """This rank's facts. All ranks of a machine share the reading of shards; the first does the rest."""
     mine = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
     machine, part = leaders.index(mine[0]), mine.index(ranks.rank)
     facts: dict[str, Any] = {
         "shards": [
-            doctor_machine.shards(folder, machine, len(leaders), part, len(mine), arguments.deep)
-            for folder in arguments.shards
+            doctor_machine.shards(folder, machine, len(leaders), part, len(mine), checks.deep)
+            for folder in checks.data
         ],
         "disks": [],
         "gpus": {"gpus": [], "problems": []},
@@ -189,13 +173,13 @@ def _look_at_machine(
     facts["gpus"] = doctor_machine.gpus(len(mine))
     if token and token["path"] and not doctor_machine.is_visible(token["path"], token["content"]):
         facts["problems"].append(
-            f"does not see what {hosts[0]} writes in {arguments.output_dir}: it is not the same disk there"
+            f"does not see what {hosts[0]} writes in {checks.output_dir}: it is not the same disk there"
         )
-    if arguments.output_dir:
-        facts["disks"].append(doctor_machine.disk(arguments.output_dir, arguments.free_gb * 1e9))
-    if arguments.local_dir:
+    if checks.output_dir:
+        facts["disks"].append(doctor_machine.disk(checks.output_dir, checks.free_gb * 1e9))
+    if checks.local_dir:
         facts["disks"].append(
-            doctor_machine.disk(arguments.local_dir, sum(one.get("bytes", 0) for one in facts["shards"]))
+            doctor_machine.disk(checks.local_dir, sum(one.get("bytes", 0) for one in facts["shards"]))
         )
     return facts
 

@@ -21,7 +21,6 @@ memory             (CPU) of the process, each model in one of its own: resident 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -40,6 +39,7 @@ from data_prep.common.errors import UserError, log
 from pipeline.costs import process_memory
 from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
 from pipeline.costs.inspect import find_recipe
+from pipeline.costs.options import GenerationBenchmark
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.generation.results import Limits, Piece, Request
 from pipeline.generation.sampling import Sampling
@@ -228,33 +228,34 @@ def _token_model(against: str, vocab_size: int | None) -> tuple[PreTrainedModel,
     return model.model, find_recipe(against).stem
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the command line asks for (`cli.py`); the result is plain JSON.
+def run(options: GenerationBenchmark) -> dict[str, Any]:
+    """Measure what the options ask for; the result is plain JSON.
 
-    Raises: UserError on bad arguments.
+    Raises: UserError on bad options.
     """
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    require_folder(arguments.output)
-    if arguments.output:
+    require_folder(options.output)
+    if options.output:
         charts.require()
-    if arguments.sentences < 2:
+    if options.sentences < 2:
         raise UserError("--sentences: at least 2, the first one is timed apart")
-    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    device = torch.device(arguments.device)
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    device = torch.device(options.device)
     cases = [
-        Case(batch, context, arguments.sentences, arguments.sentence_tokens)
-        for batch in arguments.batch
-        for context in arguments.context
+        Case(batch, context, options.sentences, options.sentence_tokens)
+        for batch in options.batch
+        for context in options.context
     ]
-    if arguments.memory_of:
-        return {"memory": memory(make_side(arguments.memory_of, arguments, device), cases)}
+    if options.memory_of:
+        return {"memory": memory(make_side(options.memory_of, options, device), cases)}
     held: dict[str, Any] = {}
-    sides = {name: make_side(name, arguments, device) for name in SIDES[: 1 + bool(arguments.against)]}
-    points = [measure(case, sides, arguments.runs) for case in cases]
-    if device.type == "cpu" and not arguments.no_memory:
+    sides = {name: make_side(name, options, device) for name in SIDES[: 1 + bool(options.against)]}
+    points = [measure(case, sides, options.runs) for case in cases]
+    if device.type == "cpu" and not options.no_memory:
         for name in sides:
-            add_memory(points, name, _memory_in_own_process(name, arguments))
+            log(f"memory of {name}, in a process of its own")
+            add_memory(points, name, process_memory.in_own_process("generation", name, options)["memory"])
         found = {name: held_per_token(points, name) for name in sides}
         held = {"held_per_token": {name: value for name, value in found.items() if value is not None}}
     result = {
@@ -262,33 +263,33 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "dtype": arguments.dtype,
-        "int8": arguments.int8,
-        "runs": arguments.runs,
-        "sentences": arguments.sentences,
-        "sentence_tokens": arguments.sentence_tokens,
-        "against_by_columns": arguments.columns,
+        "dtype": options.dtype,
+        "int8": options.int8,
+        "runs": options.runs,
+        "sentences": options.sentences,
+        "sentence_tokens": options.sentence_tokens,
+        "against_by_columns": options.columns,
         **{side: {"name": one.name, "parameters": one.parameters} for side, one in sides.items()},
         "points": points,
         **held,
     }
-    if arguments.output:
-        write_result(result, Path(arguments.output))
+    if options.output:
+        write_result(result, Path(options.output))
     return result
 
 
-def make_side(name: str, arguments: argparse.Namespace, device: torch.device) -> SentenceSide | TokenSide:
+def make_side(name: str, options: GenerationBenchmark, device: torch.device) -> SentenceSide | TokenSide:
     """The recipe's model, or the one it is measured against. Raises: UserError for a wrong kind."""
     if name == "model":
         return SentenceSide(
-            arguments.recipe,
-            arguments.vae_recipe,
-            arguments.dtype,
+            options.recipe,
+            options.vae_recipe,
+            options.dtype,
             device,
-            arguments.int8,
-            arguments.vocab_size,
+            options.int8,
+            options.vocab_size,
         )
-    return TokenSide(arguments.against, arguments.dtype, device, arguments.columns, arguments.vocab_size)
+    return TokenSide(options.against, options.dtype, device, options.columns, options.vocab_size)
 
 
 def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[str, int] | None]:
@@ -314,14 +315,6 @@ def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[s
         figures["tokens"] = side.turn(case, prompts_BC, at_end).cached_tokens
         found.append(figures)
     return found
-
-
-def _memory_in_own_process(name: str, arguments: argparse.Namespace) -> list[dict[str, int] | None]:
-    """Run this command again for one side's memory alone."""
-    names = ("recipe", "against", "vae_recipe", "sentence_tokens", "sentences", "threads", "dtype")
-    names += ("batch", "context", "int8", "columns", "vocab_size")
-    log(f"memory of {name}, in a process of its own")
-    return process_memory.in_own_process("generation", name, arguments, names)["memory"]
 
 
 def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, int] | None]) -> None:

@@ -21,7 +21,6 @@ mode has them).
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import statistics
@@ -42,6 +41,7 @@ from data_prep.shards.reader import ShardSet
 from pipeline.config.schema import Recipe
 from pipeline.costs import process_memory
 from pipeline.costs.inspect import find_recipe
+from pipeline.costs.options import TrainingBenchmark
 from pipeline.costs.sized_recipe import DTYPES, sized_recipe
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.plan import Bin, BinPlan
@@ -159,14 +159,14 @@ def _placed(model: nn.Module, settings: Settings) -> nn.Module:
     return model.to(settings.device, DTYPES[settings.dtype]).eval()
 
 
-def make_side(side: str, arguments: argparse.Namespace, settings: Settings) -> Side:
+def make_side(side: str, options: TrainingBenchmark, settings: Settings) -> Side:
     """The recipe's model, or the one it is measured against, with random weights.
 
     Raises: UserError for an unknown `--against`, or one whose vocabulary is too small for the text.
     """
     if side == "model":
         return RecipeModel(settings.recipe, settings.name, settings)
-    against, vocabulary = arguments.against, settings.shards.tokenizer().vocab_size
+    against, vocabulary = options.against, settings.shards.tokenizer().vocab_size
     if against in OPT_SIZES:
         torch.manual_seed(0)
         config = OPTConfig(**OPT_SIZES[against], attn_implementation="sdpa")
@@ -298,32 +298,26 @@ def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str,
     return {"before": before, "peak": peak, "step": peak - before}
 
 
-def _memory_in_own_process(side: str, arguments: argparse.Namespace) -> dict[str, int]:
-    """Run this command again for one side's memory alone."""
-    names = ("recipe", "against", "shards", "vae_recipe", "tokens", "threads", "dtype", "device", "step")
-    return process_memory.in_own_process("train", side, arguments, names)
-
-
 # The command ----------------------------------------------------------------------------------------------
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the command line asks for (`cli.py`); the result is plain JSON.
+def run(options: TrainingBenchmark) -> dict[str, Any]:
+    """Measure what the options ask for; the result is plain JSON.
 
-    Raises: UserError on bad arguments.
+    Raises: UserError on bad options.
     """
-    settings = _settings(arguments)
-    if arguments.memory_of:
-        side = make_side(arguments.memory_of, arguments, settings)
-        return step_memory(side, Stepper(side, settings.recipe, arguments.step), settings.device)
+    settings = _settings(options)
+    if options.memory_of:
+        side = make_side(options.memory_of, options, settings)
+        return step_memory(side, Stepper(side, settings.recipe, options.step), settings.device)
     # In a function of its own: the models are gone when memory is measured.
-    figures, peak = _side_by_side(arguments, settings)
+    figures, peak = _side_by_side(options, settings)
     if settings.device.type == "cuda":  # PyTorch keeps what they held, and other processes need it now
         gc.collect()
         torch.cuda.empty_cache()
-    if not arguments.no_memory:
+    if not options.no_memory:
         for name in figures:
-            figures[name]["memory_bytes"] = _memory_in_own_process(name, arguments)
+            figures[name]["memory_bytes"] = process_memory.in_own_process("train", name, options)
             log(f"memory, {figures[name]['name']}: {figures[name]['memory_bytes']['peak'] / 1e9:.2f} GB")
     totals = settings.shards.manifest["totals"]
     result = {
@@ -331,10 +325,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None,
         "device": settings.device.type,
         "threads": torch.get_num_threads(),
-        "dtype": arguments.dtype,
-        "tokens": arguments.tokens,
-        "runs": arguments.runs,
-        "with_update": arguments.step,
+        "dtype": options.dtype,
+        "tokens": options.tokens,
+        "runs": options.runs,
+        "with_update": options.step,
         "shards": {
             "fingerprint": settings.shards.fingerprint,
             "segmenter": settings.shards.settings.segmenter,
@@ -345,16 +339,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if "against" in figures:
         result["ratios"] = _ratios(figures["model"], figures["against"])
-    write_result(result, arguments.output)
+    write_result(result, options.output)
     return result
 
 
-def _side_by_side(
-    arguments: argparse.Namespace, settings: Settings
-) -> tuple[dict[str, dict[str, Any]], float]:
+def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[str, dict[str, Any]], float]:
     """Speed and arithmetic of each side, by its name in `SIDES`; the best matrix product, GFLOP/s."""
-    sides = {name: make_side(name, arguments, settings) for name in SIDES[: 2 if arguments.against else 1]}
-    steppers = {name: Stepper(side, settings.recipe, arguments.step) for name, side in sides.items()}
+    sides = {name: make_side(name, options, settings) for name in SIDES[: 2 if options.against else 1]}
+    steppers = {name: Stepper(side, settings.recipe, options.step) for name, side in sides.items()}
     counted = {}
     for name, side in sides.items():  # counts, and warms up
         side.prepare(0)
@@ -363,13 +355,13 @@ def _side_by_side(
         steppers[name].clear()
     speeds = {name: matmul_speeds(side, counted[name].rows) for name, side in sides.items()}
     taken: dict[str, list[tuple[int, float]]] = {name: [] for name in sides}
-    for turn in range(arguments.runs):
+    for turn in range(options.runs):
         for name, side in sides.items():
             side.prepare(turn + 1)
             seconds = _timed(settings.device, steppers[name])
             steppers[name].clear()
             taken[name].append((side.tokens, seconds))
-            log(f"run {turn + 1} of {arguments.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
+            log(f"run {turn + 1} of {options.runs}, {side.name}: {side.tokens / seconds:.1f} tokens/s")
     peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
     figures = {}
     for name, side in sides.items():
@@ -377,20 +369,20 @@ def _side_by_side(
     return figures, peak
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+def _settings(options: TrainingBenchmark) -> Settings:
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    require_folder(arguments.output)
-    torch.set_num_threads(arguments.threads or len(os.sched_getaffinity(0)))
-    recipe = _fitting(sized_recipe(arguments.recipe, arguments.vae_recipe), arguments.tokens)
-    folder = arguments.shards or recipe.data.shards[0]
+    require_folder(options.output)
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    recipe = _fitting(sized_recipe(options.recipe, options.vae_recipe), options.tokens)
+    folder = options.data or recipe.data.shards[0]
     return Settings(
         recipe,
-        find_recipe(arguments.recipe).stem,
+        find_recipe(options.recipe).stem,
         ShardSet.open(folder),
-        arguments.tokens,
-        arguments.dtype,
-        torch.device(arguments.device),
+        options.tokens,
+        options.dtype,
+        torch.device(options.device),
     )
 
 

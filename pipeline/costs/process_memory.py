@@ -6,18 +6,18 @@ nothing else. Called by the benchmarks.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
 import re
 import sys
-from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
 from data_prep.common.processes import last_line, run_command
+from pipeline.costs.options import Benchmark
 
 
 def resident() -> int:
@@ -49,15 +49,15 @@ def _field(name: str) -> int:
     return int(found.group(1)) * 1024
 
 
-def in_own_process(kind: str, side: str, arguments: argparse.Namespace, names: Sequence[str]) -> Any:
-    """The result of `sllm benchmark KIND --memory-of SIDE`, run by itself with the same values of these
-    `arguments`, as far as they are given. Raises: UserError with its last line when it fails."""
-    command = ["benchmark", kind, "--memory-of", side]
-    for name in names:
-        value, flag = getattr(arguments, name), f"--{name.replace('_', '-')}"
+def in_own_process(kind: str, side: str, options: Benchmark) -> Any:
+    """The result of `sllm benchmark KIND --memory-of SIDE` with these options, run in a process of its own.
+    Raises: UserError with its last line when it fails."""
+    command = ["benchmark", kind]
+    for name, value in asdict(replace(options, memory_of=side, output=None, no_memory=False)).items():
+        flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             command += [flag] if value else []
         elif value is not None:
-            command += [flag, *map(str, value if isinstance(value, list) else [value])]
+            command += [flag, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     command = [sys.executable, "-m", "pipeline.cli", *command, "--json"]
     return json.loads(last_line(run_command(command, f"measuring the memory of {side}")))

@@ -408,6 +408,24 @@ def test_help_is_quick_and_has_examples():
     assert b"example: data-prep shard" in run("--help").stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "no command"),
+        ("shrad", 'Did you mean "shard"?'),
+        ("verify shards --depe", "Did you mean --deep?"),
+        ("verify", "FOLDER requires an argument"),
+        ("show shards --count 0", "Must be >= 1"),
+        ("show shards --count many", 'unable to convert "many" into int'),
+        ("split shards --output parts --parts", "--parts requires at least 1"),
+        ("shard --input a --output b --tokenizer c --lang fr", '"en", "zh", "other", "auto"'),
+        ("shard --input a --output b --tokenizer c --unit-mb 0", "Must be > 0"),
+    ],
+)
+def test_impossible_arguments_are_refused(words: str, message: str, capsys: pytest.CaptureFixture):
+    assert message in refused(capsys, *words.split())
+
+
 def test_data_prep_never_imports_torch_or_the_pipeline(corpus: Path, tokenizer: Path, tmp_path: Path):
     arguments = [str(a) for a in shard_arguments(corpus, tmp_path / "shards", tokenizer)]
     code = (

@@ -696,13 +696,12 @@ def sllm(arguments: list[str]) -> tuple[int | str, str]:
     import io
 
     from data_prep.common.errors import UserError
-    from pipeline.cli.main import build_parser
+    from pipeline.cli.main import main
 
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
         try:
-            args = build_parser().parse_args(arguments)
-            status: int | str = args.run(args)
+            status: int | str = main(arguments)
         except UserError as error:
             status = str(error)
     return status, written.getvalue()

@@ -33,10 +33,10 @@ from data_prep.common.errors import UserError, log, run_main
 from data_prep.common.processes import run_command
 from data_prep.shards.layout import INDEX_DTYPE, npy_bytes, read_index
 from data_prep.shards.reader import ShardSet
-from pipeline.cli.options import answer, command, positive
 from pipeline.data.loader import StepLoader, assign
 from pipeline.data.plan import PART_WINDOWS, BinPlan, Place, Position, count
 from pipeline.parallel.ranks import Ranks
+from tools.benchmarks.arguments import answer, command, positive
 from tools.benchmarks.sharding import PACKAGES
 
 WINDOWS = (1024, 128)

@@ -28,13 +28,14 @@ from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, log, run_main
 from data_prep.common.processes import start_logged
 from data_prep.shards.reader import ShardSet
-from pipeline.cli.options import VAE_RECIPE_HELP, answer, positive
+from pipeline.cli.options import VAE_RECIPE_HELP
 from pipeline.config.library import find_deepspeed_config, find_recipe
 from pipeline.config.schema import Recipe
 from pipeline.costs.benchmark_training import PACKAGES
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.parallel.ranks import free_port
 from pipeline.training.run_log import METRICS, read_records
+from tools.benchmarks.arguments import answer, positive
 
 STRATEGIES = ("zero0", "zero1", "zero2", "zero3")
 WARM_UP = 2  # steps of each start that are not counted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import pickle
 import unicodedata
@@ -11,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_prep import cli
+from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
-from data_prep.corpus import filters as hygiene
 from data_prep.corpus.filters import Hygiene, exam_text, normal_language
 
 EXAM = {
@@ -201,14 +201,14 @@ def test_settings_tell_rules_apart_and_travel():
 
 
 def test_arguments():
-    parser = argparse.ArgumentParser()
-    hygiene.add_arguments(parser)
-    assert hygiene.from_arguments(parser.parse_args([])) == Hygiene()
+    def rules(*flags: str) -> Hygiene:
+        needed = ["--input", "x", "--output", "y", "--tokenizer", "z"]
+        return parse(cli.app, ["shard", *needed, *flags]).keywords["rules"]
+
+    assert rules() == Hygiene()
     flags = "--text-field a.b --filter x<1 --filter y>2 --strip-control --white-space --normal-form NFC"
     flags += " --min-chars 3 --max-chars 9 --keep-lang en zh"
-    assert hygiene.from_arguments(parser.parse_args(flags.split())) == Hygiene(
-        "a.b", ("x<1", "y>2"), True, True, "NFC", 3, 9, ("en", "zh")
-    )
+    assert rules(*flags.split()) == Hygiene("a.b", ("x<1", "y>2"), True, True, "NFC", 3, 9, ("en", "zh"))
 
 
 @pytest.mark.parametrize(

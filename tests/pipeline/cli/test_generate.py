@@ -100,16 +100,16 @@ def test_a_drawn_seed_is_taken_over_by_the_run_that_resumes(folder, prompts, tmp
 def test_other_settings_prompts_and_files_are_refused(folder, prompts, tmp_path):
     out = tmp_path / "out.jsonl"
     generate_file(folder, prompts, out, settings(**HOW), batch_size=4)
-    with pytest.raises(UserError, match="begun with temperature 1.0, not 0.5"):
+    with pytest.raises(UserError, match="started with temperature 1.0, not 0.5"):
         generate_file(folder, prompts, out, settings(**HOW | {"temperature": 0.5}), batch_size=4)
-    with pytest.raises(UserError, match="begun with seed 7, not 8"):
+    with pytest.raises(UserError, match="started with seed 7, not 8"):
         generate_file(folder, prompts, out, settings(**HOW | {"seed": 8}), batch_size=4)
     changed = tmp_path / "changed.jsonl"
     changed.write_text(prompts.read_text("utf-8").replace("One is", "Two is"), "utf-8")
     with pytest.raises(UserError, match="out.jsonl line 3: is of another prompt"):
         generate_file(folder, changed, out, settings(**HOW), batch_size=4)
     (tmp_path / "mine.jsonl").write_text("precious\n")
-    with pytest.raises(UserError, match="not begun by this command"):
+    with pytest.raises(UserError, match="not started by this command"):
         generate_file(folder, prompts, tmp_path / "mine.jsonl", settings(**HOW), batch_size=4)
     assert (tmp_path / "mine.jsonl").read_text() == "precious\n"
     out.write_bytes(b"[1]\n")

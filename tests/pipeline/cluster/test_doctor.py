@@ -5,7 +5,6 @@ The same on a Slurm cluster: tests/cluster/test_slurm.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from data_prep.common.errors import UserError
 from pipeline.cluster import doctor
 from pipeline.cluster import machine as doctor_machine
 from pipeline.cluster import network as doctor_network
+from pipeline.cluster.options import Checks
 from pipeline.cluster.rendezvous import Meeting
 from pipeline.parallel.ranks import Ranks
 
@@ -120,13 +120,11 @@ def test_full_and_separate_disks(tmp_path: Path) -> None:
 
 
 def test_slow_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = argparse.ArgumentParser()
-    doctor.add_arguments(parser)
-    arguments = parser.parse_args(["--output_dir", str(tmp_path), "--free_gb", "0"])
+    checks = Checks(output_dir=str(tmp_path), free_gb=0)
     meeting = Meeting(Ranks(0, 1, 0), "node1", "", 0, 1.0)
-    assert doctor.examine(meeting, arguments)["warnings"] == []
+    assert doctor.examine(meeting, checks)["warnings"] == []
     monkeypatch.setattr(doctor_machine, "SLOW_DISK", float("inf"))
-    report = doctor.examine(meeting, arguments)
+    report = doctor.examine(meeting, checks)
     assert report["ok"] and report["warnings"][0].startswith("node1: writes only ")
     assert f"MB/s to {tmp_path}" in doctor.format_report(report)
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from data_prep.common.charts import figure
+from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError
 from pipeline.cli import main as cli
+from pipeline.cli.options import app
 from pipeline.costs.benchmark_generation import (
     Case,
     SentenceSide,
@@ -23,6 +25,7 @@ from pipeline.costs.benchmark_generation import (
     memory,
     run,
 )
+from pipeline.costs.options import GenerationBenchmark
 from pipeline.reports.charts import generation_chart, generation_plots
 
 pytestmark = pytest.mark.launch
@@ -58,8 +61,8 @@ def words(recipes, *more: str) -> list[str]:
     return [*flags, *more]
 
 
-def arguments(recipes, *more: str):
-    return cli.build_parser().parse_args(words(recipes, *more))
+def options(recipes, *more: str) -> GenerationBenchmark:
+    return parse(app, words(recipes, *more)).keywords["options"]
 
 
 def test_figures_and_chart(recipes, tmp_path, capsys):
@@ -172,14 +175,14 @@ def test_senseless_arguments_are_refused(flags, says, recipes):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("cuda: there is one here")
     with pytest.raises(UserError, match=says):
-        run(arguments(recipes, *flags))
+        run(options(recipes, *flags))
 
 
 def test_other_objectives_are_refused(recipes):
     sllm, lm = recipes
     with pytest.raises(UserError, match="only an SLLM writes sentences"):
-        run(arguments((lm, lm)))
+        run(options((lm, lm)))
     with pytest.raises(UserError, match="give a token-level model"):
-        run(arguments((sllm, sllm)))
+        run(options((sllm, sllm)))
     with pytest.raises(UserError, match="neither opt-125m"):
-        run(arguments((sllm, "gone")))
+        run(options((sllm, "gone")))

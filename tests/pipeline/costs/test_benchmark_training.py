@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import mmap
@@ -20,19 +19,23 @@ from helpers.paths import REPOSITORY
 from helpers.recipes import write_recipe
 from transformers import OPTConfig, OPTForCausalLM
 
+from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError, run_main
 from data_prep.shards.reader import ShardSet
 from pipeline.cli import main as cli
+from pipeline.cli.options import app
 from pipeline.costs import benchmark_training
 from pipeline.costs.benchmark_training import OPT_SIZES, PlainModel, RecipeModel, Settings, Stepper, count
 from pipeline.costs.inspect import inspect
+from pipeline.costs.options import TrainingBenchmark
 from pipeline.costs.sized_recipe import sized_recipe
 
 pytestmark = pytest.mark.launch
 
 
-def arguments(*words: str | Path) -> argparse.Namespace:
-    return cli.build_parser().parse_args(["benchmark", "train", "--threads", "1", *map(str, words)])
+def options(*words: str | Path) -> TrainingBenchmark:
+    command = parse(app, ["benchmark", "train", "--threads", "1", *map(str, words)])
+    return command.keywords["options"]
 
 
 def settings(recipe: Path, shards: Path, tokens: int = 512) -> Settings:
@@ -61,7 +64,7 @@ def test_everything_side_by_side(tmp_path, tiny_shards, capsys):
     recipe, output = write_recipe(tmp_path), tmp_path / "result.json"
     plain = plain_folder(tmp_path / "plain-opt")
     words = ("--recipe", recipe, "--against", plain, "--shards", tiny_shards, "--tokens", 512, "--runs", 3)
-    result = benchmark_training.run(arguments(*words, "--output", output))
+    result = benchmark_training.run(options(*words, "--output", output))
     order = [line.split(": ")[0] for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
     assert order == [f"run {i} of 3, {name}" for i in (1, 2, 3) for name in ("tiny", "plain-opt")]
     assert json.loads(output.read_text()) == result
@@ -240,7 +243,7 @@ def test_our_own_folders_are_no_plain_models(tmp_path, tiny_shards):
     )
     words = ("--recipe", recipe, "--shards", tiny_shards, "--against", tmp_path / "ours", "--tokens", 512)
     with pytest.raises(UserError, match="give its recipe"):
-        benchmark_training.run(arguments(*words))
+        benchmark_training.run(options(*words))
 
 
 @pytest.mark.cuda
@@ -249,7 +252,7 @@ def test_on_cuda_in_bf16(tmp_path, tiny_shards):
     recipe = write_recipe(tmp_path)
     words = ("--recipe", recipe, "--against", plain_folder(tmp_path / "plain"), "--shards", tiny_shards)
     result = benchmark_training.run(
-        arguments(*words, "--tokens", 512, "--runs", 2, "--device", "cuda", "--dtype", "bf16", "--step")
+        options(*words, "--tokens", 512, "--runs", 2, "--device", "cuda", "--dtype", "bf16", "--step")
     )
     assert result["gpu"] and result["model"]["share_of_limit"] < 1 and "mfu" in result["model"]
     assert result["model"]["memory_bytes"]["step"] > 0

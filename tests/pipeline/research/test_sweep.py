@@ -203,7 +203,7 @@ def test_mistakes_of_the_command_line(recipes: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             cli.main(["sweep", str(path), "--output", str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="Unknown option: --optimizer.lr"):
         cli.main(["check", "--model", "x", "--optimizer.lr", "1"])
 
 

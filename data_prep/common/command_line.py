@@ -1,0 +1,56 @@
+"""What the programs `data-prep` and `sllm` share: types of options, help, and usage errors of one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter, validators
+
+from data_prep.common.errors import UserError
+
+Many = Annotated[Sequence[str], Parameter(consume_multiple=1)]  # `--shards A B`, or the option several times
+Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+
+
+def make_app(name: str, version: str, summary: str, example: str) -> App:
+    """A program without commands yet, which can install shell completion for itself."""
+    app = App(
+        name=name,
+        help=f"{summary}\n\nexample: {example}",
+        help_format="plaintext",
+        version=f"{name} {version}",
+        suppress_keyboard_interrupt=False,  # `run_main` reports it
+        default_parameter=Parameter(negative=(), allow_repeating=True, show_default=_shown_default),
+    )
+    app.register_install_completion_command()
+    return app
+
+
+def _shown_default(value: Any) -> str | None:
+    if value is None or value is False or value in ("", ()):
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | None]:
+    """The command that `argv` (default: the process's arguments) asks for, with its arguments bound.
+
+    Raises: UserError for a command line that cannot be meant.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        raise UserError(str(error)) from None
+    if command == app.help_print and not {"--help", "-h"} & set(words):
+        raise UserError(f"no command: `{' '.join([app.name[0], *words])} --help` lists them")
+    bound.apply_defaults()
+    return partial(command, *bound.args, **bound.kwargs)
+
+
+def run_app(app: App, argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` asks for; returns its exit status."""
+    return parse(app, argv)() or 0

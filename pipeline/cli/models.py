@@ -1,0 +1,163 @@
+"""`sllm generate`, `export` and `inspect`: model folders and what a model costs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter, validators
+
+from data_prep.common.command_line import Positive
+from data_prep.common.errors import UserError
+from pipeline.cli.options import VAE_RECIPE_HELP, Int8, Json, answer, app, print_json
+
+Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
+ONE_PROMPT = Parameter(group=Group("Prompt (at most one)", validator=validators.LimitedChoice(0, 1)))
+ONE_COUNT = Parameter(group=Group("Several texts (at most one)", validator=validators.LimitedChoice(0, 1)))
+ONE_SIZE = Parameter(group=Group("Size (one of them)", validator=validators.LimitedChoice(1, 1)))
+SAMPLING = Parameter(group=Group("Sampling"))
+
+
+@app.command(group="Models")
+def generate(
+    *,
+    model: str,
+    prompt: Annotated[Text, ONE_PROMPT] = "",
+    prompts: Annotated[str | None, ONE_PROMPT] = None,
+    interactive: Annotated[bool, ONE_PROMPT] = False,
+    output: str | None = None,
+    batch: Positive = 8,
+    max_sentences: Positive = 10,
+    max_tokens: Positive | None = None,
+    stop: Annotated[Sequence[str], Parameter(allow_leading_hyphen=True)] = (),
+    temperature: Annotated[float | None, SAMPLING] = None,
+    top_p: Annotated[float | None, SAMPLING] = None,
+    top_k: Annotated[int | None, SAMPLING] = None,
+    min_p: Annotated[float | None, SAMPLING] = None,
+    repetition_penalty: Annotated[float, SAMPLING] = 1.0,
+    seed: Annotated[int | None, SAMPLING] = None,
+    samples: Annotated[Positive, ONE_COUNT] = 1,
+    best_of: Annotated[Positive | None, ONE_COUNT] = None,
+    int8: Int8 = False,
+    json: Json = False,
+) -> int:
+    """Continue a text, sentence by sentence; greedy unless a temperature is given.
+
+    example:
+      sllm generate --model demo/models/sllm --prompt 'The list is' --max-sentences 5 --temperature 0.8
+
+    Args:
+        model: folder of an exported SLLM
+        prompt: text to continue (default: start a document)
+        prompts: file of prompts, a line {"prompt": TEXT} each, with --output
+        interactive: type text, and the model continues it; /new starts a new text
+        output: JSON lines, one per prompt; an unfinished file is resumed
+        batch: with --prompts: texts generated at once
+        max_sentences: stop after this many sentences
+        max_tokens: stop after this many new tokens
+        stop: stop before this text; may be repeated
+        temperature: 0 is greedy (default; 1 with --top-p, --top-k, --min-p or several texts)
+        top_p: sample from the smallest set of this mass
+        top_k: sample from this many likeliest symbols
+        min_p: sample from what has this share of the likeliest symbol's probability
+        repetition_penalty: above 1: tokens of the text so far become less likely
+        seed: makes sampling repeatable (default: drawn, printed)
+        samples: texts of each prompt
+        best_of: generate this many texts, keep the likeliest by the model's own probability
+    """
+    from pipeline.cli import generate as generation
+
+    sampling = (temperature, top_p, top_k, min_p, repetition_penalty)
+    how = generation.settings(max_sentences, *sampling, max_tokens, stop, samples, best_of, seed, int8)
+    if (prompts is None) != (output is None):
+        raise UserError("--prompts FILE and --output FILE belong together")
+    if prompts is not None and output is not None:
+        result = generation.generate_file(model, prompts, output, how, batch)
+        text = (
+            "{prompts} prompts ({resumed} were there), {errors} refused, {tokens} new tokens in "
+            "{seconds:.2f} s: {output}"
+        )
+        answer(result, json, text.format_map)
+        return 1 if result["errors"] else 0
+    if interactive:
+        if how.samples > 1:
+            raise UserError("--interactive writes one text: --samples and --best-of are not for it")
+        for _ in generation.converse(model, how, lambda: input("> "), generation.show):
+            pass
+        return 0
+    result = generation.generate_prompt(model, prompt, how, None if json else generation.show)
+    if json:
+        print_json(result)
+        return 0
+    print(flush=True)
+    drawn = "" if result["seed"] is None else f"; seed {result['seed']}"
+    print(
+        f"[{len(result['sentences'])} sentences, {result['tokens']} tokens in {result['seconds']:.2f} s; "
+        f"stopped: {result['stopped']}{drawn}]",
+        file=sys.stderr,
+    )
+    return 0
+
+
+@app.command(group="Models")
+def export(
+    run_dir: str,
+    /,
+    *,
+    output: str,
+    which: Literal["best", "last"] = "best",
+    weights: Literal["trained", "ema"] = "trained",
+    json: Json = False,
+) -> None:
+    """Make a model folder (safetensors, config, tokenizer) of a training run; from_pretrained loads it.
+
+    example:
+      sllm export runs/sllm-demo --output models/sllm-demo
+
+    Args:
+        run_dir: run directory of a training
+        output: model folder to write
+        which: best by validation bits per byte, or the last checkpoint
+        weights: the trained weights, or their running average (training.ema)
+    """
+    from pipeline.export.model_folder import export_run
+
+    export_run(run_dir, output, which, weights)
+    result = {"run_dir": run_dir, "output": output, "which": which}
+    answer(result, json, "exported {which} of {run_dir} to {output}".format_map)
+
+
+@app.command(group="Cost and speed")
+def inspect(
+    *,
+    recipe: Annotated[str | None, ONE_SIZE] = None,
+    all: Annotated[bool, ONE_SIZE] = False,
+    vae_recipe: Annotated[str | None, Parameter(help=VAE_RECIPE_HELP)] = None,
+    vocab_size: Positive | None = None,
+    tokens: Positive | None = None,
+    tokens_per_sentence: float = 10.9,
+    world: Annotated[Sequence[Positive], Parameter(consume_multiple=1)] = (1, 8, 64),
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    json: Json = False,
+) -> None:
+    """Parameters, operations per token and memory per GPU of a recipe's model; nothing is allocated.
+
+    example:
+      sllm inspect --recipe sllm-1.3b-h1 --world 8 64
+
+    Args:
+        recipe: recipe file, or the name of one that ships with the package
+        all: one row per published size, beside the paper's count
+        vocab_size: vocabulary (default: what the recipe says, else OPT's 50272)
+        tokens: tokens of a bin (default: the recipe's data.bin_tokens)
+        tokens_per_sentence: mean of the text
+        world: numbers of GPUs
+    """
+    from pipeline.costs import inspect as inspection
+
+    if recipe is None:
+        answer(inspection.inspect_all(vocab_size), json, inspection.format_all)
+        return
+    result = inspection.inspect(recipe, vae_recipe, vocab_size, tokens, tokens_per_sentence, world, dtype)
+    answer(result, json, inspection.format_inspection)

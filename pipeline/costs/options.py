@@ -1,0 +1,80 @@
+"""What the benchmarks are asked to measure. Imports nothing heavy: the fields are options of the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from data_prep.common.command_line import Positive
+
+Several = Annotated[Sequence[Positive], Parameter(consume_multiple=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What both benchmarks share.
+
+    Args:
+        recipe: recipe file, or the name of one that ships with the package
+        vae_recipe: recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)
+        runs: runs of each
+        threads: CPU threads (default: all cores)
+        no_memory: do not measure memory (CPU: a process per model)
+        output: also write the figures to this file, as JSON
+        memory_of: measure the memory of this side only, in this process
+    """
+
+    recipe: str
+    vae_recipe: str | None = None
+    runs: Positive = 5
+    threads: Positive | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    no_memory: bool = False
+    output: str | None = None
+    memory_of: Annotated[str | None, Parameter(show=False)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchmark(Benchmark):
+    """Forward and backward of two models, by turns.
+
+    Args:
+        against: opt-125m, opt-350m or opt-1.3b (Hugging Face's model and loss), a recipe, or a model folder
+        data: shard folder (default: the recipe's data.shards)
+        tokens: tokens of a step
+        step: with the update of AdamW
+    """
+
+    against: str | None = None
+    data: Annotated[str | None, Parameter(alias="--shards")] = None
+    tokens: Positive = 8192
+    step: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationBenchmark(Benchmark):
+    """Sentences written by two models, by turns.
+
+    Args:
+        against: opt-125m, opt-350m or opt-1.3b, or a recipe of the objective lm (Hugging Face's generate)
+        vocab_size: entries of both models (default: what a recipe says, else OPT's 50,272)
+        batch: texts at once
+        context: tokens of the prompts
+        sentence_tokens: tokens of every sentence
+        sentences: new sentences per text
+        int8: weights in 8 bits (CPU), the recipe's model only (docs/generation.md)
+        columns: lay the other model's matrices out by columns too
+    """
+
+    against: str | None = None
+    vocab_size: Positive | None = None
+    batch: Several = (1,)
+    context: Several = (256,)
+    sentence_tokens: Positive = 11
+    sentences: Positive = 5
+    int8: bool = False
+    columns: bool = False
