@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.corpus.filters import Hygiene
+from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import InputFile, Piece
 from data_prep.jobs.executor import WorkFolder
 from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED, ZSTD_LEVEL
@@ -25,7 +25,7 @@ class ShardSettings:
     """
 
     sentences: SentenceSettings
-    hygiene: Hygiene = Hygiene()
+    hygiene: Filters = Filters()
     deduplicate: bool = False
     shard_bytes: int = 64_000_000
     shard_documents: int = 0
