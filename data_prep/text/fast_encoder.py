@@ -147,7 +147,7 @@ def fast_encoder(
         return encoder
     if parent_process() is None:  # once, not from every worker
         print(
-            f"data-prep: warning: {reference_name} encodes slowly, gigatoken cannot be used: {reason}",
+            f"data-prep: warning: {reference_name} encodes, slowly: gigatoken cannot be used: {reason}",
             file=sys.stderr,
         )
     return None
