@@ -198,7 +198,7 @@ def page() -> str:
         "# Sizes",
         "",
         "Parameters of every published size in three columns: the paper's figure, `layout: paper` (the",
-        "published layers) and the smaller default layout. `sllm inspect --all` prints them as well. The page",
+        "published layers) and the smaller default layout. `sllm inspect --all` prints them too. The page",
         "is written by `PYTHONPATH=tests:. python tests/pipeline/costs/test_sizes.py`, and a test checks it.",
         "These sizes are built and counted here, not trained.",
         "",
