@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def run_in_processes(workers: int, start: Callable[[], None], watch: Callable[[]
             if not working:
                 return
             watch()
-            _wait_for_any(processes)
+            wait([process.sentinel for process in processes if process.is_alive()], HEARTBEAT_SECONDS)
     finally:
         # Processes are alive here only after an error or Ctrl-C; the next run resumes their units.
         for process in processes:
@@ -312,12 +313,6 @@ def run_in_processes(workers: int, start: Callable[[], None], watch: Callable[[]
                 process.terminate()
         for process in processes:
             process.join()
-
-
-def _wait_for_any(processes: Sequence) -> None:
-    from multiprocessing.connection import wait
-
-    wait([process.sentinel for process in processes if process.is_alive()], timeout=HEARTBEAT_SECONDS)
 
 
 def _process(start: Callable[[], None], errors: Any) -> None:

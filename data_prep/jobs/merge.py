@@ -25,6 +25,7 @@ from data_prep.shards.layout import (
     TOKENIZER_FOLDER,
     fingerprint,
     seal_manifest,
+    shard_names,
 )
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
     shards: list[dict] = []
     for unit, record in enumerate(records):
         for number, part in enumerate(record["parts"]):
-            names = {key: f"shard-{len(shards):06d}{ending}" for key, ending in SHARD_ENDINGS.items()}
+            names = shard_names(len(shards))
             for key, ending in SHARD_ENDINGS.items():
                 _move(work.result("shard", unit) / f"part-{number:03d}{ending}", output / names[key])
             shards.append(names | {"unit": unit} | part)

@@ -94,6 +94,11 @@ class Group(NamedTuple):
     facts: list[dict]
 
 
+def shard_names(number: int) -> dict[str, str]:
+    """File names of a shard by the manifest's key."""
+    return {key: f"shard-{number:06d}{ending}" for key, ending in SHARD_ENDINGS.items()}
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 where every id fits, else uint32 (little-endian)."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")

@@ -22,6 +22,7 @@ from data_prep.shards.layout import (
     LENGTH_DTYPE,
     MANIFEST,
     MEMBER_KINDS,
+    QUARANTINE,
     TOKENIZER_FOLDER,
     Document,
     Group,
@@ -265,6 +266,15 @@ class ShardSet:
                     f"{folder} is not the tokenizer that made these shards: {name} is another one, or missing"
                 )
         return load_tokenizer(folder)
+
+    def files(self) -> dict[str, str]:
+        """sha256 of every file of the set except the manifest, by its path in the folder."""
+        files = {QUARANTINE: self.manifest["quarantine_sha256"]}
+        for name, sha256 in self.manifest["tokenizer"]["files"].items():
+            files[f"{TOKENIZER_FOLDER}/{name}"] = sha256
+        for entry in self.manifest["shards"]:
+            files |= {entry["file"]: entry["sha256"], entry["index"]: entry["index_sha256"]}
+        return files
 
     def __len__(self) -> int:
         """Shards."""

@@ -22,12 +22,12 @@ from data_prep.shards.layout import (
     MANIFEST,
     PLAN,
     QUARANTINE,
-    SHARD_ENDINGS,
     TOKENIZER_FOLDER,
     UNFINISHED,
     fingerprint,
     hash64,
     seal_manifest,
+    shard_names,
 )
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.writer import ShardSeries
@@ -151,10 +151,7 @@ class _Part:
     def finish(self, settings: dict) -> dict[str, int]:
         """Close the last shard and write the rest of the set. Returns its counts."""
         self.series.close()
-        entries = [
-            {key: f"shard-{n:06d}{ending}" for key, ending in SHARD_ENDINGS.items()} | {"unit": n} | entry
-            for n, entry in enumerate(self.series.entries)
-        ]
+        entries = [shard_names(n) | {"unit": n} | entry for n, entry in enumerate(self.series.entries)]
         source = self.shards.manifest
         write_atomically(self.folder / QUARANTINE, b"")
         self.shards.tokenizer().save(self.folder / TOKENIZER_FOLDER)

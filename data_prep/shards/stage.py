@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256
-from data_prep.shards.layout import MANIFEST, QUARANTINE, TOKENIZER_FOLDER
+from data_prep.shards.layout import MANIFEST
 from data_prep.shards.reader import ShardSet
 
 BLOCK = 1 << 22
@@ -28,7 +28,7 @@ def stage(folder: str | Path, local: str | Path) -> Path:
     shards = ShardSet.open(folder)
     source, local = Path(folder).resolve(), Path(local)
     target = local / f"{source.name}-{shards.fingerprint[:12]}"
-    files = _files(shards)
+    files = shards.files()
     if target.is_dir():
         if _is_complete(target, files, source):
             return target
@@ -53,16 +53,6 @@ def stage(folder: str | Path, local: str | Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _files(shards: ShardSet) -> dict[str, str]:
-    """sha256 of every file of a set except the manifest."""
-    files = {QUARANTINE: shards.manifest["quarantine_sha256"]}
-    for name, sha256 in shards.manifest["tokenizer"]["files"].items():
-        files[f"{TOKENIZER_FOLDER}/{name}"] = sha256
-    for entry in shards.manifest["shards"]:
-        files |= {entry["file"]: entry["sha256"], entry["index"]: entry["index_sha256"]}
-    return files
 
 
 def _is_complete(target: Path, files: dict[str, str], source: Path) -> bool:

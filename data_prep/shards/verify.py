@@ -15,8 +15,7 @@ from data_prep.corpus.inputs import Piece, find_inputs
 from data_prep.shards.layout import (
     LENGTH_DTYPE,
     MANIFEST,
-    QUARANTINE,
-    TOKENIZER_FOLDER,
+    SHARD_ENDINGS,
     Document,
     hash64,
     index_totals,
@@ -35,11 +34,9 @@ def verify(folder: str | Path) -> dict:
     shards = ShardSet.open(folder)
     folder = shards.folder
     _check_names(shards)
-    written = {QUARANTINE: shards.manifest["quarantine_sha256"]}
-    for name, sha256 in shards.manifest["tokenizer"]["files"].items():
-        written[f"{TOKENIZER_FOLDER}/{name}"] = sha256
-    for name, sha256 in written.items():
-        if file_sha256(folder / name) != sha256:
+    of_shards = {entry[key] for entry in shards.manifest["shards"] for key in SHARD_ENDINGS}
+    for name, sha256 in shards.files().items():
+        if name not in of_shards and file_sha256(folder / name) != sha256:
             raise UserError(f"{folder / name} has changed since it was written; {REMEDY}")
     byte_lengths = shards.tokenizer().byte_lengths
     totals = dict.fromkeys(shards.manifest["totals"], 0)
@@ -83,12 +80,11 @@ def _remedy(shards: ShardSet, entry: dict) -> str:
 
 def _check_names(shards: ShardSet) -> None:
     """Check that the folder has exactly the manifest's files."""
-    expected = {MANIFEST: REMEDY, QUARANTINE: REMEDY}
+    expected = dict.fromkeys([MANIFEST, *shards.files()], REMEDY)
     for entry in shards.manifest["shards"]:
         # The remedy starts with "it was made from …: delete it and …"; there is nothing to delete here.
         remedy = _remedy(shards, entry).replace("delete it and run", "run")
         expected |= {entry["file"]: remedy, entry["index"]: remedy}
-    expected |= {f"{TOKENIZER_FOLDER}/{name}": REMEDY for name in shards.manifest["tokenizer"]["files"]}
     found = {p.relative_to(shards.folder).as_posix() for p in shards.folder.rglob("*") if not p.is_dir()}
     for name in sorted(expected.keys() - found):
         raise UserError(f"{shards.folder / name} is missing; {expected[name]}")

@@ -51,6 +51,9 @@ class Tokenizer:
 
     kind: str
     reference: str  # the package that defines the ids
+    definition_file: str
+    _definition: bytes
+    _config: dict
     advice = "use a byte-level tokenizer or train one with `data-prep tokenizer`"  # when it loses text
 
     def __init__(
@@ -116,8 +119,12 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        """Write the defining files into `folder`; `load_tokenizer(folder)` reads the same tokenizer back."""
-        raise NotImplementedError
+        """Write the defining files to `folder`; `load_tokenizer(folder)` loads the same tokenizer."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.definition_file).write_bytes(self._definition)
+        config = json.dumps(self._config, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
 
     def _find_fast_engine(
         self, build: Callable[[], Any], reference: Callable[[str], np.ndarray], added: list[str]
@@ -131,6 +138,7 @@ class ByteLevelTokenizer(Tokenizer):
 
     kind = "byte-level"
     reference = "tokenizers"
+    definition_file = "tokenizer.json"
 
     def __init__(self, folder: Path, definition: bytes, config: dict):
         # The Rust thread pool does not survive a fork and competes with our worker processes.
@@ -191,15 +199,10 @@ class ByteLevelTokenizer(Tokenizer):
         return np.array(encoding.ids, dtype=np.uint32)
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_bytes(self._definition)
-        (folder / CONFIG_FILE).write_text(
-            json.dumps(self._config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        super().save(folder)
         for name in COMPANION_FILES:
-            if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
-                shutil.copyfile(self.folder / name, folder / name)
+            if (self.folder / name).is_file() and self.folder.resolve() != Path(folder).resolve():
+                shutil.copyfile(self.folder / name, Path(folder, name))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -207,6 +210,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "sentencepiece"
     reference = "sentencepiece"
+    definition_file = "tokenizer.model"
 
     def __init__(self, folder: Path, model: bytes, config: dict):
         import sentencepiece
@@ -228,7 +232,7 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{folder}/tokenizer.model has no byte pieces, so it cannot decode to every text; "
                 "train one with `data-prep tokenizer`"
             )
-        self._model, self._config = model, config
+        self._definition, self._config = model, config
         super().__init__(folder, table, bos, eos, pad, hashlib.sha256(model).hexdigest())
         controls = [processor.id_to_piece(index) for index in (bos, eos, pad, processor.unk_id())]
         self._find_fast_engine(lambda: _gigatoken(_as_json(model)), self._encode_part, controls)
@@ -248,14 +252,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_part(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(text), dtype=np.uint32)
-
-    def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(self._model)
-        (folder / CONFIG_FILE).write_text(
-            json.dumps(self._config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
 
 
 def _gigatoken(definition: bytes) -> Any:

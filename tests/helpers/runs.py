@@ -7,9 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from helpers.paths import REPOSITORY
-
-STRATEGIES = REPOSITORY / "ds_configs"
+from helpers.paths import STRATEGIES
 
 VAE = {"hidden_size": 32, "layers": 1, "heads": 4}
 BACKBONE = {
