@@ -20,7 +20,7 @@ from cyclopts import Group, Parameter, validators
 import data_prep
 from data_prep.common.command_line import Many, Positive, make_app, run_app
 from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
-from data_prep.corpus.filters import Hygiene
+from data_prep.corpus.filters import Filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -47,9 +47,9 @@ Cut = Annotated[
     Literal["clause", "sentence"],
     Parameter(help="clause cuts at commas too, sentence at sentence ends only"),
 ]
-Rules = Annotated[Hygiene, Parameter(name="*", group=Group("Hygiene (all off by default)"))]
+Rules = Annotated[Filters, Parameter(name="*", group=Group("Hygiene (all off by default)"))]
 Json = Annotated[bool, Parameter(help="print one JSON object")]
-NO_RULES = Hygiene()
+NO_RULES = Filters()
 WORK = Parameter(group=Group("Shards and work"))
 
 app = make_app(

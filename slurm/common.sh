@@ -21,7 +21,7 @@ logs="${LOGS:-logs}"
 restarts="${SLURM_RESTART_COUNT:-0}"
 
 # All ranks meet on the first node, whatever Slurm calls it; the port follows from the job's number, so that two jobs
-# that share a node do not collide. Python maps SLURM_PROCID and the like to ranks (pipeline/launch.py).
+# that share a node do not collide. Python maps SLURM_PROCID and the like to ranks (pipeline/parallel/ranks.py).
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))
 # One OpenMP thread per core that a task owns: more would fight, and torch's default is every core of the node.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers import ranks, runs
+from helpers import ranks, run_checks, runs
 
 SAVE_EVERY = 3
 LONGEST_LIFE = 7  # steps between two kills, at the most
@@ -89,7 +89,7 @@ def _series(
 
     losses, expected = (np.array(runs.losses(folder / name)) for name in ("cut", "whole"))
     [ours], [theirs] = (
-        pool.run(1, ranks.weights_and_moments, str(folder / name)) for name in ("cut", "whole")
+        pool.run(1, run_checks.weights_and_moments, str(folder / name)) for name in ("cut", "whole")
     )
     weights = [name for name in theirs if name.startswith("weight ")]
     distance, norm = (

@@ -28,7 +28,7 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The kind of an error and the first line of its message, for a message of one line."""
     return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].rstrip(": ")
 

@@ -1,12 +1,9 @@
-"""The embedded English corpus: what every CPython ships, as WanJuan files, so that a demo needs no download.
+"""A demo corpus from every CPython's own documentation, as WanJuan files; no download.
 
-In: `pydoc_data.topics` (the language reference) and the docstrings of the standard library, read from its
-source files by `ast` and never imported. Out: `EN/demo/part-NNNNNN.jsonl.gz` for training and
-`valid/EN/demo/part-000000.jsonl.gz`, byte-identical for one Python version.
-
-A document is a topic, or the docstrings of one module's header, of one class, or of one module's functions.
-Which part it goes to and where it stands there follow from a hash of its text, so neighbours are unrelated.
-As in WanJuan, a paragraph is one line: hard-wrapped prose is joined again.
+Sources: `pydoc_data.topics` and the docstrings of the standard library, read by `ast` and never imported. The
+files are byte-identical for one Python version. A document is a topic, or the docstrings of one module's
+header, of one class, or of one module's functions. A hash of its text decides its file and place, so
+neighbours are unrelated. As in WanJuan, a paragraph is one line.
 """
 
 from __future__ import annotations
@@ -24,12 +21,11 @@ from pathlib import Path
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
 
-WRAPPED = (
-    45  # characters; a paragraph whose lines, but for the last, all reach this was wrapped by its editor
-)
-SHORTEST = 200  # characters; shorter documents teach little
-TRAINING_PARTS = 4  # files, so that several workers have something to do
-VALID_SHARE = 20  # one document in so many
+# Characters: a paragraph is hard-wrapped when all lines but the last are at least this long.
+WRAPPED = 45
+SHORTEST = 200  # characters; shorter documents are left out
+TRAINING_PARTS = 4  # files, so that several workers have work
+VALID_SHARE = 20  # one document in 20
 # Not documentation, not part of every installation, or the same text again.
 SKIPPED = frozenset(
     "site-packages dist-packages test tests idlelib idle_test lib2to3 turtledemo ensurepip pydoc_data "
@@ -38,9 +34,10 @@ SKIPPED = frozenset(
 
 
 def write_demo_corpus(folder: str | Path) -> dict[str, dict[str, int]]:
-    """Write the corpus under `folder`; returns documents and UTF-8 bytes of `training` and `valid`.
+    """Write the corpus to `folder`. Returns documents and UTF-8 bytes of `training` and `valid`.
 
-    Raises `UserError` when this Python comes without its documentation or `folder` cannot be written.
+    Raises:
+        UserError: this Python has no documentation, or `folder` cannot be written.
     """
     folder = Path(folder)
     # sha256 of the text → (id, text): equal texts are kept once.
@@ -79,7 +76,7 @@ _ITEM = re.compile(r"\s*([*+•-]|\d{1,2}[.)]|\([a-z\d]\)) ")
 
 
 def _paragraphs(text: str) -> str:
-    """`text` with one line per paragraph; code, tables and lists of short lines keep theirs."""
+    """`text` with one line per paragraph; code, tables and lists of short lines keep their lines."""
     lines: list[str] = []
     for block in re.split(r"\n[ \t]*\n", text):
         paragraph: list[str] = []
@@ -149,8 +146,8 @@ def _class_texts(node: ast.ClassDef) -> Iterator[str]:
             yield f"{node.name}.{inner.name}({_arguments(inner)})\n\n{text}"
 
 
-def _docstring(node: ast.AST) -> str:
-    # Escapes in a docstring can make lone surrogates, which UTF-8 cannot hold.
+def _docstring(node: ast.AsyncFunctionDef | ast.FunctionDef | ast.ClassDef | ast.Module) -> str:
+    # Escapes in a docstring can make lone surrogates, which UTF-8 cannot encode.
     return (ast.get_docstring(node) or "").strip().encode("utf-8", "replace").decode("utf-8")
 
 

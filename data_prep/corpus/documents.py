@@ -1,9 +1,7 @@
-"""Pieces of the input → documents, record by record; what cannot be used is handed on with place and reason.
+"""Reads pieces of the input into documents, and rejects what cannot be used with place and reason.
 
-In: an `InputFile` or a `Piece` of one (jsonl, packed jsonl, text, parquet, dataset). Out: `RawDocument` and
-`Reject` objects in the order of the file; the pieces of a file together give exactly the file's records.
-Called by the sharder, tokenizer training and evaluation. One bad byte costs one line, never a file; memory is
-bounded by a chunk and a line, whatever the size of the file.
+The pieces of a file together give exactly the file's records. One bad byte costs one line, never a file.
+Memory is bounded by a chunk and a line, whatever the size of the file.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 
 from data_prep.common.errors import UserError, first_line
 from data_prep.common.language import detect_language
-from data_prep.corpus.filters import TEXT_FIELDS, Hygiene, encodable, normal_language
+from data_prep.corpus.filters import TEXT_FIELDS, Filters, encodable, normal_language
 from data_prep.corpus.inputs import (
     CHUNK_BYTES,
     ROWS,
@@ -31,18 +29,18 @@ from data_prep.corpus.inputs import (
     open_parquet,
     records,
     split,
-    told,
+    user_errors,
     whole,
 )
 from data_prep.corpus.unpack import TarMembers, Unpacked
 
-TAIL_BYTES = 1 << 16  # steps in which the last line of a piece is followed past its end
-# Longer lines, texts and text files are left out, not held in memory: the tokenizer takes up to 40 bytes for
-# each of a text without gaps (docs/inputs.md, Measured).
+TAIL_BYTES = 1 << 16  # read size past the end of a piece, to complete its last line
+# Longer lines, texts and text files are rejected: the tokenizer takes up to 40 bytes of memory per byte of a
+# text without white space (docs/inputs.md, Measured).
 MAX_LINE_BYTES = 4_000_000
-BATCH_BYTES = 4 << 20  # about the most that is taken from a parquet file at once
-MAX_DEPTH = 200  # of brackets in a record: what the JSON parser stands must not depend on who calls it
-SAMPLE_PLACES = 8  # parts of a file that a sample is taken from
+BATCH_BYTES = 4 << 20  # approximate size of a batch of a parquet file
+MAX_DEPTH = 200  # of brackets in a record: the JSON parser's own limit depends on its caller
+SAMPLE_PLACES = 8  # parts of a file to sample from
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -50,7 +48,7 @@ _BOM = b"\xef\xbb\xbf"
 class RawDocument:
     """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar's `member`, or the table.
 
-    `id_repaired`: the record had no usable id and got one made of its place.
+    `id_repaired`: the record had no usable id; its id is made from its place.
     """
 
     id: str
@@ -64,7 +62,7 @@ class RawDocument:
 
 @dataclass(frozen=True)
 class Reject:
-    """One record that was left out, or with line 0 a whole member of a tar."""
+    """One rejected record, or with line 0 a whole member of a tar."""
 
     line: int
     reason: str
@@ -73,7 +71,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where lines come from: a file, or a member of a tar."""
+    """The origin of lines: a file, or a member of a tar."""
 
     name: str
     source: str
@@ -84,24 +82,28 @@ class _Place:
 class DocumentReader:
     """Reads one piece, or a file as one piece; iterate once. `language`: en, zh, other, or auto.
 
-    While iterating: `bytes_read` (as stored). After: `sha256` of the piece's stored bytes (of the rows, for a
-    dataset), `lines` (lines or rows seen), `repaired` (documents by what was changed in them), and `damage`,
-    None or what stopped the reading before the end.
+    Attributes:
+        bytes_read: stored bytes read so far.
+        sha256: of the piece's stored bytes (of the rows, for a dataset), after iterating.
+        lines: lines or rows read.
+        repaired: documents by kind of change.
+        damage: what stopped the reading before the end, or None.
 
-    Raises `UserError` when the file cannot be read, or has become another one since it was found.
+    Raises:
+        UserError: the file cannot be read, or has changed since it was found.
     """
 
-    def __init__(self, source: InputFile | Piece, language: str = "auto", hygiene: Hygiene | None = None):
+    def __init__(self, source: InputFile | Piece, language: str = "auto", filters: Filters | None = None):
         self.piece = source if isinstance(source, Piece) else whole(source)
         self.file = self.piece.file
         self.language = language
-        self.hygiene = hygiene or Hygiene()
+        self.filters = filters or Filters()
         self.bytes_read = 0
         self.lines = 0
         self.damage: str | None = None
         self.repaired: Counter[str] = Counter()
         self._hash = hashlib.sha256()
-        self._first = 0  # offset of the first line that is the piece's own
+        self._first = 0  # offset of the first line that starts in the piece
         self._here = _Place(self.file.name, self.file.source, self.file.folder_language)
 
     @property
@@ -120,8 +122,8 @@ class DocumentReader:
     # Bytes ----------------------------------------------------------------------------------------------
 
     def _stored(self) -> Iterator[bytes]:
-        """The piece as it is stored, hashed and counted."""
-        with told(self.file.path), open_input(self.file) as stream:
+        """The stored bytes of the piece, hashed and counted."""
+        with user_errors(self.file.path), open_input(self.file) as stream:
             stream.seek(self.piece.start)
             yield from self._read(stream)
 
@@ -136,9 +138,9 @@ class DocumentReader:
             yield chunk
 
     def _own_lines(self) -> Iterator[bytes]:
-        """The bytes of the lines that begin in the piece, `self._first` being the place of the first."""
+        """The bytes of the lines that start in the piece; sets `self._first` to the offset of the first."""
         start = self.piece.start
-        with told(self.file.path), open_input(self.file) as stream:
+        with user_errors(self.file.path), open_input(self.file) as stream:
             inside = False  # a line of an earlier piece
             if start:
                 stream.seek(start - 1)
@@ -209,7 +211,7 @@ class DocumentReader:
             yield Reject(1, "undecodable bytes")
             return
         record = {"id": self.file.name, "content": text}
-        yield self._judge(1, record, self._here, "", dataclasses.replace(self.hygiene, text_field=None))
+        yield self._judge(1, record, self._here, "", dataclasses.replace(self.filters, text_field=None))
 
     # Records --------------------------------------------------------------------------------------------
 
@@ -219,7 +221,7 @@ class DocumentReader:
             if line is None:
                 yield Reject(number, "line too long", place.member)
                 continue
-            line = line.removeprefix(_BOM)  # also where files were put together
+            line = line.removeprefix(_BOM)  # also inside concatenated files
             if line and not line.isspace():
                 yield self._parse(number, line, place, offset)
 
@@ -234,18 +236,18 @@ class DocumentReader:
             return Reject(number, "invalid JSON", place.member)
         if not isinstance(record, dict):
             return Reject(number, "not an object", place.member)
-        return self._judge(number, record, place, f"@{self._first + offset}", self.hygiene)
+        return self._judge(number, record, place, f"@{self._first + offset}", self.filters)
 
     def _judge(
-        self, number: int, record: dict, place: _Place, mark: str, hygiene: Hygiene
+        self, number: int, record: dict, place: _Place, mark: str, filters: Filters
     ) -> RawDocument | Reject:
-        """`mark`: what the place of the record adds to the name of its file, if it must serve as its id."""
-        text, reason = hygiene.text_of(record)
+        """`mark`: the place of the record within its file, for an id made from the file's name."""
+        text, reason = filters.text_of(record)
         if reason:
             return Reject(number, reason, place.member)
         if _too_large(text):  # a row of a table
             return Reject(number, "line too long", place.member)
-        text, changed = hygiene.clean(text)
+        text, changed = filters.clean(text)
         if changed and _too_large(text):  # a normal form may be many times as long
             return Reject(number, "line too long", place.member)
         if not text or text.isspace():
@@ -253,7 +255,7 @@ class DocumentReader:
         if not encodable(text):
             return Reject(number, "lone surrogate", place.member)
         language = self._language(record, text, place)
-        if reason := hygiene.refusal(record, text, language):
+        if reason := filters.refusal(record, text, language):
             return Reject(number, reason, place.member)
         identity = record.get("id")
         if isinstance(identity, int) and not isinstance(identity, bool):
@@ -267,7 +269,7 @@ class DocumentReader:
         return RawDocument(identity, text, language, place.source, number, not usable, place.member)
 
     def _language(self, record: dict, text: str, place: _Place) -> str:
-        """The one asked for, else the record's own, else the folder's, else by the script."""
+        """The setting's language, else the record's, else the folder's, else by script."""
         if self.language != "auto":
             return self.language
         return normal_language(record.get("language")) or place.folder_language or detect_language(text)
@@ -277,30 +279,30 @@ class DocumentReader:
     def _parquet(self) -> Iterator[RawDocument | Reject]:
         with open_parquet(self.file) as table:
             facts = table.metadata
-            columns, hygiene = self._columns(table.schema_arrow)
+            columns, filters = self._columns(table.schema_arrow)
             first = sum(facts.row_group(n).num_rows for n in range(self.piece.start))
-            with told(self.file.path):
+            with user_errors(self.file.path):
                 hash_row_groups(self._hash, self.piece, facts)
             for group in range(self.piece.start, self.piece.end):
                 number = first
                 for batch in self._batches(table, group, columns):
-                    yield from self._rows(batch, number, hygiene)
+                    yield from self._rows(batch, number, filters)
                     number += batch.num_rows
                 first += facts.row_group(group).num_rows
                 size, groups = self.file.size, facts.num_row_groups
                 self.bytes_read += size * (group + 1) // groups - size * group // groups
 
     def _batches(self, table, group: int, columns: list[str]) -> Iterator:
-        """One row group in small batches; a damaged one gives what can be had."""
+        """One row group in small batches; a damaged one up to the damage."""
         import pyarrow
 
         facts = table.metadata.row_group(group)
         rows = BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1)
-        with told(self.file.path):
+        with user_errors(self.file.path):
             try:
                 yield from table.iter_batches(min(max(rows, 1), ROWS), row_groups=[group], columns=columns)
             except (pyarrow.ArrowException, OSError) as error:
-                # A disk or a network that fails is not damage: the next try may read it all.
+                # A failing disk or network is not damage: the next run may read it all.
                 if getattr(error, "errno", None) is not None or "://" in self.file.path:
                     raise
                 self.damage = self.damage or f"damaged row group {group}: {first_line(error)}"
@@ -309,23 +311,24 @@ class DocumentReader:
         table = open_dataset(self.file.path)
         if self.piece.end > len(table):
             raise UserError(f"{self.file.path} has fewer rows than when it was found; run again")
-        columns, hygiene = self._columns(table.features.arrow_schema)
+        columns, filters = self._columns(table.features.arrow_schema)
         table = table.with_format("arrow")
         for at in range(self.piece.start, self.piece.end, ROWS):
             end = min(at + ROWS, self.piece.end)
-            with told(self.file.path):
+            with user_errors(self.file.path):
                 batch = table[at:end]
                 hash_rows(self._hash, batch)
-            yield from self._rows(batch.select(columns), at, hygiene)
+            yield from self._rows(batch.select(columns), at, filters)
             size, count = self.file.size, len(table)
             self.bytes_read += size * end // count - size * at // count
 
-    def _columns(self, schema) -> tuple[list[str], Hygiene]:
-        """The columns to read, and the rules for their rows.
+    def _columns(self, schema) -> tuple[list[str], Filters]:
+        """The columns to read, and the filters for their rows.
 
-        Raises `UserError` when no column tells by itself that it holds the text.
+        Raises:
+            UserError: the text column is ambiguous.
         """
-        rules = self.hygiene
+        rules = self.filters
         if rules.text_field is None and not set(TEXT_FIELDS) & set(schema.names):
             strings = [field.name for field in schema if _is_text(field.type)]
             strings = [name for name in strings if name not in ("id", "language")]
@@ -344,40 +347,41 @@ class DocumentReader:
             )
         return columns, rules
 
-    def _rows(self, batch, first: int, hygiene: Hygiene) -> Iterator[RawDocument | Reject]:
-        """`batch`: some rows of a table; `first`: rows of the table before them."""
+    def _rows(self, batch, first: int, filters: Filters) -> Iterator[RawDocument | Reject]:
+        """Documents of a batch of rows. `first`: the number of rows before it."""
         for number, record in enumerate(records(batch), start=first + 1):
             self.lines += 1
             if record is None:
                 yield Reject(number, "undecodable bytes")
             else:
-                yield self._judge(number, record, self._here, f"#{number}", hygiene)
+                yield self._judge(number, record, self._here, f"#{number}", filters)
 
 
 def cut_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
     """(offset, line without its line feed) for every line; None for one longer than `MAX_LINE_BYTES`."""
-    begun: list[bytes] = []  # parts of a line whose end has not come yet
+    open_line: list[bytes] = []  # parts of a line whose end has not been read
     held = at = 0
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
         held += len(first)
         if held <= MAX_LINE_BYTES:
-            begun.append(first)
+            open_line.append(first)
         else:
-            begun.clear()
+            open_line.clear()
         for line in others:
-            yield at, b"".join(begun) if held <= MAX_LINE_BYTES else None
+            yield at, b"".join(open_line) if held <= MAX_LINE_BYTES else None
             at += held + 1
-            begun, held = [line], len(line)
+            open_line, held = [line], len(line)
     if held:
-        yield at, b"".join(begun) if held <= MAX_LINE_BYTES else None
+        yield at, b"".join(open_line) if held <= MAX_LINE_BYTES else None
 
 
-def sample_lines(files: list[InputFile], budget: int, hygiene: Hygiene | None = None) -> Iterator[str]:
-    """Lines of text, about `budget` UTF-8 bytes in all: from every file an equal share, from several places
-    of it where it can be split, else from its start.
+def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = None) -> Iterator[str]:
+    """Lines of text, about `budget` UTF-8 bytes: an equal share from every file, from several places where a
+    file can be split, else from its start. Short files leave their rest to the others.
 
-    What short files leave goes to the others. Raises `UserError` when no file has a usable document.
+    Raises:
+        UserError: no file has a usable document.
     """
     files = sorted(files, key=lambda file: file.size)
     found = False
@@ -386,7 +390,7 @@ def sample_lines(files: list[InputFile], budget: int, hygiene: Hygiene | None = 
         places = split(file, SAMPLE_PLACES)
         for number, piece in enumerate(places):
             share = file_share // (len(places) - number)
-            for line in _lines_of_text(piece, hygiene):
+            for line in _lines_of_text(piece, filters):
                 if share <= 0:
                     break
                 found = True
@@ -399,8 +403,8 @@ def sample_lines(files: list[InputFile], budget: int, hygiene: Hygiene | None = 
         raise UserError("the input holds no usable document to learn a tokenizer from")
 
 
-def _lines_of_text(piece: Piece, hygiene: Hygiene | None) -> Iterator[str]:
-    for document in DocumentReader(piece, hygiene=hygiene):
+def _lines_of_text(piece: Piece, filters: Filters | None) -> Iterator[str]:
+    for document in DocumentReader(piece, filters=filters):
         if isinstance(document, RawDocument):
             yield from document.content.split("\n")
 
@@ -413,7 +417,7 @@ def _too_large(text: str) -> bool:
 
 
 def _too_deep(value: object) -> bool:
-    """Whether there are more than `MAX_DEPTH` brackets inside one another."""
+    """Whether brackets are nested deeper than `MAX_DEPTH`."""
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
         inner = (item.values() if isinstance(item, dict) else item for item in level)

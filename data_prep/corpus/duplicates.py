@@ -1,12 +1,8 @@
-"""Exact duplicates in two passes: hash every document of every unit, then find those that came before.
+"""Exact duplicates in two passes: hash every document, then find those that occur earlier.
 
-In: per unit, the hashes of its documents in order. Out: per unit, the numbers of the documents that repeat an
-earlier one; the first in the order of units and documents stays. So the answer is the same at any number of
-workers. Called by `sharding.py`.
-
-The hash is 128 bits of BLAKE2b: among 10^9 documents two different ones meet with a probability below
-10^-20. Memory of `find`: one bucket of hashes at a time (of 256 by their first byte, when there are many),
-and 8 bytes for every duplicate.
+The first document in the order of units and documents stays, so the result does not depend on the number of
+workers. The hash is 128 bits of BLAKE2b: a collision among 10^9 documents has a probability below 10^-20.
+`find` holds one bucket of hashes (of 256, when there are many), and 8 bytes per duplicate.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ BUCKETED_ABOVE = 4_000_000  # documents; below, one pass over all hashes is chea
 
 
 def hash128(data: bytes) -> bytes:
-    """16 bytes that stand for a text in UTF-8."""
+    """The 16-byte hash of a text in UTF-8."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -34,12 +30,12 @@ def write_hashes(path: Path, hashes: bytes | bytearray) -> None:
     rows[np.argsort(rows["high"], kind="stable")].tofile(path)
 
 
-def find(files: list[Path], beat: Callable[[], None] = lambda: None) -> Iterator[np.ndarray]:
+def find(files: list[Path], heartbeat: Callable[[], None] = lambda: None) -> Iterator[np.ndarray]:
     """For each unit's file, in order: uint32 [n], ascending, the documents that repeat an earlier one.
 
-    `beat()` is called now and then. No file stays open: there may be more of them than a process may open.
+    `heartbeat()` is called regularly. Files are closed at once: there may be more than a process may open.
     """
-    bounds = _bucket_bounds(files, beat)
+    bounds = _bucket_bounds(files, heartbeat)
     buckets = bounds.shape[1] - 1
     found = []
     for bucket in range(buckets):
@@ -51,7 +47,7 @@ def find(files: list[Path], beat: Callable[[], None] = lambda: None) -> Iterator
         same = (joined["high"][1:] == joined["high"][:-1]) & (joined["low"][1:] == joined["low"][:-1])
         again = np.flatnonzero(same) + 1
         found.append(np.stack([unit[again], joined["number"][again]]))
-        beat()
+        heartbeat()
     unit, number = np.concatenate(found, axis=1)
     order = np.lexsort((number, unit))
     starts = np.searchsorted(unit[order], np.arange(len(files) + 1))
@@ -59,8 +55,8 @@ def find(files: list[Path], beat: Callable[[], None] = lambda: None) -> Iterator
         yield number[order[starts[n] : starts[n + 1]]]
 
 
-def _bucket_bounds(files: list[Path], beat: Callable[[], None]) -> np.ndarray:
-    """int64 [files, buckets + 1]: where each bucket's rows begin in each file."""
+def _bucket_bounds(files: list[Path], heartbeat: Callable[[], None]) -> np.ndarray:
+    """int64 [files, buckets + 1]: start of each bucket's rows in each file."""
     sizes = [path.stat().st_size // HASH_DTYPE.itemsize for path in files]
     if sum(sizes) <= BUCKETED_ABOVE:
         return np.array([[0, size] for size in sizes], dtype=np.int64)
@@ -69,7 +65,7 @@ def _bucket_bounds(files: list[Path], beat: Callable[[], None]) -> np.ndarray:
     for n, (path, size) in enumerate(zip(files, sizes, strict=True)):
         bounds[n, 1:-1] = np.searchsorted(_rows(path, 0, size)["high"], marks)
         bounds[n, -1] = size
-        beat()
+        heartbeat()
     return bounds
 
 

@@ -1,13 +1,13 @@
-"""What a record says, and whether it is wanted: its text, its language, the rules of hygiene.
+"""Text and language of a record, cleaning rules, and filters that leave records out.
 
-In: one record (a dict: a JSON object, or a row of a table). Out: its text as a str that can be encoded, the
-names of the rules that changed it, its language code, or the reason why it is left out. `Hygiene` holds the
-rules and is part of a shard set's settings: rules that change bytes or drop documents are off unless asked
-for. Its fields are options of the command line (`data_prep/cli.py`).
+`Filters` is part of a shard set's settings; rules that change bytes or drop documents are off by default.
+Its fields are options of the command line.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import operator
 import re
@@ -26,7 +26,7 @@ OPTIONS = tuple("abcde")  # of a question in WanJuan's Exam-cn
 EXAM_FIELDS = ("q_main", *(f"option_{letter}" for letter in OPTIONS), "std_ans", "answer", "answer_detail")
 TEXT_FIELDS = ("content", "text", "q_main")  # the first one that a record has decides its schema
 
-# Names and three-letter codes that corpora use; any other code stands for itself.
+# Names and three-letter codes in corpora; any other code is kept.
 LANGUAGE_NAMES = {
     name: code
     for code, names in {
@@ -51,7 +51,7 @@ _CODE = re.compile(r"[a-z]{2,3}")
 NO_LANGUAGES = ("und", "unk", "mul", "zxx", "na")  # codes that name no language
 _MISSING = object()
 
-# Control characters that break a line become one; the rest go. Tab and line feed stay.
+# Control characters that break a line become a line feed; others are removed, except tab and line feed.
 _BREAKS = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]+")
 _CRLF = re.compile("\r+\n")
@@ -73,7 +73,7 @@ _FILTER = re.compile(r"\s*([^\s<>=!]+)\s*(<=|>=|==|!=|<|>)\s*([^\s<>=!](?:.*\S)?
 
 @dataclass(frozen=True)
 class Filter:
-    """`FIELD OP VALUE` over a record's fields: the records for which it holds are kept."""
+    """`FIELD OP VALUE` over a record's fields: records for which it is true are kept."""
 
     field: str
     comparison: str
@@ -105,7 +105,7 @@ class Filter:
             found = "true" if found else "false"
         elif hasattr(found, "isoformat"):  # dates in tables
             found = found.isoformat()
-        # As numbers where both are, as strings otherwise. A score such as "n/a" is below and above nothing.
+        # Compared as numbers if both are, else as strings. "n/a" is neither below nor above a number.
         if wanted is not None and (number := _number(found)) is not None:
             holds = _COMPARISONS[self.comparison](number, wanted)
         elif wanted is not None or not isinstance(found, str):
@@ -116,8 +116,8 @@ class Filter:
 
 
 @dataclass(frozen=True)
-class Hygiene:
-    """The rules, all off by default.
+class Filters:
+    """Cleaning rules and filters of records, all off by default.
 
     Args:
         text_field: field that holds the text, a.b looks inside (default: found)
@@ -129,7 +129,8 @@ class Hygiene:
         max_chars: leave out longer documents (0: no limit)
         keep_languages: leave out documents in other languages (default: keep all)
 
-    Raises: UserError on values that cannot be meant.
+    Raises:
+        UserError: a value is invalid.
     """
 
     text_field: str | None = None
@@ -142,9 +143,7 @@ class Hygiene:
     keep_languages: Annotated[tuple[str, ...], Parameter(name="--keep-lang", consume_multiple=1)] = ()
 
     def __post_init__(self) -> None:
-        # Kept beside the fields, so that no expression is parsed twice.
-        object.__setattr__(self, "_filters", tuple(map(Filter.parse, self.filters)))
-        object.__setattr__(self, "filters", tuple(map(str, self._filters)))
+        object.__setattr__(self, "filters", tuple(str(parsed) for parsed in self._parsed))
         languages = []
         for language in self.keep_languages:
             if (code := normal_language(language)) is None:
@@ -161,37 +160,32 @@ class Hygiene:
         if self.text_field == "":
             raise UserError("the text field has no name; write for example --text-field body.text")
 
+    @functools.cached_property
+    def _parsed(self) -> tuple[Filter, ...]:
+        return tuple(map(Filter.parse, self.filters))
+
     def to_dict(self) -> dict:
-        """For the manifest and the settings fingerprint: JSON values that decide what the rules do."""
-        settings = {
-            "text_field": self.text_field,
-            "filters": list(self.filters),
-            "strip_control": self.strip_control,
-            "white_space": self.white_space,
-            "normal_form": self.normal_form,
-            "min_chars": self.min_chars,
-            "max_chars": self.max_chars,
-            "keep_languages": list(self.keep_languages),
-        }
-        if self.normal_form:  # what it gives for a new character depends on Unicode's edition
-            settings["unicode"] = unicodedata.unidata_version
-        return settings
+        """The rules as JSON values, for the manifest and the settings fingerprint."""
+        lists = {"filters": list(self.filters), "keep_languages": list(self.keep_languages)}
+        settings = dataclasses.asdict(self) | lists
+        # The normal form of a new character depends on the version of Unicode.
+        return settings | ({"unicode": unicodedata.unidata_version} if self.normal_form else {})
 
     @classmethod
-    def from_dict(cls, settings: dict) -> Hygiene:
-        """The rules that `to_dict` described. Raises `UserError` like the constructor."""
+    def from_dict(cls, settings: dict) -> Filters:
+        """The inverse of `to_dict`."""
         settings = {name: value for name, value in settings.items() if name != "unicode"}
         lists = {name: tuple(settings[name]) for name in ("filters", "keep_languages") if name in settings}
         return cls(**settings | lists)
 
     def fields(self) -> set[str]:
-        """Names of all fields that the rules, the text, the id or the language may be taken from."""
+        """Names of all fields that the rules, the text, the id and the language may need."""
         names = {"id", "language", *((self.text_field,) if self.text_field else (*TEXT_FIELDS, *EXAM_FIELDS))}
-        names |= {one.field for one in self._filters}
+        names |= {one.field for one in self._parsed}
         return names | {name.split(".")[0] for name in names}
 
     def text_of(self, record: dict) -> tuple[str, str | None]:
-        """(text as stored, None), or ("", the reason why there is none)."""
+        """(text as stored, None), or ("", the reason why there is no text)."""
         if self.text_field is not None:
             found = look_up(record, self.text_field)
         elif "content" in record:
@@ -209,12 +203,12 @@ class Hygiene:
         return (found, None) if isinstance(found, str) else ("", "content is not text")
 
     def clean(self, text: str) -> tuple[str, list[str]]:
-        """The text after the rules that change bytes, and the names of those that did."""
+        """The cleaned text, and the names of the rules that changed it."""
         changed = []
         if self.strip_control and text != (clean := _CONTROL.sub("", _BREAKS.sub("\n", text))):
             text = clean
             changed.append("control characters removed")
-        if self.normal_form and text != (clean := unicodedata.normalize(self.normal_form, text)):
+        if (form := self.normal_form) and text != (clean := unicodedata.normalize(form, text)):
             text = clean
             changed.append("normal form")
         if self.white_space:  # last: normal forms turn other spaces into plain ones
@@ -226,21 +220,21 @@ class Hygiene:
         return text, changed
 
     def refusal(self, record: dict, text: str, language: str) -> str | None:
-        """Why a good document is not wanted, or None. `text` is the clean one."""
+        """Why a document is filtered out, or None. `text` is the cleaned text."""
         if self.min_chars and len(text) < self.min_chars:
             return "too short"
         if self.max_chars and len(text) > self.max_chars:
             return "too long"
         if self.keep_languages and language not in self.keep_languages:
             return f"language: {language}"
-        for one in self._filters:
+        for one in self._parsed:
             if reason := one.refusal(record):
                 return reason
         return None
 
 
 def look_up(record: dict, field: str) -> Any:
-    """The value of a field, by its very name or by the path `a.b`; `_MISSING` if there is none."""
+    """The value of a field, by its exact name or by the path `a.b`; `_MISSING` if absent."""
     if field in record:
         return record[field]
     found: Any = record
@@ -252,9 +246,9 @@ def look_up(record: dict, field: str) -> Any:
 
 
 def exam_text(record: dict) -> str:
-    """A question of Exam-cn as a reader would want it: question, options, answer, explanation.
+    """A question of Exam-cn as text: question, options, answer, explanation.
 
-    Only fields that are there and not empty; a field that says the same as an earlier one is not repeated.
+    Empty fields and repeated values are left out.
     """
     fields = {name: _plain(record.get(name)) for name in EXAM_FIELDS}
     lines = [fields["q_main"]] if fields["q_main"] else []
@@ -263,14 +257,14 @@ def exam_text(record: dict) -> str:
             lines.append(f"{letter.upper()}. {option}")
     chinese = detect_language("\n".join(fields.values())) == "zh"
     labels = ("答案：", "解答：", "解析：") if chinese else ("Answer: ", "Solution: ", "Explanation: ")
-    said = {""}
+    seen = {""}
     for label, name in zip(labels, ("std_ans", "answer", "answer_detail"), strict=True):
         value = fields[name]
-        if value not in said:
-            # `answer` takes the place of a standard answer that is missing.
+        if value not in seen:
+            # `answer` replaces a missing standard answer.
             label = labels[0] if name == "answer" and not fields["std_ans"] else label
             lines.append(label + value)
-            said.add(value)
+            seen.add(value)
     return "\n".join(lines)
 
 
@@ -305,7 +299,7 @@ def encodable(text: str) -> bool:
     return True
 
 
-def _number(value: object) -> float | int | None:
+def _number(value: Any) -> float | int | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     if isinstance(value, str):

@@ -1,8 +1,7 @@
-"""What the user names as input → the files to read, and the pieces of them that make the units of work.
+"""Finds the files that the user named, and splits them into the pieces that make units of work.
 
-In: paths (files, folders, URLs, `hf:` datasets). Out: `InputFile`s in a fixed order, and `plan_units`' lists
-of `Piece`s, which depend on the inputs alone, never on workers. Nothing is read here but names, sizes, and
-the footers of parquet files. Called by the sharder, tokenizer training, evaluation, and `documents.py`.
+Units depend on the inputs alone, never on workers. Only names, sizes, and the footers of parquet files are
+read here.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from urllib.parse import parse_qsl, urlencode
 
 from data_prep.common.errors import UserError, first_line
 
-# In the order of trial; the names are compared in lower case.
+# Tried in this order; names are compared in lower case.
 KINDS = {
     "packed": (".jsonl.gz", ".jsonl.zst", ".tar", ".tar.gz", ".tgz", ".tar.zst"),
     "jsonl": (".jsonl",),
     "parquet": (".parquet",),
     "text": tuple(ending + packing for ending in (".txt", ".md") for packing in ("", ".gz", ".zst")),
 }
-SAID_ENDINGS = ".jsonl, .jsonl.gz, .jsonl.zst, .tar, .tar.gz, .tgz, .tar.zst, .parquet, .txt or .md"
-# Packed files of other kinds are told, not read.
+ENDINGS = ".jsonl, .jsonl.gz, .jsonl.zst, .tar, .tar.gz, .tgz, .tar.zst, .parquet, .txt or .md"
+# Packed files of other kinds are reported, not read.
 PACKED_ENDINGS = (".gz", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar")
 FOLDER_LANGUAGES = {"EN": "en", "CN": "zh"}  # WanJuan's folder names
 DATASET = "hf:"
 CHUNK_BYTES = 1 << 20
 ROWS = 64  # of a table, in memory at once
-UNPACKED = 3  # bytes of text in a stored byte of a packed file, about
+UNPACKED = 3  # approximate bytes of text per stored byte of a packed file
 UNITS, LEAST_UNIT, MOST_UNIT = 256, 8_000_000, 256_000_000  # bytes of text
-# What tells, in fsspec's facts of a remote file, whether it is still the same one; the first that is there.
+# Keys of fsspec's file info that change with a remote file; the first one present is used.
 STAMPS = ("etag", "ETag", "checksum", "mtime", "LastModified", "created")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
 _LOGIN = re.compile(r"(?<=://)[^/?#]*@")
@@ -46,13 +45,16 @@ _LOGIN = re.compile(r"(?<=://)[^/?#]*@")
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file, or one dataset, to read.
+    """One file or dataset to read.
 
-    `path`: absolute path, URL or `hf:` name. `name`: what manifests show, its last folder and file name: no
-    machine's paths. `source`: the folder the file lies in, or the dataset's name. `folder_language`: that of
-    the nearest folder named EN or CN, from the input path's own name downwards. `kind`: jsonl, packed (one
-    piece), text (one document), parquet or dataset. `size`: bytes as stored; of a dataset, in memory.
-    `stamp`: what changes when the file does (time, etag, a dataset's fingerprint); "" where nothing tells.
+    Attributes:
+        path: absolute path, URL or `hf:` name.
+        name: last folder and file name, for manifests (no machine's paths).
+        source: the file's folder, or the dataset's name.
+        folder_language: of the nearest folder named EN or CN, up to the input path's own name.
+        kind: jsonl, packed (one piece), text (one document), parquet or dataset.
+        size: stored bytes; of a dataset, in memory.
+        stamp: changes with the file (time, etag, a dataset's fingerprint); "" if unknown.
     """
 
     path: str
@@ -65,12 +67,12 @@ class InputFile:
 
     @property
     def shown_path(self) -> str:
-        """`path` without the user and password that a URL may hold."""
+        """`path` without the user and password of a URL."""
         return _LOGIN.sub("", self.path) if _URL.match(self.path) else self.path
 
     @property
     def packing(self) -> str:
-        """`gz`, `zst`, or "" for a file that is not compressed."""
+        """`gz`, `zst`, or "" for an uncompressed file."""
         name = self.name.lower()
         return "gz" if name.endswith((".gz", ".tgz")) else "zst" if name.endswith(".zst") else ""
 
@@ -83,8 +85,7 @@ class InputFile:
 class Piece:
     """A part of a file: from `start` up to `end`, in bytes, in row groups (parquet) or rows (dataset).
 
-    A record of a jsonl file belongs to the piece in which its first byte lies. `size`: about its stored
-    bytes, for progress.
+    A record of a jsonl file belongs to the piece that holds its first byte. `size`: approximate stored bytes.
     """
 
     file: InputFile
@@ -93,9 +94,9 @@ class Piece:
     size: int = 0
 
     def sha256(self) -> str:
-        """Of the stored bytes; of the rows, for a dataset. Raises `UserError` when it cannot be read."""
+        """Hash of the stored bytes; of the rows, for a dataset. Raises `UserError` when it cannot be read."""
         found = hashlib.sha256()
-        with told(self.file.path):
+        with user_errors(self.file.path):
             if self.file.kind == "parquet":
                 with open_parquet(self.file) as table:
                     hash_row_groups(found, self, table.metadata)
@@ -113,14 +114,14 @@ class Piece:
 
 
 def survey(paths: Iterable[str | Path]) -> tuple[list[InputFile], list[str]]:
-    """The inputs named by `paths`, and the files passed over; everything is listed once.
+    """The inputs named by `paths`, and the names of skipped files.
 
-    Inputs: files, folders (searched, in sorted order), their URLs, `hf:` datasets. Text files in a folder
-    count only when it holds nothing else: a README beside data is no document. Passed over: files in folders
-    that may hold text but are not read (packed otherwise, or text beside data), by last folder and name.
+    Inputs are files, folders (searched in sorted order), their URLs, and `hf:` datasets. Text files in a
+    folder count only when it holds nothing else: a README beside data is not a document. Skipped files may
+    hold text but are not read: other packings, or text beside data.
 
-    Raises `UserError` on a missing path, a file of another kind, a folder without inputs, or a file named
-    twice.
+    Raises:
+        UserError: a path is missing, of another kind, or named twice, or a folder has no inputs.
     """
     files: list[InputFile] = []
     passed: list[str] = []
@@ -132,7 +133,7 @@ def survey(paths: Iterable[str | Path]) -> tuple[list[InputFile], list[str]]:
         found, unread = place.choose()
         if not found:
             advice = f", only {unread_line(unread)}" if unread else ""
-            raise UserError(f"input folder {given} holds no {SAID_ENDINGS} file{advice}")
+            raise UserError(f"input folder {given} holds no {ENDINGS} file{advice}")
         files += map(place.input_file, found)
         passed += unread
     seen: set[str] = set()
@@ -145,17 +146,17 @@ def survey(paths: Iterable[str | Path]) -> tuple[list[InputFile], list[str]]:
 
 
 def find_inputs(paths: Iterable[str | Path]) -> list[InputFile]:
-    """The first half of `survey`'s answer: the inputs."""
+    """The inputs of `survey`."""
     return survey(paths)[0]
 
 
 def find_unread(paths: Iterable[str | Path]) -> list[str]:
-    """The second half of `survey`'s answer: the files passed over."""
+    """The skipped files of `survey`."""
     return survey(paths)[1]
 
 
 def unread_line(unread: list[str], shown: int = 5) -> str:
-    """The files that `survey` passed over, for people, in one line: how many, the first few, what to do."""
+    """One line about skipped files: how many, the first few, what to do."""
     more = ", …" if len(unread) > shown else ""
     files = f"{len(unread)} file{'s' if len(unread) > 1 else ''} passed over"
     names = ", ".join(unread[:shown])
@@ -174,24 +175,24 @@ def _spelled(given: str | Path) -> str:
 
 
 class _Place:
-    """A file or folder that a user named, on this machine or behind a URL.
+    """A file or folder that a user named, local or behind a URL.
 
-    `parts` of an entry: the input path's own name and what lies below it. Folders above the input are this
-    machine's own, and must not decide what is made of it.
+    `parts` of an entry: the input path's own name and the names below it. Folders above the input depend on
+    the machine and must not change the result.
     """
 
     def __init__(self, given: str):
         self.given = given
         self._remote = bool(_URL.match(given))
-        # Entries by their path as it is opened: (parts, size, stamp).
+        # Path to open → (parts, size, stamp).
         self._entries: dict[str, tuple[tuple[str, ...], int, str]] = {}
         if self._remote:
-            with told(given):
+            with user_errors(given):
                 self.is_folder = self._list_remote()
         else:
             self.is_folder = self._list_local()
         if not self.is_folder and kind_of(self._name(next(iter(self._entries)))) is None:
-            raise UserError(f"input {given} is neither of {SAID_ENDINGS}")
+            raise UserError(f"input {given} is neither of {ENDINGS}")
 
     def _list_local(self) -> bool:
         root = Path(os.path.abspath(self.given))
@@ -201,7 +202,7 @@ class _Place:
             return True
         if not root.is_file():
             raise UserError(f"input {self.given} does not exist")
-        # Links are followed when read, but name and folder are the ones given.
+        # Links are followed when read; name and folder are the given ones.
         self._add_local(root, (root.name,))
         return False
 
@@ -241,7 +242,7 @@ class _Place:
 
     def input_file(self, path: str) -> InputFile:
         parts, size, stamp = self._entries[path]
-        # A file that was named itself has no folder of ours, but a name for people all the same.
+        # A file that was named itself has no folder within the input.
         folders = parts[:-1] if self.is_folder else ()
         language = folder_language(folders)
         kind = kind_of(parts[-1])
@@ -256,8 +257,8 @@ class _Place:
 
 
 def _files_below(root: Path) -> Iterator[Path]:
-    """Files below a folder whose names say that they may hold text. Links to folders are followed, but each
-    folder is entered once, by its own name if it has one here: links may lead round in circles."""
+    """Files below a folder that may hold text, by name. Links to folders are followed, but each folder is
+    entered once, by its own name if possible: links may be circular."""
     entered: set[str] = set()
     starts = deque([str(root)])
     while starts:
@@ -272,7 +273,7 @@ def _files_below(root: Path) -> Iterator[Path]:
 
 
 def folder_language(parts: Iterable[str]) -> str | None:
-    """The language of the nearest folder named EN or CN, the last of `parts` being the nearest."""
+    """The language of the nearest folder named EN or CN; the last of `parts` is the nearest."""
     return next((FOLDER_LANGUAGES[part] for part in reversed(tuple(parts)) if part in FOLDER_LANGUAGES), None)
 
 
@@ -281,7 +282,7 @@ def _may_hold_text(name: str) -> bool:
 
 
 def _in_utf8(name: str) -> str:
-    """A name of the file system, its bytes that are not UTF-8 written as \\xff."""
+    """A file name with bytes that are not UTF-8 written as \\xff."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -300,8 +301,8 @@ def _folder_of(path: str) -> str:
 def plan_units(files: list[InputFile], unit_bytes: int | None = None) -> list[list[Piece]]:
     """Units of work of about `unit_bytes` bytes of text (None: chosen by the total), in the order of `files`.
 
-    Consecutive small files share a unit; what can be split, is. A function of `files` and `unit_bytes` alone.
-    Raises `UserError` on a parquet file or dataset that cannot be opened.
+    Consecutive small files share a unit; large files are split where possible. A function of `files` and
+    `unit_bytes` alone. Raises `UserError` on a parquet file or dataset that cannot be opened.
     """
     texts = [_text_bytes(file) for file in files]
     if unit_bytes is None:
@@ -326,7 +327,7 @@ def whole(file: InputFile) -> Piece:
 
 
 def split(file: InputFile, count: int) -> list[Piece]:
-    """At most `count`, at least one piece, of about the same size, which together are the file.
+    """One to `count` pieces of about the same size that make up the file.
 
     Raises `UserError` on a parquet file or dataset that cannot be opened.
     """
@@ -346,7 +347,7 @@ def split(file: InputFile, count: int) -> list[Piece]:
     count = min(max(count, 1), max(end, 1))
     if weights is None:
         marks = [end * n // count for n in range(count + 1)]
-    else:  # a cut before the first group with which a share is full
+    else:  # cut before the first group that fills a share
         total, done, marks = sum(weights), 0, [0]
         for number, weight in enumerate(weights, start=1):
             done += weight
@@ -364,7 +365,7 @@ def _pairs(marks: list[int]) -> list[tuple[int, int]]:
 
 
 def _text_bytes(file: InputFile) -> int:
-    """About how many bytes of text a file holds: what its work is measured by."""
+    """Approximate bytes of text in a file: the measure of its work."""
     if file.kind == "parquet" or file.packing:
         return file.size * UNPACKED
     return file.size
@@ -374,21 +375,21 @@ def _text_bytes(file: InputFile) -> int:
 
 
 @contextmanager
-def told(what: str) -> Iterator[None]:
-    """Whatever goes wrong in opening or reading `what` becomes a `UserError` that names it."""
+def user_errors(what: str) -> Iterator[None]:
+    """Turn any error in opening or reading `what` into a `UserError` that names it."""
     try:
         yield
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"cannot read {what}: {error.strerror or first_line(error)}") from error
-    except Exception as error:  # libraries for remote files and tables raise what they like
+    except Exception as error:  # libraries for remote files and tables raise many kinds
         raise UserError(f"cannot read {what}: {first_line(error)}") from error
 
 
 def open_input(file: InputFile) -> BinaryIO:
     """The stored bytes of a file, for reading and seeking. Raises `UserError` when it cannot be opened."""
-    with told(file.path):
+    with user_errors(file.path):
         if _URL.match(file.path):
             import fsspec
 
@@ -398,12 +399,12 @@ def open_input(file: InputFile) -> BinaryIO:
 
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator:
-    """A `pyarrow.parquet.ParquetFile`. Raises `UserError` when it is none."""
+    """A `pyarrow.parquet.ParquetFile`. Raises `UserError` when the file is not parquet."""
     import pyarrow.parquet
 
     with open_input(file) as stream:
-        with told(file.path):
-            # A small buffer and no reading ahead: memory is bounded by pages, not by row groups.
+        with user_errors(file.path):
+            # A small buffer and no read-ahead: memory is bounded by pages, not by row groups.
             table = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
         yield table
 
@@ -433,7 +434,7 @@ def hash_rows(found, batch) -> None:
 
 def records(batch) -> Iterator[dict | None]:
     """The rows of an arrow batch or table; None for one with a string that is not UTF-8."""
-    if batch.nbytes <= CHUNK_BYTES:  # else row by row, so that large ones are in memory only once
+    if batch.nbytes <= CHUNK_BYTES:  # else row by row, so that large rows are in memory only once
         try:
             yield from batch.to_pylist()
             return
@@ -450,19 +451,20 @@ def records(batch) -> Iterator[dict | None]:
 def open_dataset(path: str):
     """The `datasets.Dataset` named by an `hf:` path; its rows stay on disk. Remote code is never run.
 
-    Raises `UserError` when it cannot be opened, or has several configurations or splits and none is named.
+    Raises:
+        UserError: it cannot be opened, or several configurations or splits exist and none is named.
     """
     import datasets
 
     name, options = _parse_dataset(path)
     datasets.disable_progress_bars()
-    with told(path):
+    with user_errors(path):
         if any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             if "config" in options:
                 raise UserError(f"{path} is a saved dataset and has no configurations; leave config= out")
             found = datasets.load_from_disk(name)
         else:
-            # All splits, so that a wrong name can be answered with the right ones.
+            # All splits, so that the error for a wrong name can list the right ones.
             found = datasets.load_dataset(name, options.get("config"))
     if not isinstance(found, dict):
         if "split" in options and str(found.split) != options["split"]:

@@ -1,9 +1,7 @@
-"""Packed bytes → plain bytes, as a stream: gzip, zstd, tar. Nothing is written to disk.
+"""Streams of gzip, zstd and tar files; nothing is written to disk.
 
-In: chunks of a file as it is stored. Out: chunks of what it holds, or the members of an archive. Memory is
-bounded by a few chunks, whatever the file claims to hold. Damage never raises: all that can be had is given,
-then `damage` says what stopped the reading; the stored chunks are used up in any case, so that whoever hashes
-them sees the whole file. Called by `documents.py`.
+Memory is bounded by a few chunks. Damage never raises: everything before it is returned, then `damage` names
+it. The stored chunks are always read to the end, so that a caller that hashes them sees the whole file.
 """
 
 from __future__ import annotations
@@ -11,15 +9,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 
-OUT_BYTES = 1 << 20  # most that one step of gzip gives
-ZSTD_STEP = 1024  # a zstd decoder cannot be copied: small steps lose no more than a block at damage
-ZSTD_WINDOW = 1 << 27  # bytes a zstd frame may ask for, zstd's own default (--long=27)
+OUT_BYTES = 1 << 20  # limit of one gzip step
+ZSTD_STEP = 1024  # a zstd decoder cannot be copied: small steps lose at most one block at damage
+ZSTD_WINDOW = 1 << 27  # bytes, zstd's default limit (--long=27)
 BLOCK = 512  # of a tar
 MAX_HEADER = 1 << 20  # long names and pax headers beyond this are damage
 
 
 class Unpacked:
-    """Chunks of the plain bytes; iterate once. `packing`: `gz`, `zst`, or "" for bytes that are plain."""
+    """Chunks of the plain bytes; iterate once. `packing`: `gz`, `zst`, or "" for plain bytes."""
 
     def __init__(self, stored: Iterable[bytes], packing: str):
         self.damage: str | None = None
@@ -43,7 +41,7 @@ class Unpacked:
                     if not data:
                         break
                     member = zlib.decompressobj(wbits=31)
-                # A step that meets damage gives nothing, not even the good bytes before it: it is taken back.
+                # A step that meets damage loses the good bytes before it, so it is repeated in smaller steps.
                 before = member.copy()
                 try:
                     plain = member.decompress(data, OUT_BYTES)
@@ -86,7 +84,7 @@ class Unpacked:
 
 
 def _inflate_to_damage(member, data: bytes) -> Iterator[bytes]:
-    """What `data` gives before the damage that lies in it, to the last byte."""
+    """The content of `data` up to the damage in it, to the last byte."""
     for step in (1024, 1):
         while data:
             before = member.copy() if step > 1 else None
@@ -105,13 +103,13 @@ class Member:
         self.parts = tuple(part for part in name.split("/") if part not in ("", ".", ".."))
         self.name = "/".join(self.parts)
         self.regular = regular  # False for links, devices, sparse files
-        self.content = content  # chunks; what is left when the next member is asked for, is skipped
+        self.content = content  # chunks; unread ones are skipped when the next member is read
 
 
 class TarMembers:
     """The members of a tar in its order; iterate once. Knows ustar, GNU long names and pax headers.
 
-    A damaged header sets `damage`; reading goes on at the next block that is a sound header.
+    A damaged header sets `damage`; reading continues at the next valid header.
     """
 
     def __init__(self, plain: Iterable[bytes]):
@@ -120,9 +118,9 @@ class TarMembers:
         self._held = b""
 
     def __iter__(self) -> Iterator[Member]:
-        extra: dict[str, str] = {}  # what extension headers say about the next member
+        extra: dict[str, str] = {}  # from extension headers, for the next member
         while header := self._read(BLOCK):
-            if not header.strip(b"\0"):  # the end, or padding between archives put together
+            if not header.strip(b"\0"):  # the end, or padding between concatenated archives
                 continue
             if len(header) < BLOCK:
                 self._damaged("the tar archive ends too early")
@@ -132,9 +130,9 @@ class TarMembers:
                 if kind in b"xgL":
                     if size > MAX_HEADER:
                         raise ValueError
-                    said = _extension(kind, self._read(size))
+                    fields = _extension(kind, self._read(size))
                     self._skip(-size % BLOCK)
-                    extra |= said
+                    extra |= fields
                     continue
                 size = int(extra.get("size", size))
                 if size < 0:
@@ -146,7 +144,7 @@ class TarMembers:
             name = extra.get("path", name)
             regular = kind in b"0\x007" and not any(key.startswith("GNU.sparse.") for key in extra)
             extra = extra if kind == b"K" else {}
-            if kind == b"S" and header[482]:  # the map of a sparse file goes on in blocks of its own
+            if kind == b"S" and header[482]:  # the map of a sparse file continues in further blocks
                 while (block := self._read(BLOCK)) and block[-8]:
                     pass
             content = self._take(size)
@@ -183,7 +181,7 @@ class TarMembers:
         return data
 
     def _skip(self, count: int) -> None:
-        # Archives whose last padding is missing are read as if it were there.
+        # Missing padding at the end of an archive is not damage.
         damage = self.damage
         for _ in self._take(count):
             pass
@@ -191,7 +189,7 @@ class TarMembers:
 
 
 def _parse_header(header: bytes) -> tuple[bytes, str, int]:
-    """(kind, name, size). Raises `ValueError` on a block that is no sound header."""
+    """(kind, name, size). Raises `ValueError` on an invalid header."""
     stored = _parse_number(header[148:156])
     total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
     signed = total - 256 * sum(1 for byte in header[:148] + header[156:] if byte > 127)
@@ -213,17 +211,17 @@ def _parse_number(field: bytes) -> int:
 
 
 def _extension(kind: bytes, data: bytes) -> dict[str, str]:
-    """What an extension header says. Global ones tell about archives, not members. Raises `ValueError`."""
+    """Fields of an extension header; global ones describe the archive. Raises `ValueError`."""
     if kind == b"g":
         return {}
     if kind == b"L":
         return {"path": data.rstrip(b"\0").decode("utf-8", "replace")}
-    said = {}
+    fields = {}
     while data:  # "LENGTH KEY=VALUE\n", the length counting itself
         length = int(data[: data.index(b" ")])
         record, data = data[:length], data[length:]
         if length < 5 or not record.endswith(b"\n"):
             raise ValueError("pax record")
         key, _, value = record[record.index(b" ") + 1 : -1].partition(b"=")
-        said[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-    return said
+        fields[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+    return fields

@@ -1,25 +1,19 @@
-"""Who runs which unit of work: any number of processes, on any number of machines that share one folder.
+"""Distributes units of work over processes, on any number of machines that share one folder.
 
-In: a `Board` (a folder) and `Phase`s, each a list of units and a function that runs one. Out: every unit done
-exactly once as far as its result goes. Called by `sharding.py`; knows nothing of documents.
+Every process runs the same loop: lock the first unit that is neither done nor locked, run it in a staging
+folder, publish the result by renaming that folder. When all units are locked it waits, because a holder may
+die. Local workers, MPI ranks and Slurm array tasks differ only in how they start. They may be mixed, and
+killed at any moment.
 
-Every process, whoever started it, runs the same loop: take the first unit that is neither done nor claimed,
-run it in a folder of its own, publish the result by renaming that folder, and so on. When all is claimed it
-waits, since a holder may die; a phase is over, for everybody, when all its units are published. So local
-worker processes, MPI ranks and the tasks of a Slurm array differ only in how they come to be; all may be
-killed at any moment, and may even be mixed.
+A lock is a file that names its holder and is rewritten while the work runs (the heartbeat). It is stale when
+the holder's process has ended (same machine), or when it has not changed for `STALE_SECONDS` by the reader's
+clock (another machine: no common clock is needed). A stale lock stays in place; the process that creates the
+lock with the next number gets the unit. So no process removes a live lock of another, and exactly one takes
+over from a dead holder. A holder that was only paused may run its unit together with its successor. So units
+must be deterministic and work in their own folder: the second result to be published is dropped.
 
-A claim is a file that names its holder and is rewritten while the work goes on. It is void when the holder's
-process is gone (same machine), or when it has not changed for `STALE_SECONDS` by the watcher's own clock
-(another machine: no common clock is needed). A void claim is left where it is; whoever creates the claim with
-the next number has the unit. So no live claim is ever moved or removed by another, and of many who find a
-dead holder one succeeds. A holder that was only paused may share its unit with its successor. Whatever runs
-as a unit must stand that: it works in its own folder and makes the same bytes, the second to publish finds
-the place taken, and who is late when all is finished goes home quietly.
-
-A result carries the sizes of its files. What a crash of the machine has cut short is found out before it is
-used: whoever reads a result asks `Board.whole`, drops what is not, and raises `Incomplete`; everybody then
-goes through the phases again.
+A result records the sizes of its files. Before a result is used, `WorkFolder.is_complete` finds what a crash
+of the machine has truncated; the reader discards it and raises `Incomplete`, and all phases run again.
 """
 
 from __future__ import annotations
@@ -36,45 +30,53 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 from data_prep.common.errors import UserError, describe
 from data_prep.common.files import flush_to_disk
 
 STALE_SECONDS = 60.0
-BEAT_SECONDS = 0.5  # between two rewritings of a claim, and between two looks at the others' claims
+HEARTBEAT_SECONDS = 0.5  # between two writes of a lock, and between two reads of other locks
 POLL_SECONDS = 0.1
 RECORD = "record.json"
-SIZES = "sizes.json"  # beside every result: its files and their sizes
+SIZES = "sizes.json"  # in every result: its files and their sizes
+
+Heartbeat = Callable[[dict], None]
 
 
 class Incomplete(Exception):
-    """A result that was needed is missing or was cut short, and has been dropped: make it again."""
+    """A result that was needed was missing or truncated, and has been discarded."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """`run(unit, folder, beat)` leaves its result, `record.json` among it, in the empty `folder`, and now and
-    then calls `beat(counts)` with numbers to show. `units`: in the order in which they are best begun."""
+    """Units of one kind, in the order in which to start them.
+
+    `run(unit, folder, heartbeat)` writes its result, including `record.json`, to the empty `folder`, and
+    regularly calls `heartbeat(counts)` with numbers to display.
+    """
 
     name: str
     units: Sequence[int]
-    run: Callable[[int, Path, Callable[[dict], None]], None]
+    run: Callable[[int, Path, Heartbeat], None]
 
 
-class Board:
-    """The state of the work, as files below `folder`, which whoever finishes it removes.
+class WorkFolder:
+    """Locks and results, as files below `folder`; the process that finishes the work removes it.
 
-    is_finished: whether all of it is done.
+    Args:
+        is_finished: whether all of the work is done.
     """
 
     def __init__(self, folder: Path, is_finished: Callable[[], bool]):
         self.folder, self.is_finished = folder, is_finished
-        self._seen: dict[Path, tuple[bytes, float]] = {}  # claims of others: content, when first seen
-        self._taken: dict[tuple[str, int], int] = {}  # numbers of claims taken here
+        self._seen: dict[Path, tuple[bytes, float]] = {}  # other processes' locks: content, when first seen
+        self._held: dict[tuple[str, int], int] = {}  # numbers of the locks held here
 
     def result(self, phase: str, unit: int) -> Path:
-        """Where the published result of a unit lies."""
+        """The folder of a unit's published result."""
         return self.folder / phase / f"{unit:06d}"
 
     def done(self, phase: str) -> set[int]:
@@ -84,21 +86,23 @@ class Board:
         except FileNotFoundError:
             return set()
 
-    def claims(self) -> Iterator[tuple[str, int, dict]]:
-        """(phase, unit, claim) of the units somebody is, or was, at work on."""
-        for (phase, unit), number in sorted(self._newest().items()):
+    def locks(self) -> Iterator[tuple[str, int, dict]]:
+        """(phase, unit, content) of the locks of units that are, or were, in progress."""
+        for (phase, unit), number in sorted(self._newest_locks().items()):
             try:
-                yield phase, unit, json.loads(self._claim(phase, unit, number).read_bytes())
+                yield phase, unit, json.loads(self._lock(phase, unit, number).read_bytes())
             except (OSError, ValueError):
                 continue  # released or just being written
 
-    def is_busy(self) -> bool:
-        """Whether somebody is at work, or may be: on another machine only time can tell."""
-        newest = self._newest().items()
-        return any(not self._is_void(self._claim(phase, unit, number)) for (phase, unit), number in newest)
+    def has_live_lock(self) -> bool:
+        """Whether a process holds a lock, or may hold one on another machine."""
+        newest = self._newest_locks().items()
+        return any(not self._is_stale(self._lock(phase, unit, number)) for (phase, unit), number in newest)
 
-    def whole(self, phase: str, unit: int, elsewhere: Callable[[str], Path | None] | None = None) -> bool:
-        """Whether all files of a result are there in full size; `elsewhere(name)`: where one may be now."""
+    def is_complete(
+        self, phase: str, unit: int, elsewhere: Callable[[str], Path | None] | None = None
+    ) -> bool:
+        """Whether all files of a result have their full size. `elsewhere(name)`: where one may have moved."""
         folder = self.result(phase, unit)
         try:
             sizes = json.loads((folder / SIZES).read_bytes())
@@ -112,90 +116,90 @@ class Board:
                 return False
         return True
 
-    def drop(self, phase: str, unit: int) -> None:
-        """Forget a result."""
+    def discard(self, phase: str, unit: int) -> None:
+        """Remove a result."""
         shutil.rmtree(self.result(phase, unit), ignore_errors=True)
 
-    def take(self, phase: str, units: Sequence[int]) -> int | None:
-        """Claim the first of `units` that is free; None when there is none."""
-        newest = self._newest()
+    def acquire(self, phase: str, units: Sequence[int]) -> int | None:
+        """Lock the first free unit of `units`; None when there is none."""
+        newest = self._newest_locks()
         for unit in units:
             number = newest.get((phase, unit), -1)
-            path = self._claim(phase, unit, number + 1)
+            path = self._lock(phase, unit, number + 1)
             try:
-                if number >= 0 and not self._is_void(self._claim(phase, unit, number)):
+                if number >= 0 and not self._is_stale(self._lock(phase, unit, number)):
                     continue
                 path.parent.mkdir(exist_ok=True)
-                self._create_claim(path)
-            except FileExistsError:  # somebody was quicker
+                self._create_lock(path)
+            except FileExistsError:  # another process was faster
                 continue
-            except FileNotFoundError:  # somebody has finished everything and tidied up
+            except FileNotFoundError:  # another process finished the work and removed the folder
                 return None
-            self._taken[phase, unit] = number + 1
+            self._held[phase, unit] = number + 1
             return unit
         return None
 
     @contextmanager
-    def work(self, phase: str, unit: int) -> Iterator[tuple[Path, Callable[[dict], None]]]:
-        """(folder, beat) for a unit that was taken; what is in the folder afterwards becomes its result.
+    def hold(self, phase: str, unit: int) -> Iterator[tuple[Path, Heartbeat]]:
+        """(folder, heartbeat) for a locked unit; the folder's content becomes the result.
 
-        Errors count for nothing once all is finished, by somebody else then.
+        Errors are ignored once another process has finished all of the work.
         """
-        number, told = self._taken.pop((phase, unit)), time.monotonic()
-        claim = self._claim(phase, unit, number)
-        aside = self._aside(phase, unit, _signature())
+        number, sent = self._held.pop((phase, unit)), time.monotonic()
+        lock = self._lock(phase, unit, number)
+        staging = self._staging(phase, unit, _signature())
 
-        def beat(counts: dict) -> None:
-            nonlocal told
-            if time.monotonic() - told >= BEAT_SECONDS:
-                told = time.monotonic()
-                self._write_claim(claim, counts)
+        def heartbeat(counts: dict) -> None:
+            nonlocal sent
+            if time.monotonic() - sent >= HEARTBEAT_SECONDS:
+                sent = time.monotonic()
+                self._write_lock(lock, counts)
 
         try:
-            self._tidy_after_the_dead(phase, unit, number)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            yield aside, beat
+            self._remove_leftovers(phase, unit, number)
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            yield staging, heartbeat
             if not self.is_finished():
-                self._publish(aside, self.result(phase, unit))
+                self._publish(staging, self.result(phase, unit))
         except Exception:
             if not self.is_finished():
                 raise
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            for gone in range(number + 1):  # the newest last: without it, an older one would count
-                self._claim(phase, unit, gone).unlink(missing_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
+            for gone in range(number + 1):  # the newest last: otherwise an older one would be valid
+                self._lock(phase, unit, gone).unlink(missing_ok=True)
 
-    def _tidy_after_the_dead(self, phase: str, unit: int, number: int) -> None:
-        """Remove what earlier holders of this machine, certainly dead, have left aside."""
+    def _remove_leftovers(self, phase: str, unit: int, number: int) -> None:
+        """Remove staging folders of earlier holders on this machine, which have ended."""
         for earlier in range(number):
             with suppress(OSError):
-                holder = _holder(self._claim(phase, unit, earlier).read_bytes())
+                holder = _holder(self._lock(phase, unit, earlier).read_bytes())
                 if holder is not None and holder["machine"] == _machine():
-                    leftover = self._aside(phase, unit, _signature(holder["pid"], holder["start"]))
+                    leftover = self._staging(phase, unit, _signature(holder["pid"], holder["start"]))
                     shutil.rmtree(leftover, ignore_errors=True)
 
-    def _publish(self, aside: Path, target: Path) -> None:
-        sizes = {path.name: path.stat().st_size for path in sorted(aside.iterdir())}
-        (aside / SIZES).write_text(json.dumps(sizes), encoding="ascii")
-        for path in [*aside.iterdir(), aside]:
+    def _publish(self, staging: Path, target: Path) -> None:
+        sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+        (staging / SIZES).write_text(json.dumps(sizes), encoding="ascii")
+        for path in [*staging.iterdir(), staging]:
             flush_to_disk(path)
         target.parent.mkdir(exist_ok=True)
         try:
-            os.rename(aside, target)
+            os.rename(staging, target)
         except OSError:
-            if not target.is_dir():  # else another one was here first
+            if not target.is_dir():  # another process has published it
                 raise
         flush_to_disk(target.parent)
 
-    def _aside(self, phase: str, unit: int, signature: str) -> Path:
+    def _staging(self, phase: str, unit: int, signature: str) -> Path:
         return self.folder / "aside" / f"{phase}-{unit:06d}-{signature}"
 
-    def _claim(self, phase: str, unit: int, number: int) -> Path:
+    def _lock(self, phase: str, unit: int, number: int) -> Path:
         return self.folder / "claims" / f"{phase}-{unit:06d}-{number}"
 
-    def _newest(self) -> dict[tuple[str, int], int]:
-        """Of each unit that has claims, the number of the last one: the only one that counts."""
+    def _newest_locks(self) -> dict[tuple[str, int], int]:
+        """The highest lock number of each unit: the only valid lock."""
         newest: dict[tuple[str, int], int] = {}
         with suppress(FileNotFoundError):
             for entry in os.scandir(self.folder / "claims"):
@@ -203,29 +207,32 @@ class Board:
                 newest[phase, int(unit)] = max(int(number), newest.get((phase, int(unit)), 0))
         return newest
 
-    def _create_claim(self, path: Path) -> None:
-        """Make a claim that is not there yet, with its holder in it from the first moment: of one without a
-        name nobody could say that its holder is dead. Raises FileExistsError when there is one."""
+    def _create_lock(self, path: Path) -> None:
+        """Create a lock together with its content: the holder of an empty lock could not be checked.
+
+        Raises:
+            FileExistsError: the unit has this lock already.
+        """
         beside = self.folder / f"claim-{_signature()}"
-        beside.write_bytes(_claim_bytes({}))
+        beside.write_bytes(_lock_bytes({}))
         try:
             os.link(beside, path)
         finally:
             beside.unlink(missing_ok=True)
 
-    def _write_claim(self, path: Path, counts: dict) -> None:
+    def _write_lock(self, path: Path, counts: dict) -> None:
         beside = self.folder / f"claim-{_signature()}"
         try:
-            beside.write_bytes(_claim_bytes(counts))
+            beside.write_bytes(_lock_bytes(counts))
             os.replace(beside, path)
         except FileNotFoundError:
-            pass  # somebody has finished everything and tidied up
+            pass  # another process finished the work and removed the folder
 
-    def _is_void(self, path: Path) -> bool:
+    def _is_stale(self, path: Path) -> bool:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            return False  # there is none, or it was released this very moment
+            return False  # released in the meantime
         seen, since = self._seen.get(path, (None, 0.0))
         if seen != content:
             since = time.monotonic()
@@ -236,52 +243,54 @@ class Board:
         return time.monotonic() - since > STALE_SECONDS
 
 
-def run_phases(board: Board, phases: Sequence[Phase]) -> None:
-    """Take part in the work until all of it is done, by whomever.
+def run_phases(work: WorkFolder, phases: Sequence[Phase]) -> None:
+    """Run units until all of the work is done.
 
-    Raises what `run` raises, and `UserError` when somebody else has given up and removed the folder.
+    Raises:
+        UserError: another process gave up and removed the folder. Errors of `run` pass through.
     """
     while True:
         try:
-            return _run_phases(board, phases)
+            return _run_phases(work, phases)
         except Incomplete:
             continue
 
 
-def _run_phases(board: Board, phases: Sequence[Phase]) -> None:
+def _run_phases(work: WorkFolder, phases: Sequence[Phase]) -> None:
     for phase in phases:
-        while not board.is_finished():
-            done = board.done(phase.name)
+        while not work.is_finished():
+            done = work.done(phase.name)
             missing = [unit for unit in phase.units if unit not in done]
             if not missing:
                 break
-            unit = board.take(phase.name, missing)
+            unit = work.acquire(phase.name, missing)
             if unit is None:
-                if not board.folder.is_dir() and not board.is_finished():
-                    raise UserError(f"{board.folder} is gone: another process gave up, see its message")
+                if not work.folder.is_dir() and not work.is_finished():
+                    raise UserError(f"{work.folder} is gone: another process gave up, see its message")
                 time.sleep(POLL_SECONDS)
                 continue
-            with board.work(phase.name, unit) as (folder, beat):
-                # It may have been published between the look and the claim.
-                if unit not in board.done(phase.name):
-                    phase.run(unit, folder, beat)
+            with work.hold(phase.name, unit) as (folder, heartbeat):
+                # It may have been published before this process got the lock.
+                if unit not in work.done(phase.name):
+                    phase.run(unit, folder, heartbeat)
 
 
 def run_in_processes(workers: int, start: Callable[[], None], watch: Callable[[], None]) -> None:
-    """Run `start()` in `workers` new processes until all have ended; `watch()` is called now and then here.
+    """Run `start()` in `workers` new processes until all have ended, and call `watch()` here regularly.
 
-    Raises `UserError` when a process was killed, and what `start` raised when it raised a `UserError`.
+    Raises:
+        UserError: a process was killed, or `start` raised a `UserError`.
     """
-    # A fork has all that is loaded here at once; but it would also copy locks that other threads hold.
+    # A fork starts faster, but it would copy mutexes that other threads hold.
     alone = len(os.listdir("/proc/self/task")) == 1
-    context = get_context("fork" if alone else "spawn")
+    context: Any = get_context("fork" if alone else "spawn")
     errors = context.SimpleQueue()
     processes = [context.Process(target=_process, args=(start, errors)) for _ in range(workers)]
     for process in processes:
         process.start()
     try:
         while True:
-            # Asked first: of processes that have all ended, however soon, every failure is seen below.
+            # Checked first, so that every failure of processes that ended early is seen below.
             working = any(process.is_alive() for process in processes)
             ended = [process for process in processes if process.exitcode not in (None, 0)]
             if ended:
@@ -290,15 +299,15 @@ def run_in_processes(workers: int, start: Callable[[], None], watch: Callable[[]
                 if ended[0].exitcode < 0:
                     raise UserError(
                         "a worker process was killed (out of memory?); "
-                        "run the same command again to go on, perhaps with fewer --workers"
+                        "rerun the same command to resume, perhaps with fewer --workers"
                     )
                 raise RuntimeError("a worker process failed, see its message above")
             if not working:
                 return
             watch()
-            _wait_for_any(processes)
+            wait([process.sentinel for process in processes if process.is_alive()], HEARTBEAT_SECONDS)
     finally:
-        # Some are still at work only after an error or Ctrl-C; the next run goes on where they were.
+        # Processes are alive here only after an error or Ctrl-C; the next run resumes their units.
         for process in processes:
             if process.is_alive():
                 process.terminate()
@@ -306,17 +315,10 @@ def run_in_processes(workers: int, start: Callable[[], None], watch: Callable[[]
             process.join()
 
 
-def _wait_for_any(processes: Sequence) -> None:
-    from multiprocessing.connection import wait
-
-    wait([process.sentinel for process in processes if process.is_alive()], timeout=BEAT_SECONDS)
-
-
-def _process(start: Callable[[], None], errors: object) -> None:
-    # Ctrl-C reaches the whole process group; the parent alone speaks. When it is gone, nobody waits for us.
+def _process(start: Callable[[], None], errors: Any) -> None:
+    # Ctrl-C reaches the whole process group; only the parent reports it. End when the parent has ended.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
         start()
     except (UserError, OSError) as error:
@@ -324,23 +326,28 @@ def _process(start: Callable[[], None], errors: object) -> None:
         raise SystemExit(2) from None
 
 
-def _claim_bytes(counts: dict) -> bytes:
+def _exit_with_parent() -> None:
+    parent_process().join()
+    os._exit(1)
+
+
+def _lock_bytes(counts: dict) -> bytes:
     holder = {"machine": _machine(), "pid": os.getpid(), "start": _start_time(os.getpid())}
     return json.dumps({"holder": holder, "at": time.monotonic(), **counts}).encode("ascii")
 
 
-def _holder(claim: bytes) -> dict | None:
+def _holder(lock: bytes) -> dict | None:
     try:
-        return json.loads(claim)["holder"]
+        return json.loads(lock)["holder"]
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _signature(pid: int | None = None, start: str | None = None) -> str:
-    """A name that no other process anywhere has, made of machine, process number and start time."""
+    """A name that is unique to this process across machines."""
     pid = os.getpid() if pid is None else pid
-    told = f"{_machine()} {pid} {_start_time(pid) if start is None else start}"
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = f"{_machine()} {pid} {_start_time(pid) if start is None else start}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def _size(path: Path) -> int | None:
@@ -352,12 +359,12 @@ def _size(path: Path) -> int | None:
 
 @functools.cache
 def _machine() -> str:
-    """One boot of one kernel and one set of process numbers: containers of one machine count as several."""
+    """One boot of one kernel and one PID namespace: containers on one machine count as several machines."""
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _start_time(pid: int) -> str | None:
-    """When the process began, in the kernel's ticks; None when there is no such process."""
+    """When the process started, in kernel ticks; None when there is no such process."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

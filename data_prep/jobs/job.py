@@ -1,16 +1,13 @@
-"""One run of `data-prep shard`, as every process that takes part knows it: settings, input, units, places.
-
-Made by `sharding.plan`; used by `units.py` (what a process does), `merging.py` (the end) and `progress.py`.
-"""
+"""One run of `data-prep shard`, as all of its processes know it: settings, input, units, folders."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.corpus.filters import Hygiene
+from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import InputFile, Piece
-from data_prep.jobs.executor import Board
+from data_prep.jobs.executor import WorkFolder
 from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED, ZSTD_LEVEL
 from data_prep.shards.reader import ShardSet
 from data_prep.text.segment_rules import VERSION as SEGMENTER_VERSION
@@ -19,14 +16,16 @@ from data_prep.text.sentences import SentenceSettings
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What, beside input and tokenizer, decides the bytes of a shard set; `DIR/manifest.json` keeps it.
+    """The settings that, with input and tokenizer, determine the bytes of a shard set; in the manifest.
 
-    shard_bytes: size of a shard's arrays at which the next one begins; shard_documents: likewise, 0 no limit.
-    unit_bytes: text per unit of work, None to let the size of the input decide.
+    Args:
+        shard_bytes: size of a shard's arrays at which the next shard starts.
+        shard_documents: likewise in documents; 0 for no limit.
+        unit_bytes: text per unit of work; None to derive it from the size of the input.
     """
 
     sentences: SentenceSettings
-    hygiene: Hygiene = Hygiene()
+    hygiene: Filters = Filters()
     deduplicate: bool = False
     shard_bytes: int = 64_000_000
     shard_documents: int = 0
@@ -42,7 +41,7 @@ class ShardSettings:
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `only`: the units to shard again, to mend a finished set; None: all of them, to make one."""
+    """One run. `only`: the units to shard again when a finished set is repaired; None for all units."""
 
     output: Path
     settings: ShardSettings
@@ -60,16 +59,16 @@ class Job:
         """Bytes of input of a unit, as stored."""
         return sum(piece.size for piece in self.units[unit])
 
-    def board(self) -> Board:
-        """The state of the work."""
+    def work_folder(self) -> WorkFolder:
+        """Locks and results of the run."""
         if self.only is None:
-            return Board(self.work, (self.output / MANIFEST).is_file)
+            return WorkFolder(self.work, (self.output / MANIFEST).is_file)
         manifest = ShardSet.open(self.output).manifest
-        return Board(self.work, lambda: not missing_units(self.output, manifest) & set(self.only))
+        return WorkFolder(self.work, lambda: not missing_units(self.output, manifest) & set(self.only))
 
 
 def missing_units(output: Path, manifest: dict) -> set[int]:
-    """The units of a finished set of which a shard, or its index, is not there."""
+    """The units of a finished set with a missing shard or index."""
     return {
         entry["unit"]
         for entry in manifest["shards"]

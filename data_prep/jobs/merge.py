@@ -1,10 +1,7 @@
-"""The end of a run of `data-prep shard`: units' results → the shard set, its manifest last.
+"""The end of a run of `data-prep shard`: units' results become the shard set, its manifest last.
 
-In: a `Job` whose units are all done. Out: on disk, the shards under their final names, quarantine, tokenizer
-and manifest; or, when a finished set is mended, the missing shards in their places. Called by `units.py`.
-
-Every step may be done again after a kill, or by two processes at the same time: what has been moved is passed
-over, everything else is made in a folder of one's own and renamed, and it is the same bytes.
+Every step may run again after a kill, or in two processes at once: files that have moved are skipped, and
+all others are made in a process's own folder and renamed, with the same bytes.
 """
 
 from __future__ import annotations
@@ -13,12 +10,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
-from data_prep.jobs.executor import RECORD, Board, Incomplete
+from data_prep.jobs.executor import RECORD, Heartbeat, Incomplete, WorkFolder
 from data_prep.jobs.job import Job
 from data_prep.shards.layout import (
     COUNTS,
@@ -28,38 +25,37 @@ from data_prep.shards.layout import (
     TOKENIZER_FOLDER,
     fingerprint,
     seal_manifest,
+    shard_names,
 )
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
 
-Beat = Callable[[dict], None]
 
+def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartbeat: Heartbeat) -> None:
+    """Move the shards to their final names; write quarantine, tokenizer and, last, the manifest.
 
-def merge(job: Job, board: Board, tokenizer: Tokenizer, folder: Path, beat: Beat) -> None:
-    """Move the shards to their final names and write quarantine, tokenizer and, last, the manifest.
-
-    Raises `UserError` when there is no document at all, and `Incomplete` after dropping units that a crash of
-    the machine cut short.
+    Raises:
+        UserError: there is no document.
+        Incomplete: a crash of the machine truncated units, which were discarded.
     """
     output, facts = job.output, job.facts
-    records = _whole_records(job, board)
+    records = _complete_records(job, work)
     if not any(record["parts"] for record in records):
         shutil.rmtree(job.work)
         if not any(output.iterdir()):
             output.rmdir()
-        said = (
-            ", ".join(f"{n} × {reason}" for reason, n in _rejected(records).items()) or "the files are empty"
-        )
-        raise UserError(f"no usable document in {', '.join(file.name for file in job.files[:5])}: {said}")
-    shards = []
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in _rejected(records).items())
+        files = ", ".join(file.name for file in job.files[:5])
+        raise UserError(f"no usable document in {files}: {reasons or 'the files are empty'}")
+    shards: list[dict] = []
     for unit, record in enumerate(records):
         for number, part in enumerate(record["parts"]):
-            names = {key: f"shard-{len(shards):06d}{ending}" for key, ending in SHARD_ENDINGS.items()}
+            names = shard_names(len(shards))
             for key, ending in SHARD_ENDINGS.items():
-                _move(board.result("shard", unit) / f"part-{number:03d}{ending}", output / names[key])
+                _move(work.result("shard", unit) / f"part-{number:03d}{ending}", output / names[key])
             shards.append(names | {"unit": unit} | part)
-            beat({})
-    _write_quarantine(job, board, records, folder, beat)
+            heartbeat({})
+    _write_quarantine(job, work, records, folder, heartbeat)
     tokenizer_files = _save_tokenizer(tokenizer, folder, output)
     inputs = _input_entries(job, records)
     content = [[entry["file"], [piece["sha256"] for piece in entry["pieces"]]] for entry in inputs]
@@ -85,10 +81,12 @@ def merge(job: Job, board: Board, tokenizer: Tokenizer, folder: Path, beat: Beat
     shutil.rmtree(job.work, ignore_errors=True)
 
 
-def put_back(job: Job, board: Board, beat: Beat) -> None:
-    """Move shards that were made again to where they are missing.
+def restore_shards(job: Job, work: WorkFolder, heartbeat: Heartbeat) -> None:
+    """Move rebuilt shards to the places where they are missing.
 
-    Raises `UserError` when they differ from what the manifest says, `Incomplete` like `merge`.
+    Raises:
+        UserError: they differ from the manifest.
+        Incomplete: as in `merge`.
     """
     manifest = ShardSet.open(job.output).manifest
     for unit in job.only:
@@ -98,22 +96,22 @@ def put_back(job: Job, board: Board, beat: Beat) -> None:
             for number, entry in enumerate(shards)
             for key, ending in SHARD_ENDINGS.items()
         }
-        if not board.whole("shard", unit, places.get):
-            board.drop("shard", unit)
+        if not work.is_complete("shard", unit, places.get):
+            work.discard("shard", unit)
             raise Incomplete
-        record = json.loads((board.result("shard", unit) / RECORD).read_bytes())
+        record = json.loads((work.result("shard", unit) / RECORD).read_bytes())
         if [part["sha256"] for part in record["parts"]] != [entry["sha256"] for entry in shards]:
             raise UserError(
                 f"{job.output}: its input gives other shards now; delete the folder and run again"
             )
         for part, place in places.items():
-            _move(board.result("shard", unit) / part, place)
-        beat({})
+            _move(work.result("shard", unit) / part, place)
+        heartbeat({})
     shutil.rmtree(job.work, ignore_errors=True)
 
 
 def _move(made: Path, place: Path) -> None:
-    """Rename, unless an interrupted run, or another process this very moment, has done so already."""
+    """Rename, unless an interrupted run or another process has done so already."""
     try:
         os.replace(made, place)
     except FileNotFoundError:
@@ -121,41 +119,44 @@ def _move(made: Path, place: Path) -> None:
             raise
 
 
-def _whole_records(job: Job, board: Board) -> list[dict]:
-    """The units' records. Raises `Incomplete` after dropping units that a crash of the machine cut short.
+def _complete_records(job: Job, work: WorkFolder) -> list[dict]:
+    """The units' records. Raises `Incomplete` after discarding truncated units.
 
-    Bits that flipped without a change of size are `verify`'s business: looking for them here would read all
-    shards again.
+    Only `verify` finds flipped bits: finding them here would read all shards again.
     """
-    broken, records, shards = [], [], 0
+    broken: list[int] = []
+    records: list[dict] = []
+    shards = 0
     for unit in range(len(job.units)):
         try:
-            record = json.loads((board.result("shard", unit) / RECORD).read_bytes())
+            record = json.loads((work.result("shard", unit) / RECORD).read_bytes())
         except (OSError, ValueError):
-            board.drop("shard", unit)
+            work.discard("shard", unit)
             raise Incomplete from None
         places = {
             f"part-{number:03d}{ending}": job.output / f"shard-{shards + number:06d}{ending}"
             for number in range(len(record["parts"]))
             for ending in SHARD_ENDINGS.values()
         }
-        if not board.whole("shard", unit, places.get):
+        if not work.is_complete("shard", unit, places.get):
             broken.append(unit)
         records.append(record)
         shards += len(record["parts"])
     for unit in broken:
-        board.drop("shard", unit)
+        work.discard("shard", unit)
     if broken:
         raise Incomplete
     return records
 
 
-def _write_quarantine(job: Job, board: Board, records: list[dict], folder: Path, beat: Beat) -> None:
-    """One file out of all. Lines of a file read in pieces were counted within each piece until now."""
+def _write_quarantine(
+    job: Job, work: WorkFolder, records: list[dict], folder: Path, heartbeat: Heartbeat
+) -> None:
+    """Concatenate the units' quarantines. Their line numbers count from the start of each piece."""
     before: Counter[str] = Counter()  # lines of a file, by path, in the pieces so far
     with open(folder / QUARANTINE, "wb") as out:
         for unit, record in enumerate(records):
-            with open(board.result("shard", unit) / QUARANTINE, "rb") as stream:
+            with open(work.result("shard", unit) / QUARANTINE, "rb") as stream:
                 for piece, read in zip(job.units[unit], record["pieces"], strict=True):
                     end = stream.tell() + read["quarantine_bytes"]
                     while stream.tell() < end:
@@ -167,14 +168,14 @@ def _write_quarantine(job: Job, board: Board, records: list[dict], folder: Path,
                         out.write(line)
                     if piece.file.kind == "jsonl":
                         before[piece.file.path] += read["lines"]
-            beat({})
+            heartbeat({})
         out.flush()
         os.fsync(out.fileno())
     os.replace(folder / QUARANTINE, job.output / QUARANTINE)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict[str, str]:
-    """Write the tokenizer's files by way of `folder`; their sha256 by name."""
+    """Write the tokenizer's files through `folder`. Returns their sha256 by name."""
     tokenizer.save(folder / TOKENIZER_FOLDER)
     (output / TOKENIZER_FOLDER).mkdir(exist_ok=True)
     files = {path.name: file_sha256(path) for path in sorted((folder / TOKENIZER_FOLDER).iterdir())}
@@ -184,8 +185,8 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict[st
 
 
 def _input_entries(job: Job, records: list[dict]) -> list[dict]:
-    """One entry per input file: what it gave, and which unit read which piece of it."""
-    entries = {
+    """One entry per input file: its counts, and which unit read which piece."""
+    entries: dict[str, dict] = {
         file.path: {"file": file.name, "kind": file.kind, "size": file.size, "documents": 0, "rejected": 0}
         | {"pieces": []}
         for file in job.files

@@ -1,12 +1,7 @@
-"""`data-prep shard`: input files → a folder of shards, on any number of processes and machines.
+"""`data-prep shard`: plans a run and starts the processes of each backend.
 
-In: inputs, a tokenizer folder, settings. Out: the shard set's manifest; on disk the shards, their indexes,
-the quarantine and a copy of the tokenizer. This module plans, and starts the processes of each backend; what
-each of them does is in `units.py`, the end in `merging.py`, who gets which unit in `execution.py`.
-
-A unit of work is a list of pieces of input (`inputs.plan_units`), whatever the number of workers, so the
-bytes depend on input and settings alone. Everything unfinished lies in `.unfinished/`; a run that was killed
-goes on from there.
+A unit of work is a list of pieces of input, whatever the number of workers, so the bytes depend on input and
+settings alone. Unfinished work is in `.unfinished/`; a run that was killed resumes from there.
 """
 
 from __future__ import annotations
@@ -26,15 +21,14 @@ from data_prep.corpus.inputs import Piece, plan_units, survey, unread_line
 from data_prep.jobs.executor import run_in_processes
 from data_prep.jobs.job import Job, ShardSettings, missing_units
 from data_prep.jobs.progress import Progress
-from data_prep.jobs.units import take_part
+from data_prep.jobs.units import run_worker
 from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
 from data_prep.shards.reader import ShardSet
 from data_prep.text.segmenter import get_segmenter
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
-COMPARED_BYTES = (
-    2_000_000_000  # of input, when a set is there already: more is compared by name and size alone
-)
+# The input of a set that exists is compared by content up to this size, beyond it by name and size alone.
+COMPARED_BYTES = 2_000_000_000
 
 Report = Callable[[Progress], None]
 
@@ -48,13 +42,16 @@ def make_shards(
     backend: str = "local",
     report: Report | None = None,
 ) -> tuple[dict, bool]:
-    """Make the shard set, or take part in making it, or finish it, or mend it, or find it done.
+    """Make, resume, repair or find the shard set. Several processes may call this for one set.
 
-    Under the `mpi` backend every rank calls this. `report` is called now and then with the progress of the
-    whole run, whoever does the work.
+    Under the `mpi` backend every rank calls this. `report` is called regularly with the progress of the whole
+    run over all processes.
 
-    Returns (manifest, whether it was there already). Raises `UserError` on bad input, and when `output` holds
-    something else.
+    Returns:
+        The manifest, and whether the set was complete before.
+
+    Raises:
+        UserError: the input is bad, or `output` holds something else.
     """
     report = report or (lambda progress: None)
     if backend == "mpi":
@@ -65,12 +62,12 @@ def make_shards(
         found = False
         watch = functools.partial(_watch, report, Progress(job))
         if min(workers, len(job.units)) <= 1:
-            take_part(job, tokenizer, watch)
+            run_worker(job, tokenizer, watch)
         else:
-            work = functools.partial(take_part, job, tokenizer)
+            work = functools.partial(run_worker, job, tokenizer)
             run_in_processes(min(workers, len(job.units)), work, watch)
         watch()
-        if job.only is None:  # a set that was mended is looked at again: more may be missing by now
+        if job.only is None:  # a repaired set is checked again: more may be missing by now
             break
     return ShardSet.open(output).manifest, found
 
@@ -87,11 +84,11 @@ def _watch(report: Report, progress: Progress) -> None:
 def plan(
     inputs: list[str | Path], output: str | Path, tokenizer: Tokenizer, settings: ShardSettings
 ) -> Job | None:
-    """What is to be done; None when it is done. Prepares the work folder, or checks the one that is there."""
+    """The work to do; None when it is done. Makes the work folder, or checks an existing one."""
     output = Path(output)
     for given in map(Path, inputs):
         if given.is_dir() and output.resolve().is_relative_to(given.resolve()):
-            raise UserError(f"output {output} lies inside the input folder {given}; choose another place")
+            raise UserError(f"output {output} is inside the input folder {given}; choose another place")
     files, not_read = survey(inputs)
     # Refuses unknown names before any work.
     get_segmenter(settings.sentences.segmenter, settings.sentences.language)
@@ -109,25 +106,25 @@ def plan(
     job = Job(output, settings, facts, files, plan_units(files, settings.unit_bytes), not_read)
     for _ in range(3):
         try:
-            return _check_finished(job) if (output / MANIFEST).is_file() else _begin(job)
-        except FileNotFoundError:  # others have finished in between, and tidied up: look again
+            return _check_finished(job) if (output / MANIFEST).is_file() else _start(job)
+        except FileNotFoundError:  # another process finished the set in the meantime: check again
             if not (output / MANIFEST).is_file():
                 raise
-    raise UserError(f"{output}: other processes are finishing this very set; run again")
+    raise UserError(f"{output}: other processes are finishing this set; run again")
 
 
-def _begin(job: Job) -> Job:
-    """Make the work folder, or check that the one found is this very job's. Returns the job as begun."""
+def _start(job: Job) -> Job:
+    """Make the work folder, or check that the existing one is of this job. Returns the job as started."""
     output, work = job.output, job.work
     if output.exists() and not output.is_dir():
         raise UserError(f"output {output} is a file; --output must name a folder")
-    told = {
+    content = {
         "facts": job.facts,
         "inputs": [[file.name, file.shown_path, file.size, file.stamp] for file in job.files],
     }
-    if (begun := _read_plan(job)) is not None:
-        only = begun.pop("only")
-        if begun != json.loads(json_bytes(told)) or (only is None) != (job.only is None):
+    if (started := _read_plan(job)) is not None:
+        only = started.pop("only")
+        if started != json.loads(json_bytes(content)) or (only is None) != (job.only is None):
             raise UserError(
                 f"{output} holds an unfinished run with other settings or input; "
                 "finish that one, choose another --output, or delete the folder"
@@ -139,20 +136,20 @@ def _begin(job: Job) -> Job:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}") from error
-    # Of several who begin at the same time one writes the plan, and the others compare theirs with it.
-    mine = partial_name(work / PLAN)
-    mine.write_bytes(json_bytes(told | {"only": job.only}))
+    # Of several processes that start together one writes the plan; the others compare theirs with it.
+    partial = partial_name(work / PLAN)
+    partial.write_bytes(json_bytes(content | {"only": job.only}))
     try:
-        os.link(mine, work / PLAN)
+        os.link(partial, work / PLAN)
     except FileExistsError:
-        return _begin(job)
+        return _start(job)
     finally:
-        mine.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     return job
 
 
 def _read_plan(job: Job) -> dict | None:
-    """The plan of the run that was begun; None when there is none, or a crash left half of it."""
+    """The plan of a started run; None when there is none, or when a crash truncated it."""
     try:
         return json.loads((job.work / PLAN).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -163,10 +160,7 @@ def _read_plan(job: Job) -> dict | None:
 
 
 def _check_finished(job: Job) -> Job | None:
-    """None when this command would make just what is there; a smaller job where shards are missing.
-
-    The input is compared by names and sizes, and up to `COMPARED_BYTES` of it by content, too.
-    """
+    """None when the finished set is what this command would make; a smaller job when shards are missing."""
     output = job.output
     manifest = ShardSet.open(output).manifest
     advice = "choose another --output or delete the folder"
@@ -181,11 +175,15 @@ def _check_finished(job: Job) -> Job | None:
             for piece in entry["pieces"]:
                 if Piece(file, piece["start"], piece["end"]).sha256() != piece["sha256"]:
                     raise UserError(f"{output} holds shards made from another {file.name}; {advice}")
-    begun = _read_plan(job)
-    if begun is not None and (begun["only"] is None or not missing) and not job.board().is_busy():
-        shutil.rmtree(job.work, ignore_errors=True)  # left by one that was killed while it tidied up
-    # Shards made again must be the ones that the manifest knows: other input is found out at the end.
-    return _begin(replace(job, only=tuple(sorted(missing)))) if missing else None
+    started = _read_plan(job)
+    if (
+        started is not None
+        and (started["only"] is None or not missing)
+        and not job.work_folder().has_live_lock()
+    ):
+        shutil.rmtree(job.work, ignore_errors=True)  # left by a process that was killed during removal
+    # Rebuilt shards must match the manifest; `restore_shards` checks that.
+    return _start(replace(job, only=tuple(sorted(missing)))) if missing else None
 
 
 # Backends ----------------------------------------------------------------------------------------------
@@ -201,7 +199,7 @@ def choose_backend(name: str) -> str:
 
 
 def mpi_number(name: str) -> int:
-    """RANK or SIZE of an MPI start, from the environment: known before MPI is. 0 outside one."""
+    """RANK or SIZE of an MPI launch, from the environment, before MPI is loaded; 0 outside MPI."""
     return int(os.environ.get(f"OMPI_COMM_WORLD_{name}") or os.environ.get(f"PMI_{name}") or 0)
 
 
@@ -212,13 +210,13 @@ def _make_by_mpi(
     settings: ShardSettings,
     report: Report,
 ) -> tuple[dict, bool]:
-    """Rank 0 plans and tells; then every rank, the first too, takes part."""
+    """Rank 0 plans and broadcasts the job; then every rank works on it."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(f"the mpi backend needs mpi4py and an MPI: {error}") from error
     world = MPI.COMM_WORLD
-    planned = None
+    planned: tuple[Job | None, str | None] = None, None
     if world.rank == 0:
         try:
             tokenizer = load_tokenizer(tokenizer_folder)
@@ -233,9 +231,9 @@ def _make_by_mpi(
             tokenizer = load_tokenizer(tokenizer_folder)
         watch = functools.partial(_watch, report, Progress(job)) if world.rank == 0 else None
         try:
-            take_part(job, tokenizer, watch)
+            run_worker(job, tokenizer, watch)
         except (UserError, OSError) as error:
-            # The others wait for this one's unit: end them, after one line that says why.
+            # The other ranks wait for this rank's unit: end them after reporting the error.
             print(f"data-prep: error: {describe(error)}", file=sys.stderr, flush=True)
             world.Abort(2)
         if watch:

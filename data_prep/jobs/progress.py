@@ -22,7 +22,7 @@ class Progress:
     """
 
     def __init__(self, job: Job):
-        self.work, self._board = job.work, job.board()
+        self.work, self._board = job.work, job.work_folder()
         sizes = [job.unit_bytes(unit) for unit in range(len(job.units))]
         units = range(len(sizes)) if job.only is None else job.only
         self._names = (["hash"] if job.settings.deduplicate else []) + ["shard"]
@@ -43,7 +43,7 @@ class Progress:
         if self._board.is_finished():
             self.done = self.total
             return
-        running = {(phase, unit): claim for phase, unit, claim in self._board.claims()}
+        running = {(phase, unit): claim for phase, unit, claim in self._board.locks()}
         self.done = 0
         for name in self._names:
             finished = self._board.done(name)

@@ -1,10 +1,7 @@
-"""What every process of a run of `data-prep shard` does: units of its phases, one after another.
-
-In: a `Job` and a tokenizer. Out: the results of units, as folders (`execution.py` hands out the units and
-publishes the folders). Called by `sharding.py`, once per process.
+"""The work of one process of `data-prep shard`: units of each phase, one after another.
 
 Phases: with `--deduplicate` first `hash` (the hashes of a unit's good documents) and `duplicates` (which of
-them repeat an earlier one); then `shard`: a unit's shards, its quarantine and a record; then `merge`.
+them repeat an earlier one); then `shard` (a unit's shards, quarantine and record); then `merge`.
 """
 
 from __future__ import annotations
@@ -21,9 +18,9 @@ from data_prep.common.files import json_bytes
 from data_prep.corpus import duplicates
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.inputs import Piece
-from data_prep.jobs import merge as merging
-from data_prep.jobs.executor import BEAT_SECONDS, RECORD, Incomplete, Phase, run_phases
+from data_prep.jobs.executor import HEARTBEAT_SECONDS, RECORD, Heartbeat, Incomplete, Phase, run_phases
 from data_prep.jobs.job import Job
+from data_prep.jobs.merge import merge, restore_shards
 from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
 from data_prep.shards.writer import ShardSeries
 from data_prep.text.sentences import cut_document
@@ -31,13 +28,11 @@ from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 
 HASHES = "hashes.bin"
 
-Beat = Callable[[dict], None]
 
-
-def take_part(job: Job, tokenizer: Tokenizer, watch: Callable[[], None] | None = None) -> None:
-    """Do units of the job until all of it is done, by whomever. `watch()` is called now and then."""
+def run_worker(job: Job, tokenizer: Tokenizer, watch: Callable[[], None] | None = None) -> None:
+    """Run units of the job until all of them are done. `watch()` is called regularly."""
     worker = Worker(job, tokenizer, watch or (lambda: None))
-    # The largest first, so that nobody is left alone with a long one at the end.
+    # The largest first, so that no process runs a long unit alone at the end.
     order = sorted(range(len(job.units)), key=lambda unit: -job.unit_bytes(unit))
     phases = []
     if job.settings.deduplicate:
@@ -46,18 +41,18 @@ def take_part(job: Job, tokenizer: Tokenizer, watch: Callable[[], None] | None =
     if job.only is not None:
         order = [unit for unit in order if unit in job.only]
     phases += [Phase("shard", order, worker.shard_unit), Phase("merge", [0], worker.merge)]
-    run_phases(worker.board, phases)
+    run_phases(worker.work, phases)
 
 
 class Worker:
-    """One process's part in a job. Its methods run one unit each, as `execution.Phase` wants it."""
+    """One process of a job. Its public methods run one unit each, as `Phase.run`."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer, watch: Callable[[], None]):
-        self.job, self.tokenizer, self.board, self._watch = job, tokenizer, job.board(), watch
+        self.job, self.tokenizer, self.work, self._watch = job, tokenizer, job.work_folder(), watch
 
-    def hash_unit(self, unit: int, folder: Path, beat: Beat) -> None:
+    def hash_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """The hashes of a unit's good documents, in order."""
-        counts = _Counts(beat, self._watch)
+        counts = _Counts(heartbeat, self._watch)
         hashes = bytearray()
         for _, reader in self._pieces(unit):
             for item in counts.follow(reader):
@@ -66,41 +61,44 @@ class Worker:
         duplicates.write_hashes(folder / HASHES, hashes)
         (folder / RECORD).write_bytes(json_bytes({"counts": counts.final()}))
 
-    def find_duplicates(self, unit: int, folder: Path, beat: Beat) -> None:
-        """For every unit the documents whose text came before, in the order of units and documents."""
+    def find_duplicates(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
+        """The documents of every unit whose text occurs earlier, in the order of units and documents."""
         every = range(len(self.job.units))
         self._require("hash", every)
-        files = [self.board.result("hash", n) / HASHES for n in every]
-        for n, dropped in enumerate(duplicates.find(files, lambda: beat({}))):
+        files = [self.work.result("hash", n) / HASHES for n in every]
+        for n, dropped in enumerate(duplicates.find(files, lambda: heartbeat({}))):
             np.save(folder / f"{n:06d}.npy", dropped)
         (folder / RECORD).write_bytes(json_bytes({"counts": {}}))
 
-    def shard_unit(self, unit: int, folder: Path, beat: Beat) -> None:
-        """Read one unit and write its shards as `part-NNN.tar`, their quarantine and a record."""
+    def shard_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
+        """Read one unit; write its shards as `part-NNN.tar`, its quarantine and a record."""
         settings = self.job.settings
-        counts = _Counts(beat, self._watch)
+        counts = _Counts(heartbeat, self._watch)
         dropped = self._dropped(unit)
         dtype = token_dtype(self.tokenizer.vocab_size)
         limits = settings.shard_bytes, settings.shard_documents
         shards = ShardSeries(folder / "part-", 3, dtype, settings.compression, *limits)
         repaired: Counter[str] = Counter()
         pieces: list[dict] = []
-        good = 0  # documents that hygiene let pass
+        good = 0  # documents that passed the filters
         with open(folder / QUARANTINE, "wb") as quarantine:
             for piece, reader in self._pieces(unit):
                 rejected: Counter[str] = Counter()
-                documents, began = 0, quarantine.tell()
+                documents, start = 0, quarantine.tell()
                 for item in counts.follow(reader):
+                    result: Document | Reject
                     if isinstance(item, RawDocument):
                         good += 1
-                        item = self._cut(item, good - 1 in dropped)
-                        if isinstance(item, Reject):
-                            counts.take_back()
-                    if isinstance(item, Reject):
-                        rejected[item.reason] += 1
-                        quarantine.write(_quarantine_line(piece, item))
+                        result = self._cut(item, good - 1 in dropped)
+                        if isinstance(result, Reject):
+                            counts.move_to_rejected()
+                    else:
+                        result = item
+                    if isinstance(result, Reject):
+                        rejected[result.reason] += 1
+                        quarantine.write(_quarantine_line(piece, result))
                         continue
-                    shards.add(item)
+                    shards.add(result)
                     documents += 1
                 repaired.update(reader.repaired)
                 pieces.append(
@@ -112,7 +110,7 @@ class Worker:
                         "lines": reader.lines,
                         "documents": documents,
                         "rejected": dict(rejected),
-                        "quarantine_bytes": quarantine.tell() - began,
+                        "quarantine_bytes": quarantine.tell() - start,
                         "damage": reader.damage,
                     }
                 )
@@ -121,12 +119,12 @@ class Worker:
         record |= {"languages": shards.languages, "sources": shards.sources}
         (folder / RECORD).write_bytes(json_bytes(record))
 
-    def merge(self, unit: int, folder: Path, beat: Beat) -> None:
-        """The end of the run."""
+    def merge(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
+        """Finish the set."""
         if self.job.only is None:
-            merging.merge(self.job, self.board, self.tokenizer, folder, beat)
+            merge(self.job, self.work, self.tokenizer, folder, heartbeat)
         else:
-            merging.put_back(self.job, self.board, beat)
+            restore_shards(self.job, self.work, heartbeat)
 
     def _pieces(self, unit: int) -> Iterator[tuple[Piece, DocumentReader]]:
         settings = self.job.settings
@@ -138,13 +136,13 @@ class Worker:
         if not self.job.settings.deduplicate:
             return set()
         self._require("duplicates", [0])
-        return set(np.load(self.board.result("duplicates", 0) / f"{unit:06d}.npy").tolist())
+        return set(np.load(self.work.result("duplicates", 0) / f"{unit:06d}.npy").tolist())
 
     def _require(self, phase: str, units: Iterable[int]) -> None:
-        """Raises `Incomplete` after dropping results that a crash of the machine cut short."""
-        if broken := [unit for unit in units if not self.board.whole(phase, unit)]:
+        """Raises `Incomplete` after discarding results that a crash of the machine truncated."""
+        if broken := [unit for unit in units if not self.work.is_complete(phase, unit)]:
             for unit in broken:
-                self.board.drop(phase, unit)
+                self.work.discard(phase, unit)
             raise Incomplete
 
     def _cut(self, raw: RawDocument, is_duplicate: bool) -> Document | Reject:
@@ -161,12 +159,12 @@ class Worker:
 
 
 class _Counts:
-    """Follows readers and tells, now and then, how far they are."""
+    """Counts what readers yield, and reports the counts regularly."""
 
-    def __init__(self, beat: Beat, watch: Callable[[], None]):
-        self._beat, self._watch = beat, watch
+    def __init__(self, heartbeat: Heartbeat, watch: Callable[[], None]):
+        self._heartbeat, self._watch = heartbeat, watch
         self._before = self._bytes = self._documents = self._rejected = 0
-        self._told = time.monotonic()
+        self._sent = time.monotonic()
 
     def follow(self, reader: DocumentReader) -> Iterator[RawDocument | Reject]:
         for item in reader:
@@ -175,16 +173,16 @@ class _Counts:
             else:
                 self._documents += 1
             yield item
-            if time.monotonic() - self._told >= BEAT_SECONDS:
-                self._told = time.monotonic()
+            if time.monotonic() - self._sent >= HEARTBEAT_SECONDS:
+                self._sent = time.monotonic()
                 self._bytes = self._before + reader.bytes_read
-                self._beat(self.final())
+                self._heartbeat(self.final())
                 self._watch()
         self._before += reader.bytes_read
         self._bytes = self._before
 
-    def take_back(self) -> None:
-        """The last document was none after all: its text stands elsewhere, or cannot be tokenized."""
+    def move_to_rejected(self) -> None:
+        """Count the last document as rejected: its text is a duplicate or cannot be tokenized."""
         self._documents -= 1
         self._rejected += 1
 

@@ -20,9 +20,11 @@ FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
+UNFINISHED = ".unfinished"
+PLAN = "plan.json"  # in UNFINISHED
 
-# A group ends at 256 documents or with the document that fills its arrays: small enough to be unpacked and
-# looked through in well under a millisecond, large enough for headers to be less than 1 %.
+# A group ends at 256 documents or with the document that fills its arrays: small enough to unpack and search
+# in under a millisecond, large enough that headers are less than 1 %.
 GROUP_DOCUMENTS = 256
 GROUP_BYTES = 512_000
 COUNTS = ("documents", "sentences", "tokens", "bytes")
@@ -31,9 +33,9 @@ COMPRESSIONS = ("none", "zstd")
 ZSTD_LEVEL = 3
 
 # One row per document, in the order of the tar. `*_at` are byte offsets: in the tar file, or in the unpacked
-# member where members are compressed. `group` and `row` say which members and which place in them hold the
-# document. `text_hash` and `key_hash` are `hash64` of the text in UTF-8 and of the id; `checksum` is CRC-32
-# of the stored tokens and sentence lengths.
+# member where members are compressed. `group` and `row`: the members, and the place in them, of the document.
+# `text_hash` and `key_hash`: `hash64` of the text in UTF-8 and of the id. `checksum`: CRC-32 of the stored
+# tokens and sentence lengths.
 INDEX_DTYPE = np.dtype(
     [
         ("tokens", "<u4"),
@@ -75,7 +77,7 @@ class Document:
 
 
 class Member(NamedTuple):
-    """One member of a shard's tar: its name, where its data begins in the file, and how long they are."""
+    """One member of a shard's tar: its name, and offset and size of its data in the file."""
 
     name: str
     data_at: int
@@ -92,25 +94,30 @@ class Group(NamedTuple):
     facts: list[dict]
 
 
+def shard_names(number: int) -> dict[str, str]:
+    """File names of a shard by the manifest's key."""
+    return {key: f"shard-{number:06d}{ending}" for key, ending in SHARD_ENDINGS.items()}
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """uint16 where every id fits, else uint32 (little-endian)."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def hash64(data: bytes) -> int:
-    """The first 8 bytes of BLAKE2b: for finding and spreading, not against an attacker."""
+    """The first 8 bytes of BLAKE2b: for look-up and splitting, not for security."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def seal_manifest(manifest: dict) -> dict:
-    """The manifest with its own checksum: sha256 over `json_bytes` of all the rest."""
+    """The manifest with its checksum: sha256 over `json_bytes` of all other keys."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return content | {"checksum": hashlib.sha256(json_bytes(content)).hexdigest()}
 
 
 def read_index(path: Path, sha256: str | None = None) -> np.ndarray:
-    """The index rows [documents], read-only. Raises `UserError` when the file is missing, damaged (its sha256
-    is another one) or not an index."""
+    """The index rows [documents], read-only. Raises `UserError` when the file is missing, damaged (another
+    sha256) or not an index."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -129,7 +136,7 @@ def read_index(path: Path, sha256: str | None = None) -> np.ndarray:
 
 
 def tar_members(path: Path) -> list[Member]:
-    """Members of a shard, in order, whole groups. Raises `UserError` on damage, foreign names and links."""
+    """Members of a shard in complete groups. Raises `UserError` on damage, unknown names and links."""
     return _walk(_map_file(path), path)
 
 
@@ -145,7 +152,7 @@ def unpack_zstd(data: bytes) -> bytes:
 
 def _map_file(path: Path) -> np.ndarray:
     try:
-        # As a plain array: slices of a memmap object cost microseconds each, and readers make millions.
+        # A plain array: slices of a memmap object cost microseconds each, and readers make millions.
         data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
         return data.view(np.ndarray)
     except FileNotFoundError:
@@ -153,7 +160,7 @@ def _map_file(path: Path) -> np.ndarray:
 
 
 def _walk(data: np.ndarray, path: Path) -> list[Member]:
-    """Every member of a shard's tar. Reads no more than the headers, and trusts none of them."""
+    """Every member of a shard's tar. Reads only the headers, and checks each."""
     members: list[Member] = []
     at, block = 0, tarfile.BLOCKSIZE
     zst: str | None = None
@@ -201,11 +208,11 @@ def index_totals(index: np.ndarray) -> dict[str, int]:
 
 
 def _checksum(tokens: np.ndarray, sentence_lengths: np.ndarray) -> int:
-    return zlib.crc32(sentence_lengths, zlib.crc32(tokens))
+    return zlib.crc32(sentence_lengths.data, zlib.crc32(tokens.data))
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """The array as an .npy file."""
+    """The bytes of the array as an .npy file."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -213,10 +220,6 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 def _starts(sizes: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes, dtype=np.uint64) - sizes
-
-
-UNFINISHED = ".unfinished"
-PLAN = "plan.json"  # in it
 
 
 def fingerprint(*values: object) -> str:

@@ -1,9 +1,7 @@
-"""The shard format: writing it and reading it. The only module that knows how bytes lie in a shard.
+"""Reads shards and shard sets (docs/shard-format.md).
 
-A shard is `shard-NNNNNN.tar` with `shard-NNNNNN.index.npy`; a set of shards is a folder with `manifest.json`
-and a copy of the tokenizer. In: documents as (tokens, sentence lengths). Out: the same, zero copy from the
-memory-mapped tar (unpacked first where members are compressed), or through plain
-`webdataset.WebDataset(...).decode()`. docs/shard-format.md describes every field.
+Documents are zero-copy views of the memory-mapped tar; compressed members are unpacked first. Shards can also
+be read by plain `webdataset.WebDataset(...).decode()`.
 """
 
 from __future__ import annotations
@@ -11,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from data_prep.shards.layout import (
     LENGTH_DTYPE,
     MANIFEST,
     MEMBER_KINDS,
+    QUARANTINE,
     TOKENIZER_FOLDER,
     Document,
     Group,
@@ -47,9 +47,8 @@ OPEN_GROUPS = 4  # unpacked groups kept, per shard
 class Shard:
     """One shard, read by seek.
 
-    index: structured array (`INDEX_DTYPE`), one row per document; checked against `index_sha256` where it is
-    given. A document's tokens and sentence lengths are checked when either is first read. Raises `UserError`
-    when a file is missing or damaged.
+    index: structured array (`INDEX_DTYPE`), one row per document; checked against `index_sha256` if given. A
+    document's arrays are checked at the first read. Raises `UserError` when a file is missing or damaged.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Shard:
         self.path, self._dtype, self._zstd = tar_path, dtype, compression == "zstd"
         self.index = read_index(index_path, index_sha256)
         self._good = bytearray(self.index.size)  # 1: the document has been checked
-        # Fields by themselves: a field of a row costs many times as much.
+        # Fields are kept separately: access to a field of a row is many times slower.
         self._group, self._checksum = self.index["group"], self.index["checksum"]
         self._places = (
             (self.index["tokens_at"], self.index["tokens"], dtype),
@@ -85,13 +84,13 @@ class Shard:
         return self.index.size
 
     def tokens(self, n: int) -> np.ndarray:
-        """uint16/uint32 [T] tokens of document `n`; a read-only view of the file, if not compressed."""
+        """uint16/uint32 [T] tokens of document `n`; a read-only view of the file unless compressed."""
         if not self._good[n]:
             self._check(n)
         return self._array(0, n)
 
     def sentence_lengths(self, n: int) -> np.ndarray:
-        """uint16 [S], tokens in each sentence of document `n`; a read-only view likewise."""
+        """uint16 [S], tokens in each sentence of document `n`; a read-only view unless compressed."""
         if not self._good[n]:
             self._check(n)
         return self._array(1, n)
@@ -114,8 +113,8 @@ class Shard:
     def sentence_lengths_of(self, documents: np.ndarray) -> np.ndarray:
         """uint16 [N]: the sentence lengths of several documents (int [D], ascending), back to back.
 
-        Neighbours are read at once: this is much faster than one by one. They add up to the documents'
-        tokens; the checksum is looked at only when a document itself is read.
+        Adjacent documents are read together, which is much faster. The sums are compared with the documents'
+        tokens; the checksum is compared only when a document itself is read.
         """
         rows = self.index[documents]
         ends = rows["sentences_at"] + LENGTH_DTYPE.itemsize * rows["sentences"].astype(np.uint64)
@@ -138,7 +137,7 @@ class Shard:
         row = self.index[n]
         group = int(row["group"])
         if self._facts[0] != group:
-            self._facts = group, self._read(group, 3)
+            self._facts = group, self._read_facts(group)
         facts = self._facts[1][int(row["row"])]
         return Document(
             id=facts["id"],
@@ -156,14 +155,21 @@ class Shard:
         return len(self._members()) // len(MEMBER_KINDS)
 
     def group(self, g: int) -> Group:
-        """Group `g` as it is stored, whatever the index says. Raises `UserError` when it cannot be read."""
-        return Group(*(self._read(g, kind) for kind in range(len(MEMBER_KINDS))))
+        """Group `g` as stored, without the index. Raises `UserError` when it cannot be read."""
+        tokens, lengths, sizes = (self._read_array(g, kind) for kind in range(3))
+        return Group(tokens, lengths, sizes, self._read_facts(g))
 
-    def _read(self, group: int, kind: int) -> np.ndarray | list[dict]:
-        """A group's member: an array, or its facts. Raises `UserError` when it cannot be read."""
+    def _read_array(self, group: int, kind: int) -> np.ndarray:
+        return self._parse(group, _npy_array, kind)
+
+    def _read_facts(self, group: int) -> list[dict]:
+        return self._parse(group, json.loads, 3)
+
+    def _parse(self, group: int, parse: Callable[[bytes], Any], kind: int) -> Any:
+        """A group's member, parsed. Raises `UserError` when it cannot be read."""
         data = self._member(group, kind)
         try:
-            return _npy_array(data) if MEMBER_KINDS[kind].endswith(".npy") else json.loads(data)
+            return parse(data)
         except ValueError as error:
             raise UserError(f"shard {self.path}: group {group} is damaged: {error}") from error
 
@@ -218,7 +224,7 @@ class ShardSet:
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
-        """Raises `UserError` when `folder` holds no manifest, a broken one, or one of another format."""
+        """Raises `UserError` when the manifest is missing, damaged, or of another format."""
         folder = Path(folder)
         path = folder / MANIFEST
         if not folder.is_dir():
@@ -252,8 +258,7 @@ class ShardSet:
             raise UserError(f"{path} is not a shard manifest ({type(error).__name__}: {error})") from error
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the shards. Raises `UserError` when the folder now holds another one, or
-        files that have changed."""
+        """The tokenizer that made the shards. Raises `UserError` when files are missing or changed."""
         folder = self.folder / TOKENIZER_FOLDER
         for name, sha256 in self.manifest["tokenizer"]["files"].items():
             if not (folder / name).is_file() or file_sha256(folder / name) != sha256:
@@ -262,12 +267,21 @@ class ShardSet:
                 )
         return load_tokenizer(folder)
 
+    def files(self) -> dict[str, str]:
+        """sha256 of every file of the set except the manifest, by its path in the folder."""
+        files = {QUARANTINE: self.manifest["quarantine_sha256"]}
+        for name, sha256 in self.manifest["tokenizer"]["files"].items():
+            files[f"{TOKENIZER_FOLDER}/{name}"] = sha256
+        for entry in self.manifest["shards"]:
+            files |= {entry["file"]: entry["sha256"], entry["index"]: entry["index_sha256"]}
+        return files
+
     def __len__(self) -> int:
         """Shards."""
         return len(self.manifest["shards"])
 
     def shard(self, i: int) -> Shard:
-        """Shard `i`, memory-mapped; the last few used stay open."""
+        """Shard `i`, memory-mapped; the most recently used stay open."""
         if i not in self._open:
             entry = self.manifest["shards"][i]
             paths = self.folder / entry["file"], self.folder / entry["index"]
@@ -295,12 +309,12 @@ class ShardSet:
     def find(self, key: str) -> Document:
         """The first document whose id is `key`. Raises `UserError` when there is none.
 
-        The first call reads all indexes and sorts them: 16 bytes of memory a document, kept; later calls take
+        The first call reads and sorts all indexes (16 bytes of memory per document); later calls take
         microseconds.
         """
         if self._keys is None:
-            hashes = [self.shard(i).index["key_hash"] for i in range(len(self))]
-            joined = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
+            parts = [self.shard(i).index["key_hash"] for i in range(len(self))]
+            joined = np.concatenate(parts) if parts else np.empty(0, np.uint64)
             order = np.argsort(joined, kind="stable")
             self._keys = joined[order], order
         hashes, order = self._keys

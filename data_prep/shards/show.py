@@ -1,25 +1,24 @@
-"""`data-prep show`: finished shards, printed sentence by sentence.
-
-In: a shard folder. Out: lines for people. Called by `data_prep/cli.py`.
-"""
+"""`data-prep show`: documents of a shard set, printed sentence by sentence."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data_prep.shards.layout import Document
 from data_prep.shards.reader import ShardSet
 
 
 def show(folder: str | Path, count: int, number: int = 0, key: str | None = None) -> Iterator[str]:
-    """Lines that show documents sentence by sentence, each as a JSON string: `count` from `number` on, or the
-    one whose id is `key`. Raises `UserError` when there is no such document.
+    """Documents as lines, each sentence as a JSON string: `count` from `number`, or the one with id `key`.
+
+    Raises `UserError` when there is no such document.
     """
     shards = ShardSet.open(folder)
     tokenizer = shards.tokenizer()
     if key is not None:
-        documents = [shards.find(key)]
+        documents: Iterable[Document] = [shards.find(key)]
     else:
         last = min(number + count, max(shards.manifest["totals"]["documents"], number + 1))
         documents = map(shards.document, range(number, last))

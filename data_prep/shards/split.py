@@ -1,13 +1,9 @@
-"""`data-prep split`: one shard set → several, by document hash.
+"""`data-prep split`: one shard set into several, by document hash.
 
-In: a shard folder, names and shares. Out: a folder with one complete shard set per part, under the same
-tokenizer and settings. A document's part follows from the hash of its text (or id) and the seed alone, never
-from its place: more documents, another order or another tokenizer move none, and equal texts stay together.
-Called by `data_prep/cli.py`.
-
-One pass, streaming; nothing is tokenized again. Parts are written in `.unfinished/` and moved to their places
-when all are complete. After a kill the same command again goes on with the parts that are there; an error
-leaves none half done.
+A document's part is a function of the seed and the hash of its text (or id), never of its place: more
+documents, another order or another tokenizer move none, and equal texts stay together. Nothing is tokenized
+again. Parts are written to `.unfinished/` and moved when all are complete; after a kill the same command
+resumes with the finished parts, and an error leaves no partial ones.
 """
 
 from __future__ import annotations
@@ -26,13 +22,12 @@ from data_prep.shards.layout import (
     MANIFEST,
     PLAN,
     QUARANTINE,
-    SHARD_ENDINGS,
     TOKENIZER_FOLDER,
     UNFINISHED,
-    Document,
     fingerprint,
     hash64,
     seal_manifest,
+    shard_names,
 )
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.writer import ShardSeries
@@ -59,59 +54,61 @@ def split(
 ) -> dict[str, dict[str, int]]:
     """Write `output/NAME` for every part. Returns name → shards, documents, sentences, tokens and bytes.
 
-    Parts that this very split has written before are kept. Raises `UserError` when `output` holds anything
-    else, or a part would be empty.
+    Parts that the same split has written before are kept.
+
+    Raises:
+        UserError: `output` holds anything else, or a part would be empty.
     """
     shards, output = ShardSet.open(folder), Path(output)
     if output.resolve().is_relative_to(Path(folder).resolve()):
         raise UserError(f"output {output} lies inside the shard folder {folder}; choose another place")
-    told = {
+    settings = {
         name: {"of": shards.fingerprint, "part": name, "parts": parts, "by": by, "seed": seed}
         for name in parts
     }
     work = output / UNFINISHED
-    there = _parts_there(shards, output, told)
+    finished = _finished_parts(shards, output, settings)
     try:
         shutil.rmtree(work, ignore_errors=True)
-        if missing := [name for name in parts if name not in there]:
-            there |= _write(shards, work, told, missing)
+        if missing := [name for name in parts if name not in finished]:
+            finished |= _write(shards, work, settings, missing)
         for name in missing:
             os.rename(work / name, output / name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if output.is_dir() and not any(output.iterdir()):
             output.rmdir()
-    return {name: there[name] for name in parts}
+    return {name: finished[name] for name in parts}
 
 
-def _parts_there(shards: ShardSet, output: Path, told: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """Counts of the parts that a run of this very split has moved to their places.
+def _finished_parts(shards: ShardSet, output: Path, settings: dict[str, dict]) -> dict[str, dict[str, int]]:
+    """Counts of the parts that an earlier run of the same split has finished.
 
     Raises `UserError` when `output` holds anything else.
     """
-    there = {}
+    finished = {}
     for path in sorted(output.iterdir()) if output.exists() else ():
         if path.name == UNFINISHED:
             if (path / PLAN).exists():
                 raise UserError(f"{output} holds an unfinished run of `data-prep shard`; choose another one")
-        elif path.name in told and (path / MANIFEST).is_file():
+        elif path.name in settings and (path / MANIFEST).is_file():
             part = ShardSet.open(path)  # sealed by its checksum, and written last
-            if part.fingerprint != _fingerprint(shards, told[path.name]):
+            if part.fingerprint != _fingerprint(shards, settings[path.name]):
                 raise UserError(f"{path} is a part of another split; choose another --output")
-            there[path.name] = {"shards": len(part), **part.manifest["totals"]}
+            finished[path.name] = {"shards": len(part), **part.manifest["totals"]}
         else:
             raise UserError(f"output folder {output} is not empty; choose another one")
-    return there
+    return finished
 
 
 def _write(
-    shards: ShardSet, work: Path, told: dict[str, dict], missing: list[str]
+    shards: ShardSet, work: Path, settings: dict[str, dict], missing: list[str]
 ) -> dict[str, dict[str, int]]:
-    """Write the missing parts, complete, below `work`; one pass. Returns their counts."""
-    parts, by, seed = (told[missing[0]][key] for key in ("parts", "by", "seed"))
+    """Write the missing parts to `work` in one pass. Returns their counts."""
+    parts, by, seed = (settings[missing[0]][key] for key in ("parts", "by", "seed"))
     writers = {name: _Part(shards, work / name) for name in missing}
     order = [writers.get(name) for name in parts]
-    # A uniform number in [0, 2^64) per document, cut at the running sums of the shares.
+    # A uniform number in [0, 2^64) per document, cut at the cumulative shares.
     sums = np.cumsum(list(parts.values()))[:-1].tolist()
     bounds = np.array([min(int(share * 2**64), 2**64 - 1) for share in sums], dtype=np.uint64)
     for i in range(len(shards)):
@@ -120,8 +117,8 @@ def _write(
         numbers = np.array([_mix(int(value), seed) for value in hashes], dtype=np.uint64)
         for n, part in enumerate(np.searchsorted(bounds, numbers, side="right").tolist()):
             if order[part] is not None:
-                order[part].add(shard.document(n))
-    result = {name: writer.finish(told[name]) for name, writer in writers.items()}
+                order[part].series.add(shard.document(n))
+    result = {name: writer.finish(settings[name]) for name, writer in writers.items()}
     for name, counts in result.items():
         if not counts["documents"]:
             raise UserError(
@@ -130,37 +127,31 @@ def _write(
     return result
 
 
-def _fingerprint(shards: ShardSet, told: dict) -> str:
-    # The order of the parts decides as well, and JSON objects do not keep it.
-    return fingerprint(shards.fingerprint, told, list(told["parts"]))
+def _fingerprint(shards: ShardSet, settings: dict) -> str:
+    # The order of the parts matters as well, and JSON objects do not keep it.
+    return fingerprint(shards.fingerprint, settings, list(settings["parts"]))
 
 
 def _mix(value: int, seed: int) -> int:
-    """Another hash for every seed; the stored one alone would tie all splits of a corpus together."""
+    """A different hash for every seed, so that splits with different seeds are independent."""
     size = max(8, seed.bit_length() // 8 + 1)
     return hash64(value.to_bytes(8, "little") + seed.to_bytes(size, "little", signed=True))
 
 
 class _Part:
-    """One part while it is written."""
+    """Writes one part."""
 
     def __init__(self, shards: ShardSet, folder: Path):
         self.shards, self.folder = shards, folder
         settings = shards.manifest["settings"]
         limits = settings["shard_bytes"], settings["shard_documents"]
-        self._series = ShardSeries(folder / "shard-", 6, shards.dtype, shards.compression, *limits)
+        self.series = ShardSeries(folder / "shard-", 6, shards.dtype, shards.compression, *limits)
         folder.mkdir(parents=True)
 
-    def add(self, document: Document) -> None:
-        self._series.add(document)
-
-    def finish(self, told: dict) -> dict[str, int]:
+    def finish(self, settings: dict) -> dict[str, int]:
         """Close the last shard and write the rest of the set. Returns its counts."""
-        self._series.close()
-        entries = [
-            {key: f"shard-{n:06d}{ending}" for key, ending in SHARD_ENDINGS.items()} | {"unit": n} | entry
-            for n, entry in enumerate(self._series.entries)
-        ]
+        self.series.close()
+        entries = [shard_names(n) | {"unit": n} | entry for n, entry in enumerate(self.series.entries)]
         source = self.shards.manifest
         write_atomically(self.folder / QUARANTINE, b"")
         self.shards.tokenizer().save(self.folder / TOKENIZER_FOLDER)
@@ -168,13 +159,13 @@ class _Part:
         totals = {name: sum(entry[name] for entry in entries) for name in COUNTS}
         facts = {key: source[key] for key in ("format_version", "settings", "settings_fingerprint")}
         manifest = facts | {
-            "fingerprint": _fingerprint(self.shards, told),
+            "fingerprint": _fingerprint(self.shards, settings),
             "tokenizer": source["tokenizer"] | {"files": files},
-            "split": told,
+            "split": settings,
             "shards": entries,
             "totals": totals,
-            "languages": dict(sorted(self._series.languages.items())),
-            "sources": dict(sorted(self._series.sources.items())),
+            "languages": dict(sorted(self.series.languages.items())),
+            "sources": dict(sorted(self.series.sources.items())),
             "rejected": {},
             "repaired": {},
             "damaged": [],

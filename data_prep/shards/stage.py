@@ -1,9 +1,7 @@
-"""`data-prep stage`: a verified copy of shard sets on a node's own disk.
+"""`data-prep stage`: verified copies of shard sets on a node's local disk, as `LOCAL/NAME-FINGERPRINT/`.
 
-In: shard folders and a local folder. Out: `LOCAL/NAME-FINGERPRINT/` for each, every file of it compared with
-the manifest's sha256 while it was copied. One process a node does it; a copy that is there is read again and
-used, one that does not fit is made anew. A copy appears whole or not at all, and processes that copy the same
-set at the same time do not disturb each other.
+One process per node copies. An existing copy is verified and used, or replaced if it differs. A copy appears
+complete or not at all, and processes that copy the same set at the same time do not conflict.
 """
 
 from __future__ import annotations
@@ -15,21 +13,24 @@ from pathlib import Path
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256
-from data_prep.shards.layout import MANIFEST, QUARANTINE, TOKENIZER_FOLDER
+from data_prep.shards.layout import MANIFEST
 from data_prep.shards.reader import ShardSet
 
 BLOCK = 1 << 22
 
 
 def stage(folder: str | Path, local: str | Path) -> Path:
-    """Copy one shard set; returns the copy's folder. UserError names a file whose bytes are not the
-    manifest's, or a disk that is too small."""
+    """Copy one shard set. Returns the copy's folder.
+
+    Raises:
+        UserError: a file differs from the manifest, or the disk is too small.
+    """
     shards = ShardSet.open(folder)
     source, local = Path(folder).resolve(), Path(local)
     target = local / f"{source.name}-{shards.fingerprint[:12]}"
-    files = _files(shards)
+    files = shards.files()
     if target.is_dir():
-        if _is_whole(target, files, source):
+        if _is_complete(target, files, source):
             return target
         shutil.rmtree(target)
     local.mkdir(parents=True, exist_ok=True)
@@ -37,34 +38,24 @@ def stage(folder: str | Path, local: str | Path) -> Path:
     free = shutil.disk_usage(local).free
     if free < needed:
         raise UserError(f"{local} has {free / 1e9:.3g} GB free, {source} needs {needed / 1e9:.3g}")
-    aside = local / f".{target.name}.{os.uname().nodename}-{os.getpid()}.partial"
+    partial = local / f".{target.name}.{os.uname().nodename}-{os.getpid()}.partial"
     try:
         for name, sha256 in files.items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            if _copy(source / name, aside / name) != sha256:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            if _copy(source / name, partial / name) != sha256:
                 raise UserError(f"{source / name} is not what its manifest says (its sha256 differs)")
-        shutil.copyfile(source / MANIFEST, aside / MANIFEST)
+        shutil.copyfile(source / MANIFEST, partial / MANIFEST)
         try:
-            os.rename(aside, target)
+            os.rename(partial, target)
         except OSError:
-            if not target.is_dir():  # else another process of this node was quicker
+            if not target.is_dir():  # another process of this node was faster
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def _files(shards: ShardSet) -> dict[str, str]:
-    """Every file of a set but the manifest, with its sha256."""
-    files = {QUARANTINE: shards.manifest["quarantine_sha256"]}
-    for name, sha256 in shards.manifest["tokenizer"]["files"].items():
-        files[f"{TOKENIZER_FOLDER}/{name}"] = sha256
-    for entry in shards.manifest["shards"]:
-        files |= {entry["file"]: entry["sha256"], entry["index"]: entry["index_sha256"]}
-    return files
-
-
-def _is_whole(target: Path, files: dict[str, str], source: Path) -> bool:
+def _is_complete(target: Path, files: dict[str, str], source: Path) -> bool:
     try:
         if (target / MANIFEST).read_bytes() != (source / MANIFEST).read_bytes():
             return False
@@ -74,7 +65,7 @@ def _is_whole(target: Path, files: dict[str, str], source: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> str:
-    """Copies a file; the sha256 of what was read."""
+    """Copy a file. Returns the sha256 of the bytes read."""
     digest = hashlib.sha256()
     with open(source, "rb") as reader, open(target, "wb") as writer:
         while block := reader.read(BLOCK):

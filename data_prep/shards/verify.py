@@ -1,8 +1,4 @@
-"""`data-prep verify`: trusts nothing in a shard folder, and says which input to read again.
-
-In: a shard folder; for `--deep` also the input it was made from. Out: plain dictionaries (the `--json`
-results). Called by `data_prep/cli.py`.
-"""
+"""`data-prep verify`: checks every byte of a shard folder, and names the input to read again."""
 
 from __future__ import annotations
 
@@ -14,13 +10,12 @@ import numpy as np
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256
 from data_prep.corpus.documents import DocumentReader, RawDocument
-from data_prep.corpus.filters import Hygiene
+from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import Piece, find_inputs
 from data_prep.shards.layout import (
     LENGTH_DTYPE,
     MANIFEST,
-    QUARANTINE,
-    TOKENIZER_FOLDER,
+    SHARD_ENDINGS,
     Document,
     hash64,
     index_totals,
@@ -34,16 +29,14 @@ REMEDY = "restore it, or delete the whole folder and make the shards again"
 def verify(folder: str | Path) -> dict:
     """Check every byte of a shard set: names, sha256, structure, and index against tar.
 
-    Returns the counts of what was checked. Raises `UserError` naming the first file that is wrong.
+    Returns the checked counts. Raises `UserError` that names the first wrong file.
     """
     shards = ShardSet.open(folder)
     folder = shards.folder
     _check_names(shards)
-    written = {QUARANTINE: shards.manifest["quarantine_sha256"]}
-    for name, sha256 in shards.manifest["tokenizer"]["files"].items():
-        written[f"{TOKENIZER_FOLDER}/{name}"] = sha256
-    for name, sha256 in written.items():
-        if file_sha256(folder / name) != sha256:
+    of_shards = {entry[key] for entry in shards.manifest["shards"] for key in SHARD_ENDINGS}
+    for name, sha256 in shards.files().items():
+        if name not in of_shards and file_sha256(folder / name) != sha256:
             raise UserError(f"{folder / name} has changed since it was written; {REMEDY}")
     byte_lengths = shards.tokenizer().byte_lengths
     totals = dict.fromkeys(shards.manifest["totals"], 0)
@@ -51,7 +44,7 @@ def verify(folder: str | Path) -> dict:
         tar, index = folder / entry["file"], folder / entry["index"]
         remedy = _remedy(shards, entry)
         try:
-            tar_members(tar)  # first: it can tell a file that was cut short from one that was altered
+            tar_members(tar)  # first: it distinguishes a truncated file from an altered one
         except UserError as error:
             raise UserError(f"{error}; {remedy}") from None
         for path, sha256 in ((tar, entry["sha256"]), (index, entry["index_sha256"])):
@@ -69,7 +62,7 @@ def verify(folder: str | Path) -> dict:
 
 
 def _remedy(shards: ShardSet, entry: dict) -> str:
-    """What to do about a shard that is wrong, naming the input it was made from."""
+    """Advice for a wrong shard, with the input it was made from."""
     if "split" in shards.manifest:
         return "make this part again with `data-prep split`"
     pieces = []
@@ -86,13 +79,12 @@ def _remedy(shards: ShardSet, entry: dict) -> str:
 
 
 def _check_names(shards: ShardSet) -> None:
-    """Every file of the manifest is there, and no other."""
-    expected = {MANIFEST: REMEDY, QUARANTINE: REMEDY}
+    """Check that the folder has exactly the manifest's files."""
+    expected = dict.fromkeys([MANIFEST, *shards.files()], REMEDY)
     for entry in shards.manifest["shards"]:
-        # The remedy begins with "it was made from …: delete it and …"; there is nothing to delete here.
+        # The remedy starts with "it was made from …: delete it and …"; there is nothing to delete here.
         remedy = _remedy(shards, entry).replace("delete it and run", "run")
         expected |= {entry["file"]: remedy, entry["index"]: remedy}
-    expected |= {f"{TOKENIZER_FOLDER}/{name}": REMEDY for name in shards.manifest["tokenizer"]["files"]}
     found = {p.relative_to(shards.folder).as_posix() for p in shards.folder.rglob("*") if not p.is_dir()}
     for name in sorted(expected.keys() - found):
         raise UserError(f"{shards.folder / name} is missing; {expected[name]}")
@@ -101,16 +93,16 @@ def _check_names(shards: ShardSet) -> None:
 
 
 def _check_shard(shard: Shard, byte_lengths: np.ndarray, max_tokens: int, remedy: str) -> None:
-    """The tar's arrays say what the index says, group by group."""
+    """Compare the tar's arrays with the index, group by group."""
 
-    def require(condition: bool, problem: str) -> None:
+    def require(condition: bool | np.bool_, problem: str) -> None:
         if not condition:
             raise UserError(f"{shard.path}: {problem}; {remedy}")
 
     index = shard.index
     groups = int(index["group"].max()) + 1 if index.size else 0
     require(shard.groups == groups, "index and tar differ in groups")
-    # Rows of a group, without a search through the whole index for each.
+    # Rows of each group, without a search through the whole index.
     first = np.searchsorted(index["group"], np.arange(groups + 1))
     require(bool((np.diff(index["group"].astype(np.int64)) >= 0).all()), "the index is out of order")
     for g in range(groups):
@@ -138,12 +130,16 @@ def _check_shard(shard: Shard, byte_lengths: np.ndarray, max_tokens: int, remedy
 
 
 def verify_deep(folder: str | Path, inputs: list[str] | None = None) -> dict:
-    """Decode every document: its tokens give its text (by the text's hash), so do its sentences, each valid
-    UTF-8, and the segmenter cuts that text without loss. With `inputs`, every text is also the input's, byte
-    for byte, in order, and nothing is missing but what was rejected.
+    """Decode every document and compare its text's hash; check sentences (valid UTF-8) and the segmenter.
 
-    Returns {"decoded": documents, "compared": documents compared with the input}. Raises `UserError` naming
-    the first document that is wrong.
+    With `inputs`, every text is also compared with the input's, in order, and only rejected ones may be
+    missing.
+
+    Returns:
+        {"decoded": documents, "compared": documents compared with the input}
+
+    Raises:
+        UserError: names the first wrong document.
     """
     shards = ShardSet.open(folder)
     tokenizer = shards.tokenizer()
@@ -162,19 +158,19 @@ def verify_deep(folder: str | Path, inputs: list[str] | None = None) -> dict:
         if "".join(sentences) != text:
             raise UserError(f"{where}: its sentences do not join to its text; {REMEDY}")
         if "".join(shards.settings.segmenter_for(document.language)(text)) != text:
-            raise UserError(f"{where}: the segmenter loses text; this is a fault of the program, please tell")
+            raise UserError(f"{where}: the segmenter loses text; this is a bug, please report it")
         decoded += 1
         if originals is not None:
             _compare(document, text, originals, where)
             compared += 1
     if originals is not None:
-        for _ in originals:  # what is left of the input was rejected, or counts differ
+        for _ in originals:  # the rest of the input was rejected, or counts differ
             pass
     return {"decoded": decoded, "compared": compared}
 
 
 def _originals(shards: ShardSet, inputs: list[str]) -> Iterator[RawDocument]:
-    """The input's good documents, in order; an error at the end when the set cannot explain them all."""
+    """The input's good documents, in order. Raises at the end when the set does not account for all."""
     settings = shards.manifest["settings"]
     files = find_inputs(inputs)
     entries = shards.manifest["inputs"]
@@ -187,9 +183,9 @@ def _originals(shards: ShardSet, inputs: list[str]) -> Iterator[RawDocument]:
         for piece in entry["pieces"]
     ]
     good = 0
-    hygiene = Hygiene.from_dict(settings["hygiene"])
+    filters = Filters.from_dict(settings["hygiene"])
     for _, n, start, end in sorted(places):
-        for item in DocumentReader(Piece(files[n], start, end), settings["language"], hygiene):
+        for item in DocumentReader(Piece(files[n], start, end), settings["language"], filters):
             if isinstance(item, RawDocument):
                 good += 1
                 yield item

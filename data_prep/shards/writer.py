@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,10 @@ from data_prep.shards.layout import (
 
 
 class ShardWriter:
-    """Writes one shard. Both files appear under their names only when complete. The same documents give the
-    same bytes. Memory: one group of documents.
+    """Writes one shard. Both files appear only when complete, and the same documents give the same bytes.
 
-    compression: `none`, or `zstd` for every member by itself (the same bytes for one release of zstd).
+    Holds one group of documents in memory. `compression`: `none`, or `zstd` for each member (the same bytes
+    for one release of zstd).
     """
 
     def __init__(self, tar_path: Path, index_path: Path, dtype: np.dtype, compression: str = "none"):
@@ -98,7 +99,7 @@ class ShardWriter:
         self._groups += 1
 
     def _add_array(self, kind: str, array: np.ndarray) -> int:
-        """Returns the offset of the array's first item: in the tar, or in its unpacked member."""
+        """Returns the offset of the array's first item in the tar, or in its unpacked member."""
         data = npy_bytes(array)
         data_at = self._add_member(kind, data)
         return (0 if self._compress else data_at) + len(data) - array.nbytes
@@ -107,7 +108,7 @@ class ShardWriter:
         name = f"{self._groups:06d}.{kind}"
         if self._compress:
             name, data = f"{name}.zst", self._compress(data)
-        member = tarfile.TarInfo(name)  # TarInfo's own defaults: mtime 0, uid 0, gid 0
+        member = tarfile.TarInfo(name)  # TarInfo's defaults: mtime 0, uid 0, gid 0
         member.size, member.mode = len(data), 0o644
         data_at = self._tar.offset + tarfile.BLOCKSIZE  # short names: the header is one block
         self._tar.addfile(member, io.BytesIO(data))
@@ -117,11 +118,15 @@ class ShardWriter:
 class ShardSeries:
     """Writes documents into one shard after another: `STEM000.tar`, `STEM001.tar`, … with their indexes.
 
-    stem: folder and beginning of the names; digits: of their numbers. A shard is full when its arrays have
-    `shard_bytes` bytes or it holds `shard_documents` documents (0: no limit).
+    Args:
+        stem: folder and prefix of the names.
+        digits: of the shards' numbers.
+        shard_bytes: bytes of arrays that fill a shard.
+        shard_documents: documents that fill a shard; 0 for no limit.
 
-    After `close`: entries, the shards' manifest entries without file names; languages and sources, the counts
-    (`COUNTS`) of all documents by language and by source.
+    Attributes:
+        entries: the shards' manifest entries without file names, after `close`.
+        languages, sources: `COUNTS` of all documents by language and by source, after `close`.
     """
 
     def __init__(
@@ -143,8 +148,8 @@ class ShardSeries:
     def add(self, document: Document) -> None:
         if self._writer is None:
             name = f"{self._stem.name}{len(self.entries):0{self._digits}d}"
-            paths = [self._stem.with_name(name + ending) for ending in SHARD_ENDINGS.values()]
-            self._writer = ShardWriter(*paths, self._dtype, self._compression)
+            tar, index = (self._stem.with_name(name + ending) for ending in SHARD_ENDINGS.values())
+            self._writer = ShardWriter(tar, index, self._dtype, self._compression)
         self._writer.add(document)
         _add_counts(self.languages, document.language, document)
         _add_counts(self.sources, document.source, document)
@@ -159,14 +164,14 @@ class ShardSeries:
             self._writer = None
 
 
-def _zstd_compressor():
+def _zstd_compressor() -> Callable[[bytes], bytes]:
     import zstandard
 
     return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress
 
 
 def _add_counts(sums: dict[str, dict[str, int]], key: str, document: Document) -> None:
-    """Add a document to the counts (`COUNTS`) of its language, or source, or whatever `key` is."""
+    """Add a document to the `COUNTS` of `key`: its language or source."""
     row = sums.setdefault(key, dict.fromkeys(COUNTS, 0))
     sizes = (1, document.sentence_lengths.size, document.tokens.size, document.bytes)
     for name, size in zip(COUNTS, sizes, strict=True):

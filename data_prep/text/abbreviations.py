@@ -1,7 +1,7 @@
-"""Word lists, nearly all for the English side of `segment.py`: which full stops do not end a sentence.
+"""Word lists, mostly for English: which full stops do not end a sentence.
 
-Data only. Changing a list changes where documents are cut: raise `segment.VERSION` in the same commit.
-Tokens are written without their last full stop ("e.g", "Mr").
+Changing a list changes cuts: raise `segment_rules.VERSION` in the same commit. Words have no final full stop
+("e.g", "Mr").
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TITLES_ELSEWHERE = _words(
     "доц тов стр ул"
 )
 
-# Stand before a number ("No. 5", "Fig. 3", "pp. 10-12", "Jan. 5"). Compared in lower case.
+# Before a number ("No. 5", "Fig. 3", "pp. 10-12", "Jan. 5"). Compared in lower case.
 NUMBERED = _words(
     "no nos nr fig figs eq eqs eqn sec sect secs ch chap chaps vol vols p pp pg art arts op ver ref refs "
     "tab para par paras l ll n nn c b d r cap bk pt pts cl col cols app ex exs lib tom thm lem prop def "
@@ -44,7 +44,7 @@ SOMETIMES_LAST = _words(
     "intl natl mfg ed eds edn trans repr ibid op.cit loc.cit anon jnr snr dist cont'd"
 )
 
-# Shortened words that would pass for whole ones before a lower-case word ("orig. written", "pl. of ox").
+# Shortened words that look like whole ones before a lower-case word ("orig. written", "pl. of ox").
 LOWER_CASE = _words(
     "abbr adj adv avg dial dict elem equiv etym fam fem freq gen hist indef inf init intrans intro irreg "
     "lang lat lit masc math max med mil min misc mod neg neut nom obj obs occ opp opt orig param part pass "
@@ -52,7 +52,7 @@ LOWER_CASE = _words(
     "spec subj suppl syn tel temp trad usu var verb"
 )
 
-# Words that begin sentences and do not follow an abbreviation as part of a name.
+# Words that start sentences and do not follow an abbreviation as part of a name.
 STARTERS = _words(
     "The A An This That These Those There Then Thus Therefore Here He She It They We You I His Her Its "
     "Their Our Your My Mine In On At By For From With Without Within When Whenever While Where Wherever "
@@ -66,7 +66,8 @@ STARTERS = _words(
     "They're They’re We're We’re We'll We’ll You're You’re Today Yesterday Tomorrow"
 )
 
-# A quotation that ends in "!" or "?" goes on when one of these follows the speaker's name: “Who?” Jim asked.
+# A sentence continues after a quotation that ends in "!" or "?" when the speaker and one of these follow:
+# “Who?” Jim asked.
 SPEECH_VERBS = _words(
     "said says say asked asks answered answers cried cries replied replies exclaimed shouted whispered "
     "muttered murmured inquired enquired returned demanded called repeated added continued remarked "

@@ -1,18 +1,13 @@
-"""The fast way to the same token ids: gigatoken, proven against the reference library, else not used.
+"""gigatoken, a fast encoder: used only where its ids are proven equal to the reference library's.
 
-In: a definition for gigatoken, the reference library's `encode` (Hugging Face `tokenizers` or SentencePiece)
-and the bytes of each token. Out: a `FastEncoder`, or None and one warning line. Called by
-`data_prep.tokenizer` only.
+The reference (Hugging Face `tokenizers` or SentencePiece) defines the ids. At start a fixed sample must give
+equal ids; later every `COMPARE_EVERY`-th text is encoded by both, and a difference ends the run. Texts with
+letters or digits newer than Unicode 14 go to the reference, because the libraries' tables differ in age.
 
-Why it can be relied on: at start a fixed sample must give the reference's very ids; later every
-`COMPARE_EVERY`-th text is encoded by both, and a difference ends the run. What the ids are is therefore
-defined by the reference alone, and no fingerprint names the engine. Texts with letters or digits that Unicode
-got after version 14 go to the reference: the libraries' tables are of different years.
+gigatoken keeps every word it has seen: 0.1 MB per MB of English books, 4 MB per MB of random words. When the
+process has grown too much, the engine is rebuilt in about 0.1 s.
 
-Why it stays small: gigatoken remembers every word it has seen, for ever: from 0.1 MB per MB of English books
-to 4 MB per MB of random words. When the process has grown too much, it is built anew, in about 0.1 s.
-
-`DATA_PREP_TOKENIZER=hf` in the environment leaves it out.
+`DATA_PREP_TOKENIZER=hf` in the environment disables it.
 """
 
 from __future__ import annotations
@@ -24,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from multiprocessing import parent_process
+from typing import Any
 
 import numpy as np
 
@@ -31,15 +27,15 @@ from data_prep.common.errors import UserError, first_line
 
 SWITCH = "DATA_PREP_TOKENIZER"
 COMPARE_EVERY = 200
-# Look at the memory after this much "cost": characters, plus 8 for every byte above one per character. One is
-# rarely more than 4 bytes of growth, so there are 40 MB between two looks.
-LOOK_COST = 10_000_000
-MEMORY_GROWTH = 120_000_000  # bytes above what the process had when the engine was first there
+# Check the memory after this much "cost": characters, plus 8 for every byte above one per character. A unit
+# rarely adds more than 4 bytes, so memory grows by at most 40 MB between two checks.
+CHECK_COST = 10_000_000
+MEMORY_GROWTH = 120_000_000  # bytes above the process's size with a new engine
 # Letters and digits of Unicode 15 to 17 (gigatoken 0.10 knows all, tokenizers 0.23 those up to 16); a few
-# older neighbours in these ranges do no harm. One pattern for what UTF-8 spells in three bytes, one for four.
+# older characters in these ranges do no harm. One pattern for three bytes of UTF-8, one for four.
 NEW_IN_THREE = re.compile("[\u088f\u0c5c\u0cdc\u1c89-\u1c8a\ua7cb-\ua7dc\ua7f1]")
 NEW_IN_FOUR = re.compile(
-    "(?=[\U00010000-\U0010ffff])["  # one quick question for all other characters
+    "(?=[\U00010000-\U0010ffff])["  # a quick test for all other characters
     "\U000105c0-\U000105f3\U00010940-\U00010959\U00010d40-\U00010d85\U00010ec2-\U00010ec7"
     "\U0001123f-\U00011240\U00011380-\U000113d3\U000116d0-\U000116e3\U00011bc0-\U00011bf9"
     "\U00011db0-\U00011de9\U00011f02-\U00011f59\U0001342f-\U000143fa\U00016100-\U00016139"
@@ -49,36 +45,33 @@ NEW_IN_FOUR = re.compile(
     "\U0001e6c0-\U0001e6ff\U0002b739-\U0002b73f\U0002cea2-\U0002cead\U0002ebf0-\U0002ee5d"
     "\U00031350-\U00033479]"
 )
-# The lists cover letters (L) and numbers (N): a split that asks for more is left to the reference.
+# The lists cover letters (L) and numbers (N): a split that uses more is left to the reference.
 CHARACTER_CLASS = re.compile(r"\\[pP]\{?\^?(\w+)")
 
 
 class FastEncoder:
-    """gigatoken behind a watch.
-
-    name: library and version, for people. `encode` gives the reference's ids; `decode` the bytes of ids.
-    """
+    """gigatoken, compared regularly with the reference. `name`: library and version."""
 
     def __init__(
         self,
-        build: Callable[[], object],
+        build: Callable[[], Any],
         reference: Callable[[str], np.ndarray],
         reference_name: str,
-        look_cost: int = LOOK_COST,
+        check_cost: int = CHECK_COST,
         memory_growth: int = MEMORY_GROWTH,
     ):
         self.name = f"gigatoken {version('gigatoken')}"
         self._build, self._reference, self._reference_name = build, reference, reference_name
-        self._look_cost, self._cost, self._texts = look_cost, 0, 0
+        self._check_cost, self._cost, self._texts = check_cost, 0, 0
         self._engine = build()
         self._memory_limit = _memory() + memory_growth
 
     def encode(self, text: str) -> np.ndarray:
-        """uint32 [T] ids. Raises `UserError` when the two libraries disagree about this text."""
-        if self._cost > self._look_cost:
+        """uint32 [T] ids. Raises `UserError` when the two libraries differ for this text."""
+        if self._cost > self._check_cost:
             self._cost = 0
             if not 0 < _memory() < self._memory_limit:
-                self._engine = None  # gone before the next one is there
+                self._engine = None  # free it before the next one is built
                 self._engine = self._build()
         size = len(text)
         if not text.isascii():
@@ -98,7 +91,7 @@ class FastEncoder:
         return tokens
 
     def decode(self, tokens: np.ndarray) -> bytes:
-        """The bytes of uint32 [T] ids; to be used where `same_bytes` is true."""
+        """The bytes of uint32 [T] ids; only valid where `same_bytes` is true."""
         return self._engine.decode(tokens)
 
     def first_difference(self, added: Iterable[str]) -> str | None:
@@ -110,9 +103,9 @@ class FastEncoder:
         return None
 
     def same_bytes(self, table: list[bytes]) -> bool:
-        """Whether `decode` joins the entries of `table`, also when they are no whole characters."""
+        """Whether `decode` joins the entries of `table`, also when they are partial characters."""
         ids = np.array([index for index, piece in enumerate(table) if piece], dtype=np.uint32)
-        # In two orders, so that no byte can have moved from one token to the next.
+        # In two orders, so that no byte can move from one token to the next unnoticed.
         return all(
             self._engine.decode(order) == b"".join(map(table.__getitem__, order.tolist()))
             for order in (ids, np.random.default_rng(0).permutation(ids))
@@ -120,14 +113,18 @@ class FastEncoder:
 
 
 def fast_encoder(
-    build: Callable[[], object],
+    build: Callable[[], Any],
     reference: Callable[[str], np.ndarray],
     reference_name: str,
     added: Iterable[str],
 ) -> FastEncoder | None:
-    """A proven `FastEncoder`, or None: switched off, or said in one line on stderr why it cannot be used.
+    """A proven `FastEncoder`, or None when it is disabled or, with one warning on stderr, unusable.
 
-    `build` makes gigatoken's tokenizer; it may raise anything. Raises `UserError` on an unknown switch.
+    Args:
+        build: makes gigatoken's tokenizer; may raise anything.
+
+    Raises:
+        UserError: the environment's switch is unknown.
     """
     switch = os.environ.get(SWITCH, "")
     if switch not in ("", "auto", "hf"):
@@ -144,28 +141,30 @@ def fast_encoder(
         raise
     except UserError as error:
         reason = str(error)
-    except BaseException as error:  # whatever the definition provokes; a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is not an Exception
         reason = first_line(error)
     if reason is None:
         return encoder
     if parent_process() is None:  # once, not from every worker
         print(
-            f"data-prep: warning: {reference_name} encodes, slowly, since gigatoken cannot be used: {reason}",
+            f"data-prep: warning: {reference_name} encodes, slowly: gigatoken cannot be used: {reason}",
             file=sys.stderr,
         )
     return None
 
 
 def has_new_characters(text: str, data: bytes) -> bool:
-    """Whether `text`, in UTF-8 `data`, holds a letter or digit on whose class the libraries may differ."""
-    three = b"\xe0" in data or b"\xe1\xb2" in data or b"\xea\x9f" in data  # how those of three bytes begin
+    """Whether `text`, in UTF-8 `data`, has a letter or digit that the libraries may classify differently."""
+    three = (
+        b"\xe0" in data or b"\xe1\xb2" in data or b"\xea\x9f" in data
+    )  # first bytes of the three-byte ones
     if three and NEW_IN_THREE.search(text):
         return True
     return b"\xf0" in data and NEW_IN_FOUR.search(text) is not None
 
 
 def _memory() -> int:
-    """Bytes of memory in use by this process; 0 where the system does not tell."""
+    """Bytes of memory in use by this process; 0 where it is unknown."""
     try:
         with open("/proc/self/statm", "rb") as stream:
             return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -174,14 +173,14 @@ def _memory() -> int:
 
 
 def unproven(spec: dict) -> str | None:
-    """What in a `tokenizer.json` gigatoken might read in its own way, or None.
+    """What in a `tokenizer.json` gigatoken might read differently, or None.
 
-    It passes over settings that it does not know, and a sample may not show it: so only two shapes are taken,
-    OPT's and GPT-2's (`ByteLevel` alone) and that of Llama 3 and Qwen (one `Split`, then `ByteLevel`).
+    It ignores settings that it does not know, and a sample may not show it. So only two shapes are accepted:
+    `ByteLevel` alone (OPT, GPT-2), and one `Split` followed by `ByteLevel` (Llama 3, Qwen).
     """
     model, split = spec.get("model") or {}, spec.get("pre_tokenizer") or {}
     if model.get("type") != "BPE":
-        return "its model is no BPE"
+        return "its model is not BPE"
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             return f"its model sets {name}"
@@ -199,13 +198,13 @@ def unproven(spec: dict) -> str | None:
             or by_pattern.get("behavior") != "Isolated"
             or by_pattern.get("invert")
         ):
-            return "its split is an unknown one"
+            return "its split is unknown"
         if classes := set(CHARACTER_CLASS.findall(pattern)) - {"L", "N"}:
             return f"its split asks for {', '.join(sorted(classes))}"
     if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space", True):
-        return "its split is an unknown one"
+        return "its split is unknown"
     if byte_level.get("use_regex", True) != (byte_level is split):
-        return "its split is an unknown one"
+        return "its split is unknown"
     return None
 
 

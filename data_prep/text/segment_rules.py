@@ -61,7 +61,7 @@ PAUSES = WIDE_PAUSES + ",;:" + _OTHER_PAUSES
 DASHES = "—–―⸺"
 QUOTE_CLOSERS = "\"'”’」』»﹂﹄"
 
-# What may stand between a mark and the cut: closing quotes and brackets, Markdown's emphasis, and characters
+# What may be between a mark and the cut: closing quotes and brackets, Markdown's emphasis, and characters
 # that join the one before them (accents, joiners, variation selectors), which no cut may separate from it.
 EXTENDERS = "\u200b\u200c\u200d\u2060\u20e3\ufeff"
 EXTENDER_RANGES = "\u0300-\u036f\ufe00-\ufe0f"
@@ -76,11 +76,11 @@ _PAUSES_AND_DASHES = PAUSES + DASHES + "-"
 
 
 def _scanner(sure: tuple[str, ...] = (), passed: tuple[str, ...] = (), english: bool = True) -> re.Pattern:
-    """The expression that finds the runs of marks in a line. Its group 1 says: judge this run.
+    """The expression that finds the runs of marks in a line. Group 1 matches when a run must be judged.
 
     A run is marks and closers in any order (`?!`, `!”,`, `.)`), spaced dots (`. . .`), and note references
-    (`.[12]`). `sure` and `passed` stand after a run's first mark: the ends of certain cuts, and what follows
-    a mark that is certainly none. The expression starts with one set of characters, which the regex engine
+    (`.[12]`). `sure` and `passed` match after a run's first mark: the ends of certain cuts, and what follows
+    a mark that is certainly no cut. The expression starts with one set of characters, which the regex engine
     finds several times faster than alternatives.
     """
     mark, close, space_close = _MARK, _CLOSE, ""
@@ -97,41 +97,41 @@ def _scanner(sure: tuple[str, ...] = (), passed: tuple[str, ...] = (), english: 
 
 
 def _listed(length: int, longer: bool = False) -> str:
-    """For a lookbehind: the listed words of `length` letters, with `longer` also the ends of longer ones."""
+    """For a lookbehind: listed words of `length` letters, with `longer` also the ends of longer words."""
     words = filter(str.isalpha, NEVER_LAST | TITLES | NUMBERED | SOMETIMES_LAST)
     fitting = {w[-length:].lower() for w in words if len(w) == length or (longer and len(w) > length)}
     return "|".join(sorted(fitting))
 
 
-# Certain cuts: asked about any of these, a judge says yes, whatever else stands in the line.
+# Certain cuts: the judge accepts each of these, whatever else is in the line.
 _HAN = "\u3400-\u9fff"
 _STARTS = r"(?=\s[“‘\"(]?[A-Z0-9])"
 
 _SURE_STOPS = (
-    # A full stop after a word (or its end) that no list knows and that is no Roman number.
+    # A full stop after a word (or its end) that is in no list and is no Roman numeral.
     rf"(?<=\.)(?:(?<=[a-z]{{4}}\.)(?<!(?:{_listed(4, longer=True)}|[ivxl]{{4}})\.)"
     rf"|(?<=[\s“‘(—][A-Za-z][a-z]{{2}}\.)(?<!(?i:{_listed(3)}|[ivxl]{{3}})\.)"
     rf"|(?<=[\s“‘(—][a-z]{{2}}\.)(?<!(?:{_listed(2)}|[ivxl]{{2}})\.))[”’\"')]*{_STARTS}"
 )
 
-_WIDE_GOES_ON = r"(?=[^\W_]|[“‘「『（]|\s[^.])"
+_WIDE_CONTINUES = r"(?=[^\W_]|[“‘「『（]|\s[^.])"
 
 _SURE = {
     "clause": (
         r"(?<=[^\W\d_][,;:!?])[”’\"']*(?=\s[“‘\"(]?[^\W_])",
         _SURE_STOPS,
-        rf"(?<=[{_HAN}A-Za-z][，；：]){_WIDE_GOES_ON}",
-        rf"(?<=[{_HAN}]、)(?<![一二三四五六七八九十]、){_WIDE_GOES_ON}",
-        rf"(?<=[{_HAN}A-Za-z][。！？])(?:[”’」』]+(?![的之这這一二两兩三四几幾为為云]))?{_WIDE_GOES_ON}",
+        rf"(?<=[{_HAN}A-Za-z][，；：]){_WIDE_CONTINUES}",
+        rf"(?<=[{_HAN}]、)(?<![一二三四五六七八九十]、){_WIDE_CONTINUES}",
+        rf"(?<=[{_HAN}A-Za-z][。！？])(?:[”’」』]+(?![的之这這一二两兩三四几幾为為云]))?{_WIDE_CONTINUES}",
     ),
     "sentence": (
         _SURE_STOPS,
         rf"(?<=[^\W\d_][!?]){_STARTS}",
-        rf"(?<=[{_HAN}A-Za-z][。！？]){_WIDE_GOES_ON}",
+        rf"(?<=[{_HAN}A-Za-z][。！？]){_WIDE_CONTINUES}",
     ),
 }
 
-# Certainly none: marks at the line's end, Mr. Fox, well-known, 3.14, 12:30; for `sentence` a pause before
+# Certainly no cut: marks at the line's end, Mr. Fox, well-known, 3.14, 12:30; for `sentence` a pause before
 # more of the line, and “Go!” he said.
 _LINE_END = rf"[{_MARK}{_CLOSE}-]*\Z"
 _TITLED = r"(?<=\.)(?:(?<=[\s“‘(—][MD]r\.)|(?<=[\s“‘(—]Mrs\.))\s[^.]"
@@ -147,8 +147,8 @@ _PASSED = {
     ),
 }
 
-# Which scanner for [segmenter][English word lists apply]. Where they do not, a full stop is judged, a
-# semicolon may be the Greek question mark, and « may close.
+# Scanners by [segmenter][English word lists apply]. Without the lists, full stops are judged, a semicolon may
+# be the Greek question mark, and « may close.
 SCANNERS = {
     "clause": {
         True: _scanner(_SURE["clause"], _PASSED["clause"]),
@@ -204,7 +204,7 @@ FAR_LETTER = re.compile(  # letters of other scripts
     r"\ufb13-\ufdff\ufe70-\ufefc\U00010000-\U0001efff]"
 )
 
-# Inline code, formulas and titles of works: one unit to a reader, whatever marks they hold.
+# Inline code, formulas and titles of works: one unit, whatever marks they contain.
 _UNIT = re.compile(
     r"《[^《》\n]{1,60}》|`[^`。！？．，；\n]{1,200}`|\$(?![\s\d{$])[^$。！？．，；\n]{0,200}(?<!\s)\$(?!\d)"
 )
@@ -222,11 +222,11 @@ _WIDE_SPEAKER = re.compile(
 
 
 class Judge:
-    """Decides about the runs of marks in one line, `text[begin:end]`, in order.
+    """Judges the runs of marks in one line, `text[begin:end]`, in order.
 
-    `first` and `cut` below are where a run begins and where it ends, closing quotes included; `marks` are the
-    run's marks alone; `start` is where the current sentence begins. Every look back is of bounded length, so
-    the time grows with the line's length alone.
+    In the methods, `first` and `cut` are the start and end of a run with its closing quotes, `marks` the
+    run's marks alone, and `start` the start of the current sentence. Every look back has a bounded length, so
+    the time is linear in the line's length.
     """
 
     def __init__(self, text: str, clause: bool) -> None:
@@ -237,7 +237,7 @@ class Judge:
         self.start = self._seen = begin  # no letter or digit between `start` and `_seen`
         self._counted, self._quoted = begin, False  # whether a double quotation is open at `_counted`
         self._units = _UNIT.finditer(self.text, begin, end) if units else None
-        self._unit_begin, self._unit_end = 0, begin  # the last unit (see _UNIT) that begins before the mark
+        self._unit_begin, self._unit_end = 0, begin  # the last unit (see _UNIT) that starts before the mark
 
     def cut(self, run: re.Match, start: int) -> tuple[int, bool]:
         """(where a sentence ends at `run`, or 0; whether it has no words and joins the one before)."""
@@ -249,7 +249,7 @@ class Judge:
             after = _ANY_MARK.search(text, self._unit_end, cut) if cut > self._unit_end else None
             if after is None:
                 return 0, False
-            first = after.start()  # `a.b();`， the unit ends in marks of its own
+            first = after.start()  # `a.b();`， the unit itself ends in marks
         self.start = start
         marks = text[first:cut]
         if cut - first > 1:
@@ -276,7 +276,7 @@ class Judge:
         return 0, False
 
     def _joins_before(self, start: int, cut: int, mark: str) -> bool:
-        """Whether marks without words belong to what is before them; not when they open the next: “… so"""
+        """Whether marks without words belong to the text before them; not when they open the next: “… so"""
         opened = _OPENING.search(self.text, start, cut) is not None
         return not (mark in DASHES or mark == "-" or (opened and self.text[cut - 1] not in CLOSERS))
 
@@ -285,7 +285,7 @@ class Judge:
         text = self.text
         if text[cut].isspace():
             return cut
-        if '"' in run:  # a straight quote opens what follows, if none is open already (“Go!" he said)
+        if '"' in run:  # a straight quote opens what follows unless one is open (“Go!" he said)
             quote = first + run.index('"')
             for sign in _DOUBLE_QUOTE.findall(text, self._counted, quote):
                 self._quoted = sign == "“" or (sign == '"' and not self._quoted)
@@ -323,7 +323,7 @@ class Judge:
         return True
 
     def _stops_at_dash(self, cut: int, marks: str) -> bool:
-        """The next sentence begins right after the dash (“Was it so?—Nobody knew.”), or speech breaks off."""
+        """Whether a sentence starts right after the dash (“Was it so?—He knew.”), or speech breaks off."""
         text = self.text
         if marks[0] in STOPS and text[cut].isupper():
             return True
@@ -358,7 +358,9 @@ class Judge:
         quoted = text[cut - 1] in QUOTE_CLOSERS
         if not marks.isascii() and any(mark in WIDE_STOPS for mark in marks):
             if text[cut - 1] in ")）" and marks[-1] not in "。｡":
-                return text[self.start : first].lstrip()[0] in "(（"  # an aside goes on: 他（可怜！）病了
+                return (
+                    text[self.start : first].lstrip()[0] in "(（"
+                )  # the sentence continues after an aside: 他（可怜！）病了
             if quoted and marks[-1] not in "。｡" and _QUOTED_TERM.match(text, cut, self.end):
                 return False
             return clause or not (quoted and _WIDE_SPEAKER.match(text, cut, self.end))
@@ -373,10 +375,10 @@ class Judge:
                 return True
             if not spaced and _is_east_asian(before):
                 return quoted or opened
-            # "Well... I think" goes on; with a full stop of its own (four dots, ".…") the sentence has ended.
+            # "Well... I think" continues; with a further full stop (four dots, ".…") the sentence has ended.
             stopped = len(set(marks)) > 1 or marks == "...."
-            goes_on = self.english and not (stopped or opened) and self._next_word(next_at) in _I
-            return not (next_character.islower() or goes_on)
+            continues = self.english and not (stopped or opened) and self._next_word(next_at) in _I
+            return not (next_character.islower() or continues)
         if not self.english and next_character in DASHES and spaced:  # — Иди! — сказал он.
             after = _SKIP_DASH.match(text, next_at, self.end).end()
             if text[after : min(after + 1, self.end)].islower():
@@ -407,7 +409,7 @@ class Judge:
         return speaker is not None and speaker.group(1) in SPEECH_VERBS
 
     def _is_abbreviation(self, stop: int, next_at: int, opened: bool) -> bool:
-        """Whether the full stop at `stop` belongs to an abbreviation, initial or list number that goes on."""
+        """Whether the full stop at `stop` belongs to an abbreviation, initial or list number."""
         token = self._token(stop)
         if not token or len(token) > 12:
             return False
@@ -442,7 +444,7 @@ class Judge:
         return len(token) <= 4 and token.isalpha() and self.text[next_at : next_at + 1].isdecimal()
 
     def _is_list_number(self, token_at: int, token: str) -> bool:
-        """Whether the number or letter opens the line or follows another sentence: `1. Open. 2. Close.`"""
+        """Whether the number or letter opens the line or follows a sentence: `1. Open. 2. Close.`"""
         previous = self.text[max(self.begin, token_at - 40) : token_at].rstrip()
         if not previous.strip(OPENERS):
             return True
@@ -455,12 +457,12 @@ class Judge:
         last = previous[-1] if previous else ""
         if token.islower():
             return token == "v" and not starts
-        if token == "I" and last.islower():  # "taller than I. Jim went on"
+        if token == "I" and last.islower():  # "taller than I. Jim left"
             return False
         return not starts or (last.endswith(".") and len(last) == 2)  # J. R. R. In ..., but not Mr. X. The
 
     def _token(self, stop: int) -> str:
-        """What stands before `stop` back to white space, a bracket, quote, dash or Chinese character."""
+        """The text before `stop` back to white space, a bracket, quote, dash or Chinese character."""
         piece = self.text[max(self.begin, stop - 24) : stop]
         if not piece or piece[-1].isspace():
             return ""

@@ -1,18 +1,13 @@
-"""Cuts a text into sentences without losing a character.
+"""Cuts a text into sentences without losing a character (docs/segmentation.md has the rules).
 
-In: one text (any Unicode without lone surrogates). Out: a list of non-empty strings whose concatenation is
-the text, or their ends in characters (`cuts`). `sentence` cuts at sentence ends, `clause` also at commas,
-semicolons, colons and dashes (the mechanism of the SentenceVAE paper, arXiv 2408.00655). Called by
-`sentences.cut_document` for every document, and by `pipeline/generation.py` (`is_complete`). The rules are on
-one page in docs/segmentation.md.
+`sentence` cuts at sentence ends, `clause` also at commas, semicolons, colons and dashes (the mechanism of the
+SentenceVAE paper, arXiv 2408.00655).
 
-How it works: every line is scanned once for runs of punctuation marks. A run in plain surroundings (a comma
-between two words; a full stop after a long lower-case word, before a capital) is accepted, or passed over, by
-the scanning expression itself; any other run is judged by what stands before and after it. The expression
-knows only cases whose judgement is certain, so it changes the speed and no cut (`Segmenter.judge_all` turns
-it off; a test compares). Only positions are found, so nothing can be lost or altered. The rules are ours
-rather than a library's because cut positions are part of a shard's fingerprint: they may change only when
-`VERSION` does.
+Every line is scanned once for runs of punctuation marks. The scanning expression accepts or skips a run in
+plain surroundings (a comma between two words; a full stop after a long lower-case word, before a capital).
+All other runs are judged by what is before and after them. The expression knows only certain cases, so it
+changes the speed and no cut (`Segmenter.judge_all` disables it; a test compares). The rules are not a
+library's because cut positions are part of a shard's fingerprint: they may change only with `VERSION`.
 """
 
 from __future__ import annotations
@@ -40,10 +35,9 @@ LANGUAGES = ("en", "zh", "other", "auto")
 
 @dataclass(frozen=True)
 class Segmenter:
-    """Cuts texts; made by `get_segmenter`. Pickles, holds no state, the same everywhere.
+    """Cuts texts; stateless. Made by `get_segmenter`.
 
-    `judge_all` sends every run of marks to the judge, also those that the scanner is certain of: the same
-    cuts at a third of the speed. For tests.
+    `judge_all` sends every run of marks to the judge: the same cuts at a third of the speed. For tests.
     """
 
     name: str
@@ -54,14 +48,14 @@ class Segmenter:
     def __call__(self, text: str) -> list[str]:
         """Sentences of `text`, in order. `"".join(result) == text`; no empty string; `""` gives `[]`.
 
-        White space, line breaks too, belongs to the front of the sentence that follows it; at the end of the
-        text it belongs to the last sentence. A text without words is one sentence.
+        White space and line breaks belong to the front of the sentence that follows; at the end of the text
+        they belong to the last sentence. A text without words is one sentence.
         """
         cuts = self.cuts(text)
         return [text[start:end] for start, end in zip([0, *cuts], cuts, strict=False)]
 
     def cuts(self, text: str) -> list[int]:
-        """Where the sentences of `text` end, in characters, ascending; the last is `len(text)`. [] for ""."""
+        """Sentence ends in characters, ascending; the last is `len(text)`. [] for ""."""
         cuts: list[int] = []
         english, chinese = self.language != "other", self.language == "zh"
         varied = self.language in ("auto", "other") and _has_far_letters(text)
@@ -70,7 +64,7 @@ class Segmenter:
         has_units = any(sign in text for sign in "`$《")
         for begin, end in _lines(text):
             if not WORD_CHARACTER.search(text, begin, end):
-                if cuts:  # marks alone belong to the sentence before, line break and all
+                if cuts:  # marks alone belong to the sentence before, with their line break
                     cuts[-1] = end
                 continue
             if varied:
@@ -102,10 +96,10 @@ class Segmenter:
         return cuts
 
     def is_complete(self, text: str) -> bool:
-        """True when `text`, without trailing spaces, ends where a sentence ends should more text follow.
+        """Whether `text`, without trailing spaces, ends at a sentence end if more text follows.
 
-        Generation asks this of a prompt: False means that the next words belong to a sentence already begun.
-        A text that ends in a line break is complete when it has words, and an empty one is.
+        For a prompt, False means that the next words belong to its last sentence. A text that ends in a line
+        break is complete when it has words; an empty text is complete.
         """
         body = text.rstrip()
         space = text[len(body) :]
@@ -117,17 +111,18 @@ class Segmenter:
         english, chinese = self.language != "other", self.language == "zh"
         if self.language in ("auto", "other"):
             english, chinese = _line_rules(self.language, line, 0, len(line))
-        # What follows is unknown: complete is what any ordinary continuation would leave as it is.
+        # What follows is unknown: a text is complete when no ordinary continuation changes its last cut.
         probes = [" The"] + (["下一句"] if chinese else [])
         fixed = Segmenter(self.name, "zh" if chinese and english else "en" if english else "other")
         return all(len(line) in fixed.cuts(line + probe)[:-1] for probe in probes)
 
 
 def get_segmenter(name: str, language: str = "auto") -> Segmenter:
-    """The segmenter `name` (`clause` or `sentence`) for `language`: `en`, `zh`, `other`, or `auto`, which is
-    one of these line by line.
+    """The segmenter `name` (`clause` or `sentence`) for `language`: `en`, `zh`, `other`, or `auto` (chosen
+    line by line).
 
-    Raises `UserError` for any other name or language.
+    Raises:
+        UserError: another name or language.
     """
     if name not in NAMES:
         raise UserError(f"unknown segmenter {name!r}: use one of {', '.join(NAMES)}")
@@ -137,7 +132,7 @@ def get_segmenter(name: str, language: str = "auto") -> Segmenter:
 
 
 def _lines(text: str) -> Iterator[tuple[int, int]]:
-    """Begin and end of each line of `text` without the white space around it; empty lines are left out."""
+    """Start and end of each line of `text` without surrounding white space; skips empty lines."""
     at = 0
     for line in text.splitlines(keepends=True):
         body = line.strip()
@@ -148,8 +143,8 @@ def _lines(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _has_far_letters(text: str) -> bool:
-    """Whether some character may be neither Latin nor general punctuation; without any, no line need be asked
-    for its language. Compares all characters at once: a regex search would cost as much as the scan."""
+    """Whether a character may be neither Latin nor general punctuation; otherwise no line needs its language
+    checked. Compares all characters at once: a regex search would cost as much as the scan."""
     if text.isascii():
         return False
     units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype="<u2")

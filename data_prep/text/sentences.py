@@ -1,14 +1,10 @@
-"""One document's text → its tokens and where its sentences end.
+"""One document's text as tokens and sentence lengths.
 
-In: text, tokenizer, segmenter, limits. Out: tokens uint32 [T] of the WHOLE text, and sentence lengths uint16
-[S] that sum to T. Called by the sharder for every document, and by whoever must cut raw text as training did
-(evaluation, generation).
-
-A text boundary rarely falls between two tokens that are whole characters; it moves forward to the next place
-that does. So the token model and the sentence model read the very same tokens, and every sentence is valid
-UTF-8. Three units are at work: the segmenter counts characters, offsets into the text are in bytes, sentences
-are cut in tokens. Positions are int32: documents of some MB must not fill the memory, and none has 2 GB. What
-is looked up in them is int32 as well, or numpy would convert them as a whole.
+A text boundary that is not between two whole-character tokens moves forward to the next place that is. So the
+token model and the sentence model read the same tokens, and every sentence is valid UTF-8. Three units are in
+use: characters (segmenter), bytes (offsets into the text), tokens (sentence lengths). Positions are int32 to
+save memory on documents of several MB; values that are looked up in them are int32 as well, because numpy
+would convert the whole array otherwise.
 """
 
 from __future__ import annotations
@@ -27,10 +23,10 @@ from data_prep.text.segmenter import Segmenter, get_segmenter
 from data_prep.text.tokenizer import Tokenizer
 
 LONGEST = 65535  # sentence lengths are stored as uint16
-SHORTEST = 4  # one character may need four tokens, and is never cut
+SHORTEST = 4  # one character may need four tokens and is never split
 JUDGED_BY_LINE = ("en", "zh", "", "auto")  # document languages that the `auto` segmenter handles
 
-_BLOCK = 1 << 20  # of an array, where a whole one in int64 would be large
+_BLOCK = 1 << 20  # elements, where a whole array in int64 would be large
 _BREAK_AHEAD = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
@@ -38,8 +34,11 @@ _BREAK_AHEAD = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*[\n\r\v\f\x1c
 class SentenceSettings:
     """How documents are cut.
 
-    segmenter: clause|sentence. language: en|zh|other, or auto. max_tokens: longer sentences are split.
-    min_tokens: shorter ones are joined to a neighbour; 1 is off.
+    Args:
+        segmenter: clause or sentence.
+        language: en, zh, other or auto.
+        max_tokens: longer sentences are split.
+        min_tokens: shorter sentences are joined to a neighbour; 1 disables it.
     """
 
     segmenter: str
@@ -56,10 +55,10 @@ class SentenceSettings:
             )
 
     def segmenter_for(self, document_language: str = "") -> Segmenter:
-        """The segmenter for a document of this language. Settings that name a language win; else `auto`
-        judges each line of English, Chinese and unlabelled documents, and `other` cuts the rest.
+        """The segmenter for a document of this language.
 
-        Raises `UserError` when the settings name an unknown segmenter or language.
+        A language in the settings takes precedence. Otherwise `auto` cuts English, Chinese and unlabelled
+        documents, and `other` the rest.
         """
         language = self.language
         if language == "auto" and document_language not in JUDGED_BY_LINE:
@@ -78,10 +77,14 @@ def cut_document(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenize `text` once and cut it into sentences of `min_tokens` to `max_tokens` tokens.
 
-    Returns (tokens uint32 [T], sentence_lengths uint16 [S]): every length >= 1, their sum T. Empty for "".
-    Each cut lies at or after the segmenter's boundary, or splits a sentence that would be too long: after one
-    of its clauses, else before white space, else between any two characters. An int as `settings` is the
-    maximum alone. Raises `LossyTokenization` when the tokens do not give the text back.
+    Each cut is at or after the segmenter's boundary, or splits a sentence that is too long: after one of its
+    clauses, else before white space, else between any two characters. An int as `settings` is the maximum.
+
+    Returns:
+        Tokens uint32 [T] and sentence lengths uint16 [S], each >= 1, with sum T. Empty for "".
+
+    Raises:
+        LossyTokenization: the tokens do not decode to the text.
     """
     max_tokens = settings if isinstance(settings, int) else settings.max_tokens
     min_tokens = 1 if isinstance(settings, int) else settings.min_tokens
@@ -123,14 +126,14 @@ def _text_cuts(text: str, segmenter: Segmenter | Callable[[str], list[str]]) -> 
 
 
 def _character_starts(data: bytes) -> np.ndarray:
-    """bool [bytes + 1]: whether a character starts at a byte; the end of the text counts as a start."""
+    """bool [bytes + 1]: whether a character starts at a byte; true for the end of the text."""
     starts = np.ones(len(data) + 1, dtype=bool)
     np.not_equal(np.frombuffer(data, dtype=np.uint8) & 0xC0, 0x80, out=starts[:-1])  # not 10xxxxxx
     return starts
 
 
 def _places_of(flags: np.ndarray) -> np.ndarray:
-    """Where bool [N] holds, int32, ascending."""
+    """Indices where bool [N] is true, int32, ascending."""
     blocks = range(0, flags.size, _BLOCK)
     return np.concatenate([np.flatnonzero(flags[at : at + _BLOCK]).astype(np.int32) + at for at in blocks])
 
@@ -149,9 +152,9 @@ def _character_boundaries(
 
 
 def _respell(tokens: np.ndarray, places: np.ndarray, too_far: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Spell stretches that offer no cut for too long character by character.
+    """Encode stretches without a possible cut character by character.
 
-    Byte-level merges can join the tail of one character to the head of the next, again and again.
+    Byte-level merges can repeatedly join the end of one character to the start of the next.
     """
     parts, done = [], 0
     for index in np.flatnonzero(too_far):
@@ -171,8 +174,8 @@ def _split_long(
     segmenter: Segmenter | Callable[[str], list[str]],
     max_tokens: int,
 ) -> np.ndarray:
-    """Add cuts to sentences above the limit: the last clause end within it, else the last white space, else
-    the last place of all. None in the first quarter of the limit, which would leave scraps."""
+    """Add cuts to sentences above the limit: at the last clause end within it, else the last white space,
+    else the last possible place. None in the first quarter of the limit, to avoid tiny sentences."""
     begins = np.append(0, cuts[:-1])
     long = cuts - begins > max_tokens
     begins, finals = begins[long], cuts[long]
@@ -193,7 +196,7 @@ def _split_long(
 def _last_white(
     low: int, high: int, places: np.ndarray, ends: np.ndarray, text: str, offsets: np.ndarray | None
 ) -> int:
-    """The last place in (low, high] that stands before white space, else the last one up to `high`."""
+    """The last place in (low, high] before white space, else the last one up to `high`."""
     first, last = np.searchsorted(places, np.array([low, high], dtype=np.int32), side="right").tolist()
     at = ends[first:last] if offsets is None else np.searchsorted(offsets, ends[first:last])
     for index, character in zip(range(last - 1, first - 1, -1), at[::-1].tolist(), strict=True):
@@ -217,10 +220,10 @@ def _clause_ends(
     clauses = get_segmenter("clause", segmenter.language)
     # Places → bytes → characters; then back.
     last = [np.searchsorted(places, at, side="right") - 1 for at in (begins, finals)]
-    bounds = [np.where(at < 0, 0, ends[at]).astype(np.int32) for at in last]
+    bounds: list[np.ndarray] = [np.where(at < 0, 0, ends[at]).astype(np.int32) for at in last]
     if offsets is not None:
         bounds = [np.searchsorted(offsets, at) for at in bounds]
-    inner = [np.zeros(0, np.int32)]
+    inner: list[np.ndarray] = [np.zeros(0, np.int32)]
     for begin, end in zip(bounds[0].tolist(), bounds[1].tolist(), strict=True):
         inner.append(np.array(clauses.cuts(text[begin:end])[:-1], dtype=np.int32) + begin)
     at = np.concatenate(inner)
@@ -228,8 +231,8 @@ def _clause_ends(
 
 
 def _join_short(cuts: Sequence[int], line_ends: set[int], min_tokens: int, max_tokens: int) -> np.ndarray:
-    """Join sentences below `min_tokens` to the next one on their line; at its end to the one before. One that
-    is alone on its line goes to the line after it, else before it. Nothing grows beyond `max_tokens`."""
+    """Join sentences below `min_tokens` to the next one on their line, at its end to the one before. A
+    sentence alone on its line joins the next line, else the previous. None grows beyond `max_tokens`."""
     joined = array("i")
     start = 0
     for cut, following in zip(cuts, chain(cuts[1:], [None]), strict=True):

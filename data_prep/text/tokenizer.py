@@ -1,15 +1,12 @@
-"""Text ↔ token ids, exactly: `decode(encode(text)) == text` for every text, or the tokenizer is refused.
+"""Exact tokenizers: `decode(encode(text)) == text` for every text, or the tokenizer is refused.
 
-In: a folder. Either a local Hugging Face one whose `tokenizer.json` works on bytes (OPT, GPT-2, Llama 3, …),
-or one made by `train_sentencepiece` (`tokenizer.model`). Out: a `Tokenizer`, used by the sharder, by batches,
-by evaluation and by generation.
+A tokenizer is a local Hugging Face folder whose `tokenizer.json` works on bytes (OPT, GPT-2, Llama 3, …), or
+one made by `train_sentencepiece` (`tokenizer.model`). Both use a table of the bytes that each token adds to
+the text: decoding joins them, and the sentence cutter turns them into offsets. No BOS or EOS is added here,
+and `</s>` in a text stays plain text.
 
-Both kinds rest on one table, the bytes that each token adds to the text: decoding joins them, and the
-sentence cutter turns them into offsets. Nothing here adds BOS or EOS, and `</s>` written in a text stays
-plain text.
-
-Hugging Face `tokenizers` and SentencePiece define the ids; where gigatoken is proven to give the same ones it
-does the work, 20 to 50 times as fast (`data_prep.fast_encoder`).
+Hugging Face `tokenizers` and SentencePiece define the ids; where gigatoken is proven to give the same ids it
+encodes, 20 to 50 times as fast (`fast_encoder`).
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,14 +29,14 @@ from data_prep.common.errors import UserError
 from data_prep.text.fast_encoder import FastEncoder, fast_encoder, unproven
 
 CONFIG_FILE = "tokenizer_config.json"
-# What `AutoTokenizer` may want to see beside tokenizer.json; copied with it, not part of the fingerprint.
+# What `AutoTokenizer` may read beside tokenizer.json; copied with it, not part of the fingerprint.
 COMPANION_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
-SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space
-LINE_CHARACTERS = 2000  # training lines are cut here, so that SentencePiece's own limit drops none
+SPACE_MARK = "\u2581"  # SentencePiece's mark for a space
+LINE_CHARACTERS = 2000  # training lines are cut here, so that SentencePiece's limit drops none
 
 
 class LossyTokenization(ValueError):
-    """The tokens of one text do not give that text back."""
+    """The tokens of one text do not decode to that text."""
 
 
 class Tokenizer:
@@ -46,13 +44,16 @@ class Tokenizer:
 
     vocab_size: embedding rows needed, the highest id + 1.
     bos_id, eos_id, pad_id: control symbols; never produced by `encode`.
-    fingerprint: sha256 (hex) over what defines the ids.
+    fingerprint: sha256 (hex) over the definition of the ids.
     engine: the library that encodes, with its version; the ids do not depend on it.
     byte_lengths: int32 [vocab_size], UTF-8 bytes each token adds to the text, 0 for control symbols.
     """
 
     kind: str
     reference: str  # the package that defines the ids
+    definition_file: str
+    _definition: bytes
+    _config: dict
     advice = "use a byte-level tokenizer or train one with `data-prep tokenizer`"  # when it loses text
 
     def __init__(
@@ -79,13 +80,14 @@ class Tokenizer:
         return f"{self.reference} {version(self.reference)}"
 
     def __reduce__(self) -> tuple:
-        """A worker process that is given a tokenizer loads it again."""
+        """Pickled by path: a worker process loads the tokenizer again."""
         return load_tokenizer, (self.folder.absolute(),)
 
     def encode(self, text: str) -> np.ndarray:
         """uint32 [T] token ids of `text`, without BOS or EOS.
 
-        Raises `UserError` when a comparison in passing finds that the fast engine's ids are wrong.
+        Raises:
+            UserError: a regular comparison found wrong ids of the fast engine.
         """
         return self._fast.encode(text) if self._fast else self.encode_reference(text)
 
@@ -100,10 +102,10 @@ class Tokenizer:
     def encode_exactly(self, text: str, data: bytes) -> np.ndarray:
         """`encode`, checked: `data` is the text in UTF-8. Raises `LossyTokenization` when bytes are lost."""
         tokens = self.encode(text)
-        # Where it knows the same bytes, gigatoken joins them twice as fast.
+        # gigatoken joins the bytes twice as fast, where its table is the same.
         back = self._fast.decode(tokens) if self._fast_decodes else self.decode_bytes(tokens)
         if back != data or not self.byte_lengths[tokens].all():
-            raise LossyTokenization("the tokens do not give the text back")
+            raise LossyTokenization("the tokens do not decode to the text")
         return tokens
 
     def decode_bytes(self, tokens: np.ndarray | Iterable[int]) -> bytes:
@@ -117,11 +119,15 @@ class Tokenizer:
         return self.decode_bytes(tokens).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        """Write the defining files into `folder`; `load_tokenizer(folder)` reads the same tokenizer back."""
-        raise NotImplementedError
+        """Write the defining files to `folder`; `load_tokenizer(folder)` loads the same tokenizer."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self.definition_file).write_bytes(self._definition)
+        config = json.dumps(self._config, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
 
-    def _seek_fast(
-        self, build: Callable[[], object], reference: Callable[[str], np.ndarray], added: list[str]
+    def _find_fast_engine(
+        self, build: Callable[[], Any], reference: Callable[[str], np.ndarray], added: list[str]
     ) -> None:
         self._fast = fast_encoder(build, reference, self.reference_name, added)
         self._fast_decodes = self._fast is not None and self._fast.same_bytes(self._table)
@@ -132,9 +138,10 @@ class ByteLevelTokenizer(Tokenizer):
 
     kind = "byte-level"
     reference = "tokenizers"
+    definition_file = "tokenizer.json"
 
     def __init__(self, folder: Path, definition: bytes, config: dict):
-        # The Rust thread pool does not survive a fork and only competes with our own worker processes.
+        # The Rust thread pool does not survive a fork and competes with our worker processes.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer as RustTokenizer
 
@@ -145,7 +152,7 @@ class ByteLevelTokenizer(Tokenizer):
             raise UserError(f"{folder}/tokenizer.json is not a tokenizer definition: {error}") from error
         if not _has_byte_level(spec):
             raise UserError(
-                f"tokenizer {folder} does not work on bytes, so it cannot give every text back; "
+                f"tokenizer {folder} does not work on bytes, so it cannot decode to every text; "
                 "use a byte-level one (OPT's, GPT-2's) or train one with `data-prep tokenizer`"
             )
         self._rust.encode_special_tokens = True  # "</s>" in a text is text
@@ -169,18 +176,18 @@ class ByteLevelTokenizer(Tokenizer):
                 f'its tokenizer.json changes text first ({names}): set "normalizer" to null in a copy of it; '
                 "text that is in that form already keeps its ids"
             )
-        # Gigatoken cannot be told that "</s>" in a text is text; it does not see what it does not know.
+        # gigatoken has no option to read "</s>" in a text as text, so the special tokens are removed.
         spec["added_tokens"] = [token for token in spec.get("added_tokens") or [] if not token["special"]]
         spec["post_processor"] = None
         plain = json.dumps(spec).encode("ascii")
         reason = unproven(spec)
 
-        def build() -> object:
+        def build() -> Any:
             if reason:
                 raise UserError(reason)
             return _gigatoken(plain)
 
-        self._seek_fast(build, self.encode_reference, added)
+        self._find_fast_engine(build, self.encode_reference, added)
 
     def _special_id(self, config: dict, name: str) -> int | None:
         entry = config.get(name)
@@ -192,15 +199,10 @@ class ByteLevelTokenizer(Tokenizer):
         return np.array(encoding.ids, dtype=np.uint32)
 
     def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_bytes(self._definition)
-        (folder / CONFIG_FILE).write_text(
-            json.dumps(self._config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        super().save(folder)
         for name in COMPANION_FILES:
-            if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
-                shutil.copyfile(self.folder / name, folder / name)
+            if (self.folder / name).is_file() and self.folder.resolve() != Path(folder).resolve():
+                shutil.copyfile(self.folder / name, Path(folder, name))
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -208,6 +210,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "sentencepiece"
     reference = "sentencepiece"
+    definition_file = "tokenizer.model"
 
     def __init__(self, folder: Path, model: bytes, config: dict):
         import sentencepiece
@@ -222,17 +225,17 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(
                 f"{folder}/tokenizer.model lacks <s>, </s> or <pad>; train one with `data-prep tokenizer`"
             )
-        # SentencePiece cannot tell its space mark from a real space, so the mark is spelled in bytes by us.
+        # SentencePiece cannot distinguish its space mark from a space, so the mark is encoded as bytes here.
         self._mark = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if processor.unk_id() in self._mark:
             raise UserError(
-                f"{folder}/tokenizer.model has no byte pieces, so it cannot give every text back; "
+                f"{folder}/tokenizer.model has no byte pieces, so it cannot decode to every text; "
                 "train one with `data-prep tokenizer`"
             )
-        self._model, self._config = model, config
+        self._definition, self._config = model, config
         super().__init__(folder, table, bos, eos, pad, hashlib.sha256(model).hexdigest())
         controls = [processor.id_to_piece(index) for index in (bos, eos, pad, processor.unk_id())]
-        self._seek_fast(lambda: _gigatoken(_as_json(model)), self._encode_part, controls)
+        self._find_fast_engine(lambda: _gigatoken(_as_json(model)), self._encode_part, controls)
 
     def encode(self, text: str) -> np.ndarray:
         return self._around_marks(text, super().encode)
@@ -250,26 +253,17 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_part(self, text: str) -> np.ndarray:
         return np.array(self._processor.encode(text), dtype=np.uint32)
 
-    def save(self, folder: str | Path) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(self._model)
-        (folder / CONFIG_FILE).write_text(
-            json.dumps(self._config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
 
-
-def _gigatoken(definition: bytes) -> object:
+def _gigatoken(definition: bytes) -> Any:
     from gigatoken import Tokenizer as Gigatoken
 
     return Gigatoken.from_json(definition).backend
 
 
 def _as_json(model: bytes) -> bytes:
-    """A SentencePiece model as gigatoken's own reader turns it to JSON, less the control symbols."""
-    from gigatoken._load.sentencepiece import (
-        sentencepiece_to_tokenizer_json,
-    )  # private: hence the pinned minor
+    """A SentencePiece model as JSON by gigatoken's reader, without the control symbols."""
+    # A private module: the reason for the pinned minor version.
+    from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
 
     spec = json.loads(sentencepiece_to_tokenizer_json(model))
     spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["special"]]
@@ -277,9 +271,10 @@ def _as_json(model: bytes) -> bytes:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the tokenizer of a local folder and probe that it loses nothing.
+    """Load the tokenizer of a local folder and check that it is lossless.
 
-    Raises `UserError` when the folder is missing, holds no tokenizer, or fails the round trip.
+    Raises:
+        UserError: the folder is missing, holds no tokenizer, or fails the round trip.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -305,8 +300,10 @@ def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: in
     """Train a byte-pair SentencePiece model on `lines` of text and write it to `folder`.
 
     Byte fallback, identity normalisation, no dummy prefix, white space kept: any text round-trips. Ids: `<s>`
-    0, `<pad>` 1, `</s>` 2, `<unk>` 3, line feed 4, then 256 bytes. The same lines give the same bytes. Raises
-    `UserError` when `vocab_size` does not suit the sample.
+    0, `<pad>` 1, `</s>` 2, `<unk>` 3, line feed 4, then 256 bytes. The same lines give the same bytes.
+
+    Raises:
+        UserError: `vocab_size` does not fit the sample.
     """
     import sentencepiece
 
@@ -322,7 +319,7 @@ def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: in
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             user_defined_symbols=["\n"],
-            required_chars=SPACE_MARK,  # else a sample without spaces leaves none for the space
+            required_chars=SPACE_MARK,  # otherwise a sample without spaces has no piece for the space
             bos_id=0,
             pad_id=1,
             eos_id=2,
@@ -349,7 +346,7 @@ def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: in
 
 
 def _training_lines(lines: Iterable[str]) -> Iterable[str]:
-    """Lines as SentencePiece takes them: it drops any that is long or holds one of these four characters."""
+    """Parts of lines that SentencePiece accepts: it drops long lines and those with these characters."""
     for line in lines:
         for part in re.split("[\n\t\0\u2581\u2585]", line):
             for start in range(0, len(part), LINE_CHARACTERS):
@@ -376,7 +373,7 @@ def _convert_slow_files(folder: Path) -> bytes:
     try:
         fast = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return fast.backend_tokenizer.to_str().encode("utf-8")
-    except Exception as error:  # transformers raises whatever the files provoke
+    except Exception as error:  # transformers raises many kinds
         raise UserError(f"tokenizer folder {folder} cannot be read: {error}") from error
 
 
@@ -387,18 +384,17 @@ def _has_byte_level(spec: dict) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2's published mapping).
+    """The character for each byte in byte-level vocabularies (GPT-2's published mapping).
 
-    Printable Latin-1 characters stand for themselves; the other bytes take the code points from 256 up, in
-    order.
+    Printable Latin-1 characters map to themselves, the other bytes to the code points from 256 up, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _byte_level_table(rust: object, spec: dict) -> list[bytes]:
-    """Bytes of each id. Entries that no text gives (`<unk>`, `madeupword0000`) count as control symbols."""
+def _byte_level_table(rust: Any, spec: dict) -> list[bytes]:
+    """Bytes of each id. Entries that no text produces (`<unk>`, `madeupword0000`) are control symbols."""
     alphabet = _byte_alphabet()
     to_latin = defaultdict(lambda: 0xFFFF, {ord(c): byte for c, byte in alphabet.items()})
     model = spec.get("model", {})
@@ -406,7 +402,7 @@ def _byte_level_table(rust: object, spec: dict) -> list[bytes]:
     reachable = {"".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1) for merge in merges}
     every = model.get("type") != "BPE" or model.get("ignore_merges", False)
     vocabulary = model.get("vocab")
-    if not isinstance(vocabulary, dict):  # asking the library takes longer than all the rest
+    if not isinstance(vocabulary, dict):  # slow: the library takes longer than all the rest
         vocabulary = rust.get_vocab(with_added_tokens=False)
     added_tokens = rust.get_added_tokens_decoder()
     table = [b""] * (max([*vocabulary.values(), *added_tokens]) + 1)
@@ -419,7 +415,7 @@ def _byte_level_table(rust: object, spec: dict) -> list[bytes]:
     return table
 
 
-def _sentencepiece_bytes(processor: object, index: int) -> bytes:
+def _sentencepiece_bytes(processor: Any, index: int) -> bytes:
     if processor.is_control(index) or processor.is_unknown(index):
         return b""
     piece = processor.id_to_piece(index)
@@ -430,7 +426,7 @@ def _sentencepiece_bytes(processor: object, index: int) -> bytes:
 
 def _probe(tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer that loses text. Raises `UserError` naming the first text that failed."""
-    # Together these hold every byte that UTF-8 can hold.
+    # Together these contain every byte that UTF-8 can contain.
     every_byte = "".join(
         map(chr, [*range(0x800), *range(0x800, 0xD800, 0x400), *range(0xE000, 0x110000, 0x4000)])
     )

@@ -1,8 +1,7 @@
-"""Small configs of every backbone family, for the tests that all of them must pass.
+"""Small configs of every backbone family.
 
-Widths: the SentenceVAE of the tests is 32 wide; the `wide` and `narrow` ones are not, so the SLLM needs its
-adapters. Llama and Qwen have fewer key/value heads than query heads; Qwen3's heads are wider than
-hidden_size / heads.
+The tests' SentenceVAE is 32 wide; the `wide` and `narrow` backbones are not, so the SLLM needs adapters.
+Llama and Qwen have fewer key/value heads than query heads; Qwen3's heads are wider than hidden_size / heads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Made-up lines of a corpus: good ones in all the shapes that JSON allows, and bad ones with their reason."""
+"""Synthetic corpus lines: good ones in every JSON form, and bad ones with their reject reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def prose(chance: random.Random) -> str:
 
 
 def good_line(chance: random.Random, number: int) -> tuple[bytes, tuple]:
-    """(line, what must arrive): good records in all the shapes that JSON allows."""
+    """(line, expected document): a good record in one of many JSON forms."""
     identity, text = f"id-{number}", prose(chance)
     record: dict = {"id": identity, "content": text}
     shape = chance.randrange(12)
@@ -51,11 +51,11 @@ def good_line(chance: random.Random, number: int) -> tuple[bytes, tuple]:
 
 
 def bad_line(chance: random.Random) -> tuple[bytes, str | None]:
-    """(line, reason): the reason is known from what was done to a good record. None: a blank line."""
+    """(line, reject reason); None for a blank line."""
     text = prose(chance)
     good = json.dumps({"id": "never", "content": text}, ensure_ascii=False)
     ascii_only = json.dumps({"id": "never", "content": text}).encode()
-    # A place in the text, between two characters and in no escape.
+    # A place in the text between two characters, outside escapes.
     inside = chance.randint(len('{"id": "never", "content": "'), len(good) - 2)
     while good[inside - 1] == "\\":
         inside -= 1

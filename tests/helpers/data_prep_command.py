@@ -1,4 +1,4 @@
-"""Running `data-prep` in tests, in this process or one of its own, and looking at what it leaves."""
+"""Runs `data-prep` in tests, in this process or a new one, and reads its output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMAND = [sys.executable, "-m", "data_prep.cli"]
 
 
 def call(*arguments: str | Path) -> int:
-    """In this process, through the console entry point's error handling; returns the exit status."""
+    """Run in this process with the console's error handling; returns the exit status."""
     return cli.run_main("data-prep", lambda: cli.main([str(argument) for argument in arguments]))
 
 
@@ -33,6 +33,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def data_prep(*arguments: str | Path) -> None:
-    """Run a data-prep command in this process; a failure fails the test that asked for it."""
+    """Run in this process; a failure fails the test."""
     status = cli.main([str(argument) for argument in arguments])
     assert not status, f"data-prep {arguments[0]}: status {status}"

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """What a browser would load, the table rows and the text; fails where tags are not closed in order."""
+    """Loaded resources, table rows and text of a page; fails when tags are not closed in order."""
 
     VOID = {"meta", "input"}
 

@@ -1,6 +1,4 @@
-"""Small untrained model folders of all kinds, with the suite's tiny tokenizer, for the tests of the `sllm`
-commands.
-"""
+"""Small untrained model folders of all kinds, with the tests' tokenizer."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ def small_model(
     vae: dict | None = None,
     **settings,
 ) -> torch.nn.Module:
-    """A model of `vae`, `sllm` or `lm` with weights large enough that every path shows."""
+    """A model of `vae`, `sllm` or `lm` with weights large enough that every path has an effect."""
     torch.manual_seed(seed)
     model = build_model(
         objective, {**VAE, **(vae or {})}, BACKBONE, tokenizer, {**SETTINGS, **settings}, WINDOW_TOKENS

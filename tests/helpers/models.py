@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.windows import Span
@@ -15,8 +17,9 @@ from pipeline.models.sllm import SLLM, SLLMConfig
 from pipeline.models.token_lm import TokenLM
 
 VOCABULARY = 97
+Model = TypeVar("Model", bound=torch.nn.Module)
 FORWARD_PATHS = (*PATHS, "flex")  # attention paths of a CPU without gradients
-IDS = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+IDS: dict[str, Any] = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32}
 
 
@@ -51,9 +54,8 @@ def post_norm_opt_config(**kwargs) -> OPTConfig:
     return opt_config(do_layer_norm_before=False, word_embed_proj_dim=16, **kwargs)
 
 
-def _wake(model: torch.nn.Module) -> torch.nn.Module:
-    """Scale the weights up and give biases and norms random values, so that no path is too small to be
-    seen."""
+def _wake(model: Model) -> Model:
+    """Add noise to all weights, biases and norms, so that every path has a visible effect."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.15)
@@ -66,7 +68,7 @@ def small_vae(seed: int = 0, **kwargs) -> SentenceVAE:
     return _wake(SentenceVAE(SentenceVAEConfig(**settings)))
 
 
-def small_sllm(seed: int = 0, backbone: OPTConfig | None = None, **kwargs) -> SLLM:
+def small_sllm(seed: int = 0, backbone: PreTrainedConfig | None = None, **kwargs) -> SLLM:
     torch.manual_seed(seed)
     vae = SentenceVAEConfig(**{"layers": 2, "heads": 4, "max_sentence_tokens": 16, **SIZES, **IDS, **kwargs})
     return _wake(SLLM(SLLMConfig(vae, backbone or opt_config(), **IDS)))

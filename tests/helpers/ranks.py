@@ -1,8 +1,7 @@
-"""Ranks for tests: real processes, real gloo on the loopback address, forked from a preloaded server.
+"""Ranks for tests: real processes with gloo on the loopback address, forked from a preloaded server.
 
-Importing torch, transformers and DeepSpeed costs about nine CPU-seconds for each process. The fork server
-imports them once; every `run` forks fresh ranks from it in milliseconds, so no state of an earlier run is
-left in them, and none outlives its run.
+Importing torch, transformers and DeepSpeed takes about nine CPU-seconds per process. The fork server imports
+them once; every `run` forks fresh ranks in milliseconds, so no state of an earlier run remains.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ MODULES = [
     "pipeline.training.main",
     "pipeline.training.run",
     "pipeline.export.model_folder",
-    # What DeepSpeed imports only when it needs it: the ZeRO optimizers, and by way of one of them torch's
-    # compiler.
+    # DeepSpeed imports these on use: the ZeRO optimizers, and through one of them torch's compiler.
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.parameter_offload",
@@ -30,7 +28,7 @@ MODULES = [
 
 
 class RankPool:
-    """Runs functions on fresh ranks; `close` ends the server that they are forked from."""
+    """Runs functions on fresh ranks; `close` ends the fork server."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -39,7 +37,7 @@ class RankPool:
     def run(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Call `function(*arguments)` on every rank; results by rank.
 
-        Raises RuntimeError, with the rank's own traceback, when one fails or dies.
+        Raises RuntimeError with the rank's traceback when one fails or dies.
         """
         started = self.start(world, function, *arguments)
         try:
@@ -48,7 +46,7 @@ class RankPool:
             self.finish(started, 30)
 
     def start(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
-        """Begin `function(*arguments)` on every rank: (process, end of the pipe its result comes by)."""
+        """Start `function(*arguments)` on every rank: (process, pipe that receives its result)."""
         port = free_port()
         ranks = []
         for rank in range(world):
@@ -62,7 +60,7 @@ class RankPool:
         return ranks
 
     def finish(self, started: list[tuple[Any, Any]], seconds: float) -> bool:
-        """Wait so long for each rank to end, and kill what has not; whether all ended by themselves."""
+        """Wait for each rank, then kill it. Returns whether all ended by themselves."""
         alone = True
         for process, receive in started:
             receive.close()
@@ -75,7 +73,8 @@ class RankPool:
 
     def close(self) -> None:
         """End the fork server."""
-        multiprocessing.forkserver._forkserver._stop()
+        server: Any = multiprocessing.forkserver._forkserver
+        server._stop()
 
 
 def _be_rank(
@@ -106,7 +105,12 @@ def _result(rank: int, process: Any, receive: Any) -> Any:
     return value
 
 
-# What ranks run. Kept here, because a forked rank imports the module of the function that it is given.
+# Functions for ranks. In a module, because a forked rank imports its function by name.
+
+
+def _patch(owner: Any, name: str, value: Any) -> None:
+    """Replace an attribute; the rank ends with the test."""
+    setattr(owner, name, value)
 
 
 def train(arguments: list[str]) -> int | str:
@@ -131,7 +135,7 @@ def train_and_listen(arguments: list[str]) -> tuple[int | str, str]:
 
 
 def train_without_reader(arguments: list[str]) -> int:
-    """As `train`, but nobody reads standard output any more; the process's exit status."""
+    """As `train`, but no process reads standard output; the exit status."""
     from data_prep.common.errors import run_main
     from pipeline.training.main import main
 
@@ -142,10 +146,10 @@ def train_without_reader(arguments: list[str]) -> int:
 
 
 def train_as_on_gpus(arguments: list[str]) -> int | str:
-    """As `train`, but nothing is dropped from the strategy for CPUs."""
+    """As `train`, with the DeepSpeed config for GPUs."""
     from pipeline.training import run as training_run
 
-    complete = training_run.complete_strategy
+    complete: Any = training_run.complete_strategy
     training_run.complete_strategy = lambda *given, on_gpu: complete(*given, on_gpu=True)
     return train(arguments)
 
@@ -188,8 +192,7 @@ def train_with_file_limit(arguments: list[str], rank: int, limit: int) -> int | 
 
 
 def train_with_full_log(arguments: list[str], after_save: int) -> int | str:
-    """As `train`, but once the checkpoint of one step is written, rank 0 can write no whole record of a step
-    more: the disk is full, half a line further on."""
+    """As `train`, but after the checkpoint of one step the disk of rank 0 is full half a line later."""
     import resource
 
     from pipeline.training.run_log import RunLog
@@ -202,18 +205,19 @@ def train_with_full_log(arguments: list[str], after_save: int) -> int | str:
             limit = log._files["metrics.jsonl"].tell() + 20
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
-    RunLog.save = save_and_fill
+    _patch(RunLog, "save", save_and_fill)
     return train(arguments)
 
 
 def train_and_look(arguments: list[str]) -> tuple[int | str, bool, int]:
-    """As `train`: its answer, whether this rank is in a process group afterwards, and how many bytes it has
-    hashed to see that they are as they were written."""
+    """As `train`: its answer, whether this rank is in a process group afterwards, and how many bytes it
+    hashed to verify checkpoints."""
     import torch.distributed
 
     from pipeline.checkpoints import store as checkpoints
 
-    real, read = checkpoints.damaged_files, []
+    real = checkpoints.damaged_files
+    read: list[int] = []
 
     def counting(checkpoint: Any, meta: Any, names: Any = None) -> list[str]:
         read.extend(meta.files[name][0] for name in (meta.files if names is None else names))
@@ -224,15 +228,14 @@ def train_and_look(arguments: list[str]) -> tuple[int | str, bool, int]:
 
 
 def train_in_folders(arguments: list[str], folders: list[str]) -> int | str:
-    """As `train`, every rank in a working folder of its own: with a relative --output_dir the ranks share no
-    disk."""
+    """As `train`, every rank in another working folder: with a relative --output_dir they share no disk."""
     os.chdir(folders[int(os.environ["RANK"])])
     return train(arguments)
 
 
 def train_and_watch_the_disk(arguments: list[str]) -> tuple[int | str, list[tuple[str, str, int]]]:
-    """As `train`, with what this rank had flushed and renamed, in order: ("flush", name, lines of a .jsonl)
-    and ("rename", new name, 0)."""
+    """As `train`, with this rank's flushes and renames in order: ("flush", name, lines of a .jsonl) and
+    ("rename", new name, 0)."""
     from pathlib import Path
 
     seen: list[tuple[str, str, int]] = []
@@ -248,30 +251,13 @@ def train_and_watch_the_disk(arguments: list[str]) -> tuple[int | str, list[tupl
         rename(source, target)
         seen.append(("rename", Path(target).name, 0))
 
-    os.fsync, os.rename = flush, move
+    _patch(os, "fsync", flush)
+    _patch(os, "rename", move)
     return train(arguments), seen
 
 
-def weights_and_moments(run_dir: str) -> dict[str, Any]:
-    """What a run's newest checkpoint holds, as float64 arrays: "weight NAME", "exp_avg NAME", …, "step", and
-    "frozen NAME" of what is not trained."""
-    from pipeline.checkpoints import store as checkpoints
-    from pipeline.checkpoints.zero_shards import WEIGHT, Parts
-
-    parts = Parts(*checkpoints.find(run_dir))
-    assert {"exp_avg", "exp_avg_sq"} <= set(parts.keys())
-    values = {
-        f"{key} {name}": parts.state(name, key).double().numpy()
-        for name in parts.weights
-        for key in (WEIGHT, *parts.keys())
-    }
-    values |= {f"frozen {name}": parts.tensor(name).double().numpy() for name in parts.frozen}
-    return values | {"step": parts.scalars(0)["step"].double().numpy()}
-
-
 def train_with_wrong_bins(arguments: list[str], fault: str) -> int | str:
-    """As `train`, but the loader is broken: it leaves out the stream's fifth bin (`skip`), or gives rank 1
-    what is rank 0's (`twice`)."""
+    """As `train`, but the loader skips the fifth bin (`skip`) or gives rank 1 rank 0's bins (`twice`)."""
     from pipeline.data import loader
 
     real_bins, real_assign = loader.BinPlan.bins, loader.assign
@@ -285,7 +271,7 @@ def train_with_wrong_bins(arguments: list[str], fault: str) -> int | str:
         return real_assign(bins, loader.Ranks(0, ranks.world, ranks.local))
 
     if fault == "skip":
-        loader.BinPlan.bins = bins_with_gap
+        _patch(loader.BinPlan, "bins", bins_with_gap)
     else:
         loader.assign = assign_rank_0
     return train(arguments)
@@ -311,14 +297,14 @@ def train_with_bad_gradient(
         return model
 
     if os.environ["RANK"] == str(rank):
-        training_run.new_model = build_with_fault
+        _patch(training_run, "new_model", build_with_fault)
     return _with_digests(arguments)
 
 
 def train_with_bad_loss(
     arguments: list[str], rank: int, after_calls: int, until_calls: int
 ) -> tuple[int | str, list[tuple[str, str]]]:
-    """As `train_with_bad_gradient`, but it is the reported objective that is NaN, and the gradient good."""
+    """As `train_with_bad_gradient`, but the reported objective is NaN and the gradient is good."""
     import itertools
 
     from pipeline.training import engine
@@ -339,7 +325,8 @@ def train_with_bad_loss(
 def _with_digests(arguments: list[str]) -> tuple[int | str, list[tuple[str, str]]]:
     from pipeline.training.engine import Engine
 
-    update, seen = Engine.update, []
+    update: Any = Engine.update
+    seen: list[tuple[str, str]] = []
 
     def watched(engine: Any, *settings: Any) -> Any:
         before = _digest(engine)
@@ -347,13 +334,12 @@ def _with_digests(arguments: list[str]) -> tuple[int | str, list[tuple[str, str]
         seen.append((before, _digest(engine)))
         return answer
 
-    Engine.update = watched
+    _patch(Engine, "update", watched)
     return train(arguments), seen
 
 
 def _digest(engine: Any) -> str:
-    """Of all that an update changes on this rank: (partitioned) weights, master weights, moments,
-    counters."""
+    """Digest of all that an update changes on this rank: weights, master weights, moments, counters."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -376,7 +362,7 @@ def train_without_update(arguments: list[str], step: int) -> int | str:
     def step_or_not(self: Any, closure: Any = None) -> Any:
         return None if next(calls) == step else original(self, closure)
 
-    torch.optim.AdamW.step = step_or_not
+    _patch(torch.optim.AdamW, "step", step_or_not)
     return train(arguments)
 
 
@@ -389,7 +375,7 @@ def train_with_difference(arguments: list[str], fault: str) -> int | str:
         if fault == "recipe":
             arguments = [*arguments, "--optimizer.lr", "0.125"]
         elif fault == "code":
-            agreement.code_version = lambda: "other"
+            _patch(agreement, "code_version", lambda: "other")
         else:
             provenance = training_run.provenance
 
@@ -398,7 +384,7 @@ def train_with_difference(arguments: list[str], fault: str) -> int | str:
                 found["packages"]["torch"] = "0.1"
                 return found
 
-            training_run.provenance = older
+            _patch(training_run, "provenance", older)
     return train(arguments)
 
 
@@ -414,12 +400,12 @@ def train_with_unmeasured_weights(arguments: list[str]) -> int | str:
         figures = run(self, engine)
         return figures | ({"bits_per_byte": float("nan")} if next(calls) == 1 else {})
 
-    Validation.run = run_badly
+    _patch(Validation, "run", run_badly)
     return train(arguments)
 
 
-def train_unless(settings: list[str], absent: int) -> int | None:
-    """Train, but the rank `absent` leaves before it has met the others."""
+def train_unless(settings: list[str], absent: int) -> int | str | None:
+    """As `train`, but the rank `absent` leaves before it joins the others."""
     return None if int(os.environ["RANK"]) == absent else train(settings)
 
 
@@ -442,12 +428,12 @@ def train_and_hang(arguments: list[str], rank: int) -> int | str:
         return model
 
     if os.environ["RANK"] == str(rank):
-        training_run.new_model = build_with_fault
+        _patch(training_run, "new_model", build_with_fault)
     return train(arguments)
 
 
 def train_with_a_slow_rank(arguments: list[str], rank: int) -> tuple[int | str, str]:
-    """As `train_and_listen`, but `rank` computes for another 0.1 s in every forward pass."""
+    """As `train_and_listen`, but `rank` computes 0.1 s longer in every forward pass."""
     import time
 
     from pipeline.training import run as training_run
@@ -465,12 +451,12 @@ def train_with_a_slow_rank(arguments: list[str], rank: int) -> tuple[int | str, 
         return model
 
     if os.environ["RANK"] == str(rank):
-        training_run.new_model = build_slow
+        _patch(training_run, "new_model", build_slow)
     return train_and_listen(arguments)
 
 
 def signal_twice_in_a_collective(folder: str) -> None:
-    """Rank 0 waits in a barrier for rank 1, which sends it TERM twice and never comes."""
+    """Rank 0 waits in a barrier for rank 1, which sends it TERM twice and never joins."""
     import signal
     import time
     from pathlib import Path
@@ -499,18 +485,18 @@ def signal_twice_in_a_collective(folder: str) -> None:
     time.sleep(SECOND_SIGNAL_SECONDS + 0.5)
     os.kill(pid, 0)  # still there
     (Path(folder) / "first").touch()
-    for _ in range(600):  # again, in case that the first one was looked at so late
+    for _ in range(600):  # again, in case the first one was handled late
         try:
             os.kill(pid, signal.SIGTERM)
         except ProcessLookupError:
-            os._exit(0)  # no leaving of a broken group
+            os._exit(0)  # does not leave a broken group
         time.sleep(0.05)
 
 
 def train_compiled(arguments: list[str], backend: str) -> tuple[int | str, int, list[str]]:
     """As `train`, with a given backend of torch.compile: (status, graphs, reasons why one was cut).
 
-    A function that has to be compiled too often is an error, not given up silently.
+    A function that is recompiled too often is an error.
     """
     import torch
 
@@ -524,174 +510,13 @@ def train_compiled(arguments: list[str], backend: str) -> tuple[int | str, int, 
 
 
 def train_without_programs(arguments: list[str]) -> int | str:
-    """As `train`, on a machine where no program can be found."""
+    """As `train`, with an empty PATH."""
     os.environ["PATH"] = ""
     return train(arguments)
 
 
-def tensors_in_checkpoints(run_dir: str) -> tuple[int, int]:
-    """How many floating-point tensors stand in a run's checkpoints, optimizer states included, and how many
-    of them hold a value that is not finite."""
-    from pathlib import Path
-
-    import torch
-
-    def tensors(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if value.is_floating_point():
-                yield value
-        elif isinstance(value, dict):
-            for one in value.values():
-                yield from tensors(one)
-        elif isinstance(value, (list, tuple)):
-            for one in value:
-                yield from tensors(one)
-
-    found = [
-        bool(tensor.isfinite().all())
-        for file in Path(run_dir).glob("checkpoints/*/*.pt")
-        for tensor in tensors(torch.load(file, weights_only=False))
-    ]
-    return len(found), found.count(False)
-
-
-def export_and_measure(run_dir: str, output: str, which: str) -> tuple[str, float]:
-    """Export, load, and measure on the run's validation sample by plain torch: (class, bits per byte)."""
-    import itertools
-    import math
-
-    import torch
-    import yaml
-
-    from data_prep.shards.reader import ShardSet
-    from pipeline.data.batch import build_batch
-    from pipeline.data.plan import BinPlan
-    from pipeline.export.model_folder import export_run
-    from pipeline.models.factory import load_model
-    from pipeline.models.folders import load_model_tokenizer
-    from pipeline.training.run import VALIDATION_SEED
-
-    export_run(run_dir, output, which)
-    model, tokenizer = load_model(output), load_model_tokenizer(output)
-    with open(os.path.join(run_dir, "recipe.yaml"), encoding="utf-8") as file:
-        recipe = yaml.safe_load(file)
-    data = recipe["data"]
-    plan = BinPlan(
-        [ShardSet.open(data["validation"])], data["window_tokens"], data["bin_tokens"], VALIDATION_SEED
-    )
-    nats = text_bytes = 0.0
-    with torch.no_grad():
-        for bin_ in itertools.islice(plan.epoch(), recipe["training"]["eval_bins"]):
-            batch = build_batch(plan.spans(bin_))
-            sums = model(batch)
-            nats += float(sums.token_nll + sums.end_nll + sums.stop_nll)
-            text_bytes += float(tokenizer.byte_lengths[batch.tokens_T.numpy()].sum())
-    return type(model).__name__, nats / math.log(2) / text_bytes
-
-
-def export_and_compare(run_dir: str, output: str) -> dict[str, float]:
-    """How far each weight of a run's export is from where the run began: mean absolute difference by name."""
-    from pathlib import Path
-
-    import torch
-
-    from data_prep.shards.reader import ShardSet
-    from pipeline.config.schema import load_recipe
-    from pipeline.export.model_folder import export_run
-    from pipeline.models.factory import load_model, new_model
-
-    export_run(run_dir, output, "last")
-    recipe = load_recipe(Path(run_dir) / "recipe.yaml")
-    shards = ShardSet.open(recipe.data.shards[0])
-    torch.manual_seed(recipe.seed)
-    began = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
-    trained = dict(load_model(output).named_parameters())
-    return {name: float((trained[name] - p).abs().mean().detach()) for name, p in began.named_parameters()}
-
-
-def export_average(run_dir: str, output: str, decay: float) -> tuple[float, float]:
-    """Largest distances of an export's weights from the average of the checkpoints of every step, and from
-    the last weights."""
-    from pathlib import Path
-
-    import torch
-
-    from data_prep.shards.reader import ShardSet
-    from pipeline.checkpoints import store as checkpoints
-    from pipeline.checkpoints.zero_shards import Parts
-    from pipeline.config.schema import load_recipe
-    from pipeline.export.model_folder import export_run
-    from pipeline.models.factory import load_model, new_model
-
-    export_run(run_dir, output, "last", "ema")
-    recipe = load_recipe(Path(run_dir) / "recipe.yaml")
-    shards = ShardSet.open(recipe.data.shards[0])
-    torch.manual_seed(recipe.seed)
-    model = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
-    average = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for checkpoint in sorted(Path(run_dir).glob("checkpoints/step-*")):
-        parts = Parts(checkpoint, checkpoints.read_meta(checkpoint))
-        last = {name: parts.tensor(name).clone() for name in average}
-        for name, tensor in average.items():
-            average[name] = decay * tensor + (1 - decay) * last[name]
-    found = load_model(output).state_dict()
-    return tuple(
-        max(float((found[name] - other[name]).abs().max()) for name in found) for other in (average, last)
-    )
-
-
-def bytes_kept_for_backward(recipe_file: str) -> tuple[int, int]:
-    """Bytes of activations that a forward pass keeps, without and with activation checkpointing."""
-    import torch
-
-    from data_prep.shards.reader import ShardSet
-    from pipeline.config.schema import load_recipe
-    from pipeline.data.batch import build_batch
-    from pipeline.data.plan import BinPlan
-    from pipeline.models.factory import new_model
-    from pipeline.training.engine import checkpoint_layers
-
-    recipe = load_recipe(recipe_file)
-    shards, data = ShardSet.open(recipe.data.shards[0]), recipe.data
-    model = new_model(recipe, shards.tokenizer(), shards.settings.to_dict())
-    plan = BinPlan([shards], data.window_tokens, data.bin_tokens, recipe.seed)
-    batch = build_batch(plan.spans(next(iter(plan.epoch()))))
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def kept() -> int:
-        found = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                found[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses = model(batch)
-        size = sum(found.values())
-        losses.objective.backward()
-        return size
-
-    plain = kept()
-    checkpoint_layers(model)
-    return plain, kept()
-
-
-def export_error(run_dir: str, output: str, which: str = "best") -> str:
-    """The message with which `export_run` refuses a run; empty when it does not."""
-    from data_prep.common.errors import UserError
-    from pipeline.export.model_folder import export_run
-
-    try:
-        export_run(run_dir, output, which)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def sllm(arguments: list[str]) -> tuple[int | str, str]:
-    """The `sllm` command: its exit status, or the message of a UserError, and what it wrote on stdout."""
+    """The `sllm` command: its exit status, or the message of a UserError, and its stdout."""
     import contextlib
     import io
 
@@ -708,8 +533,8 @@ def sllm(arguments: list[str]) -> tuple[int | str, str]:
 
 
 def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[int, str, str]:
-    """`sllm doctor` with the rank's own further environment (`CWD`: its working folder, `SITE`: a folder of
-    packages that come before the installed ones): its status, and what it wrote to stdout and stderr."""
+    """`sllm doctor` with additional environment for each rank (`CWD`: working folder, `SITE`: a folder of
+    packages before the installed ones): status, stdout and stderr."""
     import contextlib
     import io
     import sys
@@ -719,7 +544,7 @@ def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[in
     os.environ.update(environments[int(os.environ["RANK"])])
     os.chdir(os.environ.get("CWD", "."))
     sys.path.insert(0, os.environ.get("SITE", ""))
-    if "SPOIL" in os.environ:  # a machine whose memory or network alters what it sends
+    if "SPOIL" in os.environ:  # a machine whose memory or network corrupts what it sends
         from pipeline.cluster import network as doctor_network
 
         right = doctor_network.weight

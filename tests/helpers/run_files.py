@@ -1,4 +1,4 @@
-"""The files of a made-up training run, every figure known."""
+"""The files of a synthetic training run with known figures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def make_run(folder: Path, **recipe: object) -> Path:
-    """A run of 40 steps of half a second, killed once and with one step skipped, every figure known."""
+    """A run of 40 steps of half a second, killed once, with one skipped step."""
     folder.mkdir(parents=True)
-    metrics = [
+    metrics: list[dict] = [
         {
             "step": step,
             "tokens": 1000 * step,
@@ -40,7 +40,7 @@ def make_run(folder: Path, **recipe: object) -> Path:
     metrics[16] |= {"skipped": "the loss is <nan>", "loss": None, "bits_per_byte": None, "grad_norm": None}
     write_lines(folder / "metrics.jsonl", metrics)
     with open(folder / "metrics.jsonl", "a") as out:
-        out.write('{"step": 41, "tok')  # a kill while it was written
+        out.write('{"step": 41, "tok')  # killed during the write
     write_lines(
         folder / "evaluations.jsonl",
         [{"step": step, "bits_per_byte": 3 - step / 20, "seconds": 1.0} for step in (20, 30)],

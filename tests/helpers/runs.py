@@ -7,9 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from helpers.paths import REPOSITORY
-
-STRATEGIES = REPOSITORY / "ds_configs"
+from helpers.paths import STRATEGIES
 
 VAE = {"hidden_size": 32, "layers": 1, "heads": 4}
 BACKBONE = {
@@ -25,8 +23,7 @@ MODELS = {"vae": {"vae": VAE}, "sllm": {"vae": VAE, "backbone": BACKBONE}, "lm":
 
 
 def write_recipes(folder: Path, shards: Path, validation: Path) -> None:
-    """vae.yaml, sllm.yaml and lm.yaml: six small steps of three bins, so that two ranks share them
-    unequally."""
+    """vae.yaml, sllm.yaml and lm.yaml: six steps of three bins, which two ranks share unequally."""
     for objective, model in MODELS.items():
         recipe = {
             "objective": objective,
@@ -47,7 +44,7 @@ def write_recipes(folder: Path, shards: Path, validation: Path) -> None:
 
 
 def arguments(recipes: Path, objective: str, strategy: str, run: Path, *overrides: object) -> list[str]:
-    """`strategy`: names of files of ds_configs/, with spaces between."""
+    """Command line of a run. `strategy`: names of DeepSpeed configs, separated by spaces."""
     config = ["--config", str(recipes / f"{objective}.yaml"), "--output_dir", str(run), "--deepspeed_config"]
     config += [str(STRATEGIES / f"{name}.json") for name in strategy.split()]
     return config + [str(one) for one in overrides]

@@ -1,16 +1,11 @@
-"""A real Slurm cluster of N nodes on this one machine, for tests: munge, slurmctld, one slurmd per node.
+"""A real Slurm cluster of N nodes on one machine, for tests: munge, slurmctld, one slurmd per node.
 
-In: a folder (configuration, logs, spool and state all live there) and the number of nodes, cores and fake
-GPUs of each. Out: a context manager whose `run` executes a command on the cluster's login host and `on` one
-on a node; a node can be killed and started again. Called by tests/test_slurm.py.
+The controller and every node are one set of Linux namespaces each (network, host name, mounts, processes):
+each has its own host name, /etc/hosts, and address on a bridge inside the controller's network namespace. The
+machine's network and files are not touched. The kernel kills the first process of each set when the test
+process dies, and with it the whole set, so nothing remains, even after `kill -9`.
 
-How it works: the controller and every node are one set of Linux namespaces each (network, host name, mounts,
-processes), so each has its own host name, its own /etc/hosts and its own address on a bridge inside the
-controller's network namespace. The machine's own network and files are not touched. The first process of each
-set is killed by the kernel when the test process dies, however it dies, and takes the whole set with it; so
-nothing stays behind, not even after `kill -9`.
-
-Needs root and the Debian packages slurm-wlm, munge and iproute2; `why_not()` says what is missing.
+Needs root and the Debian packages slurm-wlm, munge and iproute2; `why_not()` reports what is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +27,7 @@ CONTROLLER_ADDRESS = f"{SUBNET}.250"
 PROGRAMS = "slurmctld slurmd munged sbatch srun scontrol sinfo ip unshare nsenter setpriv".split()
 PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
 
-# Process 1 of a namespace set: takes the name, mounts the hosts file, says so, then only reaps orphans.
+# Process 1 of a namespace set: sets the name, mounts the hosts file, prints ready, then only reaps orphans.
 # `os.wait` fails when there is no child at all, hence the short sleep; process 1 must never end.
 INIT = """
 import os, socket, subprocess, sys, time
@@ -92,7 +87,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 Preempt
 
 @functools.cache
 def why_not() -> str | None:
-    """What keeps this machine from booting a cluster, in one line; None when nothing does."""
+    """Why this machine cannot boot a cluster, in one line; None when it can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "needs Linux and root"
     missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
@@ -116,7 +111,7 @@ class SlurmCluster:
         if len(str(self.folder)) > 90:
             raise ValueError(f"{self.folder}: too long a path for munge's socket (at most 108 characters)")
         self.environment = {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")}
-        # A run inside somebody's Slurm job must not pass that job's identity on to our cluster.
+        # Inside a Slurm job, that job's identity must not reach the test cluster.
         for name in [name for name in self.environment if name.startswith(("SLURM_", "SBATCH_"))]:
             if name != "SLURM_CONF":
                 del self.environment[name]
@@ -137,16 +132,15 @@ class SlurmCluster:
     def run(
         self, *command: str, cwd: Path | None = None, timeout: float = 300, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command on the login host; stdout and stderr come back as text, also inside a failure."""
+        """Run a command on the login host. Returns stdout and stderr as text; a failure has them, too."""
         return self._run_on(CONTROLLER, *command, cwd=cwd, timeout=timeout, check=check)
 
     def on(self, node: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command on a node; what it mounts is seen by that node's jobs alone, and goes with the
-        node."""
+        """Run a command on a node; its mounts are visible to that node's jobs alone, and end with it."""
         return self._run_on(node, *command, check=check)
 
     def kill_node(self, node: str) -> None:
-        """End a node and all that runs there, as if its power had failed. Slurm is not told."""
+        """End a node and all its processes, like a power failure. Slurm is not notified."""
         holder = self._holders.pop(node)
         os.kill(self._init_pids.pop(node), signal.SIGKILL)
         holder.kill()
@@ -154,7 +148,7 @@ class SlurmCluster:
         holder.stdout.close()
 
     def start_node(self, node: str) -> None:
-        """A killed node comes back; nothing is left of what was mounted on it."""
+        """Start a killed node again, without its earlier mounts."""
         self._run_on(CONTROLLER, "ip", "link", "delete", f"to-{node}", check=False)
         self._make_host(node)
         self._connect(node, int(node.removeprefix("node")))
@@ -167,7 +161,7 @@ class SlurmCluster:
         return dict(field.split("=", 1) for field in text.split() if "=" in field)
 
     def wait_for_job(self, job_id: str, timeout: float = 600) -> dict[str, str]:
-        """Wait until the job has ended, in whatever way; returns its record. TimeoutError after a while."""
+        """Wait until the job has ended. Returns its record; raises TimeoutError after a while."""
         deadline = time.monotonic() + timeout
         while True:
             record = self.job(job_id)
@@ -179,7 +173,7 @@ class SlurmCluster:
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """Kill every process of the cluster; namespaces, mounts and network go with the last one."""
+        """Kill every process of the cluster; namespaces, mounts and network end with the last one."""
         for pid in self._init_pids.values():
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -226,8 +220,8 @@ class SlurmCluster:
         for k, name in enumerate(names, start=1):
             self._connect(name, k)
 
-        # One munged serves all hosts: its socket is a file, and every mount namespace shows the folder.
-        # `--force`: munged wants a socket that all users can reach; pytest's folders are private.
+        # One munged serves all hosts: its socket is a file in a folder that all mount namespaces share.
+        # `--force`: munged requires a socket that all users can reach; pytest's folders are private.
         files = {"key-file": "munge.key", "socket": "munge.sock", "pid-file": "munge.pid"}
         files |= {"seed-file": "munge.seed", "log-file": "log/munged.log"}
         flags = [f"--{flag}={self.folder / file}" for flag, file in files.items()]
@@ -259,10 +253,10 @@ class SlurmCluster:
         self._init_pids[name] = int(children.split()[0])
 
     def _connect(self, name: str, k: int) -> None:
-        """Give node k an `eth0` whose other end hangs on the bridge in the controller's network namespace."""
+        """Give node k an `eth0`, attached to the bridge in the controller's network namespace."""
         pid = str(self._init_pids[name])
         link = ["ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", pid]
-        # `netns` takes a process number of the machine's own, so only the network namespace is entered.
+        # `netns` takes a PID of the machine, so only the network namespace is entered.
         nsenter = ["nsenter", "--target", str(self._init_pids[CONTROLLER]), "--net", "--"]
         subprocess.run([*nsenter, *link], check=True, env=self.environment, capture_output=True, text=True)
         self._run_on(CONTROLLER, "ip", "link", "set", f"to-{name}", "master", "br0", "up")

@@ -21,7 +21,7 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
 
 def byte_level(folder: Path, vocab_size: int = 700, lowercase: bool = False) -> Path:
-    """A byte-level BPE in OPT's manner; `lowercase` makes one that loses text."""
+    """A byte-level BPE as OPT's; `lowercase` makes one that loses text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def word_piece(folder: Path) -> Path:
 
 
 def tails_and_heads(folder: Path) -> Path:
-    """A byte-level BPE that joins the tail of é to the head of the next: a row of é has no place to cut."""
+    """A byte-level BPE that joins the end of é to the start of the next: a row of é has no place to cut."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(SPECIAL + alphabet + ["©Ã"])}  # é is C3 A9: "Ã", "©"
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("©", "Ã")]))
@@ -55,7 +55,7 @@ def tails_and_heads(folder: Path) -> Path:
 
 
 def apostrophe(folder: Path) -> Path:
-    """A byte-level BPE in OPT's manner whose only merge is "'s"."""
+    """A byte-level BPE as OPT's whose only merge is "'s"."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(SPECIAL + alphabet + ["'s"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("'", "s")]))
@@ -78,7 +78,7 @@ def write_json(folder: Path, tokenizer: Tokenizer) -> Path:
 
 
 def sentence_piece(folder: Path, vocab_size: int = 600) -> Path:
-    """What `data-prep tokenizer` makes."""
+    """A tokenizer from `data-prep tokenizer`."""
     train_sentencepiece(LINES, folder, vocab_size)
     return folder
 
@@ -112,7 +112,7 @@ def _split_by_regex(
     ignore_merges: bool = False,
     nfc: bool = False,
 ) -> Path:
-    """`entries` of vocabulary: bytes, some that real training finds, then made up ones that only count."""
+    """A vocabulary of `entries`: bytes, trained entries, then synthetic ones."""
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

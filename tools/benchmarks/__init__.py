@@ -1,1 +1,1 @@
-"""Measurements that are no user command."""
+"""Measurements for developers, run by `python -m tools.benchmarks.NAME`."""

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.environment import header, say, write_result
-from data_prep.common.errors import UserError, run_main
+from data_prep.common.environment import header, write_result
+from data_prep.common.errors import UserError, log, run_main
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "tokenizers")
 MODEL = ("--recipe", "default-sllm", "--vae-recipe", "default-vae", "--threads", "1", "--no-memory", "--json")
@@ -76,7 +76,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         for job, measure in JOBS.items():
             for side in ("old", "new") if number % 2 == 0 else ("new", "old"):
                 values[job][side].append(measure(checkouts[side], arguments))
-                say(f"round {number + 1}, {job}, {side}: {values[job][side][-1]:.2f}")
+                log(f"round {number + 1}, {job}, {side}: {values[job][side][-1]:.2f}")
     commits = {
         side: subprocess.run(
             ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True

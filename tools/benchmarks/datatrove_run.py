@@ -1,13 +1,14 @@
-"""datatrove's own way from jsonl files to token files, for `data-prep benchmark` to measure beside ours.
+"""datatrove's path from jsonl files to token files, for `tools.benchmarks.sharding` to measure.
 
-Run as a script by an interpreter that has datatrove (ours need not): `PYTHON datatrove_run.py LIST OUTPUT
-TOKENIZER_JSON`. LIST: a file with one absolute path per line, less its first slash. The last line of stdout
-is JSON: versions, documents and tokens written. One task, one worker, nothing shuffled, no end symbol.
+Runs in an interpreter that has datatrove: `PYTHON datatrove_run.py LIST OUTPUT TOKENIZER_JSON`. LIST is a
+file with one absolute path per line, without its first slash. The last line of stdout is JSON: versions,
+documents and tokens. One task, one worker, no shuffling, no end symbol.
 """
 
 import json
 import sys
 from importlib.metadata import version
+from typing import Any
 
 
 def main(paths_file: str, output: str, tokenizer_json: str) -> None:
@@ -37,7 +38,7 @@ def main(paths_file: str, output: str, tokenizer_json: str) -> None:
     print(json.dumps(counts | {"versions": versions}))
 
 
-def _total(stat: object) -> int:
+def _total(stat: Any) -> int:
     return int(stat["total"] if isinstance(stat, dict) else stat)
 
 

@@ -1,14 +1,11 @@
-"""`sllm benchmark loader` and `sllm benchmark planning`: what the way from shards to batches costs.
+"""Benchmarks of the path from shards to batches.
 
-loader    packed batches per second as the trainer's own loader makes them, on its one thread, from real
-          shards: planning, reading, checking and packing together. The first reading of a document checks its
-          checksum; every run opens the shards anew, so all checks are in the figures.
+loader    packed batches per second from real shards, on the trainer's one loader thread: planning, reading,
+          checking and packing. Every run opens the shards again, so the figures include all checksums.
 planning  the first bins of one rank of a large run, planned from an index of any size, at the start and late
-          in an epoch, each in a process of its own: seconds and peak memory (what Python and torch need
-          included). Only the index files that are opened exist: each is made when it is asked for, the time
-          of which does not count, then read as any index is. Reading what the bins hold is not part of it.
-
-Out: a dictionary; the command prints it and writes it as JSON.
+          in an epoch, each in a new process: seconds and peak memory (with Python and torch). Only index
+          files that are opened exist: each is made on demand, outside the measured time, then read normally.
+          Reading the bins' content is not included.
 """
 
 from __future__ import annotations
@@ -22,9 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 
@@ -36,36 +34,31 @@ from data_prep.shards.reader import ShardSet
 from pipeline.data.loader import StepLoader, assign
 from pipeline.data.plan import PART_WINDOWS, BinPlan, Place, Position, count
 from pipeline.parallel.ranks import Ranks
-from tools.benchmarks.arguments import answer, command, positive
+from tools.benchmarks.arguments import answer, positive
 from tools.benchmarks.sharding import PACKAGES
 
 WINDOWS = (1024, 128)
 BIN_TOKENS = 8192
 TOKENS_PER_SENTENCE = 10.9
 LATE = 0.9  # of an epoch
-STEPS = 5  # planned after the first one, for the rate
+STEPS = 5  # planned after the first one, to measure the rate
 
 
 def loader(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run `sllm benchmark loader`."""
+    """Measure the loader."""
     require_folder(arguments.output)
     byte_lengths = ShardSet.open(arguments.shards).tokenizer().byte_lengths
     runs: dict[int, list[dict[str, float]]] = {window: [] for window in WINDOWS}
     for _ in range(arguments.runs):
-        for window in WINDOWS:  # in turn, so that a slow moment of the machine meets both
+        for window in WINDOWS:  # alternating, so that a slow moment of the machine affects both
             runs[window].append(_load(arguments.shards, window, arguments.bins, byte_lengths))
             log(f"window {window}: {runs[window][-1]['tokens_per_second']:,.0f} tokens/s")
     rates = {
         str(window): {
-            rate: {
-                "median": statistics.median(run[rate] for run in of),
-                "values": [run[rate] for run in of],
-            }
+            rate: {"median": statistics.median(run[rate] for run in of), "values": [run[rate] for run in of]}
             for rate in ("tokens_per_second", "tokens_per_cpu_second")
         }
-        | {
-            "first_seconds": [run["first_seconds"] for run in of],
-        }
+        | {"first_seconds": [run["first_seconds"] for run in of]}
         for window, of in runs.items()
     }
     result = {
@@ -81,23 +74,23 @@ def loader(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(folder: str, window: int, bins: int, byte_lengths: np.ndarray) -> dict[str, float]:
-    """One run: the first batch, which waits for the plan of a group, and the rate of those after it."""
+    """One run: the time to the first batch, which waits for a plan, and the rate of the following ones."""
     plan = BinPlan([ShardSet.open(folder)], window, BIN_TOKENS, seed=1)
-    began = time.perf_counter()
+    start = time.perf_counter()
     with StepLoader(plan, "sllm", 1, Ranks(0, 1, 0), byte_lengths, plan.start()) as steps:
         steps.next_step()
         first, cpu_first = time.perf_counter(), time.process_time()
         tokens = sum(steps.next_step().tokens_all for _ in range(bins))
         seconds, cpu_seconds = time.perf_counter() - first, time.process_time() - cpu_first
     return {
-        "first_seconds": first - began,
+        "first_seconds": first - start,
         "tokens_per_second": tokens / seconds,
         "tokens_per_cpu_second": tokens / cpu_seconds,
     }
 
 
 def planning(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run `sllm benchmark planning`; with `at`, only that measurement, in this process."""
+    """Measure planning; with `at`, only that measurement, in this process."""
     require_folder(arguments.output)
     if arguments.documents < arguments.shards:
         raise UserError(f"{arguments.documents} documents cannot fill {arguments.shards} shards")
@@ -126,8 +119,8 @@ def _plan(arguments: argparse.Namespace, at: str, window: int) -> dict[str, Any]
     """The first step of the last rank, then some more steps, a bin for every rank in each."""
     with tempfile.TemporaryDirectory() as folder:
         shard_set = SyntheticShardSet(Path(folder), arguments.documents, arguments.shards)
-        began, cpu_began = time.perf_counter(), time.process_time()
-        plan = BinPlan([shard_set], window, BIN_TOKENS, seed=1)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        plan = BinPlan([cast(ShardSet, shard_set)], window, BIN_TOKENS, seed=1)
         position = plan.start()
         if at == "late":
             groups = -(-arguments.shards // plan.shards_at_once)
@@ -137,8 +130,8 @@ def _plan(arguments: argparse.Namespace, at: str, window: int) -> dict[str, Any]
         bins = list(itertools.islice(stream, arguments.ranks))
         (mine,) = assign(bins, Ranks(arguments.ranks - 1, arguments.ranks, 0))
         count(bins, "sllm")
-        seconds = time.perf_counter() - began - shard_set.making_seconds
-        cpu_seconds = time.process_time() - cpu_began - shard_set.making_cpu_seconds
+        seconds = time.perf_counter() - start - shard_set.making_seconds
+        cpu_seconds = time.process_time() - cpu_start - shard_set.making_cpu_seconds
         opened = shard_set.opened
         making, before, tokens = shard_set.making_cpu_seconds, time.process_time(), 0
         for _ in range(STEPS):
@@ -156,8 +149,9 @@ def _plan(arguments: argparse.Namespace, at: str, window: int) -> dict[str, Any]
     }
 
 
-class SyntheticShard(NamedTuple):
-    """What planning asks of a shard: documents of `index`, whose sentences are of even length."""
+@dataclass(frozen=True)
+class SyntheticShard:
+    """The part of `Shard` that planning reads; the sentences of a document have equal lengths."""
 
     index: np.ndarray
 
@@ -170,10 +164,9 @@ class SyntheticShard(NamedTuple):
 
 
 class SyntheticShardSet:
-    """What planning asks of a shard set; a shard's index is made when it is opened.
+    """The part of `ShardSet` that planning reads; a shard's index is made when it is opened.
 
-    Lengths are log-normal, of some 490 tokens in the mean, as documents of 2 kB have. The last few shards
-    used stay open, as in `ShardSet`.
+    Document lengths are log-normal with a mean of about 490 tokens (documents of 2 kB).
     """
 
     def __init__(self, folder: Path, documents: int, shards: int):
@@ -224,16 +217,11 @@ def format_planning(result: dict[str, Any]) -> str:
         f"  window {window:>5}, {at:<5}: {one['first_batch_seconds']:6.2f} s "
         f"({one['first_batch_cpu_seconds']:.2f} CPU-s), "
         f"{one['peak_memory_bytes'] / 1e9:.2f} GB, {one['indexes_read']} indexes read; then "
-        f"{one['planned_tokens_per_cpu_second'] / 1e6:,.0f} M tokens a CPU-second are planned"
+        f"{one['planned_tokens_per_cpu_second'] / 1e6:,.0f} M tokens per CPU-second"
         for window, measured in result["windows"].items()
         for at, one in measured.items()
     ]
     return "\n".join(lines)
-
-
-def answer_with(arguments: argparse.Namespace, measure: Callable, text: Callable) -> int:
-    answer(arguments, measure(arguments), text)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,38 +229,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tools.benchmarks.loader", description="Speed of the loader, and of planning."
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    loader_parser = command(
-        kinds,
-        "loader",
-        lambda given: answer_with(given, loader, format_loader),
-        "Real tokens per second of packed batches, as the trainer's loader makes them on one thread.",
-        "python -m tools.benchmarks.loader loader --shards shards/train",
-    )
-    loader_parser.add_argument("--shards", required=True, metavar="DIR", help="shard folder")
-    loader_parser.add_argument(
-        "--bins", type=positive, default=500, metavar="N", help="bins of a run (default 500)"
-    )
-    loader_parser.add_argument(
-        "--runs", type=positive, default=5, metavar="N", help="runs of each (default 5)"
-    )
+    summary = "Real tokens per second of packed batches, as the trainer's loader makes them on one thread."
+    add = (one := kinds.add_parser("loader", help=summary, description=summary)).add_argument
+    one.set_defaults(run=loader, text=format_loader)
+    add("--shards", required=True, metavar="DIR", help="shard folder")
+    add("--bins", type=positive, default=500, metavar="N", help="bins of a run (default 500)")
+    add("--runs", type=positive, default=5, metavar="N", help="runs of each (default 5)")
 
-    planning_parser = command(
-        kinds,
-        "planning",
-        lambda given: answer_with(given, planning, format_planning),
-        "Seconds and memory to plan the first batch of a rank from an index of any size (simulated).",
-        "python -m tools.benchmarks.loader planning --documents 500000000 --shards 10000 --ranks 4096",
-    )
-    planning_parser.add_argument("--documents", type=positive, default=500_000_000, metavar="N")
-    planning_parser.add_argument("--shards", type=positive, default=10_000, metavar="N")
-    planning_parser.add_argument("--ranks", type=positive, default=4096, metavar="N")
-    planning_parser.add_argument("--at", choices=["start", "late"], help=argparse.SUPPRESS)
-    planning_parser.add_argument("--window-tokens", type=positive, default=1024, help=argparse.SUPPRESS)
-    for one in (loader_parser, planning_parser):
-        one.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+    summary = "Seconds and memory to plan the first batch of a rank from an index of any size (simulated)."
+    add = (one := kinds.add_parser("planning", help=summary, description=summary)).add_argument
+    one.set_defaults(run=planning, text=format_planning)
+    add("--documents", type=positive, default=500_000_000, metavar="N")
+    add("--shards", type=positive, default=10_000, metavar="N")
+    add("--ranks", type=positive, default=4096, metavar="N")
+    add("--at", choices=["start", "late"], help=argparse.SUPPRESS)
+    add("--window-tokens", type=positive, default=1024, help=argparse.SUPPRESS)
+    for one in kinds.choices.values():
+        one.add_argument("--output", metavar="FILE", help="also write the figures to FILE as JSON")
         one.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    answer(arguments, arguments.run(arguments), arguments.text)
+    return 0
 
 
 if __name__ == "__main__":

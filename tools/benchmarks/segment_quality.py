@@ -1,14 +1,12 @@
-"""How well and how fast texts are cut: ours beside a naive regex and, where installed, `sentencex` and ICU.
+"""Quality and speed of segmentation, beside a naive regex and, where installed, `sentencex` and ICU.
 
-    python -m data_prep.segment_quality GOLDEN... [--text FILE] [--json]
+    python -m tools.benchmarks.segment_quality GOLDEN... [--text FILE] [--json]
 
-In: golden sets (jsonl with `cut`: `‖` is a cut of both segmenters, `¦` one of `clause` only; `language`
-where it is not the set's), named `…_<language>.jsonl`; for the speed a UTF-8 text file, or WanJuan jsonl
-with `content` (.gz too). Out: a table, or JSON, on stdout. `exact`: share of cases cut exactly as wanted.
-`F1`: of inner cut positions, over all cases. A cut is compared by the characters before it without white
-space, so that who keeps the space between two sentences does not matter. `kept`: share of cases whose text
-comes back when the pieces are joined. MB/s: UTF-8 bytes per second of CPU time, one process, best of three.
-Run by hand; the results stand in docs/segmentation.md.
+Golden sets are jsonl files named `…_<language>.jsonl` with `cut` (`‖` is a cut of both segmenters, `¦` one of
+`clause` only) and optionally `language`. The speed is measured on a UTF-8 text file or WanJuan jsonl (.gz
+too). `exact`: share of cases cut exactly as expected. `F1`: of inner cut positions over all cases; white
+space at a cut is ignored. `kept`: share of cases whose pieces join to the text. MB/s: UTF-8 bytes per
+CPU-second, one process, best of three. Results: docs/segmentation.md.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ _NAIVE = {
 
 @dataclass
 class Case:
-    """One golden case; `sentence` and `clause` hold the wanted inner cuts (see `inner_cuts`)."""
+    """One golden case; `sentence` and `clause` hold the expected inner cuts (see `inner_cuts`)."""
 
     topic: str
     language: str
@@ -45,7 +43,7 @@ class Case:
 
 @dataclass
 class Score:
-    """One row of the table: shares from 0 to 1, speed in MB/s; `note` says why there is none."""
+    """One row of the table: shares from 0 to 1, speed in MB/s; `note`: why there is none."""
 
     cutter: str
     segmenter: str
@@ -128,7 +126,7 @@ def inner_cuts(pieces: Iterable[str]) -> set[int]:
 
 
 def cutters(language: str) -> list[tuple[str, str, Cutter | str]]:
-    """(name, segmenter, function or the reason why there is none)."""
+    """(name, segmenter, function or the reason why it is missing)."""
     rows: list[tuple[str, str, Cutter | str]] = [("ours", name, _ours(name, language)) for name in NAMES]
     rows += [("naive regex", name, _naive(_NAIVE[name])) for name in NAMES]
     return [*rows, ("sentencex", "sentence", _sentencex()), ("ICU", "sentence", _icu())]
@@ -153,7 +151,7 @@ def _sentencex() -> Cutter | str:
     except ImportError:
         return "not installed"
 
-    def cut(text: str, language: str) -> list[str]:  # by lines: on long texts its time grows faster than they
+    def cut(text: str, language: str) -> list[str]:  # by lines: its time grows faster than the text
         return [piece for line in text.splitlines(keepends=True) for piece in segment(language, line)]
 
     return cut

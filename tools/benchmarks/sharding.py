@@ -1,17 +1,14 @@
-"""`data-prep benchmark`: how fast, how large and how exact data preparation is on this machine, side by side.
+"""Speed, memory and exactness of data preparation on this machine. Parts, chosen by `--only`:
 
-In: input files and a tokenizer folder. Out: one dict of figures, every single value kept beside its median;
-the command prints it and writes it as JSON. Five parts, chosen by `--only`:
-
-speed    the real `data-prep shard --workers 1`, and with `--against-python` datatrove's JsonlReader and
-         DocumentTokenizer on the same files with the same tokenizer.json, in turns (A B A B …): MB of text
-         per CPU-second of the whole process tree
-workers  1 worker against 2, in turns: wall seconds
-memory   the largest process of a run over a small and a large input (the same documents again and again)
+speed    `data-prep shard --workers 1`, and with `--against-python` datatrove's JsonlReader and
+         DocumentTokenizer on the same files with the same tokenizer.json, alternating (A B A B …): MB of text
+         per CPU-second of the process tree
+workers  1 worker against 2, alternating: wall seconds
+memory   the largest process of a run over a small and a large input (the same documents repeated)
 ids      the fast engine's token ids against the reference library's, document by document
 reading  the shards read back: in order, and at random by number and by key
 
-All runs are processes of their own, on warm file caches. Take figures on an idle machine.
+Every run is a new process with warm file caches. Measure on an idle machine.
 """
 
 from __future__ import annotations
@@ -29,20 +26,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from data_prep.common.environment import header, write_result
 from data_prep.common.errors import UserError, log, run_main
 from data_prep.common.processes import require_success
 
+if TYPE_CHECKING:
+    from data_prep.shards.layout import Document
+
 PARTS = ("speed", "workers", "memory", "ids", "reading")
 PACKAGES = ("numpy", "tokenizers", "gigatoken", "sentencepiece", "zstandard", "pyarrow", "datasets")
 SMALL_MB = 10.0
-LOOK_SECONDS = 0.05  # between two looks at the memory of a process tree
+POLL_SECONDS = 0.05  # between two readings of a process tree's memory
 READS = 2000  # random accesses of each kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command."""
+    """Add the command's flags."""
     parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="files or folders of text")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs of each kind (default 5)")
@@ -55,14 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--big-mb", type=float, default=1000.0, metavar="MB", help="large input of `memory` (default 1000)"
     )
-    parser.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+    parser.add_argument("--output", metavar="FILE", help="also write the figures to FILE as JSON")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    """Measure what `add_arguments` asks for; the result is plain JSON.
+    """Measure as the arguments say. Returns plain JSON.
 
-    Raises `UserError` on bad arguments and when a measured command fails.
+    Raises:
+        UserError: bad arguments, or a measured command fails.
     """
     if arguments.runs < 1:
         raise UserError(f"--runs must be at least 1, not {arguments.runs}")
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> dict:
         raise UserError(f"--big-mb must be at least {SMALL_MB:g}, not {arguments.big_mb:g}")
     only = [part for part in PARTS if part in arguments.only]
     result = header(PACKAGES)
-    # Names alone: a result file is kept, and this machine's folders mean nothing elsewhere.
+    # Names alone: this machine's folders mean nothing in a kept result file.
     result["input"] = ["/".join(Path(path).absolute().parts[-2:]) for path in arguments.input]
     result["tokenizer"] = Path(arguments.tokenizer).absolute().name
     with tempfile.TemporaryDirectory(prefix="data-prep-benchmark-") as folder:
@@ -92,9 +94,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
 @dataclass(frozen=True)
 class Measured:
-    """`cpu` seconds of the process and all it waited for; `wall` seconds; `peak_mb` of its largest process
-    and `worker_mb` of its largest descendant, 0 without one (MB of 10^6 bytes; `None` where /proc is
-    missing)."""
+    """CPU seconds of a process tree, wall seconds, and MB (10^6 bytes) of its largest process and of its
+    largest descendant (0 without one; `None` without /proc)."""
 
     cpu: float
     wall: float
@@ -107,17 +108,17 @@ def measure(command: list[str]) -> Measured:
     """Run `command` and measure its whole process tree. Raises `UserError` when it fails."""
     peaks: dict[int, int] = {}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        began = time.perf_counter()
+        start = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=err)
         try:
             while True:
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-                wall = time.perf_counter() - began
+                wall = time.perf_counter() - start
                 if pid:
                     break
                 for one in _tree(process.pid):
                     peaks[one] = max(peaks.get(one, 0), _peak_memory(one))
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)
         except BaseException:
             process.terminate()
             process.wait()
@@ -140,7 +141,7 @@ def measure(command: list[str]) -> Measured:
 
 
 def _tree(root: int) -> list[int]:
-    """`root` and its descendants that are alive."""
+    """`root` and its live descendants."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if name.isdigit():
@@ -156,7 +157,7 @@ def _tree(root: int) -> list[int]:
 
 
 def _peak_memory(pid: int) -> int:
-    """Bytes. Not `ru_maxrss`: a child inherits its parent's there."""
+    """Peak memory in bytes. Not `ru_maxrss`, which a child inherits from its parent."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -166,7 +167,7 @@ def _peak_memory(pid: int) -> int:
 
 
 class Bench:
-    """The commands under measurement; everything they write lies in `folder`."""
+    """The measured commands; they write only to `folder`."""
 
     def __init__(self, folder: Path, inputs: list[str], tokenizer: str):
         self.folder, self.inputs, self.tokenizer = folder, inputs, tokenizer
@@ -174,7 +175,7 @@ class Bench:
         self._kept: Path | None = None
 
     def shard(self, workers: int, inputs: list[str] | None = None) -> tuple[Measured, dict]:
-        """One real `data-prep shard`: what was measured, and its own summary. The last shards stay."""
+        """One `data-prep shard`: measurement and summary. The last shards are kept."""
         output = self._new("shards")
         command = [sys.executable, "-m", "data_prep.cli", "shard", "--json", "--output", str(output)]
         command += ["--workers", str(workers), "--tokenizer", self.tokenizer]
@@ -187,13 +188,13 @@ class Bench:
         return measured, json.loads(measured.stdout)
 
     def shards(self) -> Path:
-        """The folder of shards made from the inputs; made now if no run has left one."""
+        """A folder of shards made from the inputs; made now unless a run has left one."""
         if self._kept is None:
             self.shard(1)
         return self._kept
 
     def datatrove(self, python: str) -> tuple[Measured, dict]:
-        """One run of datatrove over the same files: what was measured, and what its script printed."""
+        """One run of datatrove over the same files: measurement and its script's output."""
         names = [file.path for file in self.files()]
         if unread := [name for name in names if not name.endswith((".jsonl", ".jsonl.gz"))]:
             raise UserError(f"datatrove's reader takes .jsonl and .jsonl.gz, not {unread[0]}")
@@ -224,7 +225,7 @@ class Bench:
                     yield item.content
 
     def repeated(self, megabytes: float) -> Path:
-        """A .jsonl file of about so many MB: the inputs' documents, again and again with new ids."""
+        """A .jsonl file of about `megabytes`: the inputs' documents, repeated with new ids."""
         path = self._new("input").with_suffix(".jsonl")
         left, number = int(megabytes * 1e6), 0
         with open(path, "w", encoding="utf-8") as stream:
@@ -254,30 +255,30 @@ class Bench:
 
 
 def side_by_side(bench: Bench, runs: int, only: list[str], python: str | None) -> dict:
-    """`speed` and `workers`: all kinds of run in turns, so that a slow moment meets them all."""
+    """`speed` and `workers`: all kinds of run alternate, so that a slow moment affects all."""
     kinds: dict[str, Callable[[], tuple[Measured, dict]]] = {"shard": lambda: bench.shard(1)}
     if "workers" in only:
         kinds["shard, 2 workers"] = lambda: bench.shard(2)
     if "speed" in only and python:
         kinds["datatrove"] = lambda: bench.datatrove(python)
     taken: dict[str, list[Measured]] = {kind: [] for kind in kinds}
-    said: dict[str, dict] = {}
+    summaries: dict[str, dict] = {}
     for turn in range(runs):
-        for kind, start in kinds.items():
-            measured, said[kind] = start()
+        for kind, run_once in kinds.items():
+            measured, summaries[kind] = run_once()
             taken[kind].append(measured)
             _say(f"run {turn + 1} of {runs}, {kind}: {measured.cpu:.2f} CPU-s, {measured.wall:.2f} s")
     result = {}
-    megabytes = said["shard"]["bytes"] / 1e6
+    megabytes = summaries["shard"]["bytes"] / 1e6
     if "speed" in only:
         speed = {
             "mb_of_text": round(megabytes, 3),
-            "documents": said["shard"]["documents"],
-            "tokens": said["shard"]["tokens"],
+            "documents": summaries["shard"]["documents"],
+            "tokens": summaries["shard"]["tokens"],
             "shard": _rates(taken["shard"], megabytes),
         }
         if "datatrove" in kinds:
-            speed["datatrove"] = _rates(taken["datatrove"], megabytes) | said["datatrove"]
+            speed["datatrove"] = _rates(taken["datatrove"], megabytes) | summaries["datatrove"]
             ours, theirs = (speed[k]["mb_per_cpu_second"]["median"] for k in ("shard", "datatrove"))
             speed["times_datatrove"] = round(ours / theirs, 3)
         result["speed"] = speed
@@ -344,11 +345,11 @@ def compare_ids(bench: Bench) -> dict:
     different: list[str] = []
     seconds = {"engine": 0.0, "reference": 0.0}
     for text in bench.texts():
-        began = time.process_time()
+        start = time.process_time()
         ours = tokenizer.encode(text)
         between = time.process_time()
         reference = tokenizer.encode_reference(text)
-        seconds["engine"] += between - began
+        seconds["engine"] += between - start
         seconds["reference"] += time.process_time() - between
         documents += 1
         tokens += reference.size
@@ -371,14 +372,14 @@ def compare_ids(bench: Bench) -> dict:
 
 
 def reading(folder: Path, runs: int) -> dict:
-    """Shards read back in this process: all tokens and sentence lengths in order; documents at random."""
+    """Read shards in this process: all tokens and sentence lengths in order; documents at random."""
     import numpy as np
 
     from data_prep.shards.reader import ShardSet
 
     rates, totals = [], set()
     for _ in range(runs + 1):  # the first one warms the file cache
-        began = time.process_time()
+        start = time.process_time()
         shards = ShardSet.open(folder)
         tokens = checksum = 0
         for i in range(len(shards)):
@@ -389,7 +390,7 @@ def reading(folder: Path, runs: int) -> dict:
                 checksum += int(row.sum(dtype=np.uint64)) + int(
                     shard.sentence_lengths(n).sum(dtype=np.uint64)
                 )
-        rates.append(tokens / 1e6 / (time.process_time() - began))
+        rates.append(tokens / 1e6 / (time.process_time() - start))
         totals.add((tokens, checksum))
     if len(totals) != 1 or tokens != shards.manifest["totals"]["tokens"]:
         raise AssertionError("the shards gave other tokens when read again")
@@ -408,15 +409,15 @@ def reading(folder: Path, runs: int) -> dict:
     return result
 
 
-def _times(get: Callable[[object], object], wanted: list) -> dict:
-    """Microseconds for a document to be there, its tokens and sentence lengths touched."""
+def _times(get: Callable[[Any], Document], wanted: list) -> dict:
+    """Microseconds to read a document, its tokens and sentence lengths."""
     taken = []
     for one in wanted:
-        began = time.perf_counter_ns()
+        start = time.perf_counter_ns()
         document = get(one)
         document.tokens.sum()
         document.sentence_lengths.sum()
-        taken.append((time.perf_counter_ns() - began) / 1000)
+        taken.append((time.perf_counter_ns() - start) / 1000)
     taken.sort()
     return {
         "reads": len(taken),
@@ -431,7 +432,7 @@ def _say(line: str) -> None:
 
 
 def text(result: dict) -> str:
-    """The figures for people."""
+    """The result of `run` as text."""
     lines = [
         f"{result['cpu']}, {result['cores']} cores, {result['memory_gb']} GB; Python {result['python']}; "
         f"commit {result['git_commit'] or 'unknown'}{' with changes' if result['git_changed'] else ''}; "

@@ -1,15 +1,12 @@
-"""`sllm benchmark strategies`: seconds of a training step under several DeepSpeed strategies, on one machine.
+"""Seconds of a training step under several DeepSpeed configs, on one machine.
 
-In: a recipe, shards, and files of `ds_configs/`. Out: one dict of figures, every single value beside its
-median; the command prints it and writes it as JSON.
+Every start is `pipeline/train.py` in `--ranks` processes, for a few steps in a temporary folder. Starts
+alternate (A B C A B C …), so that a slow moment of the machine affects all, and each is compared with the
+first config of its own round. The figures are those of `metrics.jsonl`, without the first steps, which
+allocate. `loss_difference` shows a config that changes the losses.
 
-Every start is `pipeline/train.py` itself, in `--ranks` processes, for a few steps in a folder that is thrown
-away. Starts take turns (A B C A B C …), so that a slow moment of the machine meets all of them, and each is
-compared with the first strategy of its own round. The figures are those of `metrics.jsonl`; the first steps
-of a start, which allocate, are left out. A strategy that changes the losses is told by `loss_difference`.
-
-On one machine the ranks share its memory bus and talk through loopback or NVLink: what a strategy costs over
-a network between machines is not measured by this.
+On one machine the ranks share its memory bus and communicate over loopback or NVLink: the cost of a config
+over a network is not measured.
 """
 
 from __future__ import annotations
@@ -38,14 +35,15 @@ from pipeline.training.run_log import METRICS, read_records
 from tools.benchmarks.arguments import answer, positive
 
 STRATEGIES = ("zero0", "zero1", "zero2", "zero3")
-WARM_UP = 2  # steps of each start that are not counted
-LAST_LINES = 5  # of a failed rank's output that are shown
+WARM_UP = 2  # steps of each start, not counted
+LAST_LINES = 5  # shown of a failed rank's output
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the command line asks for (`cli.py`); the result is plain JSON.
+    """Measure as the arguments say. Returns plain JSON.
 
-    Raises: UserError on bad arguments, or when a start fails.
+    Raises:
+        UserError: bad arguments, or a start fails.
     """
     require_folder(arguments.output)
     if arguments.steps <= WARM_UP:
@@ -58,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, paths in zip(arguments.strategies, files, strict=True):
             with tempfile.TemporaryDirectory(prefix="strategies-") as folder:
                 found[name].append(train(recipe, paths, arguments, Path(folder)))
-            log(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s a step")
+            log(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s per step")
     result = {
         **header(PACKAGES),
         "recipe": find_recipe(arguments.recipe).stem,
@@ -78,10 +76,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(found: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str, Any]]:
-    """What the starts' metrics say. found: strategy → round → lines of metrics.jsonl.
+    """Figures of each config. found: config → round → lines of metrics.jsonl.
 
-    `ratio`: median over the rounds of a strategy's step by that of the first strategy in the same round.
-    `loss_difference`: the largest between it and the first strategy, nats per target, over all steps.
+    `ratio`: median over the rounds of step time relative to the first config in the same round.
+    `loss_difference`: largest difference from the first config over all steps, nats per target.
     """
     first = next(iter(found.values()))
     result = {}
@@ -106,7 +104,7 @@ def _median(rows: list[dict[str, Any]]) -> float:
 
 
 def _files(strategy: str) -> list[Path]:
-    """The files of "zero3" or "zero2+fp16"; a name or a path each."""
+    """The files of "zero3" or "zero2+fp16"; each is a name or a path."""
     names = strategy.split("+")
     paths = [find_deepspeed_config(name) for name in names]
     for path in paths:
@@ -116,7 +114,7 @@ def _files(strategy: str) -> list[Path]:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe with sizes in place of folders, one bin a rank, and nothing beside the steps."""
+    """The recipe with sizes instead of folders, one bin per rank, no evaluations and no logs."""
     recipe = sized_recipe(arguments.recipe, arguments.vae_recipe)
     if arguments.shards:
         recipe.data.shards = [arguments.shards]
@@ -135,7 +133,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 def train(
     recipe: Recipe, strategy: Sequence[Path], arguments: argparse.Namespace, folder: Path
 ) -> list[dict[str, Any]]:
-    """One start of `pipeline/train.py` on every rank; its lines of metrics.jsonl. UserError when it fails."""
+    """Start `pipeline/train.py` on every rank. Returns its lines of metrics.jsonl; UserError on failure."""
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "pipeline.train"]
     command += ["--config", str(folder / "recipe.yaml")]
@@ -160,10 +158,10 @@ def train(
                 process.wait()
     for rank, status in enumerate(statuses):
         if status:
-            said = (folder / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()
+            output = (folder / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()
             raise UserError(
                 f"{'+'.join(path.stem for path in strategy)}: rank {rank} ended with status {status}: "
-                + " | ".join(said[-LAST_LINES:])
+                + " | ".join(output[-LAST_LINES:])
             )
     return read_records(folder / "run" / METRICS)
 
@@ -173,7 +171,7 @@ def format_benchmark(result: dict[str, Any]) -> str:
     where = result["cpu"] if result["device"] == "cpu" else result["device"]
     lines = [
         f"{result['recipe']}, {result['ranks']} ranks with {result['threads_per_rank']} threads on {where}, "
-        f"{result['bins_per_step']} bins of {result['bin_tokens']:,} tokens a step; medians of "
+        f"{result['bins_per_step']} bins of {result['bin_tokens']:,} tokens per step; medians of "
         f"{result['rounds']} rounds of {result['steps']} steps",
         "",
     ]
@@ -183,7 +181,7 @@ def format_benchmark(result: dict[str, Any]) -> str:
     def row(*cells: str) -> None:
         lines.append(f"{cells[0]:<{width}}" + "".join(f"{cell:>20}" for cell in cells[1:]))
 
-    row("", "seconds a step", f"by {first}", "tokens per second", "GB, rank 0", "loss differs by")
+    row("", "seconds per step", f"by {first}", "tokens per second", "GB, rank 0", "loss differs by")
     for name, one in names.items():
         cells = [
             f"{one['seconds']['median']:.3f}",
@@ -199,20 +197,23 @@ def format_benchmark(result: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.benchmarks.strategies",
-        description="Seconds of a training step under several DeepSpeed strategies, by turns.",
+        description="Seconds of a training step under several DeepSpeed configs, alternating.",
         epilog="example:\n  python -m tools.benchmarks.strategies --recipe small-sllm --shards shards/train "
         "--strategies zero0 zero3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--recipe", required=True, metavar="FILE", help="recipe file, or the name of one that comes along"
+        "--recipe",
+        required=True,
+        metavar="FILE",
+        help="recipe file, or the name of one in the package",
     )
     parser.add_argument("--shards", metavar="DIR", help="shard folder (default: the recipe's data.shards)")
     parser.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
     parser.add_argument(
         "--strategies",
         nargs="+",
-        default=["zero0", "zero1", "zero2", "zero3"],
+        default=STRATEGIES,
         metavar="NAME",
         help="files of ds_configs/, zero2+fp16 for two of them; the others are compared with the first one "
         "(default zero0 zero1 zero2 zero3)",
@@ -228,7 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokens", type=positive, metavar="N", help="of a bin (default: the recipe's data.bin_tokens)"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    parser.add_argument("--output", metavar="FILE", help="also write the figures to FILE, as JSON")
+    parser.add_argument("--output", metavar="FILE", help="also write the figures to FILE as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

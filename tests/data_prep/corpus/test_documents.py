@@ -20,7 +20,7 @@ from helpers.corpus_lines import bad_line, good_line
 from data_prep.common.errors import UserError
 from data_prep.corpus import documents
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
-from data_prep.corpus.filters import Hygiene
+from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import Piece, find_inputs, split, whole
 
 GOOD = b'{"id": "a", "content": "One two. \\u4e8c"}'
@@ -30,7 +30,7 @@ PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().c
 def read(path: Path, data: bytes, language: str = "auto", **rules) -> tuple[list, DocumentReader]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    reader = DocumentReader(find_inputs([path])[0], language, Hygiene(**rules))
+    reader = DocumentReader(find_inputs([path])[0], language, Filters(**rules))
     return list(reader), reader
 
 
@@ -230,7 +230,7 @@ def test_the_limit_counts_bytes_after_the_rules_as_well(tmp_path: Path, monkeypa
     assert items[1].reason == "line too long"
     pq.write_table(pa.table({"text": ["\ufdfa" * 60]}), tmp_path / "x.parquet")  # one gives 18
     file = find_inputs([tmp_path / "x.parquet"])[0]
-    assert list(DocumentReader(file, hygiene=Hygiene(normal_form="NFKC"))) == [Reject(1, "line too long")]
+    assert list(DocumentReader(file, filters=Filters(normal_form="NFKC"))) == [Reject(1, "line too long")]
     assert len(list(DocumentReader(file))[0].content) == 60
 
 

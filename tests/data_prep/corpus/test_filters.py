@@ -14,7 +14,7 @@ from data_prep import cli
 from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
-from data_prep.corpus.filters import Hygiene, exam_text, normal_language
+from data_prep.corpus.filters import Filters, exam_text, normal_language
 
 EXAM = {
     "q_type": "单选题",
@@ -51,7 +51,7 @@ EXAM = {
     ],
 )
 def test_the_text_of_a_record(record: dict, rules: dict, text: str, reason: str | None):
-    assert Hygiene(**rules).text_of(record) == (text, reason)
+    assert Filters(**rules).text_of(record) == (text, reason)
 
 
 def test_exam_questions_become_text():
@@ -96,10 +96,10 @@ def test_exam_questions_become_text():
     ],
 )
 def test_rules_that_change_bytes(rules: dict, text: str, clean: str | None, changed: list[str]):
-    assert Hygiene(**rules).clean(text) == (text if clean is None else clean, changed)
+    assert Filters(**rules).clean(text) == (text if clean is None else clean, changed)
 
 
-ALL = Hygiene(strip_control=True, white_space=True, normal_form="NFKC")
+ALL = Filters(strip_control=True, white_space=True, normal_form="NFKC")
 
 
 @given(st.text(alphabet=st.sampled_from("ab \t\n\r\x00\x0c\x85\u00a0\u0301éﬁ\u3000"), max_size=12))
@@ -154,7 +154,7 @@ RECORD = {
     ],
 )
 def test_filters(expression: str, reason: str | None):
-    assert Hygiene(filters=(expression,)).refusal(RECORD, "text", "en") == reason
+    assert Filters(filters=(expression,)).refusal(RECORD, "text", "en") == reason
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def test_filters(expression: str, reason: str | None):
 )
 def test_bad_filters_are_refused_with_an_example(expression: str):
     with pytest.raises(UserError, match="write for example --filter 'toxic_score<0.5'"):
-        Hygiene(filters=(expression,))
+        Filters(filters=(expression,))
 
 
 def test_lengths_and_languages():
-    rules = Hygiene(min_chars=2, max_chars=3, keep_languages=("chinese", "EN-us"))
+    rules = Filters(min_chars=2, max_chars=3, keep_languages=("chinese", "EN-us"))
     assert rules.keep_languages == ("en", "zh")
     assert rules.refusal({}, "一", "zh") == "too short"
     assert rules.refusal({}, "一二", "zh") is rules.refusal({}, "abc", "en") is None
@@ -186,29 +186,29 @@ def test_lengths_and_languages():
 )
 def test_rules_that_cannot_be_meant_are_refused(rules: dict):
     with pytest.raises(UserError):
-        Hygiene(**rules)
+        Filters(**rules)
 
 
 def test_settings_tell_rules_apart_and_travel():
-    assert json.loads(json.dumps(Hygiene().to_dict())) == Hygiene().to_dict()
-    one = Hygiene(filters=("a < 1",), keep_languages=("zh", "en"))
-    assert one == Hygiene(filters=("a<1",), keep_languages=("en", "zh", "zh"))
-    assert one.to_dict() == pickle.loads(pickle.dumps(one)).to_dict() != Hygiene().to_dict()
-    for rules in (one, Hygiene(), ALL):
-        assert Hygiene.from_dict(json.loads(json.dumps(rules.to_dict()))) == rules
+    assert json.loads(json.dumps(Filters().to_dict())) == Filters().to_dict()
+    one = Filters(filters=("a < 1",), keep_languages=("zh", "en"))
+    assert one == Filters(filters=("a<1",), keep_languages=("en", "zh", "zh"))
+    assert one.to_dict() == pickle.loads(pickle.dumps(one)).to_dict() != Filters().to_dict()
+    for rules in (one, Filters(), ALL):
+        assert Filters.from_dict(json.loads(json.dumps(rules.to_dict()))) == rules
     assert pickle.loads(pickle.dumps(one)).refusal({"a": 2}, "x", "en") == "filter: a<1"
-    assert Hygiene(normal_form="NFC").to_dict()["unicode"] == unicodedata.unidata_version
+    assert Filters(normal_form="NFC").to_dict()["unicode"] == unicodedata.unidata_version
 
 
 def test_arguments():
-    def rules(*flags: str) -> Hygiene:
+    def rules(*flags: str) -> Filters:
         needed = ["--input", "x", "--output", "y", "--tokenizer", "z"]
         return parse(cli.app, ["shard", *needed, *flags]).keywords["rules"]
 
-    assert rules() == Hygiene()
+    assert rules() == Filters()
     flags = "--text-field a.b --filter x<1 --filter y>2 --strip-control --white-space --normal-form NFC"
     flags += " --min-chars 3 --max-chars 9 --keep-lang en zh"
-    assert rules(*flags.split()) == Hygiene("a.b", ("x<1", "y>2"), True, True, "NFC", 3, 9, ("en", "zh"))
+    assert rules(*flags.split()) == Filters("a.b", ("x<1", "y>2"), True, True, "NFC", 3, 9, ("en", "zh"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import zstandard
 from data_prep.common.errors import UserError
 from data_prep.corpus import documents
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, sample_lines
-from data_prep.corpus.filters import Hygiene
+from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import find_inputs, open_parquet, split
 
 GOOD = b'{"id": "a", "content": "One two. \\u4e8c"}'
@@ -30,7 +30,7 @@ PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().c
 def read(path: Path, data: bytes, language: str = "auto", **rules) -> tuple[list, DocumentReader]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    reader = DocumentReader(find_inputs([path])[0], language, Hygiene(**rules))
+    reader = DocumentReader(find_inputs([path])[0], language, Filters(**rules))
     return list(reader), reader
 
 
@@ -202,21 +202,21 @@ def expected_of(rows: int, name: str, source: str) -> list:
     return items
 
 
-RULES = Hygiene(filters=("toxic_score<0.9",))
+RULES = Filters(filters=("toxic_score<0.9",))
 
 
 def test_parquet(tmp_path: Path):
     (tmp_path / "web").mkdir()
     pq.write_table(pa.table(table_of(1000)), tmp_path / "web/x.parquet", row_group_size=130)
     (file,) = find_inputs([tmp_path / "web/x.parquet"])
-    reader = DocumentReader(file, hygiene=RULES)
+    reader = DocumentReader(file, filters=RULES)
     expected = expected_of(1000, "web/x.parquet", "web")
     assert list(reader) == expected
     assert (reader.lines, reader.bytes_read, reader.damage) == (1000, file.size, None)
     assert reader.repaired["missing id"] == sum(getattr(item, "id_repaired", False) for item in expected)
     for count in (3, 8):
         pieces = split(file, count)
-        readers = [DocumentReader(piece, hygiene=RULES) for piece in pieces]
+        readers = [DocumentReader(piece, filters=RULES) for piece in pieces]
         assert [item for part in readers for item in part] == expected and len(pieces) > 2
         assert sum(part.bytes_read for part in readers) == file.size
         assert [part.sha256 for part in readers] == [piece.sha256() for piece in pieces]
@@ -279,7 +279,7 @@ def test_strings_in_tables_that_are_no_text(tmp_path: Path):
 )
 def test_the_text_column(tmp_path: Path, columns: dict, field: str | None, text):
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    reader = DocumentReader(find_inputs([tmp_path / "x.parquet"])[0], hygiene=Hygiene(text_field=field))
+    reader = DocumentReader(find_inputs([tmp_path / "x.parquet"])[0], filters=Filters(text_field=field))
     if isinstance(text, str):
         assert [item.content for item in reader] == [text]
     else:
@@ -294,10 +294,10 @@ def test_datasets(tmp_path: Path):
     table.save_to_disk(tmp_path / "set", num_shards=3)
     (file,) = find_inputs([f"hf:{tmp_path}/set"])
     expected = expected_of(300, "hf:set", "set")
-    assert list(DocumentReader(file, hygiene=RULES)) == expected
+    assert list(DocumentReader(file, filters=RULES)) == expected
     for count in (4, 7):
         pieces = split(file, count)
-        readers = [DocumentReader(piece, hygiene=RULES) for piece in pieces]
+        readers = [DocumentReader(piece, filters=RULES) for piece in pieces]
         assert [item for part in readers for item in part] == expected
         assert sum(part.bytes_read for part in readers) == file.size
         assert [part.sha256 for part in readers] == [piece.sha256() for piece in pieces]
@@ -359,7 +359,7 @@ def test_every_kind_is_sampled(tmp_path: Path):
     read(tmp_path / "text/4.txt", b"plain text\n" * 900)
     datasets.Dataset.from_dict({"body": ["set " * 100] * 100}).save_to_disk(tmp_path / "set")
     files = find_inputs([corpus, tmp_path / "text", f"hf:{tmp_path}/set"])
-    sample = "\n".join(sample_lines(files, 25_000, Hygiene()))
+    sample = "\n".join(sample_lines(files, 25_000, Filters()))
     for word in ("tabular", "plain text", "set "):
         assert sample.count(word) > 10
     assert 25_000 <= len(sample) <= 28_000

@@ -1,4 +1,4 @@
-"""Sharing work through a folder: every unit once, dead holders replaced, results published whole."""
+"""Sharing work through a folder: every unit runs once, dead holders are replaced, results are complete."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pathlib import Path
 import pytest
 
 from data_prep.common.errors import UserError
-from data_prep.jobs import executor as execution
-from data_prep.jobs.executor import RECORD, Board, Phase, run_in_processes, run_phases
+from data_prep.jobs import executor
+from data_prep.jobs.executor import RECORD, Phase, WorkFolder, run_in_processes, run_phases
 
 pytestmark = pytest.mark.launch
 
 UNITS = 12
 
 
-def board(folder: Path) -> Board:
-    return Board(folder / "work", (folder / "finished").is_file)
+def work_folder(folder: Path) -> WorkFolder:
+    return WorkFolder(folder / "work", (folder / "finished").is_file)
 
 
-def run_unit(folder: Path, unit: int, aside: Path, beat, seconds: float = 0.05) -> None:
+def run_unit(folder: Path, unit: int, staging: Path, heartbeat, seconds: float = 0.05) -> None:
     with open(folder / "runs.log", "a") as log:  # O_APPEND: one line per write, whoever writes
         log.write(f"{unit} {os.getpid()}\n")
     time.sleep(seconds)
-    beat({"bytes": unit})
-    (aside / RECORD).write_text(json.dumps({"unit": unit}))
+    heartbeat({"bytes": unit})
+    (staging / RECORD).write_text(json.dumps({"unit": unit}))
 
 
 def work(folder: Path, seconds: float = 0.05) -> None:
-    run_phases(board(folder), [Phase("a", range(UNITS), partial(run_unit, folder, seconds=seconds))])
+    run_phases(work_folder(folder), [Phase("a", range(UNITS), partial(run_unit, folder, seconds=seconds))])
 
 
 def runs(folder: Path) -> list[tuple[int, int]]:
@@ -72,7 +72,7 @@ def test_the_unit_of_a_killed_process_is_done_by_another(folder: Path):
     slow.join()
     began = time.monotonic()
     work(folder)
-    assert time.monotonic() - began < execution.STALE_SECONDS / 2  # a dead process is seen at once
+    assert time.monotonic() - began < executor.STALE_SECONDS / 2  # a dead process is seen at once
     check_results_but_leftovers(folder)
     assert [unit for unit, pid in runs(folder) if pid == slow.pid] == [0]
 
@@ -86,23 +86,23 @@ def check_results_but_leftovers(folder: Path) -> None:
 
 
 def grab(folder: Path, gate, taken) -> None:
-    mine = board(folder)
+    mine = work_folder(folder)
     gate.wait()
-    taken.put((os.getpid(), mine.take("a", [0])))
-    gate.wait()  # who has left is dead to the others, and its claim free
+    taken.put((os.getpid(), mine.acquire("a", [0])))
+    gate.wait()  # a process that has ended is dead to the others, and its lock free
 
 
-def test_of_many_who_find_a_dead_claim_one_gets_it(folder: Path):
+def test_exactly_one_process_takes_over_a_stale_lock(folder: Path):
     context = multiprocessing.get_context("fork")
     dead = context.Process(target=time.sleep, args=(1000,))
     dead.start()
-    claim = folder / "work/claims/a-000000-0"
-    claim.parent.mkdir()
-    told = {"machine": execution._machine(), "pid": dead.pid, "start": execution._start_time(dead.pid)}
+    lock = folder / "work/claims/a-000000-0"
+    lock.parent.mkdir()
+    dead_holder = {"machine": executor._machine(), "pid": dead.pid, "start": executor._start_time(dead.pid)}
     dead.kill()
     dead.join()
     for _ in range(25):
-        claim.write_text(json.dumps({"holder": told}))
+        lock.write_text(json.dumps({"holder": dead_holder}))
         gate, taken = context.Barrier(4), context.SimpleQueue()
         racers = [context.Process(target=grab, args=(folder, gate, taken)) for _ in range(4)]
         for racer in racers:
@@ -111,24 +111,24 @@ def test_of_many_who_find_a_dead_claim_one_gets_it(folder: Path):
             racer.join()
         got = dict(taken.get() for _ in racers)
         (holder,) = [pid for pid, unit in got.items() if unit == 0]
-        successor = claim.with_name("a-000000-1")
+        successor = lock.with_name("a-000000-1")
         assert json.loads(successor.read_text())["holder"]["pid"] == holder
         successor.unlink()
 
 
 def take_all(folder: Path, units: int) -> None:
-    mine = board(folder)
+    mine = work_folder(folder)
     for unit in range(units):
-        mine.take("a", [unit])
+        mine.acquire("a", [unit])
 
 
-def test_a_claim_names_its_holder_from_the_first_moment(folder: Path):
-    """Else a holder killed right after its claim would be waited for as if on another machine."""
-    units, claims = 2000, folder / "work/claims"
+def test_a_lock_is_created_with_its_holder(folder: Path):
+    """Otherwise a holder killed right after would be treated as one on another machine."""
+    units, locks = 2000, folder / "work/claims"
     holder = multiprocessing.get_context("fork").Process(target=take_all, args=(folder, units))
     holder.start()
     for unit in range(units):
-        path = claims / f"a-{unit:06d}-0"
+        path = locks / f"a-{unit:06d}-0"
         while not path.exists():
             assert holder.is_alive() or path.exists()
         assert json.loads(path.read_bytes())["holder"]["pid"] == holder.pid
@@ -136,96 +136,96 @@ def test_a_claim_names_its_holder_from_the_first_moment(folder: Path):
 
 
 def test_a_paused_holder_does_not_disturb_its_successor(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(execution, "STALE_SECONDS", 0.0)
-    monkeypatch.setattr(execution, "BEAT_SECONDS", 0.0)
-    paused, successor = board(folder), board(folder)
-    monkeypatch.setattr(execution, "_machine", lambda: "one")
-    assert paused.take("a", [0]) == 0
-    with paused.work("a", 0) as (aside, beat):
-        (aside / RECORD).write_text("late")
-        monkeypatch.setattr(execution, "_machine", lambda: "another")  # judges by time alone
-        assert successor.take("a", [0]) == 0
-        monkeypatch.setattr(execution, "STALE_SECONDS", 1000.0)
-        with successor.work("a", 0) as (aside_too, _):
-            beat({"bytes": 1})
-            assert board(folder).take("a", [0]) is None  # the beat of a claim that no longer counts
-            (aside_too / RECORD).write_text("in time")
+    monkeypatch.setattr(executor, "STALE_SECONDS", 0.0)
+    monkeypatch.setattr(executor, "HEARTBEAT_SECONDS", 0.0)
+    paused, successor = work_folder(folder), work_folder(folder)
+    monkeypatch.setattr(executor, "_machine", lambda: "one")
+    assert paused.acquire("a", [0]) == 0
+    with paused.hold("a", 0) as (staging, heartbeat):
+        (staging / RECORD).write_text("late")
+        monkeypatch.setattr(executor, "_machine", lambda: "another")  # judged by time alone
+        assert successor.acquire("a", [0]) == 0
+        monkeypatch.setattr(executor, "STALE_SECONDS", 1000.0)
+        with successor.hold("a", 0) as (staging_too, _):
+            heartbeat({"bytes": 1})
+            assert (
+                work_folder(folder).acquire("a", [0]) is None
+            )  # the heartbeat of a lock that is no longer valid
+            (staging_too / RECORD).write_text("in time")
     assert (successor.result("a", 0) / RECORD).read_text() == "in time"
     assert list((folder / "work/claims").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [RECORD, execution.SIZES, "data"])
-def test_a_result_cut_short_is_not_whole(folder: Path, name: str):
-    mine = board(folder)
-    assert mine.take("a", [0]) == 0
-    with mine.work("a", 0) as (aside, _):
-        (aside / RECORD).write_text("{}")
-        (aside / "data").write_text("1234")
-    assert mine.whole("a", 0)
+@pytest.mark.parametrize("name", [RECORD, executor.SIZES, "data"])
+def test_a_truncated_result_is_not_complete(folder: Path, name: str):
+    mine = work_folder(folder)
+    assert mine.acquire("a", [0]) == 0
+    with mine.hold("a", 0) as (staging, _):
+        (staging / RECORD).write_text("{}")
+        (staging / "data").write_text("1234")
+    assert mine.is_complete("a", 0)
     path = mine.result("a", 0) / name
     path.write_bytes(path.read_bytes()[:-1])
-    assert not mine.whole("a", 0)
+    assert not mine.is_complete("a", 0)
     path.rename(folder / "elsewhere")
-    assert not mine.whole("a", 0)
+    assert not mine.is_complete("a", 0)
     if name == "data":
         (folder / "elsewhere").write_text("1234")
-        assert mine.whole("a", 0, {"data": folder / "elsewhere"}.get)
+        assert mine.is_complete("a", 0, {"data": folder / "elsewhere"}.get)
 
 
-def test_who_is_late_when_all_is_finished_goes_home_quietly(folder: Path):
-    mine = board(folder)
-    assert mine.take("a", [0]) == 0
-    with mine.work("a", 0) as (aside, _):
+def test_a_late_holder_of_finished_work_ends_without_an_error(folder: Path):
+    mine = work_folder(folder)
+    assert mine.acquire("a", [0]) == 0
+    with mine.hold("a", 0) as (staging, _):
         (folder / "finished").touch()
         shutil.rmtree(folder / "work")
-        (aside / RECORD).write_text("{}")  # its folder is gone
+        (staging / RECORD).write_text("{}")  # its folder is gone
     assert not (folder / "work").exists()
 
 
-def test_a_holder_on_another_machine_is_believed_while_its_claim_changes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(execution, "STALE_SECONDS", 0.6)
+def test_a_lock_of_another_machine_is_live_while_it_changes(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(executor, "STALE_SECONDS", 0.6)
     elsewhere = {"machine": "another", "pid": os.getpid(), "start": "0"}
-    claim = folder / "work/claims/a-000000-0"
-    claim.parent.mkdir()
-    mine = board(folder)
+    lock = folder / "work/claims/a-000000-0"
+    lock.parent.mkdir()
+    mine = work_folder(folder)
 
-    def beat(n: int) -> None:
-        claim.write_text(json.dumps({"holder": elsewhere, "at": n}))
+    def heartbeat(n: int) -> None:
+        lock.write_text(json.dumps({"holder": elsewhere, "at": n}))
 
     began = time.monotonic()
     n = 0
     while time.monotonic() - began < 1.5:  # alive, though far longer than STALE_SECONDS
-        beat(n := n + 1)
-        assert mine.take("a", [0]) is None
+        heartbeat(n := n + 1)
+        assert mine.acquire("a", [0]) is None
         time.sleep(0.05)
     silent = time.monotonic()
-    while mine.take("a", [0]) is None:
+    while mine.acquire("a", [0]) is None:
         assert time.monotonic() - silent < 30
         time.sleep(0.05)
     assert time.monotonic() - silent > 0.5
 
 
 def test_a_second_result_for_one_unit_is_dropped(folder: Path):
-    """Two holders at once (one was believed dead): the first result stays, and nobody fails."""
-    mine = board(folder)
-    assert mine.take("a", [0]) == 0
-    with mine.work("a", 0) as (aside, _):
-        (aside / RECORD).write_text("late")
+    """Two holders at once (one was taken for dead): the first result stays, and no process fails."""
+    mine = work_folder(folder)
+    assert mine.acquire("a", [0]) == 0
+    with mine.hold("a", 0) as (staging, _):
+        (staging / RECORD).write_text("late")
         published = mine.result("a", 0)
         published.mkdir(parents=True)
         (published / RECORD).write_text("early")
     assert (published / RECORD).read_text() == "early"
-    assert not aside.exists()
+    assert not staging.exists()
 
 
-def test_an_error_is_told_and_the_unit_stays_free(folder: Path):
-    def fail(unit: int, aside: Path, beat) -> None:
+def test_an_error_is_reported_and_the_unit_is_released(folder: Path):
+    def fail(unit: int, staging: Path, heartbeat) -> None:
         raise UserError("no room")
 
     with pytest.raises(UserError, match="no room"):
-        run_phases(board(folder), [Phase("a", [0], fail)])
+        run_phases(work_folder(folder), [Phase("a", [0], fail)])
     assert list((folder / "work/claims").iterdir()) == []
     work(folder)
     check_results(folder)
@@ -240,7 +240,7 @@ def test_an_error_in_a_process_reaches_the_parent(folder: Path):
         run_in_processes(2, partial(fail_in_process, folder), lambda: None)
 
 
-def test_an_error_is_told_by_processes_that_are_gone_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_error_of_processes_that_end_at_once_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch):
     process = multiprocessing.process.BaseProcess
     monkeypatch.setattr(process, "is_alive", lambda self: self.join() is not None)  # ended before it is asked
     with pytest.raises(UserError, match=f"cannot use {folder.name}"):
@@ -251,7 +251,7 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_process_is_told():
+def test_a_killed_process_is_reported():
     with pytest.raises(UserError, match="a worker process was killed"):
         run_in_processes(2, kill_self, lambda: None)
 
@@ -262,7 +262,7 @@ def test_a_folder_that_is_gone_ends_the_wait(folder: Path):
         work(folder)
 
 
-def test_finished_work_is_not_begun(folder: Path):
+def test_finished_work_is_not_started(folder: Path):
     (folder / "finished").touch()
     work(folder)
     assert not (folder / "runs.log").exists()

@@ -383,8 +383,8 @@ def test_the_engine_is_built_anew_when_memory_grows(both: dict[str, Tokenizer]):
 
     texts = [f"Line {i}: the sea, the sea; 第{i}天。" for i in range(50)]
     reference = both["byte-level"].encode_reference
-    never = FastEncoder(build, reference, "the reference", look_cost=100, memory_growth=1 << 50)
-    always = FastEncoder(build, reference, "the reference", look_cost=100, memory_growth=-(1 << 50))
+    never = FastEncoder(build, reference, "the reference", check_cost=100, memory_growth=1 << 50)
+    always = FastEncoder(build, reference, "the reference", check_cost=100, memory_growth=-(1 << 50))
     for text in texts:
         assert np.array_equal(never.encode(text), reference(text))
     assert len(built) == 2

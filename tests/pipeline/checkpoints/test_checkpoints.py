@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import ranks
+from helpers import ranks, run_checks
 from helpers.runs import arguments, losses, records
 from soak import soak
 
@@ -154,7 +154,7 @@ def test_a_resumed_run_skips_the_same_spikes_and_no_checkpoint_comes_before_its_
     for name in ("step", "loss", "grad_norm", "skips", "skipped", "tokens", "bins_digest"):
         assert [record.get(name) for record in cut] == [record.get(name) for record in whole], name
     ours, theirs = (
-        pool.run(1, ranks.weights_and_moments, str(tmp_path / name))[0] for name in ("cut", "whole")
+        pool.run(1, run_checks.weights_and_moments, str(tmp_path / name))[0] for name in ("cut", "whole")
     )
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in theirs)
 
@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_pushes_no_good_one_out(run: Path, tmp_path: Path) 
 def test_a_new_run_begins_from_the_weights_of_another(
     run: Path, pool: ranks.RankPool, recipes: Path, tmp_path: Path
 ) -> None:
-    assert pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"), "last") == [""]
+    assert pool.run(1, run_checks.export_error, str(run), str(tmp_path / "model"), "last") == [""]
     # Rates of zero: the first loss of each run is that of the weights it begins from.
     still = ("--optimizer.lr", 1e-12, "--training.max_steps", 1, "--init_from")
     first = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ranks
+from helpers import ranks, run_checks
 from helpers.runs import arguments, losses, records
 
 # Dropout is on, so that its random numbers must be those of the bins, wherever these are computed.
@@ -28,7 +28,7 @@ def uninterrupted(
     assert pool.run(
         1, ranks.train, arguments(recipes, "sllm", "zero1", run, *OPTIONS, "--training.max_steps", 12)
     ) == [0]
-    [weights] = pool.run(1, ranks.weights_and_moments, str(run))
+    [weights] = pool.run(1, run_checks.weights_and_moments, str(run))
     return losses(run), weights, run
 
 
@@ -65,7 +65,7 @@ def test_a_run_goes_on_as_another_number_of_ranks(
     assert said.count("its parts are regrouped for ") == len(worlds) - 1
     if strategies[-1] == "zero0":
         return
-    [ours] = pool.run(1, ranks.weights_and_moments, str(tmp_path))
+    [ours] = pool.run(1, run_checks.weights_and_moments, str(tmp_path))
     require_alike(ours, weights, ("weight", "exp_avg", "exp_avg_sq", "step"))
 
 
@@ -101,7 +101,7 @@ def test_frozen_parts_and_the_average_go_on_as_another_number_of_ranks(
             settings = arguments(recipes, "sllm", "zero3", run, *options, "--training.max_steps", steps)
             settings[settings.index("--deepspeed_config") + 1] = str(tmp_path / "strategy.json")
             assert pool.run(world, ranks.train, settings) == [0] * world
-        [held[name]] = pool.run(1, ranks.weights_and_moments, str(run))
+        [held[name]] = pool.run(1, run_checks.weights_and_moments, str(run))
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
     require_alike(held["cut"], held["whole"], ("weight", "exp_avg", "exp_avg_sq", "ema", "frozen", "step"))
     frozen = [name for name in held["whole"] if name.startswith("frozen ")]

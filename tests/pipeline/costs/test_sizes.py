@@ -3,9 +3,9 @@
 The published layout (arXiv 2408.00655 and its code) is counted by formula and must match the published
 table; `layout: paper` must be that layout but for the start vector. The default layout must differ from it by
 exactly the parts listed in `vae_minus_paper` and `sllm_minus_paper`, each with its reason: nothing missing,
-nothing extra. docs/sizes.md shows all of it; after a change, write it anew with
+nothing extra. docs/sizes.md shows all of it; rewrite it with
 
-    python tests/test_sizes.py
+    PYTHONPATH=tests:. python tests/pipeline/costs/test_sizes.py
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ PARTS = [
     (
         "sentence positions",
         r"vae\..*embedding\.position",
-        "learned, for 64 tokens (65 symbols in the decoder), instead of fixed waves that hold no weights",
+        "learned, for 64 tokens (65 symbols in the decoder), instead of sinusoids without weights",
     ),
     (
         "cross-attention",
@@ -197,9 +197,10 @@ def page() -> str:
     lines = [
         "# Sizes",
         "",
-        "Parameters of every published size: as the paper prints them, of `layout: paper` (the published",
-        "layers as real modules, trained, generated and checked like any other), and of the default, leaner",
-        "layout. Written by `python tests/test_sizes.py`, which builds them; a test keeps this page true.",
+        "Parameters of every published size in three columns: the paper's figure, `layout: paper` (the",
+        "published layers) and the smaller default layout. `sllm inspect --all` prints them too. The page",
+        "is written by `PYTHONPATH=tests:. python tests/pipeline/costs/test_sizes.py`, and a test checks it.",
+        "These sizes are built and counted here, not trained.",
         "",
         "| SLLM | published | `layout: paper` | off by | default | default − paper |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -224,10 +225,10 @@ def page() -> str:
         lines.append(f"| SVAE-{name.upper()} | {theirs:,} | {ours:,} | {lean_off} |")
     lines += [
         "",
-        "`layout: paper` adds one thing to the published model: the start vector (as many parameters as",
-        "channels), without which the first sentence of a document could be neither predicted nor scored.",
+        "`layout: paper` adds only the start vector (as many parameters as channels) to the published model.",
+        "Without it the first sentence of a document can be neither predicted nor scored.",
         "",
-        "## What the default leaves out or adds, by part (SLLM, default − paper)",
+        "## Difference by part (SLLM, default − paper)",
         "",
         "| part | " + " | ".join(size.upper() for size in order) + " |",
         "| --- |" + " ---: |" * len(order),
@@ -239,8 +240,8 @@ def page() -> str:
     lines += [f"- **{part}**: {reason}." for part, _, reason in PARTS if reason]
     lines += [
         "",
-        "Sizes apart, `layout: paper` has post-norm layers with ReLU (torch's own, to which a test compares",
-        "them number by number), the default pre-norm layers with GELU.",
+        "`layout: paper` has post-norm layers with ReLU (a test compares them with torch's own), the default",
+        "pre-norm layers with GELU.",
         "",
     ]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from helpers import ranks
+from helpers import ranks, run_checks
 from helpers.backbone_families import CONFIGS, MAKERS, ROTARY, family_lm, family_sllm, rotary_config
 from helpers.models import (
     FORWARD_PATHS,
@@ -383,7 +383,7 @@ def test_partitioned_over_two_ranks_they_train_as_on_one(
             records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             losses[world] = [record["loss"] for record in records]
         [(kind, measured)] = pool.run(
-            1, ranks.export_and_measure, str(tmp_path / "zero3"), str(tmp_path / "model"), "last"
+            1, run_checks.export_and_measure, str(tmp_path / "zero3"), str(tmp_path / "model"), "last"
         )
     finally:
         pool.close()

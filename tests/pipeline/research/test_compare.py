@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ranks
+from helpers import ranks, run_checks
 from helpers.html_page import Page
 from helpers.run_files import make_run, write_lines
 from helpers.runs import arguments, records
@@ -32,7 +32,7 @@ def trained(pool: ranks.RankPool, recipes: Path, tmp_path_factory: pytest.TempPa
         if objective == "sllm":
             extra += ["--model.vae.path", folder / "models" / "vae"]
         assert pool.run(1, ranks.train, arguments(recipes, objective, "zero0", run, *extra)) == [0]
-        assert pool.run(1, ranks.export_error, str(run), str(folder / "models" / objective)) == [""]
+        assert pool.run(1, run_checks.export_error, str(run), str(folder / "models" / objective)) == [""]
     return folder
 
 

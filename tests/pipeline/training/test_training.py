@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ranks
+from helpers import ranks, run_checks
 from helpers.paths import REPOSITORY
 from helpers.runs import MODELS, STRATEGIES, arguments, losses, records
 
@@ -189,7 +189,7 @@ def test_frozen_parts_stay_and_others_have_their_rates(
         settings = arguments(recipes, "sllm", "zero0", run, "--optimizer.parts", json.dumps(parts))
         settings[settings.index("--deepspeed_config") + 1] = strategy
         assert pool.run(world, ranks.train, settings) == [0] * world
-        [runs[name]] = pool.run(1, ranks.export_and_compare, str(run), str(tmp_path / f"{name}-model"))
+        [runs[name]] = pool.run(1, run_checks.export_and_compare, str(run), str(tmp_path / f"{name}-model"))
     for name, moved in runs["two"].items():
         frozen = name.startswith(("vae.encoder.", "backbone.decoder.layers.0."))
         assert (moved == 0) == frozen or "attention.qkv" in name, (name, moved)
@@ -257,7 +257,7 @@ def test_the_average_of_the_weights_is_exported(
     for steps in ("3", "6"):  # the average goes on after a restart
         assert pool.run(world, ranks.train, [*settings, "--training.max_steps", steps]) == [0] * world
     run, model = str(tmp_path / "run"), str(tmp_path / "model")
-    [(from_average, from_last)] = pool.run(1, ranks.export_average, run, model, 0.75)
+    [(from_average, from_last)] = pool.run(1, run_checks.export_average, run, model, 0.75)
     assert from_average < 1e-6 < 1e-3 < from_last
 
 
@@ -266,7 +266,7 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass(
 ) -> None:
     for objective in ("sllm", "lm"):
         recipe = arguments(recipes, objective, "zero0", tmp_path)[1]
-        [(plain, checkpointed)] = pool.run(1, ranks.bytes_kept_for_backward, recipe)
+        [(plain, checkpointed)] = pool.run(1, run_checks.bytes_kept_for_backward, recipe)
         assert checkpointed < 0.75 * plain, objective
 
 
@@ -385,7 +385,7 @@ def test_an_export_is_the_model_that_was_trained(
 ) -> None:
     run = tmp_path / "run"
     pool.run(world, ranks.train, arguments(recipes, objective, strategy, run))
-    [(kind, measured)] = pool.run(1, ranks.export_and_measure, str(run), str(tmp_path / "model"), "last")
+    [(kind, measured)] = pool.run(1, run_checks.export_and_measure, str(run), str(tmp_path / "model"), "last")
     assert kind == {"vae": "SentenceVAE", "sllm": "SLLM", "lm": "TokenLM"}[objective]
     assert measured == pytest.approx(records(run, "evaluations")[-1]["bits_per_byte"], abs=1e-5)
     names = {path.name for path in (tmp_path / "model").iterdir()}
@@ -400,16 +400,16 @@ def test_an_export_replaces_nothing_but_an_export(
     foreign.mkdir()
     for name in ("config.json", "training.json"):  # a model folder of somebody else
         (foreign / name).write_text("{}")
-        [message] = pool.run(1, ranks.export_error, run, str(foreign))
+        [message] = pool.run(1, run_checks.export_error, run, str(foreign))
         assert "foreign exists and was not written by `sllm export`" in message and "\n" not in message
         assert (foreign / name).read_text() == "{}"
     (tmp_path / "file").write_text("text")
-    assert "was not written by" in pool.run(1, ranks.export_error, run, str(tmp_path / "file"))[0]
+    assert "was not written by" in pool.run(1, run_checks.export_error, run, str(tmp_path / "file"))[0]
 
     model = tmp_path / "model"
     model.mkdir()  # an empty folder, then an older export
     for _ in range(2):
-        assert pool.run(1, ranks.export_error, run, str(model)) == [""]
+        assert pool.run(1, run_checks.export_error, run, str(model)) == [""]
         assert (model / "model.safetensors").is_file()
         assert not (model / "stale").exists()
         (model / "stale").touch()
@@ -436,7 +436,7 @@ def test_the_best_checkpoint_is_kept_and_exported(
     best = min(evaluations, key=lambda record: record["bits_per_byte"])
     kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert kept == sorted({f"step-{best['step']:08d}", "step-00000040"})
-    [(_, measured)] = pool.run(1, ranks.export_and_measure, str(run), str(tmp_path / "model"), "best")
+    [(_, measured)] = pool.run(1, run_checks.export_and_measure, str(run), str(tmp_path / "model"), "best")
     assert measured == pytest.approx(best["bits_per_byte"], abs=1e-5)
 
 
@@ -597,7 +597,7 @@ def test_a_checkpoint_spoilt_in_place_is_passed_over_by_all_ranks(
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 4  # one bit, in one of Adam's moments: it would load, and train wrongly
     weights.write_bytes(content)
-    [message] = pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))
+    [message] = pool.run(1, run_checks.export_error, str(run), str(tmp_path / "model"))
     assert "step-00000006 is damaged: zero_pp_rank_1_mp_rank_00_optim_states.pt is not" in message
 
     longer = [*settings, "--training.max_steps", "7"]
@@ -620,11 +620,12 @@ def test_exports_of_damaged_or_missing_runs_are_refused(
     weights = run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt"
     os.truncate(weights, weights.stat().st_size // 2)
     message = "step-00000006 is damaged: mp_rank_00_model_states.pt has"
-    assert message in pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))[0]
+    assert message in pool.run(1, run_checks.export_error, str(run), str(tmp_path / "model"))[0]
     weights.unlink()
-    assert "is missing" in pool.run(1, ranks.export_error, str(run), str(tmp_path / "model"))[0]
+    assert "is missing" in pool.run(1, run_checks.export_error, str(run), str(tmp_path / "model"))[0]
     assert (
-        "does not exist" in pool.run(1, ranks.export_error, str(tmp_path / "no"), str(tmp_path / "model"))[0]
+        "does not exist"
+        in pool.run(1, run_checks.export_error, str(tmp_path / "no"), str(tmp_path / "model"))[0]
     )
     assert not (tmp_path / "model").exists()
 
@@ -641,7 +642,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_after_the_limit(
     assert good and not any("skipped" in record for record in good)
     assert all(r["skipped"] and r["skips"] == n for n, r in enumerate([first, second], 1))
     assert good[-1]["step"] == int(re.search(r"step-(\d+)", answers[0])[1])  # nothing saved after it
-    count, broken_ones = pool.run(1, ranks.tensors_in_checkpoints, str(tmp_path))[0]
+    count, broken_ones = pool.run(1, run_checks.tensors_in_checkpoints, str(tmp_path))[0]
     assert count > 10 and broken_ones == 0
 
 

@@ -1,7 +1,7 @@
-"""docs/strategies.md: its tables are what `sllm inspect` estimates.
+"""docs/strategies.md: its tables are the estimates of `sllm inspect`.
 
-`python tests/test_strategies_page.py` writes the tables anew; the words around them stay. A dry run of the
-large models takes most of a minute, so the test makes the rows of two small ones anew.
+`PYTHONPATH=tests:. python tests/tools/docs/test_strategies_page.py` rewrites the tables. A dry run of the
+large models takes most of a minute, so the test computes the rows of two small ones only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WORLDS = (1, 8, 64)
 GPUS = (24, 40, 80)  # GB
 USABLE = 0.9  # of a GPU: the rest is CUDA's own, and holes between blocks
 FILES = {"0": "zero0", "1": "zero1", "2": "zero2", "3": "zero3", "3-offload": "zero3-offload"}
-BEGIN, END = "<!-- tables: written by tests/test_strategies_page.py -->", "<!-- end of tables -->"
+BEGIN, END = "<!-- tables: written by tests/tools/docs/test_strategies_page.py -->", "<!-- end of tables -->"
 
 
 CHECKED = ("svae-768-h1", "sllm-125m-h1")  # by the test
@@ -44,7 +44,7 @@ def choice(totals: dict[tuple[str, int], int], world: int, gpu: int) -> str:
 
 
 def tables(found: dict[str, dict[tuple[str, int], int]]) -> str:
-    """What stands between `BEGIN` and `END`."""
+    """The text between `BEGIN` and `END`."""
     heads = [f"{world} × {gpu} GB" for world in WORLDS for gpu in GPUS]
     lines = ["| recipe | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
     for recipe, totals in found.items():
@@ -63,7 +63,7 @@ def tables(found: dict[str, dict[tuple[str, int], int]]) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with its tables made anew."""
+    """The page with new tables."""
     middle = f"{BEGIN}\n\n{tables(estimates(RECIPES))}\n\n{END}"
     return re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: middle, page, flags=re.S)
 
@@ -71,7 +71,7 @@ def filled(page: str) -> str:
 def test_the_page_says_what_inspect_estimates() -> None:
     lines = PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines()
     expected = tables(estimates(CHECKED)).splitlines()
-    assert [line for line in expected if line not in lines] == [], "run python tests/test_strategies_page.py"
+    assert [line for line in expected if line not in lines] == [], "rewrite the page: see this module"
     for recipe in RECIPES:
         assert len([line for line in lines if line.startswith(f"| {recipe} |")]) == 2
 
