@@ -301,7 +301,7 @@ def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[s
             continue
         prompts_BC = np.random.default_rng(case.context).integers(4, vocabulary, (case.batch, case.context))
         before = process_memory.resident()
-        process_memory.begin_peak()
+        process_memory.reset_peak()
         figures = {"before": before}
 
         def at_end(figures=figures) -> None:

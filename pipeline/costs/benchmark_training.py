@@ -291,7 +291,7 @@ def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str,
         return {"before": before, "peak": peak, "step": peak - before}
     x = torch.randn(64, 64, requires_grad=True)
     torch.mm(x, x).sum().backward()
-    process_memory.begin_peak()
+    process_memory.reset_peak()
     before = process_memory.peak()
     stepper()
     peak = process_memory.peak()

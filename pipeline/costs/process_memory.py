@@ -31,11 +31,11 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """Most bytes resident since `begin_peak`."""
+    """Most bytes resident since `reset_peak`."""
     return _field("VmHWM")
 
 
-def begin_peak() -> None:
+def reset_peak() -> None:
     """`peak` begins anew at what is resident now. Raises: UserError where Linux's /proc is missing or
     closed."""
     try:

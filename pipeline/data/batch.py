@@ -21,7 +21,7 @@ from pipeline.data.windows import Span
 
 
 @dataclass(frozen=True)
-class Reach:
+class ContextSpans:
     """Attention across sentences: every sentence's rows see those of the sentences before it too.
 
     layout: one segment per sentence, the rows that it sees and its own, behind them. source: int64 [wide
@@ -42,7 +42,7 @@ class DecoderRows:
     layout: one segment per sentence, R rows. symbols_R: int64, the slots' are BOS and count for nothing.
     positions_R: int64, within the sentence; where sentences see earlier ones, within the window.
     slot_rows: int64 [S · slots] or None. own_rows: int64 [T+S], BOS and tokens, or None where that is all
-    there is. reach: None where a sentence sees itself only.
+    there is. spans: None where a sentence sees itself only.
     """
 
     layout: SegmentLayout
@@ -50,10 +50,10 @@ class DecoderRows:
     positions_R: Tensor
     slot_rows: Tensor | None = None
     own_rows: Tensor | None = None
-    reach: Reach | None = None
+    spans: ContextSpans | None = None
 
 
-def reach_back(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> Reach:
+def context_spans(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> ContextSpans:
     """Rows of sentence s, `lengths_S[s]` many, see those of sentences `first_S[s]` to s; int64 [S], host."""
     starts = np.concatenate([[0], np.cumsum(lengths_S)])
     before_S = starts[:-1] - starts[first_S]
@@ -61,7 +61,7 @@ def reach_back(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device)
     wide = np.repeat(starts[first_S] - layout.starts[:-1], layout.lengths) + np.arange(layout.rows)
     own = np.arange(starts[-1]) + np.repeat(layout.starts[:-1] + before_S - starts[:-1], lengths_S)
     needed = int((lengths_S * before_S + lengths_S * (lengths_S + 1) // 2).sum())
-    return Reach(layout, *(torch.from_numpy(x).to(device) for x in (wide, own)), needed)
+    return ContextSpans(layout, *(torch.from_numpy(x).to(device) for x in (wide, own)), needed)
 
 
 @dataclass
@@ -154,19 +154,19 @@ class Batch:
     def decoder_rows(self, inputs_N: Tensor, bos: int, slots: int = 0, context: int = 0) -> DecoderRows:
         """The sentence decoder's input, made of `decoder_symbols`' inputs: `slots` places for the vector
         before BOS, and sight of `context` sentences before each."""
-        layout, reach = self.slotted_layout(slots), self.reach(slots, context)
+        layout, spans = self.slotted_layout(slots), self.context_spans(slots, context)
         positions_R = layout.position_of_row
-        if reach is not None:
+        if spans is not None:
             window_S = layout.starts[self.cu_documents[self._window_of_sentence]]
             positions_R = self._index(np.arange(layout.rows) - np.repeat(window_S, layout.lengths))
         if not slots:
-            return DecoderRows(layout, inputs_N, positions_R, reach=reach)
+            return DecoderRows(layout, inputs_N, positions_R, spans=spans)
         is_slot_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths) < slots
         own_rows = self._index(np.flatnonzero(~is_slot_R))
         symbols_R = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
         symbols_R.index_copy_(0, own_rows, inputs_N)
         slot_rows = self._index(np.flatnonzero(is_slot_R))
-        return DecoderRows(layout, symbols_R, positions_R, slot_rows, own_rows, reach)
+        return DecoderRows(layout, symbols_R, positions_R, slot_rows, own_rows, spans)
 
     def slotted_layout(self, slots: int) -> SegmentLayout:
         """`slots` places, BOS and tokens by sentence: the rows of the sentence decoder."""
@@ -182,19 +182,19 @@ class Batch:
     def _slotted(self) -> dict[int, SegmentLayout]:
         return {}
 
-    def reach(self, slots: int, context: int) -> Reach | None:
+    def context_spans(self, slots: int, context: int) -> ContextSpans | None:
         """What a decoder's rows see of the `context` sentences before theirs; None for 0."""
         if not context:
             return None
-        if (slots, context) not in self._reaches:
+        if (slots, context) not in self._context_spans:
             window_start_S = self.cu_documents[self._window_of_sentence]
             first_S = np.maximum(window_start_S, np.arange(self.sentences) - context)
             lengths_S = self.slotted_layout(slots).lengths
-            self._reaches[slots, context] = reach_back(lengths_S, first_S, self.device)
-        return self._reaches[slots, context]
+            self._context_spans[slots, context] = context_spans(lengths_S, first_S, self.device)
+        return self._context_spans[slots, context]
 
     @cached_property
-    def _reaches(self) -> dict[tuple[int, int], Reach]:
+    def _context_spans(self) -> dict[tuple[int, int], ContextSpans]:
         return {}
 
     def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ class Position:
     places: tuple[Place, ...]
 
     @property
-    def epochs_begun(self) -> int:
+    def epochs_started(self) -> int:
         """Of the source that is furthest."""
         return max(place.epoch + (place > (place.epoch, 0, 0, 0)) for place in self.places)
 

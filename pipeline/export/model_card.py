@@ -221,7 +221,7 @@ def _training(run_dir: Path, checkpoint: str, meta: Meta, known: dict[str, Any])
         ["checkpoint", checkpoint],
         ["steps", _number(meta.step)],
         ["tokens", _number(meta.tokens)],
-        ["epochs begun", _number(Position.from_json(meta.position).epochs_begun)],
+        ["epochs begun", _number(Position.from_json(meta.position).epochs_started)],
         ["ranks", _number(meta.world)],
         ["ZeRO stage", _number(meta.zero_stage)],
         ["precision", half],
