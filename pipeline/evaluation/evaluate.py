@@ -236,11 +236,7 @@ def evaluate(
     Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
     """
-    given: dict[str, str | int | None] = {
-        "segmenter": segmenter,
-        "language": language,
-        "max_tokens": max_tokens,
-    }
+    given: dict[str, Any] = {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
     scores = error = None
