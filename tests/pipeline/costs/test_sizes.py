@@ -3,7 +3,7 @@
 The published layout (arXiv 2408.00655 and its code) is counted by formula and must match the published
 table; `layout: paper` must be that layout but for the start vector. The default layout must differ from it by
 exactly the parts listed in `vae_minus_paper` and `sllm_minus_paper`, each with its reason: nothing missing,
-nothing extra. docs/sizes.md shows all of it; after a change, write it anew with
+nothing extra. docs/sizes.md shows all of it; after a change, rewrite it with
 
     python tests/test_sizes.py
 """
