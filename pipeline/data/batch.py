@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -83,6 +83,8 @@ class Batch:
     cu_documents: np.ndarray
     document_end_D: np.ndarray
     scored: bool = True
+    _slotted: dict[int, SegmentLayout] = field(default_factory=dict, init=False, repr=False)
+    _context_spans: dict[tuple[int, int], ContextSpans] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -172,10 +174,6 @@ class Batch:
             self._slotted[slots] = layout
         return self._slotted[slots]
 
-    @cached_property
-    def _slotted(self) -> dict[int, SegmentLayout]:
-        return {}
-
     def context_spans(self, slots: int, context: int) -> ContextSpans | None:
         """Spans of the `context` sentences before each one; None for 0."""
         if not context:
@@ -186,10 +184,6 @@ class Batch:
             lengths_S = self.slotted_layout(slots).lengths
             self._context_spans[slots, context] = context_spans(lengths_S, first_S, self.device)
         return self._context_spans[slots, context]
-
-    @cached_property
-    def _context_spans(self) -> dict[tuple[int, int], ContextSpans]:
-        return {}
 
     def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:
         # Row t + n predicts token t of segment n, the row after it reads it. By index, because a mask on a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class SegmentLayout:
         self.rows = int(self.starts[-1])
         self.longest = int(self.lengths.max())
         self.device = torch.device(device)
+        self._flex_masks: dict[bool, Any] = {}
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
@@ -157,18 +159,14 @@ class SegmentLayout:
         """bool [T, T]: row i and row j are in one segment."""
         return self.segment_of_row[:, None] == self.segment_of_row[None, :]
 
-    @cached_property
-    def _flex_masks(self) -> dict[bool, object]:
-        return {}
-
-    def flex_mask(self, causal: bool):
+    def flex_mask(self, causal: bool) -> Any:
         """flex attention's `BlockMask` [1, 1, T, T]: the tiles with a pair of one segment, and the rule
         inside them."""
         if causal not in self._flex_masks:
             self._flex_masks[causal] = self._make_flex_mask(causal)
         return self._flex_masks[causal]
 
-    def _make_flex_mask(self, causal: bool):
+    def _make_flex_mask(self, causal: bool) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
         segment = self.segment_of_row
