@@ -220,20 +220,15 @@ class StepArithmetic:
     def __init__(self, model: nn.Module):
         self._model, (self._slots, _) = model, decoder_context(model)
         self._weights: dict[str, int] = {}  # kind of row → weights of the linear layers that such rows reach
-        # Which rows reach a layer is seen on a batch that has another number of each kind.
-        probe = build_batch(
-            [
-                Span(np.zeros(5, dtype=np.int64), np.asarray([3, 2]), True),
-                Span(np.zeros(2, dtype=np.int64), np.asarray([2]), False),
-            ]
-        )
+        # A batch with a different number of rows of each kind shows which kind reaches a layer.
+        sizes = np.asarray([2, 2])
+        probe = build_batch([Span(np.zeros(4), sizes, True), Span(np.zeros(2), sizes[:1], False)])
         kinds = {count: kind for kind, count in _rows(probe, self._slots).items()}
         weights = _linear_weights(model)
-        device = next(model.parameters()).device
-        # The run's random numbers stay as they are. `bucketed` works on every device.
+        # The random numbers of the run must not change. `bucketed` works on every device.
         with torch.random.fork_rng([]), torch.no_grad(), attention_path("bucketed"):
             with counted_rows(model) as rows:
-                model(probe.to(device))
+                model(probe.to(next(model.parameters()).device))
         for name, count in rows.items():
             self._weights[kinds[count]] = self._weights.get(kinds[count], 0) + weights[name]
 
