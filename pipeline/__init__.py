@@ -1,11 +1,12 @@
 """Sentence shards → SentenceVAE → SLLM: models, training, evaluation and generation.
 
-`from pipeline import SLLM` (or any name below) also makes Hugging Face's `AutoConfig` and `AutoModel` know
-our model folders. The names are imported when they are first used: `import pipeline` alone loads neither
-torch nor transformers, so that a wrong recipe key is refused within a second.
+`from pipeline import SLLM` (or any name below) registers our model folders with Hugging Face's `AutoConfig`
+and `AutoModel`. Names are imported at first use: `import pipeline` alone loads neither torch nor
+transformers, so that a wrong recipe key is refused within a second.
 """
 
 import importlib
+from typing import Any
 
 from data_prep import __version__ as __version__
 
@@ -21,9 +22,10 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOMES[name].startswith("pipeline.models"):
-        importlib.import_module("pipeline.models.sllm")  # registers both model types, whichever is asked for
+        # Registers both model types, whichever name was asked for.
+        importlib.import_module("pipeline.models.sllm")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -13,7 +13,7 @@
 #SBATCH --job-name=sllm-evaluate
 #SBATCH --output=logs/%x-%j.log
 #SBATCH --open-mode=append
-# It begins anew when it is started again: exports and results appear whole or not at all.
+# A restart begins from scratch: exports and results appear whole or not at all.
 #SBATCH --requeue
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -22,7 +22,7 @@
 set -euo pipefail
 : "${RUN:?set RUN and MODEL; see the top of slurm/evaluate.sh}" "${MODEL:?}"
 cd "$SLURM_SUBMIT_DIR"
-source slurm/common.sh # by its place in the project: Slurm runs a copy of this file from a folder of its own
+source slurm/common.sh # relative to the project, because Slurm runs a copy of this file elsewhere
 begin
 
 run "${container[@]}" sllm export "$RUN" --output "$MODEL"

@@ -1,9 +1,9 @@
 #!/bin/bash
 # Corpus -> sentence shards: `data-prep shard` by the tasks of an array job, then `data-prep verify` by the first.
 #
-# The tasks share the work through the output folder: whoever is free takes the next piece, the last to finish
-# writes the manifest. Any number of tasks gives the same bytes; tasks may start late, be requeued or die, and a
-# job submitted again goes on where it was. OUTPUT must lie on a disk that all nodes see.
+# The tasks share the work through the output folder: a free task takes the next piece, the last to finish writes
+# the manifest. Any number of tasks gives the same bytes. Tasks may start late, be requeued or die; submit the job
+# again to resume it. OUTPUT must be on a disk that all nodes see.
 #
 # Set:   INPUT          files, folders or URLs of text (docs/inputs.md), separated by spaces
 #        OUTPUT         folder for the shard set
@@ -19,7 +19,7 @@
 #SBATCH --job-name=sllm-data
 #SBATCH --output=logs/%x-%A-%a.log
 #SBATCH --open-mode=append
-# A task whose node dies, or that is preempted, starts again and takes the next free piece.
+# A task that is preempted or whose node fails restarts and takes the next free piece.
 #SBATCH --requeue
 #SBATCH --array=0-3
 #SBATCH --nodes=1
@@ -29,11 +29,11 @@
 set -euo pipefail
 : "${INPUT:?set INPUT, OUTPUT and TOKENIZER; see the top of slurm/prepare_data.sh}" "${OUTPUT:?}" "${TOKENIZER:?}"
 cd "$SLURM_SUBMIT_DIR"
-source slurm/common.sh # by its place in the project: Slurm runs a copy of this file from a folder of its own
+source slurm/common.sh # relative to the project, because Slurm runs a copy of this file elsewhere
 begin
 
 read -ra inputs <<<"$INPUT"
-# Every task leaves only when all of the work is done; --workers is Slurm's own number of CPUs.
+# Every task waits until all work is done; --workers is Slurm's number of CPUs.
 run "${container[@]}" data-prep shard --backend slurm --input "${inputs[@]}" --output "$OUTPUT" \
   --tokenizer "$TOKENIZER" --segmenter "${SEGMENTER:-clause}" --lang "${TEXT_LANGUAGE:-auto}" "$@"
 if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MIN" ]; then

@@ -1,10 +1,10 @@
 #!/bin/bash
-# From text to an evaluated SLLM: submits all jobs of the chain at once and returns. Run it on the login node, not by sbatch.
+# From text to an evaluated SLLM: submits all jobs at once and returns. Run it on the login node, not by sbatch.
 #
 #   shards and their verification (array) -> SentenceVAE -> export, evaluation -> SLLM -> export, evaluation
 #
-# Each job waits for the success of the one before it; when one fails, those behind it are cancelled. Submitting again goes
-# on where the chain broke: finished shards and finished runs say so and exit.
+# Each job waits for the success of the one before it; if one fails, the jobs after it are cancelled. Submit again to
+# resume the chain: finished shards and runs exit at once.
 #
 # Set:   WORK             folder for everything that is made: shards/, runs/, models/; all nodes see it
 #        INPUT            text to train on, as in prepare_data.sh; VALID_INPUT: text to evaluate on
@@ -43,7 +43,7 @@ submit() {
     sbatch --test-only "${flags[@]}" "${@:3}" >&2
     return
   fi
-  # Without kill-on-invalid-dep a job whose forerunner has failed would wait in the queue for ever.
+  # Without kill-on-invalid-dep a job would wait in the queue for ever after a failed dependency.
   if [ -n "$after" ]; then flags+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes); fi
   sbatch --parsable "${flags[@]}" "${@:3}"
 }

@@ -1,13 +1,13 @@
-# What is particular to one cluster. Copy it, fill it in, and use it in two ways:
+# Settings of one cluster. Copy it, fill it in, and use it in two ways:
 #
-#   source my-site.sh; sbatch slurm/train_sllm.sh    sbatch reads the SBATCH_ variables, which stand for its flags
+#   source my-site.sh; sbatch slurm/train_sllm.sh    sbatch reads the SBATCH_ variables, which set its flags
 #   SITE=$PWD/my-site.sh (exported below)            the jobs source it again on the nodes: modules, network
 #
 # shellcheck shell=bash
 SITE="$(realpath "${BASH_SOURCE[0]}")"
 export SITE
 
-# Which part of the cluster, and who pays. sbatch's own names for --partition, --account, --qos.
+# sbatch's variables for --partition, --account, --qos.
 export SBATCH_PARTITION=gpu
 export SBATCH_ACCOUNT=my-project
 # export SBATCH_QOS=long

@@ -8,30 +8,30 @@
 #        DS_CONFIG   DeepSpeed configuration, or several (default: ds_configs/zero2.json)
 #        and what slurm/common.sh lists (SITE, CONTAINER, STAGE, MAX_RESTARTS, DOCTOR, ...)
 # Further arguments override recipe keys. Pass --nodes, --ntasks-per-node and --gpus-per-node that fit your cluster;
-# with a range (--nodes=6-8) the job restarts on fewer nodes when one has died. For one task a node leave
-# --ntasks-per-node out: with 1, Slurm takes the lower end of a range.
+# with a range (--nodes=6-8) the job restarts on fewer nodes when one has died. For one task per node omit
+# --ntasks-per-node: with 1, Slurm takes the lower end of a range.
 #
 # Example, from the project's folder (`mkdir -p logs` first: Slurm does not make the log folder):
 #   SHARDS=/data/shards/en OUTPUT_DIR=/data/runs/sllm-125m-h1 \
 #     sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 slurm/train_sllm.sh \
 #     --model.vae.path /data/models/svae-768-h1 --model.backbone.path /data/models/opt-125m
-# Add --test-only to see when it could start, --exclude=node17 to keep away from a node.
+# Add --test-only to see when it could start, --exclude=node17 to avoid a node.
 #SBATCH --job-name=sllm
-# By name and number; a restarted job goes on in the same file.
+# By name and job ID; a restarted job appends to the same file.
 #SBATCH --output=logs/%x-%j.log
 #SBATCH --open-mode=append
-# Start again after preemption and after the death of a node.
+# Restart after preemption and after a node failure.
 #SBATCH --requeue
-# Two minutes before time is up, and when preempted: save. Longer than a checkpoint takes.
+# Save two minutes before the time limit and on preemption; a checkpoint must take less than that.
 #SBATCH --signal=USR1@120
-# A neighbour on the node costs more than it saves: memory, network and cores are all in use.
+# No other jobs on the node: memory, network and cores are all in use.
 #SBATCH --exclusive
 #SBATCH --nodes=1
 #SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
-source slurm/common.sh # by its place in the project: Slurm runs a copy of this file from a folder of its own
+source slurm/common.sh # relative to the project, because Slurm runs a copy of this file elsewhere
 CONFIG="${CONFIG:-pipeline/recipes/sllm-125m-h1.yaml}"
 begin
 stage

@@ -25,7 +25,7 @@ NOTHING = "–"  # in a table's cell
 
 
 def with_interval(figures: dict[str, Any], key: str, digits: int = 4) -> str:
-    """`figures[key]` for a cell, and the ends of its interval (`KEY_interval`) where it has one."""
+    """`figures[key]` as a table cell, with its interval (`KEY_interval`) if there is one."""
     if figures.get(key) is None:
         return NOTHING
     ends = figures.get(f"{key}_interval")

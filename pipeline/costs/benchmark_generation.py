@@ -1,22 +1,18 @@
-"""`sllm benchmark generation`: new tokens per second, beside a token-level model of the same backbone.
+"""`sllm benchmark generation`: new tokens per second, compared with a token-level model: OPT of a published
+size or a recipe with the objective `lm`, run by Hugging Face's `generate` with its own cache.
 
-In: a recipe and what to measure against: OPT of a published size, or a recipe with the objective `lm`, both
-written by Hugging Face's `generate` with its own cache. Out: one dict of figures, every single value beside
-its median; the command prints it and writes it as JSON, with a chart beside it.
+Weights and prompts are random, because only lengths affect speed. Every sentence has exactly
+`sentence_tokens` tokens (the end symbol is computed, but forced at that length), and the other model
+generates as many tokens. Both are greedy, in one process, and alternate (A B A B …), so that noise of the
+machine affects both.
 
-Weights and prompts are random, because speed does not depend on them once the lengths are given: every
-sentence has exactly `sentence_tokens` tokens (the end symbol is computed and scored as ever, but comes when
-it is due), the other model writes exactly as many tokens. Both are greedy, live in one process and take turns
-(A B A B …), so that a slow moment of the machine meets both.
-
-tokens per second  from the end of the first new sentence to the end of the last: both sides write the same
-                   tokens then, ours with end symbols and passes of the backbone, which count for nothing
+tokens per second  from the end of the first new sentence to the end of the last; ours also computes end
+                   symbols and backbone passes, which do not count as tokens
 first sentence     seconds from the prompt's tokens to the first `sentence_tokens` new ones, all rows
-cached bytes       of the places that the caches use after the run (of HF's: its storages), by their tokens
-memory             (CPU) of the process, each model in one of its own: resident `before` a run (weights and
-                   libraries), at its `peak`, and what is `held` at its end while the caches live, beyond what
-                   was there before it; between the shortest and the longest context of the smallest batch,
-                   what one more token costs
+cached bytes       of the places used in the caches after the run (Hugging Face: of its storages), per token
+memory             (CPU) of the process, one process per model: resident `before` a run (weights and
+                   libraries), at its `peak`, and `held` by the caches at its end; the cost of one more token
+                   is the slope between the shortest and the longest context of the smallest batch
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import OPTConfig, OPTForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from data_prep.common import charts
 from data_prep.common.environment import header, require_folder, write_result
@@ -47,13 +43,14 @@ from pipeline.generation.writer import BatchWriter
 from pipeline.models.factory import new_model
 from pipeline.models.folders import parameter_count
 from pipeline.models.inference import lay_out, to_int8
+from pipeline.models.token_lm import TokenLM
 
 SIDES = ("model", "against")
 SENTENCE_ROOM = 64  # longest sentence of the models measured
 
 
 class LetterTokens:
-    """Stands for a tokenizer where texts do not matter: every token is one letter."""
+    """A tokenizer in which every token is one letter, because texts do not matter here."""
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocab_size = vocabulary.vocab_size
@@ -67,7 +64,7 @@ class LetterTokens:
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the measurement: texts at once, tokens of each one's context, new sentences of each."""
+    """One point of the measurement: texts at once; context tokens and new sentences of each."""
 
     batch: int
     context: int
@@ -81,13 +78,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one run of one side took."""
+    """Figures of one run of one side."""
 
     first_sentence: float  # seconds
     tokens_per_second: float  # new tokens of all rows after their first sentence
-    cache_bytes: int  # held of the context and what was written, all rows
-    cached_tokens: int  # tokens that those bytes stand for
-    step_bytes: int = 0  # held beside, whatever the context's length (a decoder's cache), all rows
+    cache_bytes: int  # of the context and the new tokens, all rows
+    cached_tokens: int  # tokens in those bytes
+    step_bytes: int = 0  # of caches that do not depend on the context's length (a decoder's), all rows
 
 
 class SentenceSide:
@@ -111,12 +108,13 @@ class SentenceSide:
         vocabulary = Vocabulary(vocab_size or sized.model.vae.get("vocab_size", 50272))
         torch.manual_seed(sized.seed)
         text = {"segmenter": "clause", "language": "en", "max_tokens": SENTENCE_ROOM}
-        model = new_model(sized, vocabulary, text).to(device, DTYPES[dtype]).eval()
-        self.parameters = parameter_count(model)
-        self.model, self._tokenizer = to_int8(model) if int8 else lay_out(model), LetterTokens(vocabulary)
+        self.model: Any = new_model(sized, vocabulary, text).to(device, DTYPES[dtype]).eval()
+        self.parameters = parameter_count(self.model)
+        (to_int8 if int8 else lay_out)(self.model)
+        self._tokenizer: Any = LetterTokens(vocabulary)
 
     def limit(self, case: Case) -> str | None:
-        """Why a case cannot be measured; None where it can."""
+        """Why a case cannot be measured; None if it can."""
         sentences = -(-case.context // case.sentence_tokens) + case.sentences
         room = self.model.max_sentences + 1
         return f"{sentences} sentences, {room} positions" if sentences > room else None
@@ -131,7 +129,7 @@ class SentenceSide:
         ]
         written = np.zeros(case.batch, dtype=np.int64)
         first = last = 0.0
-        began = time.perf_counter()
+        started = time.perf_counter()
         for number, event in writer.run(requests):
             if isinstance(event, Piece):
                 written[number] += 1
@@ -142,19 +140,19 @@ class SentenceSide:
             raise RuntimeError(f"{case}: wrote {written.tolist()} tokens")
         at_end()
         tokens = case.batch * (case.new_tokens - case.sentence_tokens)
-        # The last sentence is written, but not in the cache.
-        held = len(cuts) + 1 + case.sentences - 1
+        # A start position and all sentences but the last one, which is not fed back.
+        places = 1 + len(cuts) + 1 + case.sentences - 1
         return Turn(
-            first - began,
+            first - started,
             tokens / (last - first),
-            writer.cached_bytes_per_sentence * (held + 1) * case.batch,
+            writer.cached_bytes_per_sentence * places * case.batch,
             (case.context + case.new_tokens - case.sentence_tokens) * case.batch,
             writer.decoder_bytes,
         )
 
 
 class _Clock(StoppingCriteria):
-    """Never stops; writes down when each token came."""
+    """Never stops; records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -187,7 +185,7 @@ class TokenSide:
         """One run; `at_end` is called while its caches still live."""
         clock = _Clock()
         ids = torch.from_numpy(prompts_BC).to(self.model.device)
-        began = time.perf_counter()
+        started = time.perf_counter()
         with torch.inference_mode():
             out = self.model.generate(
                 ids,
@@ -206,18 +204,18 @@ class TokenSide:
         cache = out.past_key_values
         layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         return Turn(
-            first - began,
+            first - started,
             case.batch * (case.new_tokens - case.sentence_tokens) / (last - first),
             sum(x.untyped_storage().nbytes() for x in layers),
             cache.get_seq_length() * case.batch,
         )
 
 
-def _token_model(against: str, vocab_size: int | None) -> tuple[PreTrainedModel, str]:
+def _token_model(against: str, vocab_size: int | None) -> tuple[Any, str]:
     """A token-level model with random weights, and its name. Raises: UserError for anything else."""
     if against in OPT_SIZES:
         sizes = {**OPT_SIZES[against], **({"vocab_size": vocab_size} if vocab_size else {})}
-        return OPTForCausalLM(OPTConfig(**sizes, attn_implementation="sdpa")), against
+        return OPTForCausalLM(OPTConfig(**{**sizes, "attn_implementation": "sdpa"})), against
     if not find_recipe(against).is_file():
         raise UserError(f"--against {against}: neither {', '.join(OPT_SIZES)} nor a recipe")
     recipe = sized_recipe(against)
@@ -225,6 +223,7 @@ def _token_model(against: str, vocab_size: int | None) -> tuple[PreTrainedModel,
         raise UserError(f"--against {against}: its objective is {recipe.objective}; give a token-level model")
     vocabulary = Vocabulary(vocab_size or recipe.model.backbone.get("vocab_size", 50272))
     model = new_model(recipe, vocabulary, {"max_tokens": SENTENCE_ROOM})
+    assert isinstance(model, TokenLM)
     return model.model, find_recipe(against).stem
 
 
@@ -293,11 +292,11 @@ def make_side(name: str, options: GenerationBenchmark, device: torch.device) -> 
 
 
 def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[str, int] | None]:
-    """Resident bytes of this process for each case: `before`, `peak`, `held` and its `tokens`; None for a
-    case that the side has no positions for."""
+    """Resident bytes of this process for each case (`before`, `peak`, `held`) and its `tokens`; None for a
+    case beyond the side's positions."""
     vocabulary = side.model.get_input_embeddings().weight.shape[0]
     small = Case(1, 1, 2, next(iter(cases)).sentence_tokens)
-    side.turn(small, np.full((1, 1), 5))  # what is made once: threads, buffers of libraries
+    side.turn(small, np.full((1, 1), 5))  # warm-up: threads, buffers of libraries
     found: list[dict[str, int] | None] = []
     for case in cases:
         if side.limit(case):
@@ -305,7 +304,7 @@ def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[s
             continue
         prompts_BC = np.random.default_rng(case.context).integers(4, vocabulary, (case.batch, case.context))
         before = process_memory.resident()
-        process_memory.begin_peak()
+        process_memory.reset_peak()
         figures = {"before": before}
 
         def at_end(figures=figures) -> None:
@@ -318,7 +317,7 @@ def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[s
 
 
 def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, int] | None]) -> None:
-    """Put a side's memory into its points, and the ratios where the other side's is there."""
+    """Add a side's memory to its points, and the ratio once both sides have theirs."""
     for point, figures in zip(points, found, strict=True):
         if figures is None:
             continue
@@ -328,9 +327,9 @@ def add_memory(points: list[dict[str, Any]], name: str, found: list[dict[str, in
 
 
 def held_per_token(points: list[dict[str, Any]], name: str) -> float | None:
-    """Resident bytes that one more token of context costs a side: between the shortest and the longest
-    context at its smallest batch (another row is more than its context), so that what a run holds whatever
-    the context (about 1 MB) is not counted. None without two such cases, or when noise is larger."""
+    """Resident bytes per token of context of a side: the slope between the shortest and the longest context
+    at its smallest batch, so that the constant part (about 1 MB) does not count. None without two such cases,
+    or if noise is larger."""
     found = [
         (p["batch"], memory["tokens"], memory["held"])
         for p in points
@@ -344,7 +343,7 @@ def held_per_token(points: list[dict[str, Any]], name: str) -> float | None:
 
 
 def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -> dict[str, Any]:
-    """One case: each side once unmeasured, then `runs` turns each."""
+    """One case: a warm-up turn of each side, then `runs` turns each."""
     vocabulary = min(side.model.get_input_embeddings().weight.shape[0] for side in sides.values())
     rng = np.random.default_rng(case.batch * 1_000_003 + case.context)
     prompts_BC = rng.integers(4, vocabulary, (case.batch, case.context))

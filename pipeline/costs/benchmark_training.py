@@ -1,22 +1,17 @@
-"""`sllm benchmark train`: real tokens per second of forward and backward, beside another model, on real text.
+"""`sllm benchmark train`: real tokens per second of forward and backward on real text, compared with OPT of a
+published size, another recipe, or a Hugging Face folder.
 
-In: a recipe and a folder of shards; what to measure against: OPT of a published size as Hugging Face makes
-it, another recipe, or a Hugging Face folder. Out: one dict of figures, every single value beside its median;
-the command prints it and writes it as JSON.
+Both models are in one process and alternate (A B A B …), so that noise of the machine affects both. Ours gets
+bins as in training. A Hugging Face model gets the same text in full rows of 1,024 tokens without padding, and
+computes its own loss (`labels=`) with its own SDPA attention: its best case. Both run without dropout. Only
+real tokens of the text count: no BOS, end symbols or padded slots.
 
-Both models live in one process and take turns (A B A B …), so that a slow moment of the machine meets both.
-Ours gets bins as the trainer makes them. A Hugging Face model gets the same text in full rows of 1,024
-tokens, no padding, and computes its own loss (`labels=`) with its own SDPA attention: its best case. Both run
-without dropout. Tokens are real tokens of the text: BOS, end symbols and padded slots count for nothing.
+arithmetic  multiply-adds of the forward pass, counted from the rows that reach each layer, times 3 for
+            training, against the fastest matrix product of the model's shapes in the same run: the limit of
+            this machine, and the share of it that was reached
+memory      each model in its own process: memory before a forward and backward pass, and its peak
 
-arithmetic  multiply-adds of the forward pass, counted from the rows that reach each layer (`arithmetic.py`),
-            times 3 for training, against the best matrix product of the model's own shapes measured in the
-            same run: the least time that this machine could take, and which share of the limit was reached
-memory      each model in a process of its own: the peak of one forward and backward pass, and what was there
-            before it
-
-Untested on CUDA so far: the same code with `--device cuda --dtype bf16` (weights in bf16, as DeepSpeed's bf16
-mode has them).
+Not yet tested on CUDA: `--device cuda --dtype bf16` (weights in bf16, as in DeepSpeed's bf16 mode).
 """
 
 from __future__ import annotations
@@ -27,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +49,7 @@ from pipeline.training.optimizer import parameter_groups
 
 ROW_TOKENS = 1024  # of a Hugging Face model's rows
 PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
-# Of one timed matrix product: long enough to be timed (a GPU is that much faster), short enough to wait for.
+# Of one timed matrix product: long enough to time on this kind of device, and still short.
 GEMM_MULTIPLY_ADDS = {"cpu": 1 << 34, "cuda": 1 << 38}
 SIDES = ("model", "against")
 
@@ -74,7 +70,7 @@ OPT_SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Settings:
-    """What both sides share. `recipe` is the one measured; its data settings make the text."""
+    """Settings of both sides. `recipe` is the measured one; its data settings define the text."""
 
     recipe: Recipe
     name: str
@@ -85,14 +81,14 @@ class Settings:
 
 
 class Bins:
-    """Batches of a shard set, as a recipe's training would see them, by number."""
+    """Batches of a shard set by number, as in a recipe's training."""
 
     def __init__(self, shards: ShardSet, recipe: Recipe, tokens: int):
         self._plan = BinPlan([shards], recipe.data.window_tokens, tokens, recipe.seed)
-        self._stream, self._bins = self._plan.bins(), []
+        self._stream, self._bins = self._plan.bins(), list[Bin]()
 
     def __getitem__(self, number: int) -> tuple[Bin, Batch]:
-        """A new batch every time: working out layouts and indices is part of a step."""
+        """A new batch every time, because computing layouts and indices is part of a step."""
         while len(self._bins) <= number:
             self._bins.append(next(self._stream))
         return self._bins[number], build_batch(self._plan.spans(self._bins[number]))
@@ -101,8 +97,8 @@ class Bins:
 class RecipeModel:
     """One side of the comparison: a recipe's model on its bins.
 
-    `prepare(turn)` makes the inputs of a turn (`tokens`: the real tokens among them), `loss()` is their mean
-    loss, `cores()` their attention cores.
+    `prepare(turn)` makes the inputs of a turn with `tokens` real tokens, `loss()` computes their mean loss,
+    `cores()` their attention cores.
     """
 
     def __init__(self, recipe: Recipe, name: str, settings: Settings):
@@ -155,7 +151,7 @@ Side = RecipeModel | PlainModel
 
 
 def _placed(model: nn.Module, settings: Settings) -> nn.Module:
-    # eval: no dropout and no noise on either side; gradients flow all the same.
+    # eval: no dropout and no noise on either side; gradients are still computed.
     return model.to(settings.device, DTYPES[settings.dtype]).eval()
 
 
@@ -169,13 +165,12 @@ def make_side(side: str, options: TrainingBenchmark, settings: Settings) -> Side
     against, vocabulary = options.against, settings.shards.tokenizer().vocab_size
     if against in OPT_SIZES:
         torch.manual_seed(0)
-        config = OPTConfig(**OPT_SIZES[against], attn_implementation="sdpa")
+        config = OPTConfig(**{**OPT_SIZES[against], "attn_implementation": "sdpa"})
         config.vocab_size = max(config.vocab_size, vocabulary)
         return PlainModel(OPTForCausalLM(config), against, settings)
     if find_recipe(against).is_file():
-        return RecipeModel(
-            _fitting(sized_recipe(against), settings.tokens), find_recipe(against).stem, settings
-        )
+        recipe = _fitting(sized_recipe(against), settings.tokens)
+        return RecipeModel(recipe, find_recipe(against).stem, settings)
     if not Path(against).is_dir():
         raise UserError(
             f"--against {against}: neither {', '.join(OPT_SIZES)}, nor a recipe, nor a model folder"
@@ -204,23 +199,23 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timed(device: torch.device, work: Callable[[], None]) -> float:
+def _timed(device: torch.device, work: Callable[[], object]) -> float:
     _synchronise(device)
-    began = time.perf_counter()
+    started = time.perf_counter()
     work()
     _synchronise(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 class Stepper:
-    """Forward and backward of one side, with the update of AdamW when asked for."""
+    """Forward and backward of one side, optionally with AdamW's update."""
 
     def __init__(self, side: Side, recipe: Recipe, with_update: bool):
         self.side, self._optimizer = side, None
         if with_update:
             groups = parameter_groups(side.model, recipe.optimizer)
             for group in groups:
-                group.pop("lr_scale")  # it costs nothing
+                group.pop("lr_scale")  # costs no time
             self._optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, eps=recipe.optimizer.eps)
 
     def __call__(self) -> None:
@@ -248,10 +243,8 @@ def count(side: Side) -> Counted:
 
 
 def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
-    """FLOP/s of a plain matrix product of each shape that makes up 1 % or more of the linear layers' work.
-
-    Large products are cut short in their rows. The best of three.
-    """
+    """FLOP/s of a plain matrix product of each shape with at least 1 % of the linear layers' work: best of
+    three, with fewer rows for large products."""
     shapes: dict[tuple[int, int], int] = {}
     parameter = next(side.model.parameters())
     modules = dict(side.model.named_modules())
@@ -266,7 +259,7 @@ def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
         height = max(1, min(most, GEMM_MULTIPLY_ADDS[parameter.device.type] // (wide * narrow)))
         x = torch.randn(height, narrow).to(parameter)
         w = torch.randn(wide, narrow).to(parameter)
-        seconds = min(_timed(parameter.device, lambda x=x, w=w: torch.mm(x, w.t())) for _ in range(3))
+        seconds = min(_timed(parameter.device, partial(torch.mm, x, w.t())) for _ in range(3))
         speeds.append(
             {"rows": height, "in": narrow, "out": wide, "gflops": 2e-9 * height * narrow * wide / seconds}
         )
@@ -274,11 +267,11 @@ def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
 
 
 def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str, int]:
-    """Bytes: in use `before` a step (weights), at its `peak`, and the `step`'s own, the difference.
+    """Bytes `before` a step (weights), at its `peak`, and the difference as `step`.
 
-    On a CPU it is the process's resident memory (VmHWM), libraries included; on CUDA PyTorch's allocations,
-    after a first step.
-    Raises: UserError where Linux's /proc is missing or closed.
+    On a CPU the process's resident memory (VmHWM) including libraries; on CUDA PyTorch's allocations, after a
+    first step.
+    Raises: UserError if Linux's /proc is missing or not writable.
     """
     side.prepare(0)
     if device.type == "cuda":
@@ -288,13 +281,13 @@ def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str,
         before = torch.cuda.memory_allocated(device)
         stepper()
         peak = torch.cuda.max_memory_allocated(device)
-        return {"before": before, "peak": peak, "step": peak - before}
-    x = torch.randn(64, 64, requires_grad=True)
-    torch.mm(x, x).sum().backward()
-    process_memory.begin_peak()
-    before = process_memory.peak()
-    stepper()
-    peak = process_memory.peak()
+    else:
+        x = torch.randn(64, 64, requires_grad=True)
+        torch.mm(x, x).sum().backward()  # allocates the buffers of libraries
+        process_memory.reset_peak()
+        before = process_memory.peak()
+        stepper()
+        peak = process_memory.peak()
     return {"before": before, "peak": peak, "step": peak - before}
 
 
@@ -389,7 +382,7 @@ def _settings(options: TrainingBenchmark) -> Settings:
 def _figures(
     side: Side, counted: Counted, speeds: list[dict], taken: list[tuple[int, float]], peak: float
 ) -> dict[str, Any]:
-    """What one side's turns say. `peak`: the best matrix product of either side, GFLOP/s."""
+    """Figures of one side's turns. `peak`: the fastest matrix product of either side, GFLOP/s."""
     operations, tokens = counted.operations, counted.tokens
     per_token = operations.needed / tokens
     rates = [real / seconds for real, seconds in taken]
@@ -417,8 +410,7 @@ def _figures(
 
 
 def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
-    """The model by what it is measured against. `by_turn`: each turn by the one right after it, which met the
-    same moment of the machine."""
+    """Ratios of the two sides. `by_turn`: each turn by the one right after it, under the same conditions."""
     pairs = zip(*(side["tokens_per_second"]["values"] for side in (model, against)), strict=True)
     ratios = {
         "tokens_per_second": model["tokens_per_second"]["median"] / against["tokens_per_second"]["median"],
@@ -429,6 +421,10 @@ def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
         for key in ("peak", "step"):
             ratios[f"memory_{key}"] = model["memory_bytes"][key] / against["memory_bytes"][key]
     return ratios
+
+
+def _part_cost(part: str, side: dict[str, Any]) -> str:
+    return f"{side['multiply_adds_per_token']['by_part'].get(part, 0) / 1e6:.2f}M"
 
 
 def format_benchmark(result: dict[str, Any]) -> str:
@@ -452,10 +448,7 @@ def format_benchmark(result: dict[str, Any]) -> str:
     row("multiply-adds per token, forward", lambda s: f"{s['multiply_adds_per_token']['forward'] / 1e6:.2f}M")
     for part in flops.PARTS:
         if any(part in side["multiply_adds_per_token"]["by_part"] for side in sides):
-            row(
-                f"  {part}",
-                lambda s, p=part: f"{s['multiply_adds_per_token']['by_part'].get(p, 0) / 1e6:.2f}M",
-            )
+            row(f"  {part}", partial(_part_cost, part))
     row("limit, tokens per second", lambda s: f"{s['limit_tokens_per_second']:,.1f}")
     row("share of the limit reached", lambda s: f"{s['share_of_limit']:.1%}")
     row("padding, share of operations", lambda s: f"{s['padding_share']:.2%}")

@@ -1,12 +1,11 @@
-"""`sllm inspect`: what a recipe's model costs, before any machine is asked for.
+"""`sllm inspect`: parameters, multiply-adds per token, and memory per GPU of a recipe's model under each ZeRO
+stage and world size.
 
-In: a recipe. Out: parameters by part, multiply-adds per token by part, and the memory that a GPU needs under
-each ZeRO stage at each world size. Nothing is allocated and no shards are needed: the real model runs one
-real step, forward and backward, on fake tensors, which have shapes and no memory. Operations are counted from
-the rows that reach each layer, activations from what is alive at each moment of that step. So the figures
-follow the code, whatever it becomes; `benchmark_training.py` measures the same two for real.
+Needs no memory and no shards: the real model runs one step, forward and backward, on fake tensors, which have
+shapes only. Operations are counted from the rows that reach each layer, activations from the tensors alive
+during the step, so the figures follow the code. `benchmark_training.py` measures the same on hardware.
 
-The made-up bin: windows of `data.window_tokens` that fill `data.bin_tokens`, cut into sentences of
+The synthetic bin has windows of `data.window_tokens` that fill `data.bin_tokens`, with sentences of
 `TOKENS_PER_SENTENCE` tokens on average (the clause cut of English with OPT's tokenizer).
 """
 
@@ -40,19 +39,18 @@ from pipeline.models.flops import (
     counted_rows,
     part_of,
 )
-from pipeline.models.folders import parameter_count
+from pipeline.models.folders import model_config, parameter_count
 
 TOKENS_PER_SENTENCE = 10.9
 WORLDS = (1, 8, 64)
 
-# DeepSpeed's defaults, which ds_configs/ keep: elements of one communication buffer; gathered weights that
-# stage 3 may hold at once (both its limits, live and reuse distance).
+# DeepSpeed's defaults, as in ds_configs/: elements of one communication buffer; gathered weights that stage 3
+# may hold at once (both limits, live and reuse distance).
 BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
 STAGES = ("0", "1", "2", "3", "3-offload")
 
-# Millions, as printed in the paper's main table (arXiv 2408.00655); it has no row for 1.3B-H4 and none for a
-# SentenceVAE alone.
+# Millions, from the paper's main table (arXiv 2408.00655), which has no 1.3B-H4 and no SentenceVAE alone.
 PUBLISHED = {
     "sllm-125m-h1": 214.3,
     "sllm-125m-h2": 226.1,
@@ -66,8 +64,8 @@ PUBLISHED = {
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Parameters of every part, a shared one counted once, where it appears first."""
-    parts, counts, seen = part_of(model), dict.fromkeys(PARTS, 0), set()
+    """Parameters of every part; a shared one counts once, in the first part that has it."""
+    parts, counts, seen = part_of(model), dict.fromkeys(PARTS, 0), set[int]()
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
@@ -77,8 +75,8 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 
 
 def body_parameters(model: nn.Module) -> int:
-    """Parameters without embeddings (of tokens and of positions, wherever they are) and vocabulary head."""
-    parts, seen = part_of(model), {}
+    """Parameters without embeddings (of tokens and positions, in any part) and vocabulary head."""
+    parts, seen = part_of(model), dict[int, tuple[bool, int]]()
     for name, module in model.named_modules():
         outside = isinstance(module, nn.Embedding) or parts[name] in ("embedding", "head")
         for parameter in module.parameters(recurse=False):
@@ -90,10 +88,10 @@ def body_parameters(model: nn.Module) -> int:
 
 
 class _Memory(TorchDispatchMode):
-    """Writes down when each tensor's storage comes to life and when it dies.
+    """Records when each tensor's storage is allocated and freed.
 
-    `events`: (key, bytes), negative at death. `keys`: the key of every storage alive. `widths`: last
-    dimension of the tensor first seen on a storage.
+    events: (key, bytes), negative when freed. keys: the key of every live storage. widths: last dimension of
+    the first tensor seen on a storage.
     """
 
     def __init__(self) -> None:
@@ -110,7 +108,7 @@ class _Memory(TorchDispatchMode):
         return out
 
     def see(self, tensor: Tensor) -> int:
-        """The key of a tensor's storage, which counts from now on if it is new."""
+        """The key of a tensor's storage; a new storage is recorded as allocated."""
         storage = tensor.untyped_storage()
         if storage not in self.keys:
             key, size = len(self.widths), storage.nbytes()
@@ -121,7 +119,7 @@ class _Memory(TorchDispatchMode):
         return self.keys[storage]
 
     def peak(self, leave_out: set[int], only: set[int] | None = None) -> int:
-        """Most bytes alive at once, without the storages of `leave_out` (or of `only` these)."""
+        """Peak of live bytes, without the storages in `leave_out`, or of those in `only` alone."""
         alive = most = 0
         for key, size in self.events:
             if key not in leave_out and (only is None or key in only):
@@ -132,9 +130,9 @@ class _Memory(TorchDispatchMode):
 
 @dataclasses.dataclass
 class DryStep:
-    """What one step needs: `activations` are all bytes beside weights and gradients at the worst moment,
-    `logits` those of them in rows as wide as the vocabulary; `peak` is the worst moment of weights,
-    gradients so far and activations together (one process, no ZeRO)."""
+    """Costs of one step. Bytes at the peak: `activations` without weights and gradients; `logits` those of
+    them in rows as wide as the vocabulary; `peak` of weights, gradients and activations together (one
+    process, no ZeRO)."""
 
     operations: Operations
     activations: int
@@ -143,7 +141,7 @@ class DryStep:
 
 
 def made_up_batch(window_tokens: int, bin_tokens: int, tokens_per_sentence: float, longest: int) -> Batch:
-    """A batch of full windows, every sentence about `tokens_per_sentence` long, filling the bin."""
+    """A batch of full windows that fill the bin, with sentences of about `tokens_per_sentence` tokens."""
     spans = []
     for _ in range(max(1, bin_tokens // window_tokens)):
         sentences = max(1, round(window_tokens / tokens_per_sentence), -(-window_tokens // longest))
@@ -171,7 +169,7 @@ def dry_step(model: nn.Module, batch: Batch) -> DryStep:
 
 
 def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model.to(dtype)`, which cannot be had for fake weights: shared ones stay shared."""
+    """`model.to(dtype)`, which does not work for fake weights; shared weights stay shared."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -182,24 +180,24 @@ def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    config = getattr(model.config, "vae", model.config)
-    return config.vocab_size
+    config = model_config(model)
+    return getattr(config, "vae", config).vocab_size
 
 
 # Memory of a rank ------------------------------------------------------------------------------------------
 
 
 def states_memory(parameters: int, stage: str, world: int, dtype: str) -> dict[str, int]:
-    """Bytes that one rank holds for weights, gradients and AdamW under a file of `ds_configs/`.
+    """Bytes of weights, gradients and AdamW on one rank under a file of `ds_configs/`.
 
     Per parameter: weights 4 (bf16 2), optimizer 8 for the two moments, and 4 for fp32 master weights, which
     ZeRO keeps in fp32 too. Gradients 4; bf16: 2 as torch makes them, from stage 1 on their sum in fp32 (4).
     Stage 1 divides the optimizer by `world`, 2 also the summed gradients, 3 also the weights.
 
-    `gathered`: the most that stage 3 lets come together for use; it frees nothing below a billion parameters.
-    `buckets`: communication buffers of fixed size. `update`: what the update needs for a moment, when the
-    activations are gone (fp32 copies of the gradients; on GPUs PyTorch's AdamW takes 4 more per parameter).
-    `host`: what offloading keeps in host memory instead.
+    gathered: the most that stage 3 gathers for use; below a billion parameters it frees nothing.
+    buckets: communication buffers of fixed size. update: temporary memory of the update, after the
+    activations are freed (fp32 copies of the gradients; on GPUs PyTorch's AdamW takes 4 more per parameter).
+    host: host memory under offloading.
     """
     low = 2 if dtype == "bf16" else 4
     share = -(-parameters // world)
@@ -243,19 +241,19 @@ def inspect(
     """Parameters, operations and memory of a recipe's model, as plain JSON (docs/performance.md).
 
     Args:
-        recipe: file, or name of one that comes along. vae_recipe: see `sized_recipe`.
-        vocab_size: of the tokenizer (default: what the recipe says, else OPT's 50,272).
+        recipe: file, or name of a recipe that ships with the package. vae_recipe: see `sized_recipe`.
+        vocab_size: of the tokenizer (default: the recipe's, else OPT's 50,272).
         tokens: bin size (default: the recipe's `data.bin_tokens`).
         dtype: of weights and activations: `bf16` (GPUs) or `fp32` (CPUs).
-    Raises: UserError for a recipe that makes no model.
+    Raises: UserError for a recipe that does not build a model.
     """
     sized = sized_recipe(recipe, vae_recipe, overrides)
     tokens = tokens or sized.data.bin_tokens
     window = min(sized.data.window_tokens, tokens)
     longest = sized.model.vae.get("max_sentence_tokens") or 64
     batch = made_up_batch(window, tokens, tokens_per_sentence, longest)
-    said = (sized.model.backbone if sized.objective == "lm" else sized.model.vae).get("vocab_size")
-    vocab_size = vocab_size or said or Vocabulary().vocab_size
+    own = (sized.model.backbone if sized.objective == "lm" else sized.model.vae).get("vocab_size")
+    vocab_size = vocab_size or own or Vocabulary().vocab_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _converted(new_model(sized, Vocabulary(vocab_size), {}), DTYPES[dtype]).train()
         step = dry_step(model, batch)
@@ -264,18 +262,11 @@ def inspect(
     for stage in STAGES:
         for world in worlds:
             states = states_memory(parameters, stage, world, dtype)
-            # The update comes when the activations are gone.
+            # The update runs after the activations are freed.
             held = sum(states.values()) - states["host"] - states["update"]
-            on_device = held + max(states["update"], step.activations)
-            memory.append(
-                {
-                    "stage": stage,
-                    "world": world,
-                    **states,
-                    "activations": step.activations,
-                    "total": on_device,
-                }
-            )
+            total = held + max(states["update"], step.activations)
+            row = {"stage": stage, "world": world, **states, "activations": step.activations, "total": total}
+            memory.append(row)
     operations = step.operations
     return {
         "recipe": find_recipe(recipe).stem,
@@ -301,7 +292,7 @@ def inspect(
 
 
 def inspect_all(vocab_size: int | None = None) -> dict[str, Any]:
-    """One row per published size: our parameters, those of `layout: paper`, the paper's own count."""
+    """One row per published size: our parameters, those of `layout: paper`, and the paper's count."""
     rows, vocabulary = [], Vocabulary(vocab_size or Vocabulary().vocab_size)
     for path in sorted([*RECIPES.glob("svae-*.yaml"), *RECIPES.glob("sllm-*-h*.yaml")]):
         recipe, counts = sized_recipe(path), {}

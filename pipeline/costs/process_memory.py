@@ -1,7 +1,6 @@
-"""Resident memory of this process (Linux), and a benchmark's command run again in a process of its own.
+"""Resident memory of this process (Linux), and a benchmark command run in a separate process.
 
-Memory that one model leaves behind would be counted for the next, so each is measured in a process that held
-nothing else. Called by the benchmarks.
+Memory that one model leaves behind would count for the next, so each is measured in a fresh process.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pipeline.costs.options import Benchmark
 
 
 def resident() -> int:
-    """Bytes resident now, without what the C library keeps of freed memory."""
+    """Bytes resident now, without freed memory that the C library keeps."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -31,13 +30,12 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """Most bytes resident since `begin_peak`."""
+    """Peak of resident bytes since `reset_peak`."""
     return _field("VmHWM")
 
 
-def begin_peak() -> None:
-    """`peak` begins anew at what is resident now. Raises: UserError where Linux's /proc is missing or
-    closed."""
+def reset_peak() -> None:
+    """Reset `peak` to what is resident now. Raises: UserError if Linux's /proc is missing or not writable."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:

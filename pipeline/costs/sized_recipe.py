@@ -1,4 +1,4 @@
-"""A recipe whose model folders are replaced by their sizes, so that a model can be built without them."""
+"""Building a model from a recipe alone, without its model folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Vocabulary(NamedTuple):
-    """What `build_model` asks of a tokenizer: OPT's unless said otherwise."""
+    """A tokenizer's attributes that `build_model` reads; OPT's by default."""
 
     vocab_size: int = 50272
     bos_id: int = 2
@@ -26,17 +26,14 @@ class Vocabulary(NamedTuple):
     pad_id: int = 1
 
 
-# A model from a recipe alone ---------------------------------------------------------------------------
-
-
 def sized_recipe(
     path: str | Path, vae_recipe: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> Recipe:
-    """A recipe in which model folders are replaced by their sizes, so that a model can be built without them.
+    """A recipe in which model folders are replaced by their sizes.
 
-    `model.vae.path` is read when it is there; else the SentenceVAE's own recipe is looked up by the folder's
-    name (`models/svae-768-h1` → `svae-768-h1.yaml`), or given as `vae_recipe`.
-    Raises: UserError when neither is found.
+    The SentenceVAE's sizes come from `vae_recipe`, else from `model.vae.path` if it exists, else from the
+    recipe with the folder's name (`models/svae-768-h1` → `svae-768-h1.yaml`).
+    Raises: UserError when none of them is found.
     """
     path = find_recipe(path)
     recipe = load_recipe(path, list(overrides))
@@ -49,7 +46,7 @@ def sized_recipe(
             raise UserError(
                 f"recipe {path}: model.backbone.path holds a {backbone['model_type']}, not a backbone"
             )
-    # Weights to start from say nothing about sizes.
+    # Initial weights have no influence on sizes.
     vae = {key: value for key, value in vae.items() if value is not None and key != "init_embeddings_from"}
     # Not checked: the config of a folder has more keys than a recipe may have.
     recipe.model.vae, recipe.model.backbone = vae, backbone

@@ -1,15 +1,15 @@
 """The one batch type: real tokens only, no padding.
 
-In: the `Span`s of a bin (`bins.py`). Out: a `Batch`, which every model's `forward` takes. Shape suffixes: T
-tokens, S sentences, D document windows. Index arithmetic happens here, on the host, once per batch; the
-models only gather.
+Shape suffixes: T tokens, S sentences, D document windows. Index arithmetic happens here, on the host, once
+per batch; the models only gather.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -21,12 +21,12 @@ from pipeline.data.windows import Span
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Attention across sentences: every sentence's rows see those of the sentences before it too.
+class ContextSpans:
+    """Attention across sentences: a sentence's rows also see a span of sentences before it.
 
-    layout: one segment per sentence, the rows that it sees and its own, behind them. source: int64 [wide
-    rows], the packed row in each place. own: int64 [R], the place of every packed row in its own sentence's
-    segment. needed: pairs of a row and what it may see.
+    layout: one segment per sentence: the rows that it sees, then its own. source: int64 [wide rows], the
+    packed row in each place. own: int64 [R], the place of every packed row in its own sentence's segment.
+    needed: pairs of a row and what it may see.
     """
 
     layout: SegmentLayout
@@ -37,12 +37,12 @@ class Reach:
 
 @dataclass(frozen=True)
 class DecoderRows:
-    """What the sentence decoder reads, packed: of every sentence `slots` places for the vector, BOS, tokens.
+    """The sentence decoder's packed input: for every sentence `slots` places for the vector, BOS, tokens.
 
-    layout: one segment per sentence, R rows. symbols_R: int64, the slots' are BOS and count for nothing.
-    positions_R: int64, within the sentence; where sentences see earlier ones, within the window.
-    slot_rows: int64 [S · slots] or None. own_rows: int64 [T+S], BOS and tokens, or None where that is all
-    there is. reach: None where a sentence sees itself only.
+    layout: one segment per sentence, R rows. symbols_R: int64; BOS in slots, where it is unused.
+    positions_R: int64, within the sentence, or within the window if sentences see earlier ones.
+    slot_rows: int64 [S · slots] or None. own_rows: int64 [T+S], BOS and tokens, or None without slots.
+    spans: None if a sentence sees itself only.
     """
 
     layout: SegmentLayout
@@ -50,18 +50,19 @@ class DecoderRows:
     positions_R: Tensor
     slot_rows: Tensor | None = None
     own_rows: Tensor | None = None
-    reach: Reach | None = None
+    spans: ContextSpans | None = None
 
 
-def reach_back(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> Reach:
-    """Rows of sentence s, `lengths_S[s]` many, see those of sentences `first_S[s]` to s; int64 [S], host."""
+def context_spans(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> ContextSpans:
+    """Spans in which the `lengths_S[s]` rows of sentence s see sentences `first_S[s]` to s; int64 [S],
+    host."""
     starts = np.concatenate([[0], np.cumsum(lengths_S)])
     before_S = starts[:-1] - starts[first_S]
     layout = SegmentLayout(before_S + lengths_S, device)
     wide = np.repeat(starts[first_S] - layout.starts[:-1], layout.lengths) + np.arange(layout.rows)
     own = np.arange(starts[-1]) + np.repeat(layout.starts[:-1] + before_S - starts[:-1], lengths_S)
     needed = int((lengths_S * before_S + lengths_S * (lengths_S + 1) // 2).sum())
-    return Reach(layout, *(torch.from_numpy(x).to(device) for x in (wide, own)), needed)
+    return ContextSpans(layout, torch.from_numpy(wide).to(device), torch.from_numpy(own).to(device), needed)
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Batch:
         cu_documents[d+1]).
     document_end_D: bool [D], host: the window ends its document (stop label 1; an end symbol for the token
         model).
-    scored: False for the empty batch, which a rank without work runs so that ZeRO-3's collectives match.
+    scored: False for the empty batch, run by a rank without work so that ZeRO-3's collectives match.
     """
 
     tokens_T: Tensor
@@ -82,6 +83,8 @@ class Batch:
     cu_documents: np.ndarray
     document_end_D: np.ndarray
     scored: bool = True
+    _slotted: dict[int, SegmentLayout] = field(default_factory=dict, init=False, repr=False)
+    _context_spans: dict[tuple[int, int], ContextSpans] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -100,22 +103,15 @@ class Batch:
         return self.tokens_T.device
 
     def digest(self) -> int:
-        """A checksum of 32 bits over the content: tokens, sentences, windows and ends; of a batch on the
-        CPU."""
-        crc = zlib.crc32(self.tokens_T.numpy())
-        for array in (self.cu_sentences, self.cu_documents, self.document_end_D):
-            crc = zlib.crc32(array, crc)
+        """CRC-32 over tokens, sentences, windows and ends of a batch on the CPU."""
+        crc = 0
+        for array in (self.tokens_T.numpy(), self.cu_sentences, self.cu_documents, self.document_end_D):
+            crc = zlib.crc32(array.data, crc)
         return crc
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device (host arrays stay on the host)."""
-        return Batch(
-            self.tokens_T.to(device, non_blocking=True),
-            self.cu_sentences,
-            self.cu_documents,
-            self.document_end_D,
-            self.scored,
-        )
+        return dataclasses.replace(self, tokens_T=self.tokens_T.to(device, non_blocking=True))
 
     def _index(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
@@ -131,7 +127,7 @@ class Batch:
     def decoder_layout(self) -> SegmentLayout:
         """BOS + tokens by sentence: T+S rows (sentence decoder)."""
         layout = SegmentLayout(np.diff(self.cu_sentences) + 1, self.device)
-        # Decoder layers read it: worked out here, it is not part of what torch.compile traces.
+        # Computed here, because decoder layers read it and torch.compile must not trace it.
         _ = layout.segment_of_row
         return layout
 
@@ -152,24 +148,24 @@ class Batch:
         return self._shifted(self.decoder_layout, bos, end)
 
     def decoder_rows(self, inputs_N: Tensor, bos: int, slots: int = 0, context: int = 0) -> DecoderRows:
-        """The sentence decoder's input, made of `decoder_symbols`' inputs: `slots` places for the vector
-        before BOS, and sight of `context` sentences before each."""
-        layout, reach = self.slotted_layout(slots), self.reach(slots, context)
+        """The sentence decoder's input from `decoder_symbols`' inputs: `slots` places for the vector before
+        BOS, and `context` earlier sentences for each."""
+        layout, spans = self.slotted_layout(slots), self.context_spans(slots, context)
         positions_R = layout.position_of_row
-        if reach is not None:
+        if spans is not None:
             window_S = layout.starts[self.cu_documents[self._window_of_sentence]]
             positions_R = self._index(np.arange(layout.rows) - np.repeat(window_S, layout.lengths))
         if not slots:
-            return DecoderRows(layout, inputs_N, positions_R, reach=reach)
+            return DecoderRows(layout, inputs_N, positions_R, spans=spans)
         is_slot_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths) < slots
         own_rows = self._index(np.flatnonzero(~is_slot_R))
         symbols_R = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
         symbols_R.index_copy_(0, own_rows, inputs_N)
         slot_rows = self._index(np.flatnonzero(is_slot_R))
-        return DecoderRows(layout, symbols_R, positions_R, slot_rows, own_rows, reach)
+        return DecoderRows(layout, symbols_R, positions_R, slot_rows, own_rows, spans)
 
     def slotted_layout(self, slots: int) -> SegmentLayout:
-        """`slots` places, BOS and tokens by sentence: the rows of the sentence decoder."""
+        """Rows of the sentence decoder: `slots` places, BOS and tokens by sentence."""
         if not slots:
             return self.decoder_layout
         if slots not in self._slotted:
@@ -178,28 +174,20 @@ class Batch:
             self._slotted[slots] = layout
         return self._slotted[slots]
 
-    @cached_property
-    def _slotted(self) -> dict[int, SegmentLayout]:
-        return {}
-
-    def reach(self, slots: int, context: int) -> Reach | None:
-        """What a decoder's rows see of the `context` sentences before theirs; None for 0."""
+    def context_spans(self, slots: int, context: int) -> ContextSpans | None:
+        """Spans of the `context` sentences before each one; None for 0."""
         if not context:
             return None
-        if (slots, context) not in self._reaches:
+        if (slots, context) not in self._context_spans:
             window_start_S = self.cu_documents[self._window_of_sentence]
             first_S = np.maximum(window_start_S, np.arange(self.sentences) - context)
             lengths_S = self.slotted_layout(slots).lengths
-            self._reaches[slots, context] = reach_back(lengths_S, first_S, self.device)
-        return self._reaches[slots, context]
-
-    @cached_property
-    def _reaches(self) -> dict[tuple[int, int], Reach]:
-        return {}
+            self._context_spans[slots, context] = context_spans(lengths_S, first_S, self.device)
+        return self._context_spans[slots, context]
 
     def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:
-        # Row t + n predicts token t of segment n, the row after it reads it. By index: a mask on a GPU would
-        # make the host wait for all that runs there.
+        # Row t + n predicts token t of segment n, the row after it reads it. By index, because a mask on a
+        # GPU would make the host wait for the device.
         rows_T = self._index(
             np.arange(self.tokens) + np.repeat(np.arange(len(layout.lengths)), layout.lengths - 1)
         )
@@ -233,8 +221,7 @@ class Batch:
 
     @cached_property
     def stop_label_S(self) -> Tensor:
-        """float32 [S]: 1 after a document's true last sentence, else 0 (also at the end of an inner
-        window)."""
+        """float32 [S]: 1 after a document's last sentence, else 0 (also at the end of an inner window)."""
         labels = np.zeros(self.sentences, dtype=np.float32)
         labels[self.cu_documents[1:] - 1] = self.document_end_D
         return self._index(labels)
@@ -266,7 +253,7 @@ def build_batch(spans: Sequence[Span]) -> Batch:
 
 
 def empty_batch() -> Batch:
-    """One token that counts for nothing: what a rank without a bin runs."""
+    """One unscored token, for a rank without a bin."""
     one = np.ones(1, dtype=np.int64)
     batch = build_batch([Span(np.zeros(1, dtype=np.int64), one, True)])
     batch.scored = False

@@ -1,8 +1,8 @@
-"""Steps of a run: which bins this rank computes, as batches that a background thread has built in time.
+"""The bins of each step for this rank, as batches built ahead in a background thread.
 
-In: a `BinPlan` and a position in its stream. Out: one `Step` after another. Step k is bins [k·G, (k+1)·G) of
-the stream whatever the world size: micro-batch m of rank r is bin k·G + m·world + r, or an empty batch when
-that is no bin of the step, so that every rank calls every submodule equally often. Called by `train.py`.
+Step k is bins [k·G, (k+1)·G) of the stream for every world size. Micro-batch m of rank r is bin
+k·G + m·world + r, or an empty batch if the step has no such bin, so that every rank calls every submodule
+equally often.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from pipeline.parallel.ranks import Ranks
 
 @dataclass
 class Step:
-    """One optimizer step. Counts named `*_all` are over all ranks' bins, known from the plan; the rest is
-    this rank's.
+    """One optimizer step. Counts named `*_all` are over all ranks' bins, known from the plan.
 
     batches: `micro_batches` of them, on the CPU. seeds: one per batch, a function of the bin alone (dropout).
     text_bytes: UTF-8 bytes of this rank's real tokens. digest: sum of its scored batches' digests. bins_all:
-    the step's bins; position: where the stream stands after them.
+    the step's bins. position: of the stream after them.
     """
 
     batches: list[Batch]
@@ -44,14 +43,13 @@ class Step:
 
 
 def assign(bins: list[Bin], ranks: Ranks) -> list[Bin | None]:
-    """This rank's bins of a step, in order; None stands for an empty batch."""
+    """This rank's bins of a step, in order; None is an empty batch."""
     count = micro_batches(len(bins), ranks.world)
-    mine = [bins[i] if i < len(bins) else None for i in range(ranks.rank, count * ranks.world, ranks.world)]
-    return mine
+    return [bins[i] if i < len(bins) else None for i in range(ranks.rank, count * ranks.world, ranks.world)]
 
 
 def build(plan: BinPlan, mine: list[Bin | None], byte_lengths: np.ndarray) -> tuple[list[Batch], int]:
-    """The batches of the assigned bins, and the bytes of text in them. byte_lengths: int [vocabulary]."""
+    """The batches of the assigned bins and their bytes of text. byte_lengths: int [vocabulary]."""
     batches, text_bytes = [], 0
     for bin_ in mine:
         batch = empty_batch() if bin_ is None else build_batch(plan.spans(bin_))
@@ -62,8 +60,8 @@ def build(plan: BinPlan, mine: list[Bin | None], byte_lengths: np.ndarray) -> tu
 
 
 class StepLoader:
-    """Builds the next steps while the current one computes. Use as a context manager; `next_step()` blocks
-    for data."""
+    """Context manager that builds the next steps while the current one computes; `next_step()` waits for
+    data."""
 
     def __init__(
         self,
@@ -90,7 +88,7 @@ class StepLoader:
         self._thread.join()
 
     def next_step(self) -> Step:
-        """The next step; raises what the background thread raised."""
+        """The next step, or the exception of the background thread."""
         before = time.perf_counter()
         step = self._ready.get()
         if isinstance(step, BaseException):
@@ -103,7 +101,7 @@ class StepLoader:
             for step in self._steps():
                 if not self._put(step):
                     return
-        except BaseException as error:  # handed to the training thread, which raises it
+        except BaseException as error:  # raised again in the training thread
             self._put(error)
 
     def _put(self, item: Step | BaseException) -> bool:
@@ -136,7 +134,6 @@ class StepLoader:
 
 
 def bin_seed(seed: int, bin_: Bin) -> int:
-    """A seed for what is random inside a forward pass: the same for a bin whichever rank and run computes
-    it."""
+    """The seed of a bin's forward pass, the same on every rank and in every run."""
     sequence = np.random.SeedSequence([seed, bin_.source, *bin_.place])
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,23 +1,19 @@
-"""Which windows of which documents make bin *n*: planning, from the shards' index.
-
-In: shard sets (`data_prep.shards.ShardSet`), mixture weights if wanted. Out: a stream of `Bin`s, each a group
-of document windows that fits one token budget; `batches.build_batch` turns a bin into tensors. Called by the
-trainer, `audit.py` and `evaluation.py`.
+"""The plan of a run: from the shards' index to a stream of `Bin`s, groups of document windows that each fit
+one token budget.
 
 The order of bins is a function of (seed, epoch, mixture weights) alone, never of world size, workers or
 nodes: step k of a run with G bins a step consumes bins [k·G, (k+1)·G) of the stream.
 
-Planning is hierarchical: an epoch permutes the shards and works on them in groups of `shards_at_once`, so
-that nobody ever holds the index of the whole corpus. Within a group, document windows are permuted, and
-packed best-fit with a bounded look-ahead, PART_WINDOWS at a time. A group's order is drawn for itself and a
-part of it is packed by itself, so a bin is found by its `Place` (epoch, group, part, number in the part), and
-going on late in an epoch costs what beginning costs: one group is read, one part packed. A document that fits
-one window needs its index row only; sentence lengths are read for longer ones. Windows are rows of one array,
-33 bytes each.
+Planning is hierarchical. An epoch permutes the shards and reads them in groups of `shards_at_once`, so no
+process holds the index of the whole corpus. Within a group, document windows are permuted, and packed
+best-fit with a bounded look-ahead, PART_WINDOWS at a time. Groups are permuted and parts packed
+independently, so a `Place` (epoch, group, part, number in the part) finds a bin. Resuming late in an epoch
+costs no more than starting: one group is read, one part packed. A document that fits one window needs its
+index row only; sentence lengths are read for longer ones. A window is a row of 33 bytes.
 
-Without weights all shard sets are one source. With weights each is a source with epochs of its own, and the
-source of bin *n* of the stream is the one that lacks most of its share: |taken - weight · n| stays below the
-number of sources.
+Without weights all shard sets are one source. With weights each is a source with its own epochs, and bin *n*
+of the stream comes from the source that lacks most of its share: |taken - weight · n| stays below the number
+of sources.
 """
 
 from __future__ import annotations
@@ -42,7 +38,7 @@ PART_WINDOWS = 1 << 15  # packed together; one bin of a part is badly filled
 
 
 class Place(NamedTuple):
-    """Where a bin stands in its source; places of one source are ordered as its bins come."""
+    """A bin's place in its source; places of one source compare in the order of its bins."""
 
     epoch: int
     group: int
@@ -53,7 +49,7 @@ class Place(NamedTuple):
 class Bin:
     """The windows of one rank's micro-batch, as rows of its group's windows.
 
-    source: number of the source. place, next: the bin's place in it, and the place of the bin after it.
+    source: number of the source. place, next: places of the bin and of the one after it.
     """
 
     def __init__(self, source: int, place: Place, next: Place, of: np.ndarray, rows: np.ndarray):
@@ -97,7 +93,7 @@ class Bin:
 
 
 def count(bins: Sequence[Bin], objective: str) -> tuple[int, int]:
-    """Tokens and targets (`Bin.targets`) of many bins, faster than one by one."""
+    """Tokens and targets (`Bin.targets`) of many bins at once."""
     tokens = targets = 0
     for of in {id(bin_.of): bin_.of for bin_ in bins}.values():
         windows = of[np.concatenate([bin_.rows for bin_ in bins if bin_.of is of])]
@@ -108,15 +104,15 @@ def count(bins: Sequence[Bin], objective: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Position:
-    """Where the stream stands: of every source, how many bins were taken and the place of its next one. All
-    that a resumed run needs."""
+    """A position in the stream, all that a resumed run needs: of every source, the bins taken and the place
+    of the next one."""
 
     taken: tuple[int, ...]
     places: tuple[Place, ...]
 
     @property
-    def epochs_begun(self) -> int:
-        """Of the source that is furthest."""
+    def epochs_started(self) -> int:
+        """Epochs of the most advanced source."""
         return max(place.epoch + (place > (place.epoch, 0, 0, 0)) for place in self.places)
 
     def after(self, bins: Sequence[Bin]) -> Position:
@@ -139,8 +135,8 @@ class Position:
 class Consumed:
     """The bins that a run has trained on: of every source, ranges [first place, place after the last).
 
-    Ranges that touch are one, across groups and epochs too: a run that repeated and skipped nothing has one
-    range of each source, from its beginning. Ranges that overlap stay apart, so that a repeated bin shows.
+    Adjacent ranges are joined, also across groups and epochs: a run that repeated and skipped nothing has one
+    range per source. Overlapping ranges are not joined, so that a repeated bin shows.
     """
 
     def __init__(self, sources: int):
@@ -188,10 +184,10 @@ class BinPlan:
         shard_sets: opened shard sets, made with one tokenizer.
         window_tokens: longest window in tokens (short for `vae`, so that a bin mixes many documents).
         bin_tokens: token budget of a bin.
-        seed: with the epoch and the weights, decides the order.
+        seed: decides the order, together with the epoch and the weights.
         weights: each shard set's share of the bins, in any unit; None: the sets are one pool.
-        shards_at_once: shards whose windows are mixed with each other.
-    Raises: UserError when a source holds no text, or a window no place in a bin.
+        shards_at_once: shards whose windows are shuffled together.
+    Raises: UserError when a source has no text, or a window does not fit a bin.
     """
 
     def __init__(
@@ -209,7 +205,7 @@ class BinPlan:
         self.window_tokens, self.bin_tokens = window_tokens, bin_tokens
         self.seed, self.shards_at_once = seed, shards_at_once
         self._shares = [1.0] if weights is None else [weight / sum(weights) for weight in weights]
-        # Of every source its (shard set, shard); shards without text would make groups without bins.
+        # (shard set, shard) of every source; shards without text would make groups without bins.
         by_set = [
             [(s, i) for i, entry in enumerate(shard_set.manifest["shards"]) if entry["tokens"]]
             for s, shard_set in enumerate(self.shard_sets)
@@ -229,7 +225,7 @@ class BinPlan:
         return Position((0,) * self.sources, (Place(0, 0, 0, 0),) * self.sources)
 
     def bins(self, position: Position | None = None) -> Iterator[Bin]:
-        """Bins from a position on, for ever."""
+        """An endless stream of bins from a position on."""
         position = position or self.start()
         streams = [self._source_bins(source, place) for source, place in enumerate(position.places)]
         taken = list(position.taken)
@@ -263,7 +259,7 @@ class BinPlan:
     def _group_bins(self, source: int, epoch: int, group: int, first_part: int = 0) -> Iterator[Bin]:
         """A group's bins from a part on."""
         shards = self._sources[source]
-        # Numbers in the last place tell apart what is drawn: a seed that is shorter would be filled with 0.
+        # The last number keeps the two permutations apart; a shorter seed would be padded with 0.
         shard_order = np.random.default_rng([self.seed, source, epoch, 0]).permutation(len(shards))
         at = group * self.shards_at_once
         windows = np.concatenate(
@@ -325,11 +321,10 @@ class BinPlan:
 
 
 def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:
-    """Best fit: which of `sizes` (by their place, each at most `budget`) share a bin of `budget`.
+    """Best fit: which of `sizes` (by index, each at most `budget`) share a bin of `budget`.
 
-    Each goes into the fullest of at most LOOK_AHEAD open bins that has room for it; when none has, the
-    fullest is closed for a new one. A full bin is closed at once, those left at the end in the order in which
-    they were opened.
+    Each goes into the fullest of at most LOOK_AHEAD open bins with room for it; if there is none, the fullest
+    is closed for a new one. A full bin is closed at once; the rest are closed at the end, oldest first.
     """
     rooms: list[tuple[int, int]] = []  # (room, number) of the open bins, sorted
     members: dict[int, list[int]] = {}
@@ -337,17 +332,16 @@ def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:
     for n, size in enumerate(sizes):
         at = bisect_left(rooms, (size, 0))
         if at < len(rooms):
-            room, number = rooms.pop(at)
-            members[number].append(n)
+            room, which = rooms.pop(at)
+            members[which].append(n)
         else:
             if len(rooms) == LOOK_AHEAD:
-                _, fullest = rooms.pop(0)
-                yield members.pop(fullest)
+                yield members.pop(rooms.pop(0)[1])
             bins += 1
             room, number = budget, bins
             members[number] = [n]
         if room > size:
-            insort(rooms, (room - size, number))
+            insort(rooms, (room - size, which))
         else:
             yield members.pop(number)
     yield from members.values()

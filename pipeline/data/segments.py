@@ -1,23 +1,22 @@
-"""Which rows of a packed row belong together, and the plans by which attention computes them."""
+"""Segments of a packed row, and the index plans of the attention paths."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_PAIRS_OF_A_BLOCK = 2048  # pairs of query and key that cost what a block's kernel calls do, at width 128
+_PAIRS_OF_A_BLOCK = 2048  # query-key pairs that cost as much as a block's kernel calls, at width 128
 _FLEX_BLOCK = 128
 
 
-# --- segments -------------------------------------------------------------------------------------
-
-
 def _bucket_edges(longest: int) -> np.ndarray:
-    # Every length for itself up to 24 (95 % of clauses): many segments need no padding. Then steps of 10 %.
+    # One bucket per length up to 24 (95 % of clauses), so that most segments need no padding; then 10 %
+    # steps.
     edges = list(range(1, 25))
     while edges[-1] < longest:
         edges.append(edges[-1] + max(2, edges[-1] // 10))
@@ -29,9 +28,9 @@ class BlockPlan:
     """How the T rows of a layout fill blocks [n, L], one after another: `slots` = Σ n·L places.
 
     shapes: (n, L) of every block. source: int64 [slots], the row in each place; padded places repeat their
-    segment's last row: a valid row, masked out as a key, dropped as a query. restore: int64 [T], the place of
-    every row. padded: int64 [slots - T], the padded places. key_masks: of every block, bool [n, 1, 1, L] for
-    the real places, or None when nothing is padded.
+    segment's last row, which is masked as a key and dropped as a query. restore: int64 [T], the place of
+    every row. padded: int64 [slots - T], the padded places. key_masks: per block, bool [n, 1, 1, L] for the
+    real places, or None without padding.
     """
 
     shapes: list[tuple[int, int]]
@@ -46,11 +45,11 @@ class BlockPlan:
 
 
 class SegmentLayout:
-    """Lengths of consecutive segments of one packed row, with the plans that the paths need.
+    """Lengths of consecutive segments of one packed row, with the plans of the attention paths.
 
     Args:
         lengths: int [n], each >= 1; their sum is the number of rows T.
-        device: where the index tensors live.
+        device: of the index tensors.
     """
 
     def __init__(self, lengths: np.ndarray, device: torch.device | str = "cpu"):
@@ -61,6 +60,7 @@ class SegmentLayout:
         self.rows = int(self.starts[-1])
         self.longest = int(self.lengths.max())
         self.device = torch.device(device)
+        self._flex_masks: dict[bool, Any] = {}
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
@@ -91,7 +91,7 @@ class SegmentLayout:
 
     @cached_property
     def cu_rows(self) -> Tensor:
-        """int32 [n+1]: segment i owns rows [cu_rows[i], cu_rows[i+1]), as varlen kernels want it."""
+        """int32 [n+1]: segment i owns rows [cu_rows[i], cu_rows[i+1]), the format of varlen kernels."""
         return self._to_device(self.starts.astype(np.int32))
 
     # The bucketed path.
@@ -100,8 +100,8 @@ class SegmentLayout:
     def _buckets(self) -> list[np.ndarray]:
         """Segments of similar length, shortest first: int64 [n] each, in the row's order.
 
-        A block costs its kernel calls (forward and backward about 150 µs on a CPU core) whatever is in it, so
-        a few segments join the next longer bucket where their padding costs less than a block.
+        Each block has a fixed cost of kernel calls (forward and backward about 150 µs on a CPU core), so a
+        few segments join the next longer bucket if their padding costs less than a block.
         """
         edges = _bucket_edges(self.longest)
         edge_of = np.searchsorted(edges, self.lengths)
@@ -143,11 +143,11 @@ class SegmentLayout:
 
     @property
     def pairs(self) -> int:
-        """Pairs within segments, Σ length²: a causal path may skip half of them, padded or not."""
+        """Pairs within segments, Σ length²; a causal path may skip half of them."""
         return int((self.lengths**2).sum())
 
     def computed_pairs(self, path: str) -> int:
-        """Pairs that a path computes, padding included (what lies inside a GPU kernel's tile not counted)."""
+        """Pairs that a path computes, including padding but not the padding inside a GPU kernel's tiles."""
         if path == "bucketed":
             return sum(len(members) * int(self.lengths[members].max()) ** 2 for members in self._buckets)
         return self.rows**2 if path == "masked" else self.pairs
@@ -156,21 +156,17 @@ class SegmentLayout:
 
     @cached_property
     def block_mask(self) -> Tensor:
-        """bool [T, T]: row i and row j lie in one segment."""
+        """bool [T, T]: row i and row j are in one segment."""
         return self.segment_of_row[:, None] == self.segment_of_row[None, :]
 
-    @cached_property
-    def _flex_masks(self) -> dict[bool, object]:
-        return {}
-
-    def flex_mask(self, causal: bool):
-        """flex attention's `BlockMask` [1, 1, T, T]: tiles that hold a pair of one segment, and the rule
+    def flex_mask(self, causal: bool) -> Any:
+        """flex attention's `BlockMask` [1, 1, T, T]: the tiles with a pair of one segment, and the rule
         inside them."""
         if causal not in self._flex_masks:
             self._flex_masks[causal] = self._make_flex_mask(causal)
         return self._flex_masks[causal]
 
-    def _make_flex_mask(self, causal: bool):
+    def _make_flex_mask(self, causal: bool) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
         segment = self.segment_of_row
@@ -179,7 +175,7 @@ class SegmentLayout:
             same = segment[query] == segment[key]
             return same & (query >= key) if causal else same
 
-        # Rows of one segment are neighbours, so the tiles that a tile of queries needs are neighbours too.
+        # Rows of a segment are contiguous, so the tiles that a tile of queries needs are contiguous too.
         tiles = -(-self.rows // _FLEX_BLOCK)
         first_row = np.arange(tiles) * _FLEX_BLOCK
         last_row = np.minimum(first_row + _FLEX_BLOCK, self.rows) - 1

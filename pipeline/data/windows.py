@@ -1,4 +1,4 @@
-"""Documents cut into windows: whole sentences, at most so many tokens."""
+"""Documents cut into windows of whole sentences and a limited number of tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 
-# A run of whole sentences of one document, at most `window_tokens` long, by reference into the shards:
-# document `document` of shard `shard` of the plan's shard set `shard_set`; `document_end`: the window ends
-# its document.
+# A window by reference into the shards: document `document` of shard `shard` of the plan's shard set
+# `shard_set`; `document_end`: the window ends its document.
 WINDOW_DTYPE = np.dtype(
     [
         ("shard_set", "<i4"),
@@ -28,7 +27,7 @@ WINDOW_DTYPE = np.dtype(
 
 @dataclass(frozen=True)
 class Span:
-    """A document window's content: what a batch is built from.
+    """The content of a document window.
 
     tokens: uint16/uint32 [T]; sentence_lengths: [S], each >= 1, sum T; document_end: the window ends its
         document.
@@ -42,7 +41,7 @@ class Span:
 def cut_documents(
     sentence_lengths: np.ndarray, document_sizes: np.ndarray, window_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into windows of whole sentences, greedily filled; all documents at once.
+    """Cut all documents into windows of whole sentences, filled greedily.
 
     Args:
         sentence_lengths: int [N], each >= 1: tokens of every sentence, documents back to back.
@@ -81,7 +80,7 @@ def cut_windows(sentence_lengths: np.ndarray, window_tokens: int) -> Iterator[tu
 
 
 def document_spans(tokens: np.ndarray, sentence_lengths: np.ndarray, window_tokens: int) -> Iterator[Span]:
-    """A whole document's windows with their content (evaluation, tests)."""
+    """A whole document's windows with their content."""
     token_ends = np.concatenate([[0], np.cumsum(sentence_lengths, dtype=np.int64)])
     for first, end in cut_windows(sentence_lengths, window_tokens):
         yield Span(

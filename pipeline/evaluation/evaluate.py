@@ -1,16 +1,12 @@
-"""The metric contract: how well a model predicts (SLLM, token-level model) or rebuilds (SentenceVAE) a text.
+"""`sllm evaluate`: how well a model predicts (SLLM, token-level model) or rebuilds (SentenceVAE) a text.
 
-Comes in: a model folder and a text, as shards or as WanJuan documents. Goes out: one dict of sums and the
-figures made of them (`scores.py`; docs/evaluation.md says what each key means). Every kind of model is scored
-on the same tokens of the same windows (`bins.document_spans`), each window conditioned on itself only; NLL is
-summed over the corpus in float64 and divided once, at the end:
+Every kind of model is scored on the same tokens of the same windows, each window conditioned on itself only.
+NLL is summed over the corpus in float64 and divided once, at the end (docs/evaluation.md defines each key):
 
     bits_per_byte = NLL / (ln 2 · UTF-8 bytes of the text)      ppl = exp(NLL / plain tokens)
 
-With several ranks, every rank reads all documents (reading is cheap beside scoring) and scores every
-world-th of them; the ranks' sums meet once, at the end, and every rank has the whole result.
-
-Called by `pipeline/cli.py` (`sllm evaluate`), the demo, and tests.
+With several ranks, each reads all documents (cheap compared with scoring) and scores every world-th of them.
+The sums are gathered once, at the end, on every rank.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +34,14 @@ from pipeline.common.text import with_interval
 from pipeline.data.batch import Batch, build_batch
 from pipeline.evaluation.scores import Scores, Window, document_windows
 from pipeline.models.factory import load_model
-from pipeline.models.folders import KINDS, load_model_tokenizer, model_kind, parameter_count, read_config
+from pipeline.models.folders import (
+    KINDS,
+    load_model_tokenizer,
+    model_config,
+    model_kind,
+    parameter_count,
+    read_config,
+)
 from pipeline.models.foreign_lm import load_plain_lm
 from pipeline.models.inference import to_int8
 from pipeline.models.losses import bits_per_byte
@@ -51,7 +55,7 @@ DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
 
 @dataclass
 class Source:
-    """Documents to score, in corpus order, and where they come from."""
+    """Documents to score, in corpus order, and their origin."""
 
     path: str
     settings: dict  # segmenter, language, max_tokens
@@ -60,13 +64,13 @@ class Source:
     tokens: int | None = None  # expected, for the progress display
     shards_fingerprint: str | None = None
     rejected: dict[str, int] = field(default_factory=dict)  # reason → records left out
-    digest: hashlib._Hash = field(default_factory=hashlib.sha256)  # over the text that was scored
+    digest: Any = field(default_factory=hashlib.sha256)  # over the scored text
 
     def windows(
         self, tokenizer: Tokenizer, window_tokens: int, limit: int | None, ranks: Ranks
     ) -> Iterator[Window]:
-        """The windows of this rank's documents out of the first `limit`; the text of all enters the digest
-        (length first, so that borders count).
+        """The windows of this rank's documents out of the first `limit`. The digest covers the text of all,
+        each preceded by its length so that borders count.
         """
         for number, document in enumerate(itertools.islice(self.documents, limit)):
             tokens_T, lengths_S, source, language = document
@@ -114,24 +118,25 @@ def _record_source(
 
     def documents() -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
         for record in records:
-            reason = record.reason if isinstance(record, Reject) else None
-            if reason is None:
+            if isinstance(record, Reject):
+                reason = record.reason
+            else:
                 try:
-                    segmenter = cut.segmenter_for(record.language)  # as `data-prep shard` does it
+                    segmenter = cut.segmenter_for(record.language)  # as in `data-prep shard`
                     tokens_T, lengths_S = cut_document(record.content, tokenizer, segmenter, cut)
                 except LossyTokenization:
                     reason = "tokenizer loses text"
-            if reason is None:
-                yield tokens_T, lengths_S, record.source, record.language
-            else:
-                source.rejected[reason] = source.rejected.get(reason, 0) + 1
+                else:
+                    yield tokens_T, lengths_S, record.source, record.language
+                    continue
+            source.rejected[reason] = source.rejected.get(reason, 0) + 1
 
     source.documents = documents()
     return source
 
 
 def _batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[tuple[Batch, list[Window]]]:
-    """Consecutive windows up to `batch_tokens` tokens per batch; a larger window is a batch of its own."""
+    """Consecutive windows up to `batch_tokens` tokens per batch; a larger window is a batch alone."""
     group: list[Window] = []
     size = 0
     for window in windows:
@@ -146,7 +151,7 @@ def _batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[tuple[Bat
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model of a folder, ready to be scored."""
+    """The model of a folder, ready for scoring."""
 
     folder: str
     model: torch.nn.Module
@@ -157,7 +162,7 @@ class Loaded:
 
 
 def load(folder: str, int8: bool = False) -> Loaded:
-    """The model of any folder; a token-level model that is not ours runs through its own forward."""
+    """The model of any folder; a token-level model not trained by this project runs its own forward."""
     config, tokenizer = read_config(folder), load_model_tokenizer(folder)
     foreign = config.get("model_type") not in KINDS and "sentence_settings" not in config
     model = load_plain_lm(folder, tokenizer) if foreign else load_model(folder)
@@ -172,9 +177,10 @@ def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
 
     Raises: UserError when too long.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) if kind == "lm" else None
+    config = model_config(model)
+    positions = getattr(config, "max_position_embeddings", None) if kind == "lm" else None
     most = positions - 1 if positions else 1 << 30  # the start symbol takes one
-    window = wanted or getattr(model.config, "window_tokens", None) or min(DEFAULT_WINDOW_TOKENS, most)
+    window = wanted or getattr(config, "window_tokens", None) or min(DEFAULT_WINDOW_TOKENS, most)
     if window > most:
         raise UserError(
             f"windows of {window} tokens, but the model has positions for {most}: lower --window-tokens"
@@ -185,12 +191,15 @@ def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
 def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> SentenceSettings:
     """How `--text` is cut: as given, else as the model was trained, else by default."""
     own = getattr(model.config, "sentence_settings", None) or {}
-    settings = {key: given.get(key) or own.get(key) or default for key, default in DEFAULT_SETTINGS.items()}
+    settings: dict[str, Any] = {
+        key: given.get(key) or own.get(key) or default for key, default in DEFAULT_SETTINGS.items()
+    }
     return SentenceSettings(**settings)
 
 
 def _check_fits(model: torch.nn.Module, kind: str, tokenizer: Tokenizer, settings: dict, folder: str) -> None:
-    config = model.config.vae if kind == "sllm" else model.config
+    config = model_config(model)
+    config = config.vae if kind == "sllm" else config
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model folder {folder}: {config.vocab_size} vocabulary entries, "
@@ -220,21 +229,22 @@ def evaluate(
 ) -> dict:
     """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them.
 
-    Args: as `sllm evaluate --help` says; a model that is `Loaded` already is not loaded again; `documents`
-    are scored in place of those in the file `text`, which then only names them; `segmenter`, `language` and
-    `max_tokens` decide the sentences of `text` only; with more than one of `ranks`, all of which call this
-    alike, their process group must exist.
-    Returns: the figures of `Scores.figures` and what they were made from (docs/evaluation.md).
+    Args: as in `sllm evaluate --help`.
+        folder: a model folder, or its `Loaded` model.
+        segmenter, language, max_tokens: how `text` is cut into sentences.
+        ranks: all of them must call this alike, inside a process group.
+        documents: scored in place of those in the file `text`, which then only names them.
+    Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
     """
-    given = {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
+    given: dict[str, Any] = {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
     scores = error = None
     try:
         shards = ShardSet.open(data) if data is not None else None
         if shards is None and documents is None:
-            find_inputs([text])  # what is missing is refused before a model is loaded
+            find_inputs([text])  # refuses a missing file before a model is loaded
         loaded = folder if isinstance(folder, Loaded) else load(str(folder), int8)
         model, kind, tokenizer = loaded.model, loaded.kind, loaded.tokenizer
         if shards is not None:
@@ -292,11 +302,11 @@ def score(
     """Sums over all windows. `model` in eval mode; `kind`: sllm, vae or lm."""
     if kind == "vae":  # refused before the work, not at the first sentence that differs
         import_extra("rapidfuzz", "eval")
-    scores, nats, text_bytes = Scores(kind), 0.0, 0
+    scores, nats, text_bytes, device = Scores(kind), 0.0, 0, next(model.parameters()).device
     # disable=None: shown on a terminal only.
     with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
         for batch, group in _batches(windows, batch_tokens):
-            more = scores.add(model, batch.to(model.device), group, tokenizer.byte_lengths)
+            more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
             bar.update(batch.tokens)
             bar.set_postfix_str(f"{bits_per_byte(nats, max(1, text_bytes)):.4f} bits/byte", refresh=False)
@@ -304,7 +314,7 @@ def score(
 
 
 def format_result(result: dict) -> str:
-    """The result as a small table for people."""
+    """The result as a text table."""
     window = result["window_tokens"]
     tokens, ends, stops = (result[f"{part}_nll_nats"] for part in ("token", "end", "stop"))
     rows = [

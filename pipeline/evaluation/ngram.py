@@ -1,14 +1,13 @@
-"""A Kneser–Ney n-gram model: what a trained token-level baseline must beat to be called one.
+"""`sllm ngram`: a Kneser–Ney n-gram model, the lower bar for a trained token-level baseline.
 
-In: the windows of a shard set, as the token-level model reads them (`token_lm.py`): BOS, t1 … tn, and the
-document's end where it ends in the window. Out: the same figures as `sllm evaluate` gives, over the same
-targets of the same windows, so that all of them compare. Interpolated, modified Kneser–Ney with three
-discounts per order (Chen and Goodman 1999, §3.1 and §4), the last step interpolated with the uniform
-distribution over the vocabulary and the end symbol; counts are sorted arrays, no dicts: 20 M tokens at
-order 5 take 4.5 GB and a minute. Called by `sllm ngram`.
+It reads windows as the token-level model does (BOS, t1 … tn, and the document's end if it is in the window)
+and scores the same targets as `sllm evaluate`, so the figures compare. Interpolated modified Kneser–Ney with
+three discounts per order (Chen and Goodman 1999, §3.1 and §4); the last step is interpolated with the uniform
+distribution over the vocabulary and the end symbol. Counts are sorted arrays: 20 M tokens at order 5 take
+4.5 GB and a minute.
 
-Every n-gram of order k has a number: the place of (number of its first k - 1 tokens, last token) in a sorted
-array. n-grams never reach back over a window's start, which is what BOS stands for.
+Every n-gram of order k has a number: the index of (number of its first k - 1 tokens, last token) in a sorted
+array. n-grams do not cross a window's start, which BOS marks.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from pipeline.data.plan import BinPlan
 from pipeline.data.windows import Span, document_spans
 from pipeline.models.losses import bits_per_byte, perplexity
 
-# Of the small recipes: `train_tokens` are the very ones that such a run sees first.
+# Of the small recipes: `train_tokens` are the first ones that such a run sees.
 BIN_TOKENS, SEED = 2048, 1
 
 
@@ -44,20 +43,20 @@ class _Order:
 
 
 class NgramModel:
-    """Trained by its constructor. spans: the windows to count; vocabulary: number of token ids, V; the model
-    speaks about V + 1 symbols, the tokens and the end of a document."""
+    """Trained by its constructor on the windows `spans`. It predicts V + 1 symbols: the `vocabulary` tokens
+    and the end of a document."""
 
     def __init__(self, spans: Iterable[Span], vocabulary: int, order: int = 5):
         if order < 1:
             raise UserError(f"--order {order}: must be at least 1")
         self.vocabulary = vocabulary
-        self._symbols = vocabulary + 2  # tokens, end (V), BOS (V + 1): the last is only ever read
+        self._symbols = vocabulary + 2  # tokens, end (V), BOS (V + 1), which is never predicted
         symbols, ages = self._stream(spans)
         if not len(symbols):
             raise UserError("nothing to count: these shards hold no text")
         self.tokens = int((symbols < vocabulary).sum())
         self._orders: list[_Order] = []
-        # grams[i]: number of the n-gram that ends at position i, -1 where it would begin before its window.
+        # grams[i]: number of the n-gram that ends at position i, -1 if it would start before its window.
         grams = np.zeros(len(symbols), dtype=np.int64)
         found = []
         for k in range(1, order + 1):
@@ -74,7 +73,7 @@ class NgramModel:
             found.append((keys, np.flatnonzero(valid)[first], grams, counts))
         for k, (keys, first, grams, counts) in enumerate(found, start=1):
             if k < order:
-                # How many different symbols come before it; at the start of a window none does: its count.
+                # The number of different symbols before it; at the start of a window its count.
                 adjusted = np.bincount(grams[found[k][1]], minlength=len(keys))
                 at_start = ages[first] == k - 1
                 adjusted[at_start] = counts[at_start]
@@ -92,11 +91,11 @@ class NgramModel:
             y = n1 / (n1 + 2 * n2)
             discounts = [0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
             discounts = [min(max(d, 0.0), float(c)) for c, d in enumerate(discounts)]
-        else:  # too little text for these estimates
+        else:  # too little text for the estimates
             discounts = [0.0, 0.5, 0.75, 1.0]
         taken = np.array(discounts)[np.minimum(counts, 3)]
         totals = np.bincount(contexts, weights=counts, minlength=number)
-        spare = np.bincount(contexts, weights=taken, minlength=number)
+        spare: np.ndarray = np.bincount(contexts, weights=taken, minlength=number)
         known = totals > 0
         spare[known] /= totals[known]
         spare[~known] = 1.0
@@ -104,7 +103,7 @@ class NgramModel:
         return _Order(keys, (counts - taken) / totals[contexts], spare)
 
     def _stream(self, spans: Iterable[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """All windows back to back, each with BOS before it; and each symbol's place in its window."""
+        """All windows back to back, each preceded by BOS; and each symbol's index in its window."""
         symbols, ages = [], []
         for span in spans:
             end = [self.vocabulary] if span.document_end else []
@@ -116,8 +115,8 @@ class NgramModel:
         return np.concatenate(symbols), np.concatenate(ages)
 
     def probabilities(self, span: Span) -> np.ndarray:
-        """float64 [N]: of every token of the window, and of the document's end where it ends here, each given
-        what stands before it in the window."""
+        """float64 [N]: of every token of the window, and of the document's end if it ends here, each given
+        the symbols before it in the window."""
         symbols, ages = self._stream([span])
         p = np.full(len(symbols), 1.0 / (self.vocabulary + 1))
         # The number of each position's context of k - 1 symbols.
@@ -126,7 +125,7 @@ class NgramModel:
             usable = (ages >= k - 1) & (before >= 0)
             rows = np.flatnonzero(usable)
             contexts = before[rows]
-            seen = contexts < len(order.spare)  # a context that only ever ended a window has nothing after it
+            seen = contexts < len(order.spare)  # false for a context that occurs at window ends only
             rows, contexts = rows[seen], contexts[seen]
             keys = contexts * self._symbols + symbols[rows]
             place = np.minimum(np.searchsorted(order.keys, keys), len(order.keys) - 1)
@@ -141,13 +140,13 @@ class NgramModel:
 def run(
     shards: str, validation: str, order: int, window_tokens: int, train_tokens: int | None = None
 ) -> dict[str, object]:
-    """Count `shards` (`train_tokens` of it, in training order, or all), score `validation`; figures as `sllm
-    evaluate` gives them.
+    """Count `shards` (all, or the first `train_tokens` in training order) and score `validation`; figures as
+    those of `sllm evaluate`.
 
     Raises: UserError for shards made with different tokenizers, or without text.
     """
     made = header(("numpy",))
-    began = time.perf_counter()
+    started = time.perf_counter()
     ours, theirs = ShardSet.open(shards), ShardSet.open(validation)
     tokenizer = ours.tokenizer()
     if tokenizer.fingerprint != theirs.tokenizer().fingerprint:
@@ -181,12 +180,12 @@ def run(
         "bytes": text_bytes,
         "tokens": tokens,
         "documents": documents,
-        "seconds": round(time.perf_counter() - began, 3),
+        "seconds": round(time.perf_counter() - started, 3),
     }
 
 
 def format_result(result: dict) -> str:
-    """For people."""
+    """The result as one line."""
     return (
         f"Kneser–Ney, order {result['order']}, counted on {result['trained_tokens']:,} tokens: "
         f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['ppl']:.4g} on "
@@ -195,7 +194,7 @@ def format_result(result: dict) -> str:
 
 
 def _first(spans: Iterator[Span], tokens: int | None) -> Iterator[Span]:
-    """Whole windows until so many tokens are reached."""
+    """Whole windows until `tokens` are reached."""
     left = math.inf if tokens is None else tokens
     for span in spans:
         if left <= 0:

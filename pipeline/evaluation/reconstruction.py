@@ -1,4 +1,4 @@
-"""Reconstruction of sentences by a SentenceVAE: greedy decoding of many at once, and edit distances."""
+"""Reconstruction by a SentenceVAE: batched greedy decoding, and edit distances from the original."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from data_prep.common.extras import import_extra
 from pipeline.data.batch import Batch
 from pipeline.models.sentence_vae import SentenceVAE
 
-ROWS_AT_ONCE = 256  # sentences written side by side: bounds the cache and the logits
+ROWS_AT_ONCE = 256  # sentences decoded together: bounds the cache and the logits
 
 
 @torch.inference_mode()
 def rebuild(model: SentenceVAE, batch: Batch, sentences: np.ndarray) -> list[np.ndarray]:
-    """Greedy decoding of `sentences` (int64 [n], numbers in the batch) from their own embeddings.
+    """Greedy decoding of `sentences` (int64 [n], indices in the batch) from their embeddings.
 
     Returns: int64 tokens of each, without the end symbol; at most the model's longest sentence.
     """
@@ -37,8 +37,8 @@ def _write(model: SentenceVAE, vector_Rd: torch.Tensor) -> list[np.ndarray]:
     for place in range(longest + 1):
         symbols = model.head(model.decoder.step(state, rows, symbols)).argmax(-1)
         written[rows, place] = symbols.cpu().numpy()
-        going = written[rows, place] != config.eos_token_id
-        rows, symbols = rows[going], symbols[torch.from_numpy(going).to(symbols.device)]
+        unfinished = written[rows, place] != config.eos_token_id
+        rows, symbols = rows[unfinished], symbols[torch.from_numpy(unfinished).to(symbols.device)]
         if not len(rows):
             break
     ends = np.where(written == config.eos_token_id, np.arange(longest + 1), longest).min(1)

@@ -1,11 +1,9 @@
-"""How a model's bits per byte move when the text is not as clean as the text it learned from.
+"""`sllm robustness`: bits per byte on changed text (`VARIANTS`, and mixed languages if a second text is
+given).
 
-In: model folders, and documents. Out: for every variant of these documents (`VARIANTS`, and mixed languages
-where a second text is given) what `sllm evaluate --text` measures on it, beside the documents as they come. A
-variant is a function (text, numpy Generator) → text; each document has a generator of its own, made of the
-seed, the variant and the document's number, so that the same seed gives the same text however many documents
-are read. Every model is evaluated with its own settings, by `evaluation.evaluate`. Called by
-`sllm robustness`; docs/evaluation.md says how to read the table.
+A variant is a function (text, numpy Generator) → text. Each document has its own generator, seeded by the
+seed, the variant and the document's number, so that a seed gives the same text however many documents are
+read. Every model is evaluated with its own settings; docs/evaluation.md explains the table.
 """
 
 from __future__ import annotations
@@ -37,14 +35,14 @@ NOISE = 0.05  # share of letters
 
 Variant = Callable[[str, np.random.Generator], str]
 
-# Between letters or digits these are no marks to a reader: 3.14, 12:30, e.g, example.com, http://
+# These are not punctuation between letters or digits: 3.14, 12:30, e.g, example.com, http://
 _NARROW = re.escape(".,;:!?–")
 _EAST = "\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
 _OTHERS = re.escape("".join(sorted(set(STOPS + ELLIPSES + PAUSES + DASHES) - set(".,;:!?–"))))
 _MARK = rf"(?:[{_OTHERS}]|(?!://)[{_NARROW}](?![0-9A-Za-z])|(?<=[{_EAST}])[{_NARROW}]|(?<!\s)--+|--+(?=\s))"
 _MARKS = re.compile(rf"[ \u00a0]?{_MARK}+(?:[ \u00a0]{_MARK}+)*")
 _ONE_MARK = re.compile(rf"(?!-){_MARK}")
-# The next word: one Chinese character, or all up to white space or a mark.
+# The next word: one Chinese character, or everything up to white space or a mark.
 _NEXT_WORD = re.compile(rf"(\s*)([\u3400-\u9fff]|(?:(?!{_MARK})[^\s\u3400-\u9fff])+)")
 _SWAPS = {mark: marks for marks in (".,;:!?", "。，；：！？") for mark in marks}
 
@@ -58,7 +56,7 @@ def lowercase(text: str, generator: np.random.Generator) -> str:
 
 
 def no_punctuation(text: str, generator: np.random.Generator) -> str:
-    """Without the marks that end sentences or clauses; words that only a mark kept apart get a space."""
+    """Without the marks that end sentences or clauses; a mark that was the only separator becomes a space."""
 
     def without(found: re.Match) -> str:
         before, after = text[max(0, found.start() - 1) : found.start()], text[found.end() : found.end() + 1]
@@ -72,7 +70,7 @@ def no_punctuation(text: str, generator: np.random.Generator) -> str:
 
 
 def wrong_punctuation(text: str, generator: np.random.Generator) -> str:
-    """A third of the marks, half of them swapped for others, half of them moved behind the next word."""
+    """A third of the marks changed: half of them swapped for others, half moved behind the next word."""
     marks = list(_ONE_MARK.finditer(text))
     chosen = np.sort(generator.choice(len(marks), round(len(marks) / 3), replace=False)) if marks else ()
     parts, done = [], 0
@@ -92,7 +90,7 @@ def wrong_punctuation(text: str, generator: np.random.Generator) -> str:
 
 
 def one_long_sentence(text: str, generator: np.random.Generator) -> str:
-    """No marks and no line breaks: nothing but the limit of tokens is left to cut at."""
+    """No marks and no line breaks, so that only the token limit cuts sentences."""
     lines = (line.strip() for line in no_punctuation(text, generator).splitlines())
     return " ".join(filter(None, lines))
 
@@ -113,11 +111,11 @@ def noise(text: str, generator: np.random.Generator) -> str:
 
 
 def mixed_with(others: Sequence[str]) -> Variant:
-    """Every second sentence replaced by one of another text, whose sentences are taken in order."""
+    """Every second sentence replaced by the next one of another text."""
     segmenter = get_segmenter("sentence", "auto")
 
     def mixed_languages(text: str, generator: np.random.Generator) -> str:
-        foreign = segmenter(others[generator.integers(len(others))])
+        foreign = segmenter(others[int(generator.integers(len(others)))])
         parts = segmenter(text)
         for number in range(1, len(parts), 2):
             part = parts[number]
@@ -141,7 +139,7 @@ VARIANTS: dict[str, Variant] = {
 def changed(
     documents: Sequence[RawDocument], name: str, variant: Variant, seed: int
 ) -> list[RawDocument | Reject]:
-    """The documents as one variant has them, in order; one that is left without text is counted as such."""
+    """The documents of one variant, in order; one without remaining text becomes a `Reject`."""
     records: list[RawDocument | Reject] = []
     for number, document in enumerate(documents):
         generator = np.random.default_rng([seed, zlib.crc32(name.encode()), number])
@@ -156,7 +154,7 @@ def changed(
 def cut_by_limit(
     records: Sequence[RawDocument | Reject], tokenizer: Tokenizer, cut: SentenceSettings
 ) -> float:
-    """Share of sentences that end at the limit of tokens, not where the segmenter would have ended them."""
+    """Share of sentences that end at the token limit instead of at the segmenter's cut."""
     free = dataclasses.replace(cut, max_tokens=LONGEST)
     sentences = whole = 0
     for record in records:
@@ -166,7 +164,7 @@ def cut_by_limit(
         try:
             sentences += len(cut_document(record.content, tokenizer, segmenter, cut)[1])
             whole += len(cut_document(record.content, tokenizer, segmenter, free)[1])
-        except LossyTokenization:  # counted where it is scored
+        except LossyTokenization:  # counted when it is scored
             continue
     return (sentences - whole) / max(1, sentences)
 
@@ -196,8 +194,8 @@ def run(
 ) -> dict:
     """Evaluate every model on every variant of the first `max_documents` documents of `text`.
 
-    Returns: header, what was read, and by variant the figures of each model in the order given. Raises:
-    UserError for missing or unreadable folders and files, and for texts without documents.
+    Returns: header, input, and by variant the figures of each model in the order given.
+    Raises: UserError for missing or unreadable folders and files, and for texts without documents.
     """
     require_folder(output)
     if seed < 0:
@@ -229,7 +227,7 @@ def run(
 def _of_model(
     loaded: Loaded, text: str, texts: dict[str, list[RawDocument | Reject]]
 ) -> tuple[dict[str, object], dict[str, dict]]:
-    """What the model is, and by variant its figures."""
+    """The model's description, and its figures by variant."""
     figures: dict[str, dict] = {}
     for name, documents in texts.items():
         log(f"{loaded.folder}: {name}")
@@ -253,7 +251,7 @@ def _of_model(
 
 
 def format_result(result: dict) -> str:
-    """For people: one table, a row for each variant and model."""
+    """The result as a text table with a row for each variant and model."""
     rows = [["variant", "model", "bits per byte", "", "change", "vector gain", "tokens/sentence", "at limit"]]
     for name, of_models in result["variants"].items():
         for number, mine in enumerate(of_models):

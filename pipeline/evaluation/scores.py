@@ -1,14 +1,13 @@
 """Sums per document and per group, and the figures made of them (docs/evaluation.md).
 
-In: scored batches and the `Window`s that they hold. Out: one dict of figures. What is kept does not grow with
-the sentences: one row of eight sums per document (in nats, float64; and counts), and one row per group of
-sentences (by length, by place in the document). Every figure is a ratio of such sums, divided once. Rows of
-several ranks are put together by document number and added up in that order, so that how the documents were
-shared out changes nothing but the rounding inside the model (packed differently: relative 1e-6).
+There is one row of eight sums (nats in float64, and counts) per document and per group of sentences (by
+length, by position in the document). Every figure is a ratio of such sums, divided once. Rows of several
+ranks are merged by document number and added in that order, so the split over ranks changes nothing but the
+rounding inside the model (other packing: relative 1e-6).
 
-Intervals resample whole documents, because the sentences of one document are no independent draws: with
-replacement, as many as there are, `RESAMPLES` times from a fixed seed; of each resample the ratio of the
-sums; the 2.5 and 97.5 % points of those ratios. They speak of the choice of the text, not of training seeds.
+Intervals are a bootstrap over whole documents, because sentences of one document are not independent: drawn
+with replacement, `RESAMPLES` times from a fixed seed; the 2.5 and 97.5 % quantiles of the ratio of sums. They
+cover the choice of the text, not training seeds.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.windows import Span, document_spans
 from pipeline.evaluation.reconstruction import edit_distances, rebuild
 from pipeline.models.losses import bits_per_byte, perplexity
+from pipeline.models.sentence_vae import SentenceVAE
 
 RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
 
@@ -33,7 +33,7 @@ TOKEN, END, STOP, WITHOUT, BYTES, TOKENS, SENTENCES, WINDOWS = range(8)
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a document: its content, the document's number, and how many sentences come before it."""
+    """A window of a document: content, the document's number, and the number of sentences before it."""
 
     span: Span
     document: int = 0
@@ -53,7 +53,7 @@ def document_windows(
 
 
 def bucket(number: int) -> str:
-    """Group of a length or a place, from 1: "1", "2", "3-4", "5-8", … (powers of two)."""
+    """Group of a length or a position, from 1: "1", "2", "3-4", "5-8", … (powers of two)."""
     end = 1 << (number - 1).bit_length()
     return str(number) if end <= 2 else f"{end // 2 + 1}-{end}"
 
@@ -73,7 +73,7 @@ def interval(numerator_D: np.ndarray, denominator_D: np.ndarray) -> list[float] 
 
 @dataclass
 class Scores:
-    """Sums over documents: `add` batches, `merge` what other ranks have, then `figures`."""
+    """Sums over documents: `add` batches, `merge` other ranks, then `figures`."""
 
     kind: str  # sllm | vae | lm
     rows: dict[int, np.ndarray] = field(default_factory=dict)  # document → float64 [8]
@@ -112,7 +112,7 @@ class Scores:
             sums[:, STOP] = losses.stop_nll_S.double().cpu().numpy()
         if self.kind == "sllm":
             without = model(batch, start_vector_only=True)
-            # Stop decisions see the backbone's own outputs either way: no decoder is involved in them.
+            # Stop decisions do not involve the decoder, so they are the same without vectors.
             sums[:, WITHOUT] = per_sentence(without.target_nll_N) + sums[:, STOP]
         token_bytes = byte_lengths[batch.tokens_T.cpu().numpy()]
         sums[:, BYTES] = np.add.reduceat(token_bytes, batch.cu_sentences[:-1])
@@ -128,7 +128,7 @@ class Scores:
             row = self.rows.setdefault(window.document, np.zeros(8))
             row += sums[first:end].sum(0)
             self.labels[window.document] = (window.source, window.language)
-        # After every power of two a new group begins.
+        # A new group starts after every power of two.
         places = [w.first_sentence + 1 + np.arange(len(w.span.sentence_lengths)) for w in windows]
         for groups, number_S in ((self.by_length, lengths_S), (self.by_position, np.concatenate(places))):
             group_S = np.ceil(np.log2(number_S)).astype(int)
@@ -139,9 +139,10 @@ class Scores:
     def _count_exact(
         self, model: torch.nn.Module, batch: Batch, correct_N: torch.Tensor, lengths_S: np.ndarray
     ) -> None:
-        # Greedy decoding returns a sentence exactly when the arg max is right at every symbol, its end
-        # included: as long as it is right, the decoder has been fed what teacher forcing feeds it. Only the
-        # others must be written out.
+        # Greedy decoding returns a sentence exactly if the arg max is right at every symbol, its end
+        # included: up to the first error the decoder gets the same input as in teacher forcing. Only
+        # sentences with an error must be decoded.
+        assert isinstance(model, SentenceVAE)
         wrong_S = torch.zeros(batch.sentences, dtype=torch.int64, device=batch.device)
         wrong_S.index_add_(0, batch.decoder_layout.segment_of_row, (~correct_N).long())
         exact_S = (wrong_S == 0).cpu().numpy()
@@ -155,7 +156,7 @@ class Scores:
                 self.edits_of_length[length] += count
 
     def merge(self, other: Scores) -> None:
-        """Add another rank's documents, which are none of ours."""
+        """Add another rank's documents; none of them may be here already."""
         self.rows |= other.rows
         self.labels |= other.labels
         for ours, theirs in (
@@ -169,7 +170,7 @@ class Scores:
         self.edits_of_length += other.edits_of_length
 
     def figures(self) -> dict:
-        """All figures of the sums so far; at least one token must have been scored."""
+        """All figures of the sums so far. Needs at least one scored token."""
         numbers = sorted(self.rows)
         rows_D = np.stack([self.rows[number] for number in numbers])
         total = rows_D.sum(0)
@@ -204,7 +205,7 @@ class Scores:
         return figures
 
     def _of(self, row: np.ndarray) -> dict:
-        """Figures of one row of sums; None where a group has no bytes."""
+        """Figures of one row of sums; None if a group has no bytes."""
         nats = float(row[: STOP + 1].sum())
         counts = {"bytes": int(row[BYTES]), "tokens": int(row[TOKENS]), "sentences": int(row[SENTENCES])}
         per_byte = {"bits_per_byte": nats}

@@ -1,17 +1,13 @@
-"""`sllm check`: proofs by experiment on a model folder of any kind (SLLM, SentenceVAE, token-level model).
+"""`sllm check`: tests the guarantees of any model (SLLM, SentenceVAE, token-level) on random documents.
 
-Comes in: a model and a seed for random documents. Goes out: a report with the largest difference found per
-check:
+    causal             changing a document from some token on changes no earlier score and no other document
+                       (SentenceVAE: changing a sentence changes only that sentence), on every attention path
+    packed = single    a document scores the same alone and packed with others, on every attention path
+    paths agree        every attention path gives the same scores
+    cached = uncached  generation symbol by symbol with caches gives the scores of the packed forward
 
-    causal            changing the rest of a document from some token on changes no score before it, nor in
-    any other document
-                      (SentenceVAE: changing a sentence changes only that sentence), on every attention path
-    packed = single   a document scores the same alone and packed with others, on every attention path
-    paths agree       every attention path gives the same scores
-    cached = uncached generation, symbol by symbol with its caches, gives the scores of the packed forward
-
-A score is the NLL in nats of one symbol given what stands before it, or of one stop decision. Differences
-are absolute, relative for scores above 1 nat. Called by `pipeline/cli.py` and tests.
+A score is the NLL in nats of one symbol given those before it, or of one stop decision. Differences are
+absolute, relative for scores above 1 nat. The report holds the largest difference of each check.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,21 +26,17 @@ from pipeline.models.attention import PATHS, attention_path
 from pipeline.models.factory import load_model
 from pipeline.models.folders import model_kind
 
-LONGEST_SENTENCE = 24  # random sentences are short, so that a check takes seconds also on a large model
+LONGEST_SENTENCE = 24  # short random sentences, so that a check takes seconds on a large model too
 MOST_SENTENCES = 7
 CHANGES_PER_DOCUMENT = 3
 
-Scores = list[
-    list[np.ndarray]
-]  # [document][sentence] → float64: its symbols in order, its end, its stop decision
+# [document][sentence] → float64: its symbols in order, its end, its stop decision.
+Scores = list[list[np.ndarray]]
 
 
 @dataclass
 class Finding:
-    """One check's result.
-
-    `compared`: scores that were compared; `changed`: the largest change where change is allowed.
-    """
+    """One check's result. compared: number of scores; changed: the largest change where change is allowed."""
 
     check: str
     path: str
@@ -53,7 +46,7 @@ class Finding:
     changed: float = field(default=0.0)
 
     def compare(self, expected: np.ndarray, found: np.ndarray) -> None:
-        """Note the difference of two score arrays of one shape; a NaN counts as an infinite difference."""
+        """Record the difference of two score arrays of one shape; a NaN counts as infinite."""
         self.compared += expected.size
         self.max_difference = max(self.max_difference, _difference(expected, found))
 
@@ -73,7 +66,8 @@ class Checker:
     """Runs the checks on one model (in eval mode, fp32) with documents made from `seed`."""
 
     def __init__(self, model: torch.nn.Module, documents: int = 6, seed: int = 0, tolerance: float = 1e-5):
-        self.model, self.kind, self.tolerance = model, model_kind(model), tolerance
+        self.model: Any = model
+        self.kind, self.tolerance = model_kind(model), tolerance
         self.rng = np.random.default_rng(seed)
         self.longest, most_sentences, self.ids = _limits(model, self.kind)
         self.spans = [self._document(most_sentences) for _ in range(max(2, documents))]
@@ -100,9 +94,7 @@ class Checker:
         return [scores[first:end] for first, end in _ranges(batch.cu_documents)]
 
     def causal(self, path: str) -> Finding:
-        """Change a document from one token on (another rest, of another length) and compare all that stands
-        before.
-        """
+        """Replace a document from one token on and compare everything before that token."""
         finding = Finding("causal", path, self.tolerance)
         before = self.scores(self.spans)
         for at, span in enumerate(self.spans):
@@ -110,17 +102,14 @@ class Checker:
             for j in sorted(self.rng.permutation(len(sentences))[:CHANGES_PER_DOCUMENT]):
                 keep = 0 if self.kind == "vae" else int(self.rng.integers(0, len(sentences[j])))
                 changed = list(sentences)
-                changed[j] = np.concatenate([sentences[j][:keep], self._other(sentences[j][keep])])[
-                    : self.longest
-                ]
+                other = np.concatenate([sentences[j][:keep], self._other(sentences[j][keep])])
+                changed[j] = other[: self.longest]
                 spans = [*self.spans[:at], _span(changed, span.document_end), *self.spans[at + 1 :]]
                 self._compare_unchanged(finding, before, self.scores(spans), at, int(j), keep)
         return finding
 
     def _other(self, token: int) -> np.ndarray:
-        """A new rest for a sentence, whose first token surely differs from `token`; the sentence stays
-        within its limit.
-        """
+        """A new rest of a sentence whose first token is not `token`."""
         rest = self.rng.choice(self.ids, int(self.rng.integers(1, max(2, self.longest // 2))))
         while rest[0] == token:
             rest[0] = self.rng.choice(self.ids)
@@ -135,8 +124,7 @@ class Checker:
                 if document != at or s < j or (self.kind == "vae" and not inside):
                     finding.compare(old_s, new_s)
                 elif inside:
-                    # The symbol at `keep` itself is another one now; what was predicted before it must not
-                    # know that.
+                    # The symbol at `keep` is another one now; predictions before it must not depend on it.
                     finding.compare(old_s[:keep], new_s[:keep])
                     size = min(len(old_s), len(new_s))
                     finding.changed = max(finding.changed, _difference(old_s[keep:size], new_s[keep:size]))
@@ -144,7 +132,7 @@ class Checker:
                     finding.changed = max(finding.changed, _difference(old_s, new_s))
 
     def packed_is_single(self, path: str) -> Finding:
-        """Every document alone against all of them in one batch."""
+        """Each document alone against all of them in one batch."""
         finding = Finding("packed = single", path, self.tolerance)
         for span, packed in zip(self.spans, self.scores(self.spans), strict=True):
             (single,) = self.scores([span])
@@ -185,7 +173,7 @@ class Checker:
             vector_1d = self.model.encode(build_batch([_span([sentence], True)]).to(self.model.device))
             yield from self._decoded(self.model, self.model.decode_begin(vector_1d), sentence)
 
-    def _decoded(self, decoder, state, sentence: np.ndarray) -> Iterator[float]:
+    def _decoded(self, decoder: Any, state: Any, sentence: np.ndarray) -> Iterator[float]:
         """NLL of every token of a sentence and of its end, one cached decoder step each."""
         for symbol in [*sentence.tolist(), self.model.config.eos_token_id]:
             yield float(-state.logits.double().log_softmax(-1)[symbol])
@@ -204,7 +192,7 @@ class Checker:
 
     @torch.inference_mode()
     def run(self) -> list[Finding]:
-        """All checks, in the order of this module's first lines."""
+        """All checks, in the order of the module's docstring."""
         findings = []
         for path in PATHS:
             with attention_path(path):
@@ -212,8 +200,8 @@ class Checker:
         return [*findings, self.paths_agree(), self.cached_is_uncached()]
 
 
-def _limits(model: torch.nn.Module, kind: str) -> tuple[int, int, np.ndarray]:
-    """Longest sentence and most sentences a random document may have, and the token ids to draw from."""
+def _limits(model: Any, kind: str) -> tuple[int, int, np.ndarray]:
+    """Longest sentence and most sentences of a random document, and the token ids to draw from."""
     config, most_sentences, longest = model.config, MOST_SENTENCES, LONGEST_SENTENCE
     if kind == "lm":
         positions = getattr(config, "max_position_embeddings", None) or 1 << 30
@@ -241,7 +229,7 @@ def _ranges(cuts: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _by_sentence_lm(nll_N: np.ndarray, batch: Batch) -> Scores:
-    """A token model's targets (tokens of a window, then its document end if it has one) by sentence."""
+    """A token model's targets (tokens of a window, then its document end, if any) by sentence."""
     scores, at = [], 0
     for (first, end), document_end in zip(_ranges(batch.cu_documents), batch.document_end_D, strict=True):
         lengths = np.diff(batch.cu_sentences[first : end + 1])
@@ -266,7 +254,7 @@ def check_model(model: torch.nn.Module, documents: int = 6, seed: int = 0, toler
 
 
 def check_folder(folder: str | Path, documents: int = 6, seed: int = 0, tolerance: float = 1e-5) -> dict:
-    """`sllm check`: the report of `check_model` with the folder's name.
+    """The report of `check_model` with the folder's name.
 
     Raises: UserError for a folder without a model.
     """
@@ -274,7 +262,7 @@ def check_folder(folder: str | Path, documents: int = 6, seed: int = 0, toleranc
 
 
 def format_report(report: dict) -> str:
-    """The report as a small table."""
+    """The report as a text table."""
     lines = [
         f"{report['model']} ({report['kind']}), {report['documents']} random documents, seed {report['seed']}"
     ]

@@ -77,7 +77,7 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
         parameters=parameters,
         vae=vae,
         backbone=backbone,
-        epochs=Position.from_json(meta.position).epochs_begun,
+        epochs=Position.from_json(meta.position).epochs_started,
         precision=next((half for half in ("bf16", "fp16") if deepspeed.get(half, {}).get("enabled")), "fp32"),
         provenance=provenance,
         sentence_settings=settings,

@@ -1,16 +1,12 @@
 """Continue texts sentence by sentence with an SLLM: `generate` for one, `generate_many` for many.
 
-Comes in: an SLLM, its tokenizer and prompts (any text, also none). Goes out: the new text as soon as it is
-there, token by token or sentence by sentence, and in the end all that is known of it. One sentence costs one
-step of the backbone and one cached step of the decoder per symbol:
+A sentence costs one step of the backbone and one cached step of the decoder per symbol:
 
     prompt → sentences, cut and tokenized as in training → encoder → backbone state
-    repeat: stop head → decoder, symbol by symbol, until the sentence end or the sentence limit → re-encode
-    → backbone
+    repeat: stop head → decoder, symbol by symbol, to the sentence end or limit → re-encode → backbone
 
-A prompt that ends inside a sentence is continued from there: its tail is forced as the decoder's prefix.
-The loop itself, for one text or many, is `generation_batch.py`. Called by `generate_command.py`, by
-`SLLM.generate` and by users.
+A prompt that ends inside a sentence is continued there: its tail is forced as the decoder's prefix. The loop
+is in `writer.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +22,9 @@ from pipeline.generation.writer import BatchWriter
 
 
 class Generation(Iterator[Sentence]):
-    """One text being written: an iterator of its `Sentence`s, or (`pieces`) of its tokens' `Piece`s.
+    """A text being generated: an iterator of its `Sentence`s, or by `pieces` of its tokens' `Piece`s.
 
-    When it is exhausted, `stopped` says why, in words, and `result` is the whole `Continuation`.
+    At the end `stopped` is the reason, in words, and `result` the whole `Continuation`.
     """
 
     def __init__(
@@ -42,20 +38,22 @@ class Generation(Iterator[Sentence]):
     ) -> None:
         self.result: Continuation | None = None
         self._events = BatchWriter(model, tokenizer, sampling, limits).run([Request(0, prompt, seed or 0)])
-        # A prompt that does not fit is refused here, not when the first sentence is asked for.
+        # Refuses a prompt that does not fit now instead of at the first sentence.
         self._first = next(self._events, None)
         if self._first is not None and isinstance(self._first[1], UserError):
             raise self._first[1]
 
     @property
     def stopped(self) -> str | None:
-        return self.result and self.result.stopped
+        return None if self.result is None else self.result.stopped
 
     def _next(self) -> Piece | Sentence | None:
-        event, self._first = self._first or next(self._events, None), None
-        if event is not None and isinstance(event[1], Continuation):
-            self.result, event = event[1], None
-        return event and event[1]
+        first, self._first = self._first or next(self._events, None), None
+        event = None if first is None else first[1]
+        if isinstance(event, Continuation):
+            self.result, event = event, None
+        assert not isinstance(event, UserError)  # of the first event only, raised by the constructor
+        return event
 
     def __next__(self) -> Sentence:
         while (event := self._next()) is not None:
@@ -64,7 +62,7 @@ class Generation(Iterator[Sentence]):
         raise StopIteration
 
     def pieces(self) -> Iterator[Piece]:
-        """The text token by token, instead of sentence by sentence: whole characters only."""
+        """The text token by token; whole characters only."""
         while (event := self._next()) is not None:
             if isinstance(event, Piece):
                 yield event
@@ -84,17 +82,16 @@ def generate(
     max_tokens: int | None = None,
     stop: Iterable[str] = (),
 ) -> Generation:
-    """Continue `prompt` by up to `max_sentences` sentences (arXiv 2408.00655, section 3.3: next-sentence
+    """Continue `prompt` by up to `max_sentences` sentences (arXiv 2408.00655, §3.3: next-sentence
     prediction).
 
-    Greedy at temperature 0: the likeliest symbol, and the document ends where the stop head gives more than
-    0.5. Otherwise both are sampled; the same `seed` gives the same text. The stop head is asked after a
-    complete prompt too, so that nothing may follow it. Returns an iterator of `Sentence`; `pieces()` of it
-    gives token after token instead; its `result` and `stopped` tell in the end what came out and why it
-    stopped. `Sampling` and `Limits` say what the settings mean.
+    Greedy at temperature 0: the likeliest symbol, and the document ends if the stop head gives more than 0.5.
+    Otherwise both are sampled; the same `seed` gives the same text. The document may also end right after a
+    complete prompt. `Sampling` and `Limits` describe the settings.
 
-    Raises: UserError for sampling settings that make no sense, and for a prompt with more sentences than the
-    backbone has positions.
+    Returns: an iterator of `Sentence`; see `Generation`.
+    Raises: UserError for invalid settings, and for a prompt with more sentences than the backbone has
+    positions.
     """
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
     return Generation(
@@ -116,11 +113,11 @@ def generate_many(
     """Continue many prompts, `batch_size` texts at a time; yields each prompt's texts, in the prompts' order.
 
     Args:
-        samples: texts of each prompt. The one with number j of the prompt with number i has the seed
-            `seed + i · samples + j`, and is what `generate` gives with that seed.
-        best_of: of each prompt's texts only the likeliest, by the model's own log-probability of all that was
-            written: tokens, sentence ends and decisions to go on or stop.
-    Yields: a list of texts, or the UserError that says what is wrong with that prompt.
+        samples: texts per prompt. Text j of prompt i has the seed `seed + i · samples + j`, and equals
+            `generate` with that seed.
+        best_of: return only the likeliest text of each prompt, by the model's log-probability of tokens,
+            sentence ends and stop decisions.
+    Yields: a list of texts, or a prompt's UserError.
     """
     writer = BatchWriter(model, tokenizer, sampling or Sampling(), limits or Limits(), batch_size)
     requests = (
@@ -135,11 +132,11 @@ def generate_many(
             continue
         done[number] = event
         while all(ready * samples + j in done for j in range(samples)):
-            texts = [done.pop(ready * samples + j) for j in range(samples)]
+            outcomes = [done.pop(ready * samples + j) for j in range(samples)]
             ready += 1
-            refused = next((text for text in texts if isinstance(text, UserError)), None)
-            if refused is not None:
-                yield refused
+            texts = [text for text in outcomes if isinstance(text, Continuation)]
+            if refused := [error for error in outcomes if isinstance(error, UserError)]:
+                yield refused[0]
             elif best_of:
                 yield [max(texts, key=lambda text: text.log_probability)]
             else:

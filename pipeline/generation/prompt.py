@@ -1,7 +1,4 @@
-"""A prompt as the model sees it: complete sentences, and the unfinished one that its tail begins.
-
-Called by `generation_batch.py`.
-"""
+"""A prompt as the model sees it: complete sentences and an unfinished one."""
 
 from __future__ import annotations
 
@@ -14,12 +11,10 @@ from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 
 
 def split_prompt(prompt: str, tokenizer: Tokenizer, settings: dict) -> tuple[list[list[int]], list[int]]:
-    """Cut a prompt as training cuts a document: (complete sentences, tokens of the unfinished one at its
-    end).
+    """Cut a prompt as training cuts a document: (complete sentences, tokens of the unfinished last one).
 
-    `settings`: segmenter, language and max_tokens of the model. White space at the prompt's end belongs to
-    the sentence that will follow. A last sentence that has reached the limit is complete: training would
-    have cut it there.
+    `settings`: segmenter, language and max_tokens of the model. White space at the end belongs to the next
+    sentence. A last sentence at the token limit is complete: training would cut it there.
     """
     if not prompt:
         return [], []
@@ -35,8 +30,8 @@ def split_prompt(prompt: str, tokenizer: Tokenizer, settings: dict) -> tuple[lis
     if segmenter.is_complete(prompt):
         space = len(prompt.encode()) - len(prompt.rstrip().encode())
         spaces_from_end = np.cumsum(tokenizer.byte_lengths[tail[::-1]])
-        begun = len(tail) - int(np.searchsorted(spaces_from_end, space, side="right"))
-        sentences, tail = [*sentences, tail[:begun]], tail[begun:]
+        complete = len(tail) - int(np.searchsorted(spaces_from_end, space, side="right"))
+        sentences, tail = [*sentences, tail[:complete]], tail[complete:]
     if len(tail) >= cut.max_tokens:
         sentences, tail = [*sentences, tail], []
     return [sentence for sentence in sentences if sentence], tail

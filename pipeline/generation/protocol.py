@@ -1,4 +1,4 @@
-"""What generation asks of a model: one vector for each sentence read, symbols of the next one."""
+"""The interface of a model for generation: reads whole sentences, gives logits of the next one's symbols."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class SentenceModel(Protocol):
     """A model that predicts a sentence at a time, with one cache row for each of R documents.
 
-    `state` is what the model keeps of the documents, `decoder` what it keeps of the sentences being written;
-    generation hands both back and reads `cache` of each.
+    `state` is the model's state of the documents, `decoder` that of the sentences being generated. Generation
+    passes both back and reads their `cache` only.
     """
 
     config: Any  # `vae`, `sentence_settings`, `bos_token_id`, `eos_token_id`, `pad_token_id`

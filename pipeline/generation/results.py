@@ -1,4 +1,4 @@
-"""What is asked of generation and what it gives back: limits, requests, sentences, finished texts."""
+"""Inputs and outputs of generation: limits, requests, sentences, finished texts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ POSITIONS_EXHAUSTED = "no positions left in the backbone"
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a text stops, whatever the model says.
+    """Limits of a text, whatever the model predicts.
 
     max_tokens: new tokens. stop: strings; the first one found in the new text ends it and is cut off.
-    sentence_tokens: for measuring speed: every sentence gets exactly so many tokens and no document ends,
-        while everything is computed as ever.
+    sentence_tokens: for speed measurements: every sentence gets exactly this many tokens and no document
+        ends; everything is still computed.
     """
 
     max_sentences: int = 10
@@ -39,8 +39,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """One text to be written. `number` comes back with its events; `prompt`: text, or complete sentences
-    (token ids)."""
+    """A text to generate. Its events carry `number`; `prompt`: text, or complete sentences (token ids)."""
 
     number: int
     prompt: str | list[list[int]]
@@ -49,8 +48,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one token added to the text: whole characters only, and nothing that may yet become a stop string.
-    `token` is None where held-back text comes out at the end."""
+    """The text of one token: whole characters only, without what may become a stop string. `token` is None
+    for text that was held back until the end."""
 
     text: str
     token: int | None
@@ -60,17 +59,16 @@ class Piece:
 class Sentence:
     """One generated sentence.
 
-    `text` continues the prompt and the sentences before it: the prompt + all texts is the document. A
-    character whose bytes are not complete at the end of a sentence appears with the sentence that completes
-    it; so does text that may yet become a stop string.
+    The prompt and all texts together are the document. A character that is incomplete at a sentence's end is
+    part of the sentence that completes it; the same holds for a possible stop string.
     """
 
     text: str
     tokens: tuple[int, ...]  # new tokens, without the sentence end
     forced: int  # tokens of the prompt's unfinished tail that this sentence began with
     ended: bool  # True: the model chose the sentence end; False: cut by a limit or a stop string
-    log_probability: float  # nats, by the model itself (no temperature): new tokens and the sentence end
-    stop_probability: float | None  # that the document ends here; None where that was not asked any more
+    log_probability: float  # nats, without temperature: new tokens and the sentence end
+    stop_probability: float | None  # that the document ends here; None if it was not computed
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Continuation:
     stopped: str
     seed: int
     prompt_stop_probability: float | None
-    log_probability: float  # nats: new tokens, sentence ends, and every decision to go on or stop
+    log_probability: float  # nats: new tokens, sentence ends, and every stop decision
 
 
 class TextStream:
@@ -96,19 +94,19 @@ class TextStream:
         self.stopped = False
 
     def push(self, data: bytes, final: bool = False) -> str:
-        """The text that is certain after `data`; with `final`, all of it."""
+        """The text that is final after `data`; with `final`, the rest too."""
         self._held += self._decoder.decode(data, final)
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
             text, self._held = self._held[: min(found)], ""
             return text
-        keep = 0 if final else self._begun()
+        keep = 0 if final else self._partial_stop()
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text
 
-    def _begun(self) -> int:
-        """Characters at the end that a stop string may begin with."""
+    def _partial_stop(self) -> int:
+        """Characters at the end that may be the start of a stop string."""
         longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
         for size in range(longest, 0, -1):
             if any(stop.startswith(self._held[-size:]) for stop in self._stop):

@@ -1,8 +1,4 @@
-"""How the next symbol is chosen from logits, for many rows at once.
-
-In: logits float32 [R, V], and for sampling one uniform number per row. Out: one symbol per row. A row's
-choice does not depend on the rows beside it. Called by `generation_batch.py`.
-"""
+"""Choosing the next symbol from logits, for many rows at once; rows do not influence each other."""
 
 from __future__ import annotations
 
@@ -14,20 +10,21 @@ from torch import Tensor
 
 from data_prep.common.errors import UserError
 
-NUCLEUS_FIRST_LOOK = 256  # likeliest symbols among which top-p is sought before all of them are sorted
+NUCLEUS_FIRST_LOOK = 256  # likeliest symbols that top-p looks at before it sorts all of them
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy at temperature 0. Else one draw from the softmax of logits / temperature, cut in this order:
+    """Greedy at temperature 0, else one draw from the softmax of logits / temperature, filtered in this
+    order:
 
-    top_k: the K largest stay.
-    top_p: of the likeliest, as many stay as it takes to reach the mass P (always at least one).
-    min_p: what has at least P times the probability of the likeliest stays.
-    repetition_penalty: logits of tokens that the text (prompt included) holds already are divided by it where
-        positive and multiplied where negative (Keskar et al. 2019); comes first, acts on greedy choice too.
-        Sentence ends are no tokens of the text.
-    Symbols of equal logits stay or go together.
+    top_k: keep the K largest.
+    top_p: keep the likeliest until they reach the mass P (at least one).
+    min_p: keep symbols with at least P times the probability of the likeliest.
+    repetition_penalty: applied first, also to greedy choice: logits of tokens that occur in the text (prompt
+        included, sentence ends excluded) are divided by it if positive and multiplied if negative
+        (Keskar et al. 2019).
+    Symbols of equal logits are kept or dropped together.
     """
 
     temperature: float = 0.0
@@ -53,14 +50,14 @@ class Sampling:
         return self.temperature == 0
 
     def penalise(self, logits_RV: Tensor, seen_RV: Tensor) -> Tensor:
-        """Logits with the repetition penalty; `seen_RV` bool: tokens that the row's text holds."""
+        """Logits with the repetition penalty; `seen_RV` bool: tokens in the row's text."""
         penalty = self.repetition_penalty
         lowered = torch.where(logits_RV > 0, logits_RV / penalty, logits_RV * penalty)
         return torch.where(seen_RV, lowered, logits_RV)
 
     def choose(self, logits_RV: Tensor, uniform_R: Tensor | None) -> Tensor:
-        """int64 [R]. `logits_RV`: -inf where a symbol is forbidden, in every row something is not;
-        `uniform_R`: float64 [R] in [0, 1), not read when greedy."""
+        """int64 [R]. `logits_RV`: -inf for forbidden symbols, finite for at least one per row; `uniform_R`:
+        float64 [R] in [0, 1), unused when greedy."""
         if self.greedy:
             return logits_RV.argmax(-1)
         scaled = (logits_RV - logits_RV.amax(-1, keepdim=True)) / self.temperature
@@ -73,12 +70,12 @@ class Sampling:
             scaled = scaled.masked_fill(scaled < math.log(self.min_p), -torch.inf)
         mass = scaled.exp().cumsum(-1, dtype=torch.float64)
         total = mass[:, -1:]
-        # Below the total whatever the rounding: what is drawn has a probability above 0.
+        # Below the total whatever the rounding, so that the drawn symbol has a probability above 0.
         at = torch.minimum(uniform_R[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(mass, at, right=True)[:, 0]
 
     def _nucleus(self, scaled: Tensor) -> Tensor:
-        """[R, 1]: the least logit that top-p keeps. `scaled` [R, V] has a maximum of 0 in each row."""
+        """[R, 1]: the smallest logit that top-p keeps. `scaled` [R, V] has a maximum of 0 in each row."""
         total = scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)
         for look in (min(NUCLEUS_FIRST_LOOK, scaled.shape[-1]), scaled.shape[-1]):
             likeliest = scaled.topk(look).values

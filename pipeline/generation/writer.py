@@ -1,16 +1,13 @@
-"""Many texts written at once, each at a point of its own: the loop behind every way to generate.
-
-In: requests (a prompt and a seed each), in any number. Out: events, as they happen: `Piece` (a token),
-`Sentence`, `Continuation` (a finished text) or the `UserError` that refuses a prompt.
+"""The generation loop: many texts at once by continuous batching.
 
 Each text has a row of the caches. One decoder step feeds one symbol to every row that is inside a sentence.
-Rows whose sentence has ended wait until they are a quarter of all (or nobody is left to step): then they go
-through encoder and backbone together, because a pass of the backbone reads all of its weights, however few
+Rows whose sentence has ended wait until they are a quarter of all rows, or no row is left to step. Then they
+go through encoder and backbone together, because a pass of the backbone reads all of its weights, however few
 its rows. A row whose text is finished takes the next prompt.
 
-A row's numbers do not depend on its neighbours but for rounding (matrix products of other sizes add in
-another order, about 1e-6), and its random numbers come from a generator of its own: the same text comes out
-in any company, unless two choices lie closer than that.
+Rows influence each other only by rounding (matrix products of other sizes add in another order, about 1e-6),
+and each has its own random generator. So a text is the same in any batch, unless two choices are closer than
+that.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,39 +40,39 @@ from pipeline.generation.results import (
 )
 from pipeline.generation.sampling import Sampling
 
-READ_TOKENS = 16_384  # of prompts read in one pass, as far as they are not single ones
+READ_TOKENS = 16_384  # of prompts read in one pass, unless one prompt is longer
 
 
 @dataclass
 class _Row:
-    """One text being written, and where it stands."""
+    """The state of one text."""
 
     request: Request
     stream: TextStream
     rng: torch.Generator
     sentences: list[Sentence] = field(default_factory=list)
-    written: int = 0  # new tokens
+    new_tokens: int = 0
     log_probability: float = 0.0
     prompt_stop_probability: float | None = None
-    # Of the sentence being written (`begun`: there is one):
-    begun: bool = False
+    # Of the sentence being generated (`started`: there is one):
+    started: bool = False
     tokens: list[int] = field(default_factory=list)
     forced: int = 0
     feed: int = 0  # the symbol to feed next
     pending: list[int] = field(default_factory=list)  # forced tokens not yet fed
-    closing: bool = False  # at the limit: only the end's probability is still wanted
+    closing: bool = False  # at the token limit: only the end's probability is missing
     ended: bool = False
     text: str = ""
     sentence_log_probability: float = 0.0
 
     def begin(self, bos: int, forced: list[int]) -> None:
         self.tokens, self.forced, self.pending, self.feed = list(forced), len(forced), list(forced), bos
-        self.begun, self.closing, self.ended = True, False, False
+        self.started, self.closing, self.ended = True, False, False
         self.text, self.sentence_log_probability = "", 0.0
 
 
 class BatchWriter:
-    """Writes up to `rows` texts at a time; `run` may be called once."""
+    """Generates up to `rows` texts at a time; `run` may be called once."""
 
     def __init__(
         self, model: SentenceModel, tokenizer: Tokenizer, sampling: Sampling, limits: Limits, rows: int = 1
@@ -89,8 +87,7 @@ class BatchWriter:
             raise UserError(
                 f"sentence_tokens {limits.sentence_tokens}: must be below {self._sentence_tokens}"
             )
-        # Control symbols add no bytes to a text; embedding rows above the tokenizer's entries have never
-        # been trained.
+        # Control symbols have no bytes; embedding rows above the tokenizer's entries are untrained.
         forbidden_V = np.ones(vae.vocab_size, dtype=bool)
         forbidden_V[: tokenizer.vocab_size] = tokenizer.byte_lengths == 0
         forbidden_V[[self._bos, config.pad_token_id]] = True
@@ -102,13 +99,15 @@ class BatchWriter:
         self._seen_RV = None
         if sampling.repetition_penalty != 1:
             self._seen_RV = torch.zeros(rows, vae.vocab_size, dtype=torch.bool, device=model.device)
-        self._state = self._decoder = None
+        self._state: Any = None
+        self._decoder: Any = None
         self._more = True  # requests may be left
         self._writing: set[int] = set()
         self._waiting: set[int] = set()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
-        """Write the requests, in turn; yields (number, event)."""
+        """Process the requests in order; yields (number, event) as events happen: `Piece`, `Sentence`,
+        `Continuation`, or the `UserError` of a refused prompt."""
         steps = self._run(iter(requests))
         while True:
             with torch.inference_mode():
@@ -119,17 +118,17 @@ class BatchWriter:
 
     @property
     def cached_bytes_per_sentence(self) -> int:
-        """Bytes that the backbone keeps of each sentence of the context."""
+        """Bytes of the backbone's cache per sentence of context."""
         return self._state.cache.bytes_per_place
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of the backbone's cache, as allocated."""
+        """Allocated bytes of the backbone's cache."""
         return self._state.cache.bytes
 
     @property
     def decoder_bytes(self) -> int:
-        """Bytes of the decoder's cache, as allocated: room for a sentence of every row and those in sight."""
+        """Allocated bytes of the decoder's cache: a sentence and its context sentences for every row."""
         return self._decoder.cache.bytes
 
     def _run(self, requests: Iterator[Request]) -> Iterator[Event]:
@@ -139,7 +138,7 @@ class BatchWriter:
             if self._more:
                 yield from self._take(requests)
             if not any(self._rows):
-                if self._more:  # what was taken has ended at once, or was refused
+                if self._more:  # all requests taken have ended at once or were refused
                     continue
                 return
             if self._writing:
@@ -196,10 +195,10 @@ class BatchWriter:
         rows = np.asarray(sorted(taken))
         documents = [taken[at][0] for at in rows]
         self._model.read(self._state, rows, documents, self._limits.max_sentences)
-        begin = []
+        begin: list[tuple[int, list[int]]] = []
         for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
             row, (sentences, tail) = self._rows[at], taken[at]
-            # Only after its last sentence, and not before an unfinished one, may a prompt's document be over.
+            # A prompt's document may end after its last sentence only, and not before an unfinished one.
             if sentences and not tail:
                 ends, row.prompt_stop_probability = self._document_ends(row, float(log_odds))
                 if ends:
@@ -209,7 +208,7 @@ class BatchWriter:
         self._begin(begin)
 
     def _begin(self, rows: list[tuple[int, list[int]]]) -> None:
-        """The next sentence of each of `rows`, with the tokens it must begin with."""
+        """Start the next sentence of each of `rows`, with its forced tokens."""
         if not rows:
             return
         self._model.sentence_begin(self._state, self._decoder, np.asarray([at for at, _ in rows]))
@@ -232,15 +231,12 @@ class BatchWriter:
             at_n, logits_nV = at_n[choosing], logits_nV[choosing]
         symbol_n, log_probability_n = self._choose(at_n, logits_nV)
         for at, symbol, log_probability in zip(at_n.tolist(), symbol_n, log_probability_n, strict=True):
-            yield from self._written(at, symbol, log_probability)
+            yield from self._record(at, symbol, log_probability)
 
     def _choose(self, at_n: np.ndarray, logits_nV: torch.Tensor) -> tuple[list[int], list[float]]:
-        """One symbol per row, and its log-probability by the model itself."""
-        rows, sampling, exactly = (
-            [self._rows[at] for at in at_n],
-            self._sampling,
-            self._limits.sentence_tokens,
-        )
+        """One symbol per row, and its log-probability without temperature."""
+        rows = [self._rows[at] for at in at_n]
+        sampling, exactly = self._sampling, self._limits.sentence_tokens
         allowed_nV = logits_nV
         if self._seen_RV is not None:
             allowed_nV = sampling.penalise(logits_nV, self._seen_RV[torch.from_numpy(at_n)])
@@ -263,8 +259,8 @@ class BatchWriter:
         chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
         return symbol_n.tolist(), chosen_n.tolist()
 
-    def _written(self, at: int, symbol: int, log_probability: float) -> Iterator[Event]:
-        """A row has got its next symbol."""
+    def _record(self, at: int, symbol: int, log_probability: float) -> Iterator[Event]:
+        """Add the next symbol to a row."""
         row, limits = self._rows[at], self._limits
         row.sentence_log_probability += log_probability
         if symbol == self._end:
@@ -278,7 +274,7 @@ class BatchWriter:
                 self._waiting.add(at)
             return
         row.tokens.append(symbol)
-        row.written += 1
+        row.new_tokens += 1
         row.feed = symbol
         row.closing = len(row.tokens) == self._sentence_tokens
         if self._seen_RV is not None:
@@ -288,17 +284,18 @@ class BatchWriter:
         yield row.request.number, Piece(text, symbol)
         if row.stream.stopped:
             yield from self._finish(at, STOP_STRING)
-        elif row.written == limits.max_tokens:
+        elif row.new_tokens == limits.max_tokens:
             yield from self._finish(at, TOKEN_LIMIT)
 
     # The end of sentences and texts.
 
     def _advance(self) -> Iterator[Event]:
-        """The waiting rows' sentences go through encoder and backbone; their documents end or go on."""
+        """Encode the waiting rows' sentences and feed them to the backbone; their documents end or
+        continue."""
         rows = np.asarray(sorted(self._waiting))
         self._waiting.clear()
         self._model.extend(self._state, rows, [self._rows[at].tokens for at in rows])
-        begin = []
+        begin: list[tuple[int, list[int]]] = []
         for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
             row = self._rows[at]
             ends, probability = self._document_ends(row, float(log_odds))
@@ -310,7 +307,7 @@ class BatchWriter:
         self._begin(begin)
 
     def _document_ends(self, row: _Row, log_odds: float) -> tuple[bool, float]:
-        """Whether the document ends here, and how probable that was; the decision counts in the text's
+        """Whether the document ends here, and the probability of that. Adds the decision to the text's
         log-probability."""
         probability = 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0
         if self._limits.sentence_tokens is not None:
@@ -336,7 +333,7 @@ class BatchWriter:
         return sentence
 
     def _finish(self, at: int, stopped: str, stop_probability: float | None = None) -> Iterator[Event]:
-        """A text is done: what was held back comes out, and its row is free."""
+        """Finish a text: emit what was held back, and free its row."""
         row = self._rows[at]
         number = row.request.number
         self._rows[at] = None
@@ -344,7 +341,7 @@ class BatchWriter:
         if not row.stream.stopped and (text := row.stream.push(b"", final=True)):
             row.text += text
             yield number, Piece(text, None)
-        if row.begun:  # not where a complete prompt ends its document
+        if row.started:  # not if the document ends after a complete prompt
             yield number, self._sentence(row, stop_probability)
         yield (
             number,

@@ -1,12 +1,9 @@
-"""Attention within segments of a packed row: no padding is projected, normalised or fed forward.
+"""Attention within the segments of a packed row: the tokens of a sentence, the positions of a window.
 
-In: q, k, v of shape [T, H, d_head] (T real rows, back to back) and a `SegmentLayout` that says which rows
-belong together (the tokens of a sentence, the positions of a document window). Out: [T, H, d_head]. Rows of
-one segment never see another segment. Called by the sentence encoder and decoder (`layers.py`) and, through
-the hook at the end of this file, by every Hugging Face decoder-only model (the SLLM's backbone and the
-token-level baseline).
+No padding is projected, normalised or fed forward. Hugging Face decoders (the SLLM's backbone, the
+token-level baseline) use it through the hook at the end of this file. All paths give the same result and are
+tested against each other in values and gradients; `choose_path` picks one:
 
-Paths with the same result, tested against each other in values and gradients; `choose_path` picks one:
   bucketed    any device: segments of equal or similar length form [n, L] blocks for torch's SDPA; only the
               attention core sees the few padded slots
   masked      any device: one [T, T] block mask, the plain definition, for tests and checks
@@ -15,8 +12,8 @@ Paths with the same result, tested against each other in values and gradients; `
   flex        CUDA: torch's flex attention, compiled, with a block mask made from the segments; on CPUs it
               runs uncompiled and forward only, for tests
 
-No path holds parameters, so the number of calls of every *submodule* is fixed whatever the batch holds, which
-ZeRO-3 demands.
+ZeRO-3 needs a fixed number of calls of every submodule, whatever the batch holds. No path has parameters, so
+the paths may make as many kernel calls as they like.
 """
 
 from __future__ import annotations
@@ -74,14 +71,14 @@ def choose_path(
 ) -> str:
     """The path for tensors of this kind: the forced one, or
 
-    - `bucketed` on CPUs: no other exact path there does without padding the whole row;
+    - `bucketed` on CPUs: the only exact path there that does not pad the whole row;
     - `bucketed` in full precision on a GPU: flash kernels are half precision only, and full precision on a
-      GPU is for checks, where an exact path without a compiler is worth more than speed;
-    - in half precision on a GPU the first that can serve of `varlen` (part of torch, nothing to install or
-      compile), `flash_attn` (also with attention dropout, which torch's has not), `flex` (needs Triton);
-      `bucketed` if none can.
+      GPU is for checks, where exactness without a compiler matters more than speed;
+    - in half precision on a GPU the first usable one of `varlen` (part of torch, nothing to install or
+      compile), `flash_attn` (has attention dropout, torch's does not), `flex` (needs Triton); else
+      `bucketed`.
 
-    Raises: UserError when a forced path cannot serve: what runs is never another one than was asked for.
+    Raises: UserError when a forced path cannot be used; it is never replaced by another one.
     """
     if forced := forced_path():
         if reason := why_not(forced, device, dtype, head_dim, requires_grad, dropout):
@@ -102,7 +99,7 @@ def why_not(
     requires_grad: bool,
     dropout: float = 0.0,
 ) -> str | None:
-    """Why a path cannot serve such tensors; None when it can. Every path takes any scale."""
+    """Why a path cannot be used for such tensors; None if it can. Every path takes any scale."""
     if path in PATHS:
         return None
     if path == "flex":
@@ -139,7 +136,7 @@ def _torch_varlen() -> Callable | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    # Earlier releases spell causality another way.
+    # Earlier releases have another argument for causality.
     return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
@@ -156,7 +153,8 @@ def _flash_attn_varlen() -> Callable | None:
 def _flex_attention(compiled: bool) -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    attend: Callable = flex_attention
+    return torch.compile(attend, dynamic=True) if compiled else attend
 
 
 # --- the paths ------------------------------------------------------------------------------------
@@ -179,7 +177,8 @@ def packed_attention(
         causal: rows see only rows of their segment up to themselves.
         scale: factor of q·k; None is 1/sqrt(d_head).
         dropout: of attention weights.
-    Returns: [T, H, d_head]. Raises: UserError when a forced path cannot serve.
+    Returns: [T, H, d_head].
+    Raises: UserError when a forced path cannot be used.
     """
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     path = choose_path(q.device, q.dtype, q.shape[-1], requires_grad, dropout)
@@ -206,7 +205,7 @@ def _bucketed(q, k, v, layout, causal, scale, dropout):
     outs = []
     for (n, length), mask, qkv in zip(plan.shapes, plan.key_masks, parts, strict=True):
         blocks = (x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in qkv)  # [n, H, L, d_head]
-        # Padding stands at the end, so a causal block needs no key mask: no real row reaches it.
+        # Padding is at the end, so a causal block needs no key mask: no real row attends to it.
         key_mask = None if causal else mask
         out = F.scaled_dot_product_attention(*blocks, key_mask, dropout, is_causal=causal, scale=scale)
         outs.append(out.transpose(1, 2).flatten(0, 1))
@@ -216,8 +215,8 @@ def _bucketed(q, k, v, layout, causal, scale, dropout):
 class _IntoBlocks(torch.autograd.Function):
     """[T, …] → [slots, …] by `plan.source`.
 
-    The gradient of a padded place is zero (a dropped query, a masked key), so the backward is a gather too:
-    the general one of indexing would add row by row into zeros.
+    The gradient of a padded place is zero (a dropped query, a masked key), so the backward is a gather too.
+    Indexing's own backward would add row by row into zeros.
     """
 
     @staticmethod
@@ -278,11 +277,10 @@ HF_ATTENTION = "sllm_packed"
 def _hf_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs
 ):
-    """Attention function with Hugging Face's signature: q, k, v [1, H, T, d_head] → ([1, T, H, d_head],
-    None).
+    """Hugging Face's attention interface: q, k, v [1, H, T, d_head] → ([1, T, H, d_head], None).
 
-    The layout is one of training, or one that keeps keys and values (caches.py). Without a `layout` (a model
-    called by itself) it is Hugging Face's own SDPA.
+    `layout`: a `SegmentLayout` or a layout with a cache (kv_cache.py). Without one (a model called by itself)
+    this is Hugging Face's own SDPA.
     """
     if layout is None:
         return sdpa_attention_forward(
@@ -296,7 +294,7 @@ def _hf_attention(
 
 
 def repeat_heads(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [T, H_kv, d_head] → [T, heads, d_head]: grouped queries share theirs."""
+    """Keys and values [T, H_kv, d_head] → [T, heads, d_head], for grouped queries."""
     groups = heads // k.shape[1]
     return (k, v) if groups == 1 else (k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 

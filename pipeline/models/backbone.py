@@ -1,12 +1,9 @@
 """The backbone: a Hugging Face decoder-only model over sentence embeddings (paper section 3.2).
 
-In: a config or a local folder of one of `FAMILIES`. Out: the model without its token embedding, because the
-SLLM feeds sentence embeddings; `run_packed` runs it over packed rows. Always built through Hugging Face's own
-classes, so its positions, norms and projections are as the model defines them (OPT-350M: post-norm, 512-wide
-embedding; the other OPTs: pre-norm with a final norm; Llama and Qwen: rotary positions, grouped queries).
-
-What packing cannot give back exactly is refused, not approximated (`require_supported`).
-    Called by `sllm.py` and `model_io.py`; `token_lm.py` shares `run_packed`.
+It is built through Hugging Face's own classes, so positions, norms and projections are as the model defines
+them (OPT-350M: post-norm, 512-wide embedding; the other OPTs: pre-norm with a final norm; Llama and Qwen:
+rotary positions, grouped queries), without the token embedding. Settings under which packed rows would give
+other results than single documents are refused (`require_supported`).
 """
 
 from __future__ import annotations
@@ -21,10 +18,10 @@ from data_prep.common.errors import UserError
 from pipeline.config.model_recipe import BACKBONES
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import HF_ATTENTION
-from pipeline.models.folders import KINDS, load_pretrained, read_config
+from pipeline.models.folders import KINDS, load_pretrained, model_config, read_config
 from pipeline.models.kv_cache import CachedStep
 
-FAMILIES = tuple(BACKBONES)  # whose packing, causality, cache and gradients are under test
+FAMILIES = tuple(BACKBONES)  # packing, causality, cache and gradients of each are tested
 
 
 def backbone_config(settings: dict) -> PreTrainedConfig:
@@ -43,8 +40,8 @@ def backbone_config(settings: dict) -> PreTrainedConfig:
 
 
 def require_family(model_type: str | None, where: str) -> None:
-    """Refuse (UserError) a model type that is not one of `FAMILIES`: others ignore packing in ways of their
-    own (position biases, expert routing, states), and would leak from one document into the next."""
+    """Raise UserError for a model type outside `FAMILIES`: position biases, expert routing or recurrent
+    states of others would leak from one document into the next."""
     if model_type not in FAMILIES:
         raise UserError(
             f"{where}: cannot be loaded for packed training and checks: "
@@ -53,11 +50,11 @@ def require_family(model_type: str | None, where: str) -> None:
 
 
 def require_supported(config: PreTrainedConfig, where: str) -> None:
-    """Refuse (UserError) settings under which a packed batch would not be its documents one by one.
+    """Raise UserError for settings under which a packed batch would differ from single documents.
 
     Sliding windows: the packed attention sees a whole window. Rotary positions that rescale with the longest
-    input: a document's numbers would depend on its neighbours. LayerDrop: ranks would call different layers,
-    which ZeRO-3 does not survive.
+    input: a document's results would depend on its neighbours. LayerDrop: ranks would call different layers,
+    and ZeRO-3 would hang.
     """
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     if other := next((kind for kind in kinds if kind != "full_attention"), None):
@@ -76,8 +73,8 @@ def require_supported(config: PreTrainedConfig, where: str) -> None:
 
 
 def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """A randomly initialised backbone without token embedding, in torch's default dtype of the moment (that
-    of the SLLM around it, whatever dtype its config was once saved with)."""
+    """A randomly initialised backbone without token embedding, in torch's current default dtype (the SLLM's,
+    whatever dtype the config was saved with)."""
     dtype = torch.get_default_dtype()
     return without_token_embedding(
         AutoModel.from_config(config, attn_implementation=HF_ATTENTION, dtype=dtype)
@@ -107,7 +104,7 @@ def load_packable(model_class: type, folder: str | Path) -> PreTrainedModel:
 
 
 def without_token_embedding(model: PreTrainedModel) -> PreTrainedModel:
-    """Drop the token embedding: it has no part in an SLLM (no gradient, no memory, no parameters counted)."""
+    """Drop the token embedding, which an SLLM does not use: no gradient, memory or parameter count."""
     model.set_input_embeddings(None)
     return model
 
@@ -121,14 +118,15 @@ def run_packed(model: nn.Module, layout: SegmentLayout | CachedStep, **inputs: T
     """Run a Hugging Face decoder over packed rows: `input_ids` [R] or `inputs_embeds` [R, d] → last hidden
     states [R, d].
 
-    Every segment of the layout is a document window of its own: positions restart, attention stays inside.
-    A layout of `caches.py` keeps the keys and values beside, or continues from those kept.
+    Every segment of the layout is one document window: positions restart, attention stays inside. A cached
+    layout (kv_cache.py) also stores keys and values, or continues from stored ones.
     Raises: UserError when a segment is longer than the model's positions; ValueError for a model without our
     attention, which would see across documents.
     """
-    if model.config._attn_implementation != HF_ATTENTION:
+    config = model_config(model)
+    if config._attn_implementation != HF_ATTENTION:
         raise ValueError(f"a packed run needs attn_implementation {HF_ATTENTION!r}")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
     longest = layout.longest
     if limit is not None and longest > limit:
         raise UserError(
@@ -136,7 +134,7 @@ def run_packed(model: nn.Module, layout: SegmentLayout | CachedStep, **inputs: T
         )
     inputs = {name: value[None] for name, value in inputs.items()}
     positions = layout.position_of_row[None]
-    # A ready-made 4-D mask is passed through untouched. Without one, Llama and Qwen see positions restart and
+    # Hugging Face passes a 4-D mask through. Without one, Llama and Qwen notice that positions restart and
     # build a [rows, rows] mask on every call, which our attention would not read.
     unread = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
     out = model(position_ids=positions, attention_mask=unread, layout=layout, use_cache=False, **inputs)

@@ -1,8 +1,7 @@
 """Building, saving and loading any of the three kinds of model.
 
-`new_model` makes what a recipe asks for (the trainer); `save_model` and `load_model` move a model through
-a folder in safetensors with its config and, in `FOLDER/tokenizer/`, the tokenizer (export, evaluate,
-generate, check). Nothing is unpickled and no remote code runs.
+A model folder holds safetensors, the config and, in `FOLDER/tokenizer/`, the tokenizer. Nothing is unpickled
+and no remote code runs.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import UserError, first_line
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import backbone_config, load_backbone, load_packable
-from pipeline.models.folders import KINDS, load_pretrained, model_kind, read_config
+from pipeline.models.folders import KINDS, load_pretrained, model_config, read_config
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
 from pipeline.models.token_lm import TokenLM
@@ -59,8 +58,8 @@ def _require_sentence_room(config: SentenceVAEConfig, text: dict) -> None:
 
 
 def _require_room(config: PreTrainedConfig, window_tokens: int) -> None:
-    # A window of one-token sentences needs as many positions as it has tokens; found out in the middle of
-    # a run, one rank would stop while the others wait for it.
+    # A window of one-token sentences needs as many positions as it has tokens. Without this check one rank
+    # would fail in the middle of a run while the others wait for it.
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and window_tokens + 1 > positions:
         raise UserError(
@@ -93,17 +92,18 @@ def build_model(
         sentence_settings: how the shards were cut (`segmenter`, `language`, `max_tokens`); kept in the
             model's config.
         window_tokens: longest window, kept in the config; must fit the backbone's positions.
-        focal_gamma, label_smoothing, z_loss: the training loss (head.py); all 0 is cross-entropy.
-        embedding_weight: another part of it (`SLLM.forward`; `sllm` only).
+        focal_gamma, label_smoothing, z_loss: the training loss (vocabulary_head.py); all 0 is cross-entropy.
+        embedding_weight: weight of the embedding loss (`SLLM.forward`; `sllm` only).
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
     loss = {"focal_gamma": focal_gamma, "label_smoothing": label_smoothing, "z_loss": z_loss}
     vae = dict(vae)
-    embeddings = vae.pop("init_embeddings_from", None)  # acts once: no part of the model's config
+    embeddings = vae.pop("init_embeddings_from", None)  # used once: not part of the model's config
     try:
         if objective == "lm":
             return TokenLM(_build_causal_lm(backbone, text, tokenizer), **loss)
+        model: SentenceVAE | SLLM
         if objective == "vae":
             model = SentenceVAE(_vae_config({**vae, **loss}, text, tokenizer))
         else:
@@ -112,16 +112,17 @@ def build_model(
             if (Path(embeddings) / "tokenizer").is_dir():
                 _same_tokenizer(embeddings, tokenizer)
             source = load_packable(AutoModelForCausalLM, embeddings)
-            (model if objective == "vae" else model.vae).init_embeddings_from(source, str(embeddings))
+            inner = model.vae if isinstance(model, SLLM) else model
+            inner.init_embeddings_from(source, str(embeddings))
         return model
     except UserError:
         raise
-    except Exception as error:  # wrong types and sizes fail deep in configs and layers, each in its own way
+    except Exception as error:  # wrong types and sizes fail deep in configs and layers, in many ways
         raise UserError(f"model: cannot be built from these settings ({first_line(error)})") from error
 
 
 def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any]) -> nn.Module:
-    """The recipe's model with random weights; `tokenizer`: what `build_model` asks of one will do."""
+    """The recipe's model with random weights; `tokenizer` needs `vocab_size` and the special ids only."""
     return build_model(
         recipe.objective,
         recipe.model.vae,
@@ -140,12 +141,12 @@ def _build_sllm(
     trained_vae = loaded_backbone = None
     if vae.get("path"):
         trained_vae = load_model(vae["path"])
-        if model_kind(trained_vae) != "vae":
-            raise UserError(
-                f"model.vae.path {vae['path']}: holds a {trained_vae.config.model_type}, not a sentence_vae"
-            )
+        if not isinstance(trained_vae, SentenceVAE):
+            model_type = model_config(trained_vae).model_type
+            raise UserError(f"model.vae.path {vae['path']}: holds a {model_type}, not a sentence_vae")
         _same_tokenizer(vae["path"], tokenizer)
         vae_config = trained_vae.config
+        assert isinstance(vae_config, SentenceVAEConfig)
         vae_config.update(loss)
         _require_sentence_room(vae_config, text)
     else:
@@ -160,13 +161,13 @@ def _build_sllm(
     if trained_vae is not None:
         model.vae.load_state_dict(trained_vae.state_dict())
     if loaded_backbone is not None:
-        # The published layout has no final norm and no projections; every weight that it has must be there.
+        # The published layout has no final norm and no projections; all its other weights must be there.
         has = model.backbone.state_dict().keys()
         model.backbone.load_state_dict({k: v for k, v in loaded_backbone.state_dict().items() if k in has})
     return model
 
 
-def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> nn.Module:
+def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTrainedModel:
     if backbone.get("path"):
         model = load_packable(AutoModelForCausalLM, backbone["path"])
         if model.config.vocab_size < tokenizer.vocab_size:
@@ -179,12 +180,12 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> nn.Mod
         config = backbone_config({**backbone, **text, "vocab_size": vocab_size})
         model = AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION)
     _require_room(model.config, text["window_tokens"])
-    # Batches hold no padding, and the family's default pad id may be a real symbol of this tokenizer, whose
-    # embedding would then never learn.
+    # Batches have no padding, and the family's default pad id may be a real symbol of this tokenizer: its
+    # embedding would never be trained.
     model.get_input_embeddings().padding_idx = None
     for key, value in text.items():
         setattr(model.config, key, value)
-        if key.endswith("_token_id"):  # written to generation_config.json, which `generate` goes by
+        if key.endswith("_token_id"):  # saved in generation_config.json, which `generate` reads
             setattr(model.generation_config, key, value)
     return model
 
@@ -197,16 +198,17 @@ def _same_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
 def save_model(
     model: nn.Module, folder: str | Path, tokenizer: Tokenizer, max_shard_size: str = "5GB"
 ) -> None:
-    """Write safetensors (several files and an index above `max_shard_size`), config.json and tokenizer/ (a
-    `TokenLM` as the Hugging Face model it wraps)."""
+    """Write safetensors (several files and an index above `max_shard_size`), config.json and tokenizer/; a
+    `TokenLM` is saved as the Hugging Face model it wraps."""
     inner = model.model if isinstance(model, TokenLM) else model
+    assert isinstance(inner, PreTrainedModel)
     inner.save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save(Path(folder) / "tokenizer")
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """Any model folder as a `SentenceVAE`, `SLLM` or `TokenLM` (any Hugging Face causal LM), fp32, CPU, in
-    eval mode.
+    """A model folder as `SentenceVAE`, `SLLM` or `TokenLM` (any Hugging Face causal LM): fp32, CPU, eval
+    mode.
 
     Raises: UserError for a folder without a loadable model, or whose weights do not match its config.
     """

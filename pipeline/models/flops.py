@@ -1,10 +1,8 @@
-"""Multiply-adds of one forward pass, by part: what the arithmetic of a model says before any clock is asked.
+"""Multiply-adds of one forward pass of a model (ours or any Hugging Face causal LM), by part.
 
-In: a model (ours, or any Hugging Face causal LM) and what it is run on. Out: `Operations`. Linear layers are
-counted by the rows that really reach them (forward hooks), attention cores from the lengths of their
-segments. Adds, norms, activations and look-ups are left out: time they take, but hardly any arithmetic.
-One training pass (forward and backward) costs three times the forward: each product has two gradients, each
-as large as itself. Called by `inspection.py`, `benchmark_training.py` and (`utilisation`) `training_run.py`.
+Linear layers are counted by the rows that reach them (forward hooks), attention cores from the lengths of
+their segments. Adds, norms, activations and look-ups are left out: they take time, but little arithmetic.
+Forward and backward cost three times the forward: each product has two gradients of its own size.
 """
 
 from __future__ import annotations
@@ -12,28 +10,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.data.batch import Batch
+from pipeline.data.batch import Batch, build_batch
 from pipeline.data.segments import SegmentLayout
-from pipeline.models.attention import choose_path
-from pipeline.models.folders import model_kind
+from pipeline.data.windows import Span
+from pipeline.models.attention import attention_path, choose_path
+from pipeline.models.folders import model_config, model_kind
 from pipeline.models.token_lm import TokenLM
 
 TRAINING_FACTOR = 3  # forward 1, gradient of the inputs 1, gradient of the weights 1
-# Dense peak of one device in FLOP/s with bf16 inputs, by what its name holds; the first that fits.
+# Dense bf16 peak of one device in FLOP/s, by a part of its name; the first match counts.
 _BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 PARTS = ("embedding", "encoder", "decoder", "head", "backbone", "adapters", "start vector", "stop head")
 
 
 def utilisation(multiply_adds: float, seconds: float, device: torch.device) -> float | None:
-    """Share of the device's bf16 peak that so many multiply-adds in so many seconds are (MFU, if they are
-    those that the model needs); None where the peak is not known."""
+    """Share of the device's bf16 peak, MFU for the multiply-adds that the model needs; None if the peak is
+    unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -44,7 +43,7 @@ def utilisation(multiply_adds: float, seconds: float, device: torch.device) -> f
 def part_of(model: nn.Module) -> dict[str, str]:
     """The part of `PARTS` that each named module of a model belongs to ("" is the model itself)."""
     kind = model_kind(model)
-    inner = model.model if isinstance(model, TokenLM) else model
+    inner: Any = model.model if isinstance(model, TokenLM) else model
     head = inner.get_output_embeddings() if kind == "lm" else None
     parts = {}
     for name, module in model.named_modules():
@@ -68,8 +67,8 @@ class Core(NamedTuple):
     """The attention cores of one part: `layers` times q·k and weights·v over `lengths` (one per segment).
 
     width: heads · d_head. causal: a row needs only the rows up to itself. computed: pairs of rows that the
-    attention path in use works on, padding included. needed: pairs that are needed, where some rows of the
-    segments have no query.
+    attention path computes, padding included. needed: pairs that are needed, if some rows of the segments
+    have no query.
     """
 
     part: str
@@ -85,9 +84,9 @@ class Core(NamedTuple):
 class Operations:
     """Multiply-adds of one forward pass by part.
 
-    linear: linear layers, at the rows that reached them. attention: cores, pairs that are needed (a causal
-    row's own past). masked: pairs of a segment that are in a row's future, which a kernel may skip or not,
-    and those of rows whose query goes unused (`Reach`). padding: pairs with a padded slot.
+    linear: linear layers, by the rows that reached them. attention: cores, needed pairs (a causal row's
+    past). masked: pairs in a row's future, which a kernel may skip or not, and pairs of unused queries
+    (`ContextSpans`). padding: pairs with a padded slot.
     """
 
     linear: dict[str, int] = field(default_factory=dict)
@@ -97,16 +96,16 @@ class Operations:
 
     @property
     def needed(self) -> int:
-        """What no implementation can leave out."""
+        """Multiply-adds that no implementation can skip."""
         return sum(self.linear.values()) + sum(self.attention.values())
 
     @property
     def padding_share(self) -> float:
-        """Padded pairs by all that is computed: needed, masked and padding."""
+        """Padding's share of all that is computed: needed, masked and padding."""
         return self.padding / (self.needed + self.masked + self.padding)
 
     def by_part(self) -> dict[str, int]:
-        """Needed multiply-adds of every part that has any, in the order of `PARTS`."""
+        """Needed multiply-adds of every part with any, in the order of `PARTS`."""
         sums = {part: self.linear.get(part, 0) + self.attention.get(part, 0) for part in PARTS}
         return {part: count for part, count in sums.items() if count}
 
@@ -122,8 +121,8 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
 
         return count
 
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linear.items()]
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in _linear_weights(model)]
     try:
         yield rows
     finally:
@@ -131,10 +130,15 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
+def _linear_weights(model: nn.Module) -> dict[str, int]:
+    """Elements of the weight of every linear layer, by module name."""
+    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+    return {name: module.weight.numel() for name, module in linear}
+
+
 def count_operations(model: nn.Module, rows: dict[str, int], cores: list[Core]) -> Operations:
-    """Put `counted_rows` and attention cores together."""
-    parts, operations = part_of(model), Operations()
-    weights = {name: module.weight.numel() for name, module in model.named_modules() if name in rows}
+    """Sum up `counted_rows` and attention cores."""
+    parts, operations, weights = part_of(model), Operations(), _linear_weights(model)
     for name, count in rows.items():
         part = parts[name]
         operations.linear[part] = operations.linear.get(part, 0) + weights[name] * count
@@ -151,13 +155,13 @@ def count_operations(model: nn.Module, rows: dict[str, int], cores: list[Core]) 
 
 def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     """The attention cores of one of our models on one of our batches."""
-    kind, config = model_kind(model), model.config
+    kind, config = model_kind(model), model_config(model)
     dtype = next(model.parameters()).dtype
 
     def core(
         part: str, layers: int, width: int, heads: int, layout: SegmentLayout, causal: bool, dropout: float
     ) -> Core:
-        dropout = dropout if model.training else 0.0  # of attention weights: not every kernel has it
+        dropout = dropout if model.training else 0.0  # of attention weights: not all kernels support it
         path = choose_path(batch.device, dtype, width // heads, requires_grad=True, dropout=dropout)
         return Core(part, layers, width, layout.lengths, causal, layout.computed_pairs(path))
 
@@ -166,15 +170,15 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
         return [core("backbone", *_backbone_sizes(config), batch.token_model_layout, True, dropout)]
     vae = config.vae if kind == "sllm" else config
     dropout = vae.dropout if vae.layout == "paper" else 0.0
-    slots, context = decoder_sight(model)
-    reach = batch.reach(slots, context)
-    decoder_layout = reach.layout if reach else batch.slotted_layout(slots)
+    slots, context = decoder_context(model)
+    spans = batch.context_spans(slots, context)
+    decoder_layout = spans.layout if spans else batch.slotted_layout(slots)
     cores = [
         core(
             "encoder", vae.encoder_layers, vae.hidden_size, vae.heads, batch.sentence_layout, False, dropout
         ),
         core("decoder", vae.layers, vae.hidden_size, vae.heads, decoder_layout, True, dropout)._replace(
-            needed=reach.needed if reach else None
+            needed=spans.needed if spans else None
         ),
     ]
     if kind == "sllm":
@@ -185,18 +189,19 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     return cores
 
 
-def decoder_sight(model: nn.Module) -> tuple[int, int]:
-    """(slots, context sentences) of a model's sentence decoder."""
+def decoder_context(model: nn.Module) -> tuple[int, int]:
+    """(slots, context sentences) of a model's sentence decoder; 0 and 0 for a token-level model."""
     kind = model_kind(model)
     if kind == "lm":
         return 0, 0
-    vae = model.config.vae if kind == "sllm" else model.config
+    config = model_config(model)
+    vae = config.vae if kind == "sllm" else config
     return vae.slots, vae.context_sentences if kind == "sllm" else 0
 
 
 def row_cores(model: nn.Module, rows: int, length: int) -> list[Core]:
     """The attention cores of a token-level model on `rows` full rows of `length` tokens."""
-    layers, width, _ = _backbone_sizes(model.config)
+    layers, width, _ = _backbone_sizes(model_config(model))
     lengths = np.full(rows, length, dtype=np.int64)
     return [Core("backbone", layers, width, lengths, True, int((lengths**2).sum()))]
 
@@ -209,15 +214,23 @@ def _backbone_sizes(config) -> tuple[int, int, int]:
 
 
 class StepArithmetic:
-    """Counts multiply-adds of one forward pass of `model` (`SentenceVAE`, `SLLM`, `TokenLM`); make it before
-    DeepSpeed partitions the weights."""
+    """Counts multiply-adds of one forward pass of `model` (`SentenceVAE`, `SLLM`, `TokenLM`) without hooks in
+    it. Make it before DeepSpeed partitions the weights."""
 
     def __init__(self, model: nn.Module):
-        self._model, kind = model, model_kind(model)
+        self._model, (self._slots, _) = model, decoder_context(model)
         self._weights: dict[str, int] = {}  # kind of row → weights of the linear layers that such rows reach
-        for name, part in model.named_modules():
-            if isinstance(part, (nn.Linear, Conv1D)) and (row := _row_kind(name, kind)):
-                self._weights[row] = self._weights.get(row, 0) + part.weight.numel()
+        # A batch with a different number of rows of each kind shows which kind reaches a layer.
+        sizes = np.asarray([2, 2])
+        probe = build_batch([Span(np.zeros(4), sizes, True), Span(np.zeros(2), sizes[:1], False)])
+        kinds = {count: kind for kind, count in _rows(probe, self._slots).items()}
+        weights = _linear_weights(model)
+        # The random numbers of the run must not change. `bucketed` works on every device.
+        with torch.random.fork_rng([]), torch.no_grad(), attention_path("bucketed"):
+            with counted_rows(model) as rows:
+                model(probe.to(next(model.parameters()).device))
+        for name, count in rows.items():
+            self._weights[kinds[count]] = self._weights.get(kinds[count], 0) + weights[name]
 
     def count(self, batch: Batch) -> tuple[int, int]:
         """(padding, everything computed), in multiply-adds.
@@ -227,10 +240,10 @@ class StepArithmetic:
         padding    = Σ over attention layers: 2 · width · (pairs computed − pairs within segments)
 
         A pair is a query slot and a key slot; 2 · width are q·k and weight·v over all heads. Linear layers,
-        norms and losses run on real rows only, so padding exists in the attention core alone. A training
-        step does three times as much of both, so the share is that of the whole step.
+        norms and losses run on real rows only, so only the attention core has padding. A training step does
+        three times as much of both, so the share is the same.
         """
-        rows = _rows(batch, decoder_sight(self._model)[0])
+        rows = _rows(batch, self._slots)
         linear = sum(weights * rows[row] for row, weights in self._weights.items())
         padding = computed = 0
         for core in batch_cores(self._model, batch):
@@ -251,17 +264,3 @@ def _rows(batch: Batch, slots: int) -> dict[str, int]:
         "lm position": batch.token_model_layout.rows,
         "lm target": batch.tokens + int(batch.document_end_D.sum()),
     }
-
-
-def _row_kind(name: str, kind: str) -> str | None:
-    """The kind of row that reaches the linear layer `name` of a model of `kind` (`vae`, `sllm` or `lm`); None
-    for the layer that an SLLM never runs: it reads means alone."""
-    path = name.removeprefix("vae.").split(".")
-    if kind == "lm":
-        return "lm target" if path[-1] == "lm_head" else "lm position"
-    if kind == "sllm" and "log_variance" in path:
-        return None
-    if path[0] in ("stop_head", "from_backbone") or {"condition", "slots", "log_variance"} & set(path):
-        return "sentence"
-    kinds = {"encoder": "token", "decoder": "decoder row", "head": "symbol"}
-    return kinds.get(path[0], "position")  # the backbone and the map into it

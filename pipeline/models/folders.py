@@ -1,8 +1,8 @@
-"""Hugging Face model folders → models: the one place where weights from outside come in.
+"""Hugging Face model folders → models: the only loader of weights from outside.
 
-Safetensors only (nothing is unpickled), local files only, no remote code, fp32 on the CPU; weights that do
-not match the config are refused, because a model that was silently filled up with random weights would still
-"evaluate". Called by `model_io.py`, `backbone.py` and `plain_lm.py`.
+Safetensors only (nothing is unpickled), local files only, no remote code, fp32 on the CPU. Weights that do
+not match the config are refused: transformers would fill them with random values, and the model would still
+"evaluate".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data_prep.common.errors import UserError, first_line
 from data_prep.common.files import read_json
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
-# Bars for loading and writing weights would break up logs; our own commands say what they do.
+# Progress bars of loading and saving weights would break up logs.
 disable_progress_bar()
 KINDS = {"sentence_vae": "vae", "sllm": "sllm"}  # our model types; every other one is a token-level causal LM
 
@@ -35,14 +35,14 @@ def read_config(folder: str | Path) -> dict:
 
 
 def load_pretrained(
-    model_class: type, folder: str | Path, strict: bool = False, **kwargs: Any
+    model_class: Any, folder: str | Path, strict: bool = False, **kwargs: Any
 ) -> PreTrainedModel:
     """`model_class.from_pretrained(folder)` with every weight of the model found in the folder.
 
     Args:
         model_class: a model class or an `AutoModel…`.
-        strict: also refuse weights that the model does not have (our own folders); otherwise they are left
-            out (the head of a causal LM that becomes a backbone).
+        strict: also refuse weights that the model does not have (our own folders); otherwise they are
+            ignored (the head of a causal LM that becomes a backbone).
     Raises: UserError for a folder without a loadable model.
     """
     read_config(folder)
@@ -54,14 +54,12 @@ def load_pretrained(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed then, and refused below with a name
+            ignore_mismatched_sizes=True,  # they are listed, and refused below by name
             **kwargs,
         )
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # safetensors, transformers, torch and every architecture raise their own kinds
+    except Exception as error:  # safetensors, transformers, torch and each architecture raise other types
         raise UserError(f"model folder {folder}: cannot be loaded ({first_line(error)})") from None
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     wrong += info["unexpected_keys"] if strict else []
@@ -72,12 +70,16 @@ def load_pretrained(
 
 def model_kind(model: nn.Module) -> str:
     """`vae`, `sllm` or `lm`."""
-    return KINDS.get(model.config.model_type, "lm")
+    return KINDS.get(model_config(model).model_type, "lm")
+
+
+def model_config(model: nn.Module) -> Any:
+    """The config of a model of any kind; `nn.Module` declares none."""
+    return model.config
 
 
 def load_model_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder: `FOLDER/tokenizer/`, else the folder itself (a plain Hugging Face
-    model)."""
+    """The tokenizer in `FOLDER/tokenizer/`, else in the folder itself (a plain Hugging Face model)."""
     inner = Path(folder) / "tokenizer"
     return load_tokenizer(inner if inner.is_dir() else folder)
 

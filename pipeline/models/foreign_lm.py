@@ -1,10 +1,7 @@
-"""Any Hugging Face causal language model, scored by its own forward: the published baselines of `sllm
-evaluate`.
+"""Any Hugging Face causal LM scored by its own forward: the published baselines of `sllm evaluate`.
 
-Comes in: the folder of a model that this project did not train. Goes out: a module whose `forward(batch)`
-gives the same `LossSums` as `TokenLM`, one window at a time and from the model's own logits. Slower than
-packing, but true for every architecture (sliding windows, capped or scaled logits, state-space models),
-because nothing inside is replaced.
+One window at a time, from the model's own logits: slower than packing, but correct for every architecture
+(sliding windows, capped or scaled logits, state-space models), because nothing inside is replaced.
 """
 
 from __future__ import annotations
@@ -14,23 +11,23 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.batch import Batch
 from pipeline.models.folders import load_pretrained
 from pipeline.models.losses import LossSums
 
-ROWS_AT_ONCE = 256  # of logits in float32 at once
+ROWS_AT_ONCE = 256  # rows of float32 logits at once
 
 
 class PlainLM(nn.Module):
-    """`model`: a Hugging Face `…ForCausalLM`.
+    """`model`: a Hugging Face `…ForCausalLM`. It reads (bos, t1 … tn) and the end symbol at a document's end.
 
-    A window is (bos, t1 … tn), and the end symbol where its document ends.
+    `forward` gives the same `LossSums` as `TokenLM`.
     """
 
-    def __init__(self, model: nn.Module, bos: int, end: int):
+    def __init__(self, model: PreTrainedModel, bos: int, end: int):
         super().__init__()
         self.model, self.bos, self.end = model, bos, end
 
@@ -66,7 +63,7 @@ def load_plain_lm(folder: str | Path, tokenizer: Tokenizer) -> PlainLM:
     """The model of a local folder in fp32, eval mode. Raises: UserError when it cannot be loaded."""
     model = load_pretrained(AutoModelForCausalLM, folder)
     own = model.config
-    # A list of end symbols (chat models), or none: the tokenizer's own is the one that ends a plain text.
+    # With a list of end symbols (chat models) or none, the tokenizer's own ends a plain text.
     bos, end = (
         value if isinstance(value, int) else fallback
         for value, fallback in (

@@ -1,17 +1,17 @@
-"""Weights in 8 bits for generation on a CPU: an option that trades a little likelihood for speed.
+"""A model laid out for generation on a CPU, optionally with int8 weights: faster, at a little likelihood.
 
-Comes in: a model in fp32. Goes out: the same model, its linear layers replaced in place: weights as int8
-with one scale per output, inputs rounded to 7 bits at each call with one scale per tensor, sums in int32
-(torch's own dynamic kernels). Embeddings, norms and the stop head stay in fp32. The model can be scored
-(`sllm evaluate --int8`) and written with, not trained or saved. One scale for all rows of a call: a text's
-numbers depend on its neighbours in a batch, so here batched is not single. Speed and cost:
-docs/generation.md.
+Int8 replaces the linear layers in place: weights as int8 with one scale per output, inputs rounded to 7 bits
+at each call with one scale per tensor, sums in int32 (torch's own dynamic kernels). Embeddings, norms and the
+stop head stay in fp32. The model can be scored (`sllm evaluate --int8`) and can generate, but not be trained
+or saved. All rows of a call share one scale, so results depend on a text's neighbours in a batch. Speed and
+cost: docs/generation.md.
 """
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.models.factory import load_model
-from pipeline.models.folders import load_model_tokenizer, model_kind
+from pipeline.models.folders import load_model_tokenizer
+from pipeline.models.sentence_vae import SentenceVAE
 from pipeline.models.sllm import SLLM
 from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
 
@@ -34,16 +35,15 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float().contiguous()
         scales = weight.abs().amax(1).clamp_min(1e-12).double() / 127
         zeros = torch.zeros(len(weight), dtype=torch.long)
-        with (
-            warnings.catch_warnings()
-        ):  # torch means to drop these tensors one day, and names no other kernel
+        # torch deprecates these tensors and names no replacement for the kernel.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         bias = None if linear.bias is None else linear.bias.detach().float()
         self._packed = torch.ops.quantized.linear_prepack(rounded, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Inputs of 7 bits: with 8, CPUs without VNNI would overflow 16 bits on the way.
+        # Inputs of 7 bits: with 8, 16-bit sums would overflow on CPUs without VNNI.
         return torch.ops.quantized.linear_dynamic(x.contiguous(), self._packed, True)
 
 
@@ -58,16 +58,13 @@ class Int8Head(Int8Linear):
         want_correct: bool = False,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | Tensor:
-        """As `VocabularyHead.forward`; the objective is the cross-entropy, whatever the model trained on."""
+    ) -> Any:
+        """As `VocabularyHead.forward`; the objective is always cross-entropy."""
         if targets_N is None:
             return super().forward(hidden_Nd)
         nll, correct = [], []
-        for h, t in zip(
-            hidden_Nd.split(chunk_rows(self.out_features)),
-            targets_N.split(chunk_rows(self.out_features)),
-            strict=True,
-        ):
+        rows = chunk_rows(self.out_features)
+        for h, t in zip(hidden_Nd.split(rows), targets_N.split(rows), strict=True):
             logits = super().forward(h)
             nll.append(F.cross_entropy(logits, t, reduction="none"))
             correct.append(logits.argmax(-1) == t)
@@ -76,7 +73,8 @@ class Int8Head(Int8Linear):
 
 
 def to_int8(model: nn.Module) -> nn.Module:
-    """Replace a model's linear layers in place; returns it. Raises: UserError away from fp32 on a CPU."""
+    """Replace a model's linear layers in place and return it. Raises: UserError unless it is fp32 on a
+    CPU."""
     parameter = next(model.parameters())
     if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
         raise UserError(f"int8 is for fp32 models on a CPU, not {parameter.dtype} on {parameter.device.type}")
@@ -90,23 +88,25 @@ def to_int8(model: nn.Module) -> nn.Module:
 
 
 def load_for_generation(folder: str | Path, int8: bool = False) -> tuple[SLLM, Tokenizer]:
-    """A model folder's SLLM, laid out for generation, and its tokenizer. `int8`: weights in 8 bits.
+    """A model folder's SLLM, laid out for generation or in int8, and its tokenizer.
 
     Raises: UserError for another kind of model.
     """
     model = load_model(folder)
-    if (kind := model_kind(model)) != "sllm":
-        what = {"vae": "a SentenceVAE rebuilds sentences and", "lm": "a token-level model"}[kind]
+    if not isinstance(model, SLLM):
+        vae = isinstance(model, SentenceVAE)
+        what = "a SentenceVAE rebuilds sentences and" if vae else "a token-level model"
         raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
-    return to_int8(model) if int8 else lay_out(model), load_model_tokenizer(folder)
+    (to_int8 if int8 else lay_out)(model)
+    return model, load_model_tokenizer(folder)
 
 
-def lay_out(model: torch.nn.Module) -> torch.nn.Module:
-    """Store the matrices of a model by columns, in place: on a CPU one row times such a matrix is up to 1.8
-    times as fast, where it is bound by reading it. The same numbers, shapes and names; returns the model."""
+def lay_out(model: nn.Module) -> nn.Module:
+    """Store the matrices of a model by columns, in place, and return it. On a CPU one row times such a matrix
+    is up to 1.8 times as fast where reading the matrix is the limit. Values, shapes and names stay."""
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, nn.Linear):
                 weight = module.weight
                 weight.data = weight.data.t().contiguous().t()
     return model

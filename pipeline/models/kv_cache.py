@@ -1,15 +1,11 @@
-"""Keys and values kept while generating: of the backbone one place per sentence, of the decoder one per
-symbol.
+"""Key/value caches for generation: one place per sentence in the backbone, one per symbol in the decoder.
 
-`KeyValueCache` is the storage of many rows (texts being written), allocated once. Two layouts say where a
-forward pass writes into it and what it sees; both stand where a `SegmentLayout` stands in training, so that
-the models' own layers run unchanged:
+`KeyValueCache` stores many rows (texts being generated). Three layouts say where a forward pass writes and
+what it attends to. They replace the `SegmentLayout` of training, so the models' layers run unchanged:
 
-CachedPrompt    whole sequences, packed: stored, then attended to exactly as in training
-CachedContext   what stands before new sentences: attended to as in training, the rows that they see stored
+CachedPrompt    whole sequences, packed: stored, and attended to as in training
+CachedContext   context of new sentences: attended to as in training; the rows that they see are stored
 CachedStep      one new place in each of some rows, which sees its own row up to itself
-
-Called by `sllm.py` (backbone, through the hook in `attention.py`) and `sentence_decoder.py`.
 """
 
 from __future__ import annotations
@@ -24,14 +20,16 @@ from torch import Tensor
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import packed_attention, repeat_heads
 
-FIRST_PLACES = 64  # room for new places where it is not known how many will come
-SHORT_ROW = 128  # places up to which a CPU copies ragged rows together rather than attend to one by one
+FIRST_PLACES = 64  # room for new places when their number is not known
+SHORT_ROW = 128  # up to this many places a CPU copies ragged rows into one block instead of one call per row
 
 
 class KeyValueCache:
-    """Keys and values of every layer, [rows, heads, places, d_head] each: what one query head reads lies in
-    one piece (with heads inside places, a row of 1,450 places takes 1.8 times as long to attend to). A
-    layer's storage is made when its first key comes, and all grow up to `most` places a row."""
+    """Keys and values of every layer, [rows, heads, places, d_head] each.
+
+    What one query head reads is contiguous: with heads inside places, attention to a row of 1,450 places
+    takes 1.8 times as long. A layer's storage is allocated at its first key and grows up to `most` places a
+    row."""
 
     def __init__(self, rows: int, most: int, places: int = 0):
         self.rows, self.most = rows, most
@@ -40,8 +38,9 @@ class KeyValueCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, places: int, ahead: int | None = None) -> None:
-        """Make room for `places` in every row, and `ahead` more; where that is not known, for twice as many
-        as there were. Raises: ValueError when `places` is above `most`."""
+        """Make room for `places` in every row and `ahead` more; if `ahead` is None, at least double the room.
+
+        Raises: ValueError when `places` is above `most`."""
         if places > self.most:
             raise ValueError(f"a row of {places} places, but the model has {self.most} positions")
         if places <= self._places:
@@ -49,13 +48,13 @@ class KeyValueCache:
         wanted = max(places, 2 * self._places) if ahead is None else places + ahead
         before, self._places = self._places, min(self.most, wanted)
         for layer, pair in self._layers.items():
-            grown = tuple(x.new_empty(*x.shape[:2], self._places, x.shape[3]) for x in pair)
-            for new, old in zip(grown, pair, strict=True):
+            keys, values = (x.new_empty(*x.shape[:2], self._places, x.shape[3]) for x in pair)
+            for new, old in zip((keys, values), pair, strict=True):
                 new[:, :, :before] = old
-            self._layers[layer] = grown
+            self._layers[layer] = keys, values
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer; `like` [n, heads, d_head] is what they will hold."""
+        """Keys and values of one layer, allocated for rows such as `like` [n, heads, d_head]."""
         if number not in self._layers:
             shape = (self.rows, like.shape[1], self._places, like.shape[2])
             self._layers[number] = (like.new_empty(shape), like.new_empty(shape))
@@ -72,7 +71,7 @@ class KeyValueCache:
 
     @property
     def bytes_per_place(self) -> int:
-        """Bytes that one place of one row takes, all layers, by the storage itself."""
+        """Bytes of one place of one row, all layers, by the storage itself."""
         tensors = [x for pair in self._layers.values() for x in pair]
         return sum(x.untyped_storage().nbytes() for x in tensors) // (self.rows * self._places)
 
@@ -83,8 +82,9 @@ class KeyValueCache:
 
 
 class CachedPrompt(SegmentLayout):
-    """One whole sequence for each of `rows`, back to back: replaces what those rows held. `ahead`: places
-    that will be wanted after them; room for them now spares a copy of the whole cache later."""
+    """One whole sequence for each of `rows`, back to back; it replaces what the rows held.
+
+    ahead: places that will follow; room for them now saves a copy of the whole cache later."""
 
     def __init__(
         self, cache: KeyValueCache, rows: np.ndarray, lengths: np.ndarray, device: torch.device, ahead: int
@@ -102,11 +102,11 @@ class CachedPrompt(SegmentLayout):
 
 
 class CachedContext:
-    """What a sentence decoder reads before its sentences: attends as in training, and keeps the rows that the
+    """Context of new sentences in a sentence decoder: attends as in training, and stores the rows that the
     new sentences will see.
 
-    attend: (q, k, v) [R, H, d_head] each → [R, H, d_head], the attention of training. kept: of every one of
-    `rows` (int64 [n]) the packed rows [first, end) to keep, int64 [n, 2].
+    attend: (q, k, v) [R, H, d_head] each → [R, H, d_head], the attention of training. kept: int64 [n, 2], for
+    each of `rows` (int64 [n]) the packed rows [first, end) to store.
     """
 
     def __init__(
@@ -123,15 +123,15 @@ class CachedContext:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As CachedPrompt's."""
-        self._cache.store(layer, self._rows, *self._kept.T, k, v)
+        self._cache.store(layer, self._rows, self._kept[:, 0], self._kept[:, 1], k, v)
         return self._attend(q, k, v)
 
 
 class CachedStep:
     """One more place in each of `rows` (int64 [n], ascending); made once per step, used by every layer.
 
-    Rows of one length that lie side by side are read where they are. Others are attended to together and
-    masked (few kernels); long ones on a CPU one by one (no padding, no copy).
+    Adjacent rows of one length are read in place. Others are attended to together under a mask (few kernels),
+    or on a CPU, when long, one by one (no padding, no copy).
     """
 
     def __init__(self, cache: KeyValueCache, rows: np.ndarray, device: torch.device):
@@ -153,14 +153,15 @@ class CachedStep:
         """q [n, H, d_head], k and v [n, H_kv, d_head] → [n, H, d_head]."""
         keys, values = self._cache.layer(layer, k)
         shape = q.shape
-        # Query heads that share a key head become queries of that head: nothing is repeated.
+        # Query heads that share a key head become queries of that head, so keys are not repeated.
         q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
         if self._block is not None:
             keys[self._block, :, self.longest - 1] = k
             values[self._block, :, self.longest - 1] = v
             k, v = (x[self._block, :, : self.longest] for x in (keys, values))
             return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(shape)
-        # The two indexed dimensions are apart, so torch puts them first: [n, H_kv, d_head], as k and v are.
+        # The indexed dimensions are not adjacent, so torch puts them first: [n, H_kv, d_head], as k and v
+        # are.
         keys[self._rows_n, :, self.position_of_row] = k
         values[self._rows_n, :, self.position_of_row] = v
         if q.device.type == "cpu" and self.longest > SHORT_ROW:
@@ -174,10 +175,10 @@ class CachedStep:
         return out.reshape(shape)
 
     def attend_masked(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
-        """q [n, H_kv, queries, d_head] over the whole storage → as q: ragged rows side by side."""
+        """q [n, H_kv, queries, d_head] over ragged rows of the storage → as q."""
         k, v = (x[self._rows_n, :, : self.longest] for x in (keys, values))
-        # Places behind a row's end may hold anything, NaN too: neither -inf added to a score nor a weight of
-        # 0 would undo it.
+        # Places behind a row's end may hold anything, even NaN, which neither a score of -inf nor a weight of
+        # 0 removes.
         behind = ~self._mask[:, 0, 0, None, :, None].expand(-1, 1, -1, 1)
         k, v = k.masked_fill(behind, 0), v.masked_fill(behind, 0)
         return F.scaled_dot_product_attention(q, k, v, self._mask, scale=scale)

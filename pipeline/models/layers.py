@@ -1,32 +1,34 @@
-"""Transformer layers shared by the sentence encoder and the sentence decoder.
+"""Transformer layers of the sentence encoder and the sentence decoder.
 
-`TransformerLayer` (pre-norm, GELU) is the default; `PostNormLayer` is that of the published model (config
-`layout: paper`). Two ways in: `forward` on packed rows [T, d] with a `SegmentLayout`, for training and
-evaluation; `step` on one new row of each of many sentences, with their keys and values in a cache
-(`caches.py`), for generation. Both use the same weights and give the same numbers.
+`TransformerLayer` (pre-norm, GELU) is the default; `PostNormLayer` is the published model's (config
+`layout: paper`). `forward` runs on packed rows [T, d] with a `SegmentLayout` (training, evaluation), `step`
+on one new row of each of many sentences with cached keys and values (generation). Both give the same results.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.data.batch import Reach
+from pipeline.data.batch import ContextSpans
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, 1, d_head] each
+Part = Callable[[Tensor], Tensor]  # of a layer: [T, d] → [T, d]
 
 
 def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864, §3.4): how query and key of a row at position int64
-    [T] turn, so that their product depends on two rows' distance alone; float32. Channels i and
-    i + d_head/2 are a pair: `rotate` multiplies the pair's other channel by the sine, once with a minus."""
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864, §3.4) of rows at int64 [T], in float32.
+
+    Channels i and i + d_head/2 are a pair: `rotate` multiplies the pair's other channel by the sine, once
+    negated. The product of a query and a key then depends on their distance only."""
     rates = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=positions_T.device) / head_dim)
     angles = positions_T[:, None, None, None].float() * rates
     cos, sin = angles.cos(), angles.sin()
@@ -35,21 +37,22 @@ def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
 
 @lru_cache(maxsize=8)
 def rotation_table(positions: int, head_dim: int, device: torch.device) -> Rotation:
-    """`rotation` of all positions below `positions`, for generation, which wants few rows at a time."""
-    with torch.inference_mode(False):  # it outlives the call that happens to make it
+    """`rotation` of all positions below `positions`, for generation, which needs few rows at a time."""
+    with torch.inference_mode(False):  # later calls reuse it, maybe outside inference mode
         return rotation(torch.arange(positions, device=device), head_dim)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """[T, parts, H, d_head] → the same, turned by the rows' angles."""
+    """[T, parts, H, d_head] → the same, rotated by the rows' angles."""
     cos, sin = (part.to(x.dtype) for part in turn)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def attend_across(q: Tensor, k: Tensor, v: Tensor, reach: Reach, dropout: float = 0.0) -> Tensor:
-    """[T, H, d_head] → the same: every sentence beside the rows that it sees (their queries go unused)."""
-    wide = (x.index_select(0, reach.source) for x in (q, k, v))
-    return packed_attention(*wide, reach.layout, causal=True, dropout=dropout).index_select(0, reach.own)
+def attend_across(q: Tensor, k: Tensor, v: Tensor, spans: ContextSpans, dropout: float = 0.0) -> Tensor:
+    """[T, H, d_head] → [T, H, d_head]: each sentence attends to its context and itself; queries of context
+    rows are dropped."""
+    wide = (x.index_select(0, spans.source) for x in (q, k, v))
+    return packed_attention(*wide, spans.layout, causal=True, dropout=dropout).index_select(0, spans.own)
 
 
 class SelfAttention(nn.Module):
@@ -65,7 +68,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x_Td).view(len(x_Td), 3, self.heads, -1)
         if turn is None:
             return qkv.unbind(1)
-        both, v = qkv.split([2, 1], 1)  # queries and keys turn alike
+        both, v = qkv.split([2, 1], 1)  # queries and keys rotate alike
         q, k = rotate(both, turn).unbind(1)
         return q, k, v[:, 0]
 
@@ -76,19 +79,19 @@ class SelfAttention(nn.Module):
         causal: bool,
         dropout: float = 0.0,
         turn: Rotation | None = None,
-        reach: Reach | None = None,
+        spans: ContextSpans | None = None,
     ) -> Tensor:
-        """[T, d] → [T, d], within the layout's segments, or as far as `reach`; `dropout` acts on the
-        attention weights, `turn` on queries and keys."""
+        """[T, d] → [T, d], within the layout's segments, or across them by `spans`; `dropout` is of attention
+        weights, `turn` rotates queries and keys."""
         q, k, v = self._project(x_Td, turn)
-        if reach is not None:
-            return self.out(attend_across(q, k, v, reach, dropout).flatten(1))
+        if spans is not None:
+            return self.out(attend_across(q, k, v, spans, dropout).flatten(1))
         return self.out(packed_attention(q, k, v, layout, causal, dropout=dropout).flatten(1))
 
     def step(
         self, x_Rd: Tensor, layer: int, step: CachedStep | CachedContext, turn: Rotation | None = None
     ) -> Tensor:
-        """New rows of sentences, [R, d] → [R, d]; `step` keeps this layer's keys and values."""
+        """New rows of sentences, [R, d] → [R, d]; `step` holds this layer's keys and values."""
         return self.out(step.attend(layer, *self._project(x_Rd, turn)).flatten(1))
 
 
@@ -97,15 +100,18 @@ class TransformerLayer(nn.Module):
 
     `conditioned`, the width of a vector, adds the decoder's cross-attention. Over ONE vector the softmax is
     1 whatever the query, so cross-attention is exactly an affine map of that vector: one Linear, computed
-    once per sentence, without query, key or norm weights. Dropout acts where OPT has it: on what each part
-    adds.
+    once per sentence, without query, key or norm weights. Dropout is where OPT has it: on the output of each
+    part.
     """
+
+    post_norm = False
 
     def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: int | None = None):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = SelfAttention(width, heads)
-        self.condition = nn.Linear(conditioned, width) if conditioned else None
+        self.condition: nn.Module | None = nn.Linear(conditioned, width) if conditioned else None
+        self.condition_norm: nn.LayerNorm | None = None
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn_in = nn.Linear(width, ffn)
         self.ffn_out = nn.Linear(ffn, width)
@@ -116,8 +122,19 @@ class TransformerLayer(nn.Module):
         return None if self.condition is None else self.condition(vector_Sd)
 
     def _ffn(self, x: Tensor) -> Tensor:
-        """What the feed-forward part adds."""
-        return self.ffn_out(F.gelu(self.ffn_in(self.ffn_norm(x))))
+        return self.ffn_out(F.gelu(self.ffn_in(x)))
+
+    def _residual(self, x: Tensor, norm: nn.Module | None, part: Part) -> Tensor:
+        """`x` plus what `part` makes of it, with the norm before the part or after the sum."""
+        added = part(x if self.post_norm or norm is None else norm(x))
+        x = x + (self.dropout(added) if self.training else added)
+        return norm(x) if self.post_norm else x
+
+    def _layer(self, x: Tensor, attend: Part, condition: Part | None) -> Tensor:
+        x = self._residual(x, self.attention_norm, attend)
+        if condition is not None:
+            x = self._residual(x, self.condition_norm, condition)
+        return self._residual(x, self.ffn_norm, self._ffn)
 
     def forward(
         self,
@@ -126,15 +143,18 @@ class TransformerLayer(nn.Module):
         causal: bool,
         vector_Sd: Tensor | None = None,
         turn: Rotation | None = None,
-        reach: Reach | None = None,
+        spans: ContextSpans | None = None,
     ) -> Tensor:
-        """[T, d] → [T, d]; `vector_Sd` has one row per segment of the layout when the layer is
-        conditioned."""
-        attended = self.attention(self.attention_norm(x_Td), layout, causal, turn=turn, reach=reach)
-        x = x_Td + self.dropout(attended)
-        if self.condition is not None:
-            x = x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row])
-        return x + self.dropout(self._ffn(x))
+        """[T, d] → [T, d]; `vector_Sd` has one row per segment of the layout if the layer is conditioned."""
+        weight_dropout = self.dropout.p if self.post_norm and self.training else 0.0
+
+        def attend(x: Tensor) -> Tensor:
+            return self.attention(x, layout, causal, weight_dropout, turn, spans)
+
+        def condition(_: Tensor) -> Tensor:
+            return self.condition(vector_Sd)[layout.segment_of_row]
+
+        return self._layer(x_Td, attend, None if self.condition is None else condition)
 
     def step(
         self,
@@ -144,21 +164,18 @@ class TransformerLayer(nn.Module):
         condition_Rd: Tensor | None,
         turn: Rotation | None = None,
     ) -> Tensor:
-        """New rows of sentences with cached attention; `condition_Rd` is `condition(vector)` of each row's
-        sentence, computed once per sentence (None in a layer that is not conditioned). For models in
-        evaluation mode: dropout is left out."""
-        x = x_Rd + self.attention.step(self.attention_norm(x_Rd), layer, step, turn)
-        if condition_Rd is not None:
-            x = x + condition_Rd
-        return x + self._ffn(x)
+        """New rows of sentences with cached attention; `condition_Rd` is `condition_of` each row's sentence
+        (None in a layer that is not conditioned)."""
+        condition = None if condition_Rd is None else lambda _: condition_Rd
+        return self._layer(x_Rd, lambda x: self.attention.step(x, layer, step, turn), condition)
 
 
 class CrossAttention(nn.Module):
     """The published decoder's cross-attention, with all four of its matrices (arXiv 2408.00655, §3.1).
 
-    There is one vector to attend to, so every query gives it the weight 1 and the query and key weights never
-    get a gradient. The query is therefore read from the vector, not from the tokens: the same output and the
-    same (zero) gradients at one row per sentence.
+    There is one vector to attend to, so its weight is 1 for every query, and the query and key weights never
+    get a gradient. The query is therefore computed from the vector, not from the tokens: same output and same
+    (zero) gradients, at one row per sentence.
     """
 
     def __init__(self, width: int, heads: int):
@@ -175,12 +192,14 @@ class CrossAttention(nn.Module):
 
 
 class PostNormLayer(TransformerLayer):
-    """The published layer (`torch.nn.TransformerEncoderLayer` and `…DecoderLayer` as they come): norm(x +
+    """The published layer (torch's `TransformerEncoderLayer` and `TransformerDecoderLayer`): norm(x +
     attention(x)); in the decoder, norm(x + cross-attention(vector)); then norm(x + ffn(x)), ReLU.
 
-    Dropout acts where those layers have it: on what each part adds, inside the feed-forward part, and on the
-    weights of self-attention.
+    Dropout is where those layers have it: on the output of each part, inside the feed-forward part, and on
+    the weights of self-attention. It has no rotary positions and no context.
     """
+
+    post_norm = True
 
     def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: int | None = None):
         super().__init__(width, heads, ffn, dropout)
@@ -190,43 +209,12 @@ class PostNormLayer(TransformerLayer):
     def _ffn(self, x: Tensor) -> Tensor:
         return self.ffn_out(self.dropout(F.relu(self.ffn_in(x))))
 
-    def forward(
-        self,
-        x_Td: Tensor,
-        layout: SegmentLayout,
-        causal: bool,
-        vector_Sd: Tensor | None = None,
-        turn: Rotation | None = None,
-        reach: Reach | None = None,
-    ) -> Tensor:
-        """[T, d] → [T, d], as `TransformerLayer.forward`; the published layer knows no `turn` and no
-        `reach`."""
-        weight_dropout = self.dropout.p if self.training else 0.0
-        x = self.attention_norm(x_Td + self.dropout(self.attention(x_Td, layout, causal, weight_dropout)))
-        if self.condition is not None:
-            x = self.condition_norm(x + self.dropout(self.condition(vector_Sd)[layout.segment_of_row]))
-        return self.ffn_norm(x + self.dropout(self._ffn(x)))
-
-    def step(
-        self,
-        x_Rd: Tensor,
-        layer: int,
-        step: CachedStep | CachedContext,
-        condition_Rd: Tensor | None,
-        turn: Rotation | None = None,
-    ) -> Tensor:
-        """New rows of sentences with cached attention, as `TransformerLayer.step`."""
-        x = self.attention_norm(x_Rd + self.attention.step(x_Rd, layer, step))
-        x = self.condition_norm(x + condition_Rd)
-        return self.ffn_norm(x + self._ffn(x))
-
 
 class TokenEmbedding(nn.Module):
     """Token + position embedding; `embedding_size` below the width adds a projection (OPT-350M's shape).
 
-    kind: `learned`; `sinusoidal`, the fixed ones of Vaswani et al. 2017, §3.5, which hold no weights (beside
-    those the token part is scaled by √width, §3.4, or waves of amplitude 1 would drown it); or `rotary`, for
-    which nothing is added here (`rotation`).
+    kind: `learned`; `sinusoidal`, fixed as in Vaswani et al. 2017, §3.5, with token embeddings scaled by
+    √width (§3.4) against waves of amplitude 1; or `rotary`, where nothing is added here (`rotation`).
     """
 
     def __init__(
@@ -253,9 +241,10 @@ class TokenEmbedding(nn.Module):
         return x * math.sqrt(self.width) + waves[positions_T]
 
     def turn(self, positions_T: Tensor, heads: int, below: int | None = None) -> Rotation | None:
-        """What rotary positions do to the queries and keys of these rows; None for the other kinds. `below`,
-        where it is known, is above all positions: then they are looked up (not in training, which would gain
-        nothing, and may run on tensors without values: `inspection.py`)."""
+        """The rotation of these rows' queries and keys; None unless the kind is `rotary`.
+
+        below: a bound of all positions, if known: rotations then come from a table. Not in training, which
+        would gain nothing and may run on fake tensors (costs/inspect.py)."""
         if self.kind != "rotary":
             return None
         if below is None or torch.is_grad_enabled():
@@ -265,7 +254,7 @@ class TokenEmbedding(nn.Module):
 
 
 def sinusoids(positions: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """float32 [positions, width]: sine and cosine in turn, wavelengths from 2π to 10000 · 2π."""
+    """float32 [positions, width]: alternating sines and cosines, wavelengths from 2π to 10000 · 2π."""
     rates = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
     angles = torch.arange(positions, device=device)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]

@@ -1,10 +1,9 @@
 """Sentence decoder: a causal transformer over one sentence's symbols, conditioned on one vector (paper §3.1).
 
-Inputs are (bos, t1 … tn), outputs predict (t1 … tn, sentence end). Called by `sentence_vae.py` (the vector
-is the sentence's own embedding) and `sllm.py` (the vector is the backbone's output for the sentence before).
-How the vector comes in is the config's `condition`: into every layer, as cross-attention over one vector, or
-as rows before BOS. With `context_sentences` a row's attention also sees the sentences before its own: their
-rows are computed once, as they were when they were written, so deeper layers reach further back.
+Inputs are (bos, t1 … tn), outputs predict (t1 … tn, sentence end). The vector is the sentence's own embedding
+(SentenceVAE) or the backbone's output for the sentence before (SLLM). It enters every layer by
+cross-attention over one vector, or as rows before BOS (config `condition`). With `context_sentences` a row
+also attends to the sentences before its own. Their rows are computed once, so deeper layers see further back.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.batch import DecoderRows, reach_back
+from pipeline.data.batch import DecoderRows, context_spans
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache
 from pipeline.models.layers import PostNormLayer, TokenEmbedding, TransformerLayer, attend_across
 
-Written = tuple[list[int], Tensor]  # a sentence before the new one: its tokens, its vector [vector_size]
+DecodedSentence = tuple[list[int], Tensor]  # an earlier sentence: its tokens, its vector [vector_size]
 
 
 @dataclass
 class DecoderState:
-    """R sentences being written, each at a place of its own.
+    """R sentences being generated, each at its own place.
 
-    conditions: per layer [R, d], or None in layers that are not conditioned. cache: places of the sentences
-    seen, slots, BOS and symbols. bos_places: int64 [R], host: the place of BOS in the cache. ahead: int64
-    [R], host: the position of a row's first place. logits: float32 [V], predict the next symbol of a single
-    sentence; filled in by the model that owns the head.
+    conditions: per layer [R, d], or None in layers that are not conditioned. cache: places of the context
+    sentences, slots, BOS and symbols. bos_places: int64 [R], host: the place of BOS in the cache. ahead:
+    int64 [R], host: the position of a row's first place. logits: float32 [V], predict the next symbol of a
+    single sentence; set by the model that owns the head.
     """
 
     conditions: list[Tensor | None]
@@ -57,7 +56,8 @@ class SentenceDecoder(nn.Module):
         self.slot_count, self.context = config.slots, config.context_sentences
         rows = self.slot_count + self.symbols
         self.places = (self.context + 1) * rows
-        self.positions = (self.context * config.layers + 1) * rows  # with the sentences that those depend on
+        # Also counts the sentences that the context depends on, layer by layer.
+        self.positions = (self.context * config.layers + 1) * rows
         self.embedding = TokenEmbedding(
             config.vocab_size, config.embedding_size, width, rows, config.position_kind
         )
@@ -70,12 +70,12 @@ class SentenceDecoder(nn.Module):
         if conditioned and not paper:
             for layer in self.layers:
                 layer.condition.first_deviation = config.condition_range
-        # Post-norm layers end in a norm of their own.
+        # Post-norm layers end in a norm.
         self.final_norm = None if paper else nn.LayerNorm(width)
 
     @property
     def remembers(self) -> int:
-        """Sentences before a new one that its first row depends on, through all layers."""
+        """Earlier sentences that a new one depends on, through all layers."""
         return self.context * len(self.layers)
 
     def _finish(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class SentenceDecoder(nn.Module):
     def _embed(
         self, symbols_R: Tensor, positions_R: Tensor, slot_rows: Tensor | None, vector_Sd: Tensor
     ) -> Tensor:
-        """[R, d]: symbols, and vectors in the slots."""
+        """[R, d]: embedded symbols, and vectors in the slots."""
         x = self.embedding(symbols_R, positions_R)
         if slot_rows is None:
             return x
@@ -96,17 +96,20 @@ class SentenceDecoder(nn.Module):
         x = self._embed(rows.symbols_R, rows.positions_R, rows.slot_rows, vector_Sd)
         turn = self.embedding.turn(rows.positions_R, self.heads)
         for layer in self.layers:
-            x = layer(x, rows.layout, causal=True, vector_Sd=vector_Sd, turn=turn, reach=rows.reach)
+            x = layer(x, rows.layout, causal=True, vector_Sd=vector_Sd, turn=turn, spans=rows.spans)
         return self._finish(x if rows.own_rows is None else x[rows.own_rows])
 
-    def begin(self, vector_Rd: Tensor, contexts: Sequence[Sequence[Written]] | None = None) -> DecoderState:
+    def begin(
+        self, vector_Rd: Tensor, contexts: Sequence[Sequence[DecodedSentence]] | None = None
+    ) -> DecoderState:
         """Start R sentences, each conditioned on one vector [R, vector_size], after the sentences before it
         (the last `remembers` are enough; none without `context_sentences`)."""
         count = len(vector_Rd)
         state = DecoderState(
             [layer.condition_of(vector_Rd) for layer in self.layers],
             KeyValueCache(count, most=self.places, places=self.places),
-            *(np.zeros(count, dtype=np.int64) for _ in range(2)),
+            bos_places=np.zeros(count, dtype=np.int64),
+            ahead=np.zeros(count, dtype=np.int64),
         )
         self._read(state, np.arange(count), vector_Rd, contexts)
         return state
@@ -116,7 +119,7 @@ class SentenceDecoder(nn.Module):
         state: DecoderState,
         rows: np.ndarray,
         vector_nd: Tensor,
-        contexts: Sequence[Sequence[Written]] | None = None,
+        contexts: Sequence[Sequence[DecodedSentence]] | None = None,
     ) -> None:
         """Start new sentences in some rows (int64 [n], ascending) of a state, as `begin`."""
         rows_n = torch.from_numpy(rows).to(vector_nd.device)
@@ -132,9 +135,9 @@ class SentenceDecoder(nn.Module):
         state: DecoderState,
         rows: np.ndarray,
         vector_nd: Tensor,
-        contexts: Sequence[Sequence[Written]] | None,
+        contexts: Sequence[Sequence[DecodedSentence]] | None,
     ) -> None:
-        """What stands before new sentences into the cache, in one packed pass: earlier ones, and slots."""
+        """Fill the cache with what precedes new sentences (context, slots), in one packed pass."""
         count, keep = self.slot_count, self.remembers
         pasts = [list(past)[-keep:] if keep else [] for past in contexts or [()] * len(rows)]
         if not count:
@@ -143,8 +146,9 @@ class SentenceDecoder(nn.Module):
             vector_nd = vector_nd[some]
         if not len(rows):
             return
-        # Packed sentences: of every row those before, and the new one, of which only the slots are there.
-        symbols, lengths, vectors, first, ends, kept_from = [], [], [], [], [], []
+        # Packed sentences: of every row its context, then the new sentence, which has slots only.
+        symbols, vectors, first, ends, kept_from = [], [], [], [], []
+        lengths: list[int] = []
         for past, vector_d in zip(pasts, vector_nd, strict=True):
             begin = len(lengths)
             for tokens, past_vector_d in past:
@@ -165,8 +169,8 @@ class SentenceDecoder(nn.Module):
         kept = np.stack([starts[kept_from], ends_R], axis=1)
         positions = np.arange(layout.rows) - np.repeat(begins_R, ends_R - begins_R)
         if self.context:
-            reach = reach_back(layout.lengths, np.asarray(first), layout.device)
-            attend = partial(attend_across, reach=reach)
+            spans = context_spans(layout.lengths, np.asarray(first), layout.device)
+            attend: partial[Tensor] = partial(attend_across, spans=spans)
         else:
             attend = partial(packed_attention, layout=layout, causal=True)
         cached = CachedContext(state.cache, rows, kept, attend)
@@ -187,8 +191,8 @@ class SentenceDecoder(nn.Module):
             )
 
     def step(self, state: DecoderState, rows: np.ndarray, symbols_n: Tensor) -> Tensor:
-        """Feed one symbol (int64 [n]) to each of `rows` (int64 [n], ascending); returns the hidden states
-        [n, d] that predict the next ones.
+        """Feed one symbol (int64 [n]) to each of `rows` (int64 [n], ascending) and return the hidden states
+        [n, d] that predict the next symbols.
 
         Raises: ValueError when a sentence already has its most tokens.
         """

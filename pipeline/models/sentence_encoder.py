@@ -1,13 +1,13 @@
 """Sentence encoder: the tokens of one sentence → one sentence embedding (paper §3.1).
 
-Embedding + positions → L bidirectional layers within each sentence → *feature fusion* → LayerNorm. Called by
-`sentence_vae.py`, which the SLLM goes through too. Config `fusion`:
+Embedding + positions → L bidirectional layers within each sentence → *feature fusion* → LayerNorm. Config
+`fusion`:
   sum        over the sentence's tokens (the paper's)
-  mean       the same embedding: LayerNorm does not see the scale, so the two differ by its epsilon alone
+  mean       the same up to LayerNorm's epsilon, because LayerNorm is scale invariant
   attention  a mean with learned weights: one query per head, a softmax over the sentence's tokens
   last       the last token's row
-With `vectors` above 1 every sentence has so many vectors, pooled by attention with queries of their own, side
-by side in one embedding [vectors · d].
+With `vectors` above 1, attention pools so many vectors with separate queries, concatenated in one embedding
+[vectors · d].
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.layers import PostNormLayer, TokenEmbedding, TransformerLayer
 
-# Where a new variational encoder starts: noise of e⁻² beside embeddings of size 1. From a variance of 1 the
-# decoder would learn to ignore its vector before the encoder has put anything into it.
+# Initial log-variance: noise of e⁻² against embeddings of size 1. With a variance of 1 the decoder would
+# learn to ignore its vector before the encoder has put anything into it.
 START_LOG_VARIANCE = -4.0
 
 
@@ -33,10 +33,9 @@ class AttentionPooling(nn.Module):
         self.queries = nn.Linear(width, vectors * heads, bias=False)
 
     def forward(self, x_Td: Tensor, layout: SegmentLayout) -> Tensor:
-        """[T, d] → [S, vectors · d]; every head weighs its own d/heads channels. Packed: no row but real
-        ones."""
+        """[T, d] → [S, vectors · d]; every head weights its d/heads channels. Packed: real rows only."""
         segment_T, sentences = layout.segment_of_row, len(layout.lengths)
-        # Scores read normalised rows: the stream of a pre-norm encoder has no scale of its own.
+        # Scores read normalised rows: the residual stream of a pre-norm encoder has no fixed scale.
         scores_TH = self.queries(F.layer_norm(x_Td, x_Td.shape[-1:])).float()
         index_TH = segment_T[:, None].expand_as(scores_TH)
         # The largest score of a sentence cancels out of its softmax, so no gradient goes through it.
@@ -99,7 +98,7 @@ class SentenceEncoder(nn.Module):
 
 
 def _sum_rows(x_Td: Tensor, layout: SegmentLayout) -> Tensor:
-    """[T, d] → [S, d]: the sum of each segment's rows, added up in float32 at least."""
+    """[T, d] → [S, d]: the sum of each segment's rows, in float32 at least."""
     exact = torch.promote_types(x_Td.dtype, torch.float32)  # in bf16 each of up to 64 additions would round
     sums_Sd = x_Td.new_zeros(len(layout.lengths), x_Td.shape[1], dtype=exact)
     return sums_Sd.index_add(0, layout.segment_of_row, x_Td.to(exact)).to(x_Td.dtype)

@@ -1,11 +1,8 @@
 """SentenceVAE: sentence encoder + sentence decoder, trained to reconstruct (paper §3.1).
 
-In: a `Batch`. Out: `LossSums` over its N = T + S targets (every token, then the sentence's end, sentence by
-sentence). Hugging Face model: `save_pretrained` / `from_pretrained` in safetensors.
-
-"VAE" is the paper's name for it; it is deterministic unless `latent_noise` or `variational` is set. Both act
-on the embedding between encoder and decoder, in training only: `encode` and `embed`, which the SLLM reads,
-always give the embedding itself (variational: the mean).
+"VAE" is the paper's name; the model is deterministic unless `latent_noise` or `variational` is set. Both act
+on the embedding between encoder and decoder, in training only: `encode` and `embed`, which the SLLM uses,
+give the embedding itself (variational: the mean).
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from pipeline.config.model_recipe import VaeRecipe, checked_vae
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.losses import LossSums
-from pipeline.models.sentence_decoder import DecoderState, SentenceDecoder, Written
+from pipeline.models.sentence_decoder import DecodedSentence, DecoderState, SentenceDecoder
 from pipeline.models.sentence_encoder import SentenceEncoder
 from pipeline.models.vocabulary_head import VocabularyHead
 
@@ -34,29 +31,29 @@ class SentenceVAEConfig(PreTrainedConfig):
     embedding_size: width of the token embeddings; None is hidden_size.
     ffn_size: None is 2 · hidden_size, the paper's choice.
     tie_word_embeddings: encoder embedding, decoder embedding and head share one matrix.
-    layout: `lean` (pre-norm, learned positions, one matrix of cross-attention), or `paper`: the published
-        layers, parameter for parameter (docs/sizes.md).
+    layout: `lean` (pre-norm, learned positions, one matrix of cross-attention) or `paper` (the published
+        layers, parameter for parameter: docs/sizes.md).
     positions: of encoder and decoder, `learned` or `rotary` (layout lean; the paper's are sinusoidal).
     max_sentence_tokens: longest sentence, without BOS and end symbol.
-    fusion: how an embedding is made of a sentence's tokens: `sum` (the paper's), `mean`, `attention` or
-        `last` (sentence_encoder.py).
-    vectors: how many vectors of hidden_size a sentence has; above 1 needs fusion `attention`.
+    fusion: from a sentence's tokens to its embedding: `sum` (the paper's), `mean`, `attention` or `last`
+        (sentence_encoder.py).
+    vectors: vectors of hidden_size per sentence; above 1 needs fusion `attention`.
     condition: how a vector enters the decoder: `cross_attention` (the paper's), `prefix` (rows before the
-        sentence that attention can look at), or `none` (a decoder without context, to measure against).
-    condition_range: standard deviation of cross-attention's first weights. Vectors have size 1, new token
-        embeddings 0.02: from 0.02 on, what a vector adds would drown the tokens until that is unlearnt.
+        sentence that attention can read), or `none` (a decoder without context, for comparison).
+    condition_range: standard deviation of cross-attention's initial weights. Vectors have size 1, new token
+        embeddings 0.02: from 0.02 on, vectors would dominate the tokens at first.
     prefix_slots: rows of a `prefix`.
-    context_sentences: sentences before its own that an SLLM's decoder sees, token by token, beside the vector
+    context_sentences: earlier sentences that an SLLM's decoder sees, token by token, besides the vector
         (needs rotary positions); 0 is the paper's. The SentenceVAE itself never sees any.
-    dropout: in [0, 1); where it acts: layers.py.
-    latent_noise: standard deviation of Gaussian noise on the embedding (whose channels have about size 1)
-        while training; 0 is none. The SLLM's backbone never hits an embedding exactly: a decoder trained with
-        noise is used to that.
-    variational: the encoder also gives a log-variance; training decodes a sample, all else the mean. Then the
-        objective has `kl_weight` · KL from the standard normal (nats), where every channel of every sentence
-        counts at least `free_bits` nats (Kingma et al. 2016, per sentence instead of per batch, so that
-        packing changes nothing).
-    focal_gamma, label_smoothing, z_loss: the training loss (head.py); 0 each is plain cross-entropy.
+    dropout: in [0, 1); layers.py says where.
+    latent_noise: standard deviation of Gaussian noise on the embedding (whose channels have about size 1) in
+        training; 0 is none. It prepares the decoder for the SLLM's backbone, which never predicts an
+        embedding exactly.
+    variational: the encoder also gives a log-variance; training decodes a sample, otherwise the mean is used.
+        The objective adds `kl_weight` · KL from the standard normal (nats), where every channel of every
+        sentence counts at least `free_bits` nats (Kingma et al. 2016, per sentence instead of per batch, so
+        that packing changes nothing).
+    focal_gamma, label_smoothing, z_loss: the training loss (vocabulary_head.py); all 0 is cross-entropy.
     bos/pad/eos_token_id: of the tokenizer (OPT's by default); eos is the sentence end here.
     sentence_settings: how the training text was cut (`segmenter`, `language`, `max_tokens`); window_tokens:
         longest window.
@@ -139,13 +136,9 @@ class SentenceVAEConfig(PreTrainedConfig):
             raise UserError("model.vae.positions rotary turns pairs of channels: hidden_size / heads is odd")
         if tie_word_embeddings and self.embedding_size != hidden_size:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings,
-            bos_token_id=bos_token_id,
-            pad_token_id=pad_token_id,
-            eos_token_id=eos_token_id,
-            **kwargs,
-        )
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        kwargs |= {"bos_token_id": bos_token_id, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id}
+        super().__init__(**kwargs)
 
     @property
     def vector_size(self) -> int:
@@ -164,8 +157,8 @@ class SentenceVAEConfig(PreTrainedConfig):
 
 
 class SentenceVAE(PreTrainedModel):
-    """Encoder, decoder and head; the SLLM holds one of these and puts a backbone between encoder and
-    decoder."""
+    """Encoder, decoder and head. `forward` returns `LossSums` over T + S targets: every token, then the
+    sentence's end, sentence by sentence."""
 
     config_class = SentenceVAEConfig
     base_model_prefix = "vae"
@@ -184,22 +177,25 @@ class SentenceVAE(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if (deviation := getattr(module, "first_deviation", None)) is not None:
+        deviation = getattr(module, "first_deviation", None)
+        if isinstance(module, nn.Linear) and deviation is not None:
             module.weight.normal_(0.0, deviation)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.encoder.embedding.token
 
     @torch.no_grad()
     def init_embeddings_from(self, model: PreTrainedModel, name: str) -> None:
-        """Start from a token model's embedding, in encoder and decoder; the head too, where shapes fit.
+        """Copy a token model's embedding into encoder and decoder, and its head if the shapes fit.
 
         Args:
             model: a Hugging Face causal LM with this model's tokenizer and at least its vocabulary.
-            name: where it comes from, for messages.
-        Raises: UserError when its embedding is of another width, or has too few rows.
+            name: its source, for messages.
+        Raises: UserError when its embedding has another width or too few rows.
         """
-        source = model.get_input_embeddings().weight
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        source = embedding.weight
         rows, width = self.encoder.embedding.token.weight.shape
         if source.shape[1] != width:
             raise UserError(
@@ -212,8 +208,8 @@ class SentenceVAE(PreTrainedModel):
                 f"{rows}: name a model with the shards' tokenizer"
             )
         head = model.get_output_embeddings()
-        # The head first: when it is tied, the embedding, which is what a token model ties it to, has the say.
-        if head is not None and head.weight.shape[1] == self.head.weight.shape[1]:
+        # The head first: if it is tied, the embedding wins, as in the token model.
+        if isinstance(head, nn.Linear) and head.weight.shape[1] == self.head.weight.shape[1]:
             self.head.weight.copy_(head.weight[:rows])
         self.encoder.embedding.token.weight.copy_(source[:rows])
         self.decoder.embedding.token.weight.copy_(source[:rows])
@@ -227,7 +223,7 @@ class SentenceVAE(PreTrainedModel):
         return self.embed(batch.tokens_T, batch.sentence_layout)
 
     def _latent(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the decoder reconstructs from: vectors [S, d]; and KL float32 [S, d] when variational."""
+        """The decoder's vectors [S, d], and KL float32 [S, d] if variational."""
         config = self.config
         if not config.variational:
             vector_Sd = self.encode(batch)
@@ -245,8 +241,7 @@ class SentenceVAE(PreTrainedModel):
     def decode_loss(
         self, batch: Batch, vector_Sd: Tensor, want_correct: bool = False, context: int = 0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Score the batch's sentences given one vector [vector_size] each, and sight of `context` sentences
-        before.
+        """Score the batch's sentences given one vector [vector_size] and `context` earlier sentences each.
 
         Returns: (objective, nll float32 [T+S], is_end bool [T+S], correct bool [T+S] or None).
         """
@@ -270,9 +265,11 @@ class SentenceVAE(PreTrainedModel):
         objective = objective + self.config.kl_weight * kl_Sd.clamp_min(self.config.free_bits).sum()
         return LossSums.collect(batch.scored, objective, nll, is_end, correct, kl=kl_Sd.sum())
 
-    def decode_begin(self, vector_1d: Tensor, contexts: list[list[Written]] | None = None) -> DecoderState:
-        """Begin to write a sentence from one vector [1, d] (and, in `contexts`, what came before): BOS is
-        fed, `state.logits` predict its first token."""
+    def decode_begin(
+        self, vector_1d: Tensor, contexts: list[list[DecodedSentence]] | None = None
+    ) -> DecoderState:
+        """Start a sentence from one vector [1, d] and, in `contexts`, earlier sentences: BOS is fed,
+        `state.logits` predict the first token."""
         state = self.decoder.begin(vector_1d, contexts)
         self.decode_step(state, self.config.bos_token_id)
         return state

@@ -2,11 +2,9 @@
 
 A document window of n sentences becomes n + 1 backbone positions: a learned start vector, then its sentence
 embeddings. The output at position i conditions the decoding of sentence i + 1, so the first sentence is
-predicted and scored too; from position 1 on the stop head says whether the document ends there. Nothing sees
-anything to its right: the backbone is causal over sentences, the decoder over symbols, and an encoder's view
-of sentence i enters only at position i.
-
-In: a `Batch`. Out: `LossSums` over N = T + S vocabulary targets and S stop decisions.
+predicted and scored too. From position 1 on the stop head predicts whether the document ends there. The model
+is strictly causal: the backbone over sentences, the decoder over symbols, and the embedding of sentence i
+enters only at position i.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from pipeline.models.backbone import backbone_config, new_backbone, run_packed, 
 from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
 from pipeline.models.losses import LossSums
-from pipeline.models.sentence_decoder import DecoderState, Written
+from pipeline.models.sentence_decoder import DecodedSentence, DecoderState
 from pipeline.models.sentence_vae import FIRST_ROW, SentenceVAE, SentenceVAEConfig
 
 
@@ -67,7 +65,7 @@ class SLLMConfig(PreTrainedConfig):
         output = super().to_dict()
         for name in ("vae", "backbone"):
             output[name] = getattr(self, name).to_dict()
-            output[name].pop("_name_or_path", None)  # the folder it came from: no part of the model
+            output[name].pop("_name_or_path", None)  # the source folder is not part of the model
         return output
 
 
@@ -85,18 +83,19 @@ def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 @dataclass
 class BackboneState:
-    """R documents being read or written: key/value cache (one place per sentence and one for the start), last
-    outputs [R, d_backbone], and of each the last sentences with what predicted them, as far as the decoder
-    looks back."""
+    """R documents: key/value cache (one place per sentence and one for the start), last outputs
+    [R, d_backbone], and the recent sentences that the decoder sees, each with the vector that predicted
+    it."""
 
     cache: KeyValueCache
     hidden: Tensor
-    recent: list[list[Written]]
+    recent: list[list[DecodedSentence]]
 
 
 class SLLM(PreTrainedModel):
-    """`vae` (encoder, decoder, head), `backbone`, `start` vector, `stop_head`, and adapters where widths
-    differ."""
+    """`vae` (encoder, decoder, head), `backbone`, `start` vector, `stop_head`, and adapters if widths differ.
+
+    `forward` returns `LossSums` over T + S vocabulary targets and S stop decisions."""
 
     config_class = SLLMConfig
     base_model_prefix = "sllm"
@@ -106,12 +105,12 @@ class SLLM(PreTrainedModel):
         width, vector = config.vae.vector_size, vector_width(config.backbone)
         self.vae = SentenceVAE(config.vae)
         self.backbone = new_backbone(config.backbone)
-        # OPT-350M reads and writes 512-wide vectors around its 1024-wide layers; a SVAE-1024 needs a map
-        # each way.
+        # OPT-350M takes and returns 512-wide vectors around its 1024-wide layers; SVAE-1024 needs a map each
+        # way.
         self.to_backbone = nn.Linear(width, vector, bias=False) if width != vector else None
         self.from_backbone = nn.Linear(vector, width, bias=False) if width != vector else None
         self.start = nn.Embedding(1, width)
-        # The published head has a logit for stopping and one for going on: only their difference counts.
+        # The published head has one logit to stop and one to continue: only their difference counts.
         self.stop_head = nn.Linear(vector, 2 if config.vae.layout == "paper" else 1)
         self.post_init()
 
@@ -120,16 +119,16 @@ class SLLM(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """As Hugging Face's, which searches the modules for a first parameter, for 20 µs of every symbol."""
+        """As Hugging Face's, whose search for a first parameter takes 20 µs of every symbol."""
         return self.start.weight.device
 
     @property
     def max_sentences(self) -> int:
-        """Most sentences of one context: the backbone's positions less the start position."""
+        """The longest context in sentences: the backbone's positions less the start position."""
         return getattr(self.config.backbone, "max_position_embeddings", 1 << 30) - 1
 
     def _stop_logits(self, hidden_Rd: Tensor) -> Tensor:
-        """float32 [R]: log-odds of the document's end after each row."""
+        """float32 [R]: log-odds that the document ends after each row."""
         logits = self.stop_head(hidden_Rd).float()
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
@@ -140,8 +139,8 @@ class SLLM(PreTrainedModel):
         return x if self.from_backbone is None else self.from_backbone(x)
 
     def contextualise(self, batch: Batch, embeddings_Sd: Tensor | None = None) -> Tensor:
-        """Backbone outputs [S+D, d_backbone] of every window: start position, then its sentences, whose
-        embeddings [S, d] are computed where they are not given."""
+        """Backbone outputs [S+D, d_backbone]: each window's start position, then its sentences; embeddings
+        [S, d] are computed if not given."""
         if embeddings_Sd is None:
             embeddings_Sd = self.vae.encode(batch)
         start_1d = self.start(torch.zeros(1, dtype=torch.long, device=batch.device))
@@ -151,12 +150,11 @@ class SLLM(PreTrainedModel):
     def forward(self, batch: Batch, want_correct: bool = False, start_vector_only: bool = False) -> LossSums:
         """Next-sentence loss.
 
-        start_vector_only: decode every sentence from its window's start output instead (the decoder knows no
-        more of the past than `context_sentences` show it); the bits per byte lost by that are the *vector
-        gain*.
+        start_vector_only: decode every sentence from its window's start output; the decoder then knows only
+        its `context_sentences`. The bits per byte lost are the *vector gain*.
 
-        With `embedding_weight` the objective also has, times that weight, Σ 1 − cos(vector, embedding of the
-        sentence that it predicts): the vector that a SentenceVAE's decoder would write that sentence from.
+        The embedding loss, `embedding_weight` · Σ 1 − cos(vector, embedding of the sentence it predicts),
+        pulls each vector towards the one that a SentenceVAE's decoder would decode the sentence from.
         """
         embeddings_Sd = self.vae.encode(batch)
         hidden = self.contextualise(batch, embeddings_Sd)
@@ -165,7 +163,7 @@ class SLLM(PreTrainedModel):
             batch, vectors_Sd, want_correct, self.config.vae.context_sentences
         )
         if self.config.embedding_weight:
-            # Detached: embeddings that move towards what is easy to predict would all become one.
+            # Detached: embeddings that move towards what is easy to predict would collapse.
             similar_S = F.cosine_similarity(vectors_Sd.float(), embeddings_Sd.detach().float())
             objective = objective + self.config.embedding_weight * (1 - similar_S).sum()
         stop_logits_S = self._stop_logits(hidden[batch.predicting_row_S + 1])
@@ -173,24 +171,24 @@ class SLLM(PreTrainedModel):
         return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
 
     # Generation: one backbone position per sentence, one decoder position per symbol. First for many
-    # documents at once (`generation_batch.py`), each in a row of its own; then for one.
+    # documents at once (`generation.protocol`), one per row; then for a single document.
 
     def new_state(self, rows: int) -> BackboneState:
-        """R documents that begin empty-handed: `read` starts them. The room grows up to `max_sentences`."""
+        """R empty documents: `read` starts them. The cache grows up to `max_sentences`."""
         cache = KeyValueCache(rows, most=self.max_sentences + 1)
         hidden = torch.zeros(rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device)
         return BackboneState(cache, hidden, [[] for _ in range(rows)])
 
     def _encode(self, sentences: list[list[int]]) -> Tensor:
-        """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for a length of 0 or above
-        the longest."""
+        """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for an empty or too long
+        sentence."""
         lengths = [len(sentence) for sentence in sentences]
         longest = self.config.vae.max_sentence_tokens
         for length in lengths:
             if not 1 <= length <= longest:
                 raise ValueError(f"a sentence has 1 to {longest} tokens, not {length}")
         tokens_T = torch.from_numpy(np.concatenate(sentences).astype(np.int64)).to(self.device)
-        return self.vae.embed(tokens_T, SegmentLayout(lengths, self.device))
+        return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device))
 
     @torch.no_grad()
     def read(
@@ -200,10 +198,10 @@ class SLLM(PreTrainedModel):
         documents: list[list[list[int]]],
         ahead: int = FIRST_PLACES,
     ) -> None:
-        """Start documents in `rows` (int64 [n]), each with the sentences it begins with (may be none): one
-        packed pass, as in training. `ahead`: sentences that will follow, as far as that is known.
+        """Start documents in `rows` (int64 [n]) with zero or more sentences each: one packed pass, as in
+        training. `ahead`: number of sentences that will follow, if known.
 
-        Raises: ValueError when a document has more sentences than `max_sentences`, or one is too long.
+        Raises: ValueError when a document has more than `max_sentences` sentences, or one is too long.
         """
         start_1d = self.start.weight
         parts = [
@@ -222,7 +220,7 @@ class SLLM(PreTrainedModel):
 
     @torch.no_grad()
     def extend(self, state: BackboneState, rows: np.ndarray, sentences: list[list[int]]) -> None:
-        """Add one whole sentence to each of `rows` (int64 [n], ascending), encoded exactly as in training.
+        """Append one whole sentence to each of `rows` (int64 [n], ascending), encoded as in training.
 
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
@@ -244,18 +242,18 @@ class SLLM(PreTrainedModel):
 
     @torch.no_grad()
     def new_decoder(self, state: BackboneState) -> DecoderState:
-        """A decoder row for each of the state's documents; `sentence_begin` starts their sentences."""
+        """A decoder row per document of the state; `sentence_begin` starts their sentences."""
         return self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
 
     @torch.no_grad()
     def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
-        """The next sentence of each of `rows` begins: conditioned on its document, nothing fed yet."""
+        """Start the next sentence of each of `rows`, conditioned on its document; nothing is fed yet."""
         hidden = state.hidden[torch.from_numpy(rows).to(self.device)]
         self.vae.decoder.restart(decoder, rows, self._out_of(hidden), [state.recent[row] for row in rows])
 
     @torch.no_grad()
     def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
-        """Feed one symbol to each of `rows` (BOS first); float32 [n, V], logits of the next ones."""
+        """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
         symbols_n = torch.tensor(symbols, device=self.device)
         return self.vae.head(self.vae.decoder.step(decoder, rows, symbols_n))
 
@@ -277,13 +275,13 @@ class SLLM(PreTrainedModel):
 
     @torch.no_grad()
     def decode_begin(self, state: BackboneState) -> DecoderState:
-        """Begin the one document's next sentence; `.logits` float32 [V] predict its first token."""
+        """Start the one document's next sentence; `.logits` float32 [V] predict its first token."""
         return self.vae.decode_begin(self._out_of(state.hidden), state.recent)
 
     @torch.no_grad()
     def decode_step(self, state: DecoderState, token: int) -> None:
-        """Feed one token; `.logits` then predict the next symbol (`config.eos_token_id` is the sentence
-        end)."""
+        """Feed one token; `.logits` then predict the next symbol (the sentence end is
+        `config.eos_token_id`)."""
         self.vae.decode_step(state, token)
 
     def generate(
@@ -298,16 +296,15 @@ class SLLM(PreTrainedModel):
         return_tokens: bool = False,
         **settings,
     ) -> str | list[list[int]]:
-        """Continue `prompt` by up to `max_sentences` sentences (paper section 3.3); `pipeline.generation` has
-        the details.
+        """Continue `prompt` by up to `max_sentences` sentences (paper §3.3); see `generation.api.generate`.
 
         Args:
-            tokenizer: the model's own; None takes the one in the folder that the model was loaded from.
-            temperature, top_p, top_k, seed: greedy at 0; else sampling, repeatable by its seed.
-            return_tokens: give token ids.
-            settings: min_p, repetition_penalty, max_tokens, stop (`generation.generate`).
+            tokenizer: the model's; None loads it from the model's folder.
+            temperature, top_p, top_k, seed: greedy at temperature 0, else sampling, repeatable by its seed.
+            return_tokens: return token ids.
+            settings: min_p, repetition_penalty, max_tokens, stop.
         Returns: the new text (without the prompt), or the new tokens of each sentence.
-        Raises: UserError for settings that make no sense, a prompt that is too long, or a missing tokenizer.
+        Raises: UserError for invalid settings, a prompt that is too long, or a missing tokenizer.
         """
         run = self.stream(
             prompt, tokenizer, max_sentences, temperature, top_p=top_p, top_k=top_k, seed=seed, **settings
@@ -325,8 +322,7 @@ class SLLM(PreTrainedModel):
         temperature: float = 0.0,
         **settings,
     ) -> Generation:
-        """As `generate`, while it is written: iterate over it for sentences, over its `pieces()` for
-        tokens."""
+        """As `generate`, streamed: iterate over the result for sentences, over its `pieces()` for tokens."""
         if tokenizer is None:
             if not self.name_or_path:
                 raise UserError("generate: this model was not loaded from a folder: give its tokenizer")

@@ -1,9 +1,8 @@
-"""The token-level baseline: a Hugging Face causal LM trained on the very same tokens, windows and bins as
-the SLLM.
+"""The token-level baseline: a Hugging Face causal LM on the same tokens, windows and bins as the SLLM.
 
-Each window is (bos, t1 … tn) with targets (t1 … tn, end of document where the document truly ends),
-conditioned on itself only. The wrapper exists for packing and for the chunked loss; what is saved is the
-plain Hugging Face model, which `AutoModelForCausalLM.from_pretrained` loads.
+Each window is (bos, t1 … tn) with targets (t1 … tn, end of document if the document ends there), conditioned
+on itself only. The wrapper adds packing and the chunked loss; the plain Hugging Face model is saved, and
+`AutoModelForCausalLM.from_pretrained` loads it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pipeline.models.vocabulary_head import VocabularyHead
 
 class TokenLM(nn.Module):
     """`model` is a Hugging Face `…ForCausalLM` with `attn_implementation=HF_ATTENTION`; its `lm_head` is
-    replaced by a `VocabularyHead` that shares the very same weight."""
+    replaced by a `VocabularyHead` that shares its weight."""
 
     def __init__(
         self,

@@ -1,37 +1,37 @@
 """The vocabulary projection and its loss in one module: logits for the whole batch never exist at once.
 
-In: hidden states [N, d] and target ids [N] (valid positions only). Out: the summed training objective with
-its gradient, and plain cross-entropy per target. Used by all three models. Head and loss share one `forward`
-because ZeRO-3 gathers a module's weights only around its `forward`: reading `head.weight` from outside would
-see a partitioned tensor.
+Head and loss share one `forward` because ZeRO-3 gathers a module's weights only around its `forward`: reading
+`head.weight` from outside would see a partitioned tensor.
 
-Rows are worked off in chunks. Each chunk's gradients are computed with its logits, in the forward pass, so
-that nothing of size [N, V] is kept and no logit is computed twice: three matrix products per row in all, the
-least there is. What else touches a chunk is one softmax (in place where the dtype allows) and reductions.
+Rows are processed in chunks. Each chunk's gradients are computed with its logits, in the forward pass, so
+that nothing of size [N, V] is kept and no logit is computed twice: three matrix products per row, the
+minimum. A chunk needs one softmax besides (in place if the dtype allows) and reductions.
 
 The loss of one row, with p the probability of its target and log Z the log of the softmax's denominator:
 
     (1 − ε) · (1 − p)^γ · (−ln p)  +  ε · mean over the vocabulary of −ln p_v  +  z · (log Z)²
 
 focal γ (paper §3.3 uses 2), label smoothing ε (Szegedy et al. 2016, as in torch), z-loss z (Chowdhery et al.
-2022: keeps log Z near 0, against logits that drift away in bf16). All 0: cross-entropy. What is reported per
-target is plain cross-entropy always.
+2022: keeps log Z near 0, against logits that drift in bf16). All 0: cross-entropy. The loss reported per
+target is always plain cross-entropy.
 
-Liger's fused head is the same scheme (chunks, gradients in the forward pass) with one kernel for softmax and
-gradient, where torch runs a few. It is not used: it gives the sum of one objective, while the metric contract
-needs the plain cross-entropy of each row beside it; and it has no focal loss.
+Liger's fused head is the same scheme with one kernel for softmax and gradient, where torch runs a few. It is
+not used: it returns the sum of one objective, while the metrics also need the plain cross-entropy of each
+row; and it has no focal loss.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A chunk's logits: many rows, because each chunk reads the weight twice and adds to its gradient once; not
-# more than pays, because a softmax of more rows falls out of the cache (measured: docs/experiments.md).
+# A chunk has many rows, because each chunk reads the weight twice and adds to its gradient once, but not so
+# many that the softmax falls out of the cache (measured: docs/experiments.md).
 CHUNK_ELEMENTS = 1 << 25  # 128 MB in fp32: 667 rows of OPT's vocabulary
-CHUNK_ROWS = 1024  # what small vocabularies stop at
+CHUNK_ROWS = 1024  # the limit for small vocabularies
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -56,7 +56,7 @@ class _ProjectedLoss(torch.autograd.Function):
         objective = torch.zeros((), dtype=exact, device=hidden.device)
         for at in range(0, len(targets), rows):
             h, t = hidden[at : at + rows], targets[at : at + rows]
-            logits = p = grad = None  # the chunk before is freed first: never two of them at once
+            logits = p = grad = None  # frees the previous chunk: never two of them at once
             logits = F.linear(h, weight, bias)
             if want_correct:
                 correct[at : at + rows] = logits.argmax(-1) == t
@@ -102,8 +102,7 @@ class _ProjectedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_objective, *_):
-        # In place: the tensors are this call's own, and keeping a second [V, d] copy would double the head's
-        # memory.
+        # In place: no one else holds these tensors, and a second [V, d] copy would double the head's memory.
         grads = tuple(None if g is None else g.mul_(grad_objective) for g in ctx.grads)
         del ctx.grads
         return (*grads, *[None] * 6)
@@ -112,8 +111,8 @@ class _ProjectedLoss(torch.autograd.Function):
 def _row_loss(
     nll: Tensor, log_z: Tensor, mean_logit: Tensor | None, gamma: float, smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss of each row [n], and what its target and its probabilities count for in d loss / d logits:
-    (loss [n], target slope [n], slope of the probabilities [n], None where it is 1)."""
+    """(loss [n], target slope [n], slope of the probabilities [n] or None for 1) of each row: the slopes
+    weight the target and the probabilities in d loss / d logits."""
     loss, slope = nll, torch.ones_like(nll)
     if gamma:
         p = torch.exp(-nll)
@@ -134,11 +133,7 @@ def _row_loss(
 
 
 class VocabularyHead(nn.Linear):
-    """Linear [d → vocabulary] with bias, and its loss.
-
-    Both go through `forward`: with targets it is the loss, without them the logits (generation, where one
-    row is needed).
-    """
+    """Linear [d → vocabulary] with bias, and its loss."""
 
     def forward(
         self,
@@ -148,7 +143,7 @@ class VocabularyHead(nn.Linear):
         want_correct: bool = False,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor | None] | Tensor:
+    ) -> Any:
         """Sum of the training loss over rows, per-row cross-entropy, and per-row arg-max hits.
 
         Args:

@@ -11,6 +11,7 @@ from data_prep.text.tokenizer import train_sentencepiece
 
 ENGLISH = (
     "It was a bright cold day in April, and the clocks were striking thirteen. “Well,” said the engineer, "
+    # words: quoted
     "“how many pieces can a sentence have?” Nobody knew; at 3.14 % of the price, Dr. Smith would not guess.\n"
     "The second paragraph speaks of numbers, of letters, and of the sea. It ends here…\n"
 )

@@ -126,7 +126,7 @@ def test_a_recipe_is_run_as_the_trainer_would_without_dropout(objective, tmp_pat
     side.prepare(1)
     first, batch = side.loss().item(), side._batch
     side.prepare(1)
-    assert side.loss().item() == first and side._batch is not batch  # layouts are worked out anew
+    assert side.loss().item() == first and side._batch is not batch  # layouts are computed again
     losses = side.model(side._batch)
     targets = batch.tokens + (int(batch.document_end_D.sum()) if objective == "lm" else batch.sentences)
     assert first == pytest.approx(losses.objective.item() / targets)

@@ -3,7 +3,7 @@
 The published layout (arXiv 2408.00655 and its code) is counted by formula and must match the published
 table; `layout: paper` must be that layout but for the start vector. The default layout must differ from it by
 exactly the parts listed in `vae_minus_paper` and `sllm_minus_paper`, each with its reason: nothing missing,
-nothing extra. docs/sizes.md shows all of it; rewrite it with
+nothing extra. docs/sizes.md shows all of it; after a change, rewrite it with
 
     PYTHONPATH=tests:. python tests/pipeline/costs/test_sizes.py
 """

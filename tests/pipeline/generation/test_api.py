@@ -59,15 +59,16 @@ def span(sentences: list[list[int]]) -> Span:
 
 
 @torch.no_grad()
-def uncached_logits(model, sentences: list[list[int]], begun: list[int]) -> torch.Tensor:
+def uncached_logits(model, sentences: list[list[int]], unfinished: list[int]) -> torch.Tensor:
     """Logits of the next symbol, by the packed forward of everything written so far."""
-    vae, last = model.config.vae, begun or [5]  # where nothing is begun: its first row sees BOS alone
+    # Without an unfinished sentence any token will do: its first row sees BOS alone.
+    vae, last = model.config.vae, unfinished or [5]
     batch = build_batch([span([*sentences, last])])
     vector_Sd = model._out_of(model.contextualise(batch)[batch.predicting_row_S])
     inputs, _ = batch.decoder_symbols(vae.bos_token_id, vae.eos_token_id)
     rows = batch.decoder_rows(inputs, vae.bos_token_id, vae.slots, vae.context_sentences)
     hidden = model.vae.decoder(rows, vector_Sd)
-    return model.vae.head(hidden[-len(last) - 1 :])[len(begun)]
+    return model.vae.head(hidden[-len(last) - 1 :])[len(unfinished)]
 
 
 @torch.no_grad()
@@ -82,17 +83,17 @@ def brute_force(
     `pipeline.generation` but the prompt's cut and the choice among logits.
     """
     sampling, rng = sampling or Sampling(), torch.Generator().manual_seed(seed)
-    sentences, begun = split_prompt(prompt, tokenizer, model.config.sentence_settings)
+    sentences, unfinished = split_prompt(prompt, tokenizer, model.config.sentence_settings)
     special = [t for t in np.flatnonzero(tokenizer.byte_lengths == 0) if t != model.config.eos_token_id]
     end, limit = model.config.eos_token_id, model.config.sentence_settings["max_tokens"]
-    seen = {token for sentence in (*sentences, begun) for token in sentence}
+    seen = {token for sentence in (*sentences, unfinished) for token in sentence}
     made, written = [], []
     while len(made) < limits.max_sentences:
-        if sentences and not begun:
+        if sentences and not unfinished:
             p = uncached_stop(model, sentences)
             if p > 0.5 if sampling.greedy else torch.rand((), generator=rng).item() < p:
                 return made, DOCUMENT_END
-        tokens = list(begun)
+        tokens = list(unfinished)
         while len(tokens) < limit:
             logits = uncached_logits(model, sentences, tokens).clone()
             for token in seen:
@@ -111,11 +112,11 @@ def brute_force(
             seen.add(symbol)
             text = tokenizer.decode_bytes(written).decode(errors="replace")
             if any(stop in text for stop in limits.stop):
-                return [*made, tokens[len(begun) :]], STOP_STRING
+                return [*made, tokens[len(unfinished) :]], STOP_STRING
             if len(written) == limits.max_tokens:
-                return [*made, tokens[len(begun) :]], TOKEN_LIMIT
-        made.append(tokens[len(begun) :])
-        sentences, begun = [*sentences, tokens], []
+                return [*made, tokens[len(unfinished) :]], TOKEN_LIMIT
+        made.append(tokens[len(unfinished) :])
+        sentences, unfinished = [*sentences, tokens], []
     return made, SENTENCE_LIMIT
 
 
@@ -288,24 +289,24 @@ def test_senseless_settings_are_refused(settings, model, tokenizer):
     ],
 )
 def test_prompt_is_cut_as_training_cuts(prompt, complete, tail, tokenizer):
-    sentences, begun = split_prompt(prompt, tokenizer, {**SETTINGS, "language": "auto"})
+    sentences, unfinished = split_prompt(prompt, tokenizer, {**SETTINGS, "language": "auto"})
     assert [tokenizer.decode(s) for s in sentences] == complete
-    assert tokenizer.decode(begun) == tail
+    assert tokenizer.decode(unfinished) == tail
 
 
 def test_prompt_tail_at_the_limit_is_a_sentence(tokenizer):
     words = "name " * 40
-    sentences, begun = split_prompt(words, tokenizer, {**SETTINGS, "max_tokens": 8})
-    assert all(1 <= len(s) <= 8 for s in sentences) and len(begun) < 8
-    assert tokenizer.decode(np.concatenate([*sentences, begun]).astype(int)) == words
+    sentences, unfinished = split_prompt(words, tokenizer, {**SETTINGS, "max_tokens": 8})
+    assert all(1 <= len(s) <= 8 for s in sentences) and len(unfinished) < 8
+    assert tokenizer.decode(np.concatenate([*sentences, unfinished]).astype(int)) == words
 
 
 def test_forced_prefix_is_kept_and_continued(model, tokenizer):
-    sentences, begun = split_prompt(PROMPT, tokenizer, model.config.sentence_settings)
-    assert len(sentences) >= 1 and begun
+    sentences, unfinished = split_prompt(PROMPT, tokenizer, model.config.sentence_settings)
+    assert len(sentences) >= 1 and unfinished
     first, second = generate(model, tokenizer, PROMPT, 2)
-    assert first.forced == len(begun) and second.forced == 0
-    assert len(first.tokens) <= model.config.sentence_settings["max_tokens"] - len(begun)
+    assert first.forced == len(unfinished) and second.forced == 0
+    assert len(first.tokens) <= model.config.sentence_settings["max_tokens"] - len(unfinished)
 
 
 @pytest.mark.parametrize("prompt", ["", PROMPT, "It ends. ", "他走了。然后", "unfinished \u00e9"])

@@ -96,7 +96,7 @@ def test_the_token_model_is_the_plain_model(name, path):
 
 @pytest.mark.parametrize("name", ROTARY)
 def test_rotary_positions_restart_in_every_window(name):
-    """Rotary attention does not feel a shift, so what the model is told is looked at itself."""
+    """Rotary attention does not feel a shift, so this looks at the positions that the model gets."""
     model, batch = family_sllm(name), random_batch(23)
     seen = []
     model.backbone.rotary_emb.register_forward_pre_hook(

@@ -28,8 +28,8 @@ def draw(rng: np.random.Generator, documents: int) -> Batch:
 
 
 def backbone_sees_everything(q, k, v, layout, causal, *args, **kwargs):
-    """The backbone's attention as the published code runs it: nobody hands it a mask. The sentence decoder
-    has its attention from `pipeline.layers` and stays causal."""
+    """The backbone's attention as the published code runs it: without a mask. The sentence decoder
+    has its attention from `pipeline.models.layers` and stays causal."""
     return packed_attention(q, k, v, layout, False, *args, **kwargs)
 
 
