@@ -332,8 +332,8 @@ def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:
     for n, size in enumerate(sizes):
         at = bisect_left(rooms, (size, 0))
         if at < len(rooms):
-            room, which = rooms.pop(at)
-            members[which].append(n)
+            room, number = rooms.pop(at)
+            members[number].append(n)
         else:
             if len(rooms) == LOOK_AHEAD:
                 yield members.pop(rooms.pop(0)[1])
@@ -341,7 +341,7 @@ def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:
             room, number = budget, bins
             members[number] = [n]
         if room > size:
-            insort(rooms, (room - size, which))
+            insort(rooms, (room - size, number))
         else:
             yield members.pop(number)
     yield from members.values()
