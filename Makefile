@@ -2,7 +2,7 @@
 # make test       every test but those marked `long` (at most 15 minutes on 2 cores)
 # make test-fast  tests that start no processes of their own (at most 4 minutes)
 # make test-all   every test
-# make lint       ruff, import layers, spelling, types, structure
+# make lint       ruff, import layers, spelling, words, types, structure
 # make results    tables and charts of the docs, from docs/results
 #
 #   make demo PYTHON=python3.12          another interpreter for .venv
@@ -63,6 +63,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/python -m tools.check_words
 	$(BIN)/mypy
 	$(BIN)/python -m tools.structure --check
 

@@ -125,7 +125,7 @@ def _kill_once(
     def reached() -> bool:
         if kind == "start" and time.monotonic() - began > 3 * delay:
             return True
-        if _starts(run) == starts:  # what lies in the folder is the last life's
+        if _starts(run) == starts:  # what is in the folder is from the start before
             return False
         steps = _last_step(run) - before
         if kind == "save" and steps < LONGEST_LIFE - 1:

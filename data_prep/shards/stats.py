@@ -381,7 +381,7 @@ def _windows(batch: Batch, window_tokens: int) -> Iterator[int]:
 
 
 def _duplicates(shards: ShardSet, hashes: np.ndarray, tokenizer: Tokenizer) -> dict:
-    """Documents whose whole text stands in the set already. Sorts `hashes` in place.
+    """Documents whose whole text is in the set already. Sorts `hashes` in place.
 
     Texts are told apart by 64-bit hashes: among 500 million documents the chance of even one false pair is
     below 1 %. Memory: the hashes, one byte a document, and what the copies need.

@@ -56,11 +56,13 @@ LOWER_CASE = _words(
 STARTERS = _words(
     "The A An This That These Those There Then Thus Therefore Here He She It They We You I His Her Its "
     "Their Our Your My Mine In On At By For From With Without Within When Whenever While Where Wherever "
+    # words: quoted
     "Why What Whatever Who Whoever Whose Which How If Though Although Because Since After Before But And "
     "Or Nor So Yet As To No Not Never Nevertheless None Now Once One Some Many Most Much All Each Every "
     "Both Either Neither Another Such Only Even Still Perhaps Maybe However Meanwhile Moreover "
     "Furthermore Later Finally Also Let Do Did Does Don't Don’t Didn't Didn’t Is Are Was Were Has Have "
     "Had Can Could Would Should Under Over During Until Upon Between Among Despite Instead Just Nothing "
+    # words: quoted
     "Nobody Everyone Everybody Everything Someone Something Anyone Anything Yes Oh Ah Well Please See "
     "It's It’s I'm I’m I'll I’ll I've I’ve I'd I’d He's He’s She's She’s That's That’s There's There’s "
     "They're They’re We're We’re We'll We’ll You're You’re Today Yesterday Tomorrow"

@@ -118,7 +118,7 @@ def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> dict[str, dict
         if result["kind"] != meta.objective or not same or origin.get("recipe") != meta.recipe:
             raise UserError(
                 f"{path} measured {result['model']}, which does not hold {checkpoint} of this run: "
-                f"remove it, or measure that export again and export once more"
+                f"remove it, or measure that export again and rerun the export"
             )
         found[path.stem] = result
     return found

@@ -66,7 +66,7 @@ def export_run(
     if tokenizer.fingerprint != meta.tokenizer:
         raise UserError(
             f"{run_dir / 'tokenizer'} is not the tokenizer of {checkpoint.name}: start the training command "
-            "again to have it written anew"
+            "again to rewrite it"
         )
     model = model_from_config(meta)
     parts = Parts(checkpoint, meta)

@@ -53,7 +53,7 @@ RESULTS = "results.json"
 KEYS = ("about", "recipe", "seeds", "overrides", "runs")
 OURS = ("seed", "output_dir")  # recipe keys that the sweep itself sets
 COSTS = ("tokens", "seconds", "operations")
-# Figures of `sllm evaluate` that stand in a row itself; the others are its `evaluation`.
+# Figures of `sllm evaluate` that are columns of a row; the others are in its `evaluation`.
 FIGURES = (
     "parameters",
     "body_parameters",

@@ -285,7 +285,7 @@ def test_chain_lives_through_everything(
     recorded = yaml.safe_load((run / "recipe.yaml").read_text())["data"]["shards"]
     assert "/staged/train-" in recorded[0]
 
-    # Submitted again, a finished run says so.
+    # Submitted again, a finished run reports that it is finished.
     cluster.environment |= {"SHARDS": str(work / "shards/train"), "OUTPUT_DIR": str(run), "DOCTOR": "no"}
     cluster.environment |= {"CONFIG": str(sllm_recipe), "VALIDATION": str(work / "shards/valid")}
     size = ("--nodes=1", "--cpus-per-task=1")
@@ -295,7 +295,7 @@ def test_chain_lives_through_everything(
 
 
 def check_run(run: Path, last: int) -> list[int]:
-    """Every step is there once, each start goes on from a checkpoint of the one before, and `sllm audit`
+    """Every step is there once, each start resumes from a checkpoint of the one before, and `sllm audit`
     finds nothing to say; the number of ranks of each start."""
     rows = read_lines(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, last + 1))
@@ -305,8 +305,8 @@ def check_run(run: Path, last: int) -> list[int]:
     done = subprocess.run(audit, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     starts = read_lines(run / "starts.jsonl")
-    begun_at = [start["step"] for start in starts]
-    assert begun_at == sorted(set(begun_at)), begun_at
+    started_at = [start["step"] for start in starts]
+    assert started_at == sorted(set(started_at)), started_at
     return [start["world"] for start in starts]
 
 
@@ -364,7 +364,7 @@ def test_bad_nodes_are_named_before_any_training_step(
 def test_requeued_by_a_signal_before_training_and_by_hung_ranks_but_not_for_ever(
     cluster: SlurmCluster, project: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    """Start 1 is told to stop while the preflight looks, start 2 hangs, start 3 is one too many."""
+    """Start 1 gets a stop signal during the preflight, start 2 hangs, start 3 is one too many."""
     recipe = write_recipe(tmp_path / "vae.yaml", objective="vae", model={"vae": VAE})
     # One rank hangs, alone: when the first of several ends with 76, others may still import and be killed.
     (tmp_path / "site.sh").write_text(

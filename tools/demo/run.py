@@ -10,7 +10,7 @@ In: nothing but this project (the corpus is Python's own documentation). Out: ev
 
 A step runs again only when its command, its recipe (or a base of it), or a step that it builds on has
 changed, or its output is gone. Changed code is not noticed: `make clean` forgets everything. A killed
-training goes on from its last checkpoint. Exit status: 0, or that of the step that failed.
+training resumes from its last checkpoint. Exit status: 0, or that of the step that failed.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Step:
     """One command line. `reads`: project files it depends on; `needs`: earlier steps whose output it uses.
 
     `makes`: the file or folder that it leaves; `captures`: `makes` is its standard output. `resumes`: after a
-    kill the same command goes on with what is there, so that is kept.
+    kill the same command continues with what is there, so that is kept.
     """
 
     name: str

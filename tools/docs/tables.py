@@ -35,7 +35,7 @@ def refresh(root: Path, check: bool = False) -> list[str]:
     """Write all tables and pictures below `root`; with `check`, write nothing.
 
     Returns: the places that differed, `PAGE:LINE: table …` or `PICTURE: …`, in order.
-    Raises: UserError for a marker without its other half, a table that nobody makes, or results that are
+    Raises: UserError for a marker without its other half, an unknown table, or results that are
     not there or have another shape; nothing has been written then.
     """
     if not (root / "README.md").is_file():
@@ -105,7 +105,7 @@ def _table(place: str, words: list[str], results: Results) -> list[str]:
     if name not in TABLES:
         near = difflib.get_close_matches(name, TABLES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(TABLES))}"
-        raise UserError(f"{place}: nobody makes a table `{name}`; {hint}")
+        raise UserError(f"{place}: there is no table `{name}`; {hint}")
     try:
         return TABLES[name](results, *rest)
     except UserError as error:

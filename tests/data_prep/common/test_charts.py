@@ -128,7 +128,7 @@ def test_hostile_names_do_not_break_a_page() -> None:
     found = Page(text)
     assert "script" not in found.tags and found.loads == []
     assert "script" in found.text and "[U+202E]" in found.text and "句子" in found.text
-    assert "characters" in found.text  # a long sentence is cut, and the page says so
+    assert "characters" in found.text  # a long sentence is cut, which the page reports
     assert not {"\0", "\u202e"} & set(text)
 
 

@@ -27,7 +27,7 @@ def work_folder(folder: Path) -> WorkFolder:
 
 
 def run_unit(folder: Path, unit: int, staging: Path, heartbeat, seconds: float = 0.05) -> None:
-    with open(folder / "runs.log", "a") as log:  # O_APPEND: one line per write, whoever writes
+    with open(folder / "runs.log", "a") as log:  # O_APPEND: one line per write, from any process
         log.write(f"{unit} {os.getpid()}\n")
     time.sleep(seconds)
     heartbeat({"bytes": unit})

@@ -1,4 +1,4 @@
-"""`data-prep shard` as a whole: the same bytes however the work is shared out, stopped and begun again."""
+"""`data-prep shard` as a whole: the same bytes however the work is divided, stopped and restarted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chinese = number % 3 == 2
         text = tokenizer_folders.CHINESE if chinese else tokenizer_folders.ENGLISH
         lines = [
-            # Every seventh text stands in all files of its language, and once more in its own.
+            # Every seventh text is in all files of its language, and twice in its own.
             json.dumps(
                 {
                     "id": f"{number}-{n}",
@@ -211,7 +211,7 @@ def test_ten_thousand_fuzzed_lines_among_good_ones(
     assert len(bad) > 9000
 
 
-# Stopped and begun again -------------------------------------------------------------------------------
+# Stopped and restarted ---------------------------------------------------------------------------------
 
 
 def wait_for(what, process: subprocess.Popen) -> None:
@@ -270,7 +270,7 @@ def test_killed_again_and_again_it_comes_to_the_same_end(
         time.sleep(moments.uniform(0, 0.04))
         if kill % 2:
             os.killpg(process.pid, signal.SIGKILL)
-        else:  # the parent alone: its workers must not go on without it
+        else:  # the parent alone: its workers must end with it
             workers = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             _, alive = psutil.wait_procs(workers, timeout=60)

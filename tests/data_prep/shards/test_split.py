@@ -1,4 +1,4 @@
-"""`data-prep split` where it is stopped, goes on, or cannot go on. What it computes: test_sharding.py."""
+"""`data-prep split` where it is stopped, resumes, or cannot resume. What it computes: test_sharding.py."""
 
 from __future__ import annotations
 

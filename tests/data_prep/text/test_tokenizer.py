@@ -366,7 +366,7 @@ def test_definitions_that_the_engine_might_misread_are_left_to_the_reference(
     (folder / "tokenizer.json").write_text(json.dumps(spec | change), encoding="utf-8")
     try:
         tokenizer = load_tokenizer(folder)
-    except UserError as error:  # such a suffix loses text, whoever encodes
+    except UserError as error:  # such a suffix loses text with either encoder
         assert "loses text" in str(error)
     else:
         assert tokenizer.engine.startswith("tokenizers ")
@@ -374,7 +374,7 @@ def test_definitions_that_the_engine_might_misread_are_left_to_the_reference(
     assert said in warning and warning.count("\n") == 1
 
 
-def test_the_engine_is_built_anew_when_memory_grows(both: dict[str, Tokenizer]):
+def test_the_engine_is_rebuilt_when_memory_grows(both: dict[str, Tokenizer]):
     built = []
 
     def build() -> object:

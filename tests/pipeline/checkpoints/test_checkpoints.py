@@ -55,7 +55,7 @@ def test_a_changed_pointer_does_no_harm(run: Path) -> None:
         for bit in range(8):
             latest.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
             found = checkpoints.newest_whole(run)
-            # Another name of the same kind means going on from further back: nothing is lost but time.
+            # Another name of the same kind means a resume from an earlier step: only time is lost.
             assert found[0].name in ("step-00000004", "step-00000006") and found[1].step in (4, 6)
     latest.unlink()
     assert checkpoints.newest_whole(run)[0].name == "step-00000006"
@@ -93,7 +93,7 @@ def test_records_on_a_full_disk_end_all_ranks_with_one_line(
     assert status == 2 and "\n" not in message
     assert message.startswith("after step 3: ") and "metrics.jsonl: File too large" in message
     assert [r["step"] for r in read_records(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
-    # While the disk is full the run does not begin either; then it goes on as if nothing had been.
+    # While the disk is full the run does not start either; then it resumes as if nothing had happened.
     message, status = pool.run(2, ranks.train_with_file_limit, settings, 0, 100)
     assert status == 2 and "File too large" in message and "\n" not in message
     assert pool.run(2, ranks.train, settings) == [0, 0]
@@ -159,7 +159,7 @@ def test_a_resumed_run_skips_the_same_spikes_and_no_checkpoint_comes_before_its_
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in theirs)
 
 
-def require_records_first(seen: list[tuple[str, str, int]], begun: int) -> None:
+def require_records_first(seen: list[tuple[str, str, int]], started: int) -> None:
     """What one rank flushed and renamed: before a checkpoint gets its name, the record of its step, its own
     files and its meta.json are on the disk."""
     named = [(place, name) for place, (what, name, _) in enumerate(seen) if name.startswith("step-")]
@@ -238,7 +238,7 @@ def test_a_new_run_begins_from_the_weights_of_another(
     assert first["run"] == pytest.approx(first["folder"], abs=1e-5)
     assert first["run"] < losses(run)[0] - 0.2, "begins where nothing was learnt"
 
-    # Going on, the checkpoint counts, and the source may be gone.
+    # On a resume the checkpoint counts, and the source may be gone.
     again = arguments(recipes, "sllm", "zero2", tmp_path / "run", *still, tmp_path / "gone")
     assert pool.run(1, ranks.train, [*again, "--training.max_steps", "2"]) == [0]
     size = sum(size for size, _ in checkpoints.find(run)[1].files.values())

@@ -1,4 +1,4 @@
-"""A run goes on as another number of ranks, or with another ZeRO stage, as if nothing had been."""
+"""A run resumes on another number of ranks, or with another ZeRO stage, as if never interrupted."""
 
 from __future__ import annotations
 

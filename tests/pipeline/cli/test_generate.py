@@ -73,7 +73,7 @@ def texts(data: bytes) -> list:
 
 
 @pytest.mark.parametrize("kept", [0, 1, 200, 1500, None])
-def test_a_file_begun_is_continued_to_the_same_texts(kept, folder, prompts, tmp_path):
+def test_a_started_file_is_continued_to_the_same_texts(kept, folder, prompts, tmp_path):
     how = settings(**HOW)
     generate_file(folder, prompts, tmp_path / "whole.jsonl", how, batch_size=4)
     whole = (tmp_path / "whole.jsonl").read_bytes()

@@ -87,7 +87,7 @@ def test_evaluate_prints_one_json_object(folders, tiny_valid_shards):
     for key in ("bits_per_byte", "ppl", "nll_nats", "bytes", "tokens", "sentences", "documents", "windows"):
         assert result[key] > 0
     assert result["documents"] == 2 and result["kind"] == "sllm" and "vector_gain" in result
-    assert done.stderr == ""  # no progress, no warnings where nobody watches
+    assert done.stderr == ""  # no progress, no warnings without a terminal
 
 
 @pytest.mark.parametrize(

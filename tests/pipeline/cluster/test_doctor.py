@@ -100,7 +100,7 @@ def test_bad_machines_are_named(pool: ranks.RankPool, tiny_shards: Path, tmp_pat
     )
     shard = [line for line in lines if line.startswith("sllm doctor: node3: shard ")]
     assert len(shard) == 1 and tar.name in shard[0] and "sha256" in shard[0], lines
-    # What node2 sends is wrong: the others say so. All sums are wrong, too.
+    # What node2 sends is wrong: the others report it. All sums are wrong, too.
     wrong = [line for line in lines if "receives wrong data from node2" in line]
     assert [line.split(": ")[1] for line in wrong] == ["node1", "node3"], lines
     assert len([line for line in lines if "all-reduce gives wrong sums" in line]) == 2, lines

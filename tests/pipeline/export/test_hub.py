@@ -227,7 +227,7 @@ def test_missing_and_unknown_weights_are_refused_by_name(name, change, tmp_path)
 def folder(tiny_tokenizer, tmp_path_factory) -> str:
     tokenizer = load_tokenizer(tiny_tokenizer)
     model = small_model("sllm", tokenizer, seed=3)
-    torch.nn.init.constant_(model.stop_head.bias, -50.0)  # it goes on to the sentence limit
+    torch.nn.init.constant_(model.stop_head.bias, -50.0)  # it continues to the sentence limit
     return save(model, tmp_path_factory.mktemp("generate") / "sllm", tokenizer)
 
 

@@ -1,5 +1,5 @@
-"""`sllm sweep`: real trainings and evaluations, rows that say what the run directories say, nothing done
-twice, a stopped sweep that goes on, mistakes in one line."""
+"""`sllm sweep`: real trainings and evaluations, rows that equal the run directories, nothing done
+twice, a stopped sweep that resumes, mistakes in one line."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_the_sweeps_that_come_along_are_sound(tiny_tokenizer: Path) -> None:
         for job in jobs:
             vae = (job.after or job).recipe.model.vae
             recipe = job.recipe
-            if recipe.optimizer.parts:  # refused by the trainer only, hours after the sweep has begun
+            if recipe.optimizer.parts:  # refused by the trainer only, hours after the start of the sweep
                 backbone, window = recipe.model.backbone, recipe.data.window_tokens
                 model = build_model(recipe.objective, vae, backbone, tokenizer, cut, window)
                 assert parameter_groups(model, recipe.optimizer)

@@ -103,7 +103,7 @@ def test_a_trace_that_cannot_be_written_ends_all_ranks_with_one_line(
     assert "/profile: File exists; checkpoints are whole" in message
 
 
-def test_a_run_goes_on_when_nobody_reads_its_output(
+def test_a_run_continues_when_no_process_reads_its_output(
     pool: ranks.RankPool, recipes: Path, reference: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "stacks").mkdir()
@@ -254,7 +254,7 @@ def test_the_average_of_the_weights_is_exported(
     settings = arguments(recipes, "vae", "zero0", tmp_path / "run", "--model.vae.tie_word_embeddings", "true")
     settings += ["--training.ema", "0.75", "--training.save_every", "1", "--training.keep", "10"]
     settings[settings.index("--deepspeed_config") + 1] = partition_everything(stage, tmp_path)
-    for steps in ("3", "6"):  # the average goes on after a restart
+    for steps in ("3", "6"):  # the average continues after a restart
         assert pool.run(world, ranks.train, [*settings, "--training.max_steps", steps]) == [0] * world
     run, model = str(tmp_path / "run"), str(tmp_path / "model")
     [(from_average, from_last)] = pool.run(1, run_checks.export_average, run, model, 0.75)
@@ -523,7 +523,7 @@ def test_shards_count_by_content_not_by_place(
     shutil.copytree(tiny_shards, moved)
     here = arguments(recipes, "vae", "zero0", run, "--data.shards", moved)
     assert pool.run(1, ranks.train, here) == [0]  # finished, and the same set
-    assert pool.run(1, ranks.train, [*here, "--training.max_steps", "7"]) == [0]  # goes on
+    assert pool.run(1, ranks.train, [*here, "--training.max_steps", "7"]) == [0]  # resumes
     assert len(losses(run)) == 7
 
     shutil.rmtree(moved)
@@ -574,7 +574,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "step-00000006 is damaged: mp_rank_00_model_states.pt has" in line
     assert line.endswith("using step-00000004 instead")
     assert "resuming at step 4" in said
-    assert losses(run) == losses(reference["vae"])  # steps 5 and 6 once more, and once only
+    assert losses(run) == losses(reference["vae"])  # steps 5 and 6 again, and only once
     assert pool.run(1, ranks.train_and_listen, again) == [
         (0, f"{run}: already finished, at step-00000006; nothing to do\n")
     ]
@@ -751,7 +751,7 @@ def test_two_runs_of_one_name_are_two_at_weights_and_biases(tmp_path: Path) -> N
         run.mkdir(parents=True)
     first, second = map(wandb_id, runs)
     assert first != second
-    assert [wandb_id(run) for run in runs] == [first, second]  # a resumed run goes on under its id
+    assert [wandb_id(run) for run in runs] == [first, second]  # a resumed run keeps its id
 
 
 def test_the_deepspeed_launcher_trains(recipes: Path, reference: dict[str, Path], tmp_path: Path) -> None:

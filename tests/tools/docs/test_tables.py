@@ -79,7 +79,7 @@ def test_what_a_sentence_vae_cost_has_a_column_where_it_says_something(checkout:
     write(checkout, "experiments/small.json", {"rows": rows})
     head = next(line for line in made(checkout).splitlines() if line.startswith("| run |"))
     assert "with the SentenceVAE's (s)" in head
-    assert "with the SentenceVAE's (M)" not in head  # the same numbers once more
+    assert "with the SentenceVAE's (M)" not in head  # the same numbers again
 
 
 def test_a_sweep_tells_what_is_not_there_and_what_is_no_prediction(checkout: Path) -> None:
@@ -247,8 +247,8 @@ def test_typed_rows_say_where_they_come_from(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("sweeep experiments/small.json", "nobody makes a table `sweeep`; did you mean sweep?"),
-        ("zzz", "nobody makes a table `zzz`; there are by-language, "),
+        ("sweeep experiments/small.json", "there is no table `sweeep`; did you mean sweep?"),
+        ("zzz", "there is no table `zzz`; there are by-language, "),
         ("sweep experiments/none.json", "docs/results/experiments/none.json is not there"),
         ("sweep", "name a FILE.json that has rows"),
         ("exact-by-length", r"cannot be made of these words and results \(TypeError"),
