@@ -4,6 +4,7 @@
 # make test-all   every test
 # make lint       ruff, import layers, spelling, words, types, structure
 # make results    tables and charts of the docs, from docs/results
+# make clean      remove the demo (which reuses finished steps even after a change of the code) and caches
 #
 #   make demo PYTHON=python3.12          another interpreter for .venv
 #   make setup PIP_FLAGS='--index-url …' another package source, e.g. for a CPU or a particular CUDA build of torch

@@ -128,6 +128,7 @@ class Qwen3Recipe(Qwen2Recipe):
     attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
 
 
+# Add a family here, and its config to tests/helpers/backbone_families.py, which tests it.
 BACKBONES: dict[str, type[BackboneRecipe]] = {
     "opt": OptRecipe,
     "llama": LlamaRecipe,

@@ -21,7 +21,9 @@ from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.folders import KINDS, load_pretrained, model_config, read_config
 from pipeline.models.kv_cache import CachedStep
 
-FAMILIES = tuple(BACKBONES)  # packing, causality, cache and gradients of each are tested
+# Packing, causality, cache and gradients of each are tested (tests/helpers/backbone_families.py). A new one
+# starts in `BACKBONES`, with its recipe keys.
+FAMILIES = tuple(BACKBONES)
 
 
 def backbone_config(settings: dict) -> PreTrainedConfig:

@@ -1,5 +1,7 @@
-"""`LossSums`, the result of every model's `forward`: sums in nats, never means, so that ranks and batches add
-up; and the figures made of such sums (docs/evaluation.md)."""
+"""`LossSums`, the result of every model's `forward`, and the figures made of such sums (docs/evaluation.md).
+
+Sums in nats, never means, so that ranks and batches add up. `pipeline.training.engine` divides them.
+"""
 
 from __future__ import annotations
 

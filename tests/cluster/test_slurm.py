@@ -1,4 +1,4 @@
-"""The Slurm templates, unmodified, by a real Slurm of four nodes on this machine (tests/slurm_cluster.py).
+"""The Slurm templates, unmodified, by a real Slurm of four nodes here (tests/helpers/slurm_cluster.py).
 
 One chain of jobs lives through every event of a job's life: a killed rank, a signal, preemption and the time
 limit in its SentenceVAE on two nodes (a start of four costs twice as much here), the death of a node in its
