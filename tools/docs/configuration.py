@@ -15,12 +15,15 @@ INTRODUCTION = """\
 
 <!-- Written by `python -m tools.docs.configuration` from pipeline/config/schema.py. -->
 
-A recipe is a YAML file that describes one training run. `pipeline/recipes/` holds one for each model.
+A recipe is a YAML file that describes one training run. `pipeline/recipes/` holds one for each
+model.
 
-- `base: other.yaml` starts from another recipe, by its path relative to the file. Keys of the file win.
+- `base: other.yaml` starts from another recipe, by its path relative to the file. Keys of the file
+  win.
 - `--section.key VALUE` on the command line wins over the file: `--data.shards a b`, `--seed=2`.
 - A `path` of a model part replaces the sizes that the base gives.
-- A wrong recipe is refused before torch loads. The message lists every problem.
+- A wrong recipe is refused before torch loads. The message lists every problem, and
+  the nearest known key for an unknown one.
 - A key that is given twice in one mapping is refused.
 """
 

@@ -347,7 +347,7 @@ def test_every_file_says_what_it_is_for_and_where_it_ran() -> None:
     table = (CONFIGS / "README.md").read_text()
     for path in CONFIGS.glob("*.json"):
         header = " ".join(json.loads(path.read_text())["//"])
-        assert "CPU" in header and "ot yet tested" in header, path
+        assert "CPU" in header and "not yet tested" in header.lower(), path
         assert f"`{path.name}`" in table
 
 
