@@ -58,6 +58,7 @@ soak: $(STAMP)
 
 results: $(STAMP)
 	$(BIN)/python -m tools.docs.tables
+	$(BIN)/python -m tools.docs.configuration
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

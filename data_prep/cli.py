@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter, validators
 
 import data_prep
-from data_prep.common.command_line import Many, Positive, make_app, run_app
+from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
 from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
 from data_prep.corpus.filters import Filters
 
@@ -104,8 +104,8 @@ def shard(
     tokenizer: str,
     lang: Language = "auto",
     segmenter: Cut = "clause",
-    max_tokens: int = 64,
-    min_tokens: int = 1,
+    max_tokens: Positive = 64,
+    min_tokens: Positive = 1,
     rules: Rules = NO_RULES,
     deduplicate: bool = False,
     shard_mb: Annotated[Megabytes, WORK] = 64.0,
@@ -282,7 +282,7 @@ def split(
     output: str,
     parts: Many,
     by: Literal["text", "id"] = "text",
-    seed: int = 0,
+    seed: Natural = 0,
     json: Json = False,
 ) -> None:
     """Split a shard set by document hash into parts, such as train, valid and test.

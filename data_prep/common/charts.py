@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data_prep.common.errors import UserError
+from data_prep.common.extras import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -320,11 +320,7 @@ def _draw_mark(axes: Axes, mark: Mark, number: int) -> None:
 
 
 def _figure_class() -> type[Figure]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("charts need matplotlib: install the extra `report` (sentence-llm[report])") from None
-    return Figure
+    return import_extra("matplotlib.figure", "report").Figure
 
 
 def require() -> None:

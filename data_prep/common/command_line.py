@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter, validators
+from cyclopts import App, CycloptsError, Parameter, Token, validators
 
 from data_prep.common.errors import UserError
 
+NARROWEST = 10  # columns
 Many = Annotated[Sequence[str], Parameter(consume_multiple=1)]  # `--shards A B`, or the option several times
-Positive = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+LARGEST = 2**63 - 1
+
+
+def _whole(_: Any, tokens: Sequence[Token]) -> int:
+    # cyclopts would round 1.5 and read 0b11.
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"must be a whole number, not {tokens[0].value!r}") from None
+
+
+def _whole_number(least: int) -> Parameter:
+    return Parameter(converter=_whole, validator=validators.Number(gte=least, lte=LARGEST))
+
+
+Positive = Annotated[int, _whole_number(1)]
+Natural = Annotated[int, _whole_number(0)]
 
 
 def make_app(name: str, version: str, summary: str, example: str) -> App:
@@ -41,6 +59,8 @@ def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | Non
     Raises: UserError for a command line that cannot be meant.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if os.environ.get("COLUMNS", "80").isdecimal() and int(os.environ.get("COLUMNS", "80")) < NARROWEST:
+        del os.environ["COLUMNS"]  # rich loops for ever on a terminal of no width
     try:
         command, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:

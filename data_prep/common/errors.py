@@ -35,6 +35,9 @@ def first_line(error: BaseException) -> str:
 
 def run_main(prog: str, main: Callable[[], int | None]) -> int:
     """Run `main`; the process's exit status: 0, its own, 2 for `UserError` and `OSError`, 130 for Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         status = main()
         sys.stdout.flush()

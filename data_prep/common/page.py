@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.common import charts
 from data_prep.common.errors import UserError
+from data_prep.common.extras import import_extra
 
 NOTHING = "–"  # in a table's cell
 LONGEST_QUOTE = 600  # characters shown of one sentence
@@ -139,10 +140,7 @@ def render(path: Path, values: Mapping[str, Any], filters: Filters) -> str:
 
 
 def _environment(**options: Any) -> Any:
-    try:
-        import jinja2
-    except ImportError:
-        raise UserError("pages need jinja2: install the extra `report` (sentence-llm[report])") from None
+    jinja2 = import_extra("jinja2", "report")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     return jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, **options

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import time
 from typing import Any, TextIO
 
@@ -87,7 +87,7 @@ class ProgressLine:
                 unit="B",
                 unit_scale=True,
                 smoothing=0,
-                file=self._stream if live else io.StringIO(),
+                file=self._stream if live else open(os.devnull, "w"),
                 bar_format=None if live else LOG_FORMAT,
             )
         self._bar.total = progress.total

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
-from data_prep.common.command_line import Many, Positive
+from data_prep.common.command_line import Many, Natural, Positive
 from pipeline.cli.options import Int8, Json, Output, answer, app
 
 SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
@@ -154,7 +154,7 @@ def robustness(
     text: str,
     mix: str | None = None,
     max_documents: Positive | None = None,
-    seed: int = 1,
+    seed: Natural = 1,
     output: Output = None,
     json: Json = False,
 ) -> None:
@@ -179,7 +179,7 @@ def robustness(
 
 @app.command(group="Evaluate")
 def check(
-    *, model: str, documents: Positive = 6, seed: int = 0, tolerance: float = 1e-5, json: Json = False
+    *, model: str, documents: Positive = 6, seed: Natural = 0, tolerance: float = 1e-5, json: Json = False
 ) -> int:
     """Prove on a model folder: causal, cached = uncached, packed = one by one. Status 1 if a check fails.
 

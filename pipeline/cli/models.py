@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
-from data_prep.common.command_line import Positive
+from data_prep.common.command_line import Natural, Positive
 from data_prep.common.errors import UserError
 from pipeline.cli.options import VAE_RECIPE_HELP, Int8, Json, answer, app, print_json
 
@@ -33,10 +33,10 @@ def generate(
     stop: Annotated[Sequence[str], Parameter(allow_leading_hyphen=True)] = (),
     temperature: Annotated[float | None, SAMPLING] = None,
     top_p: Annotated[float | None, SAMPLING] = None,
-    top_k: Annotated[int | None, SAMPLING] = None,
+    top_k: Annotated[Positive | None, SAMPLING] = None,
     min_p: Annotated[float | None, SAMPLING] = None,
     repetition_penalty: Annotated[float, SAMPLING] = 1.0,
-    seed: Annotated[int | None, SAMPLING] = None,
+    seed: Annotated[Natural | None, SAMPLING] = None,
     samples: Annotated[Positive, ONE_COUNT] = 1,
     best_of: Annotated[Positive | None, ONE_COUNT] = None,
     int8: Int8 = False,

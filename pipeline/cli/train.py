@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
@@ -16,7 +19,11 @@ from pipeline.cli.options import Overrides
 from pipeline.config.keys import as_text
 from pipeline.config.schema import KEYS
 
+if TYPE_CHECKING:
+    import psutil
+
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
+POLL_SECONDS = 0.5
 
 
 EXAMPLE = """\
@@ -42,37 +49,82 @@ def train(
         deepspeed_config: a DeepSpeed JSON file or the name of one in ds_configs/, and any that add to it
         ranks: processes on this machine (default: this process alone, or one rank of srun or torchrun)
     """
-    words = ["--recipe", recipe, "--deepspeed-config", *deepspeed_config, *overrides]
     if ranks is not None:
-        return launch(ranks, words)
-    from pipeline.training.main import main
+        return launch(ranks, recipe, deepspeed_config, overrides)
+    from pipeline.training.main import start
 
-    return main(words)
+    return start(recipe, deepspeed_config, overrides)
 
 
-def launch(ranks: int, words: list[str]) -> int:
+def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: Sequence[str]) -> int:
     """Train in `ranks` processes of this machine, started by DeepSpeed's launcher; returns its exit status.
 
-    USR1 and TERM are passed on to the ranks, which save and stop. The launcher itself would not do that.
+    USR1, TERM and a first Ctrl-C are passed on to the ranks, which save and stop: the launcher would not do
+    that. A second Ctrl-C ends them at once. Raises: UserError for input that the ranks would refuse.
     """
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+    # A batch script has SLURM_PROCID too; only a step's processes are ranks.
+    in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+    if in_step or "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
         raise UserError("--ranks: this process is a rank of a launcher already; start it without --ranks")
+    from data_prep.shards.reader import ShardSet
+    from pipeline.config.deepspeed_config import read_strategy
+    from pipeline.config.schema import load_recipe
     from pipeline.parallel.ranks import free_port
 
+    data = load_recipe(recipe, list(overrides)).data
+    read_strategy(*deepspeed_config)
+    for folder in (*data.shards, *filter(None, [data.validation])):
+        ShardSet.open(folder)
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     module = ["--num_gpus", str(ranks), *address, "--module", "pipeline.train"]
-    launcher = subprocess.Popen([sys.executable, "-m", "deepspeed.launcher.runner", *module, *words])
+    words = ["--recipe", recipe, "--deepspeed-config", *deepspeed_config, *overrides]
+    received: list[int] = []
     for number in FORWARDED:
-        signal.signal(number, lambda number, _: _signal_ranks(launcher.pid, number))
-    return launcher.wait()
+        signal.signal(number, lambda number, _: received.append(number))
+    # In a session of its own: the terminal's Ctrl-C is for this process, which asks the ranks to save.
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "deepspeed.launcher.runner", *module, *words], start_new_session=True
+    )
+    interrupted, sent = False, set[tuple[int, int]]()
+    try:
+        while True:
+            try:
+                return launcher.wait(timeout=POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                _forward(received, launcher.pid, sent)
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                received.append(signal.SIGTERM)
+                print("sllm: stopping, the ranks save first (Ctrl-C again: at once)", file=sys.stderr)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
 
 
-def _signal_ranks(launcher: int, number: int) -> None:
+def _forward(received: Sequence[int], launcher: int, sent: set[tuple[int, int]]) -> None:
+    """Send each signal once to each rank that has its handlers."""
     import psutil
 
-    for process in psutil.Process(launcher).children(recursive=True):
-        try:
-            if "LOCAL_RANK" in process.environ():
-                process.send_signal(number)
-        except psutil.Error:
-            continue
+    with suppress(psutil.Error):  # the launcher or a rank may have ended by now
+        for process in psutil.Process(launcher).children(recursive=True):
+            for at, number in enumerate(received):
+                if (at, process.pid) not in sent and _is_rank(process) and _listens(process.pid, number):
+                    process.send_signal(number)
+                    sent.add((at, process.pid))
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return "LOCAL_RANK" in process.environ()
+
+
+def _listens(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal; before that, the signal would kill it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) & 1 << (number - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from data_prep.common.errors import UserError, first_line
 from pipeline.parallel.ranks import Ranks
 
 PINGS = 5
+HEARTBEAT_SECONDS = 2.0
+LOST_SECONDS = 15.0  # without a heartbeat: the rank has died
 
 
 class ServerLost(UserError):
@@ -48,6 +51,9 @@ class Meeting:
         except RuntimeError as error:
             raise UserError(f"{where}: {first_line(error)}") from None
         self._port = port
+        self._ended = threading.Event()
+        if not is_server:
+            threading.Thread(target=self._beat, args=(address, port, limit), daemon=True).start()
         self.hosts = self.exchange(host)
 
     def __enter__(self) -> Meeting:
@@ -57,6 +63,7 @@ class Meeting:
         """Leave an empty value in the next round, so that no rank waits for this one."""
         if self.ranks.world == 1:
             return
+        self._ended.set()
         self._round += 1
         with suppress(RuntimeError):
             self._store.set(self._key(self.ranks.rank or "all"), "")
@@ -80,8 +87,7 @@ class Meeting:
                     raise RuntimeError
             return json.loads(answer)
         keys = {rank: self._key(rank) for rank in range(1, world)}
-        with suppress(RuntimeError):
-            self._wait(keys.values(), limit)
+        self._wait_for_ranks(keys, limit)
         found = {0: json.dumps(value).encode()}
         found |= {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
         values = {rank: json.loads(text) for rank, text in found.items() if text}
@@ -127,6 +133,33 @@ class Meeting:
 
     def _wait(self, keys: Iterable[str], seconds: float) -> None:
         self._store.wait(list(keys), timedelta(seconds=seconds))
+
+    def _wait_for_ranks(self, keys: dict[int, str], seconds: float) -> None:
+        """Wait for every rank's key, at most `seconds`; after the first round also until a rank has died."""
+        end = time.monotonic() + seconds
+        beats: dict[int, tuple[int, float]] = {}
+        while (left := end - time.monotonic()) > 0:
+            absent = [rank for rank, key in keys.items() if not self._store.check([key])]
+            if not absent:
+                return
+            with suppress(RuntimeError):
+                self._wait([keys[rank] for rank in absent], min(HEARTBEAT_SECONDS, left))
+            now = time.monotonic()
+            for rank in absent:
+                beat = self._store.add(f"beat/{rank}", 0)
+                if rank not in beats or beats[rank][0] != beat:
+                    beats[rank] = beat, now
+            if self._round > 1 and any(now - beats[rank][1] > LOST_SECONDS for rank in absent):
+                return
+
+    def _beat(self, address: str, port: int, limit: timedelta) -> None:
+        # A client of its own: the main one blocks in `wait`.
+        from torch.distributed import TCPStore
+
+        with suppress(RuntimeError):
+            client = TCPStore(address, port, None, False, limit, wait_for_workers=False)
+            while not self._ended.wait(HEARTBEAT_SECONDS):
+                client.add(f"beat/{self.ranks.rank}", 1)
 
     def _no_answer(self, ranks: list[int]) -> UserError:
         names = _some([f"{self.hosts[rank]} (rank {rank})" for rank in ranks])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from data_prep.common.page import NOTHING
+
 
 def grouped(value: int) -> str:
     return f"{value:,}"
@@ -19,9 +21,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02} min"
-
-
-NOTHING = "–"  # in a table's cell
 
 
 def with_interval(figures: dict[str, Any], key: str, digits: int = 4) -> str:

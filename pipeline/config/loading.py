@@ -9,6 +9,8 @@ import yaml
 
 from data_prep.common.errors import UserError
 
+MOST_BASES = 20
+
 
 class _Loader(yaml.SafeLoader):
     """YAML in which no key of a mapping is given twice."""
@@ -79,6 +81,8 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     resolved = path.resolve()
     if resolved in seen:
         raise UserError(f"recipe {path}: `base` leads back to itself")
+    if len(seen) > MOST_BASES:
+        raise UserError(f"recipe {path}: more than {MOST_BASES} recipes are based on each other")
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -87,6 +91,8 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
+    except RecursionError:
+        raise UserError(f"recipe {path} is nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -32,9 +32,9 @@ from transformers import OPTConfig, OPTForCausalLM, StoppingCriteria, StoppingCr
 from data_prep.common import charts
 from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, log
+from pipeline.config.library import find_recipe
 from pipeline.costs import process_memory
 from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
-from pipeline.costs.inspect import find_recipe
 from pipeline.costs.options import GenerationBenchmark
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.generation.results import Limits, Piece, Request

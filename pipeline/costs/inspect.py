@@ -12,6 +12,7 @@ The synthetic bin has windows of `data.window_tokens` that fill `data.bin_tokens
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -251,6 +252,8 @@ def inspect(
     tokens = tokens or sized.data.bin_tokens
     window = min(sized.data.window_tokens, tokens)
     longest = sized.model.vae.get("max_sentence_tokens") or 64
+    if not 1 <= tokens_per_sentence < math.inf:
+        raise UserError(f"--tokens-per-sentence must be at least 1, not {tokens_per_sentence}")
     batch = made_up_batch(window, tokens, tokens_per_sentence, longest)
     own = (sized.model.backbone if sized.objective == "lm" else sized.model.vae).get("vocab_size")
     vocab_size = vocab_size or own or Vocabulary().vocab_size

@@ -35,7 +35,7 @@ class Benchmark:
     device: Literal["cpu", "cuda"] = "cpu"
     no_memory: bool = False
     output: str | None = None
-    memory_of: Annotated[str | None, Parameter(show=False)] = None
+    memory_of: Annotated[Literal["model", "against"] | None, Parameter(show=False)] = None
 
 
 @dataclass(frozen=True, kw_only=True)

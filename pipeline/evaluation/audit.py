@@ -164,7 +164,7 @@ def _plan(recipe: Recipe, folders: list[str], metas: dict[int, Meta]) -> BinPlan
         if meta.shards != fingerprints:
             raise UserError(
                 f"{', '.join(folders)}: not the shards that checkpoint {store.step_name(number)} was "
-                "trained on; name those by --shards"
+                "trained on; name those by --data"
             )
     data = recipe.data
     return BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)

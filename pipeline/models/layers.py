@@ -8,7 +8,6 @@ on one new row of each of many sentences with cached keys and values (generation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -21,7 +20,6 @@ from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, 1, d_head] each
-Part = Callable[[Tensor], Tensor]  # of a layer: [T, d] → [T, d]
 
 
 def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
@@ -124,17 +122,20 @@ class TransformerLayer(nn.Module):
     def _ffn(self, x: Tensor) -> Tensor:
         return self.ffn_out(F.gelu(self.ffn_in(x)))
 
-    def _residual(self, x: Tensor, norm: nn.Module | None, part: Part) -> Tensor:
-        """`x` plus what `part` makes of it, with the norm before the part or after the sum."""
-        added = part(x if self.post_norm or norm is None else norm(x))
+    def _before(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """What a part reads: `x`, normalised in a pre-norm layer."""
+        return x if self.post_norm else norm(x)
+
+    def _add(self, x: Tensor, added: Tensor, norm: nn.Module | None) -> Tensor:
+        """`x` plus what a part adds, normalised in a post-norm layer."""
         x = x + (self.dropout(added) if self.training else added)
         return norm(x) if self.post_norm else x
 
-    def _layer(self, x: Tensor, attend: Part, condition: Part | None) -> Tensor:
-        x = self._residual(x, self.attention_norm, attend)
+    def _rest(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        """The parts after attention; `condition` has a row for each of `x`."""
         if condition is not None:
-            x = self._residual(x, self.condition_norm, condition)
-        return self._residual(x, self.ffn_norm, self._ffn)
+            x = self._add(x, condition, self.condition_norm)
+        return self._add(x, self._ffn(self._before(x, self.ffn_norm)), self.ffn_norm)
 
     def forward(
         self,
@@ -148,13 +149,12 @@ class TransformerLayer(nn.Module):
         """[T, d] → [T, d]; `vector_Sd` has one row per segment of the layout if the layer is conditioned."""
         weight_dropout = self.dropout.p if self.post_norm and self.training else 0.0
 
-        def attend(x: Tensor) -> Tensor:
-            return self.attention(x, layout, causal, weight_dropout, turn, spans)
-
-        def condition(_: Tensor) -> Tensor:
-            return self.condition(vector_Sd)[layout.segment_of_row]
-
-        return self._layer(x_Td, attend, None if self.condition is None else condition)
+        attended = self.attention(
+            self._before(x_Td, self.attention_norm), layout, causal, weight_dropout, turn, spans
+        )
+        x = self._add(x_Td, attended, self.attention_norm)
+        condition = None if self.condition is None else self.condition(vector_Sd)[layout.segment_of_row]
+        return self._rest(x, condition)
 
     def step(
         self,
@@ -165,9 +165,9 @@ class TransformerLayer(nn.Module):
         turn: Rotation | None = None,
     ) -> Tensor:
         """New rows of sentences with cached attention; `condition_Rd` is `condition_of` each row's sentence
-        (None in a layer that is not conditioned)."""
-        condition = None if condition_Rd is None else lambda _: condition_Rd
-        return self._layer(x_Rd, lambda x: self.attention.step(x, layer, step, turn), condition)
+        (None in a layer that is not conditioned). The model is in evaluation mode."""
+        attended = self.attention.step(self._before(x_Rd, self.attention_norm), layer, step, turn)
+        return self._rest(self._add(x_Rd, attended, self.attention_norm), condition_Rd)
 
 
 class CrossAttention(nn.Module):

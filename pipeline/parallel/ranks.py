@@ -69,7 +69,10 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
         if env["WORLD_SIZE"] != "1":
             raise UserError("MASTER_PORT is not set: every rank needs the address and port of rank 0")
         env["MASTER_PORT"] = "0"  # one process: any free port
-    return Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if wrong := [name for name in names if not env[name].isdecimal()]:
+        raise UserError(f"{wrong[0]}={env[wrong[0]]}: it must be a whole number; unset it to run alone")
+    return Ranks(*(int(env[name]) for name in names))
 
 
 def _find_master(env: MutableMapping[str, str]) -> None:

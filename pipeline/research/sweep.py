@@ -36,6 +36,7 @@ import yaml
 
 from data_prep.common.environment import header, require_folder
 from data_prep.common.errors import UserError, log
+from data_prep.common.extras import import_extra
 from data_prep.common.files import json_bytes, read_json, write_atomically
 from data_prep.common.page import Table, to_text
 from data_prep.common.processes import last_line, start_logged
@@ -409,6 +410,8 @@ def run(
         raise UserError(f"--only {unknown[0]}: the sweep has no such run; there are {', '.join(names)}")
     wanted = {job.key for job in jobs if not only or job.name in only}
     wanted |= {job.after.key for job in jobs if job.key in wanted and job.after}
+    if any(job.recipe.objective == "vae" for job in jobs):  # refused before hours of training
+        import_extra("rapidfuzz", "eval")
     for part in ("recipes", "logs", "models", "rows"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     with _only_one(folder) as lock:

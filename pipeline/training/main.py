@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data_prep.common.errors import REQUEUE, UserError, run_main, say
 from data_prep.shards.reader import ShardSet
@@ -37,22 +38,34 @@ def console() -> int:
     return run_main("train.py", main)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. It catches signals from its first line to its last, and ignores them after that.
+class Parser(argparse.ArgumentParser):
+    """Reports a usage error as every other error is: in one line."""
 
-    The first rank that exits with 2 makes `srun --kill-on-bad-exit` terminate the others. A rank killed by
-    that TERM would requeue a job that can never succeed.
-    """
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`train.py`, from its words. Raises: UserError for bad input."""
     stop = StopSignals()
     try:
-        return check_and_train(argv, stop)
+        arguments, overrides = build_parser().parse_known_args(argv)
+        return check_and_train(arguments.recipe, arguments.deepspeed_config, overrides, stop)
     finally:
         stop.ignore()
 
 
-def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
-    """Check what can be checked without torch, then train; returns the exit status."""
-    parser = argparse.ArgumentParser(
+def start(recipe: str, deepspeed_config: Sequence[str], overrides: Sequence[str]) -> int:
+    """`sllm train`: one rank of a run. Raises: UserError for bad input."""
+    stop = StopSignals()
+    try:
+        return check_and_train(recipe, deepspeed_config, overrides, stop)
+    finally:
+        stop.ignore()
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         prog="train.py",
         description="Train a SentenceVAE (vae), an SLLM (sllm) or a token-level baseline (lm).",
         epilog=f"{EXAMPLE}\n\nkeys of a recipe, with type and default:\n{as_text(KEYS)}",
@@ -75,12 +88,22 @@ def check_and_train(argv: list[str] | None, stop: StopSignals) -> int:
         help="a file or a name of ds_configs/, and any that add to it (fp16, flops-profiler)",
     )
     parser.add_argument("--local_rank", help="set by the deepspeed launcher; the environment is what counts")
-    arguments, overrides = parser.parse_known_args(argv)
+    return parser
 
+
+def check_and_train(
+    recipe_name: str, deepspeed_config: Sequence[str], overrides: Sequence[str], stop: StopSignals
+) -> int:
+    """Check everything that can be checked at once, then train; returns the exit status.
+
+    Signals are caught before it and ignored after it. The first rank that ends with 2 makes `srun
+    --kill-on-bad-exit` terminate the others: a rank that TERM killed would have a job requeued that can never
+    succeed.
+    """
     ranks = find_ranks()
     try:
-        recipe = load_recipe(arguments.recipe, overrides)
-        strategy = read_strategy(*arguments.deepspeed_config)
+        recipe = load_recipe(recipe_name, list(overrides))
+        strategy = read_strategy(*deepspeed_config)
     except UserError:
         if ranks.local == 0:  # all ranks read the same files: one line per machine is enough
             raise

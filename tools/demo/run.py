@@ -6,7 +6,7 @@ In: nothing but this project (the corpus is Python's own documentation). Out: ev
     runs/KIND/ models/KIND/        one training run and one exported model per kind: vae, sllm, lm
     measured/                      what `data-prep stats` and `sllm evaluate|check|generate` printed
     logs/ stamps/                  per step: its output, and the record that it is done
-    report.md report.html          the report (demo_report.py)
+    report.md report.html          the report (report.py)
 
 A step runs again only when its command, its recipe (or a base of it), or a step that it builds on has
 changed, or its output is gone. Changed code is not noticed: `make clean` forgets everything. A killed
@@ -257,9 +257,9 @@ def describe_machine(project: Path) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.demo",
+        prog="python -m tools.demo.run",
         description="Run the whole line on a small corpus and write a report.",
-        epilog="example:\n  python -m pipeline.demo --output demo",
+        epilog="example:\n  python -m tools.demo.run --output demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

@@ -1,7 +1,7 @@
 """The published system's leak, demonstrated: a backbone without a causal mask sees the sentence that it is to
 predict (docs/reproduction.md). On tokens that nothing can predict, it seems to predict them.
 
-`sllm check` refuses such a model: `test_checking.py::test_backbone_without_a_causal_mask_fails` finds an
+`sllm check` refuses such a model: `test_self_check.py::test_backbone_without_a_causal_mask_fails` finds an
 untrained one, and here it finds the one that the leak has trained.
 """
 

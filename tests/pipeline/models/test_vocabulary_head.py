@@ -36,7 +36,7 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[VocabularyHead, torch.Tens
 def textbook(
     logits: torch.Tensor, targets: torch.Tensor, focal_gamma=0.0, label_smoothing=0.0, z_loss=0.0
 ) -> torch.Tensor:
-    """The loss as head.py defines it, from whole logits, by torch's own parts and autograd."""
+    """The loss as vocabulary_head.py defines it, from whole logits, by torch's own parts and autograd."""
     nll = F.cross_entropy(logits, targets, reduction="none")
     focal = (1 - torch.exp(-nll)) ** focal_gamma * nll
     even = F.cross_entropy(logits, targets, reduction="none", label_smoothing=1.0)
