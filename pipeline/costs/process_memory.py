@@ -12,7 +12,7 @@ import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.common.errors import UserError
 from data_prep.common.processes import last_line, run_command
@@ -47,7 +47,7 @@ def _field(name: str) -> int:
     return int(found.group(1)) * 1024
 
 
-def in_own_process(kind: str, side: Literal["model", "against"], options: Benchmark) -> Any:
+def in_own_process(kind: str, side: Any, options: Benchmark) -> Any:
     """The result of `sllm benchmark KIND --memory-of SIDE` with these options, run in a process of its own.
     Raises: UserError with its last line when it fails."""
     command = ["benchmark", kind]
