@@ -14,6 +14,6 @@ def import_extra(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != package:
+        if not error.name or error.name.split(".")[0] != package:
             raise
         raise UserError(f"this needs {package}: pip install 'sentence-llm[{extra}]'") from None

@@ -185,7 +185,7 @@ def test_bad_input_files_are_refused_in_one_line(folders, tmp_path, run):
         ("evaluate --model x --data y --max-document 3", "Did you mean --max-documents?"),
         ("evaluate --model x --data y --lang fr", '"en", "zh", "auto"'),
         ("generate --model x --max-sentences 0", "Must be >= 1"),
-        ("generate --model x --top-k many", 'unable to convert "many" into int'),
+        ("generate --model x --top-k many", "must be a whole number, not 'many'"),
         ("generate --model x --prompt a --interactive", "--interactive"),
         ("generate --model x --samples 2 --best-of 2", "--best-of"),
         ("inspect --recipe x --all", "--all"),

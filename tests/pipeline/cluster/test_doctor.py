@@ -21,7 +21,7 @@ import pytest
 from helpers import ranks
 
 from data_prep.common.errors import UserError
-from pipeline.cluster import doctor
+from pipeline.cluster import doctor, rendezvous
 from pipeline.cluster import machine as doctor_machine
 from pipeline.cluster import network as doctor_network
 from pipeline.cluster.options import Checks
@@ -287,3 +287,29 @@ def test_alone_and_quick(tmp_path: Path) -> None:
     done = subprocess.run(missing, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert "does not exist" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_is_killed_is_missed_before_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "LOST_SECONDS", 1.0)
+    port, limit = ranks.free_port(), 120.0
+    script = f"""
+import time
+from pipeline.cluster.rendezvous import Meeting
+from pipeline.parallel.ranks import Ranks
+meeting = Meeting(Ranks(1, 2, 1), "node2", "127.0.0.1", {port}, {limit})
+print(flush=True)
+time.sleep(600)
+"""
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    try:
+        meeting = Meeting(Ranks(0, 2, 0), "node1", "127.0.0.1", port, limit)
+        other.stdout.readline()
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no answer from node2"):
+        meeting.exchange("here")
+    assert time.monotonic() - began < limit / 2

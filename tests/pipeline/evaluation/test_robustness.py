@@ -229,7 +229,7 @@ def test_mistakes_are_one_line(run, folders, tiny_corpus, tmp_path):
         ((*good, "--mix", empty), "empty.jsonl: nothing to evaluate"),
         ((*good, "--mix", tmp_path / "gone"), "gone"),
         ((*good, "--output", tmp_path / "no" / "file.json"), "its folder does not exist"),
-        ((*good, "--seed", -1), "--seed -1"),
+        ((*good, "--seed", -1), '"-1" for --seed'),
     ):
         status, out, err = run(*arguments)
         (line,) = err.strip().splitlines()
