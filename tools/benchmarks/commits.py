@@ -22,8 +22,20 @@ from data_prep.common.errors import UserError, log, run_main
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "tokenizers")
 MODEL = ("--recipe", "default-sllm", "--vae-recipe", "default-vae", "--threads", "1", "--no-memory", "--json")
-TRAIN = ("benchmark", "train", *MODEL, "--tokens", "2048", "--runs", "3")
-GENERATION = ("benchmark", "generation", *MODEL, "--vocab-size", "2048", "--context", "256", "--runs", "3")
+TRAIN = ("benchmark", "train", *MODEL, "--tokens", "2048", "--runs", "9")
+GENERATION = (
+    "benchmark",
+    "generation",
+    *MODEL,
+    "--vocab-size",
+    "2048",
+    "--context",
+    "256",
+    "--sentences",
+    "20",
+    "--runs",
+    "15",
+)
 
 
 def run(checkout: Path, program: str, *words: str) -> tuple[str, float]:
