@@ -24,7 +24,7 @@ PHRASES = {
     r"nobody|whoever": "if no process reads",
     r"put by|taken up|put back": "saved, loaded, released",
 }
-FILES = (".py", ".md", ".yaml", ".yml", ".sh", ".toml", ".cfg", ".json", "Makefile")
+FILES = (".py", ".md", ".yaml", ".yml", ".sh", ".toml", ".cfg", ".json", ".jinja", "Makefile")
 # Notes and records that hold earlier versions' output; this file.
 ALLOWED = ("docs/lab-notes/", "tests/data/golden/", "tools/check_words.py", "tests/tools/test_check_words.py")
 MARKER = "words: quoted"

@@ -59,7 +59,8 @@ def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | Non
     Raises: UserError for a command line that cannot be meant.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if os.environ.get("COLUMNS", "80").isdecimal() and int(os.environ.get("COLUMNS", "80")) < NARROWEST:
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) < NARROWEST:
         del os.environ["COLUMNS"]  # rich loops for ever on a terminal of no width
     try:
         command, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)

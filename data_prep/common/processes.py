@@ -31,7 +31,7 @@ def last_line(printed: str) -> str:
 def start_logged(
     command: Sequence[str], log: Path, capture: bool = False, **options: Any
 ) -> subprocess.Popen[str]:
-    """Start a command in a session of its own (Ctrl-C does not reach it); the command line and its output are
+    """Start a command in a separate session (Ctrl-C does not reach it); the command line and its output are
     appended to a log. capture: its standard output is a pipe instead."""
     with open(log, "a", encoding="utf-8") as file:
         print("$", shlex.join(command), file=file, flush=True)

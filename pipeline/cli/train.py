@@ -62,14 +62,13 @@ def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: 
     USR1, TERM and a first Ctrl-C are passed on to the ranks, which save and stop: the launcher would not do
     that. A second Ctrl-C ends them at once. Raises: UserError for input that the ranks would refuse.
     """
-    # A batch script has SLURM_PROCID too; only a step's processes are ranks.
-    in_step = "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
-    if in_step or "RANK" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ:
+    from pipeline.parallel.ranks import free_port, is_launched
+
+    if is_launched():
         raise UserError("--ranks: this process is a rank of a launcher already; start it without --ranks")
     from data_prep.shards.reader import ShardSet
     from pipeline.config.deepspeed_config import read_strategy
     from pipeline.config.schema import load_recipe
-    from pipeline.parallel.ranks import free_port
 
     data = load_recipe(recipe, list(overrides)).data
     read_strategy(*deepspeed_config)
@@ -81,7 +80,7 @@ def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: 
     received: list[int] = []
     for number in FORWARDED:
         signal.signal(number, lambda number, _: received.append(number))
-    # In a session of its own: the terminal's Ctrl-C is for this process, which asks the ranks to save.
+    # In a separate session: the terminal's Ctrl-C is for this process, which asks the ranks to save.
     launcher = subprocess.Popen(
         [sys.executable, "-m", "deepspeed.launcher.runner", *module, *words], start_new_session=True
     )

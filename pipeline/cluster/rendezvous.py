@@ -153,7 +153,7 @@ class Meeting:
                 return
 
     def _beat(self, address: str, port: int, limit: timedelta) -> None:
-        # A client of its own: the main one blocks in `wait`.
+        # A second client: the main one blocks in `wait`.
         from torch.distributed import TCPStore
 
         with suppress(RuntimeError):

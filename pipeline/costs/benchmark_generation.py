@@ -35,7 +35,7 @@ from data_prep.common.errors import UserError, log
 from pipeline.config.library import find_recipe
 from pipeline.costs import process_memory
 from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
-from pipeline.costs.options import GenerationBenchmark
+from pipeline.costs.options import SIDES, GenerationBenchmark
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.generation.results import Limits, Piece, Request
 from pipeline.generation.sampling import Sampling
@@ -45,7 +45,6 @@ from pipeline.models.folders import parameter_count
 from pipeline.models.inference import lay_out, to_int8
 from pipeline.models.token_lm import TokenLM
 
-SIDES = ("model", "against")
 SENTENCE_ROOM = 64  # longest sentence of the models measured
 
 

@@ -37,7 +37,7 @@ from data_prep.shards.reader import ShardSet
 from pipeline.config.schema import Recipe
 from pipeline.costs import process_memory
 from pipeline.costs.inspect import find_recipe
-from pipeline.costs.options import TrainingBenchmark
+from pipeline.costs.options import SIDES, TrainingBenchmark
 from pipeline.costs.sized_recipe import DTYPES, sized_recipe
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.plan import Bin, BinPlan
@@ -51,7 +51,6 @@ ROW_TOKENS = 1024  # of a Hugging Face model's rows
 PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 # Of one timed matrix product: long enough to time on this kind of device, and still short.
 GEMM_MULTIPLY_ADDS = {"cpu": 1 << 34, "cuda": 1 << 38}
-SIDES = ("model", "against")
 
 # As published (arXiv 2205.01068, table 1; 350M's post-norm and 512-wide embedding as in its config).
 OPT_SIZES: dict[str, dict[str, Any]] = {
@@ -303,7 +302,7 @@ def run(options: TrainingBenchmark) -> dict[str, Any]:
     if options.memory_of:
         side = make_side(options.memory_of, options, settings)
         return step_memory(side, Stepper(side, settings.recipe, options.step), settings.device)
-    # In a function of its own: the models are gone when memory is measured.
+    # In a separate function: the models are freed before memory is measured.
     figures, peak = _side_by_side(options, settings)
     if settings.device.type == "cuda":  # PyTorch keeps what they held, and other processes need it now
         gc.collect()

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from data_prep.common.command_line import Positive
 
+SIDES = ("model", "against")  # what is measured, and what it is compared with
 Several = Annotated[Sequence[Positive], Parameter(consume_multiple=1)]
 
 

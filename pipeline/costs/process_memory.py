@@ -48,7 +48,7 @@ def _field(name: str) -> int:
 
 
 def in_own_process(kind: str, side: Any, options: Benchmark) -> Any:
-    """The result of `sllm benchmark KIND --memory-of SIDE` with these options, run in a process of its own.
+    """The result of `sllm benchmark KIND --memory-of SIDE` with these options, run in a separate process.
     Raises: UserError with its last line when it fails."""
     command = ["benchmark", kind]
     for name, value in asdict(replace(options, memory_of=side, output=None, no_memory=False)).items():

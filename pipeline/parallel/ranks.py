@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,21 @@ def free_port(address: str = "127.0.0.1") -> int:
         return server.getsockname()[1]
 
 
+def is_launched(env: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has started this process as one of its ranks."""
+    return "RANK" in env or _launcher(env) is not None
+
+
+def _launcher(env: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """The names by which a launcher that sets no RANK gives rank, world size and local rank."""
+    for names in _LAUNCHERS:
+        # A batch script has the variables too; only the processes of a step are ranks.
+        in_batch_script = names[0] == "SLURM_PROCID" and "SLURM_STEP_ID" not in env
+        if names[0] in env and names[1] in env and not in_batch_script:
+            return names
+    return None
+
+
 def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     """Complete RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in `env` and return this process's
     place.
@@ -51,13 +66,10 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     (SLURM_STEP_ID), not in the batch script. Raises UserError when there are several machines and none of
     them is known to hold rank 0.
     """
-    if "RANK" not in env:
-        for rank, world, local in _LAUNCHERS:
-            in_batch_script = rank == "SLURM_PROCID" and "SLURM_STEP_ID" not in env
-            if rank in env and world in env and not in_batch_script:
-                env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world], env.get(local, "0")
-                _find_master(env)
-                break
+    if "RANK" not in env and (names := _launcher(env)):
+        rank, world, local = names
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world], env.get(local, "0")
+        _find_master(env)
     for name, alone in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),

@@ -50,6 +50,12 @@ class StopSignals:
                 print(f"a second signal ({name}): ends at once, nothing saved", file=sys.stderr, flush=True)
                 os._exit(REQUEUE)
 
+    def __enter__(self) -> StopSignals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ignore()
+
     def ignore(self) -> None:
         """Ignore these signals until the process ends; call it when all is saved.
 

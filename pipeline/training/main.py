@@ -47,21 +47,15 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`train.py`, from its words. Raises: UserError for bad input."""
-    stop = StopSignals()
-    try:
+    with StopSignals() as stop:
         arguments, overrides = build_parser().parse_known_args(argv)
         return check_and_train(arguments.recipe, arguments.deepspeed_config, overrides, stop)
-    finally:
-        stop.ignore()
 
 
 def start(recipe: str, deepspeed_config: Sequence[str], overrides: Sequence[str]) -> int:
     """`sllm train`: one rank of a run. Raises: UserError for bad input."""
-    stop = StopSignals()
-    try:
+    with StopSignals() as stop:
         return check_and_train(recipe, deepspeed_config, overrides, stop)
-    finally:
-        stop.ignore()
 
 
 def build_parser() -> Parser:

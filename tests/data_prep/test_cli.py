@@ -27,7 +27,7 @@ pytestmark = pytest.mark.launch
 
 
 def run(*arguments: str | Path, status: int = 0, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    """The real command in a process of its own."""
+    """The real command in a separate process."""
     done = subprocess.run([*COMMAND, *map(str, arguments)], input=stdin, capture_output=True, cwd=REPOSITORY)
     assert done.returncode == status, done.stderr.decode()
     return done

@@ -11,14 +11,14 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.environment import header, write_result
-from data_prep.common.errors import UserError, log, run_main
+from data_prep.common.errors import log, run_main
+from data_prep.common.processes import run_command
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "tokenizers")
 MODEL = ("--recipe", "default-sllm", "--vae-recipe", "default-vae", "--threads", "1", "--no-memory", "--json")
@@ -43,11 +43,9 @@ def run(checkout: Path, program: str, *words: str) -> tuple[str, float]:
     command = [str(checkout.resolve() / ".venv" / "bin" / program), *words]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{checkout}: {program} {words[0]}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+    printed = run_command(command, f"{checkout}: {program} {words[0]}", cwd=checkout, env=environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return printed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def cpu_seconds_of_sharding(checkout: Path, arguments: argparse.Namespace) -> float:
@@ -90,9 +88,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                 values[job][side].append(measure(checkouts[side], arguments))
                 log(f"round {number + 1}, {job}, {side}: {values[job][side][-1]:.2f}")
     commits = {
-        side: subprocess.run(
-            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
+        side: run_command(["git", "-C", str(folder), "rev-parse", "HEAD"], f"{folder}: git").strip()
         for side, folder in checkouts.items()
     }
     jobs = {}

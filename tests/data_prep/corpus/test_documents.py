@@ -3,7 +3,6 @@ file give exactly what the file gives."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
@@ -14,25 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
 from helpers.corpus_lines import bad_line, good_line
+from helpers.reading import GOOD, PACKERS, read
 
 from data_prep.common.errors import UserError
 from data_prep.corpus import documents
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import Piece, find_inputs, split, whole
-
-GOOD = b'{"id": "a", "content": "One two. \\u4e8c"}'
-PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
-
-
-def read(path: Path, data: bytes, language: str = "auto", **rules) -> tuple[list, DocumentReader]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    reader = DocumentReader(find_inputs([path])[0], language, Filters(**rules))
-    return list(reader), reader
-
 
 # Lines --------------------------------------------------------------------------------------------------
 

@@ -15,24 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
+from helpers.reading import GOOD, PACKERS, read
 
 from data_prep.common.errors import UserError
 from data_prep.corpus import documents
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, sample_lines
 from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import find_inputs, open_parquet, split
-
-GOOD = b'{"id": "a", "content": "One two. \\u4e8c"}'
-PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
-
-
-def read(path: Path, data: bytes, language: str = "auto", **rules) -> tuple[list, DocumentReader]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    reader = DocumentReader(find_inputs([path])[0], language, Filters(**rules))
-    return list(reader), reader
-
 
 # Packed files -------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ COMMANDS = ("evaluate", "generate", "check", "export")
 
 
 def sllm(*arguments: str | Path) -> subprocess.CompletedProcess:
-    """Run the command as a user does, in a process of its own."""
+    """Run the command as a user does, in a separate process."""
     command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, encoding="utf-8")
 
@@ -35,7 +35,7 @@ def sllm(*arguments: str | Path) -> subprocess.CompletedProcess:
 def run(capsys):
     """Run the command in this process: (status, stdout, stderr)."""
 
-    # A process of its own gets this from the environment that the command sets before it imports
+    # A separate process gets this from the environment that the command sets before it imports
     # transformers.
     transformers.utils.logging.disable_progress_bar()
 
