@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 NO_PATH = "cannot read or write"  # in place of a path that an error does not name
 REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
@@ -20,7 +23,15 @@ def say(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:
-        _drop_output()
+        _drop(sys.stdout)
+
+
+def result(text: str) -> None:
+    """Print a command's result. A reader that has gone does not undo the work; a full disk is an error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop(sys.stdout)
 
 
 def log(text: str) -> None:
@@ -33,11 +44,67 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].rstrip(": ")
 
 
+def with_causes(error: BaseException, limit: int = 200) -> str:
+    """`first_line` of an error and, shortened, of what caused it: libraries hide the reason there."""
+    links: list[str] = []
+    link: BaseException | None = error
+    while link is not None and len(links) < 3:
+        text = " ".join(f"{type(link).__name__}: {link}".split()).rstrip(": ")
+        links.append(first_line(link) if not links else text[:limit] + "…" * (len(text) > limit))
+        link = link.__cause__
+    return "; caused by ".join(links)
+
+
+class _Lenient:
+    """A stream of messages that never fails: what it cannot write is dropped."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):  # no reader, a full disk, closed
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            _drop(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def prepare_streams() -> None:
+    """Make sure that output which nobody reads, or in another encoding, ends no run and prints no trace.
+
+    Names and arguments are bytes to the system: with another encoding than UTF-8 they would change with the
+    locale, so the program starts again in Python's UTF-8 mode.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed by the caller (`>&-`); a file opened later would get its number
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stderr, _Lenient):
+        sys.stderr = _Lenient(sys.stderr)
+    logging.raiseExceptions = False  # handlers print a trace for a stream without a reader
+
+
 def run_main(prog: str, main: Callable[[], int | None]) -> int:
     """Run `main`; the process's exit status: 0, its own, 2 for `UserError` and `OSError`, 130 for Ctrl-C."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller (`>&-`)
-            setattr(sys, name, open(os.devnull, "w"))
+    prepare_streams()
     try:
         status = main()
         sys.stdout.flush()
@@ -49,14 +116,14 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         return 130
     except BrokenPipeError:
         # The reader (`| head`) has gone: drop the interpreter's last flush quietly.
-        _drop_output()
+        _drop(sys.stdout)
         return 141
     except OSError as error:  # a full disk, a folder without permission, a file where a folder should be
         status = _refuse(prog, describe(error))
         try:
             sys.stdout.flush()
         except OSError:  # standard output itself is what cannot be written
-            _drop_output()
+            _drop(sys.stdout)
         return status
 
 
@@ -73,5 +140,7 @@ def describe(error: UserError | OSError) -> str:
     return str(error)
 
 
-def _drop_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop(stream: Any) -> None:
+    """Send what is and will be written to a stream to nowhere: the interpreter's last flush must not fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,7 +1,7 @@
-"""Finds the files that the user named, and splits them into the pieces that make units of work.
+"""Input files, the pieces that make units of work, and opening them.
 
-Units depend on the inputs alone, never on workers. Only names, sizes, and the footers of parquet files are
-read here.
+Units depend on the inputs alone, never on workers. Only names, sizes, the start of a `.json` file and the
+footers of parquet files are read for them. `finding` makes the `InputFile`s.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ import hashlib
 import json
 import os
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlencode
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError, first_line, with_causes
 
-# Tried in this order; names are compared in lower case.
+# What a name ends in, before the ending of its packing; names are compared in lower case.
 KINDS = {
-    "packed": (".jsonl.gz", ".jsonl.zst", ".tar", ".tar.gz", ".tgz", ".tar.zst"),
-    "jsonl": (".jsonl",),
+    "jsonl": (".jsonl", ".ndjson", ".jsonlines", ".jl", ".json"),
+    "csv": (".csv", ".tsv"),
+    "text": (".txt", ".md"),
+    "packed": (".tar",),
+    # Never packed.
     "parquet": (".parquet",),
-    "text": tuple(ending + packing for ending in (".txt", ".md") for packing in ("", ".gz", ".zst")),
+    "arrow": (".arrow", ".feather"),
 }
-ENDINGS = ".jsonl, .jsonl.gz, .jsonl.zst, .tar, .tar.gz, .tgz, .tar.zst, .parquet, .txt or .md"
-# Packed files of other kinds are reported, not read.
-PACKED_ENDINGS = (".gz", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".rar")
-FOLDER_LANGUAGES = {"EN": "en", "CN": "zh"}  # WanJuan's folder names
+PACKINGS = {".gz": "gz", ".gzip": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}
+TARS = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
+ENDINGS = ".jsonl, .json, .ndjson, .csv, .tsv, .txt, .md, .tar (also .gz, .zst, .xz, .bz2), .parquet or .arrow"
 DATASET = "hf:"
 CHUNK_BYTES = 1 << 20
 ROWS = 64  # of a table, in memory at once
 UNPACKED = 3  # approximate bytes of text per stored byte of a packed file
 UNITS, LEAST_UNIT, MOST_UNIT = 256, 8_000_000, 256_000_000  # bytes of text
-# Keys of fsspec's file info that change with a remote file; the first one present is used.
-STAMPS = ("etag", "ETag", "checksum", "mtime", "LastModified", "created")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
+_SLICE = re.compile(r"(?P<name>[^\[\]]+)(\[[^\[\]]*\])?")
 _LOGIN = re.compile(r"(?<=://)[^/?#]*@")
 
 
@@ -49,12 +49,13 @@ class InputFile:
 
     Attributes:
         path: absolute path, URL or `hf:` name.
-        name: last folder and file name, for manifests (no machine's paths).
+        name: last folder and file name, for manifests (no machine's paths); more folders where these repeat.
         source: the file's folder, or the dataset's name.
-        folder_language: of the nearest folder named EN or CN, up to the input path's own name.
-        kind: jsonl, packed (one piece), text (one document), parquet or dataset.
-        size: stored bytes; of a dataset, in memory.
+        folder_language: of the nearest folder that names one, up to the input path's own name.
+        kind: jsonl, packed (one piece), csv, text (one document), parquet, arrow or dataset.
+        size: stored bytes; of a dataset, in memory; 0 for a stream of unknown size.
         stamp: changes with the file (time, etag, a dataset's fingerprint); "" if unknown.
+        fields: what partition folders (`lang=en`) add to each record.
     """
 
     path: str
@@ -64,26 +65,27 @@ class InputFile:
     kind: str
     size: int
     stamp: str = ""
+    fields: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def shown_path(self) -> str:
         """`path` without the user and password of a URL."""
-        return _LOGIN.sub("", self.path) if _URL.match(self.path) else self.path
+        return _LOGIN.sub("", self.path) if URL.match(self.path) else self.path
 
     @property
     def packing(self) -> str:
-        """`gz`, `zst`, or "" for an uncompressed file."""
-        name = self.name.lower()
-        return "gz" if name.endswith((".gz", ".tgz")) else "zst" if name.endswith(".zst") else ""
+        """`gz`, `zst`, `xz`, `bz2`, or "" for an uncompressed file."""
+        return _endings(self.name)[1]
 
     @property
     def is_tar(self) -> bool:
-        return self.kind == "packed" and bool(re.search(r"\.(tar|tgz)(\.gz|\.zst)?$", self.name.lower()))
+        return self.kind == "packed" and _endings(self.name)[0].endswith(".tar")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a file: from `start` up to `end`, in bytes, in row groups (parquet) or rows (dataset).
+    """A part of a file: from `start` up to `end`, in bytes, in row groups (parquet), rows (dataset) or shards
+    (a streamed dataset).
 
     A record of a jsonl file belongs to the piece that holds its first byte. `size`: approximate stored bytes.
     """
@@ -101,198 +103,30 @@ class Piece:
                 with open_parquet(self.file) as table:
                     hash_row_groups(found, self, table.metadata)
             elif self.file.kind == "dataset":
-                rows = open_dataset(self.file.path).with_format("arrow")
-                for at in range(self.start, self.end, ROWS):
-                    hash_rows(found, rows[at : min(at + ROWS, self.end)])
+                for _, _, batch in dataset_batches(self):
+                    hash_rows(found, batch)
             else:
                 with open_input(self.file) as stream:
                     hash_range(found, stream, self.start, self.end - self.start)
         return found.hexdigest()
 
 
-# Finding ------------------------------------------------------------------------------------------------
-
-
-def survey(paths: Iterable[str | Path]) -> tuple[list[InputFile], list[str]]:
-    """The inputs named by `paths`, and the names of skipped files.
-
-    Inputs are files, folders (searched in sorted order), their URLs, and `hf:` datasets. Text files in a
-    folder count only when it holds nothing else: a README beside data is not a document. Skipped files may
-    hold text but are not read: other packings, or text beside data.
-
-    Raises:
-        UserError: a path is missing, of another kind, or named twice, or a folder has no inputs.
-    """
-    files: list[InputFile] = []
-    passed: list[str] = []
-    for given in map(_spelled, paths):
-        if given.startswith(DATASET):
-            files.append(_dataset_input(given))
-            continue
-        place = _Place(given)
-        found, unread = place.choose()
-        if not found:
-            advice = f", only {unread_line(unread)}" if unread else ""
-            raise UserError(f"input folder {given} holds no {ENDINGS} file{advice}")
-        files += map(place.input_file, found)
-        passed += unread
-    seen: set[str] = set()
-    for file in files:
-        real = file.path if _URL.match(file.path) else os.path.realpath(file.path)
-        if real in seen:
-            raise UserError(f"input {file.path} is named twice; give each file once")
-        seen.add(real)
-    return files, passed
-
-
-def find_inputs(paths: Iterable[str | Path]) -> list[InputFile]:
-    """The inputs of `survey`."""
-    return survey(paths)[0]
-
-
-def find_unread(paths: Iterable[str | Path]) -> list[str]:
-    """The skipped files of `survey`."""
-    return survey(paths)[1]
-
-
-def unread_line(unread: list[str], shown: int = 5) -> str:
-    """One line about skipped files: how many, the first few, what to do."""
-    more = ", …" if len(unread) > shown else ""
-    files = f"{len(unread)} file{'s' if len(unread) > 1 else ''} passed over"
-    names = ", ".join(unread[:shown])
-    return f"{files}: {names}{more}; unpack what is packed otherwise, name text files one by one"
-
-
 def kind_of(name: str) -> str | None:
     """The kind of a file by its name, None for files that cannot be read."""
+    stem, packing = _endings(name)
+    kind = next((kind for kind, endings in KINDS.items() if stem.endswith(endings)), None)
+    if packing and kind in ("parquet", "arrow"):
+        return None
+    return "packed" if packing and kind == "jsonl" else kind
+
+
+def _endings(name: str) -> tuple[str, str]:
+    """(name without the ending of its packing, packing), in lower case."""
     name = name.lower()
-    return next((kind for kind, endings in KINDS.items() if name.endswith(endings)), None)
-
-
-def _spelled(given: str | Path) -> str:
-    given = os.fspath(given)
-    return given.removeprefix("file://") if given.startswith("file://") else given
-
-
-class _Place:
-    """A file or folder that a user named, local or behind a URL.
-
-    `parts` of an entry: the input path's own name and the names below it. Folders above the input depend on
-    the machine and must not change the result.
-    """
-
-    def __init__(self, given: str):
-        self.given = given
-        self._remote = bool(_URL.match(given))
-        # Path to open → (parts, size, stamp).
-        self._entries: dict[str, tuple[tuple[str, ...], int, str]] = {}
-        if self._remote:
-            with user_errors(given):
-                self.is_folder = self._list_remote()
-        else:
-            self.is_folder = self._list_local()
-        if not self.is_folder and kind_of(self._name(next(iter(self._entries)))) is None:
-            raise UserError(f"input {given} is neither of {ENDINGS}")
-
-    def _list_local(self) -> bool:
-        root = Path(os.path.abspath(self.given))
-        if root.is_dir():
-            for path in sorted(_files_below(root)):
-                self._add_local(path, (root.name, *path.relative_to(root).parts))
-            return True
-        if not root.is_file():
-            raise UserError(f"input {self.given} does not exist")
-        # Links are followed when read; name and folder are the given ones.
-        self._add_local(root, (root.name,))
-        return False
-
-    def _add_local(self, path: Path, parts: tuple[str, ...]) -> None:
-        facts = path.stat()
-        self._entries[str(path)] = parts, facts.st_size, str(facts.st_mtime_ns)
-
-    def _list_remote(self) -> bool:
-        from fsspec.core import url_to_fs
-
-        files, root = url_to_fs(self.given)
-        root = root.rstrip("/")
-        if is_folder := files.isdir(root):
-            found = files.find(root, detail=True)
-        elif files.exists(root):
-            found = {root: files.info(root)}
-        else:
-            raise UserError(f"input {self.given} does not exist")
-        above = len(_split(root)) - 1
-        for path, facts in sorted(found.items(), key=lambda item: _split(item[0])):
-            if _may_hold_text(path.split("/")[-1]) or not is_folder:
-                if facts.get("size") is None:
-                    raise UserError(f"input {path} does not tell its size; copy it to this machine first")
-                url = self.given.rstrip("/") + path.removeprefix(root)
-                stamp = next((str(facts[name]) for name in STAMPS if facts.get(name) is not None), "")
-                self._entries[url] = tuple(_split(path)[above:]), facts["size"], stamp
-        return is_folder
-
-    def choose(self) -> tuple[list[str], list[str]]:
-        """(paths to read, names of the files passed over)."""
-        kinds = {path: kind_of(self._name(path)) for path in self._entries}
-        only_text = not set(kinds.values()) - {"text", None}
-        read = [path for path, kind in kinds.items() if kind and (only_text or kind != "text")]
-        taken = set(read)
-        passed = [self._shown(path) for path in kinds if path not in taken]
-        return read, passed if self.is_folder else []
-
-    def input_file(self, path: str) -> InputFile:
-        parts, size, stamp = self._entries[path]
-        # A file that was named itself has no folder within the input.
-        folders = parts[:-1] if self.is_folder else ()
-        language = folder_language(folders)
-        kind = kind_of(parts[-1])
-        source = _in_utf8(_folder_of(path))
-        return InputFile(path, self._shown(path), source, language, kind, size, stamp)
-
-    def _name(self, path: str) -> str:
-        return self._entries[path][0][-1]
-
-    def _shown(self, path: str) -> str:
-        return _in_utf8(f"{_folder_of(path)}/{self._name(path)}")
-
-
-def _files_below(root: Path) -> Iterator[Path]:
-    """Files below a folder that may hold text, by name. Links to folders are followed, but each folder is
-    entered once, by its own name if possible: links may be circular."""
-    entered: set[str] = set()
-    starts = deque([str(root)])
-    while starts:
-        for folder, folders, names in os.walk(starts.popleft()):
-            if (real := os.path.realpath(folder)) in entered:
-                folders.clear()
-                continue
-            entered.add(real)
-            folders.sort()
-            starts += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
-            yield from filter(Path.is_file, (Path(folder, name) for name in names if _may_hold_text(name)))
-
-
-def folder_language(parts: Iterable[str]) -> str | None:
-    """The language of the nearest folder named EN or CN; the last of `parts` is the nearest."""
-    return next((FOLDER_LANGUAGES[part] for part in reversed(tuple(parts)) if part in FOLDER_LANGUAGES), None)
-
-
-def _may_hold_text(name: str) -> bool:
-    return kind_of(name) is not None or name.lower().endswith(PACKED_ENDINGS)
-
-
-def _in_utf8(name: str) -> str:
-    """A file name with bytes that are not UTF-8 written as \\xff."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _split(path: str) -> list[str]:
-    return [part for part in path.split("/") if part]
-
-
-def _folder_of(path: str) -> str:
-    parts = _split(_URL.sub("/", path))
-    return parts[-2] if len(parts) > 1 else ""
+    for short, long in TARS.items():
+        name = name.removesuffix(short) + long if name.endswith(short) else name
+    ending = next((ending for ending in PACKINGS if name.endswith(ending)), "")
+    return name.removesuffix(ending), PACKINGS.get(ending, "")
 
 
 # Planning -----------------------------------------------------------------------------------------------
@@ -331,12 +165,12 @@ def split(file: InputFile, count: int) -> list[Piece]:
 
     Raises `UserError` on a parquet file or dataset that cannot be opened.
     """
-    if file.kind == "jsonl":
-        weights = None
+    weights = None
+    if file.kind == "jsonl" and not is_array(file):
         end = file.size
     elif file.kind == "dataset":
-        weights = None
-        end = len(open_dataset(file.path))
+        table = open_dataset(file.path)
+        end = _shards(file, table) if is_stream(table) else len(table)
     elif file.kind == "parquet":
         with open_parquet(file) as table:
             groups = table.metadata.num_row_groups
@@ -384,17 +218,25 @@ def user_errors(what: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot read {what}: {error.strerror or first_line(error)}") from error
     except Exception as error:  # libraries for remote files and tables raise many kinds
-        raise UserError(f"cannot read {what}: {first_line(error)}") from error
+        raise UserError(f"cannot read {what}: {with_causes(error)}") from error
 
 
 def open_input(file: InputFile) -> BinaryIO:
     """The stored bytes of a file, for reading and seeking. Raises `UserError` when it cannot be opened."""
     with user_errors(file.path):
-        if _URL.match(file.path):
+        if URL.match(file.path):
             import fsspec
 
             return fsspec.open(file.path, "rb").open()
         return open(file.path, "rb")
+
+
+def is_array(file: InputFile) -> bool:
+    """Whether an unpacked `.json` file is one array, not a record per line."""
+    if not file.name.lower().endswith(".json"):
+        return False
+    with open_input(file) as stream, user_errors(file.path):
+        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 @contextmanager
@@ -449,7 +291,8 @@ def records(batch) -> Iterator[dict | None]:
 
 @functools.lru_cache(maxsize=4)
 def open_dataset(path: str):
-    """The `datasets.Dataset` named by an `hf:` path; its rows stay on disk. Remote code is never run.
+    """The `datasets.Dataset` named by an `hf:` path, whose rows stay on disk, or the `IterableDataset` where
+    it is streamed. Remote code is never run.
 
     Raises:
         UserError: it cannot be opened, or several configurations or splits exist and none is named.
@@ -457,43 +300,102 @@ def open_dataset(path: str):
     import datasets
 
     name, options = _parse_dataset(path)
+    streaming = options.get("streaming") == "true"
     datasets.disable_progress_bars()
     with user_errors(path):
         if any((Path(name) / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
-            if "config" in options:
-                raise UserError(f"{path} is a saved dataset and has no configurations; leave config= out")
+            if "config" in options or streaming:
+                raise UserError(
+                    f"{path} is a saved dataset and has no configurations; leave config= and streaming= out"
+                )
             found = datasets.load_from_disk(name)
         else:
             # All splits, so that the error for a wrong name can list the right ones.
-            found = datasets.load_dataset(name, options.get("config"))
+            found = datasets.load_dataset(name, options.get("config"), streaming=streaming)
     if not isinstance(found, dict):
-        if "split" in options and str(found.split) != options["split"]:
+        found = {str(found.split): found}
+        if options.get("split", next(iter(found))).split("[")[0] not in found:
             raise UserError(f"{path} has no such split, it is one table; leave split= out")
-        return found
-    split = options.get("split") or (next(iter(found)) if len(found) == 1 else None)
-    if split not in found:
+    split = options.get("split") or (next(iter(found)) if len(found) == 1 else "")
+    parts = [_SLICE.fullmatch(part) for part in split.split("+")]
+    if any(part is None or part["name"] not in found for part in parts):
         names = ", ".join(found)
         raise UserError(f"{path} has the splits {names}; name one, for example {DATASET}NAME?split=train")
-    return found[split]
+    with user_errors(path):
+        tables = [_sliced(found[part["name"]], part[0], streaming) for part in parts]
+        return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+
+
+def _sliced(table, spec: str, streaming: bool):
+    """A split, or the rows of it that `train[:10%]` names."""
+    if "[" not in spec:
+        return table
+    if streaming:
+        low, high = re.fullmatch(r".*\[(\d*):(\d*)\]", spec).groups() if "%" not in spec else (None, None)
+        if low is None:
+            raise UserError(f"a stream has no share of {spec}; name rows, for example split=train[:1000]")
+        table = table.skip(int(low or 0))
+        return table.take(int(high) - int(low or 0)) if high else table
+    from datasets import ReadInstruction
+
+    name = spec.split("[")[0]
+    (span,) = ReadInstruction.from_spec(spec).to_absolute({name: len(table)})
+    return table.select(range(span.from_ or 0, len(table) if span.to is None else span.to))
+
+
+def _shards(file: InputFile, table) -> int:
+    """The parts of a stream that can be read apart. Slices count rows from the start: one part."""
+    return 1 if "[" in file.path or "+" in file.path else table.num_shards
+
+
+def is_stream(table) -> bool:
+    """Whether a dataset gives its rows one after another only."""
+    return not hasattr(table, "data")
+
+
+def dataset_batches(piece: Piece) -> Iterator[tuple[int | None, int, Any]]:
+    """Over a piece of a dataset: (shard of a stream or None, rows before, arrow table of up to `ROWS` rows)."""
+    table = open_dataset(piece.file.path)
+    if not is_stream(table):
+        if piece.end > len(table):
+            raise UserError(f"{piece.file.path} has fewer rows than when it was found; run again")
+        table = table.with_format("arrow")
+        for at in range(piece.start, piece.end, ROWS):
+            yield None, at, table[at : min(at + ROWS, piece.end)]
+        return
+    for shard in range(piece.start, piece.end):
+        at, count = 0, _shards(piece.file, table)
+        rows = table.shard(count, shard) if count > 1 else table
+        for batch in rows.with_format("arrow").iter(ROWS):
+            yield shard, at, batch
+            at += batch.num_rows
 
 
 def _parse_dataset(path: str) -> tuple[str, dict[str, str]]:
-    """`hf:NAME?config=…&split=…` → (name or folder, options)."""
+    """`hf:NAME?config=…&split=…&streaming=true` → (name or folder, options)."""
     name, _, query = path.removeprefix(DATASET).partition("?")
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if not name or set(options) - {"config", "split"} or (query and not options):
-        raise UserError(f"dataset {path} does not read like {DATASET}FOLDER_OR_NAME?config=NAME&split=train")
+    options = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True))
+    if (
+        not name
+        or set(options) - {"config", "split", "streaming"}
+        or (query and not options)
+        or options.get("streaming", "true") not in ("true", "false")
+    ):
+        form = f"{DATASET}FOLDER_OR_NAME?config=NAME&split=train&streaming=true"
+        raise UserError(f"dataset {path} does not read like {form}")
     return name, options
 
 
-def _dataset_input(given: str) -> InputFile:
+def dataset_input(given: str) -> InputFile:
+    """The input that an `hf:` path names. Raises `UserError` as `open_dataset`."""
     name, options = _parse_dataset(given)
-    shown = name
+    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
     if Path(name).is_dir():
         name = os.path.abspath(name)
-        shown = Path(name).name
-    query = f"?{urlencode(sorted(options.items()))}" if options else ""
+        shown = os.fsencode(Path(name).name).decode("utf-8", "backslashreplace")
+    query = f"?{urlencode(sorted(options.items()), safe='[]:+%')}" if options else ""
     path = f"{DATASET}{name}{query}"
     table = open_dataset(path)
-    name, source = f"{DATASET}{_in_utf8(shown)}{query}", _in_utf8(shown.split("/")[-1])
-    return InputFile(path, name, source, None, "dataset", table.data.nbytes, table._fingerprint)
+    size = (table.info.dataset_size or 0) if is_stream(table) else table.data.nbytes
+    stamp = "" if is_stream(table) else table._fingerprint
+    return InputFile(path, f"{DATASET}{shown}{query}", shown.split("/")[-1], None, "dataset", size, stamp)
