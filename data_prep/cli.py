@@ -19,7 +19,7 @@ from cyclopts import Group, Parameter, validators
 
 import data_prep
 from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
-from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
+from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, log, run_main
 from data_prep.corpus.filters import Filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
@@ -370,14 +370,14 @@ def tokenizer(
         sample_mb: text to learn from, in memory
     """
     from data_prep.corpus.documents import sample_lines
-    from data_prep.corpus.inputs import survey, unread_line
+    from data_prep.corpus.finding import survey
     from data_prep.text.tokenizer import train_sentencepiece
 
     _check_output(output)
-    files, unread = survey(list(input))
-    if unread:
-        print(f"data-prep: not read: {unread_line(unread)}", file=sys.stderr)
-    sample = sample_lines(files, int(sample_mb * 1e6), rules)
+    found = survey(list(input), output)
+    for line in found.lines():
+        log(f"data-prep: {line}")
+    sample = sample_lines(found.files, int(sample_mb * 1e6), rules)
     made = train_sentencepiece(sample, output, vocab_size)
     print(f"{output}: {made.vocab_size:,} entries, fingerprint {made.fingerprint[:16]}")
 

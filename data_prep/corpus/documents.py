@@ -6,42 +6,49 @@ Memory is bounded by a chunk and a line, whatever the size of the file.
 
 from __future__ import annotations
 
+import codecs
+import csv
 import dataclasses
 import hashlib
+import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
-from data_prep.corpus.filters import TEXT_FIELDS, Filters, encodable, normal_language
+from data_prep.common.language_codes import normal_language
+from data_prep.corpus.filters import MAX_TEXT_MB, Filters, encodable
+from data_prep.corpus.finding import folder_language, partitions, passed_over
 from data_prep.corpus.inputs import (
     CHUNK_BYTES,
-    ROWS,
     InputFile,
     Piece,
-    folder_language,
-    hash_row_groups,
-    hash_rows,
-    open_dataset,
+    is_array,
+    is_json,
+    kind_of,
     open_input,
-    open_parquet,
-    records,
     split,
+    starts_array,
     user_errors,
     whole,
 )
+from data_prep.corpus.tables import Rows, with_text_column
 from data_prep.corpus.unpack import TarMembers, Unpacked
 
 TAIL_BYTES = 1 << 16  # read size past the end of a piece, to complete its last line
-# Longer lines, texts and text files are rejected: the tokenizer takes up to 40 bytes of memory per byte of a
-# text without white space (docs/inputs.md, Measured).
-MAX_LINE_BYTES = 4_000_000
-BATCH_BYTES = 4 << 20  # approximate size of a batch of a parquet file
+# Longer lines are not held; a larger `Filters.max_text_mb` raises this limit too. A text may be six times as
+# long in a line of JSON, and other fields come on top.
+MAX_LINE_BYTES = 64_000_000
 MAX_DEPTH = 200  # of brackets in a record: the JSON parser's own limit depends on its caller
+SAFE_DIGITS = 640  # a number with fewer is an int in any environment (PYTHONINTMAXSTRDIGITS)
 SAMPLE_PLACES = 8  # parts of a file to sample from
 _BOM = b"\xef\xbb\xbf"
+_WHITE = re.compile("[\ufeff \\t\\r\\n]*")
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,12 @@ class DocumentReader:
         self.repaired: Counter[str] = Counter()
         self._hash = hashlib.sha256()
         self._first = 0  # offset of the first line that starts in the piece
+        self._max_text = int(self.filters.max_text_mb * 1e6)
+        self._max_line = int(MAX_LINE_BYTES * max(1, self.filters.max_text_mb / MAX_TEXT_MB))
+        self._repeated = 0  # keys of the record in work that occur twice
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+        self._members: Counter[str] = Counter()
+        self._fields = dict(self.file.fields)
         self._here = _Place(self.file.name, self.file.source, self.file.folder_language)
 
     @property
@@ -111,12 +124,10 @@ class DocumentReader:
         return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[RawDocument | Reject]:
-        if self.file.kind == "jsonl":
+        if self.file.kind in ("parquet", "arrow", "dataset"):
+            return self._table()
+        if self.file.kind == "jsonl" and not is_array(self.file):
             return self._lines(self._own_lines(), self._here)
-        if self.file.kind == "parquet":
-            return self._parquet()
-        if self.file.kind == "dataset":
-            return self._dataset()
         return self._unpacked()
 
     # Bytes ----------------------------------------------------------------------------------------------
@@ -156,7 +167,7 @@ class DocumentReader:
                     last = chunk[-1:]
                     yield chunk
             followed = 0
-            while last != b"\n" and followed <= MAX_LINE_BYTES and (chunk := stream.read(TAIL_BYTES)):
+            while last != b"\n" and followed <= self._max_line and (chunk := stream.read(TAIL_BYTES)):
                 end = chunk.find(b"\n") + 1
                 chunk = chunk[:end] if end else chunk
                 last = chunk[-1:]
@@ -172,24 +183,31 @@ class DocumentReader:
             archive = TarMembers(plain)
             for member in archive:
                 yield from self._member(member)
+        elif self.file.kind == "csv":
+            yield from self._csv(plain)
         else:
-            yield from self._lines(plain, self._here)
+            yield from self._lines_or_array(iter(plain))
         self.damage = plain.damage or (archive.damage if archive else None)
 
     def _member(self, member) -> Iterator[RawDocument | Reject]:
         if not member.regular:
             yield Reject(0, "not a regular file", member.name)
             return
-        if not member.name.lower().endswith(".jsonl"):
+        if kind_of(member.name) != "jsonl" or passed_over(member.parts):
             yield Reject(0, "not a .jsonl member", member.name)
             return
         folders = member.parts[:-1]
+        # An archive may hold a name twice: a file that was appended again.
+        self._members[member.name] += 1
+        count = self._members[member.name]
+        name = member.name if count == 1 else f"{member.name}:{count}"
         place = _Place(
-            f"{self.file.name}!{member.name}",
+            f"{self.file.name}!{name}",
             folders[-1] if folders else self.file.source,
             folder_language(folders) or self.file.folder_language,
-            member.name,
+            name,
         )
+        self._fields = dict(self.file.fields) | partitions(folders)
         yield from self._lines(member.content, place)
 
     def _text(self, plain: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
@@ -197,12 +215,12 @@ class DocumentReader:
         chunks, held = [], 0
         for chunk in plain:
             held += len(chunk)
-            if held <= MAX_LINE_BYTES:
+            if held <= self._max_text:
                 chunks.append(chunk)
             else:
                 chunks.clear()
         self.lines += 1
-        if held > MAX_LINE_BYTES:
+        if held > self._max_text:
             yield Reject(1, "file too long")
             return
         try:
@@ -216,18 +234,50 @@ class DocumentReader:
     # Records --------------------------------------------------------------------------------------------
 
     def _lines(self, chunks: Iterable[bytes], place: _Place) -> Iterator[RawDocument | Reject]:
-        for number, (offset, line) in enumerate(cut_lines(chunks), start=1):
+        for number, (offset, line) in enumerate(cut_lines(chunks, self._max_line), start=1):
             self.lines += 1
             if line is None:
                 yield Reject(number, "line too long", place.member)
                 continue
             line = line.removeprefix(_BOM)  # also inside concatenated files
             if line and not line.isspace():
-                yield self._parse(number, line, place, offset)
+                yield self._parse(number, line, place, f"@{self._first + offset}")
 
-    def _parse(self, number: int, line: bytes, place: _Place, offset: int) -> RawDocument | Reject:
+    def _lines_or_array(self, chunks: Iterator[bytes]) -> Iterator[RawDocument | Reject]:
+        first = next(chunks, b"")
+        chunks = itertools.chain([first], chunks)
+        if is_json(self.file.name) and starts_array(first):
+            return self._array(chunks)
+        return self._lines(chunks, self._here)
+
+    def _array(self, chunks: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
+        """The elements of one JSON array, as a `.json` file may hold it."""
+        for number, element in enumerate(cut_array(chunks, self._max_line), start=1):
+            self.lines += 1
+            if element is None:
+                yield Reject(number, "invalid JSON from here to the end of the file")
+            else:
+                yield self._parse(number, element, self._here, f"#{number}")
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict:
+        record = dict(pairs)
+        self._repeated += len(pairs) - len(record)
+        return record
+
+    def _decode(self, text: str) -> Any:
+        self._repeated = 0
         try:
-            record = json.loads(line.decode("utf-8"))
+            return self._decoder.decode(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number with too many digits for an int
+            self._repeated = 0
+            return json.loads(text, object_pairs_hook=self._object, parse_int=_any_int)
+
+    def _parse(self, number: int, line: bytes, place: _Place, mark: str) -> RawDocument | Reject:
+        """`mark`: the place of the record within its file, for an id made from the file's name."""
+        try:
+            record = self._decode(line.decode("utf-8"))
         except UnicodeDecodeError:
             return Reject(number, "undecodable bytes", place.member)
         except (ValueError, RecursionError):
@@ -236,20 +286,24 @@ class DocumentReader:
             return Reject(number, "invalid JSON", place.member)
         if not isinstance(record, dict):
             return Reject(number, "not an object", place.member)
-        return self._judge(number, record, place, f"@{self._first + offset}", self.filters)
+        item = self._judge(number, record, place, mark, self.filters)
+        if self._repeated and isinstance(item, RawDocument):
+            self.repaired["duplicate keys"] += 1
+        return item
 
     def _judge(
         self, number: int, record: dict, place: _Place, mark: str, filters: Filters
     ) -> RawDocument | Reject:
-        """`mark`: the place of the record within its file, for an id made from the file's name."""
-        text, reason = filters.text_of(record)
+        if self._fields:
+            record = self._fields | record
+        text, reason = filters.text_of(record, self._label_language(record, place))
         if reason:
             return Reject(number, reason, place.member)
-        if _too_large(text):  # a row of a table
-            return Reject(number, "line too long", place.member)
+        if self._too_large(text):
+            return Reject(number, "text too long", place.member)
         text, changed = filters.clean(text)
-        if changed and _too_large(text):  # a normal form may be many times as long
-            return Reject(number, "line too long", place.member)
+        if changed and self._too_large(text):  # a normal form may be many times as long
+            return Reject(number, "text too long", place.member)
         if not text or text.isspace():
             return Reject(number, "empty content", place.member)
         if not encodable(text):
@@ -258,7 +312,7 @@ class DocumentReader:
         if reason := filters.refusal(record, text, language):
             return Reject(number, reason, place.member)
         identity = record.get("id")
-        if isinstance(identity, int) and not isinstance(identity, bool):
+        if isinstance(identity, (int, Decimal)) and not isinstance(identity, bool):
             identity = str(identity)
         usable = isinstance(identity, str) and identity != "" and encodable(identity)
         if not usable:
@@ -274,106 +328,133 @@ class DocumentReader:
             return self.language
         return normal_language(record.get("language")) or place.folder_language or detect_language(text)
 
+    def _label_language(self, record: dict, place: _Place) -> str | None:
+        """The language of the labels of an exam question, None to go by its text."""
+        if "q_main" not in record:
+            return None
+        named = self.language if self.language != "auto" else normal_language(record.get("language"))
+        by_name = "zh" if place.source.lower().endswith("-cn") else None  # WanJuan's Exam-cn
+        return named or place.folder_language or by_name
+
+    def _too_large(self, text: str) -> bool:
+        """Whether a text has more than the limit in UTF-8."""
+        if len(text) <= self._max_text // 4:
+            return False
+        return len(text) > self._max_text or len(text.encode("utf-8", "surrogatepass")) > self._max_text
+
     # Tables ---------------------------------------------------------------------------------------------
 
-    def _parquet(self) -> Iterator[RawDocument | Reject]:
-        with open_parquet(self.file) as table:
-            facts = table.metadata
-            columns, filters = self._columns(table.schema_arrow)
-            first = sum(facts.row_group(n).num_rows for n in range(self.piece.start))
-            with user_errors(self.file.path):
-                hash_row_groups(self._hash, self.piece, facts)
-            for group in range(self.piece.start, self.piece.end):
-                number = first
-                for batch in self._batches(table, group, columns):
-                    yield from self._rows(batch, number, filters)
-                    number += batch.num_rows
-                first += facts.row_group(group).num_rows
-                size, groups = self.file.size, facts.num_row_groups
-                self.bytes_read += size * (group + 1) // groups - size * group // groups
-
-    def _batches(self, table, group: int, columns: list[str]) -> Iterator:
-        """One row group in small batches; a damaged one up to the damage."""
-        import pyarrow
-
-        facts = table.metadata.row_group(group)
-        rows = BATCH_BYTES * facts.num_rows // max(facts.total_byte_size, 1)
-        with user_errors(self.file.path):
-            try:
-                yield from table.iter_batches(min(max(rows, 1), ROWS), row_groups=[group], columns=columns)
-            except (pyarrow.ArrowException, OSError) as error:
-                # A failing disk or network is not damage: the next run may read it all.
-                if getattr(error, "errno", None) is not None or "://" in self.file.path:
-                    raise
-                self.damage = self.damage or f"damaged row group {group}: {first_line(error)}"
-
-    def _dataset(self) -> Iterator[RawDocument | Reject]:
-        table = open_dataset(self.file.path)
-        if self.piece.end > len(table):
-            raise UserError(f"{self.file.path} has fewer rows than when it was found; run again")
-        columns, filters = self._columns(table.features.arrow_schema)
-        table = table.with_format("arrow")
-        for at in range(self.piece.start, self.piece.end, ROWS):
-            end = min(at + ROWS, self.piece.end)
-            with user_errors(self.file.path):
-                batch = table[at:end]
-                hash_rows(self._hash, batch)
-            yield from self._rows(batch.select(columns), at, filters)
-            size, count = self.file.size, len(table)
-            self.bytes_read += size * end // count - size * at // count
-
-    def _columns(self, schema) -> tuple[list[str], Filters]:
-        """The columns to read, and the filters for their rows.
-
-        Raises:
-            UserError: the text column is ambiguous.
-        """
-        rules = self.filters
-        if rules.text_field is None and not set(TEXT_FIELDS) & set(schema.names):
-            strings = [field.name for field in schema if _is_text(field.type)]
-            strings = [name for name in strings if name not in ("id", "language")]
-            if len(strings) != 1:
-                raise UserError(
-                    f"{self.file.path} does not tell which column holds the text "
-                    f"(it has {', '.join(schema.names) or 'none'}); name it with --text-field"
-                )
-            rules = dataclasses.replace(rules, text_field=strings[0])
-        wanted = rules.fields()
-        columns = [name for name in schema.names if name in wanted]
-        if rules.text_field and not {rules.text_field, rules.text_field.split(".")[0]} & set(columns):
-            raise UserError(
-                f"{self.file.path} has no column {rules.text_field}; --text-field can name one of "
-                f"{', '.join(schema.names)}"
-            )
-        return columns, rules
-
-    def _rows(self, batch, first: int, filters: Filters) -> Iterator[RawDocument | Reject]:
-        """Documents of a batch of rows. `first`: the number of rows before it."""
-        for number, record in enumerate(records(batch), start=first + 1):
+    def _table(self) -> Iterator[RawDocument | Reject]:
+        rows = Rows(self.piece, self.filters, self._hash)
+        for number, record, shard in rows:
+            self.bytes_read = rows.bytes_read
             self.lines += 1
+            member, mark = ("", f"#{number}") if shard is None else (f"shard {shard}", f"#{shard}.{number}")
             if record is None:
-                yield Reject(number, "undecodable bytes")
+                yield Reject(number, "undecodable bytes", member)
             else:
-                yield self._judge(number, record, self._here, f"#{number}", filters)
+                place = dataclasses.replace(self._here, member=member) if member else self._here
+                yield self._judge(number, record, place, mark, rows.filters)
+        self.bytes_read, self.damage = rows.bytes_read, rows.damage
+
+    def _csv(self, chunks: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
+        """Rows of a .csv or .tsv file; its first row names the columns."""
+        problems: list[str] = []  # of the lines of one row
+
+        def lines() -> Iterator[str]:
+            for number, (_, line) in enumerate(cut_lines(chunks, self._max_line)):
+                line, problem = (b"", "line too long") if line is None else (line, "undecodable bytes")
+                line = line if number else line.removeprefix(_BOM)
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError:
+                    text = line.decode("utf-8", "replace")
+                    problems.append(problem)
+                if not line and problem == "line too long":
+                    problems.append(problem)
+                yield text + "\n"
+
+        csv.field_size_limit(self._max_line)
+        source = lines()
+        first = next(source, "")
+        delimiter = "\t" if ".tsv" in self.file.name.lower() else max(",;\t", key=first.count)
+        rows = csv.reader(itertools.chain([first], source), delimiter=delimiter, strict=True)
+        names: list[str] = []
+        filters = self.filters
+        while True:
+            problems.clear()
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error:
+                problems.append("invalid CSV")
+                row = []
+            if not names and row:
+                names = row
+                filters = with_text_column(self.file.path, names, names, filters)
+                continue
+            if not row and not problems:
+                continue
+            self.lines += 1
+            if len(row) != len(names) and not problems:
+                problems.append("another number of columns than the first row")
+            if problems:
+                yield Reject(self.lines, problems[0])
+                continue
+            record = dict(zip(names, row, strict=True))
+            yield self._judge(self.lines, record, self._here, f"#{self.lines}", filters)
 
 
-def cut_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line without its line feed) for every line; None for one longer than `MAX_LINE_BYTES`."""
+def cut_lines(chunks: Iterable[bytes], longest: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line without its line feed) for every line; None for one of more than `longest` bytes."""
     open_line: list[bytes] = []  # parts of a line whose end has not been read
     held = at = 0
     for chunk in chunks:
         first, *others = chunk.split(b"\n")
         held += len(first)
-        if held <= MAX_LINE_BYTES:
+        if held <= longest:
             open_line.append(first)
         else:
             open_line.clear()
         for line in others:
-            yield at, b"".join(open_line) if held <= MAX_LINE_BYTES else None
+            yield at, b"".join(open_line) if held <= longest else None
             at += held + 1
             open_line, held = [line], len(line)
     if held:
-        yield at, b"".join(open_line) if held <= MAX_LINE_BYTES else None
+        yield at, b"".join(open_line) if held <= longest else None
+
+
+def cut_array(chunks: Iterable[bytes], longest: int) -> Iterator[bytes | None]:
+    """The elements of a JSON array as they are written; None where one cannot be parsed, or is too long."""
+    scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
+    # Bytes that are not UTF-8 come out as they were.
+    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+    source = itertools.chain(map(decode, chunks), [None])
+    held, wanted = "", "["  # `wanted`: the sign before the next element
+    for more in source:
+        held, at = held + (more or ""), 0
+        while (at := _WHITE.match(held, at).end()) < len(held):
+            if wanted:
+                if held[at] != wanted:
+                    break
+                at, wanted = _WHITE.match(held, at + 1).end(), ""
+            try:
+                _, end = scan(held, at)
+            except ValueError:
+                break
+            if end == len(held) and more is not None:  # a number may continue
+                break
+            yield held[at:end].encode("utf-8", "surrogateescape")
+            at, wanted = end, ","
+        held = held[at:]
+        if held.startswith("]"):
+            break
+        if more is None or len(held) > longest or (wanted and held and held[0] != wanted):
+            yield None
+            break
+    for _ in source:  # the file is hashed to its end
+        pass
 
 
 def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = None) -> Iterator[str]:
@@ -409,11 +490,9 @@ def _lines_of_text(piece: Piece, filters: Filters | None) -> Iterator[str]:
             yield from document.content.split("\n")
 
 
-def _too_large(text: str) -> bool:
-    """Whether a text has more than `MAX_LINE_BYTES` in UTF-8."""
-    if len(text) <= MAX_LINE_BYTES // 4:
-        return False
-    return len(text) > MAX_LINE_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_LINE_BYTES
+def _any_int(digits: str) -> int | Decimal:
+    """A whole number of any length."""
+    return int(digits) if len(digits) < SAFE_DIGITS else Decimal(digits)
 
 
 def _too_deep(value: object) -> bool:
@@ -423,11 +502,3 @@ def _too_deep(value: object) -> bool:
         inner = (item.values() if isinstance(item, dict) else item for item in level)
         level = [value for values in inner for value in values if isinstance(value, (dict, list))]
     return bool(level)
-
-
-def _is_text(kind) -> bool:
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

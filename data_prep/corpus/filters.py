@@ -14,41 +14,21 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
+from data_prep.common.language_codes import require_language
 
+MAX_TEXT_MB = 4.0  # docs/inputs.md, Measured
 NORMAL_FORMS = ("NFC", "NFKC")
 OPTIONS = tuple("abcde")  # of a question in WanJuan's Exam-cn
 EXAM_FIELDS = ("q_main", *(f"option_{letter}" for letter in OPTIONS), "std_ans", "answer", "answer_detail")
 TEXT_FIELDS = ("content", "text", "q_main")  # the first one that a record has decides its schema
 
-# Names and three-letter codes in corpora; any other code is kept.
-LANGUAGE_NAMES = {
-    name: code
-    for code, names in {
-        "ar": "ara arabic",
-        "de": "deu ger german",
-        "en": "eng english",
-        "es": "spa spanish",
-        "fr": "fra fre french",
-        "hi": "hin hindi",
-        "it": "ita italian",
-        "ja": "jpn japanese",
-        "ko": "kor korean",
-        "nl": "nld dut dutch",
-        "pt": "por portuguese",
-        "ru": "rus russian",
-        "zh": "zho chi cmn chinese mandarin 中文 汉语 漢語",
-    }.items()
-    for name in names.split()
-}
-
-_CODE = re.compile(r"[a-z]{2,3}")
-NO_LANGUAGES = ("und", "unk", "mul", "zxx", "na")  # codes that name no language
 _MISSING = object()
 
 # Control characters that break a line become a line feed; others are removed, except tab and line feed.
@@ -128,6 +108,7 @@ class Filters:
         min_chars: leave out shorter documents
         max_chars: leave out longer documents (0: no limit)
         keep_languages: leave out documents in other languages (default: keep all)
+        max_text_mb: reject texts of more UTF-8 bytes: the tokenizer takes up to 40 bytes of memory per byte
 
     Raises:
         UserError: a value is invalid.
@@ -141,15 +122,12 @@ class Filters:
     min_chars: int = 0
     max_chars: int = 0
     keep_languages: Annotated[tuple[str, ...], Parameter(name="--keep-lang", consume_multiple=1)] = ()
+    max_text_mb: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1000))] = MAX_TEXT_MB
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "filters", tuple(str(parsed) for parsed in self._parsed))
-        languages = []
-        for language in self.keep_languages:
-            if (code := normal_language(language)) is None:
-                raise UserError(f"language {language!r} is no code; write for example --keep-lang en zh")
-            languages.append(code)
-        object.__setattr__(self, "keep_languages", tuple(sorted(set(languages))))
+        languages = {require_language(language, "--keep-lang") for language in self.keep_languages}
+        object.__setattr__(self, "keep_languages", tuple(sorted(languages)))
         if self.normal_form not in (None, *NORMAL_FORMS):
             raise UserError(f"normal form {self.normal_form!r} is unknown; use NFC or NFKC")
         if self.min_chars < 0 or self.max_chars < 0 or 0 < self.max_chars < self.min_chars:
@@ -168,6 +146,8 @@ class Filters:
         """The rules as JSON values, for the manifest and the settings fingerprint."""
         lists = {"filters": list(self.filters), "keep_languages": list(self.keep_languages)}
         settings = dataclasses.asdict(self) | lists
+        if self.max_text_mb == MAX_TEXT_MB:  # sets made before there was a setting have the same fingerprint
+            del settings["max_text_mb"]
         # The normal form of a new character depends on the version of Unicode.
         return settings | ({"unicode": unicodedata.unidata_version} if self.normal_form else {})
 
@@ -184,8 +164,12 @@ class Filters:
         names |= {one.field for one in self._parsed}
         return names | {name.split(".")[0] for name in names}
 
-    def text_of(self, record: dict) -> tuple[str, str | None]:
-        """(text as stored, None), or ("", the reason why there is no text)."""
+    def text_of(self, record: dict, language: str | None = None) -> tuple[str, str | None]:
+        """(text as stored, None), or ("", the reason why there is no text).
+
+        Args:
+            language: of the labels of an exam question; None to go by its text.
+        """
         if self.text_field is not None:
             found = look_up(record, self.text_field)
         elif "content" in record:
@@ -194,12 +178,14 @@ class Filters:
             found = record["text"]
         elif "q_main" in record:
             if isinstance(record["q_main"], str):
-                return exam_text(record), None
+                return exam_text(record, language), None
             found = record["q_main"]
         else:
             found = _MISSING
         if found is _MISSING:
             return "", "no content"
+        if isinstance(found, bytes):  # of a table, and not UTF-8
+            return "", "undecodable bytes"
         return (found, None) if isinstance(found, str) else ("", "content is not text")
 
     def clean(self, text: str) -> tuple[str, list[str]]:
@@ -245,17 +231,17 @@ def look_up(record: dict, field: str) -> Any:
     return found
 
 
-def exam_text(record: dict) -> str:
+def exam_text(record: dict, language: str | None = None) -> str:
     """A question of Exam-cn as text: question, options, answer, explanation.
 
-    Empty fields and repeated values are left out.
+    Empty fields and repeated values are left out. `language`: of the labels; None to go by the question's.
     """
     fields = {name: _plain(record.get(name)) for name in EXAM_FIELDS}
     lines = [fields["q_main"]] if fields["q_main"] else []
     for letter in OPTIONS:
         if option := fields[f"option_{letter}"]:
             lines.append(f"{letter.upper()}. {option}")
-    chinese = detect_language("\n".join(fields.values())) == "zh"
+    chinese = (language or detect_language("\n".join(fields.values()))) == "zh"
     labels = ("答案：", "解答：", "解析：") if chinese else ("Answer: ", "Solution: ", "Explanation: ")
     seen = {""}
     for label, name in zip(labels, ("std_ans", "answer", "answer_detail"), strict=True):
@@ -271,23 +257,11 @@ def exam_text(record: dict) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, str):
         return value.strip()
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, list):
         return ", ".join(filter(None, map(_plain, value)))
     return ""
-
-
-def normal_language(label: object) -> str | None:
-    """The code of a language named by a record: `zh-CN`, `Chinese`, `zho` → `zh`; None for no language."""
-    if not isinstance(label, str):
-        return None
-    label = label.strip().lower().replace("_", "-")
-    primary = label.split("-")[0]
-    code = LANGUAGE_NAMES.get(label) or LANGUAGE_NAMES.get(primary)
-    if code is None and _CODE.fullmatch(primary) and primary not in NO_LANGUAGES:
-        code = primary
-    return code
 
 
 def encodable(text: str) -> bool:

@@ -229,7 +229,7 @@ class _Place:
     def _wanted(self, path: Path) -> bool:
         """Whether a name below the input is looked at; counts those that are not."""
         own = self._output is not None and os.path.realpath(path) == self._output
-        kind = "output folder" if own else _passed_over(path.name)
+        kind = "output folder" if own else passed_over((path.name,))
         self._found.passed_over.update([kind] if kind else [])
         return kind is None
 
@@ -275,7 +275,7 @@ class _Place:
         for path, facts in sorted(found.items(), key=lambda item: _split(item[0])):
             parts = (*archive[-1:], *_split(path)) if archive else tuple(_split(path))
             inside = parts[max(above, 0) + bool(archive and above >= 0) :]
-            if kind := next(filter(None, map(_passed_over, inside[1:])), None):
+            if kind := passed_over(inside[1:]):
                 self._found.passed_over[kind] += 1
                 continue
             if facts.get("size") is None:
@@ -343,7 +343,7 @@ def _spooled(given: str) -> str | None:
 
 
 def folder_language(parts: Iterable[str]) -> str | None:
-    """The language of the nearest folder that names one (EN, CN, `lang=…`); the last of `parts` is nearest."""
+    """The language of the nearest folder that names one (EN, CN, `lang=…`); the last part is the nearest."""
     for part in reversed(tuple(parts)):
         if part in FOLDER_LANGUAGES:
             return FOLDER_LANGUAGES[part]
@@ -358,15 +358,20 @@ def partitions(folders: Iterable[str]) -> dict[str, str | None]:
     """The fields that partition folders (`lang=en/date=2024-01`) give to each record below them."""
     pairs = (folder.partition("=") for folder in folders)
     return {
-        unquote(name): None if value == NO_VALUE else unquote(value) for name, sign, value in pairs if sign and name
+        unquote(name): None if value == NO_VALUE else unquote(value)
+        for name, sign, value in pairs
+        if sign and name
     }
 
 
-def _passed_over(name: str) -> str | None:
-    """The kind of a name that is not looked at, None for others."""
-    if name.startswith("."):
-        return "hidden"
-    return "leftovers of other programs" if LEFTOVERS.fullmatch(name) else None
+def passed_over(names: Iterable[str]) -> str | None:
+    """The kind of the first of the names that is not looked at, None when all are."""
+    for name in names:
+        if name.startswith("."):
+            return "hidden"
+        if LEFTOVERS.fullmatch(name):
+            return "leftovers of other programs"
+    return None
 
 
 def _matches(names: tuple[str, ...], patterns: tuple[str, ...]) -> bool:

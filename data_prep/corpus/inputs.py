@@ -32,7 +32,7 @@ KINDS = {
 }
 PACKINGS = {".gz": "gz", ".gzip": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}
 TARS = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
-ENDINGS = ".jsonl, .json, .ndjson, .csv, .tsv, .txt, .md, .tar (also .gz, .zst, .xz, .bz2), .parquet or .arrow"
+ENDINGS = ".jsonl, .json, .csv, .tsv, .txt, .md, .tar (each also .gz, .zst, .xz, .bz2), .parquet or .arrow"
 DATASET = "hf:"
 CHUNK_BYTES = 1 << 20
 ROWS = 64  # of a table, in memory at once
@@ -233,10 +233,20 @@ def open_input(file: InputFile) -> BinaryIO:
 
 def is_array(file: InputFile) -> bool:
     """Whether an unpacked `.json` file is one array, not a record per line."""
-    if not file.name.lower().endswith(".json"):
+    if file.packing or not is_json(file.name):
         return False
     with open_input(file) as stream, user_errors(file.path):
-        return stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        return starts_array(stream.read(64))
+
+
+def is_json(name: str) -> bool:
+    """Whether a file may hold an array: C4's `.json.gz` holds a record per line."""
+    return _endings(name)[0].endswith(".json")
+
+
+def starts_array(start: bytes) -> bool:
+    """Whether these first bytes begin a JSON array."""
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 @contextmanager
@@ -354,7 +364,7 @@ def is_stream(table) -> bool:
 
 
 def dataset_batches(piece: Piece) -> Iterator[tuple[int | None, int, Any]]:
-    """Over a piece of a dataset: (shard of a stream or None, rows before, arrow table of up to `ROWS` rows)."""
+    """Over a piece of a dataset: (shard of a stream or None, rows before, arrow table of at most `ROWS`)."""
     table = open_dataset(piece.file.path)
     if not is_stream(table):
         if piece.end > len(table):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_prep.corpus.filters import Filters
+from data_prep.corpus.finding import Survey
 from data_prep.corpus.inputs import InputFile, Piece
 from data_prep.jobs.executor import WorkFolder
 from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED, ZSTD_LEVEL
@@ -46,10 +47,13 @@ class Job:
     output: Path
     settings: ShardSettings
     facts: dict  # the manifest's format version, settings and tokenizer
-    files: list[InputFile]
+    found: Survey
     units: list[list[Piece]]
-    not_read: list[str]
     only: tuple[int, ...] | None = None
+
+    @property
+    def files(self) -> list[InputFile]:
+        return self.found.files
 
     @property
     def work(self) -> Path:

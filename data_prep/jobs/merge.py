@@ -75,7 +75,9 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
         "damaged": damaged,
         "quarantine_sha256": file_sha256(output / QUARANTINE),
         "inputs": inputs,
-        "not_read": job.not_read,
+        "not_read": job.found.not_read,
+        "lost": job.found.lost,
+        "passed_over": dict(sorted(job.found.passed_over.items())),
     }
     write_atomically(output / MANIFEST, json_bytes(seal_manifest(manifest)), aside=folder)
     shutil.rmtree(job.work, ignore_errors=True)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.common.errors import UserError, describe
+from data_prep.common.errors import UserError, describe, log
 from data_prep.common.files import json_bytes, partial_name
-from data_prep.corpus.inputs import Piece, plan_units, survey, unread_line
+from data_prep.corpus.finding import survey
+from data_prep.corpus.inputs import Piece, plan_units
 from data_prep.jobs.executor import run_in_processes
 from data_prep.jobs.job import Job, ShardSettings, missing_units
 from data_prep.jobs.progress import Progress
@@ -87,9 +88,9 @@ def plan(
     """The work to do; None when it is done. Makes the work folder, or checks an existing one."""
     output = Path(output)
     for given in map(Path, inputs):
-        if given.is_dir() and output.resolve().is_relative_to(given.resolve()):
-            raise UserError(f"output {output} is inside the input folder {given}; choose another place")
-    files, not_read = survey(inputs)
+        if given.is_dir() and output.resolve() == given.resolve():
+            raise UserError(f"output {output} is the input folder; choose another place")
+    found = survey(inputs, output)
     # Refuses unknown names before any work.
     get_segmenter(settings.sentences.segmenter, settings.sentences.language)
     facts = {
@@ -101,9 +102,9 @@ def plan(
             "vocab_size": tokenizer.vocab_size,
         },
     }
-    if not_read:
-        print(f"data-prep: not read: {unread_line(not_read)}", file=sys.stderr)
-    job = Job(output, settings, facts, files, plan_units(files, settings.unit_bytes), not_read)
+    for line in found.lines():
+        log(f"data-prep: {line}")
+    job = Job(output, settings, facts, found, plan_units(found.files, settings.unit_bytes))
     for _ in range(3):
         try:
             return _check_finished(job) if (output / MANIFEST).is_file() else _start(job)

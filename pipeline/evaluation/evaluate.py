@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data_prep.common.errors import UserError
 from data_prep.common.extras import import_extra
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
-from data_prep.corpus.inputs import find_inputs
+from data_prep.corpus.finding import find_inputs
 from data_prep.shards.reader import ShardSet
 from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer

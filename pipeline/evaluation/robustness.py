@@ -20,7 +20,7 @@ import numpy as np
 from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, log
 from data_prep.corpus.documents import RawDocument, Reject
-from data_prep.corpus.inputs import find_inputs
+from data_prep.corpus.finding import find_inputs
 from data_prep.text.segment_rules import DASHES, ELLIPSES, PAUSES, STOPS
 from data_prep.text.segmenter import get_segmenter
 from data_prep.text.sentences import LONGEST, SentenceSettings, cut_document

@@ -9,7 +9,7 @@ import zstandard
 
 from data_prep.corpus.documents import DocumentReader
 from data_prep.corpus.filters import Filters
-from data_prep.corpus.inputs import find_inputs
+from data_prep.corpus.finding import find_inputs
 
 GOOD = b'{"id": "a", "content": "One two. \\u4e8c"}'
 PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}

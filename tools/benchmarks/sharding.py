@@ -211,7 +211,7 @@ class Bench:
         return measured, json.loads(measured.stdout.strip().splitlines()[-1])
 
     def files(self) -> list:
-        from data_prep.corpus.inputs import find_inputs
+        from data_prep.corpus.finding import find_inputs
 
         return find_inputs(self.inputs)
 

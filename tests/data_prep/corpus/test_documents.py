@@ -20,7 +20,8 @@ from data_prep.common.errors import UserError
 from data_prep.corpus import documents
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.filters import Filters
-from data_prep.corpus.inputs import Piece, find_inputs, split, whole
+from data_prep.corpus.finding import find_inputs
+from data_prep.corpus.inputs import Piece, split, whole
 
 # Lines --------------------------------------------------------------------------------------------------
 
@@ -208,18 +209,19 @@ def test_a_line_that_is_too_long_costs_itself_and_no_memory(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "二", "😀"])
-def test_the_limit_counts_bytes_after_the_rules_as_well(tmp_path: Path, monkeypatch, letter: str):
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1200)
+def test_the_limit_counts_bytes_after_the_rules_as_well(tmp_path: Path, letter: str):
+    small = Filters(max_text_mb=0.0012)
     count = 1200 // len(letter.encode())
     rows = [letter * count, letter * (count + 1)]
     pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet")
-    items = list(DocumentReader(find_inputs([tmp_path / "x.parquet"])[0]))
+    items = list(DocumentReader(find_inputs([tmp_path / "x.parquet"])[0], filters=small))
     assert [type(item) for item in items] == [RawDocument, Reject]
-    assert items[1].reason == "line too long"
+    assert items[1].reason == "text too long"
     pq.write_table(pa.table({"text": ["\ufdfa" * 60]}), tmp_path / "x.parquet")  # one gives 18
     file = find_inputs([tmp_path / "x.parquet"])[0]
-    assert list(DocumentReader(file, filters=Filters(normal_form="NFKC"))) == [Reject(1, "line too long")]
-    assert len(list(DocumentReader(file))[0].content) == 60
+    normal = Filters(normal_form="NFKC", max_text_mb=0.0012)
+    assert list(DocumentReader(file, filters=normal)) == [Reject(1, "text too long")]
+    assert len(list(DocumentReader(file, filters=small))[0].content) == 60
 
 
 def test_ids_of_files_whose_names_are_not_utf8(tmp_path: Path):

@@ -14,7 +14,8 @@ from data_prep import cli
 from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
-from data_prep.corpus.filters import Filters, exam_text, normal_language
+from data_prep.common.language_codes import normal_language
+from data_prep.corpus.filters import Filters, exam_text
 
 EXAM = {
     "q_type": "单选题",

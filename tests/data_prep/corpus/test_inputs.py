@@ -15,17 +15,8 @@ import pytest
 
 from data_prep.common.errors import UserError
 from data_prep.corpus import inputs
-from data_prep.corpus.inputs import (
-    InputFile,
-    Piece,
-    find_inputs,
-    find_unread,
-    plan_units,
-    split,
-    survey,
-    unread_line,
-    whole,
-)
+from data_prep.corpus.finding import find_inputs, survey
+from data_prep.corpus.inputs import InputFile, Piece, plan_units, split, whole
 
 
 def touch(folder: Path, *names: str, data: bytes = b"") -> None:
@@ -48,7 +39,7 @@ DATA = (
 
 
 def test_files_and_folders(tmp_path: Path):
-    touch(tmp_path / "in", *DATA, "a/x.py", "a/y.json", data=b"xyz")
+    touch(tmp_path / "in", *DATA, "a/x.py", data=b"xyz")
     found = find_inputs([tmp_path / "in/z.jsonl", tmp_path / "in/b", tmp_path / "in/a"])
     assert [(file.name, file.kind, file.packing, file.is_tar) for file in found] == [
         ("in/z.jsonl", "jsonl", "", False),
@@ -66,14 +57,17 @@ def test_files_and_folders(tmp_path: Path):
 
 
 def test_what_is_refused(tmp_path: Path):
-    touch(tmp_path, "c.jsonl", "d.csv", "empty/x.py", "zip/a.jsonl.zip")
+    touch(tmp_path, "c.jsonl", "d.xml", "empty/x.py", "zip/a.jsonl.zip", "none/.x.jsonl")
     for paths, message in (
         ([tmp_path, tmp_path / "zip/../c.jsonl"], "named twice"),
         ([tmp_path / "c.jsonl", f"file://{tmp_path}/c.jsonl"], "named twice"),
         ([tmp_path / "nowhere"], "does not exist"),
-        ([tmp_path / "d.csv"], r"d.csv is neither of .jsonl, .jsonl.gz"),
-        ([tmp_path / "empty"], "holds no .jsonl, .jsonl.gz"),
-        ([tmp_path / "zip"], "only 1 file passed over: zip/a.jsonl.zip; unpack"),
+        ([""], "an input has no name"),
+        ([tmp_path / "d.xml"], r"d.xml is neither of .jsonl, .json"),
+        ([tmp_path / "*.xm"], r"\*.xm matches nothing"),
+        ([tmp_path / "empty"], "holds no .jsonl, .json.* 1 file passed over: empty/x.py"),
+        ([tmp_path / "none"], "holds no .jsonl.* passed over by name: 1 hidden"),
+        ([tmp_path / "zip"], "1 file passed over: zip/a.jsonl.zip; unpack"),
         (["memory://nowhere"], "does not exist"),
         (["noprotocol://x"], "cannot read noprotocol://x: ValueError: Protocol not known"),
         (["hf:"], "does not read like hf:"),
@@ -97,20 +91,24 @@ def test_text_files_count_only_where_nothing_else_is(tmp_path: Path):
     )
     assert [file.name for file in find_inputs([tmp_path / "text"])] == ["text/a.txt", "b/c.md", "b/d.txt.gz"]
     assert [file.name for file in find_inputs([tmp_path / "data"])] == ["data/x.jsonl"]
-    assert find_unread([tmp_path / "text"]) == []
-    assert find_unread([tmp_path / "data"]) == ["data/README.md", "l/LICENSE.txt"]
+    assert survey([tmp_path / "text"]).not_read == []
+    assert survey([tmp_path / "data"]).not_read == ["data/README.md", "l/LICENSE.txt"]
     assert find_inputs([tmp_path / "data/README.md"])[0].kind == "text"  # named, so it is meant
 
 
 def test_files_passed_over_are_told(tmp_path: Path):
-    touch(tmp_path, "a/p1.jsonl.xz", "a/p2.zip", "a/p3.csv.gz", "b/good.jsonl", "b/n.html")
+    touch(tmp_path, "a/p1.jsonl.br", "a/p2.zip", "a/p3.csv.7z", "b/good.jsonl", "b/n.html", "b/Makefile")
     touch(tmp_path, "a/good.jsonl")
     touch(tmp_path, "c/only.jsonl", "c/p4.zip")
-    files, names = survey([tmp_path / "b", tmp_path / "a", tmp_path / "c/only.jsonl"])
-    assert [file.name for file in files] == ["b/good.jsonl", "a/good.jsonl", "c/only.jsonl"]
-    assert names == ["a/p1.jsonl.xz", "a/p2.zip", "a/p3.csv.gz"]
-    assert unread_line(names).startswith("3 files passed over: a/p1.jsonl.xz, a/p2.zip, a/p3.csv.gz; unpack")
-    assert "a/4, …;" in unread_line([f"a/{n}" for n in range(1000)])
+    found = survey([tmp_path / "b", tmp_path / "a", tmp_path / "c/only.jsonl"])
+    assert [file.name for file in found.files] == ["b/good.jsonl", "a/good.jsonl", "c/only.jsonl"]
+    assert found.not_read == ["b/Makefile", "b/n.html", "a/p1.jsonl.br", "a/p2.zip", "a/p3.csv.7z"]
+    (line,) = found.lines()
+    assert line.startswith(
+        "not read: 5 files passed over: b/Makefile, b/n.html, a/p1.jsonl.br, a/p2.zip, a/p3"
+    )
+    found.not_read.append("more.zip")
+    assert "a/p3.csv.7z, …; unpack" in next(found.lines())
 
 
 def test_folder_languages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -162,8 +160,9 @@ def test_names_that_are_not_utf8(tmp_path: Path):
     for name in (b"b\xffd.jsonl", b"p\xff.zip"):
         with open(folder + b"/" + name, "wb") as out:
             out.write(b'{"content": "Text."}\n')
-    (file,), passed = survey([os.fsdecode(folder)])
-    assert (file.name, file.source, passed) == (r"d\xff/b\xffd.jsonl", r"d\xff", [r"d\xff/p\xff.zip"])
+    found = survey([os.fsdecode(folder)])
+    (file,) = found.files
+    assert (file.name, file.source, found.not_read) == (r"d\xff/b\xffd.jsonl", r"d\xff", [r"d\xff/p\xff.zip"])
     with inputs.open_input(file) as stream:
         assert stream.read().startswith(b"{")
 
@@ -211,7 +210,9 @@ def test_remote_is_like_local(tmp_path: Path, memory):
         other = {"path": "", "stamp": ""}
         assert [vars(a) | other for a in remote] == [vars(b) | other for b in local]
         assert (
-            find_unread([given]) == find_unread([tmp_path / "corpus"]) == ["corpus/README.md", "corpus/x.zip"]
+            survey([given]).not_read
+            == survey([tmp_path / "corpus"]).not_read
+            == ["corpus/README.md", "corpus/x.zip"]
         )
     (one,) = find_inputs(["memory://bucket/corpus/EN/web/1.jsonl"])
     here = vars(find_inputs([tmp_path / "corpus/EN/web/1.jsonl"])[0])

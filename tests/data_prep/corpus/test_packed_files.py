@@ -18,10 +18,11 @@ import pytest
 from helpers.reading import GOOD, PACKERS, read
 
 from data_prep.common.errors import UserError
-from data_prep.corpus import documents
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, sample_lines
 from data_prep.corpus.filters import Filters
-from data_prep.corpus.inputs import find_inputs, open_parquet, split
+from data_prep.corpus.finding import find_inputs
+from data_prep.corpus.inputs import open_parquet, split
+from data_prep.corpus.tables import Rows
 
 # Packed files -------------------------------------------------------------------------------------------
 
@@ -152,7 +153,7 @@ def test_damaged_archives(tmp_path: Path):
 
 
 @pytest.mark.parametrize("ending", PACKERS)
-def test_text_files(tmp_path: Path, monkeypatch, ending: str):
+def test_text_files(tmp_path: Path, ending: str):
     text = "\ufeffFirst.\r\n\r\nSecond, 二.\n"
     items, reader = read(tmp_path / f"b/x.txt{ending}", PACKERS[ending](text.encode()), text_field="body")
     assert items == [RawDocument(f"b/x.txt{ending}", text[1:], "en", "b", 1)]
@@ -163,8 +164,8 @@ def test_text_files(tmp_path: Path, monkeypatch, ending: str):
         (b"", "empty content"),
     ):
         assert read(tmp_path / f"y.md{ending}", PACKERS[ending](data))[0] == [Reject(1, reason)]
-    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 10)
-    assert read(tmp_path / f"y.md{ending}", PACKERS[ending](b"x" * 11))[0] == [Reject(1, "file too long")]
+    long = PACKERS[ending](b"x" * 11)
+    assert read(tmp_path / f"y.md{ending}", long, max_text_mb=1e-5)[0] == [Reject(1, "file too long")]
 
 
 def table_of(rows: int) -> dict:
@@ -218,7 +219,8 @@ def test_few_large_rows_of_a_table_are_in_memory_at_once(tmp_path: Path):
     pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet", **options)
     reader = DocumentReader(find_inputs([tmp_path / "x.parquet"])[0])
     with open_parquet(reader.file) as table:
-        sizes = [batch.num_rows for batch in reader._batches(table, 0, ["text"])]
+        batches = Rows(reader.piece, Filters(), None).batches(table, 0, ["text"])
+        sizes = [batch.num_rows for batch in batches]
     assert sum(sizes) == 100 and max(sizes) == 8
     assert [document.content for document in reader] == rows
 
