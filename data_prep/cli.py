@@ -19,7 +19,7 @@ from cyclopts import Group, Parameter, validators
 
 import data_prep
 from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
-from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, log, run_main
+from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, log, print_result, run_main
 from data_prep.corpus.filters import Filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
@@ -35,13 +35,14 @@ Inputs = Annotated[
     Sequence[str],
     Parameter(
         consume_multiple=1,
-        help="files, folders or URLs of jsonl (.gz, .zst, .tar.gz), text, parquet; hf:NAME: a dataset",
+        help="files, folders, 'patterns' or URLs of JSON lines, csv, text (packed too), tar, parquet, arrow; "
+        "-: standard input; hf:NAME: a dataset",
     ),
 ]
 Folder = Annotated[str, Parameter(help="a shard folder")]
 Language = Annotated[
-    Literal["en", "zh", "other", "auto"],
-    Parameter(help="language; auto: by a folder named EN or CN (the input or below it), else by script"),
+    str,
+    Parameter(help="code or name; auto: by the record, else a folder EN, CN or lang=CODE, else the script"),
 ]
 Cut = Annotated[
     Literal["clause", "sentence"],
@@ -80,7 +81,7 @@ def segment(file: str = STANDARD_INPUT, /, *, lang: Language = "auto", segmenter
     Args:
         file: UTF-8 text, - for standard input
     """
-    from data_prep.text.segmenter import get_segmenter
+    from data_prep.text.sentences import SentenceSettings
 
     name = "standard input" if file == STANDARD_INPUT else file
     try:
@@ -90,7 +91,8 @@ def segment(file: str = STANDARD_INPUT, /, *, lang: Language = "auto", segmenter
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not UTF-8 (byte {error.start}); convert it first") from error
     out = sys.stdout.buffer
-    for sentence in get_segmenter(segmenter, lang)(text):
+    settings = SentenceSettings(segmenter, _language(lang), max_tokens=64)
+    for sentence in settings.segmenter_for()(text):
         line = jsonlib.dumps(sentence, ensure_ascii=False).translate(LINE_SEPARATORS)
         out.write(line.encode("utf-8") + b"\n")
     out.flush()
@@ -143,7 +145,7 @@ def shard(
         raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {unit_mb:g}")
     chosen = choose_backend(backend)
     settings = ShardSettings(
-        sentences=SentenceSettings(segmenter, lang, max_tokens, min_tokens),
+        sentences=SentenceSettings(segmenter, _language(lang), max_tokens, min_tokens),
         hygiene=rules,
         deduplicate=deduplicate,
         shard_bytes=int(shard_mb * 1e6),
@@ -171,9 +173,9 @@ def shard(
         return
     for item in manifest["damaged"]:
         warning = f"{item['file']}: {item['damage']}; kept what could be read"
-        print(f"data-prep: warning: {warning}", file=sys.stderr)
+        log(f"data-prep: warning: {warning}")
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
-    print(jsonlib.dumps(summary) if json else _shard_text(summary))
+    print_result(jsonlib.dumps(summary) if json else _shard_text(summary))
 
 
 def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: float) -> dict[str, Any]:
@@ -199,6 +201,12 @@ def _shard_text(summary: dict[str, Any]) -> str:
         + ("" if found else f" in {summary['seconds']:.1f} s ({summary['mb_per_second']:.2f} MB/s)")
         + (f"; {rejected:,} records rejected, see quarantine.jsonl" if rejected else "")
     )
+
+
+def _language(lang: str) -> str:
+    from data_prep.common.language_codes import require_language
+
+    return lang if lang in ("auto", "other") else require_language(lang, "--lang")
 
 
 def _check_output(output: str) -> None:
@@ -243,7 +251,7 @@ def verify(folder: Folder, /, *, deep: bool = False, input: Inputs = (), json: J
         text += "; every text comes back from its tokens, and from its sentences"
         if input:
             text += f"; {result['compared']:,} documents are the input's, byte for byte"
-    print(jsonlib.dumps(result) if json else text)
+    print_result(jsonlib.dumps(result) if json else text)
 
 
 @app.command(group="Shards")
@@ -331,7 +339,7 @@ def stats(folder: Folder, /, *, html: str | None = None, json: Json = False) -> 
         from data_prep.shards.stats_page import stats_page
 
         write_atomically(Path(html), stats_page(result).encode("utf-8"))
-    print(jsonlib.dumps(result) if json else statistics.stats_text(result))
+    print_result(jsonlib.dumps(result) if json else statistics.stats_text(result))
 
 
 @app.command(group="Shards")
@@ -379,7 +387,7 @@ def tokenizer(
         log(f"data-prep: {line}")
     sample = sample_lines(found.files, int(sample_mb * 1e6), rules)
     made = train_sentencepiece(sample, output, vocab_size)
-    print(f"{output}: {made.vocab_size:,} entries, fingerprint {made.fingerprint[:16]}")
+    print_result(f"{output}: {made.vocab_size:,} entries, fingerprint {made.fingerprint[:16]}")
 
 
 @app.command(group="Corpus")
@@ -394,7 +402,7 @@ def demo_corpus(*, output: str) -> None:
     from data_prep.corpus.demo_corpus import write_demo_corpus
 
     for part, counts in write_demo_corpus(output).items():
-        print(f"{part}: {counts['documents']:,} documents, {counts['bytes']:,} bytes of text")
+        print_result(f"{part}: {counts['documents']:,} documents, {counts['bytes']:,} bytes of text")
 
 
 if __name__ == "__main__":

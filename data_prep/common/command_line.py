@@ -15,6 +15,18 @@ from data_prep.common.errors import UserError
 NARROWEST = 10  # columns
 Many = Annotated[Sequence[str], Parameter(consume_multiple=1)]  # `--shards A B`, or the option several times
 LARGEST = 2**63 - 1
+# Options that name a file or folder.
+PATHS = (
+    "--input",
+    "--output",
+    "--output_dir",
+    "--tokenizer",
+    "--to",
+    "--html",
+    "--shards",
+    "--model",
+    "--run",
+)
 
 
 def _whole(_: Any, tokens: Sequence[Token]) -> int:
@@ -59,6 +71,10 @@ def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | Non
     Raises: UserError for a command line that cannot be meant.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for word, following in zip(words, [*words[1:], None], strict=False):
+        name, sign, value = word.partition("=")
+        if name in PATHS and (value if sign else following) == "":
+            raise UserError(f"{name} has no value: an empty path would be the current folder")
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) < NARROWEST:
         del os.environ["COLUMNS"]  # rich loops for ever on a terminal of no width

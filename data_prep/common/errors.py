@@ -26,7 +26,7 @@ def say(text: str) -> None:
         _drop(sys.stdout)
 
 
-def result(text: str) -> None:
+def print_result(text: str) -> None:
     """Print a command's result. A reader that has gone does not undo the work; a full disk is an error."""
     try:
         print(text, flush=True)
@@ -44,7 +44,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".split("\n")[0].rstrip(": ")
 
 
-def with_causes(error: BaseException, limit: int = 200) -> str:
+def with_causes(error: BaseException, limit: int = 300) -> str:
     """`first_line` of an error and, shortened, of what caused it: libraries hide the reason there."""
     links: list[str] = []
     link: BaseException | None = error

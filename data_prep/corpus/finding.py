@@ -71,8 +71,8 @@ class Survey:
         if self.lost:
             yield f"warning: {_counted(self.lost, 'name')} below the input cannot be read: {_some(self.lost)}"
         if self.passed_over:
-            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.passed_over.items()))
-            yield f"passed over by name: {counts}"
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.passed_over.items()))
+            yield f"passed over: {counts}"
 
 
 def survey(paths: Iterable[str | Path], output: str | Path | None = None) -> Survey:
@@ -181,7 +181,7 @@ class _Place:
             read_once.setdefault(key, []).append((path.is_symlink(), order, path, (root.name, *below)))
         kept = [min(names, key=lambda name: name[:2]) for names in read_once.values()]
         if second := sum(map(len, read_once.values())) - len(kept):
-            self._found.passed_over["links to files read by another name"] += second
+            self._found.passed_over["second name(s) of files read"] += second
         for _, _, path, parts in sorted(kept, key=lambda name: name[1]):
             self._add_local(path, parts)
         if patterns and not self._entries:
@@ -248,42 +248,42 @@ class _Place:
         # The path belongs to the first link of a chain that has one: zip://PATH::ARCHIVE, simplecache::s3://…
         links = where.split("::")
         link = next(n for n, one in enumerate(links) if "://" in one)
-        archive = [part for one in links[link + 1 :] if one not in ("simplecache", "filecache", "blockcache")
-                   for part in _split(URL.sub("/", one))]  # fmt: skip
-        # Errors are swallowed by default; stores with their own `find` raise them.
+        protocol, _, base = links[link].partition("://")
+        base = base.rstrip("/")
+        archives = [one for one in links[link + 1 :] if not one.endswith("cache")]
+        archive = _split(URL.sub("/", archives[0])) if archives else []
+        # Errors are swallowed by default; stores with a `find` of their own raise them.
         strict = {"on_error": "raise"} if type(files).find is AbstractFileSystem.find else {}
-
-        def below(folder: str) -> dict:
-            return files.find(folder, detail=True, **strict)
-
         found: dict[str, dict] = {}
         if _PATTERN.search(root) and not files.exists(root):
             for path, facts in files.glob(root, detail=True).items():
-                found |= below(path) if facts["type"] == "directory" else {path: facts}
-            above = next(n for n, part in enumerate(_split(root)) if _PATTERN.search(part)) - 1
+                is_folder = facts["type"] == "directory"
+                found |= files.find(path, detail=True, **strict) if is_folder else {path: facts}
             if not found:
                 raise UserError(f"input {self.given} matches nothing")
+            tail = len(root.split("/")) - next(n for n, p in enumerate(root.split("/")) if _PATTERN.search(p))
+            root, base = ("/".join(one.split("/")[:-tail]) for one in (root, base))
         elif files.isdir(root):
-            found, above = below(root), len(_split(root)) - 1
+            found = files.find(root, detail=True, **strict)
         elif files.exists(root):
-            found, above = {root: files.info(root)}, len(_split(root)) - 1
+            found = {root: files.info(root)}
             self.is_folder = False
         else:
             raise UserError(f"input {self.given} does not exist")
-        start = links[link].rstrip("/").removesuffix(root)
-        start += "/" if start.endswith(":") else ""
+        above = max(len(archive) + len(_split(root)) - 1, 0)
         for path, facts in sorted(found.items(), key=lambda item: _split(item[0])):
-            parts = (*archive[-1:], *_split(path)) if archive else tuple(_split(path))
-            inside = parts[max(above, 0) + bool(archive and above >= 0) :]
-            if kind := passed_over(inside[1:]):
+            full = (*archive, *_split(path))
+            parts = full[above:]
+            if kind := passed_over(parts[1:]):
                 self._found.passed_over[kind] += 1
                 continue
             if facts.get("size") is None:
                 raise UserError(f"input {path} does not tell its size; copy it to this machine first")
-            url = "::".join([*links[:link], start + path, *links[link + 1 :]])
+            below = "/".join(filter(None, (base, path.removeprefix(root).lstrip("/"))))
+            url = "::".join([*links[:link], f"{protocol}://{below}", *links[link + 1 :]])
             stamp = next((str(facts[name]) for name in STAMPS if facts.get(name) is not None), "")
-            full = (*archive, *_split(URL.sub("/", path)))
-            self._entries[url] = inside, full, facts["size"], stamp
+            named = (*archive, *_split(URL.sub("/", path)))
+            self._entries[url] = parts, named, facts["size"], stamp
 
     # Choosing -------------------------------------------------------------------------------------------
 
@@ -368,9 +368,9 @@ def passed_over(names: Iterable[str]) -> str | None:
     """The kind of the first of the names that is not looked at, None when all are."""
     for name in names:
         if name.startswith("."):
-            return "hidden"
+            return "hidden name(s)"
         if LEFTOVERS.fullmatch(name):
-            return "leftovers of other programs"
+            return "leftover(s) of other programs"
     return None
 
 

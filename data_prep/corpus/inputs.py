@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -166,7 +166,8 @@ def split(file: InputFile, count: int) -> list[Piece]:
     Raises `UserError` on a parquet file or dataset that cannot be opened.
     """
     weights = None
-    if file.kind == "jsonl" and not is_array(file):
+    # A place inside an archive is reached by unpacking all before it.
+    if file.kind == "jsonl" and "::" not in file.path and not is_array(file):
         end = file.size
     elif file.kind == "dataset":
         table = open_dataset(file.path)
@@ -225,9 +226,13 @@ def open_input(file: InputFile) -> BinaryIO:
     """The stored bytes of a file, for reading and seeking. Raises `UserError` when it cannot be opened."""
     with user_errors(file.path):
         if URL.match(file.path):
-            import fsspec
+            from fsspec.core import url_to_fs
 
-            return fsspec.open(file.path, "rb").open()
+            files, path = url_to_fs(file.path)
+            stream = files.open(path, "rb")
+            with suppress(AttributeError):
+                stream.files = files  # an archive is closed with its last reference
+            return stream
         return open(file.path, "rb")
 
 

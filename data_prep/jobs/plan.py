@@ -25,7 +25,6 @@ from data_prep.jobs.progress import Progress
 from data_prep.jobs.units import run_worker
 from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
 from data_prep.shards.reader import ShardSet
-from data_prep.text.segmenter import get_segmenter
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
 # The input of a set that exists is compared by content up to this size, beyond it by name and size alone.
@@ -91,8 +90,7 @@ def plan(
         if given.is_dir() and output.resolve() == given.resolve():
             raise UserError(f"output {output} is the input folder; choose another place")
     found = survey(inputs, output)
-    # Refuses unknown names before any work.
-    get_segmenter(settings.sentences.segmenter, settings.sentences.language)
+    settings.sentences.segmenter_for()  # refuses unknown names before any work
     facts = {
         "format_version": FORMAT_VERSION,
         "settings": settings.to_dict(),

@@ -19,7 +19,7 @@ from itertools import chain
 import numpy as np
 
 from data_prep.common.errors import UserError
-from data_prep.text.segmenter import Segmenter, get_segmenter
+from data_prep.text.segmenter import LANGUAGES, Segmenter, get_segmenter
 from data_prep.text.tokenizer import Tokenizer
 
 LONGEST = 65535  # sentence lengths are stored as uint16
@@ -36,7 +36,7 @@ class SentenceSettings:
 
     Args:
         segmenter: clause or sentence.
-        language: en, zh, other or auto.
+        language: a code, other or auto.
         max_tokens: longer sentences are split.
         min_tokens: shorter sentences are joined to a neighbour; 1 disables it.
     """
@@ -63,7 +63,7 @@ class SentenceSettings:
         language = self.language
         if language == "auto" and document_language not in JUDGED_BY_LINE:
             language = "other"
-        return get_segmenter(self.segmenter, language)
+        return get_segmenter(self.segmenter, language if language in LANGUAGES else "other")
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -66,7 +66,7 @@ def test_what_is_refused(tmp_path: Path):
         ([tmp_path / "d.xml"], r"d.xml is neither of .jsonl, .json"),
         ([tmp_path / "*.xm"], r"\*.xm matches nothing"),
         ([tmp_path / "empty"], "holds no .jsonl, .json.* 1 file passed over: empty/x.py"),
-        ([tmp_path / "none"], "holds no .jsonl.* passed over by name: 1 hidden"),
+        ([tmp_path / "none"], "holds no .jsonl.* passed over: 1 hidden name"),
         ([tmp_path / "zip"], "1 file passed over: zip/a.jsonl.zip; unpack"),
         (["memory://nowhere"], "does not exist"),
         (["noprotocol://x"], "cannot read noprotocol://x: ValueError: Protocol not known"),
