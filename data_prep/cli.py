@@ -351,7 +351,7 @@ def show(folder: Folder, /, *, count: Positive = 1, number: int = 0, id: str | N
     Args:
         count: documents to print
         number: the first one to print, from 0
-        id: print the document with this id
+        id: print the documents with this id
     """
     from data_prep.shards import show as showing
 

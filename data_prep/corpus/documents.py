@@ -329,7 +329,7 @@ class DocumentReader:
         return normal_language(record.get("language")) or place.folder_language or detect_language(text)
 
     def _label_language(self, record: dict, place: _Place) -> str | None:
-        """The language of the labels of an exam question, None to go by its text."""
+        """The language that an exam question's place gives to its labels."""
         if "q_main" not in record:
             return None
         named = self.language if self.language != "auto" else normal_language(record.get("language"))

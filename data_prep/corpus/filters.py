@@ -168,7 +168,7 @@ class Filters:
         """(text as stored, None), or ("", the reason why there is no text).
 
         Args:
-            language: of the labels of an exam question; None to go by its text.
+            language: of the folder of an exam question, for its labels.
         """
         if self.text_field is not None:
             found = look_up(record, self.text_field)
@@ -234,14 +234,14 @@ def look_up(record: dict, field: str) -> Any:
 def exam_text(record: dict, language: str | None = None) -> str:
     """A question of Exam-cn as text: question, options, answer, explanation.
 
-    Empty fields and repeated values are left out. `language`: of the labels; None to go by the question's.
+    Empty fields and repeated values are left out. `language`: of its folder; labels are Chinese where it or the question is.
     """
     fields = {name: _plain(record.get(name)) for name in EXAM_FIELDS}
     lines = [fields["q_main"]] if fields["q_main"] else []
     for letter in OPTIONS:
         if option := fields[f"option_{letter}"]:
             lines.append(f"{letter.upper()}. {option}")
-    chinese = (language or detect_language("\n".join(fields.values()))) == "zh"
+    chinese = language == "zh" or detect_language("\n".join(fields.values())) == "zh"
     labels = ("答案：", "解答：", "解析：") if chinese else ("Answer: ", "Solution: ", "Explanation: ")
     seen = {""}
     for label, name in zip(labels, ("std_ans", "answer", "answer_detail"), strict=True):

@@ -307,7 +307,11 @@ class ShardSet:
         return self.shard(i).document(number - int(self._first[i]))
 
     def find(self, key: str) -> Document:
-        """The first document whose id is `key`. Raises `UserError` when there is none.
+        """The first document whose id is `key`. Raises `UserError` when there is none."""
+        return next(self.find_all(key))
+
+    def find_all(self, key: str) -> Iterator[Document]:
+        """The documents whose id is `key`: inputs may use one more than once. Raises `UserError` for none.
 
         The first call reads and sorts all indexes (16 bytes of memory per document); later calls take
         microseconds.
@@ -319,10 +323,13 @@ class ShardSet:
             self._keys = joined[order], order
         hashes, order = self._keys
         wanted = np.uint64(hash64(key.encode("utf-8")))
+        missing = True
         for place in range(*(int(np.searchsorted(hashes, wanted, side)) for side in ("left", "right"))):
             if (document := self.document(int(order[place]))).id == key:
-                return document
-        raise UserError(f"{self.folder} holds no document with the id {key!r}")
+                missing = False
+                yield document
+        if missing:
+            raise UserError(f"{self.folder} holds no document with the id {key!r}")
 
 
 def zstd_handler(key: str, data: bytes) -> object:

@@ -11,14 +11,14 @@ from data_prep.shards.reader import ShardSet
 
 
 def show(folder: str | Path, count: int, number: int = 0, key: str | None = None) -> Iterator[str]:
-    """Documents as lines, each sentence as a JSON string: `count` from `number`, or the one with id `key`.
+    """Documents as lines, each sentence as a JSON string: `count` from `number`, or all with id `key`.
 
     Raises `UserError` when there is no such document.
     """
     shards = ShardSet.open(folder)
     tokenizer = shards.tokenizer()
     if key is not None:
-        documents: Iterable[Document] = [shards.find(key)]
+        documents: Iterable[Document] = shards.find_all(key)
     else:
         last = min(number + count, max(shards.manifest["totals"]["documents"], number + 1))
         documents = map(shards.document, range(number, last))

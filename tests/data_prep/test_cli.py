@@ -17,7 +17,7 @@ from helpers import tokenizer_folders
 from helpers.data_prep_command import COMMAND, call, contents, refused
 from helpers.paths import REPOSITORY
 
-from data_prep.corpus.documents import MAX_LINE_BYTES
+from data_prep.corpus.filters import MAX_TEXT_MB
 from data_prep.shards.reader import ShardSet
 from data_prep.text.segmenter import get_segmenter
 from data_prep.text.sentences import SentenceSettings
@@ -161,7 +161,7 @@ def test_bad_input_to_shard(corpus: Path, tokenizer: Path, tmp_path: Path, capsy
     assert "holds no tokenizer" in say(corpus, tmp_path / "nothing")
     assert "tokenizer folder" in say(corpus, tmp_path / "nowhere")
     assert "between 4 and" in say(corpus, tokenizer, tmp_path / "out", "--max-tokens", "2")
-    assert "inside the input folder" in say(corpus, tokenizer, corpus / "shards")
+    assert "is the input folder" in say(corpus, tokenizer, corpus / "EN/..")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_bytes(b"")
     assert "not empty" in say(corpus, tokenizer, tmp_path / "full")
@@ -173,14 +173,14 @@ def test_packed_files_are_told_and_kept_in_the_manifest(
     corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     shutil.copytree(corpus, tmp_path / "corpus")
-    for name in ("EN/books/more.jsonl.xz", "CN/news/more.zip"):
+    for name in ("EN/books/more.jsonl.br", "CN/news/more.zip"):
         (tmp_path / "corpus" / name).write_bytes(b"packed")
     capsys.readouterr()
     assert call(*shard_arguments(tmp_path / "corpus", tmp_path / "shards", tokenizer)) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert "not read: 2 files passed over" in line and "news/more.zip" in line and "unpack" in line
     manifest = ShardSet.open(tmp_path / "shards").manifest
-    assert manifest["not_read"] == ["news/more.zip", "books/more.jsonl.xz"]
+    assert manifest["not_read"] == ["news/more.zip", "books/more.jsonl.br"]
     known = ShardSet.open(shards).manifest
     assert known["not_read"] == [] and known["fingerprint"] == manifest["fingerprint"]
 
@@ -302,8 +302,8 @@ def test_names_that_are_not_utf8(tokenizer: Path, tmp_path: Path, capsys: pytest
 
 
 def test_memory_of_the_longest_document(tokenizer: Path, tmp_path: Path):
-    """A word as long as a line may be, and one wide character, which makes Python keep all as four bytes."""
-    text = "a" * (MAX_LINE_BYTES - 40) + "😀"
+    """A word as long as a text may be, and one wide character, which makes Python keep all as four bytes."""
+    text = "a" * (int(MAX_TEXT_MB * 1e6) - 40) + "😀"
     (tmp_path / "x.jsonl").write_text(json.dumps({"id": "0", "content": text}, ensure_ascii=False))
     arguments = list(map(str, shard_arguments(tmp_path / "x.jsonl", tmp_path / "shards", tokenizer)))
     # What the system tells of a child's peak begins with its parent's: the process looks for itself.
@@ -418,7 +418,9 @@ def test_help_is_quick_and_has_examples():
         ("show shards --count 0", "Must be >= 1"),
         ("show shards --count many", "must be a whole number, not 'many'"),
         ("split shards --output parts --parts", "--parts requires at least 1"),
-        ("shard --input a --output b --tokenizer c --lang fr", '"en", "zh", "other", "auto"'),
+        ("shard --input a --output b --tokenizer c --lang nolang", "language 'nolang' is not known"),
+        ("shard --input a --output= --tokenizer c", "--output has no value"),
+        ("tokenizer --input= --output b --vocab-size 9", "--input has no value"),
         ("shard --input a --output b --tokenizer c --unit-mb 0", "Must be > 0"),
     ],
 )
