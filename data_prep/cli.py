@@ -193,20 +193,22 @@ def shard(
 def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
     """What was left out of the input, or is not sure."""
     damaged, marked = manifest["damaged"], manifest.get("marked", {})
+    salvage = manifest["settings"].get("salvage", False)
     for one in damaged[:SHOWN]:
         place = f" (from byte {one['offset']:,})" if one.get("offset") else ""
         yield f"{one['file']}: {one['damage']}{place}"
     if len(damaged) > SHOWN:
         yield f"{len(damaged) - SHOWN:,} more damaged parts, see `damaged` in the manifest"
     if damaged:
-        salvaged = f"{marked['salvaged']:,} documents" if "salvaged" in marked else "nothing"
-        yield f"damaged input: {salvaged} salvaged from the damaged parts; exit status {DAMAGED}"
+        salvaged = f"{marked.get('salvaged', 0):,} documents were salvaged from the damaged parts"
+        advice = (
+            salvaged if salvage else "nothing was taken from the damaged parts (--salvage takes what parses)"
+        )
+        yield f"{advice}; exit status {DAMAGED}"
     if "unverified" in marked:
         files = sum("unverified" in entry for entry in manifest["inputs"])
-        yield (
-            f"{marked['unverified']:,} documents from {files:,} files cannot be verified: they are packed without a "
-            "checksum (`zstd --check` writes one)"
-        )
+        count = f"{marked['unverified']:,} documents from {files:,} file{'s' * (files > 1)}"
+        yield f"{count} cannot be verified: they are packed without a checksum (`zstd --check` writes one)"
 
 
 def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: float) -> dict[str, Any]:

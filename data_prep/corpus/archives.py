@@ -90,8 +90,8 @@ class TarMembers:
                 return
             self._skip(-size % BLOCK)
         if not valid and not ended:
-            content = content_of(head)
-            what = f"but {content}: {RENAME}" if content else "" if head else "but empty"
+            other = content_of(head)
+            what = f"but {other}: {RENAME}" if other else "" if head else "but empty"
             self.damage = [Damage(f"not a tar archive {what}".rstrip(), 0, self._at)]
         elif not ended:
             self._add("the tar archive ends too early (it has no end mark)", self._at)
@@ -133,7 +133,7 @@ class TarMembers:
             pass
 
     def _find_header(self) -> None:
-        """Drop the bytes up to the first header behind a gap: its size is unknown, so blocks start anywhere."""
+        """Drop the bytes up to the first header after a gap of unknown size: blocks may start anywhere."""
         held = b""
         self._gap = False
         while self._next() or self._gap:

@@ -114,7 +114,7 @@ def _xz_checked(decoder: Any, head: bytes) -> bool:
 
 @dataclass(frozen=True)
 class _Format:
-    """One packing. `magic`: the first bytes of a member; `start`: more of them, narrow enough to search for."""
+    """One packing. `magic`: the first bytes of a member; `start`: more of them, to search for."""
 
     name: str
     magic: bytes
@@ -231,7 +231,7 @@ class _Member:
         self._source.put_back(self._decoder.unused_data)
 
     def check(self) -> str | None:
-        """Decode it, without its text. Returns why it fails; then the source is at most a step further."""
+        """Decode it, without its text. Returns why it fails."""
         try:
             while not self._decoder.eof:
                 if not (data := self._source.read(STEP)):
@@ -282,7 +282,7 @@ class Unpacked:
     """The plain bytes of a file, in chunks, and None in place of each part that is left out; iterate once.
 
     Args:
-        stored: the stored bytes; always read to the end, so that a caller that hashes them sees the whole file.
+        stored: the stored bytes; read to the end, so that a caller that hashes them sees the whole file.
         packing: a key of `FORMATS`, or "" for plain bytes.
         damage: what `find_damage` gave, to be left out; None before it was called.
         salvage: give out what can be decoded of the damaged members.
@@ -344,8 +344,8 @@ class Unpacked:
 def find_damage(chunks_from: Callable[[int], Iterable[bytes]], size: int, packing: str) -> tuple[Damage, ...]:
     """The damaged parts of a packed file, in order. `chunks_from(offset)`: its stored bytes from there on.
 
-    After a member that fails, reading resumes at the next place that starts like a member and holds a whole
-    one, or that the decoder had not reached.
+    After a member that fails, reading resumes at the next place that starts like a member, and that holds a
+    whole one or is where the decoder met the error, or later.
     """
     if not size:
         return (Damage(_empty(packing), 0, 0),)
@@ -355,11 +355,11 @@ def find_damage(chunks_from: Callable[[int], Iterable[bytes]], size: int, packin
         member = _Member(packing, source)
         if (reason := member.check()) is None:
             continue
-        reached, at = source.at, member.start
+        at = member.start
         while True:
             at = _next_start(chunks_from(at + 1), at + 1, FORMATS[packing].start, size)
             source = _Source(chunks_from(at), at)
-            if at >= min(reached, size) or _Member(packing, source).check() is None:
+            if at >= min(member.sound, size) or _Member(packing, source).check() is None:
                 break
         found.append(Damage(reason, member.start, at, member.sound))
     return tuple(found)

@@ -227,21 +227,20 @@ class DocumentReader:
         for chunk in plain:
             gap |= chunk is None
             mark |= self._mark()
-            data = chunk or b""
-            held += len(data)
+            held += len(chunk or b"")
             if held <= MAX_LINE_BYTES:
-                chunks.append(data)
+                chunks.append(chunk or b"")
             else:
                 chunks.clear()
         self.lines += 1
-        text = b"".join(chunks)
-        if (gap and not mark & SALVAGED) or self._misnamed(text):
+        data = b"".join(chunks)
+        if (gap and not mark & SALVAGED) or self._misnamed(data):
             return
         if held > MAX_LINE_BYTES:
             yield Reject(1, "file too long")
             return
         try:
-            text = text.removeprefix(_BOM).decode("utf-8")
+            text = data.removeprefix(_BOM).decode("utf-8")
         except UnicodeDecodeError:
             yield Reject(1, "undecodable bytes")
             return
@@ -464,7 +463,7 @@ def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = 
 
 
 def find_damage(piece: Piece, tick: Callable[[], object] = lambda: None) -> tuple[Damage, ...]:
-    """The damaged members of a piece; `tick()` is called regularly. Raises `UserError` if it cannot be read."""
+    """The damaged members of a piece; `tick()` is called regularly. Raises `UserError` when unreadable."""
     file = piece.file
     if not file.packing:
         return ()

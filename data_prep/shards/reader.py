@@ -20,8 +20,8 @@ from data_prep.common.files import file_sha256, json_bytes
 from data_prep.shards.layout import (
     FORMAT_VERSION,
     LENGTH_DTYPE,
-    MARKED_VERSION,
     MANIFEST,
+    MARKED_VERSION,
     MEMBER_KINDS,
     QUARANTINE,
     TOKENIZER_FOLDER,
