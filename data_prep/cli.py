@@ -51,6 +51,9 @@ Cut = Annotated[
 Rules = Annotated[Filters, Parameter(name="*", group=Group("Hygiene (all off by default)"))]
 Json = Annotated[bool, Parameter(help="print one JSON object")]
 NO_RULES = Filters()
+DAMAGE = Parameter(group=Group("Damaged input"))
+DAMAGED = 3  # exit status: a set was made, but input was damaged or lost
+SHOWN = 20  # damaged parts that are printed
 WORK = Parameter(group=Group("Shards and work"))
 
 app = make_app(
@@ -116,8 +119,11 @@ def shard(
     unit_mb: Annotated[Megabytes | None, WORK] = None,
     workers: Annotated[Positive | None, WORK] = None,
     backend: Annotated[Literal["auto", "local", "mpi", "slurm"], WORK] = "auto",
+    salvage: Annotated[bool, DAMAGE] = False,
+    strict: Annotated[bool, DAMAGE] = False,
+    max_rejected: Annotated[float, DAMAGE, Parameter(validator=validators.Number(gte=0, lte=1))] = 1.0,
     json: Json = False,
-) -> None:
+) -> int:
     """Tokenize and cut documents and write them as sentence shards. Run again after a stop, it resumes.
 
     example: data-prep shard --input corpus/EN corpus/CN --output shards --tokenizer opt-tokenizer --workers 8
@@ -134,8 +140,11 @@ def shard(
         unit_mb: text per unit of work (default: 8 to 256, by the size of the input)
         workers: processes on this machine (default 1; for the slurm backend $SLURM_CPUS_PER_TASK)
         backend: local processes, MPI ranks, or tasks of a Slurm array; auto: by the environment
+        salvage: take what parses of members whose checksum fails, and mark these documents in the index
+        strict: stop at damaged input, and at packed text without a checksum
+        max_rejected: stop when a larger share of the records cannot be used
     """
-    from data_prep.jobs.job import ShardSettings
+    from data_prep.jobs.job import Limits, ShardSettings
     from data_prep.jobs.plan import choose_backend, make_shards, mpi_number
     from data_prep.jobs.progress import ProgressLine
     from data_prep.text.sentences import SentenceSettings
@@ -143,6 +152,8 @@ def shard(
     _check_output(output)
     if unit_mb is not None and unit_mb < LEAST_UNIT_MB:
         raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {unit_mb:g}")
+    if salvage and strict:
+        raise UserError("--strict stops at damaged input, which --salvage reads: give one of them")
     chosen = choose_backend(backend)
     settings = ShardSettings(
         sentences=SentenceSettings(segmenter, _language(lang), max_tokens, min_tokens),
@@ -152,6 +163,7 @@ def shard(
         shard_documents=shard_documents or 0,
         compression=compression,
         unit_bytes=int(unit_mb * 1e6) if unit_mb else None,
+        salvage=salvage,
     )
     cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", 1)) if chosen == "slurm" else 1
     progress = ProgressLine(sys.stderr)
@@ -166,16 +178,39 @@ def shard(
                 workers=workers or cpus,
                 backend=chosen,
                 report=progress,
+                limits=Limits(strict, max_rejected),
             )
     finally:
         progress.close()
+    status = DAMAGED if manifest["damaged"] or manifest["lost"] else 0
     if chosen == "mpi" and mpi_number("RANK") != 0:  # one rank prints for all
-        return
-    for item in manifest["damaged"]:
-        warning = f"{item['file']}: {item['damage']}; kept what could be read"
-        log(f"data-prep: warning: {warning}")
+        return status
+    for line in _damage_lines(manifest):
+        log(f"data-prep: warning: {line}")
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
     print_result(jsonlib.dumps(summary) if json else _shard_text(summary))
+    return status
+
+
+def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
+    """What was left out of the input, or is not sure."""
+    damaged, marked = manifest["damaged"], manifest.get("marked", {})
+    salvage = manifest["settings"].get("salvage", False)
+    for one in damaged[:SHOWN]:
+        place = f" (from byte {one['offset']:,})" if one.get("offset") else ""
+        yield f"{one['file']}: {one['damage']}{place}"
+    if len(damaged) > SHOWN:
+        yield f"{len(damaged) - SHOWN:,} more damaged parts, see `damaged` in the manifest"
+    if damaged:
+        salvaged = f"{marked.get('salvaged', 0):,} documents were salvaged from the damaged parts"
+        advice = (
+            salvaged if salvage else "nothing was taken from the damaged parts (--salvage takes what parses)"
+        )
+        yield f"{advice}; exit status {DAMAGED}"
+    if "unverified" in marked:
+        files = sum("unverified" in entry for entry in manifest["inputs"])
+        count = f"{marked['unverified']:,} documents from {files:,} file{'s' * (files > 1)}"
+        yield f"{count} cannot be verified: they are packed without a checksum (`zstd --check` writes one)"
 
 
 def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: float) -> dict[str, Any]:
@@ -186,6 +221,7 @@ def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: 
         "shards": len(manifest["shards"]),
         **totals,
         **{key: manifest[key] for key in ("languages", "rejected", "repaired", "damaged")},
+        "marked": manifest.get("marked", {}),
         "already_there": found,
         "seconds": round(seconds, 2),
         "mb_per_second": None if found else round(totals["bytes"] / 1e6 / seconds, 3),

@@ -6,15 +6,12 @@ Memory is bounded by a chunk and a line, whatever the size of the file.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import dataclasses
 import hashlib
 import itertools
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -22,6 +19,9 @@ from typing import Any
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
 from data_prep.common.language_codes import normal_language
+from data_prep.corpus.archives import TarMembers
+from data_prep.corpus.compression import HEAD, PLAIN_TEXT, RENAME, SALVAGED, Damage, Unpacked, content_of
+from data_prep.corpus.compression import find_damage as find_in_packed
 from data_prep.corpus.filters import MAX_TEXT_MB, Filters, encodable
 from data_prep.corpus.finding import folder_language, partitions, passed_over
 from data_prep.corpus.inputs import (
@@ -37,8 +37,8 @@ from data_prep.corpus.inputs import (
     user_errors,
     whole,
 )
+from data_prep.corpus.lines import BOM, cut_array, cut_csv, cut_lines
 from data_prep.corpus.tables import Rows, with_text_column
-from data_prep.corpus.unpack import TarMembers, Unpacked
 
 TAIL_BYTES = 1 << 16  # read size past the end of a piece, to complete its last line
 # Longer lines are not held; a larger `Filters.max_text_mb` raises this limit too. A text may be six times as
@@ -47,15 +47,14 @@ MAX_LINE_BYTES = 64_000_000
 MAX_DEPTH = 200  # of brackets in a record: the JSON parser's own limit depends on its caller
 SAFE_DIGITS = 640  # a number with fewer is an int in any environment (PYTHONINTMAXSTRDIGITS)
 SAMPLE_PLACES = 8  # parts of a file to sample from
-_BOM = b"\xef\xbb\xbf"
-_WHITE = re.compile("[\ufeff \\t\\r\\n]*")
 
 
 @dataclass(frozen=True)
 class RawDocument:
     """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar's `member`, or the table.
 
-    `id_repaired`: the record had no usable id; its id is made from its place.
+    `id_repaired`: the record had no usable id; its id is made from its place. `mark`: how far its text can be
+    trusted (`compression.MARKS`).
     """
 
     id: str
@@ -65,6 +64,7 @@ class RawDocument:
     line: int
     id_repaired: bool = False
     member: str = ""
+    mark: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,27 +87,45 @@ class _Place:
 
 
 class DocumentReader:
-    """Reads one piece, or a file as one piece; iterate once. `language`: en, zh, other, or auto.
+    """Reads one piece, or a file as one piece; iterate once.
+
+    Args:
+        language: en, zh, other, or auto.
+        damage: what `find_damage` gave for the piece, to be left out; None before it was called.
+        salvage: also give what can be decoded of damaged members, marked.
 
     Attributes:
         bytes_read: stored bytes read so far.
         sha256: of the piece's stored bytes (of the rows, for a dataset), after iterating.
         lines: lines or rows read.
         repaired: documents by kind of change.
-        damage: what stopped the reading before the end, or None.
+        damage: the parts that were left out (or salvaged), after iterating.
+        unverified: members without a checksum that held text.
 
     Raises:
+        DamagedMember: a member failed its checksum after documents of it were given out: drop what came of
+            the file, and read it again with `find_damage`.
         UserError: the file cannot be read, or has changed since it was found.
     """
 
-    def __init__(self, source: InputFile | Piece, language: str = "auto", filters: Filters | None = None):
+    def __init__(
+        self,
+        source: InputFile | Piece,
+        language: str = "auto",
+        filters: Filters | None = None,
+        damage: Sequence[Damage] | None = None,
+        salvage: bool = False,
+    ):
         self.piece = source if isinstance(source, Piece) else whole(source)
         self.file = self.piece.file
         self.language = language
         self.filters = filters or Filters()
         self.bytes_read = 0
         self.lines = 0
-        self.damage: str | None = None
+        self.damage: list[Damage] = []
+        self.unverified = 0
+        self._known_damage, self._salvage = damage, salvage
+        self._mark: Callable[[], int] = lambda: 0  # of the bytes read last
         self.repaired: Counter[str] = Counter()
         self._hash = hashlib.sha256()
         self._first = 0  # offset of the first line that starts in the piece
@@ -152,12 +170,16 @@ class DocumentReader:
         """The bytes of the lines that start in the piece; sets `self._first` to the offset of the first."""
         start = self.piece.start
         with user_errors(self.file.path), open_input(self.file) as stream:
+            misnamed = self._misnamed(stream.read(HEAD))
             inside = False  # a line of an earlier piece
+            stream.seek(start)
             if start:
                 stream.seek(start - 1)
                 inside = stream.read(1) != b"\n"
             self._first, last = start, b"\n"
             for chunk in self._read(stream):
+                if misnamed:
+                    continue
                 if inside:
                     end = chunk.find(b"\n") + 1
                     inside = not end
@@ -175,19 +197,22 @@ class DocumentReader:
                 yield chunk
 
     def _unpacked(self) -> Iterator[RawDocument | Reject]:
-        plain = Unpacked(self._stored(), self.file.packing)
-        archive = None
+        path, known = self.file.path, self._known_damage
+        plain = Unpacked(self._stored(), self.file.packing, path, known, self._salvage)
+        self._mark = lambda: plain.mark
+        self.damage += known or ()
         if self.file.kind == "text":
             yield from self._text(plain)
         elif self.file.is_tar:
             archive = TarMembers(plain)
             for member in archive:
                 yield from self._member(member)
+            self.damage += archive.damage
         elif self.file.kind == "csv":
-            yield from self._csv(plain)
+            yield from self._csv(iter(plain))
         else:
             yield from self._lines_or_array(iter(plain))
-        self.damage = plain.damage or (archive.damage if archive else None)
+        self.unverified = plain.unverified
 
     def _member(self, member) -> Iterator[RawDocument | Reject]:
         if not member.regular:
@@ -210,54 +235,72 @@ class DocumentReader:
         self._fields = dict(self.file.fields) | partitions(folders)
         yield from self._lines(member.content, place)
 
-    def _text(self, plain: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
-        """A text file is one document with the file's name as its id."""
-        chunks, held = [], 0
+    def _text(self, plain: Iterable[bytes | None]) -> Iterator[RawDocument | Reject]:
+        """A text file is one document with the file's name as its id; damaged, it is one only if salvaged."""
+        chunks, held, mark, gap = [], 0, 0, False
         for chunk in plain:
-            held += len(chunk)
+            gap |= chunk is None
+            mark |= self._mark()
+            held += len(chunk or b"")
             if held <= self._max_text:
-                chunks.append(chunk)
+                chunks.append(chunk or b"")
             else:
                 chunks.clear()
         self.lines += 1
+        data = b"".join(chunks)
+        if (gap and not mark & SALVAGED) or self._misnamed(data):
+            return
         if held > self._max_text:
             yield Reject(1, "file too long")
             return
         try:
-            text = b"".join(chunks).removeprefix(_BOM).decode("utf-8")
+            text = data.removeprefix(BOM).decode("utf-8")
         except UnicodeDecodeError:
             yield Reject(1, "undecodable bytes")
             return
         record = {"id": self.file.name, "content": text}
-        yield self._judge(1, record, self._here, "", dataclasses.replace(self.filters, text_field=None))
+        item = self._judge(1, record, self._here, "", dataclasses.replace(self.filters, text_field=None))
+        yield dataclasses.replace(item, mark=mark) if mark and isinstance(item, RawDocument) else item
+
+    def _misnamed(self, start: bytes) -> bool:
+        """Whether a text by its name starts like something else, which is then left out as damage."""
+        if (content := content_of(start[:HEAD])) in (None, PLAIN_TEXT):
+            return False
+        if not self.piece.start:
+            self.damage.append(Damage(f"not text but {content}: {RENAME}", 0, self.file.size))
+        return True
 
     # Records --------------------------------------------------------------------------------------------
 
-    def _lines(self, chunks: Iterable[bytes], place: _Place) -> Iterator[RawDocument | Reject]:
-        for number, (offset, line) in enumerate(cut_lines(chunks, self._max_line), start=1):
+    def _lines(self, chunks: Iterable[bytes | None], place: _Place) -> Iterator[RawDocument | Reject]:
+        for number, (offset, line, mark) in enumerate(cut_lines(chunks, self._max_line, self._mark), start=1):
             self.lines += 1
             if line is None:
                 yield Reject(number, "line too long", place.member)
                 continue
-            line = line.removeprefix(_BOM)  # also inside concatenated files
+            line = line.removeprefix(BOM)  # also inside concatenated files
             if line and not line.isspace():
-                yield self._parse(number, line, place, f"@{self._first + offset}")
+                item = self._parse(number, line, place, f"@{self._first + offset}")
+                yield self._marked(item, mark)
 
-    def _lines_or_array(self, chunks: Iterator[bytes]) -> Iterator[RawDocument | Reject]:
-        first = next(chunks, b"")
-        chunks = itertools.chain([first], chunks)
-        if is_json(self.file.name) and starts_array(first):
-            return self._array(chunks)
-        return self._lines(chunks, self._here)
+    def _marked(self, item: RawDocument | Reject, mark: int) -> RawDocument | Reject:
+        return dataclasses.replace(item, mark=mark) if mark and isinstance(item, RawDocument) else item
 
-    def _array(self, chunks: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
+    def _lines_or_array(self, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
+        if not is_json(self.file.name):
+            return self._lines(chunks, self._here)
+        start, chunks = _peek(chunks)
+        return self._array(chunks) if starts_array(start) else self._lines(chunks, self._here)
+
+    def _array(self, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
         """The elements of one JSON array, as a `.json` file may hold it."""
         for number, element in enumerate(cut_array(chunks, self._max_line), start=1):
             self.lines += 1
             if element is None:
                 yield Reject(number, "invalid JSON from here to the end of the file")
             else:
-                yield self._parse(number, element, self._here, f"#{number}")
+                item = self._parse(number, element, self._here, f"#{number}")
+                yield self._marked(item, self._mark())
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict:
         record = dict(pairs)
@@ -345,7 +388,7 @@ class DocumentReader:
     # Tables ---------------------------------------------------------------------------------------------
 
     def _table(self) -> Iterator[RawDocument | Reject]:
-        rows = Rows(self.piece, self.filters, self._hash)
+        rows = Rows(self.piece, self.filters, self._hash, self.damage)
         for number, record, shard in rows:
             self.bytes_read = rows.bytes_read
             self.lines += 1
@@ -355,106 +398,34 @@ class DocumentReader:
             else:
                 place = dataclasses.replace(self._here, member=member) if member else self._here
                 yield self._judge(number, record, place, mark, rows.filters)
-        self.bytes_read, self.damage = rows.bytes_read, rows.damage
+        self.bytes_read = rows.bytes_read
 
-    def _csv(self, chunks: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
+    def _csv(self, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
         """Rows of a .csv or .tsv file; its first row names the columns."""
-        problems: list[str] = []  # of the lines of one row
-
-        def lines() -> Iterator[str]:
-            for number, (_, line) in enumerate(cut_lines(chunks, self._max_line)):
-                line, problem = (b"", "line too long") if line is None else (line, "undecodable bytes")
-                line = line if number else line.removeprefix(_BOM)
-                try:
-                    text = line.decode("utf-8")
-                except UnicodeDecodeError:
-                    text = line.decode("utf-8", "replace")
-                    problems.append(problem)
-                if not line and problem == "line too long":
-                    problems.append(problem)
-                yield text + "\n"
-
-        csv.field_size_limit(self._max_line)
-        source = lines()
-        first = next(source, "")
-        delimiter = "\t" if ".tsv" in self.file.name.lower() else max(",;\t", key=first.count)
-        rows = csv.reader(itertools.chain([first], source), delimiter=delimiter, strict=True)
-        names: list[str] = []
-        filters = self.filters
-        while True:
-            problems.clear()
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error:
-                problems.append("invalid CSV")
-                row = []
-            if not names and row:
-                names = row
-                filters = with_text_column(self.file.path, names, names, filters)
-                continue
-            if not row and not problems:
-                continue
+        start, chunks = _peek(chunks)
+        if start.lstrip(BOM + b" \r\n").startswith((b"{", b"[")):
+            self.damage.append(Damage(f"not csv but JSON: {RENAME}", 0, self.file.size))
+            chunks = (chunk for chunk in chunks if not chunk)  # read for its hash alone
+        rows = cut_csv(chunks, self._max_line, tabs=".tsv" in self.file.name.lower())
+        names, filters = next(rows, ([], None))[0], self.filters
+        if names:
+            filters = with_text_column(self.file.path, names, names, filters)
+        for number, (row, problem) in enumerate(rows, start=1):
             self.lines += 1
-            if len(row) != len(names) and not problems:
-                problems.append("another number of columns than the first row")
-            if problems:
-                yield Reject(self.lines, problems[0])
-                continue
-            record = dict(zip(names, row, strict=True))
-            yield self._judge(self.lines, record, self._here, f"#{self.lines}", filters)
+            if problem is None and len(row) != len(names):
+                problem = "another number of columns than the first row"
+            if problem:
+                yield Reject(number, problem)
+            else:
+                record = dict(zip(names, row, strict=True))
+                item = self._judge(number, record, self._here, f"#{number}", filters)
+                yield self._marked(item, self._mark())
 
 
-def cut_lines(chunks: Iterable[bytes], longest: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line without its line feed) for every line; None for one of more than `longest` bytes."""
-    open_line: list[bytes] = []  # parts of a line whose end has not been read
-    held = at = 0
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        held += len(first)
-        if held <= longest:
-            open_line.append(first)
-        else:
-            open_line.clear()
-        for line in others:
-            yield at, b"".join(open_line) if held <= longest else None
-            at += held + 1
-            open_line, held = [line], len(line)
-    if held:
-        yield at, b"".join(open_line) if held <= longest else None
-
-
-def cut_array(chunks: Iterable[bytes], longest: int) -> Iterator[bytes | None]:
-    """The elements of a JSON array as they are written; None where one cannot be parsed, or is too long."""
-    scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
-    # Bytes that are not UTF-8 come out as they were.
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    source = itertools.chain(map(decode, chunks), [None])
-    held, wanted = "", "["  # `wanted`: the sign before the next element
-    for more in source:
-        held, at = held + (more or ""), 0
-        while (at := _WHITE.match(held, at).end()) < len(held):
-            if wanted:
-                if held[at] != wanted:
-                    break
-                at, wanted = _WHITE.match(held, at + 1).end(), ""
-            try:
-                _, end = scan(held, at)
-            except ValueError:
-                break
-            if end == len(held) and more is not None:  # a number may continue
-                break
-            yield held[at:end].encode("utf-8", "surrogateescape")
-            at, wanted = end, ","
-        held = held[at:]
-        if held.startswith("]"):
-            break
-        if more is None or len(held) > longest or (wanted and held and held[0] != wanted):
-            yield None
-            break
-    for _ in source:  # the file is hashed to its end
-        pass
+def _peek(chunks: Iterator[bytes | None]) -> tuple[bytes, Iterator[bytes | None]]:
+    """(the first bytes, all chunks)."""
+    first = list(itertools.islice(chunks, 1))
+    return (first[0] or b"") if first else b"", itertools.chain(first, chunks)
 
 
 def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = None) -> Iterator[str]:
@@ -482,6 +453,22 @@ def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = 
                 yield line
     if not found:
         raise UserError("the input holds no usable document to learn a tokenizer from")
+
+
+def find_damage(piece: Piece, tick: Callable[[], object] = lambda: None) -> tuple[Damage, ...]:
+    """The damaged members of a piece; `tick()` is called regularly. Raises `UserError` when unreadable."""
+    file = piece.file
+    if not file.packing:
+        return ()
+    with user_errors(file.path), open_input(file) as stream:
+
+        def chunks_from(offset: int) -> Iterator[bytes]:
+            stream.seek(offset)
+            while chunk := stream.read(CHUNK_BYTES):
+                tick()
+                yield chunk
+
+        return find_in_packed(chunks_from, file.size, file.packing)
 
 
 def _lines_of_text(piece: Piece, filters: Filters | None) -> Iterator[str]:

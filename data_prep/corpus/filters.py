@@ -95,6 +95,10 @@ class Filter:
         return None if holds else f"filter: {self}"
 
 
+# Starts of the reasons of `Filters.refusal`, and of duplicates: documents that the user did not want.
+ASKED_FOR = ("too short", "too long", "language: ", "filter: ", "duplicate")
+
+
 @dataclass(frozen=True)
 class Filters:
     """Cleaning rules and filters of records, all off by default.
@@ -234,7 +238,8 @@ def look_up(record: dict, field: str) -> Any:
 def exam_text(record: dict, language: str | None = None) -> str:
     """A question of Exam-cn as text: question, options, answer, explanation.
 
-    Empty fields and repeated values are left out. `language`: of its folder; labels are Chinese where it or the question is.
+    Empty fields and repeated values are left out. Labels are Chinese where the folder's `language` or
+    the question is.
     """
     fields = {name: _plain(record.get(name)) for name in EXAM_FIELDS}
     lines = [fields["q_main"]] if fields["q_main"] else []

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_prep.common.errors import UserError, first_line
+from data_prep.corpus.compression import RENAME, Damage
 from data_prep.corpus.filters import TEXT_FIELDS, Filters
 from data_prep.corpus.inputs import (
     ROWS,
@@ -31,14 +32,16 @@ class Rows:
     Attributes:
         bytes_read: stored bytes read so far.
         filters: with the text's column, once a row was read.
-        damage: what stopped the reading before the end, or None.
+
+    Args:
+        digest: the hash to feed.
+        damage: where to add what could not be read.
     """
 
-    def __init__(self, piece: Piece, filters: Filters, digest: Any):
+    def __init__(self, piece: Piece, filters: Filters, digest: Any, damage: list[Damage]):
         self.piece, self.file, self.filters = piece, piece.file, filters
         self.bytes_read = 0
-        self.damage: str | None = None
-        self._hash = digest
+        self._hash, self._damage = digest, damage
         self._columns: list[str] | None = None
 
     def __iter__(self) -> Iterator[tuple[int, dict | None, int | None]]:
@@ -86,7 +89,9 @@ class Rows:
                 # A failing disk or network is not damage: the next run may read it all.
                 if getattr(error, "errno", None) is not None or "://" in self.file.path:
                     raise
-                self.damage = self.damage or f"damaged row group {group}: {first_line(error)}"
+                place = facts.column(0).data_page_offset
+                reason = f"damaged row group {group}: {first_line(error)}"
+                self._damage.append(Damage(reason, place, place + facts.total_byte_size))
 
     def _arrow(self) -> Iterator[tuple[None, int, Any]]:
         """An arrow file, as feather writes it, or a stream, as `datasets` does."""
@@ -96,6 +101,10 @@ class Rows:
             hash_range(self._hash, stored, 0, self.file.size)
             stored.seek(0)
             is_file = stored.read(6) == b"ARROW1"
+            stored.seek(0)
+            if not is_file and stored.read(4) not in (b"\xff\xff\xff\xff", b""):  # a stream of messages
+                self._damage.append(Damage(f"not arrow data: {RENAME}", 0, self.file.size))
+                return
             stored.seek(0)
             table = pyarrow.ipc.open_file(stored) if is_file else pyarrow.ipc.open_stream(stored)
             columns = self._choose(table.schema)

@@ -19,7 +19,9 @@ from data_prep.jobs.executor import RECORD, Heartbeat, Incomplete, WorkFolder
 from data_prep.jobs.job import Job
 from data_prep.shards.layout import (
     COUNTS,
+    FORMAT_VERSION,
     MANIFEST,
+    MARKED_VERSION,
     QUARANTINE,
     SHARD_ENDINGS,
     TOKENIZER_FOLDER,
@@ -35,18 +37,24 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
     """Move the shards to their final names; write quarantine, tokenizer and, last, the manifest.
 
     Raises:
-        UserError: there is no document.
+        UserError: there is no document, or the run's limits forbid the input.
         Incomplete: a crash of the machine truncated units, which were discarded.
     """
     output, facts = job.output, job.facts
     records = _complete_records(job, work)
+    inputs, rejected = _input_entries(job, records), _rejected(records)
+    damaged = [
+        {"file": p["file"]} | one for record in records for p in record["pieces"] for one in p["damage"]
+    ]
+    job.limits.refuse(damaged, inputs, rejected)
     if not any(record["parts"] for record in records):
         shutil.rmtree(job.work)
         if not any(output.iterdir()):
             output.rmdir()
-        reasons = ", ".join(f"{n} × {reason}" for reason, n in _rejected(records).items())
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in rejected.items())
         files = ", ".join(file.name for file in job.files[:5])
-        raise UserError(f"no usable document in {files}: {reasons or 'the files are empty'}")
+        details = "".join(f"; {one['file']}: {one['damage']}" for one in damaged[:5])
+        raise UserError(f"no usable document in {files}: {reasons or 'the files are empty'}{details}")
     shards: list[dict] = []
     for unit, record in enumerate(records):
         for number, part in enumerate(record["parts"]):
@@ -57,12 +65,10 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
             heartbeat({})
     _write_quarantine(job, work, records, folder, heartbeat)
     tokenizer_files = _save_tokenizer(tokenizer, folder, output)
-    inputs = _input_entries(job, records)
     content = [[entry["file"], [piece["sha256"] for piece in entry["pieces"]]] for entry in inputs]
-    damaged = [
-        {"file": p["file"], "damage": p["damage"]} for r in records for p in r["pieces"] if p["damage"]
-    ]
+    marked = _sum_counts(record["marked"] for record in records)
     manifest = facts | {
+        "format_version": MARKED_VERSION if marked else FORMAT_VERSION,
         "fingerprint": fingerprint(facts, content),
         "settings_fingerprint": fingerprint(facts),
         "tokenizer": facts["tokenizer"] | {"files": tokenizer_files},
@@ -70,9 +76,10 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
         "totals": {name: sum(shard[name] for shard in shards) for name in COUNTS},
         "languages": _sum_groups(record["languages"] for record in records),
         "sources": _sum_groups(record["sources"] for record in records),
-        "rejected": _rejected(records),
+        "rejected": rejected,
         "repaired": _sum_counts(record["repaired"] for record in records),
         "damaged": damaged,
+        "marked": marked,
         "quarantine_sha256": file_sha256(output / QUARANTINE),
         "inputs": inputs,
         "not_read": job.found.not_read,
@@ -198,6 +205,8 @@ def _input_entries(job: Job, records: list[dict]) -> list[dict]:
             entry = entries[piece.file.path]
             entry["documents"] += read["documents"]
             entry["rejected"] += sum(read["rejected"].values())
+            if read["unverified"]:
+                entry["unverified"] = read["unverified"]
             place = {name: read[name] for name in ("start", "end", "sha256", "lines")}
             entry["pieces"].append(place | {"unit": unit})
     return list(entries.values())

@@ -20,7 +20,7 @@ from data_prep.common.files import json_bytes, partial_name
 from data_prep.corpus.finding import survey
 from data_prep.corpus.inputs import Piece, plan_units
 from data_prep.jobs.executor import run_in_processes
-from data_prep.jobs.job import Job, ShardSettings, missing_units
+from data_prep.jobs.job import Job, Limits, ShardSettings, missing_units
 from data_prep.jobs.progress import Progress
 from data_prep.jobs.units import run_worker
 from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
@@ -29,6 +29,8 @@ from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
 # The input of a set that exists is compared by content up to this size, beyond it by name and size alone.
 COMPARED_BYTES = 2_000_000_000
+
+NO_LIMITS = Limits()
 
 Report = Callable[[Progress], None]
 
@@ -41,6 +43,7 @@ def make_shards(
     workers: int = 1,
     backend: str = "local",
     report: Report | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[dict, bool]:
     """Make, resume, repair or find the shard set. Several processes may call this for one set.
 
@@ -55,10 +58,10 @@ def make_shards(
     """
     report = report or (lambda progress: None)
     if backend == "mpi":
-        return _make_by_mpi(inputs, output, tokenizer_folder, settings, report)
+        return _make_by_mpi(inputs, output, tokenizer_folder, settings, report, limits)
     tokenizer = load_tokenizer(tokenizer_folder)
     found = True
-    while (job := plan(inputs, output, tokenizer, settings)) is not None:
+    while (job := plan(inputs, output, tokenizer, settings, limits)) is not None:
         found = False
         watch = functools.partial(_watch, report, Progress(job))
         if min(workers, len(job.units)) <= 1:
@@ -82,7 +85,11 @@ def _watch(report: Report, progress: Progress) -> None:
 
 
 def plan(
-    inputs: list[str | Path], output: str | Path, tokenizer: Tokenizer, settings: ShardSettings
+    inputs: list[str | Path],
+    output: str | Path,
+    tokenizer: Tokenizer,
+    settings: ShardSettings,
+    limits: Limits = NO_LIMITS,
 ) -> Job | None:
     """The work to do; None when it is done. Makes the work folder, or checks an existing one."""
     output = Path(output)
@@ -102,7 +109,7 @@ def plan(
     }
     for line in found.lines():
         log(f"data-prep: {line}")
-    job = Job(output, settings, facts, found, plan_units(found.files, settings.unit_bytes))
+    job = Job(output, settings, facts, found, plan_units(found.files, settings.unit_bytes), limits)
     for _ in range(3):
         try:
             return _check_finished(job) if (output / MANIFEST).is_file() else _start(job)
@@ -168,6 +175,7 @@ def _check_finished(job: Job) -> Job | None:
     found = [(file.name, file.size) for file in job.files]
     if found != [(entry["file"], entry["size"]) for entry in manifest["inputs"]]:
         raise UserError(f"{output} holds shards made from other input; {advice}")
+    job.limits.refuse(manifest["damaged"], manifest["inputs"], manifest["rejected"])
     missing = missing_units(output, manifest)
     if not missing and sum(file.size for file in job.files) <= COMPARED_BYTES:
         for file, entry in zip(job.files, manifest["inputs"], strict=True):
@@ -208,6 +216,7 @@ def _make_by_mpi(
     tokenizer_folder: str | Path,
     settings: ShardSettings,
     report: Report,
+    limits: Limits,
 ) -> tuple[dict, bool]:
     """Rank 0 plans and broadcasts the job; then every rank works on it."""
     try:
@@ -219,7 +228,7 @@ def _make_by_mpi(
     if world.rank == 0:
         try:
             tokenizer = load_tokenizer(tokenizer_folder)
-            planned = plan(inputs, output, tokenizer, settings), None
+            planned = plan(inputs, output, tokenizer, settings, limits), None
         except (UserError, OSError) as error:
             planned = None, describe(error)
     job, refused = world.bcast(planned, root=0)

@@ -11,15 +11,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes
 from data_prep.corpus import duplicates
-from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
+from data_prep.corpus.compression import Damage, DamagedMember
+from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, find_damage
 from data_prep.corpus.inputs import Piece
 from data_prep.jobs.executor import HEARTBEAT_SECONDS, RECORD, Heartbeat, Incomplete, Phase, run_phases
-from data_prep.jobs.job import Job
+from data_prep.jobs.job import LEAST_RECORDS, UNVERIFIED_TEXT, Job, Limits
 from data_prep.jobs.merge import merge, restore_shards
 from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
 from data_prep.shards.writer import ShardSeries
@@ -27,6 +30,9 @@ from data_prep.text.sentences import cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 
 HASHES = "hashes.bin"
+DAMAGED = "damaged input"  # the quarantine's reason for a part that was left out
+Readers = Iterator[tuple[Piece, DocumentReader]]
+T = TypeVar("T")
 
 
 def run_worker(job: Job, tokenizer: Tokenizer, watch: Callable[[], None] | None = None) -> None:
@@ -52,14 +58,19 @@ class Worker:
 
     def hash_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """The hashes of a unit's good documents, in order."""
-        counts = _Counts(heartbeat, self._watch)
-        hashes = bytearray()
-        for _, reader in self._pieces(unit):
-            for item in counts.follow(reader):
-                if isinstance(item, RawDocument):
-                    hashes += duplicates.hash128(item.content.encode("utf-8"))
+
+        def read(readers: Readers, counts: _Counts) -> tuple[bytearray, list[str]]:
+            hashes, found = bytearray(), []
+            for _, reader in readers:
+                for item in counts.follow(reader):
+                    if isinstance(item, RawDocument):
+                        hashes += duplicates.hash128(item.content.encode("utf-8"))
+                found.append(reader.sha256)
+            return hashes, found
+
+        (hashes, found), counts = self._verified(unit, folder, heartbeat, read)
         duplicates.write_hashes(folder / HASHES, hashes)
-        (folder / RECORD).write_bytes(json_bytes({"counts": counts.final()}))
+        (folder / RECORD).write_bytes(json_bytes({"counts": counts.final(), "sha256": found}))
 
     def find_duplicates(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """The documents of every unit whose text occurs earlier, in the order of units and documents."""
@@ -72,9 +83,22 @@ class Worker:
 
     def shard_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """Read one unit; write its shards as `part-NNN.tar`, its quarantine and a record."""
-        settings = self.job.settings
-        counts = _Counts(heartbeat, self._watch)
         dropped = self._dropped(unit)
+
+        def read(readers: Readers, counts: _Counts) -> dict:
+            return self._shard(readers, counts, folder, dropped)
+
+        record, counts = self._verified(unit, folder, heartbeat, read)
+        if self.job.settings.deduplicate:
+            hashed = json.loads((self.work.result("hash", unit) / RECORD).read_bytes())
+            # The numbers of duplicates count the documents that were hashed.
+            if hashed["sha256"] != [piece["sha256"] for piece in record["pieces"]]:
+                names = ", ".join(piece.file.name for piece in self.job.units[unit][:3])
+                raise UserError(f"{names}: changed while it was read; delete {self.job.work} and run again")
+        (folder / RECORD).write_bytes(json_bytes(record | {"counts": counts.final()}))
+
+    def _shard(self, readers: Readers, counts: _Counts, folder: Path, dropped: set[int]) -> dict:
+        settings = self.job.settings
         dtype = token_dtype(self.tokenizer.vocab_size)
         limits = settings.shard_bytes, settings.shard_documents
         shards = ShardSeries(folder / "part-", 3, dtype, settings.compression, *limits)
@@ -82,7 +106,7 @@ class Worker:
         pieces: list[dict] = []
         good = 0  # documents that passed the filters
         with open(folder / QUARANTINE, "wb") as quarantine:
-            for piece, reader in self._pieces(unit):
+            for piece, reader in readers:
                 rejected: Counter[str] = Counter()
                 documents, start = 0, quarantine.tell()
                 for item in counts.follow(reader):
@@ -91,7 +115,7 @@ class Worker:
                         good += 1
                         result = self._cut(item, good - 1 in dropped)
                         if isinstance(result, Reject):
-                            counts.move_to_rejected()
+                            counts.move_to_rejected(result.reason)
                     else:
                         result = item
                     if isinstance(result, Reject):
@@ -100,6 +124,9 @@ class Worker:
                         continue
                     shards.add(result)
                     documents += 1
+                for damage in reader.damage:
+                    rejected[DAMAGED] += 1
+                    quarantine.write(_quarantine_line(piece, Reject(0, DAMAGED), damage.start))
                 repaired.update(reader.repaired)
                 pieces.append(
                     {
@@ -111,13 +138,16 @@ class Worker:
                         "documents": documents,
                         "rejected": dict(rejected),
                         "quarantine_bytes": quarantine.tell() - start,
-                        "damage": reader.damage,
+                        "damage": [
+                            {"offset": one.start, "bytes": one.end - one.start, "damage": one.reason}
+                            for one in reader.damage
+                        ],
+                        "unverified": reader.unverified,
                     }
                 )
         shards.close()
-        record = {"pieces": pieces, "repaired": repaired, "parts": shards.entries, "counts": counts.final()}
-        record |= {"languages": shards.languages, "sources": shards.sources}
-        (folder / RECORD).write_bytes(json_bytes(record))
+        record = {"pieces": pieces, "repaired": repaired, "parts": shards.entries, "marked": shards.marked}
+        return record | {"languages": shards.languages, "sources": shards.sources}
 
     def merge(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """Finish the set."""
@@ -126,16 +156,42 @@ class Worker:
         else:
             restore_shards(self.job, self.work, heartbeat)
 
-    def _pieces(self, unit: int) -> Iterator[tuple[Piece, DocumentReader]]:
-        settings = self.job.settings
-        for piece in self.job.units[unit]:
-            yield piece, DocumentReader(piece, settings.sentences.language, settings.hygiene)
+    def _verified(
+        self, unit: int, folder: Path, heartbeat: Heartbeat, read: Callable[[Readers, _Counts], T]
+    ) -> tuple[T, _Counts]:
+        """What `read` makes of a unit in `folder`, and the counts; made again, without the damaged members,
+        when a member fails its checksum after its text was read."""
+        pieces, settings = self.job.units[unit], self.job.settings
+
+        def attempt(damage: list[tuple[Damage, ...]] | None) -> tuple[T, _Counts]:
+            counts = _Counts(heartbeat, self._watch, self.job.limits)
+
+            def readers() -> Readers:
+                for n, piece in enumerate(pieces):
+                    known = damage[n] if damage else None
+                    arguments = settings.sentences.language, settings.hygiene, known, settings.salvage
+                    yield piece, (reader := DocumentReader(piece, *arguments))
+                    problems = [one.reason for one in reader.damage]
+                    problems += [UNVERIFIED_TEXT] if reader.unverified else []
+                    self.job.limits.refuse_damage(piece.file.name, next(iter(problems), None))
+
+            return read(readers(), counts), counts
+
+        try:
+            return attempt(None)
+        except DamagedMember as error:
+            if self.job.limits.strict:
+                raise UserError(f"{error}; --strict stops there, without it the rest is kept") from None
+        for path in folder.iterdir():
+            path.unlink()
+        return attempt([find_damage(piece, lambda: heartbeat({})) for piece in pieces])
 
     def _dropped(self, unit: int) -> set[int]:
         """Numbers of the unit's good documents that repeat an earlier one."""
         if not self.job.settings.deduplicate:
             return set()
         self._require("duplicates", [0])
+        self._require("hash", [unit])
         return set(np.load(self.work.result("duplicates", 0) / f"{unit:06d}.npy").tolist())
 
     def _require(self, phase: str, units: Iterable[int]) -> None:
@@ -155,21 +211,25 @@ class Worker:
         except LossyTokenization:
             return Reject(raw.line, "tokenizer loses text", raw.member)
         data = raw.content.encode("utf-8")
-        return Document(raw.id, raw.language, raw.source, tokens, lengths, len(data), hash64(data))
+        facts = raw.id, raw.language, raw.source
+        return Document(*facts, tokens, lengths, len(data), hash64(data), raw.mark)
 
 
 class _Counts:
-    """Counts what readers yield, and reports the counts regularly."""
+    """Counts what readers yield, reports the counts regularly, and stops when too much is rejected."""
 
-    def __init__(self, heartbeat: Heartbeat, watch: Callable[[], None]):
-        self._heartbeat, self._watch = heartbeat, watch
-        self._before = self._bytes = self._documents = self._rejected = 0
+    def __init__(self, heartbeat: Heartbeat, watch: Callable[[], None], limits: Limits):
+        self._heartbeat, self._watch, self._limits = heartbeat, watch, limits
+        self._before = self._bytes = self._documents = 0
+        self._rejected: Counter[str] = Counter()
         self._sent = time.monotonic()
 
     def follow(self, reader: DocumentReader) -> Iterator[RawDocument | Reject]:
         for item in reader:
             if isinstance(item, Reject):
-                self._rejected += 1
+                self._rejected[item.reason] += 1
+                if self._documents + self._rejected.total() >= LEAST_RECORDS:
+                    self._limits.refuse_rejected(self._rejected, self._documents, reader.file.name)
             else:
                 self._documents += 1
             yield item
@@ -181,16 +241,17 @@ class _Counts:
         self._before += reader.bytes_read
         self._bytes = self._before
 
-    def move_to_rejected(self) -> None:
+    def move_to_rejected(self, reason: str) -> None:
         """Count the last document as rejected: its text is a duplicate or cannot be tokenized."""
         self._documents -= 1
-        self._rejected += 1
+        self._rejected[reason] += 1
 
     def final(self) -> dict[str, int]:
-        return {"bytes": self._bytes, "documents": self._documents, "rejected": self._rejected}
+        rejected = self._rejected.total()
+        return {"bytes": self._bytes, "documents": self._documents, "rejected": rejected}
 
 
-def _quarantine_line(piece: Piece, reject: Reject) -> bytes:
-    member = {"member": reject.member} if reject.member else {}
-    entry = {"file": piece.file.name, **member, "line": reject.line, "reason": reject.reason}
+def _quarantine_line(piece: Piece, reject: Reject, offset: int | None = None) -> bytes:
+    place = {"member": reject.member} if reject.member else {} if offset is None else {"offset": offset}
+    entry = {"file": piece.file.name, **place, "line": reject.line, "reason": reject.reason}
     return json.dumps(entry).encode("ascii") + b"\n"
