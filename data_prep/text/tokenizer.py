@@ -18,19 +18,23 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, log
 from data_prep.text.fast_encoder import FastEncoder, fast_encoder, unproven
 
 CONFIG_FILE = "tokenizer_config.json"
 # What `AutoTokenizer` may read beside tokenizer.json; copied with it, not part of the fingerprint.
-COMPANION_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+SYMBOLS_FILE = "special_tokens_map.json"
+COMPANION_FILES = (SYMBOLS_FILE, "added_tokens.json", "vocab.json", "merges.txt")
+SYMBOLS = ("bos_token", "eos_token", "pad_token")
+END_SYMBOLS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")  # where no file names one
 SPACE_MARK = "\u2581"  # SentencePiece's mark for a space
 LINE_CHARACTERS = 2000  # training lines are cut here, so that SentencePiece's limit drops none
 
@@ -47,6 +51,7 @@ class Tokenizer:
     fingerprint: sha256 (hex) over the definition of the ids.
     engine: the library that encodes, with its version; the ids do not depend on it.
     byte_lengths: int32 [vocab_size], UTF-8 bytes each token adds to the text, 0 for control symbols.
+    stripping: added tokens that take the white space beside them.
     """
 
     kind: str
@@ -54,6 +59,7 @@ class Tokenizer:
     definition_file: str
     _definition: bytes
     _config: dict
+    stripping: Sequence[str] = ()
     advice = "use a byte-level tokenizer or train one with `data-prep tokenizer`"  # when it loses text
 
     def __init__(
@@ -146,8 +152,16 @@ class ByteLevelTokenizer(Tokenizer):
         from tokenizers import Tokenizer as RustTokenizer
 
         try:
-            self._rust = RustTokenizer.from_str(definition.decode("utf-8"))
             spec = json.loads(definition)
+            if (spec.get("model") or {}).get("dropout"):
+                # The same text would have other ids each time. The copy in the shards goes without.
+                if parent_process() is None:
+                    log(
+                        f"data-prep: tokenizer {folder} sets BPE dropout {spec['model']['dropout']}: off here"
+                    )
+                spec["model"]["dropout"] = None
+                definition = json.dumps(spec, ensure_ascii=False, indent=2).encode("utf-8")
+            self._rust = RustTokenizer.from_str(definition.decode("utf-8"))
         except Exception as error:  # the Rust side raises bare Exceptions
             raise UserError(f"{folder}/tokenizer.json is not a tokenizer definition: {error}") from error
         if not _has_byte_level(spec):
@@ -159,17 +173,17 @@ class ByteLevelTokenizer(Tokenizer):
         self._rust.no_truncation()
         self._rust.no_padding()
         table = _byte_level_table(self._rust, spec)
-        eos = self._special_id(config, "eos_token")
-        if eos is None:
-            raise UserError(
-                f"tokenizer {folder} names no end symbol: set eos_token in {CONFIG_FILE} to one of its tokens"
-            )
+        if (eos := self._special_id(config, "eos_token")) is None:
+            config = self._with_symbols(config, folder, table)
+            eos = self._special_id(config, "eos_token")
         bos, pad = self._special_id(config, "bos_token"), self._special_id(config, "pad_token")
         bos, pad = (eos if bos is None else bos), (eos if pad is None else pad)
         self._definition, self._config = definition, config
         fingerprint = hashlib.sha256(definition + f"\0{bos},{eos},{pad}".encode()).hexdigest()
         super().__init__(folder, table, bos, eos, pad, fingerprint)
-        added = [token.content for token in self._rust.get_added_tokens_decoder().values()]
+        tokens = self._rust.get_added_tokens_decoder().values()
+        added = [token.content for token in tokens]
+        self.stripping = [token.content for token in tokens if token.lstrip or token.rstrip]
         if (normalizer := spec.get("normalizer")) is not None:
             names = ", ".join(step["type"] for step in normalizer.get("normalizers", [normalizer]))
             self.advice = (
@@ -188,6 +202,21 @@ class ByteLevelTokenizer(Tokenizer):
             return _gigatoken(plain)
 
         self._find_fast_engine(build, self.encode_reference, added)
+
+    def _with_symbols(self, config: dict, folder: Path, table: list[bytes]) -> dict:
+        """`config` with an end symbol, which it does not name. Raises `UserError` when there is none."""
+        named = _read_config(folder, SYMBOLS_FILE)
+        config |= {key: named[key] for key in SYMBOLS if self._special_id(named, key) is not None}
+        if config.get("eos_token") is None:  # as in GPT-2's own folder
+            for symbol in END_SYMBOLS:
+                index = self._rust.token_to_id(symbol)
+                if index is not None and not table[index]:  # no text gives it
+                    return config | {"eos_token": symbol}
+        if self._special_id(config, "eos_token") is None:
+            raise UserError(
+                f"tokenizer {folder} names no end symbol: set eos_token in {CONFIG_FILE} to one of its tokens"
+            )
+        return config
 
     def _special_id(self, config: dict, name: str) -> int | None:
         entry = config.get(name)
@@ -353,8 +382,8 @@ def _training_lines(lines: Iterable[str]) -> Iterable[str]:
                 yield part[start : start + LINE_CHARACTERS]
 
 
-def _read_config(folder: Path) -> dict:
-    path = folder / CONFIG_FILE
+def _read_config(folder: Path, name: str = CONFIG_FILE) -> dict:
+    path = folder / name
     if not path.is_file():
         return {}
     try:
@@ -368,6 +397,8 @@ def _read_config(folder: Path) -> dict:
 
 def _convert_slow_files(folder: Path) -> bytes:
     """`tokenizer.json` for a folder that has only vocab.json and merges.txt."""
+    if not (folder / "config.json").is_file() and "tokenizer_class" not in _read_config(folder):
+        return _byte_level_definition(folder)
     from transformers import AutoTokenizer
 
     try:
@@ -375,6 +406,20 @@ def _convert_slow_files(folder: Path) -> bytes:
         return fast.backend_tokenizer.to_str().encode("utf-8")
     except Exception as error:  # transformers raises many kinds
         raise UserError(f"tokenizer folder {folder} cannot be read: {error}") from error
+
+
+def _byte_level_definition(folder: Path) -> bytes:
+    """GPT-2's tokenizer with the vocabulary of a folder that names no class."""
+    from tokenizers import AddedToken
+    from tokenizers.implementations import ByteLevelBPETokenizer
+
+    try:
+        tokenizer = ByteLevelBPETokenizer.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    except Exception as error:  # the Rust side raises bare Exceptions
+        raise UserError(f"tokenizer folder {folder} cannot be read: {error}") from error
+    known = [symbol for symbol in END_SYMBOLS if tokenizer.token_to_id(symbol) is not None]
+    tokenizer.add_special_tokens([AddedToken(symbol, normalized=False) for symbol in known])
+    return tokenizer.to_str().encode("utf-8")
 
 
 def _has_byte_level(spec: dict) -> bool:
