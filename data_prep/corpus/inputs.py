@@ -138,9 +138,8 @@ def plan_units(files: list[InputFile], unit_bytes: int | None = None) -> list[li
     Consecutive small files share a unit; large files are split where possible. A function of `files` and
     `unit_bytes` alone. Raises `UserError` on a parquet file or dataset that cannot be opened.
     """
-    texts = [_text_bytes(file) for file in files]
-    if unit_bytes is None:
-        unit_bytes = min(max(sum(texts) // UNITS, LEAST_UNIT), MOST_UNIT)
+    texts = [text_bytes(file) for file in files]
+    unit_bytes = unit_size(files, unit_bytes)
     units: list[list[Piece]] = []
     room = 0
     for file, text in zip(files, texts, strict=True):
@@ -153,6 +152,13 @@ def plan_units(files: list[InputFile], unit_bytes: int | None = None) -> list[li
             units[-1].append(piece)
             room -= share
     return units
+
+
+def unit_size(files: list[InputFile], unit_bytes: int | None = None) -> int:
+    """Bytes of text in a unit: as given, else by the total."""
+    if unit_bytes is not None:
+        return unit_bytes
+    return min(max(sum(map(text_bytes, files)) // UNITS, LEAST_UNIT), MOST_UNIT)
 
 
 def whole(file: InputFile) -> Piece:
@@ -199,7 +205,7 @@ def _pairs(marks: list[int]) -> list[tuple[int, int]]:
     return list(zip(marks, marks[1:], strict=False))
 
 
-def _text_bytes(file: InputFile) -> int:
+def text_bytes(file: InputFile) -> int:
     """Approximate bytes of text in a file: the measure of its work."""
     if file.kind == "parquet" or file.packing:
         return file.size * UNPACKED

@@ -16,9 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.common.errors import UserError, describe, log
-from data_prep.common.files import json_bytes, partial_name
+from data_prep.common.files import json_bytes, partial_name, write_atomically
 from data_prep.corpus.finding import survey
-from data_prep.corpus.inputs import Piece, plan_units
+from data_prep.corpus.inputs import Piece, plan_units, text_bytes, unit_size
+from data_prep.jobs.changes import changed_input, describe_facts, describe_inputs
 from data_prep.jobs.executor import run_in_processes
 from data_prep.jobs.job import Job, Limits, ShardSettings, missing_units
 from data_prep.jobs.progress import Progress
@@ -63,6 +64,8 @@ def make_shards(
     found = True
     while (job := plan(inputs, output, tokenizer, settings, limits)) is not None:
         found = False
+        if line := idle_workers(job, workers):
+            log(f"data-prep: {line}")
         watch = functools.partial(_watch, report, Progress(job))
         if min(workers, len(job.units)) <= 1:
             run_worker(job, tokenizer, watch)
@@ -99,7 +102,7 @@ def plan(
     if tokenizer.stripping:
         raise UserError(
             f"tokenizer {tokenizer.folder} has added tokens that strip white space: "
-            f"{', '.join(tokenizer.stripping[:3])}; set lstrip and rstrip to false in a copy of tokenizer.json"
+            f"{', '.join(tokenizer.stripping[:3])}; set lstrip and rstrip to false in a copy of it"
         )
     found = survey(inputs, output)
     settings.sentences.segmenter_for()  # refuses unknown names before any work
@@ -124,6 +127,22 @@ def plan(
     raise UserError(f"{output}: other processes are finishing this set; run again")
 
 
+def idle_workers(job: Job, workers: int) -> str | None:
+    """A line where files that cannot be split leave workers without work, else None."""
+    sizes = {unit: job.unit_bytes(unit) for unit in range(len(job.units))}
+    largest = max(sizes, key=lambda unit: sizes[unit], default=0)
+    total, most = sum(sizes.values()), sizes.get(largest, 0)
+    if workers * most <= total or len(job.units[largest]) > 1:
+        return None
+    file = job.units[largest][0].file
+    if text_bytes(file) <= unit_size(job.files, job.settings.unit_bytes):
+        return None
+    return (
+        f"{file.name} cannot be split and is {most / total:.0%} of the input: about {-(-total // most)} of "
+        f"{workers} workers are busy; more need smaller or unpacked files"
+    )
+
+
 def _start(job: Job) -> Job:
     """Make the work folder, or check that the existing one is of this job. Returns the job as started."""
     output, work = job.output, job.work
@@ -134,12 +153,8 @@ def _start(job: Job) -> Job:
         "inputs": [[file.name, file.shown_path, file.size, file.stamp] for file in job.files],
     }
     if (started := _read_plan(job)) is not None:
-        only = started.pop("only")
-        if started != json.loads(json_bytes(content)) or (only is None) != (job.only is None):
-            raise UserError(
-                f"{output} holds an unfinished run with other settings or input; "
-                "finish that one, choose another --output, or delete the folder"
-            )
+        _require_same(job, started, json.loads(json_bytes(content)))
+        only = started["only"]
         return replace(job, only=None if only is None else tuple(only))
     if job.only is None and output.is_dir() and any(path.name != UNFINISHED for path in output.iterdir()):
         raise UserError(f"output folder {output} is not empty and holds no shards; choose another one")
@@ -159,6 +174,26 @@ def _start(job: Job) -> Job:
     return job
 
 
+def _require_same(job: Job, started: dict, wanted: dict) -> None:
+    """Raises `UserError` unless a started run has these settings and this input. Of files that were only
+    touched or moved, what finished units have read is compared."""
+    sizes = ([(name, size) for name, _, size, _ in plan["inputs"]] for plan in (started, wanted))
+    problem = describe_facts(started["facts"], wanted["facts"]) or describe_inputs(*sizes)
+    if not problem and (started["only"] is None) != (job.only is None):
+        problem = "another purpose: it repairs a set" if started["only"] else "another purpose"
+    if not problem and started["inputs"] != wanted["inputs"]:
+        pairs = zip(started["inputs"], wanted["inputs"], strict=True)
+        if changed := changed_input(job, {new[0] for old, new in pairs if old != new}):
+            problem = f"other input: {changed} has changed"
+        else:
+            write_atomically(job.work / PLAN, json_bytes(wanted | {"only": started["only"]}))
+    if problem:
+        raise UserError(
+            f"{job.output} holds an unfinished run with {problem}; "
+            "finish that one, choose another --output, or delete the folder"
+        )
+
+
 def _read_plan(job: Job) -> dict | None:
     """The plan of a started run; None when there is none, or when a crash truncated it."""
     try:
@@ -176,10 +211,10 @@ def _check_finished(job: Job) -> Job | None:
     manifest = ShardSet.open(output).manifest
     advice = "choose another --output or delete the folder"
     if manifest["settings_fingerprint"] != fingerprint(job.facts):
-        raise UserError(f"{output} holds shards made with other settings or another tokenizer; {advice}")
-    found = [(file.name, file.size) for file in job.files]
-    if found != [(entry["file"], entry["size"]) for entry in manifest["inputs"]]:
-        raise UserError(f"{output} holds shards made from other input; {advice}")
+        raise UserError(f"{output} holds shards made with {describe_facts(manifest, job.facts)}; {advice}")
+    sizes = [(entry["file"], entry["size"]) for entry in manifest["inputs"]]
+    if problem := describe_inputs(sizes, [(file.name, file.size) for file in job.files]):
+        raise UserError(f"{output} holds shards made from {problem}; {advice}")
     job.limits.refuse(manifest["damaged"], manifest["inputs"], manifest["rejected"])
     missing = missing_units(output, manifest)
     if not missing and sum(file.size for file in job.files) <= COMPARED_BYTES:
