@@ -90,7 +90,7 @@ def prepare_streams() -> None:
         try:
             os.fstat(number)
         except OSError:  # closed by the caller (`>&-`); a file opened later would get its number
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))

@@ -53,7 +53,7 @@ class InputFile:
         source: the file's folder, or the dataset's name.
         folder_language: of the nearest folder that names one, up to the input path's own name.
         kind: jsonl, packed (one piece), csv, text (one document), parquet, arrow or dataset.
-        size: stored bytes; of a dataset, in memory; 0 for a stream of unknown size.
+        size: stored bytes; of a dataset, in memory; of a streamed one, its shards.
         stamp: changes with the file (time, etag, a dataset's fingerprint); "" if unknown.
         fields: what partition folders (`lang=en`) add to each record.
     """
@@ -76,6 +76,11 @@ class InputFile:
     def packing(self) -> str:
         """`gz`, `zst`, `xz`, `bz2`, or "" for an uncompressed file."""
         return _endings(self.name)[1]
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is a dataset whose rows come one after another only."""
+        return self.kind == "dataset" and "streaming=true" in self.path
 
     @property
     def is_tar(self) -> bool:
@@ -177,7 +182,7 @@ def split(file: InputFile, count: int) -> list[Piece]:
         end = file.size
     elif file.kind == "dataset":
         table = open_dataset(file.path)
-        end = _shards(file, table) if is_stream(table) else len(table)
+        end = file.size if file.is_stream else len(table)
     elif file.kind == "parquet":
         with open_parquet(file) as table:
             groups = table.metadata.num_row_groups
@@ -207,6 +212,8 @@ def _pairs(marks: list[int]) -> list[tuple[int, int]]:
 
 def text_bytes(file: InputFile) -> int:
     """Approximate bytes of text in a file: the measure of its work."""
+    if file.is_stream:  # a unit for each of its shards
+        return file.size * MOST_UNIT
     if file.kind == "parquet" or file.packing:
         return file.size * UNPACKED
     return file.size
@@ -366,20 +373,10 @@ def _sliced(table, spec: str, streaming: bool):
     return table.select(range(span.from_ or 0, len(table) if span.to is None else span.to))
 
 
-def _shards(file: InputFile, table) -> int:
-    """The parts of a stream that can be read apart. Slices count rows from the start: one part."""
-    return 1 if "[" in file.path or "+" in file.path else table.num_shards
-
-
-def is_stream(table) -> bool:
-    """Whether a dataset gives its rows one after another only."""
-    return not hasattr(table, "data")
-
-
 def dataset_batches(piece: Piece) -> Iterator[tuple[int | None, int, Any]]:
     """Over a piece of a dataset: (shard of a stream or None, rows before, arrow table of at most `ROWS`)."""
     table = open_dataset(piece.file.path)
-    if not is_stream(table):
+    if not piece.file.is_stream:
         if piece.end > len(table):
             raise UserError(f"{piece.file.path} has fewer rows than when it was found; run again")
         table = table.with_format("arrow")
@@ -387,8 +384,8 @@ def dataset_batches(piece: Piece) -> Iterator[tuple[int | None, int, Any]]:
             yield None, at, table[at : min(at + ROWS, piece.end)]
         return
     for shard in range(piece.start, piece.end):
-        at, count = 0, _shards(piece.file, table)
-        rows = table.shard(count, shard) if count > 1 else table
+        at = 0
+        rows = table.shard(piece.file.size, shard) if piece.file.size > 1 else table
         for batch in rows.with_format("arrow").iter(ROWS):
             yield shard, at, batch
             at += batch.num_rows
@@ -419,6 +416,9 @@ def dataset_input(given: str) -> InputFile:
     query = f"?{urlencode(sorted(options.items()), safe='[]:+%')}" if options else ""
     path = f"{DATASET}{name}{query}"
     table = open_dataset(path)
-    size = (table.info.dataset_size or 0) if is_stream(table) else table.data.nbytes
-    stamp = "" if is_stream(table) else table._fingerprint
+    if options.get("streaming") == "true":
+        # Slices count rows from the start: one part. Sizes are known only if somebody has downloaded it all.
+        size, stamp = 1 if set("[+") & set(options.get("split", "")) else table.num_shards, ""
+    else:
+        size, stamp = table.data.nbytes, table._fingerprint
     return InputFile(path, f"{DATASET}{shown}{query}", shown.split("/")[-1], None, "dataset", size, stamp)
