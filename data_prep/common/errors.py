@@ -78,7 +78,7 @@ class _Lenient:
 
 
 def prepare_streams() -> None:
-    """Make sure that output which nobody reads, or in another encoding, ends no run and prints no trace.
+    """Make sure that output that cannot be written, or in another encoding, ends no run and prints no trace.
 
     Names and arguments are bytes to the system: with another encoding than UTF-8 they would change with the
     locale, so the program starts again in Python's UTF-8 mode.

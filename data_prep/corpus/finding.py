@@ -90,8 +90,8 @@ def survey(paths: Iterable[str | Path], output: str | Path | None = None) -> Sur
     """
     found = Survey()
     places: list[tuple[InputFile, tuple[str, ...]]] = []
-    for given in map(os.fspath, paths):
-        given = given.removeprefix("file://")
+    for path in paths:
+        given = os.fspath(path).removeprefix("file://")
         if not given:
             raise UserError("an input has no name; --input must name a file, a folder or a URL")
         if given.startswith(DATASET):
@@ -161,7 +161,8 @@ class _Place:
     # Local ----------------------------------------------------------------------------------------------
 
     def _list_local(self, where: str) -> None:
-        root, patterns = Path(os.path.abspath(where)), ()
+        root = Path(os.path.abspath(where))
+        patterns: tuple[str, ...] = ()
         if not root.exists() and _PATTERN.search(where):
             at = next(n for n, part in enumerate(root.parts) if _PATTERN.search(part))
             root, patterns = Path(*root.parts[:at]), root.parts[at:]
@@ -203,14 +204,15 @@ class _Place:
                     continue
                 entered.add(real)
                 below = Path(folder).relative_to(root).parts
+                meant = patterns[len(below) :][:1]
                 folders[:] = [
                     name
                     for name in sorted(folders)
-                    if _may_match((*below, name), patterns) and self._wanted(Path(folder, name))
+                    if _may_match((*below, name), patterns) and self._wanted(Path(folder, name), meant)
                 ]
                 starts += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
                 for path in (Path(folder, name) for name in names if _matches((*below, name), patterns)):
-                    if not self._wanted(path):
+                    if not self._wanted(path, meant):
                         continue
                     try:
                         regular = path.is_file() or path.stat() is None
@@ -226,8 +228,10 @@ class _Place:
     def _lose(self, path: Path, cause: str) -> None:
         self._found.lost.append(f"{_shown(path.parts[-2:])} ({cause})")
 
-    def _wanted(self, path: Path) -> bool:
-        """Whether a name below the input is looked at; counts those that are not."""
+    def _wanted(self, path: Path, meant: tuple[str, ...]) -> bool:
+        """Whether a name below the input is looked at; counts those that are not. `meant`: its pattern."""
+        if meant and meant[0].startswith("."):
+            return True
         own = self._output is not None and os.path.realpath(path) == self._output
         kind = "output folder" if own else passed_over((path.name,))
         self._found.passed_over.update([kind] if kind else [])
