@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 BOM = b"\xef\xbb\xbf"
+_AFTER = tuple(",] \t\r\n")
 _WHITE = re.compile("[\ufeff \\t\\r\\n]*")
 
 
@@ -63,7 +64,7 @@ def cut_array(chunks: Iterator[bytes | None], longest: int) -> Iterator[bytes | 
                 _, end = scan(held, at)
             except ValueError:
                 break
-            if end == len(held) and chunk is not None:  # a number may continue
+            if chunk is not None and held[end : end + 1] not in _AFTER:  # a number may continue
                 break
             yield held[at:end].encode("utf-8", "surrogateescape")
             at, wanted = end, ","
