@@ -179,7 +179,7 @@ def verify_deep(folder: str | Path, inputs: list[str] | None = None) -> dict:
 def _originals(shards: ShardSet, inputs: list[str]) -> Iterator[RawDocument]:
     """The input's good documents, in order. Raises at the end when the set does not account for all."""
     settings = shards.manifest["settings"]
-    files = find_inputs(inputs)
+    files = find_inputs(inputs, shards.folder)
     entries = shards.manifest["inputs"]
     found = [(file.name, file.size) for file in files]
     if found != [(entry["file"], entry["size"]) for entry in entries]:
