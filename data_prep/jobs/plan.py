@@ -99,11 +99,8 @@ def plan(
     for given in map(Path, inputs):
         if given.is_dir() and output.resolve() == given.resolve():
             raise UserError(f"output {output} is the input folder; choose another place")
-    if tokenizer.stripping:
-        raise UserError(
-            f"tokenizer {tokenizer.folder} has added tokens that strip white space: "
-            f"{', '.join(tokenizer.stripping[:3])}; set lstrip and rstrip to false in a copy of it"
-        )
+    if tokenizer.strips:
+        raise UserError(f"tokenizer {tokenizer.folder} would lose text: {tokenizer.advice}")
     found = survey(inputs, output)
     settings.sentences.segmenter_for()  # refuses unknown names before any work
     facts = {

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from multiprocessing import parent_process
 from pathlib import Path
@@ -51,7 +51,7 @@ class Tokenizer:
     fingerprint: sha256 (hex) over the definition of the ids.
     engine: the library that encodes, with its version; the ids do not depend on it.
     byte_lengths: int32 [vocab_size], UTF-8 bytes each token adds to the text, 0 for control symbols.
-    stripping: added tokens that take the white space beside them.
+    strips: whether added tokens take the white space beside them (`advice` names them).
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Tokenizer:
     definition_file: str
     _definition: bytes
     _config: dict
-    stripping: Sequence[str] = ()
+    strips = False
     advice = "use a byte-level tokenizer or train one with `data-prep tokenizer`"  # when it loses text
 
     def __init__(
@@ -183,8 +183,13 @@ class ByteLevelTokenizer(Tokenizer):
         super().__init__(folder, table, bos, eos, pad, fingerprint)
         tokens = self._rust.get_added_tokens_decoder().values()
         added = [token.content for token in tokens]
-        self.stripping = [token.content for token in tokens if token.lstrip or token.rstrip]
-        if (normalizer := spec.get("normalizer")) is not None:
+        if stripping := [token.content for token in tokens if token.lstrip or token.rstrip]:
+            self.strips = True
+            self.advice = (
+                f"its added tokens {', '.join(stripping[:3])} strip white space: set lstrip and rstrip to false "
+                "in a copy of tokenizer.json"
+            )
+        elif (normalizer := spec.get("normalizer")) is not None:
             names = ", ".join(step["type"] for step in normalizer.get("normalizers", [normalizer]))
             self.advice = (
                 f'its tokenizer.json changes text first ({names}): set "normalizer" to null in a copy of it; '
