@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.common.errors import UserError
 
-OUT_BYTES = 1 << 20  # of plain bytes in one chunk, about
+OUT_BYTES = 1 << 18  # of plain bytes in one chunk, about
 STEP = 4096  # stored bytes between two looks at a decoder: damage is located to a step
 ZSTD_STEP = 1024  # a zstd decoder has no limit on its output: a stored byte may give 32 kB
 ZSTD_WINDOW = 1 << 31  # the format's limit (`zstd --ultra --long=31`)
@@ -184,24 +184,28 @@ class _Source:
     def __init__(self, chunks: Iterable[bytes], at: int = 0):
         self.at = at
         self._chunks = iter(chunks)
-        self._held = b""
+        self._chunk = b""
+        self._used = 0  # bytes of the chunk
 
     def read(self, most: int | None = None) -> bytes:
         """The next bytes, at most `most`; b"" at the end."""
-        data = self._held or next(self._chunks, b"")
-        data, self._held = (data, b"") if most is None else (data[:most], data[most:])
+        if self._used == len(self._chunk):
+            self._chunk, self._used = next(self._chunks, b""), 0
+        data = self._chunk[self._used : None if most is None else self._used + most]
+        self._used += len(data)
         self.at += len(data)
         return data
 
-    def put_back(self, data: bytes) -> None:
-        self._held = data + self._held
-        self.at -= len(data)
+    def put_back(self, count: int) -> None:
+        """Give the end of the last read again."""
+        self._used -= count
+        self.at -= count
 
     def more(self) -> bool:
         """Whether another member follows. Zero bytes after a member are padding."""
         while data := self.read():
             if rest := data.lstrip(b"\0") if self.at > len(data) else data:
-                self.put_back(rest)
+                self.put_back(len(rest))
                 return True
         return False
 
@@ -228,7 +232,7 @@ class _Member:
             if not (data := self._source.read()):
                 raise _Corrupt(f"the {self._format.name} file ends too early")
             yield from self.feed(data)
-        self._source.put_back(self._decoder.unused_data)
+        self._source.put_back(len(self._decoder.unused_data))
 
     def check(self) -> str | None:
         """Decode it, without its text. Returns why it fails."""
@@ -241,7 +245,7 @@ class _Member:
                 self.sound = self._source.at
         except _Corrupt as error:
             return str(error)
-        self._source.put_back(self._decoder.unused_data)
+        self._source.put_back(len(self._decoder.unused_data))
         return None
 
     def salvage(self, sound: int, end: int) -> Iterator[bytes]:
