@@ -180,14 +180,13 @@ def shard(
             )
     finally:
         progress.close()
-    status = DAMAGED if manifest["damaged"] else 0
-    if chosen == "mpi" and mpi_number("RANK") != 0:  # one rank prints for all
-        return status
+    if chosen == "mpi" and mpi_number("RANK") != 0:  # one rank prints for all, and gives the status
+        return 0
     for line in _damage_lines(manifest):
         print(f"data-prep: warning: {line}", file=sys.stderr)
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
     print(jsonlib.dumps(summary) if json else _shard_text(summary))
-    return status
+    return DAMAGED if manifest["damaged"] else 0
 
 
 def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:

@@ -13,10 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError, first_line, log
 from data_prep.common.language import detect_language
 from data_prep.corpus.archives import TarMembers
-from data_prep.corpus.compression import HEAD, PLAIN_TEXT, RENAME, SALVAGED, Damage, Unpacked, content_of
+from data_prep.corpus.compression import (
+    HEAD,
+    PLAIN_TEXT,
+    RENAME,
+    SALVAGED,
+    Damage,
+    DamagedMember,
+    Unpacked,
+    content_of,
+)
 from data_prep.corpus.compression import find_damage as find_in_packed
 from data_prep.corpus.filters import TEXT_FIELDS, Filters, encodable, normal_language
 from data_prep.corpus.inputs import (
@@ -479,9 +488,13 @@ def find_damage(piece: Piece, tick: Callable[[], object] = lambda: None) -> tupl
 
 
 def _lines_of_text(piece: Piece, filters: Filters | None) -> Iterator[str]:
-    for document in DocumentReader(piece, filters=filters):
-        if isinstance(document, RawDocument):
-            yield from document.content.split("\n")
+    """A sample is no more than read from the start: it ends where damage is met, and is not verified."""
+    try:
+        for document in DocumentReader(piece, filters=filters):
+            if isinstance(document, RawDocument):
+                yield from document.content.split("\n")
+    except DamagedMember as error:
+        log(f"data-prep: warning: {error}; the sample ends there")
 
 
 def _too_large(text: str) -> bool:

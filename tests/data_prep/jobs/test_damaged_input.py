@@ -129,6 +129,9 @@ def test_frames_without_a_checksum_are_marked_and_counted(
     index = read_index(tmp_path / "shards/shard-000000.index.npy")
     assert index.dtype == MARKED_DTYPE
     assert call("verify", tmp_path / "shards", "--deep", "--input", path) == 0
+    for command, said in (("stats", "3 documents are unverified"), ("show", "")):
+        assert call(command, tmp_path / "shards") == 0 and said in capsys.readouterr().out
+    assert call("show", tmp_path / "shards", "--id", "4") == 0 and ", unverified)" in capsys.readouterr().out
     for place in (tmp_path / "shards", tmp_path / "strict"):
         arguments = "--input", path, "--output", place, "--tokenizer", tokenizer, "--strict"
         assert "no checksum" in refused(capsys, "shard", *arguments)
