@@ -179,7 +179,7 @@ def content_of(head: bytes) -> str | None:
 
 
 class _Source:
-    """Stored chunks from offset `at` of a file; what a member does not use can be put back."""
+    """Stored chunks from offset `at` of a file; what a member does not use can be read again."""
 
     def __init__(self, chunks: Iterable[bytes], at: int = 0):
         self.at = at
@@ -196,8 +196,8 @@ class _Source:
         self.at += len(data)
         return data
 
-    def put_back(self, count: int) -> None:
-        """Give the end of the last read again."""
+    def give_back(self, count: int) -> None:
+        """Let the end of the last read be read again."""
         self._used -= count
         self.at -= count
 
@@ -205,7 +205,7 @@ class _Source:
         """Whether another member follows. Zero bytes after a member are padding."""
         while data := self.read():
             if rest := data.lstrip(b"\0") if self.at > len(data) else data:
-                self.put_back(len(rest))
+                self.give_back(len(rest))
                 return True
         return False
 
@@ -232,7 +232,7 @@ class _Member:
             if not (data := self._source.read()):
                 raise _Corrupt(f"the {self._format.name} file ends too early")
             yield from self.feed(data)
-        self._source.put_back(len(self._decoder.unused_data))
+        self._source.give_back(len(self._decoder.unused_data))
 
     def check(self) -> str | None:
         """Decode it, without its text. Returns why it fails."""
@@ -245,7 +245,7 @@ class _Member:
                 self.sound = self._source.at
         except _Corrupt as error:
             return str(error)
-        self._source.put_back(len(self._decoder.unused_data))
+        self._source.give_back(len(self._decoder.unused_data))
         return None
 
     def salvage(self, sound: int, end: int) -> Iterator[bytes]:

@@ -41,7 +41,7 @@ def verified(data: bytes, packing: str, salvage: bool = False) -> list[bytes]:
     stored = chunks(data)
     for chunk in Unpacked(stored, packing, damage=damage_of(data, packing), salvage=salvage):
         parts = [*parts, b""] if chunk is None else [*parts[:-1], parts[-1] + chunk]
-    assert list(stored) == []  # whoever hashes the stored chunks has seen them all
+    assert list(stored) == []  # a hash of the stored chunks is the file's
     return parts
 
 
