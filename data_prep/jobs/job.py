@@ -48,6 +48,10 @@ class ShardSettings:
         return self.sentences.to_dict() | versions | {"hygiene": self.hygiene.to_dict()} | own | level
 
 
+class TooManyRejected(UserError):
+    """More of the input is unusable than `Limits.max_rejected` allows."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """When to stop a run for the state of its input; a set that passes has the same bytes without them.
@@ -74,12 +78,12 @@ class Limits:
             raise UserError(f"{file}: {problem}; --strict stops there")
 
     def refuse_rejected(self, rejected: Mapping[str, int], documents: int, where: str) -> None:
-        """Raises `UserError` when too large a share of records is unusable. Wanted rules do not count."""
+        """Raises `TooManyRejected` when too many records are unusable, apart from those filtered out."""
         unusable = {reason: n for reason, n in rejected.items() if not reason.startswith(ASKED_FOR)}
         count, records = sum(unusable.values()), documents + sum(rejected.values())
         if count > self.max_rejected * records:
             reasons = ", ".join(f"{n:,} × {reason}" for reason, n in sorted(unusable.items()))
-            raise UserError(
+            raise TooManyRejected(
                 f"{where}: {count:,} of {records:,} records are rejected ({reasons}), a larger share than "
                 f"--max-rejected {self.max_rejected:g}; mend the input, or allow more"
             )

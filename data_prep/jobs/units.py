@@ -22,7 +22,7 @@ from data_prep.corpus.compression import Damage, DamagedMember
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, find_damage
 from data_prep.corpus.inputs import Piece
 from data_prep.jobs.executor import HEARTBEAT_SECONDS, RECORD, Heartbeat, Incomplete, Phase, run_phases
-from data_prep.jobs.job import LEAST_RECORDS, UNVERIFIED_TEXT, Job, Limits
+from data_prep.jobs.job import LEAST_RECORDS, UNVERIFIED_TEXT, Job, Limits, TooManyRejected
 from data_prep.jobs.merge import merge, restore_shards
 from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
 from data_prep.shards.writer import ShardSeries
@@ -179,12 +179,15 @@ class Worker:
 
         try:
             return attempt(None)
-        except DamagedMember as error:
+        except (DamagedMember, TooManyRejected) as error:  # garbage may be rejected before its checksum fails
+            damage = [find_damage(piece, lambda: heartbeat({})) for piece in pieces]
+            if not any(damage):
+                raise
             if self.job.limits.strict:
                 raise UserError(f"{error}; --strict stops there, without it the rest is kept") from None
         for path in folder.iterdir():
             path.unlink()
-        return attempt([find_damage(piece, lambda: heartbeat({})) for piece in pieces])
+        return attempt(damage)
 
     def _dropped(self, unit: int) -> set[int]:
         """Numbers of the unit's good documents that repeat an earlier one."""

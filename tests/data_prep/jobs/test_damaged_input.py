@@ -203,6 +203,12 @@ def test_max_rejected(tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFix
     path.write_bytes(lines(*range(8)) + b'{"content": "short"}\n')
     more = "--min-chars", "150", "--max-rejected", "0"
     assert shard(path, tmp_path / "filtered", tokenizer, *more) == 0
+    # Garbage of a damaged member is left out before the share is judged.
+    (tmp_path / "t").mkdir()
+    garbage = b"\n".join(random.Random(n).randbytes(300).hex().encode() for n in range(3000))
+    (tmp_path / "t/x.jsonl.zst").write_bytes(ZSTD(garbage)[:-1] + b"\0")
+    (tmp_path / "t/y.jsonl").write_bytes(lines(*range(100)))
+    assert shard(tmp_path / "t", tmp_path / "torn", tokenizer, "--max-rejected", "0.01") == 3
     # It stops long before the end of the unit.
     path.write_bytes(b"{}\n" * 1_000_000)
     line = refused(capsys, "shard", *arguments, "--output", tmp_path / "early", "--max-rejected", "0.5")
