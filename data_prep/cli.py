@@ -199,11 +199,9 @@ def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
     if len(damaged) > SHOWN:
         yield f"{len(damaged) - SHOWN:,} more damaged parts, see `damaged` in the manifest"
     if damaged:
-        salvaged = f"{marked.get('salvaged', 0):,} documents were salvaged from the damaged parts"
-        advice = (
-            salvaged if salvage else "nothing was taken from the damaged parts (--salvage takes what parses)"
-        )
-        yield f"{advice}; exit status {DAMAGED}"
+        left_out = "damaged parts were left out (--salvage takes what parses)"
+        salvaged = f"{marked.get('salvaged', 0):,} documents were salvaged from damaged parts"
+        yield f"{salvaged if salvage else left_out}; exit status {DAMAGED}"
     if "unverified" in marked:
         files = sum("unverified" in entry for entry in manifest["inputs"])
         count = f"{marked['unverified']:,} documents from {files:,} file{'s' * (files > 1)}"

@@ -54,6 +54,8 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
         reasons = ", ".join(f"{n} × {reason}" for reason, n in rejected.items())
         files = ", ".join(file.name for file in job.files[:5])
         details = "".join(f"; {one['file']}: {one['damage']}" for one in damaged[:5])
+        if damaged and not job.settings.salvage:
+            details += "; --salvage takes what can be decoded"
         raise UserError(f"no usable document in {files}: {reasons or 'the files are empty'}{details}")
     shards: list[dict] = []
     for unit, record in enumerate(records):

@@ -174,6 +174,7 @@ def test_the_only_file_holds_nothing_to_use(
     arguments = "--input", tmp_path / name, "--output", tmp_path / "shards", "--tokenizer", tokenizer
     line = refused(capsys, "shard", *arguments)
     assert said in line and ("empty" in said) == ("empty" in line)
+    assert ("--salvage" in line) == (name != "x.jsonl.gz" or "the files are empty" not in said)
     assert not (tmp_path / "shards").exists()
 
 
