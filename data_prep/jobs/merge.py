@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
-from data_prep.jobs.executor import RECORD, Heartbeat, Incomplete, WorkFolder
 from data_prep.jobs.job import Job
+from data_prep.jobs.results import RECORD, Incomplete, WorkFolder
 from data_prep.shards.layout import (
     COUNTS,
     MANIFEST,
@@ -31,7 +31,9 @@ from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
 
 
-def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartbeat: Heartbeat) -> None:
+def merge(
+    job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartbeat: Callable[[], None]
+) -> None:
     """Move the shards to their final names; write quarantine, tokenizer and, last, the manifest.
 
     Raises:
@@ -54,7 +56,7 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
             for key, ending in SHARD_ENDINGS.items():
                 _move(work.result("shard", unit) / f"part-{number:03d}{ending}", output / names[key])
             shards.append(names | {"unit": unit} | part)
-            heartbeat({})
+            heartbeat()
     _write_quarantine(job, work, records, folder, heartbeat)
     tokenizer_files = _save_tokenizer(tokenizer, folder, output)
     inputs = _input_entries(job, records)
@@ -81,7 +83,7 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
     shutil.rmtree(job.work, ignore_errors=True)
 
 
-def restore_shards(job: Job, work: WorkFolder, heartbeat: Heartbeat) -> None:
+def restore_shards(job: Job, work: WorkFolder, heartbeat: Callable[[], None]) -> None:
     """Move rebuilt shards to the places where they are missing.
 
     Raises:
@@ -106,7 +108,7 @@ def restore_shards(job: Job, work: WorkFolder, heartbeat: Heartbeat) -> None:
             )
         for part, place in places.items():
             _move(work.result("shard", unit) / part, place)
-        heartbeat({})
+        heartbeat()
     shutil.rmtree(job.work, ignore_errors=True)
 
 
@@ -150,7 +152,7 @@ def _complete_records(job: Job, work: WorkFolder) -> list[dict]:
 
 
 def _write_quarantine(
-    job: Job, work: WorkFolder, records: list[dict], folder: Path, heartbeat: Heartbeat
+    job: Job, work: WorkFolder, records: list[dict], folder: Path, heartbeat: Callable[[], None]
 ) -> None:
     """Concatenate the units' quarantines. Their line numbers count from the start of each piece."""
     before: Counter[str] = Counter()  # lines of a file, by path, in the pieces so far
@@ -168,7 +170,7 @@ def _write_quarantine(
                         out.write(line)
                     if piece.file.kind == "jsonl":
                         before[piece.file.path] += read["lines"]
-            heartbeat({})
+            heartbeat()
         out.flush()
         os.fsync(out.fileno())
     os.replace(folder / QUARANTINE, job.output / QUARANTINE)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
-from data_prep.jobs.executor import RECORD
 from data_prep.jobs.job import Job
+from data_prep.jobs.results import RECORD
 
 LOG_SECONDS = 10.0
 LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -22,16 +23,15 @@ class Progress:
     """
 
     def __init__(self, job: Job):
-        self.work, self._board = job.work, job.work_folder()
-        sizes = [job.unit_bytes(unit) for unit in range(len(job.units))]
-        units = range(len(sizes)) if job.only is None else job.only
+        self._work = job.work_folder()
+        units = job.units if job.only is None else job.only
         self._names = (["hash"] if job.settings.deduplicate else []) + ["shard"]
-        self._counts: dict[tuple[str, int], dict] = {}
+        self._finished: dict[tuple[str, int], dict] = {}
         self._phase_started = time.monotonic()
         self._first_documents = 0
         self._phase: str | None = None
         self.done = self.documents = self.rejected = 0
-        self.total = sum(sizes[unit] for unit in units) * len(self._names)
+        self.total = sum(map(job.unit_bytes, units)) * len(self._names)
 
     @property
     def documents_rate(self) -> float:
@@ -40,31 +40,30 @@ class Progress:
 
     def update(self) -> None:
         """Read the work folder again."""
-        if self._board.is_finished():
+        if self._work.is_finished():
             self.done = self.total
             return
-        running = {(phase, unit): claim for phase, unit, claim in self._board.locks()}
         self.done = 0
         for name in self._names:
-            finished = self._board.done(name)
-            here = [self._count(name, unit) for unit in finished]
-            here += [c for (phase, unit), c in running.items() if phase == name and unit not in finished]
-            self.done += sum(count.get("bytes", 0) for count in here)
-            if here:
-                self.documents = sum(count.get("documents", 0) for count in here)
-                self.rejected = sum(count.get("rejected", 0) for count in here)
+            counts = {unit: _counts(folder) for unit, folder in self._work.staging(name)}
+            for unit in self._work.done(name):
+                if not self._finished.get((name, unit)):
+                    self._finished[name, unit] = _counts(self._work.result(name, unit))
+                counts[unit] = self._finished[name, unit]
+            self.done += sum(count.get("bytes", 0) for count in counts.values())
+            if counts:
+                self.documents = sum(count.get("documents", 0) for count in counts.values())
+                self.rejected = sum(count.get("rejected", 0) for count in counts.values())
                 if name != self._phase:
                     self._phase, self._phase_started = name, time.monotonic()
                     self._first_documents = self.documents
 
-    def _count(self, phase: str, unit: int) -> dict:
-        if (phase, unit) not in self._counts:
-            try:
-                record = json.loads((self._board.result(phase, unit) / RECORD).read_bytes())
-            except (FileNotFoundError, ValueError):  # tidied up, or cut short by a crash
-                return {}
-            self._counts[phase, unit] = record["counts"]
-        return self._counts[phase, unit]
+
+def _counts(folder: Path) -> dict:
+    try:
+        return json.loads((folder / RECORD).read_bytes())["counts"]
+    except (OSError, ValueError):  # removed, being written, or cut short by a crash
+        return {}
 
 
 class ProgressLine:
