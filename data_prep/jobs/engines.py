@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, CancelledError, Executor, wait
 from concurrent.futures import ProcessPoolExecutor as Pool
@@ -103,7 +104,7 @@ class ProcessPool:
             # A fork starts faster, but it would copy mutexes that other threads hold.
             alone = len(os.listdir("/proc/self/task")) == 1
             context = multiprocessing.get_context("fork" if alone else "spawn")
-            self._pool = Pool(workers, context, _start_worker)
+            self._pool = Pool(workers, context, _start_worker, (os.getpid(),))
         lost = run_by(self._pool, tasks, watch, BrokenExecutor)
         if lost:
             self.close()
@@ -118,14 +119,16 @@ class ProcessPool:
         self._pool = None
 
 
-def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; only the parent reports it. End when the parent has ended.
+def _start_worker(parent: int) -> None:
+    # Ctrl-C reaches the whole process group; only the parent reports it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, as a killed parent cannot do it."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
     os._exit(1)
 
 
@@ -162,6 +165,7 @@ def mpi_engine() -> Iterator[Engine | None]:
     if MPI.COMM_WORLD.size == 1:
         yield run_here
         return
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
         if executor is not None:
             yield partial(run, executor)
@@ -173,7 +177,8 @@ def mpi_engine() -> Iterator[Engine | None]:
 def dask_engine(scheduler: str) -> Iterator[Engine]:
     """The workers of a Dask cluster, which must see the same files under the same paths."""
     distributed = import_extra("distributed", "dask")
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in ("distributed", "distributed.client", "distributed.utils", "tornado.application", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # a lost connection gets one line below
     try:
         client = distributed.Client(scheduler, timeout=10)
     except (OSError, ValueError) as error:
