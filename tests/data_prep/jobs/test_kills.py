@@ -52,7 +52,7 @@ def descendants(process: subprocess.Popen | psutil.Process) -> list[psutil.Proce
 
 
 def kill_again_and_again(command: list[str], output: Path, workers=descendants) -> None:
-    """Kill a worker and the parent in turn, each after some more units; `workers(parent)`: whom to choose from.
+    """Kill one of `workers(parent)` and the parent in turn, each after some more units.
 
     A run that a killed worker has ended is started again, and nothing may be left of it.
     """
@@ -64,8 +64,7 @@ def kill_again_and_again(command: list[str], output: Path, workers=descendants) 
             _, alive = psutil.wait_procs(old, timeout=20)
             assert not alive, "the parent is gone, a worker is still there"
             parent = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | MPI_AS_ROOT)
-        before = len(list(published.glob("*")))
-        wait_until(lambda before=before: len(list(published.glob("*"))) > before or parent.poll() is not None)
+        wait_for_another(published, parent)
         time.sleep(moments.uniform(0, 0.1))
         assert not (output / "manifest.json").exists(), f"all was done before kill {kill}"
         assert parent.poll() is None
@@ -81,9 +80,9 @@ def kill_again_and_again(command: list[str], output: Path, workers=descendants) 
     assert subprocess.run(command, cwd=REPOSITORY, env=os.environ | MPI_AS_ROOT).returncode == 0
 
 
-def wait_until(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
+def wait_for_another(published: Path, parent: subprocess.Popen) -> None:
+    before, deadline = len(list(published.glob("*"))), time.monotonic() + 120
+    while len(list(published.glob("*"))) <= before and parent.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -115,7 +114,5 @@ def test_dask(cluster, arguments: list[str], whole: dict[str, bytes], tmp_path: 
         running = [nanny.process.pid for nanny in cluster.workers.values() if nanny.process]
         return [psutil.Process(pid) for pid in running if pid and psutil.pid_exists(pid)]
 
-    kill_again_and_again(
-        [*COMMAND, *arguments, "--output", f"{tmp_path}/s", *where], tmp_path / "s", workers
-    )
+    kill_again_and_again([*COMMAND, *arguments, "--output", f"{tmp_path}/s", *where], tmp_path / "s", workers)
     assert contents(tmp_path / "s") == whole
