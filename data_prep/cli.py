@@ -135,8 +135,8 @@ def shard(
         backend: local processes, MPI ranks, tasks of a Slurm array, a Dask cluster; auto: by the environment
         scheduler: address of the Dask cluster's scheduler, such as tcp://node1:8786
     """
+    from data_prep.common.progress_line import ProgressLine
     from data_prep.jobs.job import ShardSettings
-    from data_prep.jobs.progress import ProgressLine
     from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
 

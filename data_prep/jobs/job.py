@@ -3,41 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.corpus.filters import Filters
+from data_prep.common.results import WorkFolder
 from data_prep.corpus.inputs import InputFile, Piece
-from data_prep.jobs.results import WorkFolder
-from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED, ZSTD_LEVEL
+from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED
 from data_prep.shards.reader import ShardSet
-from data_prep.text.segment_rules import VERSION as SEGMENTER_VERSION
-from data_prep.text.sentences import SentenceSettings
-
-
-@dataclass(frozen=True)
-class ShardSettings:
-    """The settings that, with input and tokenizer, determine the bytes of a shard set; in the manifest.
-
-    Args:
-        shard_bytes: size of a shard's arrays at which the next shard starts.
-        shard_documents: likewise in documents; 0 for no limit.
-        unit_bytes: text per unit of work; None to derive it from the size of the input.
-    """
-
-    sentences: SentenceSettings
-    hygiene: Filters = Filters()
-    deduplicate: bool = False
-    shard_bytes: int = 64_000_000
-    shard_documents: int = 0
-    compression: str = "none"
-    unit_bytes: int | None = None
-
-    def to_dict(self) -> dict:
-        own = {key: value for key, value in asdict(self).items() if key not in ("sentences", "hygiene")}
-        level = {"zstd_level": ZSTD_LEVEL} if self.compression == "zstd" else {}
-        versions = {"segmenter_version": SEGMENTER_VERSION}
-        return self.sentences.to_dict() | versions | {"hygiene": self.hygiene.to_dict()} | own | level
+from data_prep.shards.settings import ShardSettings
 
 
 @dataclass(frozen=True)
@@ -71,11 +44,7 @@ class Job:
     def tasks(self, phase: str, units: Iterable[int]) -> list[Task]:
         """Units of one phase, each with the part of the job that it needs."""
         part = replace(
-            self,
-            output=self.output.absolute(),
-            tokenizer=self.tokenizer.absolute(),
-            files=[],
-            not_read=[],
+            self, output=self.output.absolute(), tokenizer=self.tokenizer.absolute(), files=[], not_read=[]
         )
         return [Task(replace(part, units={unit: self.units[unit]}), phase, unit) for unit in units]
 

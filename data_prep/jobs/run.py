@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
+from data_prep.common.engines import Engine, ProcessPool, dask_engine, mpi_engine, run_here
 from data_prep.common.errors import UserError
+from data_prep.common.results import Incomplete
 from data_prep.jobs import units
-from data_prep.jobs.engines import WATCH_SECONDS, Engine, dask_engine, mpi_engine, pool_engine
-from data_prep.jobs.job import Job, ShardSettings
+from data_prep.jobs.job import Job
 from data_prep.jobs.merge import merge, restore_shards
 from data_prep.jobs.plan import plan
-from data_prep.jobs.progress import Progress
-from data_prep.jobs.results import Incomplete
+from data_prep.jobs.progress import Progress, Report
 from data_prep.shards.reader import ShardSet
+from data_prep.shards.settings import ShardSettings
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
-
-Report = Callable[[Progress], None]
 
 
 class Unfinished(Exception):
@@ -56,87 +55,58 @@ def make_shards(
     """
     share = _array_share() if backend == "slurm" else (0, 1)
     with _engine(backend, workers, scheduler) as engine:
-        if engine is None:
-            raise SystemExit(0)
         tokenizer = load_tokenizer(tokenizer_folder)
-        units.loaded.clear()
-        units.loaded[tokenizer.fingerprint] = tokenizer
+        units.loaded = {tokenizer.fingerprint: tokenizer}
         found = True
         while (job := plan(inputs, output, tokenizer, tokenizer_folder, settings)) is not None:
             found = False
-            watch = _Watch(report or (lambda progress: None), Progress(job))
-            run_job(job, tokenizer, engine, share, watch)
-            watch.now()
+            progress = Progress(job, report or (lambda progress: None))
+            run_job(job, tokenizer, engine, share, progress)
+            progress(at_once=True)
             if job.only is None:  # a repaired set is checked again: more may be missing by now
                 break
     return ShardSet.open(output).manifest, found
 
 
-def _engine(backend: str, workers: int, scheduler: str) -> AbstractContextManager[Engine | None]:
+def _engine(backend: str, workers: int, scheduler: str) -> AbstractContextManager[Engine]:
     if backend == "mpi":
         return mpi_engine()
-    return dask_engine(scheduler) if backend == "dask" else pool_engine(workers)
+    if backend == "dask":
+        return dask_engine(scheduler)
+    return ProcessPool(workers) if workers > 1 else nullcontext(run_here)
 
 
-class _Watch:
-    """Reports the progress, at most twice a second when called."""
-
-    def __init__(self, report: Report, progress: Progress):
-        self._report, self._progress, self._last = report, progress, time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self._last >= WATCH_SECONDS:
-            self.now()
-
-    def now(self) -> None:
-        self._progress.update()
-        self._report(self._progress)
-        self._last = time.monotonic()
-
-
-def run_job(job: Job, tokenizer: Tokenizer, engine: Engine, share: tuple[int, int], watch: _Watch) -> None:
-    """Run what is missing of this launch's share; then merge.
-
-    Raises:
-        Unfinished: units of other shares are missing. Errors of units pass through.
-    """
-    work = job.work_folder()
-    number, count = share
+def run_job(
+    job: Job, tokenizer: Tokenizer, engine: Engine, share: tuple[int, int], progress: Progress
+) -> None:
+    """Run what is missing of this launch's share; then merge. Raises `Unfinished` when more is missing."""
+    work, (number, count) = job.work_folder(), share
     # The largest first, so that no process runs a long unit alone at the end.
     order = sorted(job.units, key=lambda unit: -job.unit_bytes(unit))
 
-    def run_phase(phase: str, wanted: Iterable[int]) -> None:
+    def run_phase(phase: str, wanted: Collection[int]) -> None:
         mine = [unit for unit in order if unit in wanted][number::count]
         with work.lock(shared=count > 1):
             done = work.done(phase)
             missing = [unit for unit in mine if unit not in done]
             work.remove_staging(phase, missing)
             if missing:
-                engine(job.tasks(phase, missing), watch)
-        left = set(wanted) - work.done(phase)
-        if left and not work.is_finished():
+                engine(units.run_unit, job.tasks(phase, missing), progress)
+        if (left := set(wanted) - work.done(phase)) and not work.is_finished():
             if count == 1:
                 raise Incomplete
-            raise Unfinished(f"{len(left)} of {len(set(wanted))} units of other tasks are missing")
-
-    def find_duplicates(folder: Path) -> None:
-        units.find_duplicates(job, work, folder, watch)
-
-    def finish(folder: Path) -> None:
-        if job.only is None:
-            merge(job, work, tokenizer, folder, watch)
-        else:
-            restore_shards(job, work, watch)
+            raise Unfinished(f"{len(left)} of {len(wanted)} units of other tasks are missing")
 
     while not work.is_finished():
         try:
             if job.settings.deduplicate:
                 run_phase("hash", job.units)
                 with work.lock():
-                    work.make("duplicates", 0, find_duplicates)
+                    work.make("duplicates", 0, partial(units.find_duplicates, job, work, progress))
             run_phase("shard", job.units if job.only is None else job.only)
             with work.lock():
-                work.make("merge", 0, finish)
+                step = restore_shards if job.only else partial(merge, tokenizer)
+                work.make("merge", 0, partial(step, job, work, progress))
         except Incomplete:
             continue
     shutil.rmtree(job.work, ignore_errors=True)  # started again by a run that came too late

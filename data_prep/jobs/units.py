@@ -10,18 +10,18 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes
+from data_prep.common.results import RECORD, WorkFolder
 from data_prep.corpus import duplicates
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.inputs import Piece
 from data_prep.jobs.job import Job, Task
-from data_prep.jobs.results import RECORD, Incomplete, WorkFolder
 from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
 from data_prep.shards.writer import ShardSeries
 from data_prep.text.sentences import cut_document
@@ -51,21 +51,13 @@ def run_unit(task: Task, watch: Callable[[], None] = lambda: None) -> None:
         task.job.work_folder().make(task.phase, task.unit, run)
 
 
-def find_duplicates(job: Job, work: WorkFolder, folder: Path, heartbeat: Callable[[], None]) -> None:
+def find_duplicates(job: Job, work: WorkFolder, heartbeat: Callable[[], None], folder: Path) -> None:
     """The documents of every unit whose text occurs earlier, in the order of units and documents."""
-    _require(work, "hash", job.units)
+    work.require("hash", job.units)
     files = [work.result("hash", n) / HASHES for n in job.units]
     for n, dropped in enumerate(duplicates.find(files, heartbeat)):
         np.save(folder / f"{n:06d}.npy", dropped)
     (folder / RECORD).write_bytes(json_bytes({"counts": {}}))
-
-
-def _require(work: WorkFolder, phase: str, units: Iterable[int]) -> None:
-    """Raises `Incomplete` after discarding results that a crash of the machine truncated."""
-    if broken := [unit for unit in units if not work.is_complete(phase, unit)]:
-        for unit in broken:
-            work.discard(phase, unit)
-        raise Incomplete
 
 
 class Worker:
@@ -156,7 +148,7 @@ class Worker:
         """Numbers of the unit's good documents that repeat an earlier one."""
         if not self.job.settings.deduplicate:
             return set()
-        _require(self.work, "duplicates", [0])
+        self.work.require("duplicates", [0])
         return set(np.load(self.work.result("duplicates", 0) / f"{unit:06d}.npy").tolist())
 
     def _cut(self, raw: RawDocument, is_duplicate: bool) -> Document | Reject:

@@ -2,8 +2,8 @@
 
 A unit is made in a staging folder and published by renaming it. So a result is complete or absent, whatever
 is killed, and a unit that two processes make at once is published by the first. A result records the sizes
-of its files: `is_complete` finds what a crash of the machine has truncated; the reader discards it and raises
-`Incomplete`, and the run starts again with what is missing.
+of its files: `require` finds and discards what a crash of the machine has truncated, and the run starts again
+with what is missing.
 """
 
 from __future__ import annotations
@@ -121,25 +121,19 @@ class WorkFolder:
                 raise
         flush_to_disk(result.parent)
 
-    def is_complete(
-        self, phase: str, unit: int, elsewhere: Callable[[str], Path | None] = lambda name: None
-    ) -> bool:
-        """Whether all files of a result have their full size. `elsewhere(name)`: where one may have moved."""
-        folder = self.result(phase, unit)
+    def require(self, phase: str, units: Iterable[int]) -> None:
+        """Raises `Incomplete` after discarding results that are missing or that a crash truncated."""
+        if broken := [unit for unit in units if not self._is_complete(self.result(phase, unit))]:
+            for unit in broken:
+                self._remove(self.result(phase, unit))
+            raise Incomplete
+
+    def _is_complete(self, result: Path) -> bool:
         try:
-            sizes = json.loads((folder / SIZES).read_bytes())
+            sizes = json.loads((result / SIZES).read_bytes())
+            return all((result / name).stat().st_size == size for name, size in sizes.items())
         except (OSError, ValueError):
             return False
-        for name, size in sizes.items():
-            places = [folder / name, elsewhere(name)]
-            found = next((place.stat().st_size for place in places if place and place.exists()), None)
-            if found != size:
-                return False
-        return True
-
-    def discard(self, phase: str, unit: int) -> None:
-        """Remove a result."""
-        self._remove(self.result(phase, unit))
 
     def _remove(self, folder: Path) -> None:
         # Renamed first: a folder that its owner publishes at this moment is removed whole or not at all.
