@@ -118,7 +118,8 @@ def shard(
     compression: Annotated[Literal["none", "zstd"], WORK] = "none",
     unit_mb: Annotated[Megabytes | None, WORK] = None,
     workers: Annotated[Positive | None, WORK] = None,
-    backend: Annotated[Literal["auto", "local", "mpi", "slurm"], WORK] = "auto",
+    backend: Annotated[Literal["auto", "local", "mpi", "slurm", "dask"], WORK] = "auto",
+    scheduler: Annotated[str, WORK] = "",
     salvage: Annotated[bool, DAMAGE] = False,
     strict: Annotated[bool, DAMAGE] = False,
     max_rejected: Annotated[float, DAMAGE, Parameter(validator=validators.Number(gte=0, lte=1))] = 1.0,
@@ -139,14 +140,16 @@ def shard(
         compression: of each member of a shard
         unit_mb: text per unit of work (default: 8 to 256, by the size of the input)
         workers: processes on this machine (default 1; for the slurm backend $SLURM_CPUS_PER_TASK)
-        backend: local processes, MPI ranks, or tasks of a Slurm array; auto: by the environment
+        backend: local processes, MPI ranks, tasks of a Slurm array, a Dask cluster; auto: by the environment
+        scheduler: address of the Dask cluster's scheduler, such as tcp://node1:8786
         salvage: take what parses of members whose checksum fails, and mark these documents in the index
         strict: stop at damaged input, and at packed text without a checksum
         max_rejected: stop when a larger share of the records cannot be used
     """
-    from data_prep.jobs.job import Limits, ShardSettings
-    from data_prep.jobs.plan import choose_backend, make_shards, mpi_number
-    from data_prep.jobs.progress import ProgressLine
+    from data_prep.common.progress_line import ProgressLine
+    from data_prep.jobs.job import ShardSettings
+    from data_prep.jobs.limits import Limits
+    from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
 
     _check_output(output)
@@ -154,7 +157,7 @@ def shard(
         raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {unit_mb:g}")
     if salvage and strict:
         raise UserError("--strict stops at damaged input, which --salvage reads: give one of them")
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, scheduler)
     settings = ShardSettings(
         sentences=SentenceSettings(segmenter, _language(lang), max_tokens, min_tokens),
         hygiene=rules,
@@ -177,19 +180,20 @@ def shard(
                 settings,
                 workers=workers or cpus,
                 backend=chosen,
+                scheduler=scheduler,
                 report=progress,
                 limits=Limits(strict, max_rejected),
             )
+    except Unfinished as unfinished:
+        log(f"data-prep: this task's share is done; {unfinished}: run the array again")
+        sys.exit(REQUEUE)
     finally:
         progress.close()
-    status = DAMAGED if manifest["damaged"] or manifest["lost"] else 0
-    if chosen == "mpi" and mpi_number("RANK") != 0:  # one rank prints for all
-        return status
     for line in _damage_lines(manifest):
         log(f"data-prep: warning: {line}")
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
     print_result(jsonlib.dumps(summary) if json else _shard_text(summary))
-    return status
+    return DAMAGED if manifest["damaged"] or manifest.get("lost") else 0
 
 
 def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
@@ -202,11 +206,9 @@ def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
     if len(damaged) > SHOWN:
         yield f"{len(damaged) - SHOWN:,} more damaged parts, see `damaged` in the manifest"
     if damaged:
-        salvaged = f"{marked.get('salvaged', 0):,} documents were salvaged from the damaged parts"
-        advice = (
-            salvaged if salvage else "nothing was taken from the damaged parts (--salvage takes what parses)"
-        )
-        yield f"{advice}; exit status {DAMAGED}"
+        left_out = "damaged parts were left out (--salvage takes what parses)"
+        salvaged = f"{marked.get('salvaged', 0):,} documents were salvaged from damaged parts"
+        yield f"{salvaged if salvage else left_out}; exit status {DAMAGED}"
     if "unverified" in marked:
         files = sum("unverified" in entry for entry in manifest["inputs"])
         count = f"{marked['unverified']:,} documents from {files:,} file{'s' * (files > 1)}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.common.errors import UserError
 
-OUT_BYTES = 1 << 20  # of plain bytes in one chunk, about
+OUT_BYTES = 1 << 18  # of plain bytes in one chunk, about
 STEP = 4096  # stored bytes between two looks at a decoder: damage is located to a step
 ZSTD_STEP = 1024  # a zstd decoder has no limit on its output: a stored byte may give 32 kB
 ZSTD_WINDOW = 1 << 31  # the format's limit (`zstd --ultra --long=31`)
@@ -56,109 +56,58 @@ class _Corrupt(Exception):
 # Formats ------------------------------------------------------------------------------------------------
 
 
-def _inflate(decoder: Any, data: bytes) -> Iterator[bytes]:
-    while data and not decoder.eof:
-        yield decoder.decompress(data, OUT_BYTES)
-        data = decoder.unconsumed_tail
-
-
-def _buffered(decoder: Any, data: bytes) -> Iterator[bytes]:
-    yield decoder.decompress(data, OUT_BYTES)
-    while not decoder.eof and not decoder.needs_input:
-        yield decoder.decompress(b"", OUT_BYTES)
-
-
 class _ZstdFrame:
-    """A decoder with the interface of the standard library's, fed in small steps."""
+    """A decoder with the interface of `zlib`'s, fed in small steps."""
 
     def __init__(self) -> None:
         import zstandard
 
         self._frame = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
-        self.unused_data = b""
+        self._error = zstandard.ZstdError
+        self.eof = False
 
-    @property
-    def eof(self) -> bool:
-        return self._frame.eof
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        import zstandard
-
-        plain, held = [], 0
-        for at in range(0, len(data), ZSTD_STEP):
+    def decompress(self, data: bytes, most: int) -> bytes:
+        plain, size, at = [], 0, 0
+        while at < len(data) and size < most and not self._frame.eof:
             try:
                 plain.append(self._frame.decompress(data[at : at + ZSTD_STEP]))
-            except (zstandard.ZstdError, MemoryError) as error:  # a damaged header may ask for any window
+            except (self._error, MemoryError) as error:  # a damaged header may ask for any window
                 raise _Corrupt(str(error) or "no memory for its window") from None
-            held += len(plain[-1])
-            if self._frame.eof:
-                self.unused_data = self._frame.unused_data + data[at + ZSTD_STEP :]
-                break
-            if held > OUT_BYTES:
-                yield b"".join(plain)
-                plain, held = [], 0
-        yield b"".join(plain)
+            size += len(plain[-1])
+            at += ZSTD_STEP
+        self.eof = self._frame.eof
+        rest = data[at:]
+        self.unused_data = self._frame.unused_data + rest if self.eof else b""
+        self.unconsumed_tail = b"" if self.eof else rest
+        return b"".join(plain)
 
 
-def _always(decoder: Any, head: bytes) -> bool:
-    return True
-
-
-def _zstd_checked(decoder: Any, head: bytes) -> bool:
-    return bool(head[4:5] and head[4] & 4)
-
-
-def _xz_checked(decoder: Any, head: bytes) -> bool:
-    return decoder.check != lzma.CHECK_NONE
+def _new_xz() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ)  # not the older format, which has no checksum
 
 
 @dataclass(frozen=True)
 class _Format:
-    """One packing. `magic`: the first bytes of a member; `start`: more of them, to search for."""
+    """One packing. `magic`: the first bytes of a member; `start`: more of them, to search for; `checked`:
+    whether a checksum protects its text, by its decoder and first bytes."""
 
     name: str
     magic: bytes
     start: re.Pattern[bytes]
     new: Callable[[], Any]
-    feed: Callable[[Any, bytes], Iterator[bytes]]
-    checked: Callable[[Any, bytes], bool]
+    checked: Callable[[Any, bytes], bool] = lambda decoder, head: True
 
 
+_GZIP_START = re.compile(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", re.DOTALL)
+_ZSTD_START = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # or a frame without text
+_XZ_START = re.compile(rb"\xfd7zXZ\x00")
+_BZIP2_START = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")
 FORMATS = {
-    "gz": _Format(
-        "gzip",
-        b"\x1f\x8b",
-        re.compile(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", re.DOTALL),
-        lambda: zlib.decompressobj(wbits=31),
-        _inflate,
-        _always,
-    ),
-    "zst": _Format(
-        "zstd",
-        b"\x28\xb5\x2f\xfd",
-        re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # or a frame without text
-        _ZstdFrame,
-        _ZstdFrame.feed,
-        _zstd_checked,
-    ),
-    "xz": _Format(
-        "xz",
-        b"\xfd7zXZ\x00",
-        re.compile(rb"\xfd7zXZ\x00"),
-        lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
-        _buffered,
-        _xz_checked,
-    ),
-    "bz2": _Format(
-        "bzip2",
-        b"BZh",
-        re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
-        bz2.BZ2Decompressor,
-        _buffered,
-        _always,
-    ),
+    "gz": _Format("gzip", b"\x1f\x8b", _GZIP_START, lambda: zlib.decompressobj(wbits=31)),
+    "zst": _Format("zstd", b"\x28\xb5\x2f\xfd", _ZSTD_START, _ZstdFrame, lambda _, head: bool(head[4] & 4)),
+    "xz": _Format("xz", b"\xfd7zXZ", _XZ_START, _new_xz, lambda xz, _: xz.check != lzma.CHECK_NONE),
+    "bz2": _Format("bzip2", b"BZh", _BZIP2_START, bz2.BZ2Decompressor),
 }
-
 OTHERS = {b"PK\x03\x04": "a zip file", b"PAR1\x15": "a parquet file", b"7z\xbc\xaf": "7z data"}
 
 
@@ -179,29 +128,33 @@ def content_of(head: bytes) -> str | None:
 
 
 class _Source:
-    """Stored chunks from offset `at` of a file; what a member does not use can be put back."""
+    """Stored chunks from offset `at` of a file; what a member does not use can be read again."""
 
     def __init__(self, chunks: Iterable[bytes], at: int = 0):
         self.at = at
         self._chunks = iter(chunks)
-        self._held = b""
+        self._chunk = b""
+        self._used = 0  # bytes of the chunk
 
     def read(self, most: int | None = None) -> bytes:
         """The next bytes, at most `most`; b"" at the end."""
-        data = self._held or next(self._chunks, b"")
-        data, self._held = (data, b"") if most is None else (data[:most], data[most:])
+        if self._used == len(self._chunk):
+            self._chunk, self._used = next(self._chunks, b""), 0
+        data = self._chunk[self._used : None if most is None else self._used + most]
+        self._used += len(data)
         self.at += len(data)
         return data
 
-    def put_back(self, data: bytes) -> None:
-        self._held = data + self._held
-        self.at -= len(data)
+    def give_back(self, count: int) -> None:
+        """Let the end of the last read be read again."""
+        self._used -= count
+        self.at -= count
 
     def more(self) -> bool:
         """Whether another member follows. Zero bytes after a member are padding."""
         while data := self.read():
             if rest := data.lstrip(b"\0") if self.at > len(data) else data:
-                self.put_back(rest)
+                self.give_back(len(rest))
                 return True
         return False
 
@@ -228,7 +181,7 @@ class _Member:
             if not (data := self._source.read()):
                 raise _Corrupt(f"the {self._format.name} file ends too early")
             yield from self.feed(data)
-        self._source.put_back(self._decoder.unused_data)
+        self._source.give_back(len(self._decoder.unused_data))
 
     def check(self) -> str | None:
         """Decode it, without its text. Returns why it fails."""
@@ -241,7 +194,7 @@ class _Member:
                 self.sound = self._source.at
         except _Corrupt as error:
             return str(error)
-        self._source.put_back(self._decoder.unused_data)
+        self._source.give_back(len(self._decoder.unused_data))
         return None
 
     def salvage(self, sound: int, end: int) -> Iterator[bytes]:
@@ -256,10 +209,16 @@ class _Member:
             pass
 
     def feed(self, data: bytes) -> Iterator[bytes]:
+        decoder = self._decoder
         if len(self._head) < HEAD:
             self._head += data[: HEAD - len(self._head)]
         try:
-            yield from filter(None, self._format.feed(self._decoder, data))
+            while True:
+                if plain := decoder.decompress(data, OUT_BYTES):
+                    yield plain
+                data = getattr(decoder, "unconsumed_tail", b"")  # lzma and bz2 keep it
+                if decoder.eof or not data and getattr(decoder, "needs_input", True):
+                    return
         except (_Corrupt, zlib.error, lzma.LZMAError, OSError, EOFError) as error:
             raise _Corrupt(self._reason(error)) from None
 

@@ -16,11 +16,20 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, log
 from data_prep.common.language import detect_language
 from data_prep.common.language_codes import normal_language
 from data_prep.corpus.archives import TarMembers
-from data_prep.corpus.compression import HEAD, PLAIN_TEXT, RENAME, SALVAGED, Damage, Unpacked, content_of
+from data_prep.corpus.compression import (
+    HEAD,
+    PLAIN_TEXT,
+    RENAME,
+    SALVAGED,
+    Damage,
+    DamagedMember,
+    Unpacked,
+    content_of,
+)
 from data_prep.corpus.compression import find_damage as find_in_packed
 from data_prep.corpus.filters import MAX_TEXT_MB, Filters, encodable
 from data_prep.corpus.finding import folder_language, partitions, passed_over
@@ -315,7 +324,8 @@ class DocumentReader:
             raise
         except ValueError:  # a number with too many digits for an int
             self._repeated = 0
-            return json.loads(text, object_pairs_hook=self._object, parse_int=_any_int)
+            parse_int = lambda digits: (int if len(digits) < SAFE_DIGITS else Decimal)(digits)  # noqa: E731
+            return json.loads(text, object_pairs_hook=self._object, parse_int=parse_int)
 
     def _parse(self, number: int, line: bytes, place: _Place, mark: str) -> RawDocument | Reject:
         """`mark`: the place of the record within its file, for an id made from the file's name."""
@@ -472,14 +482,13 @@ def find_damage(piece: Piece, tick: Callable[[], object] = lambda: None) -> tupl
 
 
 def _lines_of_text(piece: Piece, filters: Filters | None) -> Iterator[str]:
-    for document in DocumentReader(piece, filters=filters):
-        if isinstance(document, RawDocument):
-            yield from document.content.split("\n")
-
-
-def _any_int(digits: str) -> int | Decimal:
-    """A whole number of any length."""
-    return int(digits) if len(digits) < SAFE_DIGITS else Decimal(digits)
+    """A sample is no more than read from the start: it ends where damage is met, and is not verified."""
+    try:
+        for document in DocumentReader(piece, filters=filters):
+            if isinstance(document, RawDocument):
+                yield from document.content.split("\n")
+    except DamagedMember as error:
+        log(f"data-prep: warning: {error}; the sample ends there")
 
 
 def _too_deep(value: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from data_prep.jobs.executor import RECORD
+from data_prep.common.results import RECORD
 from data_prep.jobs.job import Job
 
 SHOWN = 5

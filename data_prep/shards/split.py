@@ -173,6 +173,8 @@ class _Part:
             "quarantine_sha256": file_sha256(self.folder / QUARANTINE),
             "inputs": [],
             "not_read": [],
+            "lost": [],
+            "passed_over": {},
         }
         write_atomically(self.folder / MANIFEST, json_bytes(seal_manifest(manifest)))
         return {"shards": len(entries), **totals}

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.recfunctions import repack_fields
 
 from data_prep.common.files import file_sha256, flush_and_rename, partial_name, write_atomically
 from data_prep.corpus.compression import MARKS
@@ -67,7 +66,9 @@ class ShardWriter:
         self._tar.close()
         index = np.concatenate(self._rows) if self._rows else np.empty(0, MARKED_DTYPE)
         if not index["mark"].any():
-            index = repack_fields(index[list(INDEX_DTYPE.names)])
+            marked, index = index, np.empty(index.size, INDEX_DTYPE)
+            for name in index.dtype.names:
+                index[name] = marked[name]
         write_atomically(self._index_path, npy_bytes(index))
         sha256, size = file_sha256(self._partial), self._partial.stat().st_size
         flush_and_rename(self._partial, self._tar_path)

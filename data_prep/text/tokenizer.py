@@ -28,13 +28,10 @@ import numpy as np
 
 from data_prep.common.errors import UserError, log
 from data_prep.text.fast_encoder import FastEncoder, fast_encoder, unproven
+from data_prep.text.tokenizer_files import CONFIG_FILE, END_SYMBOLS, convert_slow_files, read_config
 
-CONFIG_FILE = "tokenizer_config.json"
 # What `AutoTokenizer` may read beside tokenizer.json; copied with it, not part of the fingerprint.
-SYMBOLS_FILE = "special_tokens_map.json"
-COMPANION_FILES = (SYMBOLS_FILE, "added_tokens.json", "vocab.json", "merges.txt")
-SYMBOLS = ("bos_token", "eos_token", "pad_token")
-END_SYMBOLS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")  # where no file names one
+COMPANION_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 SPACE_MARK = "\u2581"  # SentencePiece's mark for a space
 LINE_CHARACTERS = 2000  # training lines are cut here, so that SentencePiece's limit drops none
 
@@ -185,10 +182,8 @@ class ByteLevelTokenizer(Tokenizer):
         added = [token.content for token in tokens]
         if stripping := [token.content for token in tokens if token.lstrip or token.rstrip]:
             self.strips = True
-            self.advice = (
-                f"its added tokens {', '.join(stripping[:3])} strip white space: set lstrip and rstrip to false "
-                "in a copy of tokenizer.json"
-            )
+            names = ", ".join(stripping[:3])
+            self.advice = f"its added tokens {names} strip white space: set lstrip, rstrip to false in a copy"
         elif (normalizer := spec.get("normalizer")) is not None:
             names = ", ".join(step["type"] for step in normalizer.get("normalizers", [normalizer]))
             self.advice = (
@@ -210,8 +205,12 @@ class ByteLevelTokenizer(Tokenizer):
 
     def _with_symbols(self, config: dict, folder: Path, table: list[bytes]) -> dict:
         """`config` with an end symbol, which it does not name. Raises `UserError` when there is none."""
-        named = _read_config(folder, SYMBOLS_FILE)
-        config |= {key: named[key] for key in SYMBOLS if self._special_id(named, key) is not None}
+        named = read_config(folder, COMPANION_FILES[0])
+        config |= {
+            key: named[key]
+            for key in ("bos_token", "eos_token", "pad_token")
+            if self._special_id(named, key) is not None
+        }
         if config.get("eos_token") is None:  # as in GPT-2's own folder
             for symbol in END_SYMBOLS:
                 index = self._rust.token_to_id(symbol)
@@ -313,14 +312,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"tokenizer folder {folder} does not exist")
-    config = _read_config(folder)
+    config = read_config(folder)
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         model = (folder / "tokenizer.model").read_bytes()
         tokenizer: Tokenizer = SentencePieceTokenizer(folder, model, config)
     elif (folder / "tokenizer.json").is_file():
         tokenizer = ByteLevelTokenizer(folder, (folder / "tokenizer.json").read_bytes(), config)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        tokenizer = ByteLevelTokenizer(folder, _convert_slow_files(folder), config)
+        tokenizer = ByteLevelTokenizer(folder, convert_slow_files(folder), config)
     else:
         raise UserError(
             f"tokenizer folder {folder} holds no tokenizer: expected tokenizer.json, tokenizer.model, "
@@ -385,46 +384,6 @@ def _training_lines(lines: Iterable[str]) -> Iterable[str]:
         for part in re.split("[\n\t\0\u2581\u2585]", line):
             for start in range(0, len(part), LINE_CHARACTERS):
                 yield part[start : start + LINE_CHARACTERS]
-
-
-def _read_config(folder: Path, name: str = CONFIG_FILE) -> dict:
-    path = folder / name
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return config
-
-
-def _convert_slow_files(folder: Path) -> bytes:
-    """`tokenizer.json` for a folder that has only vocab.json and merges.txt."""
-    if not (folder / "config.json").is_file() and "tokenizer_class" not in _read_config(folder):
-        return _byte_level_definition(folder)
-    from transformers import AutoTokenizer
-
-    try:
-        fast = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        return fast.backend_tokenizer.to_str().encode("utf-8")
-    except Exception as error:  # transformers raises many kinds
-        raise UserError(f"tokenizer folder {folder} cannot be read: {error}") from error
-
-
-def _byte_level_definition(folder: Path) -> bytes:
-    """GPT-2's tokenizer with the vocabulary of a folder that names no class."""
-    from tokenizers import AddedToken
-    from tokenizers.implementations import ByteLevelBPETokenizer
-
-    try:
-        tokenizer = ByteLevelBPETokenizer.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the Rust side raises bare Exceptions
-        raise UserError(f"tokenizer folder {folder} cannot be read: {error}") from error
-    known = [symbol for symbol in END_SYMBOLS if tokenizer.token_to_id(symbol) is not None]
-    tokenizer.add_special_tokens([AddedToken(symbol, normalized=False) for symbol in known])
-    return tokenizer.to_str().encode("utf-8")
 
 
 def _has_byte_level(spec: dict) -> bool:

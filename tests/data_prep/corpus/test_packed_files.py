@@ -383,7 +383,7 @@ def test_remote_files_are_read_like_local_ones(tmp_path: Path):
 # Samples ------------------------------------------------------------------------------------------------
 
 
-def test_the_sample_is_shared_and_bounded(tmp_path: Path):
+def test_the_sample_is_shared_and_bounded(tmp_path: Path, capsys: pytest.CaptureFixture):
     for name, count in (("a", 2), ("b", 400), ("c", 400)):
         (tmp_path / f"{name}.jsonl").write_bytes(lines_of(count))
     files = find_inputs([tmp_path])
@@ -394,6 +394,9 @@ def test_the_sample_is_shared_and_bounded(tmp_path: Path):
     assert taken[:2] == [0, 1] and 110 < len(taken) < 125
     assert {n * 8 // 400 for n in taken[2:60]} == set(range(8))  # from everywhere in the second file
     assert list(sample_lines(files, 60_000)) == lines
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(lines_of(400))[:-9])
+    sample = list(sample_lines(find_inputs([tmp_path / "torn.jsonl.gz"]), 10_000_000))
+    assert len(sample) == 400 and "the sample ends there" in capsys.readouterr().err
     with pytest.raises(UserError, match="no usable document"):
         (tmp_path / "bad.jsonl").write_bytes(b"{}\n")
         list(sample_lines(find_inputs([tmp_path / "bad.jsonl"]), 1000))
