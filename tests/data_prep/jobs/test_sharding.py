@@ -409,27 +409,6 @@ def test_a_run_stopped_while_it_merges_goes_on(
     assert contents(output) == contents(shards)
 
 
-def test_an_unfinished_run_with_other_settings_or_input_is_refused(
-    corpus: Path,
-    tokenizer: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-):
-    def stop(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    shutil.copytree(corpus, tmp_path / "corpus")
-    with monkeypatch.context() as patch:
-        patch.setattr(units.Worker, "shard_unit", stop)
-        assert call(*arguments_for(tmp_path / "corpus", tmp_path / "shards", tokenizer)) == 130
-    arguments = arguments_for(tmp_path / "corpus", tmp_path / "shards", tokenizer)
-    assert "unfinished run with other settings" in refused(capsys, *arguments, "--max-tokens", "32")
-    path = tmp_path / "corpus/EN/books/part-000000.jsonl"
-    path.write_bytes(path.read_bytes().replace(b"0-1", b"0-0"))  # same size, another time
-    assert "other settings or input" in refused(capsys, *arguments)
-
-
 def test_units_of_a_killed_worker_run_again(
     long_corpus: Path, long_shards: Path, tokenizer: Path, tmp_path: Path
 ):
