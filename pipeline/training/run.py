@@ -32,6 +32,7 @@ from pipeline.models.factory import new_model
 from pipeline.models.flops import TRAINING_FACTOR, StepArithmetic, utilisation
 from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts, require_agreement
+from pipeline.parallel.deepspeed_compat import require_valid
 from pipeline.parallel.ranks import Ranks, join, leave
 from pipeline.parallel.reduction import sum_over_ranks
 from pipeline.training.engine import NATS, Engine, Update
@@ -102,6 +103,7 @@ class TrainingRun:
         self.model_config = json.loads(config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
+        require_valid(self.config)
         self.engine = Engine(model, recipe, self.config, device)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
