@@ -23,7 +23,8 @@ from pipeline.config.schema import Recipe
 
 AUTO = "auto"  # asks a trainer to fill in a value
 COMMENT = "//"  # a file's header: JSON has no comments
-FLOPS_PROFILE, COMMS = "flops-profile.txt", "comms.json"  # of the run directory
+# Files of the run directory.
+DEEPSPEED_CONFIG, FLOPS_PROFILE, COMMS = "ds_config.json", "flops-profile.txt", "comms.json"
 
 # Every key of a config with its type, from DeepSpeed itself: `python -m tools.docs.deepspeed_keys`.
 KEYS_FILE = Path(__file__).with_name("deepspeed_keys.json")

@@ -22,6 +22,7 @@ from pipeline.config.schema import KEYS, Recipe, load_recipe
 from pipeline.parallel.agreement import AgreedError
 from pipeline.parallel.ranks import Ranks, find_ranks
 from pipeline.parallel.signals import StopSignals
+from pipeline.training.changes import changed_keys
 
 EXAMPLE = """\
 example:
@@ -125,7 +126,11 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
             if ranks.rank == 0:
                 if damage:
                     say(damage)
-                say(f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do")
+                ignored = ", ".join(changed_keys(meta, recipe))
+                say(
+                    f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do"
+                    + (f"; changed, without effect: {ignored}" if ignored else "")
+                )
             return 0
 
     from pipeline.training.run import TrainingRun  # torch and DeepSpeed: seconds, so only now

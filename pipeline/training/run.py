@@ -20,10 +20,16 @@ import deepspeed.comm as dist
 import torch
 
 from data_prep.common.errors import say
-from data_prep.common.files import write_atomically
+from data_prep.common.files import read_json, write_atomically
 from pipeline.checkpoints import loading, saving, store
 from pipeline.checkpoints.store import Meta
-from pipeline.config.deepspeed_config import COMMS, complete_strategy, zero_stage
+from pipeline.config.deepspeed_config import (
+    COMMS,
+    DEEPSPEED_CONFIG,
+    RECIPE_DECIDES,
+    complete_strategy,
+    zero_stage,
+)
 from pipeline.config.schema import Recipe
 from pipeline.data.loader import Step, StepLoader
 from pipeline.data.plan import BinPlan, Consumed, Position
@@ -35,6 +41,7 @@ from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts,
 from pipeline.parallel.deepspeed_compat import require_valid
 from pipeline.parallel.ranks import Ranks, join, leave
 from pipeline.parallel.reduction import sum_over_ranks
+from pipeline.training.changes import changed_keys, changes, rate_jump
 from pipeline.training.engine import NATS, Engine, Update
 from pipeline.training.health import Guard, Speeds
 from pipeline.training.profiler import StepProfiler
@@ -150,8 +157,9 @@ class TrainingRun:
         ours = self._meta()
         store.require_same_run(saved, checkpoint, ours)
         if self.ranks.rank == 0:
-            if damage:
-                say(damage)
+            for line in (damage, *self._changes(saved)):
+                if line:
+                    say(line)
             if (saved.world, saved.zero_stage) != (ours.world, ours.zero_stage):
                 say(
                     f"{checkpoint.name} was written by {saved.world} rank(s) with ZeRO {saved.zero_stage}: "
@@ -175,6 +183,17 @@ class TrainingRun:
                     "the validation sample is another than before: the best checkpoint so far "
                     f"(step {saved.best['step']}) no longer counts as best"
                 )
+
+    def _changes(self, saved: Meta) -> list[str]:
+        """What is not as it was at the last start, a line each."""
+        found = changed_keys(saved, self.recipe)
+        config = read_json(self.run_dir / DEEPSPEED_CONFIG, default=self.config)
+        before, now = (
+            {key: value for key, value in one.items() if key not in RECIPE_DECIDES}
+            for one in (config, self.config)
+        )
+        found += [f"DeepSpeed config: {change}" for change in changes(before, now)]
+        return [f"changed: {', '.join(found)}" if found else "", rate_jump(saved, self.recipe)]
 
     def start(self) -> None:
         """Write the run's settings, open its log and start loading data."""
@@ -214,7 +233,7 @@ class TrainingRun:
             shutil.rmtree(self.run_dir / STACKS_BEFORE, ignore_errors=True)
             stacks.rename(self.run_dir / STACKS_BEFORE)
         write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml().encode())
-        for name, values in (("ds_config.json", self.config), (PROVENANCE, self.provenance)):
+        for name, values in ((DEEPSPEED_CONFIG, self.config), (PROVENANCE, self.provenance)):
             write_atomically(self.run_dir / name, (json.dumps(values, indent=1) + "\n").encode())
         self.tokenizer.save(self.run_dir / "tokenizer")
 
