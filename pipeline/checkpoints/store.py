@@ -308,6 +308,11 @@ def prune(folder: Path, latest: str, best: str | None, keep: int, abandoned: Col
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
+def steps_of_whole(run_dir: str | Path) -> list[int]:
+    """The steps of the checkpoints that seem whole, up to `latest`."""
+    return [int(path.name.removeprefix("step-")) for path in listed(run_dir)[0] if _seems_whole(path)]
+
+
 def _seems_whole(checkpoint: Path) -> bool:
     try:
         read_meta(checkpoint)

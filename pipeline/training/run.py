@@ -74,6 +74,7 @@ class TrainingRun:
         self.recipe, self.ranks = recipe, ranks
         self.run_dir = Path(recipe.output_dir)
         self._profiler: StepProfiler | None = None
+        self._unmeasured = False  # the last evaluation was not finite
         self._abandoned: set[str] = set()  # names of later checkpoints that this run did not resume from
         with ExitStack() as opened:  # closes what is open if one of these steps fails
             self._open = opened
@@ -144,7 +145,8 @@ class TrainingRun:
         if self.finished or is_best:
             return True
         # After a skipped step the weights may be bad: keep the checkpoint before as the last one.
-        return self.state.step % self.recipe.training.save_every == 0 and not self.state.guard.in_row
+        doubtful = self.state.guard.in_row or self._unmeasured
+        return self.state.step % self.recipe.training.save_every == 0 and not doubtful
 
     def resume(self) -> None:
         """Resume from the newest whole checkpoint, if any, also with another number of ranks or ZeRO stage.
@@ -304,12 +306,23 @@ class TrainingRun:
         if update.skipped and not rescaled:
             self.log.say(f"step {state.step:>7}  skipped on all ranks: {update.skipped}")
             if state.guard.in_row >= health.max_skips:
-                latest = store.newest_whole(self.run_dir)
-                raise AgreedError(
-                    f"step {state.step}: {update.skipped}; {state.guard.in_row} steps in a row were skipped "
-                    f"(health.max_skips); last checkpoint: {latest[0].name if latest else 'none'}; start "
-                    "again from there with a lower --optimizer.lr"
-                )
+                skips = f"{state.guard.in_row} steps in a row were skipped (health.max_skips)"
+                raise self._diverged(f"{update.skipped}; {skips}")
+
+    def _diverged(self, why: str) -> AgreedError:
+        """The error that ends a run whose weights are bad. It names the last checkpoint from before them: a
+        later step was accepted, or its own evaluation was finite."""
+        state, steps = self.state, store.steps_of_whole(self.run_dir)
+        best = state.best["step"] if state.best else None
+        good = [step for step in steps if step < state.step - state.guard.in_row or step == best]
+        bad = [store.step_name(step) for step in steps if step > max(good, default=-1)]
+        advice = "there is no checkpoint: start again"
+        if good:
+            remove = f"remove the later ones ({', '.join(bad)}) and " if bad else ""
+            advice = f"the last good checkpoint is {store.step_name(max(good))}: {remove}start again"
+        elif bad:
+            advice = f"no checkpoint before it ({', '.join(bad)} may be bad): start another --output_dir"
+        return AgreedError(f"step {state.step}: {why}; {advice} with a lower --optimizer.lr")
 
     def _step_record(
         self, step: Step, sums: StepSums, loss: float, update: Update, seconds: float
@@ -354,7 +367,8 @@ class TrainingRun:
         figures = self.validation.run(self.engine)
         best = self.state.best
         measured = figures["bits_per_byte"]
-        is_best = math.isfinite(measured) and (best is None or measured < best["bits_per_byte"])
+        self._unmeasured = not math.isfinite(measured)
+        is_best = not self._unmeasured and (best is None or measured < best["bits_per_byte"])
         if is_best:
             self.state.best = {"step": self.state.step, "bits_per_byte": measured}
         seconds = time.perf_counter() - self._clock
@@ -363,7 +377,14 @@ class TrainingRun:
         self._clock = time.perf_counter()  # not part of the next step's time
 
     def save(self) -> None:
-        """Write a checkpoint, make it current, remove the oldest."""
+        """Write a checkpoint, make it current, remove the oldest.
+
+        Raises AgreedError on every rank when the weights are not finite.
+        """
+        if not all(agree(None, self.engine.weights_are_finite())):
+            raise self._diverged("the weights are not finite, nothing is saved")
+        if self.finished and self._unmeasured:
+            raise self._diverged("the validation loss is not finite, nothing is saved")
         before = time.perf_counter()
         keep = self.recipe.training.keep
         saving.save(

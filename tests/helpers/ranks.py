@@ -404,6 +404,14 @@ def train_with_unmeasured_weights(arguments: list[str]) -> int | str:
     return train(arguments)
 
 
+def train_without_a_look_at_weights(arguments: list[str]) -> int | str:
+    """As `train` of a release that saved weights that are not finite."""
+    from pipeline.training.engine import Engine
+
+    _patch(Engine, "weights_are_finite", lambda engine: True)
+    return train(arguments)
+
+
 def train_unless(settings: list[str], absent: int) -> int | str | None:
     """As `train`, but the rank `absent` leaves before it joins the others."""
     return None if int(os.environ["RANK"]) == absent else train(settings)
