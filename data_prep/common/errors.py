@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 NO_PATH = "cannot read or write"  # in place of a path that an error does not name
+INTERRUPTED = 130  # exit status after Ctrl-C
 REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
 
 
@@ -46,7 +47,7 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         return _refuse(prog, str(error))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has gone: drop the interpreter's last flush quietly.
         _drop_output()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +20,9 @@ from pipeline.checkpoints import store
 from pipeline.config.deepspeed_config import read_strategy, zero_stage
 from pipeline.config.keys import as_text
 from pipeline.config.schema import KEYS, Recipe, load_recipe
-from pipeline.parallel.agreement import AgreedError
+from pipeline.parallel.agreement import AgreedError, agree
 from pipeline.parallel.ranks import Ranks, find_ranks
-from pipeline.parallel.signals import StopSignals
+from pipeline.parallel.signals import Stopped, StopSignals
 from pipeline.training.changes import changed_keys
 
 EXAMPLE = """\
@@ -30,7 +31,7 @@ example:
       --deepspeed_config ds_configs/zero3.json --data.shards demo/shards/train --training.max_steps 100
 
 Every key of the recipe can be given as --section.key VALUE. Start the same command again to resume.
-Exit status: 0 done, 2 bad input, 75 stopped by USR1 or TERM after saving (start again to resume),
+Exit status: 0 done, 2 bad input, 75 stopped by USR1, TERM or Ctrl-C after saving (start again to resume),
 76 hung for health.hang_seconds (what each rank did then: RUN/stacks/)."""
 
 
@@ -105,6 +106,9 @@ def check_and_train(
         return 2
     try:
         return train(recipe, strategy, ranks, stop)
+    except Stopped as stopped:
+        stop.ignore()
+        return stopped.report()
     except AgreedError:
         if ranks.rank == 0:
             raise
@@ -133,11 +137,17 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
                 )
             return 0
 
-    from pipeline.training.run import TrainingRun  # torch and DeepSpeed: seconds, so only now
+    with ExitStack() as starting:
+        starting.enter_context(stop.at_once())
+        # torch and DeepSpeed: seconds, so only now
+        from pipeline.training.run import TrainingRun
 
-    with TrainingRun(recipe, strategy, ranks) as run:
+        training = TrainingRun(recipe, strategy, ranks, starting.close)
+    with training as run:
         run.resume()
         run.start()
+        if any(agree(None, stop.received is not None)):
+            raise Stopped(stop.received or "a signal")
         while not run.finished:
             step = run.next_step()
             sums = run.compute(step, stop_wanted=stop.received is not None)

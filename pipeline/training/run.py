@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ from pipeline.training.health import Guard, Speeds
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.provenance import PROVENANCE, provenance
 from pipeline.training.records import StepRecord, StepSums
+from pipeline.training.run_lock import locked
 from pipeline.training.run_log import RunLog
 from pipeline.training.validation import Validation
 from pipeline.training.warm_start import initialise
@@ -70,7 +72,14 @@ class State:
 class TrainingRun:
     """What one rank holds during a run. Use as a context manager: it closes threads, files and the group."""
 
-    def __init__(self, recipe: Recipe, strategy: dict[str, Any], ranks: Ranks):
+    def __init__(
+        self,
+        recipe: Recipe,
+        strategy: dict[str, Any],
+        ranks: Ranks,
+        joined: Callable[[], None] = lambda: None,
+    ):
+        """joined: called when all ranks are there, before the first collective."""
         self.recipe, self.ranks = recipe, ranks
         self.run_dir = Path(recipe.output_dir)
         self._profiler: StepProfiler | None = None
@@ -78,10 +87,10 @@ class TrainingRun:
         self._abandoned: set[str] = set()  # names of later checkpoints that this run did not resume from
         with ExitStack() as opened:  # closes what is open if one of these steps fails
             self._open = opened
-            self._build(strategy)
+            self._build(strategy, joined)
             self._open = opened.pop_all()
 
-    def _build(self, strategy: dict[str, Any]) -> None:
+    def _build(self, strategy: dict[str, Any], joined: Callable[[], None]) -> None:
         recipe, ranks, data = self.recipe, self.ranks, self.recipe.data
         shard_sets = open_shards(data.shards)
         self.tokenizer = shard_sets[0].tokenizer()
@@ -93,7 +102,9 @@ class TrainingRun:
             Watchdog(self.run_dir, ranks.rank, recipe.health.hang_seconds)
         )
         device = join(ranks)
+        joined()
         self._open.callback(leave)
+        do_and_agree(lambda: self._open.enter_context(locked(self.run_dir)) if ranks.rank == 0 else None)
         self._watchdog.heartbeat("the process group's start")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
