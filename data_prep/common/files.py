@@ -81,9 +81,11 @@ def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None
     try:
         partial.write_bytes(data)
         flush_and_rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):  # of a full disk: it knows no path, or that of the part
+            error.filename = str(path)
         raise
 
 

@@ -29,16 +29,16 @@ def locked(run_dir: Path) -> Iterator[None]:
     path = run_dir / LOCK
     try:
         handle = _open_locked(path, run_dir)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            error.filename = error.filename or str(path)
             raise
         log(f"{run_dir} cannot be locked ({error.strerror}): start no second run there")
         yield
         return
     try:
+        with contextlib.suppress(OSError):  # a full disk: the run's own files will say so
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield
     finally:
         path.unlink(missing_ok=True)
