@@ -60,7 +60,9 @@ def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: 
     """Train in `ranks` processes of this machine, started by DeepSpeed's launcher; returns its exit status.
 
     USR1, TERM and a first Ctrl-C are passed on to the ranks, which save and stop: the launcher would not do
-    that. A second Ctrl-C ends them at once. Returns when all ranks have ended. Raises: UserError for input that the ranks would refuse.
+    that. A second Ctrl-C ends them at once. Returns when all ranks have ended.
+
+    Raises: UserError for input that the ranks would refuse.
     """
     from pipeline.parallel.ranks import free_port, is_launched
 
