@@ -126,7 +126,7 @@ def _kinds(value: Any) -> tuple[str, ...]:
         return ("null",) if value is None else ("boolean",)
     if isinstance(value, (int, float)):
         return ("number", "integer") if value == value // 1 else ("number",)
-    return ({str: "string", list: "array"}.get(type(value), "object"),)
+    return ("string" if isinstance(value, str) else "array" if isinstance(value, list) else "object",)
 
 
 def _mistakes(value: Any, allowed: dict[str, Any], where: str) -> Iterator[str]:

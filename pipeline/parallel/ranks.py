@@ -69,9 +69,8 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     (SLURM_STEP_ID), not in the batch script. Raises UserError for variables that contradict each other or
     that an earlier launcher has left, and when no machine is known to hold rank 0.
     """
-    if "RANK" not in env and (names := _launcher(env)):
-        rank, world, local = names
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world], env.get(local, "0")
+    if "RANK" not in env and (theirs := _launcher(env)):
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (env.get(name, "0") for name in theirs)
         _find_master(env)
     alone = "unset it to run alone, or start all ranks by one launcher"
     if "RANK" in env and "WORLD_SIZE" not in env:

@@ -24,7 +24,7 @@ class Stopped(Exception):
     """A signal came before the first step."""
 
     def report(self) -> int:
-        """Say so, once a machine; returns the exit status."""
+        """Report it, once a machine; returns the exit status."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"stopped by {self} before the first step: nothing to save", file=sys.stderr, flush=True)
         return INTERRUPTED if str(self) == "SIGINT" else REQUEUE

@@ -1,8 +1,8 @@
 """Train a SentenceVAE, an SLLM or a token-level baseline with DeepSpeed.
 
 Start it by `deepspeed pipeline/train.py`, `srun python pipeline/train.py` or `python pipeline/train.py` (one
-process). Exit status: 0 trained to the end, 2 bad input, 75 stopped by a signal after saving (start it again
-to resume), 76 hung for `health.hang_seconds`.
+process). Exit status: 0 trained to the end, 2 bad input or a diverged run, 75 stopped by a signal after
+saving (start it again to resume), 76 hung for `health.hang_seconds`, 130 Ctrl-C before the first step.
 """
 
 from __future__ import annotations

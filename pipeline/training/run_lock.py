@@ -21,7 +21,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     The kernel holds the lock, or the server of a network disk. A process that dies in any way releases it, so
     a file that it leaves is no obstacle. NFS 4 releases the locks of a crashed machine after its lease, about
-    90 s. Where a disk has no locks, a line says so and the run goes ahead.
+    90 s. Where a disk has no locks, a warning is printed and the run starts.
 
     Raises: UserError with the process and machine that hold the folder.
     """
@@ -36,7 +36,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
         return
     try:
-        with contextlib.suppress(OSError):  # a full disk: the run's own files will say so
+        with contextlib.suppress(OSError):  # a full disk: the run's first file reports it
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield
