@@ -9,6 +9,7 @@ continuations form a small tree, and a branch weighs what the model gives to all
 
 from __future__ import annotations
 
+import codecs
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -136,11 +137,13 @@ class PromptEnd:
         """Whether a document with the text so far and that of the tokens `path` has these tokens. True while
         the last character is incomplete."""
         tokens = [*self._before, *self._chosen, *path]
+        decoder = codecs.getincrementaldecoder("utf-8")()
         try:
-            text = self._tokenizer.decode_bytes(tokens).decode()
+            text = decoder.decode(self._tokenizer.decode_bytes(tokens))
         except UnicodeDecodeError:
-            return True
-        return self._tokenizer.encode(text).tolist() == tokens
+            return False
+        incomplete = decoder.getstate()[0] != b""
+        return incomplete or self._tokenizer.encode(text).tolist() == tokens
 
     def choose(self, tokens: list[int]) -> bool:
         """Add chosen tokens; returns whether later ones may still change them."""

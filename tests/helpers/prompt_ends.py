@@ -1,9 +1,12 @@
-"""What a document may have at a prompt's end, found by encoding whole documents, and a slow choice among it."""
+"""What a document may have at a prompt's end, found by encoding whole documents, and the choice among it."""
 
 from __future__ import annotations
 
+import codecs
+import os
 import re
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,79 +16,119 @@ from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.prompt import split_prompt
 from pipeline.generation.sampling import Sampling
 
-Paths = dict[tuple[int, ...], list[int]]  # tokens of a sentence that lie in the prompt → the tokens that follow
+Path = tuple[int, ...]
 
 
-def documents_of(prompt: str, tokenizer: Tokenizer, settings: dict) -> Paths:
-    """Of every document that is a start of `prompt` and one token more: the tokens of the last sentence."""
-    sentences, tail = split_prompt(prompt, tokenizer, settings)
-    complete = [token for sentence in sentences for token in sentence]
-    start = len(tokenizer.decode(complete))
-    paths: Paths = {}
-    for end in range(start, len(prompt) + 1):
-        rest = prompt[end:].encode()
-        for token in np.flatnonzero(tokenizer.byte_lengths).tolist():
-            data = tokenizer.decode_bytes([token])
-            if not data.startswith(rest) or data == rest:
-                continue
-            try:
-                text = prompt[:end] + data.decode()
-            except UnicodeDecodeError:
-                continue
-            tokens = tokenizer.encode(text).tolist()
-            if tokens[: len(complete)] == complete and tokens[-1] == token and tokens[:-1] == tokens[:-1]:
-                inside = tokens[len(complete) : -1]
-                if tokenizer.decode(complete + inside) == prompt[:end]:
-                    paths.setdefault(tuple(inside), []).append(token)
-    return paths
+def may_follow(prompt: str, tokenizer: Tokenizer, tokens: list[int]) -> bool:
+    """Whether a document that starts with the prompt has these tokens, or will when its last character is
+    complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        text = decoder.decode(tokenizer.decode_bytes(tokens))
+    except UnicodeDecodeError:
+        return False
+    return decoder.getstate()[0] != b"" or tokenizer.encode(text).tolist() == tokens
+
+
+def word_has_begun(prompt: str, text: str) -> bool:
+    """Whether the text behind the prompt has a word's start: the tokens at the prompt's end are then final."""
+    return re.search(r"\s\S", text[len(prompt) - 1 :] if prompt else text) is not None
 
 
 class NaiveEnd:
-    """The choice at the end of a prompt: all paths, each with the uncached logits behind it."""
+    """All tokens of a sentence that a document may have up to the first one that reaches beyond the prompt.
 
-    def __init__(self, prompt: str, tokenizer: Tokenizer, settings: dict, end_symbol: int):
+    `paths`: tokens that lie in the prompt → those that may follow, the sentence's end included; behind the
+    whole prompt any, unless `checked`."""
+
+    def __init__(self, prompt: str, tokenizer: Tokenizer, settings: dict, end_symbol: int, checked: bool = True):
         self.prompt, self.tokenizer, self.end_symbol = prompt, tokenizer, end_symbol
-        self.sentences, self.tail = split_prompt(prompt, tokenizer, settings)
+        self.sentences, tail = split_prompt(prompt, tokenizer, settings)
         self.complete = [token for sentence in self.sentences for token in sentence]
-        self.paths = documents_of(prompt, tokenizer, settings)
+        self.paths: dict[Path, list[int]] = {}
+        data = {t: tokenizer.decode_bytes([t]) for t in np.flatnonzero(tokenizer.byte_lengths).tolist()}
+        for end in range(len(tokenizer.decode(self.complete)), len(prompt) + 1) if tail else []:
+            inside, rest = tokenizer.encode(prompt[:end]).tolist(), prompt[end:].encode()
+            if inside[: len(self.complete)] != self.complete:
+                continue
+            if len(inside) - len(self.complete) >= settings["max_tokens"]:
+                continue
+            lasts = [t for t, x in data.items() if x.startswith(rest) and x != rest]
+            if rest or checked:
+                lasts = [t for t in lasts if may_follow(prompt, tokenizer, [*inside, t])]
+            if end == len(prompt) and len(inside) > len(self.complete):
+                lasts.append(end_symbol)
+            if lasts:
+                self.paths[tuple(inside[len(self.complete) :])] = lasts
+        self.certain: list[int] = []
+        if self.paths:
+            self.certain = os.path.commonprefix([list(path) for path in self.paths])
 
-    def probabilities(self, logits_after: Callable[[list[int]], Tensor]) -> dict[tuple[int, ...], float]:
-        """Of every choice, given the prompt: the tokens of the sentence up to the first that is new."""
+    def log_probabilities(self, logits_after: Callable[[list[int]], Tensor]) -> dict[Path, float]:
+        """Of every choice, the tokens up to the first that reaches beyond the prompt: not given the prompt."""
         found = {}
         for path, lasts in self.paths.items():
-            before = 0.0
-            for at, token in enumerate(path):
-                before += logits_after(list(path[:at])).double().log_softmax(-1)[token].item()
+            before = sum(
+                logits_after(list(path[:at])).double().log_softmax(-1)[token].item()
+                for at, token in enumerate(path)
+            )
             p_V = logits_after(list(path)).double().log_softmax(-1)
-            full = self.tokenizer.decode(self.complete + list(path)) == self.prompt
-            for last in [*lasts, *([self.end_symbol] if full and path else [])]:
-                found[(*path, last)] = before + p_V[last].item()
-        total = float(torch.tensor(list(found.values()), dtype=torch.float64).logsumexp(0))
-        return {choice: float(np.exp(value - total)) for choice, value in found.items()}
+            found |= {(*path, last): before + p_V[last].item() for last in lasts}
+        return found
 
-    def greedy(self, probabilities: dict[tuple[int, ...], float]) -> tuple[int, ...]:
-        """Token by token the one that most of the probability lies behind."""
-        chosen: tuple[int, ...] = ()
-        while True:
-            weights: dict[int, float] = {}
-            for choice, p in probabilities.items():
-                if choice[: len(chosen)] == chosen and len(choice) > len(chosen):
-                    symbol = choice[len(chosen)]
-                    weights[symbol] = weights.get(symbol, 0.0) + p
-            if not weights:
-                return chosen
-            chosen = (*chosen, max(weights, key=weights.__getitem__))
+    def choose(
+        self,
+        logits_after: Callable[[list[int]], Tensor],
+        penalised: Callable[[Tensor], Tensor],
+        sampling: Sampling,
+        rng: torch.Generator,
+        end_rng: torch.Generator,
+    ) -> Path:
+        """Token by token; each weighs what the model gives to all choices that begin with it. A token behind
+        the whole prompt is checked when it is chosen, and chosen again if no document has it."""
+        after = cache(lambda *tokens: logits_after(list(tokens)))
+        logits_after = lambda tokens: after(*tokens)  # noqa: E731
+        chosen = self._walk(logits_after, penalised, sampling, rng, end_rng)
+        while chosen[-1] != self.end_symbol and not may_follow(
+            self.prompt, self.tokenizer, [*self.complete, *chosen]
+        ):
+            self.paths[chosen[:-1]].remove(chosen[-1])
+            chosen = self._walk(logits_after, penalised, sampling, rng, end_rng)
+        return chosen
 
-
-def same_tokens(prompt: str, tokenizer: Tokenizer, tokens: list[int]) -> bool:
-    """Whether a document of these tokens' text has them up to the first word after the prompt, or up to the
-    last character that is complete."""
-    text = tokenizer.decode_bytes(tokens).decode(errors="ignore")
-    found = tokenizer.encode(text).tolist()
-    word = re.compile(r"\s\S").search(text, max(0, len(prompt) - 1))
-    upto = len(text[: word.end()].encode()) if word else len(text.encode())
-    cut = int(np.searchsorted(np.cumsum(tokenizer.byte_lengths[tokens]), upto)) + (word is not None)
-    return found[:cut] == tokens[:cut]
-
-
-__all__ = ["NaiveEnd", "Sampling", "documents_of", "same_tokens"]
+    def _walk(
+        self,
+        logits_after: Callable[[list[int]], Tensor],
+        penalised: Callable[[Tensor], Tensor],
+        sampling: Sampling,
+        rng: torch.Generator,
+        end_rng: torch.Generator,
+    ) -> Path:
+        choices = self.log_probabilities(logits_after)
+        chosen: Path = ()
+        while chosen not in choices:
+            at = len(chosen)
+            below: dict[int, list[float]] = {}
+            for choice, value in choices.items():
+                if choice[:at] == chosen:
+                    below.setdefault(choice[at], []).append(value)
+            logits_V = logits_after(list(chosen))
+            own_V = logits_V.double().log_softmax(-1)
+            mine = sum(
+                logits_after(list(chosen[:number])).double().log_softmax(-1)[token].item()
+                for number, token in enumerate(chosen)
+            )
+            allowed_V = torch.full_like(logits_V, -torch.inf)
+            for token, values in below.items():
+                mass = torch.tensor(values, dtype=torch.float64).logsumexp(0) - mine - own_V[token]
+                allowed_V[token] = penalised(logits_V)[token] + mass
+            if len(below) == 1:
+                (symbol,) = below
+            elif sampling.greedy:
+                symbol = int(allowed_V.argmax())
+            else:
+                whole = self.tokenizer.decode([*self.complete, *chosen]) == self.prompt
+                uniform = torch.rand((), generator=rng if whole else end_rng, dtype=torch.float64)[None]
+                symbol = int(sampling.choose(allowed_V[None], uniform))
+            chosen = (*chosen, symbol)
+        return chosen
