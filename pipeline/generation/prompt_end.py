@@ -142,15 +142,16 @@ class PromptEnd:
             text = decoder.decode(self._tokenizer.decode_bytes(tokens))
         except UnicodeDecodeError:
             return False
-        incomplete = decoder.getstate()[0] != b""
-        return incomplete or self._tokenizer.encode(text).tolist() == tokens
+        if incomplete := decoder.getstate()[0]:
+            return any(_is_text(incomplete + count * byte) for byte in (b"\x80", b"\xbf") for count in (1, 2, 3))
+        return self._tokenizer.encode(text).tolist() == tokens
 
     def choose(self, tokens: list[int]) -> bool:
         """Add chosen tokens; returns whether later ones may still change them."""
         self._chosen += tokens
         if len(self._chosen) > LOOK_BACK:
             return False
-        text = self._tokenizer.decode([*self._before, *self._chosen])
+        text = self._tokenizer.decode_bytes([*self._before, *self._chosen]).decode(errors="ignore")
         spans = _sorted_entries(self._tokenizer).span_words
         return spans or _NEXT_WORD.search(text, max(0, len(self._text) - 1)) is None
 
@@ -191,6 +192,14 @@ def find_prompt_end(
         if first == 0:
             return None
         first = max(0, first - LOOK_BACK // 4)
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class _Entries:

@@ -73,8 +73,9 @@ class _Row:
 
     def __post_init__(self) -> None:
         self.rng = torch.Generator().manual_seed(self.request.seed)
-        # So that a text does not depend on how many tokens of its prompt were taken back.
-        self.end_rng = torch.Generator().manual_seed(self.request.seed ^ 1 << 62)
+        # So that a text does not depend on how many tokens of its prompt were taken back. torch's generator
+        # for CPUs reads the low 32 bits of a seed only.
+        self.end_rng = torch.Generator().manual_seed(self.request.seed ^ 0x9E3779B9)
 
     def begin(self, bos: int, forced: list[int]) -> None:
         self.tokens, self.forced, self.pending, self.feed = list(forced), len(forced), list(forced), bos

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import numpy as np
 import torch
@@ -27,7 +28,10 @@ def may_follow(prompt: str, tokenizer: Tokenizer, tokens: list[int]) -> bool:
         text = decoder.decode(tokenizer.decode_bytes(tokens))
     except UnicodeDecodeError:
         return False
-    return decoder.getstate()[0] != b"" or tokenizer.encode(text).tolist() == tokens
+    if rest := decoder.getstate()[0]:
+        ends = [bytes(x) for n in (1, 2, 3) for x in product((0x80, 0xBF), repeat=n)]
+        return any(len((rest + end).decode(errors="ignore")) == 1 for end in ends)
+    return tokenizer.encode(text).tolist() == tokens
 
 
 def word_has_begun(prompt: str, text: str) -> bool:
@@ -47,8 +51,15 @@ class NaiveEnd:
         self.complete = [token for sentence in self.sentences for token in sentence]
         self.paths: dict[Path, list[int]] = {}
         data = {t: tokenizer.decode_bytes([t]) for t in np.flatnonzero(tokenizer.byte_lengths).tolist()}
-        for end in range(len(tokenizer.decode(self.complete)), len(prompt) + 1) if tail else []:
-            inside, rest = tokenizer.encode(prompt[:end]).tolist(), prompt[end:].encode()
+        whole, own = prompt.encode(), tokenizer.encode(prompt).tolist()
+        for end in range(len(tokenizer.decode_bytes(self.complete)), len(whole) + 1) if tail else []:
+            rest = whole[end:]
+            try:
+                inside = tokenizer.encode(whole[:end].decode()).tolist()
+            except UnicodeDecodeError:  # inside a character: where the prompt's tokens meet
+                inside = next((own[:n] for n in range(len(own)) if tokenizer.decode_bytes(own[:n]) == whole[:end]), [])
+                if not inside:
+                    continue
             if inside[: len(self.complete)] != self.complete:
                 continue
             if len(inside) - len(self.complete) >= settings["max_tokens"]:
@@ -56,7 +67,7 @@ class NaiveEnd:
             lasts = [t for t, x in data.items() if x.startswith(rest) and x != rest]
             if rest or checked:
                 lasts = [t for t in lasts if may_follow(prompt, tokenizer, [*inside, t])]
-            if end == len(prompt) and len(inside) > len(self.complete):
+            if not rest and len(inside) > len(self.complete):
                 lasts.append(end_symbol)
             if lasts:
                 self.paths[tuple(inside[len(self.complete) :])] = lasts

@@ -86,7 +86,7 @@ def brute_force(
     `pipeline.generation` but the prompt's cut and the choice among logits.
     """
     sampling, rng = sampling or Sampling(), torch.Generator().manual_seed(seed)
-    end_rng = torch.Generator().manual_seed(seed ^ 1 << 62)
+    end_rng = torch.Generator().manual_seed(seed ^ 0x9E3779B9)
     special = [t for t in np.flatnonzero(tokenizer.byte_lengths == 0) if t != model.config.eos_token_id]
     end, limit = model.config.eos_token_id, model.config.sentence_settings["max_tokens"]
     prompt_end = NaiveEnd(prompt, tokenizer, model.config.sentence_settings, end, checked=False)

@@ -39,7 +39,7 @@ PROMPTS = [
     "It ends. ",
     "他走了。然后",
     "a",
-] * 2
+] * 3
 CONTROLS = {
     "greedy": {},
     "temperature": {"temperature": 1.0},
