@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
 NO_PATH = "cannot read or write"  # in place of a path that an error does not name
 REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
+
+
+_ONE = re.compile(
+    r"(?<![\w.,])1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt|rank|record"
+    r"|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
+)
 
 
 class UserError(Exception):
@@ -18,14 +25,19 @@ def say(text: str) -> None:
     """Print a line to standard output at once. Once that fails (`| head` has gone, a full disk), this line
     and all later ones are dropped: training continues without a reader."""
     try:
-        print(text, flush=True)
+        print(singular(text), flush=True)
     except OSError:
         _drop_output()
 
 
 def log(text: str) -> None:
     """Print a line of progress to standard error, apart from a command's result."""
-    print(text, file=sys.stderr, flush=True)
+    print(singular(text), file=sys.stderr, flush=True)
+
+
+def singular(text: str) -> str:
+    """A line of output in which "1 sentences" is "1 sentence"."""
+    return _ONE.sub(r"1 \1", text)
 
 
 def first_line(error: BaseException) -> str:
@@ -61,7 +73,7 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
 
 
 def _refuse(prog: str, message: str) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{prog}: error: {singular(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 
