@@ -67,7 +67,9 @@ def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | Non
     except MissingArgumentError as error:
         name = error.argument.name if error.argument else ""
         misspelt = any(word.startswith("-") for word in error.unused_tokens or ())
-        if not name.startswith("-") or misspelt or error.keyword is not None:  # the option is there, without a value
+        if (
+            not name.startswith("-") or misspelt or error.keyword is not None
+        ):  # the option is there, without a value
             raise UserError(str(error)) from None
         called = " ".join([app.name[0], *(error.command_chain or ())])
         raise UserError(f"{name} is missing: `{called} --help` describes it") from None

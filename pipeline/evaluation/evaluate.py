@@ -315,7 +315,9 @@ def score(
         import_extra("rapidfuzz", "eval")
     scores, nats, text_bytes, device = Scores(kind), 0.0, 0, next(model.parameters()).device
     # disable=None: shown on a terminal only.
-    with tqdm(total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(
+        total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
+    ) as bar:
         for batch, group in _batches(windows, batch_tokens):
             more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths)
             nats, text_bytes = nats + more[0], text_bytes + more[1]

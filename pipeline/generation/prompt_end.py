@@ -27,7 +27,7 @@ LOOK_BACK = 32  # tokens; a text without spaces is encoded again from here
 CHECKED = 500  # tokens behind a branch that are all checked before one is chosen; of more, the chosen one is
 REJECTED = 32  # choices refused before every token of the vocabulary is checked
 
-# After a word has begun behind white space, nothing changes the tokens before it.
+# After a word has started behind white space, nothing changes the tokens before it.
 _NEXT_WORD = re.compile(r"\s\S")
 _WORDS = re.compile(rb"\S\s+\S")
 
@@ -78,7 +78,9 @@ class PromptEnd:
     certain: the tokens of the unfinished sentence that every continuation has. root: what may follow them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: list[int], certain: list[int], tail: list[int], most: int):
+    def __init__(
+        self, tokenizer: Tokenizer, context: list[int], certain: list[int], tail: list[int], most: int
+    ):
         """`context`: tokens that are encoded again to check a choice; they may begin before the sentence.
         `certain` and `tail`: the sentence's tokens; those of `tail` are in the context and may be taken back.
         `most`: tokens of the longest sentence."""
@@ -143,7 +145,9 @@ class PromptEnd:
         except UnicodeDecodeError:
             return False
         if incomplete := decoder.getstate()[0]:
-            return any(_is_text(incomplete + count * byte) for byte in (b"\x80", b"\xbf") for count in (1, 2, 3))
+            return any(
+                _is_text(incomplete + count * byte) for byte in (b"\x80", b"\xbf") for count in (1, 2, 3)
+            )
         return self._tokenizer.encode(text).tolist() == tokens
 
     def choose(self, tokens: list[int]) -> bool:
@@ -206,7 +210,9 @@ class _Entries:
     """The tokens of a vocabulary in the order of their bytes."""
 
     def __init__(self, tokenizer: Tokenizer):
-        table = sorted((tokenizer.decode_bytes([i]), i) for i in np.flatnonzero(tokenizer.byte_lengths).tolist())
+        table = sorted(
+            (tokenizer.decode_bytes([i]), i) for i in np.flatnonzero(tokenizer.byte_lengths).tolist()
+        )
         self._bytes, self._ids = [entry for entry, _ in table], [number for _, number in table]
         self.longest = int(tokenizer.byte_lengths.max())
         self.texts: list[str | None] = [None] * tokenizer.vocab_size

@@ -191,9 +191,7 @@ class BatchWriter:
         if taken:
             yield from self._read(taken)
 
-    def _split(
-        self, prompt: str | list[list[int]]
-    ) -> tuple[list[list[int]], list[int], PromptEnd | None]:
+    def _split(self, prompt: str | list[list[int]]) -> tuple[list[list[int]], list[int], PromptEnd | None]:
         """Complete sentences, tokens of the unfinished one, and what may follow them."""
         end = None
         if isinstance(prompt, str):

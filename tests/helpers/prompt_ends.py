@@ -34,7 +34,7 @@ def may_follow(prompt: str, tokenizer: Tokenizer, tokens: list[int]) -> bool:
     return tokenizer.encode(text).tolist() == tokens
 
 
-def word_has_begun(prompt: str, text: str) -> bool:
+def word_has_started(prompt: str, text: str) -> bool:
     """Whether the text behind the prompt has a word's start: the tokens at the prompt's end are then final."""
     return re.search(r"\s\S", text[len(prompt) - 1 :] if prompt else text) is not None
 
@@ -45,7 +45,9 @@ class NaiveEnd:
     `paths`: tokens that lie in the prompt → those that may follow, the sentence's end included; behind the
     whole prompt any, unless `checked`."""
 
-    def __init__(self, prompt: str, tokenizer: Tokenizer, settings: dict, end_symbol: int, checked: bool = True):
+    def __init__(
+        self, prompt: str, tokenizer: Tokenizer, settings: dict, end_symbol: int, checked: bool = True
+    ):
         self.prompt, self.tokenizer, self.end_symbol = prompt, tokenizer, end_symbol
         self.sentences, tail = split_prompt(prompt, tokenizer, settings)
         self.complete = [token for sentence in self.sentences for token in sentence]
@@ -57,7 +59,9 @@ class NaiveEnd:
             try:
                 inside = tokenizer.encode(whole[:end].decode()).tolist()
             except UnicodeDecodeError:  # inside a character: where the prompt's tokens meet
-                inside = next((own[:n] for n in range(len(own)) if tokenizer.decode_bytes(own[:n]) == whole[:end]), [])
+                inside = next(
+                    (own[:n] for n in range(len(own)) if tokenizer.decode_bytes(own[:n]) == whole[:end]), []
+                )
                 if not inside:
                     continue
             if inside[: len(self.complete)] != self.complete:

@@ -3,7 +3,7 @@
     python -m tools.benchmarks.look_ahead FILE.jsonl[.gz] [--lang en] [--json]
 
 The segmenter reads what follows a mark, so a sentence end that a model is given can depend on text that it has
-not read. For every run of marks, the cut in the document is compared with the one that the text up to the mark
+not read. For every run of marks that does not stand inside a word, the cut in the document is compared with the one that the text up to the mark
 decides by itself (`Segmenter.is_complete`, as for a prompt). The entropy of the first given the second bounds from
 above what an end tells, in bits per byte of the text.
 """
@@ -37,8 +37,13 @@ def measure(texts: list[str], name: str, language: str) -> dict[str, Any]:
         for mark in MARKS[name].finditer(text):
             start = max(text.rfind("\n", 0, mark.start()) + 1, mark.start() - 1000)
             end = mark.end()
-            if not text[end:].split("\n", 1)[0].strip():
-                continue  # a line's end cuts, whatever follows
+            behind = text[end : end + 1]
+            if (
+                behind.isascii()
+                and not behind.isspace()
+                or not text[end : (text.find("\n", end) + 1 or len(text) + 1) - 1].strip()
+            ):
+                continue  # inside a word; or at a line's end, which cuts whatever follows
             alone = segmenter.is_complete(text[start:end])
             counts[end in cuts, alone] += 1
     marks, size = counts.total(), sum(len(text.encode()) for text in texts)

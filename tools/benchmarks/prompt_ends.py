@@ -56,7 +56,9 @@ class Cut:
     otherwise: bool  # the prompt's own last tokens are not the document's
 
 
-def cuts(texts: list[str], ends: int, seed: int, loaded: Loaded, settings: SentenceSettings) -> Iterator[Cut | str]:
+def cuts(
+    texts: list[str], ends: int, seed: int, loaded: Loaded, settings: SentenceSettings
+) -> Iterator[Cut | str]:
     """`ends` cuts, or the reasons why one has no figures."""
     rng, tokenizer = random.Random(seed), loaded.tokenizer
     texts = [text for text in texts if len(text) > 50]
@@ -77,7 +79,11 @@ def cuts(texts: list[str], ends: int, seed: int, loaded: Loaded, settings: Sente
         whole = whole[: len(complete) + 2]
         open_sentence = tokenizer.decode(whole[len(complete)])
         rest = open_sentence[len(tokenizer.decode(tail)) :]
-        apart = [*complete, [*tail, *(tokenizer.encode(rest).tolist() if rest else [])], *whole[len(complete) + 1 :]]
+        apart = [
+            *complete,
+            [*tail, *(tokenizer.encode(rest).tolist() if rest else [])],
+            *whole[len(complete) + 1 :],
+        ]
         end = find_prompt_end(complete, tail, tokenizer, settings.max_tokens)
         if end is None or not rest or len(apart[len(complete)]) > settings.max_tokens:
             yield "no room"

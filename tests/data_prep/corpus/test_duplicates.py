@@ -26,4 +26,7 @@ def test_all_bits_decide(bucketed: bool, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_hash_has_128_bits_and_all_of_the_text_decides() -> None:
     assert len(hash128(b"a")) == 16
-    assert len({hash128(text)[half] for text in (b"a", b"b", b"a ", b"") for half in (slice(8), slice(8, 16))}) == 8
+    assert (
+        len({hash128(text)[half] for text in (b"a", b"b", b"a ", b"") for half in (slice(8), slice(8, 16))})
+        == 8
+    )

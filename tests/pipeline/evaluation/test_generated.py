@@ -57,7 +57,9 @@ def _records(tmp_path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("line", ["rubbish", "[]", '{"prompt": "a"}', '{"prompt": 1, "samples": [{"sentences": [2]}]}'])
+@pytest.mark.parametrize(
+    "line", ["rubbish", "[]", '{"prompt": "a"}', '{"prompt": 1, "samples": [{"sentences": [2]}]}']
+)
 def test_another_file_is_refused(line, tmp_path) -> None:
     (tmp_path / "x.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"x.jsonl line 1: no output of `sllm generate"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.model_folders import SETTINGS, save, small_model
-from helpers.prompt_ends import NaiveEnd, may_follow, word_has_begun
+from helpers.prompt_ends import NaiveEnd, may_follow, word_has_started
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
@@ -131,7 +131,7 @@ def brute_force(
                 banned.append(symbol)
             if symbol == end:
                 break
-            open_end = open_end and not word_has_begun(prompt, tokenizer.decode([*before, symbol]))
+            open_end = open_end and not word_has_started(prompt, tokenizer.decode([*before, symbol]))
             tokens.append(symbol)
             written.append(symbol)
             seen.add(symbol)

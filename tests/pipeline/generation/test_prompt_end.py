@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import tokenizer_folders
 from helpers.model_folders import SETTINGS, small_model
-from helpers.prompt_ends import NaiveEnd, may_follow, word_has_begun
+from helpers.prompt_ends import NaiveEnd, may_follow, word_has_started
 
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.generation.api import generate, generate_many
@@ -79,7 +79,9 @@ def test_what_is_written_is_what_a_document_has(tokenizer):
             assert isinstance(text.text, str)
             if not text.sentences:
                 continue
-            sentences, tail = split_prompt(prompt, tokenizer, {**SETTINGS, "language": "auto", "max_tokens": 24})
+            sentences, tail = split_prompt(
+                prompt, tokenizer, {**SETTINGS, "language": "auto", "max_tokens": 24}
+            )
             complete = [token for sentence in sentences for token in sentence]
             new = [token for sentence in text.sentences for token in sentence.tokens]
             document = tokenizer.encode(prompt).tolist()
@@ -94,7 +96,7 @@ def test_what_is_written_is_what_a_document_has(tokenizer):
                 tokens = [*start, *new[:count]]
                 written = tokenizer.decode_bytes(tokens).decode(errors="ignore")
                 assert written.startswith(prompt) and may_follow(prompt, tokenizer, tokens)
-                if word_has_begun(prompt, written):
+                if word_has_started(prompt, written):
                     break
         assert inside > 10
 

@@ -171,7 +171,9 @@ def evaluated(model, prompt: list[list[int]], forced: int, written: list[list[in
     return -float(sums.target_nll_N[first:].sum() + stops.sum())
 
 
-@pytest.mark.parametrize("prompt", ["", "One is set.", "The list is set by hand, and its value is", "One is s"])
+@pytest.mark.parametrize(
+    "prompt", ["", "One is set.", "The list is set by hand, and its value is", "One is s"]
+)
 def test_the_likelihood_is_that_of_the_evaluation(prompt, model, tokenizer):
     """Of the text given the prompt: all the nats of the document after the certain tokens, less those of all
     choices that the prompt's end leaves."""

@@ -283,13 +283,21 @@ def test_kernels_of_cuda_are_called_for_what_the_layout_says(path, causal, monke
         return kernel_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, scale, *window_size)
 
     def flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
     ):
         assert dropout_p == 0
         left, right = window_size
-        return kernel_by_hand(
-            q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, left, 0 if causal else right
-        )
+        return kernel_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, left, 0 if causal else right)
 
     monkeypatch.setattr(attention, "_torch_varlen", lambda: varlen_attn)
     monkeypatch.setattr(attention, "_flash_attn_varlen", lambda: flash_attn_varlen_func)

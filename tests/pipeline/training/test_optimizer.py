@@ -46,7 +46,13 @@ class PlainEngine:
 
 @pytest.mark.parametrize(
     ("gradient", "limit", "applied"),
-    [(3.0, math.inf, True), (3.0, 4.0, True), (5.0, 4.0, False), (math.inf, math.inf, False), (math.nan, 4.0, False)],
+    [
+        (3.0, math.inf, True),
+        (3.0, 4.0, True),
+        (5.0, 4.0, False),
+        (math.inf, math.inf, False),
+        (math.nan, 4.0, False),
+    ],
 )
 def test_a_step_above_the_norm_limit_changes_no_weight(gradient: float, limit: float, applied: bool) -> None:
     weight = nn.Parameter(torch.ones(1))
@@ -59,5 +65,3 @@ def test_a_step_above_the_norm_limit_changes_no_weight(gradient: float, limit: f
     assert (update.skipped is None) == applied
     assert (weight.item() != 1.0) == applied
     assert bool(optimizer.state[weight]["step"]) == applied
-
-
