@@ -12,8 +12,8 @@ REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
 
 
 _ONE = re.compile(
-    r"(?<![\w.,])1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt|rank|record"
-    r"|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
+    r"(?<![\w.,])1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt|rank"
+    r"|record|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
 )
 
 

@@ -56,7 +56,7 @@ def generate(
         max_sentences: stop after this many sentences
         max_tokens: stop after this many new tokens
         stop: stop before this text; may be repeated
-        temperature: below 1: likelier symbols; 0 is greedy, which repeats itself with small models (default: 1)
+        temperature: below 1: likelier symbols; 0: greedy, which repeats itself with small models (default: 1)
         top_p: sample from the smallest set of this mass
         top_k: sample from this many likeliest symbols
         min_p: sample from what has this share of the likeliest symbol's probability

@@ -358,8 +358,8 @@ def format_result(result: dict) -> str:
         rows.append(
             (
                 "cut agreement",
-                f"{agreement['share']:.2%} of {agreement['written_ends']:,} written sentence ends are cuts of "
-                f"the same text; {agreement['cuts_inside_sentences']:,} further cuts",
+                f"{agreement['share']:.2%} of {agreement['written_ends']:,} written sentence ends are cuts "
+                f"of the same text; {agreement['cuts_inside_sentences']:,} further cuts",
             )
         )
     if result["kind"] == "vae":

@@ -1,7 +1,7 @@
 """Text that a model wrote, as documents to score, and how often its sentence ends are the segmenter's cuts.
 
-A model ends a sentence before it knows what follows; the segmenter, which reads the text again, does. Where they
-disagree, the model reads its own text in other sentences than it wrote (docs/evaluation.md).
+A model ends a sentence before it knows what follows; the segmenter, which reads the text again, does. Where
+they disagree, the model reads its own text in other sentences than it wrote (docs/evaluation.md).
 """
 
 from __future__ import annotations

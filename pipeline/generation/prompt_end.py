@@ -1,10 +1,11 @@
 """The end of a prompt: which tokens a document that starts with the prompt may have there.
 
-A prompt often ends inside a token of such a document: after "The categ" a document has "egory" or "egories", and
-the prompt's own last tokens occur in no document. So the last tokens are taken back, and the model chooses among
-the tokens whose bytes start with what was taken back (token healing). The choice is exact: if a token reaches
-from place i of the prompt beyond its end, the tokens before it are the encoding of the prompt up to i, so all
-continuations form a small tree, and a branch weighs what the model gives to all tokens below it.
+A prompt often ends inside a token of such a document: after "The categ" a document has "egory" or "egories",
+and the prompt's own last tokens occur in no document. So the last tokens are taken back, and the model
+chooses among the tokens whose bytes start with what was taken back (token healing). The choice is exact: if a
+token reaches from place i of the prompt beyond its end, the tokens before it are the encoding of the prompt
+up to i, so all continuations form a small tree, and a branch weighs what the model gives to all tokens below
+it.
 """
 
 from __future__ import annotations

@@ -280,7 +280,8 @@ class BatchWriter:
         # The text's likelihood is given the prompt, whose last tokens were chosen here.
         given = root.mass(self._bias_V) if root.children else 0.0
         while True:
-            branch, path, total = root, [], -given
+            path: list[int] = []
+            branch, total = root, -given
             while branch is not None:
                 row.tokens = [*row.tail, *path]
                 symbol, log_probability = self._choose_one(at, branch)

@@ -35,7 +35,7 @@ def may_follow(prompt: str, tokenizer: Tokenizer, tokens: list[int]) -> bool:
 
 
 def word_has_started(prompt: str, text: str) -> bool:
-    """Whether the text behind the prompt has a word's start: the tokens at the prompt's end are then final."""
+    """Whether a word starts behind the prompt: the tokens at the prompt's end are then final."""
     return re.search(r"\s\S", text[len(prompt) - 1 :] if prompt else text) is not None
 
 

@@ -2,10 +2,10 @@
 
     python -m tools.benchmarks.look_ahead FILE.jsonl[.gz] [--lang en] [--json]
 
-The segmenter reads what follows a mark, so a sentence end that a model is given can depend on text that it has
-not read. For every run of marks that does not stand inside a word, the cut in the document is compared with the one that the text up to the mark
-decides by itself (`Segmenter.is_complete`, as for a prompt). The entropy of the first given the second bounds from
-above what an end tells, in bits per byte of the text.
+The segmenter reads what follows a mark, so a sentence end that a model is given can depend on text that it
+has not read. For every run of marks that is not inside a word, the cut in the document is compared with the
+one that the text up to the mark decides by itself (`Segmenter.is_complete`, as for a prompt). The entropy of
+the first given the second bounds from above what an end tells, in bits per byte of the text.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _run(argv: list[str] | None) -> None:
         print(
             json.dumps(one)
             if arguments.json
-            else f"{one['segmenter']}: what follows decides {one['decided_by_what_follows']:.2%} of {one['marks']:,} "
-            f"marks, at most {one['bits_per_byte']:.4f} bits per byte"
+            else f"{one['segmenter']}: what follows decides {one['decided_by_what_follows']:.2%} of "
+            f"{one['marks']:,} marks, at most {one['bits_per_byte']:.4f} bits per byte"
         )
 
 

@@ -2,10 +2,10 @@
 
     python -m tools.benchmarks.prompt_ends MODEL... --text FILE.jsonl[.gz] [--ends 2000] [--output FILE]
 
-Documents are cut at random characters inside sentences. The same true continuation, up to the end of the second
-sentence after the cut, is scored twice by each model (SLLM or token-level): after the prompt's own tokens, with the
-continuation tokenized alone; and as the document's tokens, less the nats of all choices that the prompt leaves.
-With an SLLM, `written` texts are then compared with a document of the same text.
+Documents are cut at random characters inside sentences. The same true continuation, up to the end of the
+second sentence after the cut, is scored twice by each model (SLLM or token-level): after the prompt's own
+tokens, with the continuation tokenized alone; and as the document's tokens, less the nats of all choices that
+the prompt leaves. With an SLLM, sampled texts are then compared with a document of the same text.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ Sentences = list[list[int]]
 
 @dataclass
 class Cut:
-    """A document cut inside a sentence. `whole`: the document's sentences; `apart`: those of the prompt's own tokens
-    and of the rest; `first`: the place of the first symbol that is scored of each."""
+    """A document cut inside a sentence. `whole`: the document's sentences; `apart`: those of the prompt's own
+    tokens and of the rest; `first`: the place of the first token that is scored of each."""
 
     prompt: str
     complete: Sentences
@@ -206,10 +206,11 @@ def written_otherwise(loaded: Loaded, prompts: list[str]) -> int:
 
 
 def format_result(result: dict[str, Any]) -> str:
-    head = f"{'model':<28} {'tokenizer':<14} {'ends':>6} {'otherwise':>10} {'without':>8} {'with':>8} {'written':>8}"
+    head = f"{'model':<28} {'tokenizer':<14} {'ends':>6} {'otherwise':>10}"
+    head += f" {'without':>8} {'with':>8} {'written':>8}"
     rows = [
-        f"{of['model']:<28} {of['tokenizer']:<14} {of['ends']:>6,} {of['otherwise']:>10.1%} {of['without']:>8.4f} "
-        f"{of['with']:>8.4f} {of.get('written_otherwise', '–'):>8}"
+        f"{of['model']:<28} {of['tokenizer']:<14} {of['ends']:>6,} {of['otherwise']:>10.1%} "
+        f"{of['without']:>8.4f} {of['with']:>8.4f} {of.get('written_otherwise', '–'):>8}"
         for of in result["models"]
     ]
     return "\n".join([head, *rows])

@@ -13,7 +13,7 @@ def span(tokens: list[int], lengths: list[int], end: bool = True) -> Span:
 
 
 def test_the_digest_covers_everything_that_a_model_reads() -> None:
-    """Same tokens throughout; what differs is a token, where sentences or windows end, or a document's end."""
+    """What differs is a token, where sentences or windows end, or whether a document ends."""
     tokens = [5, 6, 7, 8]
     spans = [
         [span(tokens, [2, 2])],

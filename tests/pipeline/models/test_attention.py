@@ -277,7 +277,7 @@ def kernel_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("path", ["varlen", "flash_attn"])
 def test_kernels_of_cuda_are_called_for_what_the_layout_says(path, causal, monkeypatch):
-    """The kernels need a GPU: in their place stand functions with their signatures and documented meaning."""
+    """The kernels need a GPU: functions with their signatures and documented meaning replace them."""
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
         return kernel_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, scale, *window_size)
