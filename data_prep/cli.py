@@ -19,7 +19,16 @@ from cyclopts import Group, Parameter, validators
 
 import data_prep
 from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
-from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, log, print_result, run_main
+from data_prep.common.errors import (
+    NO_PATH,
+    REQUEUE,
+    UserError,
+    describe,
+    log,
+    print_result,
+    run_main,
+    singular,
+)
 from data_prep.corpus.filters import Filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
@@ -192,7 +201,7 @@ def shard(
     for line in _damage_lines(manifest):
         log(f"data-prep: warning: {line}")
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
-    print_result(jsonlib.dumps(summary) if json else _shard_text(summary))
+    print_result(jsonlib.dumps(summary) if json else singular(_shard_text(summary)))
     return DAMAGED if manifest["damaged"] or manifest.get("lost") else 0
 
 
@@ -289,7 +298,7 @@ def verify(folder: Folder, /, *, deep: bool = False, input: Inputs = (), json: J
         text += "; every text comes back from its tokens, and from its sentences"
         if input:
             text += f"; {result['compared']:,} documents are the input's, byte for byte"
-    print_result(jsonlib.dumps(result) if json else text)
+    print_result(jsonlib.dumps(result) if json else singular(text))
 
 
 @app.command(group="Shards")
@@ -377,7 +386,7 @@ def stats(folder: Folder, /, *, html: str | None = None, json: Json = False) -> 
         from data_prep.shards.stats_page import stats_page
 
         write_atomically(Path(html), stats_page(result).encode("utf-8"))
-    print_result(jsonlib.dumps(result) if json else statistics.stats_text(result))
+    print_result(jsonlib.dumps(result) if json else singular(statistics.stats_text(result)))
 
 
 @app.command(group="Shards")
