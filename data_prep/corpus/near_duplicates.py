@@ -1,0 +1,168 @@
+"""Near-duplicates by MinHash-LSH: sign every document, then find those that resemble an earlier one.
+
+The similarity of two documents is the share of words that an editor left as they were. Signatures estimate the
+Jaccard index J of the sets of word pairs; of pairs of which a share s of words is the same, s^2 survive, so
+J = s^2 / (2 - s^2). rensa makes the signatures (128 values of 32 bits); documents with an equal band are compared
+by their whole signatures. The first document stays, in the order of units and documents, so the result does not
+depend on the number of workers. (Broder 1997; bands: Leskovec et al., Mining of Massive Datasets, 3.4.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.common.extras import import_extra
+from data_prep.corpus.words import words_of
+
+VALUES = 128  # of a signature: the standard error of J is at most 0.044
+SEED = 42
+RECALL = 0.99  # of pairs with the similarity asked for, before their signatures are compared
+BATCH_WORDS = 1 << 18
+FOUND_DTYPE = np.dtype([("number", "<u4"), ("of_unit", "<u4"), ("of_number", "<u4")])
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def require() -> str:
+    """rensa and its version. Raises `UserError` when it is not installed."""
+    import_extra("rensa", "near-duplicates")
+    return f"rensa {version('rensa')}"
+
+
+def jaccard(similarity: float) -> float:
+    """Of the sets of word pairs of two documents that have this share of their words in common."""
+    return similarity**2 / (2 - similarity**2)
+
+
+def band_rows(similarity: float) -> int:
+    """The longest band, in values, with which `RECALL` of the pairs share at least one of their bands."""
+    index = jaccard(similarity)
+    return max(r for r in range(1, VALUES + 1) if r == 1 or 1 - (1 - index**r) ** (VALUES // r) >= RECALL)
+
+
+class Signer:
+    """Signs documents one by one, in batches."""
+
+    def __init__(self) -> None:
+        self._rensa = import_extra("rensa", "near-duplicates").RMinHash
+        self._words: list[list[str]] = []
+        self._waiting = 0
+        self._made: list[np.ndarray] = []
+
+    def add(self, text: str) -> None:
+        self._words.append(words_of(text))
+        self._waiting += len(self._words[-1])
+        if self._waiting >= BATCH_WORDS:
+            self._sign()
+
+    def write(self, path: Path) -> None:
+        """Write the signatures of all documents, uint32 [VALUES, documents]: one band lies in one place."""
+        self._sign()
+        np.concatenate(self._made).T.astype("<u4").tofile(path)
+
+    def _sign(self) -> None:
+        hashed = self._rensa.hash_token_sets(self._words) if self._words else []
+        pairs = [_pairs(np.asarray(hashes, np.uint64)) for hashes in hashed]
+        starts = np.cumsum([0, *map(len, pairs)], dtype=np.uint64)
+        flat = np.concatenate([np.empty(0, np.uint64), *pairs])
+        rows = self._rensa.digest_matrix_from_flat_token_hashes(flat, starts, VALUES, SEED).to_rows() if pairs else []
+        self._made.append(np.array(rows, np.uint32).reshape(-1, VALUES))
+        self._words, self._waiting = [], 0
+
+
+def _pairs(words: np.ndarray) -> np.ndarray:
+    """uint64 hashes of neighbouring words; of the word itself when there is one."""
+    if len(words) < 2:
+        return words
+    mixed = words[:-1] * _ODD
+    return (mixed ^ (mixed >> np.uint64(31))) + words[1:]
+
+
+def find(
+    files: list[Path], similarity: float, heartbeat: Callable[[], None] = lambda: None
+) -> Iterator[np.ndarray]:
+    """For each unit's file, in order: FOUND_DTYPE [n], ascending, the documents that resemble an earlier one.
+
+    The earlier document is one that stays. Holds some 40 bytes per document, and 512 per pair compared at once.
+    """
+    signatures = _Signatures(files)
+    least, rows = jaccard(similarity), band_rows(similarity)
+    first = np.arange(signatures.total, dtype=np.int64)  # the earliest document that resembles this one
+    for band in range(VALUES // rows):
+        keys = signatures.band(band * rows, rows)
+        order = np.argsort(keys, kind="stable")
+        new = np.flatnonzero(np.concatenate([[True], keys[order[1:]] != keys[order[:-1]]]))
+        group = np.repeat(order[new], np.diff(np.append(new, len(order))))  # the first with this key
+        for earlier, later in ((group, order), (order[:-1], order[1:])):
+            same = (keys[earlier] == keys[later]) & (earlier < first[later])
+            earlier, later = earlier[same], later[same]
+            alike = signatures.alike(earlier, later, least)
+            np.minimum.at(first, later[alike], earlier[alike])
+        heartbeat()
+    _resolve(signatures, first, least)
+    for unit, start in enumerate(signatures.starts[:-1]):
+        of = first[start : signatures.starts[unit + 1]]
+        number = np.flatnonzero(of != np.arange(start, start + len(of)))
+        found = np.empty(len(number), FOUND_DTYPE)
+        found["number"] = number
+        found["of_unit"] = np.searchsorted(signatures.starts, of[number], side="right") - 1
+        found["of_number"] = of[number] - signatures.starts[found["of_unit"]]
+        yield found
+
+
+def _resolve(signatures: _Signatures, first: np.ndarray, least: float) -> None:
+    """Make every dropped document name one that stays, or keep it."""
+    for later in np.flatnonzero(first != np.arange(len(first))):
+        earlier = first[first[later]]
+        if earlier != first[later]:
+            one, two = np.array([earlier]), np.array([later])
+            first[later] = earlier if signatures.alike(one, two, least)[0] else later
+
+
+class _Signatures:
+    """The signatures of all units' documents. Files are opened one at a time."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        counts = [path.stat().st_size // (4 * VALUES) for path in files]
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.total = int(self.starts[-1])
+
+    def _open(self, unit: int) -> np.ndarray:
+        documents = int(self.starts[unit + 1] - self.starts[unit])
+        if not documents:
+            return np.empty((VALUES, 0), "<u4")
+        return np.memmap(self.files[unit], "<u4", "r", shape=(VALUES, documents))
+
+    def band(self, start: int, rows: int) -> np.ndarray:
+        """uint64 [documents]: a key of `rows` values of each signature."""
+        keys = np.zeros(self.total, np.uint64)
+        for unit in range(len(self.files)):
+            part = keys[self.starts[unit] : self.starts[unit + 1]]
+            for values in self._open(unit)[start : start + rows]:
+                part ^= values
+                part *= _ODD
+                part ^= part >> np.uint64(29)
+        return keys
+
+    def alike(self, earlier: np.ndarray, later: np.ndarray, least: float) -> np.ndarray:
+        """bool [pairs]: whether the signatures agree in at least the share `least` of their values."""
+        result = np.empty(len(earlier), bool)
+        for start in range(0, len(earlier), BATCH_WORDS // VALUES):
+            part = slice(start, start + BATCH_WORDS // VALUES)
+            one, two = self._rows(earlier[part]), self._rows(later[part])
+            # A document without words has the same values as any other such document.
+            result[part] = ((one == two).mean(axis=1) >= least) & ~(one == one[:, :1]).all(axis=1)
+        return result
+
+    def _rows(self, documents: np.ndarray) -> np.ndarray:
+        """uint32 [n, VALUES]: the signatures of some documents."""
+        found = np.empty((len(documents), VALUES), np.uint32)
+        units = np.searchsorted(self.starts, documents, side="right") - 1
+        for unit in np.unique(units):
+            chosen = units == unit
+            found[chosen] = self._open(unit)[:, documents[chosen] - self.starts[unit]].T
+        return found
