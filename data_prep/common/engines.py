@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, CancelledError, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Protocol
 
 from data_prep.common.errors import UserError, describe, first_line, log
@@ -189,8 +190,11 @@ def dask_engine(scheduler: str) -> Iterator[Engine]:
             log(f"data-prep: the Dask cluster at {scheduler} has no worker yet; waiting for one")
         try:
             executor = client.get_executor(pure=False)
-            # The scheduler gives a lost worker's task to others, up to its limit of deaths for one task.
-            _refuse_killers(run_by(executor, function, tasks, watch, distributed.KilledWorker))
+            # The scheduler gives a lost worker's tasks to others. After some deaths it blames every task that
+            # was there each time; alone they show which it was.
+            blamed = run_by(executor, function, tasks, watch, distributed.KilledWorker)
+            alone = (run_by(executor, function, [task], watch, distributed.KilledWorker) for task in blamed)
+            _refuse_killers(list(chain.from_iterable(alone)))
         except (UserError, OSError, Incomplete):
             raise
         except CancelledError:

@@ -355,6 +355,14 @@ def test_several_mend_a_set_together(corpus: Path, shards: Path, tokenizer: Path
     assert contents(tmp_path / "s") == contents(shards)
 
 
+def test_launches_at_the_same_time_make_one_set(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
+    running = [start(arguments_for(corpus, tmp_path / "s", tokenizer, "--workers", "2")) for _ in range(3)]
+    for process in running:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err.decode()
+    assert contents(tmp_path / "s") == contents(shards)
+
+
 def test_ctrl_c_is_quiet_and_finished_units_are_kept(
     long_corpus: Path, long_shards: Path, tokenizer: Path, tmp_path: Path
 ):
@@ -364,9 +372,9 @@ def test_ctrl_c_is_quiet_and_finished_units_are_kept(
     done = output / ".unfinished/shard"
     wait_for(lambda: done.is_dir() and len(list(done.iterdir())) >= 3, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert b"Traceback" not in err
+    assert err == b"data-prep: interrupted\n"
     kept, broken = sorted(done.iterdir())[:2]
     inode = (kept / "part-000.tar").stat().st_ino
     (broken / "part-000.tar").write_bytes(b"cut short by a crash of the machine")  # noticed and made again
