@@ -50,6 +50,7 @@ Cut = Annotated[
 Rules = Annotated[Filters, Parameter(name="*", group=Group("Hygiene (all off by default)"))]
 Json = Annotated[bool, Parameter(help="print one JSON object")]
 NO_RULES = Filters()
+COMPARED = Parameter(group=Group("Comparisons (all off by default)"))
 WORK = Parameter(group=Group("Shards and work"))
 
 app = make_app(
@@ -107,7 +108,10 @@ def shard(
     max_tokens: Positive = 64,
     min_tokens: Positive = 1,
     rules: Rules = NO_RULES,
-    deduplicate: bool = False,
+    deduplicate: Annotated[bool, COMPARED] = False,
+    near_duplicates: Annotated[float | None, COMPARED] = None,
+    seen: Annotated[Many, COMPARED] = (),
+    decontaminate: Annotated[Many, COMPARED] = (),
     shard_mb: Annotated[Megabytes, WORK] = 64.0,
     shard_documents: Annotated[Positive | None, WORK] = None,
     compression: Annotated[Literal["none", "zstd"], WORK] = "none",
@@ -127,6 +131,9 @@ def shard(
         max_tokens: longest sentence
         min_tokens: join shorter sentences to a neighbour (1: off)
         deduplicate: keep one of documents with the same text
+        near_duplicates: keep one of documents of which this share of the words is the same, such as 0.8
+        seen: with --near-duplicates: folders of shard sets whose documents count as earlier ones
+        decontaminate: drop documents that share 13 words in a row with a text of these files
         shard_mb: size of a shard
         shard_documents: at most this many in a shard
         compression: of each member of a shard
@@ -136,6 +143,7 @@ def shard(
         scheduler: address of the Dask cluster's scheduler, such as tcp://node1:8786
     """
     from data_prep.common.progress_line import ProgressLine
+    from data_prep.corpus.decontamination import TestTexts
     from data_prep.jobs.job import ShardSettings
     from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
@@ -148,6 +156,9 @@ def shard(
         sentences=SentenceSettings(segmenter, lang, max_tokens, min_tokens),
         hygiene=rules,
         deduplicate=deduplicate,
+        near_duplicates=near_duplicates,
+        seen=tuple(seen),
+        test_texts=TestTexts.read(decontaminate)[0] if decontaminate else None,
         shard_bytes=int(shard_mb * 1e6),
         shard_documents=shard_documents or 0,
         compression=compression,

@@ -9,6 +9,7 @@ depend on the number of workers. (Broder 1997; bands: Leskovec et al., Mining of
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ VALUES = 128  # of a signature: the standard error of J is at most 0.044
 SEED = 42
 RECALL = 0.99  # of pairs with the similarity asked for, before their signatures are compared
 BATCH_WORDS = 1 << 18
-FOUND_DTYPE = np.dtype([("number", "<u4"), ("of_unit", "<u4"), ("of_number", "<u4")])
+SIGNATURES, IDS = "signatures.bin", "ids.txt"
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -44,31 +45,39 @@ def band_rows(similarity: float) -> int:
 
 
 class Signer:
-    """Signs documents one by one, in batches."""
+    """Signs documents one by one, in batches, and keeps their ids."""
 
     def __init__(self) -> None:
         self._rensa = import_extra("rensa", "near-duplicates").RMinHash
         self._words: list[list[str]] = []
         self._waiting = 0
         self._made: list[np.ndarray] = []
+        self._ids: list[str] = []
 
-    def add(self, text: str) -> None:
+    def add(self, id: str, text: str) -> None:
+        self._ids.append(json.dumps(id))
         self._words.append(words_of(text))
         self._waiting += len(self._words[-1])
         if self._waiting >= BATCH_WORDS:
             self._sign()
 
-    def write(self, path: Path) -> None:
-        """Write the signatures of all documents, uint32 [VALUES, documents]: one band lies in one place."""
+    def write(self, folder: Path) -> None:
+        """Write the signatures of all documents, uint32 [VALUES, documents], so that a band lies in one place,
+        and the ids, one per line."""
         self._sign()
-        np.concatenate(self._made).T.astype("<u4").tofile(path)
+        np.concatenate(self._made).T.astype("<u4").tofile(folder / SIGNATURES)
+        (folder / IDS).write_text("\n".join(self._ids), encoding="ascii")
 
     def _sign(self) -> None:
         hashed = self._rensa.hash_token_sets(self._words) if self._words else []
         pairs = [_pairs(np.asarray(hashes, np.uint64)) for hashes in hashed]
         starts = np.cumsum([0, *map(len, pairs)], dtype=np.uint64)
         flat = np.concatenate([np.empty(0, np.uint64), *pairs])
-        rows = self._rensa.digest_matrix_from_flat_token_hashes(flat, starts, VALUES, SEED).to_rows() if pairs else []
+        rows = (
+            self._rensa.digest_matrix_from_flat_token_hashes(flat, starts, VALUES, SEED).to_rows()
+            if pairs
+            else []
+        )
         self._made.append(np.array(rows, np.uint32).reshape(-1, VALUES))
         self._words, self._waiting = [], 0
 
@@ -82,16 +91,31 @@ def _pairs(words: np.ndarray) -> np.ndarray:
 
 
 def find(
-    files: list[Path], similarity: float, heartbeat: Callable[[], None] = lambda: None
-) -> Iterator[np.ndarray]:
-    """For each unit's file, in order: FOUND_DTYPE [n], ascending, the documents that resemble an earlier one.
+    folders: list[Path], similarity: float, heartbeat: Callable[[], None] = lambda: None
+) -> Iterator[dict[int, str]]:
+    """For each unit's folder, in order: the numbers of documents that resemble an earlier one, and its id.
 
     The earlier document is one that stays. Holds some 40 bytes per document, and 512 per pair compared at once.
     """
-    signatures = _Signatures(files)
+    signatures = _Signatures([folder / SIGNATURES for folder in folders])
+    first, starts = _first_alike(signatures, similarity, heartbeat), signatures.starts
+    later = np.flatnonzero(first != np.arange(len(first)))
+    units = np.searchsorted(starts, first[later], side="right") - 1
+    ids: dict[int, str] = {}
+    for unit in np.unique(units):
+        lines = (folders[unit] / IDS).read_text(encoding="ascii").split("\n")
+        ids |= {int(n): json.loads(lines[n - starts[unit]]) for n in np.unique(first[later[units == unit]])}
+        heartbeat()
+    for start, end in zip(starts, starts[1:], strict=False):
+        here = later[np.searchsorted(later, start) : np.searchsorted(later, end)]
+        yield {int(n - start): ids[int(first[n])] for n in here}
+
+
+def _first_alike(signatures: _Signatures, similarity: float, heartbeat: Callable[[], None]) -> np.ndarray:
+    """int64 [documents]: the earliest document, among those that stay, that each one resembles; or itself."""
     least, rows = jaccard(similarity), band_rows(similarity)
-    first = np.arange(signatures.total, dtype=np.int64)  # the earliest document that resembles this one
-    for band in range(VALUES // rows):
+    first = np.arange(signatures.total, dtype=np.int64)
+    for band in range(VALUES // rows if signatures.total else 0):
         keys = signatures.band(band * rows, rows)
         order = np.argsort(keys, kind="stable")
         new = np.flatnonzero(np.concatenate([[True], keys[order[1:]] != keys[order[:-1]]]))
@@ -103,14 +127,7 @@ def find(
             np.minimum.at(first, later[alike], earlier[alike])
         heartbeat()
     _resolve(signatures, first, least)
-    for unit, start in enumerate(signatures.starts[:-1]):
-        of = first[start : signatures.starts[unit + 1]]
-        number = np.flatnonzero(of != np.arange(start, start + len(of)))
-        found = np.empty(len(number), FOUND_DTYPE)
-        found["number"] = number
-        found["of_unit"] = np.searchsorted(signatures.starts, of[number], side="right") - 1
-        found["of_number"] = of[number] - signatures.starts[found["of_unit"]]
-        yield found
+    return first
 
 
 def _resolve(signatures: _Signatures, first: np.ndarray, least: float) -> None:

@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, job: Job, report: Report):
         self._work, self._report = job.work_folder(), report
         units = job.units if job.only is None else job.only
-        self._names = (["hash"] if job.settings.deduplicate else []) + ["shard"]
+        self._names = (["hash"] if job.settings.compares else []) + ["shard"]
         self._finished: dict[tuple[str, int], dict] = {}
         self._phase_started = self._reported = time.monotonic()
         self._first_documents = 0

@@ -82,10 +82,10 @@ def run_job(
     """Run what is missing of this launch's share; then merge. Raises `Unfinished` when more is missing."""
     work, (number, count) = job.work_folder(), share
     # The largest first, so that no process runs a long unit alone at the end.
-    order = sorted(job.units, key=lambda unit: -job.unit_bytes(unit))
+    order = {unit: -job.unit_bytes(unit) for unit in job.units}
 
     def run_phase(phase: str, wanted: Collection[int]) -> None:
-        mine = [unit for unit in order if unit in wanted][number::count]
+        mine = sorted(wanted, key=lambda unit: order.get(unit, unit))[number::count]
         with work.lock(shared=count > 1):
             done = work.done(phase)
             missing = [unit for unit in mine if unit not in done]
@@ -99,7 +99,11 @@ def run_job(
 
     while not work.is_finished():
         try:
-            if job.settings.deduplicate:
+            if job.settings.test_texts:
+                with work.lock():
+                    work.make("spans", 0, partial(units.write_test_spans, job))
+            if job.settings.compares:
+                run_phase("seen", range(len(job.seen)))
                 run_phase("hash", job.units)
                 with work.lock():
                     work.make("duplicates", 0, partial(units.find_duplicates, job, work, progress))

@@ -1,11 +1,14 @@
 """The work of one unit of `data-prep shard`, in whatever process runs it.
 
-Phases: with `--deduplicate` first `hash` (the hashes of a unit's good documents) and `duplicates` (which of
-them repeat an earlier one, one step for all units); then `shard` (a unit's shards, quarantine and record).
+Phases: where documents are compared, first `seen` (the signatures of a shard of an earlier set), `hash` (hashes
+and signatures of a unit's good documents) and `duplicates` (which of them repeat or resemble an earlier one, one
+step for all units); then `shard` (a unit's shards, quarantine and record).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import threading
 import time
@@ -13,21 +16,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from data_prep.common.errors import UserError
-from data_prep.common.files import json_bytes
+from data_prep.common.files import json_bytes, read_json
 from data_prep.common.results import RECORD, WorkFolder
-from data_prep.corpus import duplicates
+from data_prep.corpus import duplicates, near_duplicates
+from data_prep.corpus.decontamination import TestSpans, TestTexts
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.inputs import Piece
 from data_prep.jobs.job import Job, Task
 from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
+from data_prep.shards.reader import ShardSet
 from data_prep.shards.writer import ShardSeries
 from data_prep.text.sentences import cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer, load_tokenizer
 
-HASHES = "hashes.bin"
+HASHES, SPANS = "hashes.bin", "spans.npz"
+NEAR, CONTAMINATED = "near-duplicate", "shares words with a test text"  # reasons in the quarantine
 HEARTBEAT_SECONDS = 0.5
 
 Heartbeat = Callable[[dict[str, int]], None]
@@ -45,18 +49,43 @@ def run_unit(task: Task, watch: Callable[[], None] = lambda: None) -> None:
             watch()
 
         worker = Worker(task.job)
-        (worker.hash_unit if task.phase == "hash" else worker.shard_unit)(task.unit, folder, heartbeat)
+        runs = {"seen": worker.sign_seen, "hash": worker.hash_unit, "shard": worker.shard_unit}
+        runs[task.phase](task.unit, folder, heartbeat)
 
     with _one_at_a_time:
         task.job.work_folder().make(task.phase, task.unit, run)
 
 
 def find_duplicates(job: Job, work: WorkFolder, heartbeat: Callable[[], None], folder: Path) -> None:
-    """The documents of every unit whose text occurs earlier, in the order of units and documents."""
-    work.require("hash", job.units)
-    files = [work.result("hash", n) / HASHES for n in job.units]
-    for n, dropped in enumerate(duplicates.find(files, heartbeat)):
-        np.save(folder / f"{n:06d}.npy", dropped)
+    """Which documents of every unit are dropped for an earlier one, in the order of units and documents.
+
+    Writes {number: id of the earlier document, or null where the text is the same} for each unit.
+    """
+    settings = job.settings
+    units, seen = list(job.units), range(len(job.seen))
+    work.require("hash", units)
+    results = [work.result("hash", n) for n in units]
+    dropped: list[dict[int, str | None]] = [{} for _ in units]
+    if settings.near_duplicates is not None:
+        work.require("seen", seen)
+        folders = [work.result("seen", n) for n in seen] + results
+        found = near_duplicates.find(folders, settings.near_duplicates, heartbeat)
+        dropped = list(itertools.islice(found, len(seen), None))
+    if settings.deduplicate:
+        files = [result / HASHES for result in results]
+        for unit, same in zip(dropped, duplicates.find(files, heartbeat), strict=True):
+            unit |= dict.fromkeys(same.tolist())
+    for n, unit in enumerate(dropped):
+        (folder / f"{n:06d}.json").write_text(json.dumps(unit), encoding="ascii")
+    (folder / RECORD).write_bytes(json_bytes({"counts": {}}))
+
+
+def write_test_spans(job: Job, folder: Path) -> None:
+    """The spans of the test texts, for all processes."""
+    texts, spans = TestTexts.read(job.settings.test_texts.files)
+    if texts != job.settings.test_texts:
+        raise UserError(f"test texts {', '.join(texts.files)} have changed since the run started; run again")
+    spans.write(folder / SPANS)
     (folder / RECORD).write_bytes(json_bytes({"counts": {}}))
 
 
@@ -66,15 +95,34 @@ class Worker:
     def __init__(self, job: Job):
         self.job, self.work = job, job.work_folder()
 
+    def sign_seen(self, number: int, folder: Path, heartbeat: Heartbeat) -> None:
+        """The signatures of one shard of the sets whose documents count as earlier ones."""
+        path, shard = self.job.seen[number]
+        shards, signer = ShardSet.open(path), near_duplicates.Signer()
+        tokenizer, documents = shards.tokenizer(), shards.shard(shard)
+        for n in range(len(documents)):
+            document = documents.document(n)
+            signer.add(document.id, tokenizer.decode(document.tokens))
+            heartbeat({})
+        signer.write(folder)
+        (folder / RECORD).write_bytes(json_bytes({"counts": {}}))
+
     def hash_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
-        """The hashes of a unit's good documents, in order."""
-        counts = _Counts(heartbeat)
+        """The hashes and signatures of a unit's good documents, in order."""
+        settings, counts = self.job.settings, _Counts(heartbeat)
         hashes = bytearray()
+        signer = near_duplicates.Signer() if settings.near_duplicates is not None else None
         for _, reader in self._pieces(unit):
             for item in counts.follow(reader):
                 if isinstance(item, RawDocument):
-                    hashes += duplicates.hash128(item.content.encode("utf-8"))
-        duplicates.write_hashes(folder / HASHES, hashes)
+                    if settings.deduplicate:
+                        hashes += duplicates.hash128(item.content.encode("utf-8"))
+                    if signer:
+                        signer.add(item.id, item.content)
+        if settings.deduplicate:
+            duplicates.write_hashes(folder / HASHES, hashes)
+        if signer:
+            signer.write(folder)
         (folder / RECORD).write_bytes(json_bytes({"counts": counts.final()}))
 
     def shard_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
@@ -96,7 +144,7 @@ class Worker:
                     result: Document | Reject
                     if isinstance(item, RawDocument):
                         good += 1
-                        result = self._cut(item, good - 1 in dropped)
+                        result = self._compare(item, good - 1, dropped) or self._cut(item)
                         if isinstance(result, Reject):
                             counts.move_to_rejected()
                     else:
@@ -144,16 +192,30 @@ class Worker:
         for piece in self.job.units[unit]:
             yield piece, DocumentReader(piece, settings.sentences.language, settings.hygiene)
 
-    def _dropped(self, unit: int) -> set[int]:
-        """Numbers of the unit's good documents that repeat an earlier one."""
-        if not self.job.settings.deduplicate:
-            return set()
+    def _dropped(self, unit: int) -> dict[str, str | None]:
+        """The unit's good documents that are dropped for an earlier one, by number (see `find_duplicates`)."""
+        if not self.job.settings.compares:
+            return {}
         self.work.require("duplicates", [0])
-        return set(np.load(self.work.result("duplicates", 0) / f"{unit:06d}.npy").tolist())
+        return read_json(self.work.result("duplicates", 0) / f"{unit:06d}.json")
 
-    def _cut(self, raw: RawDocument, is_duplicate: bool) -> Document | Reject:
-        if is_duplicate:
-            return Reject(raw.line, "duplicate", raw.member)
+    def _compare(self, raw: RawDocument, number: int, dropped: dict[str, str | None]) -> Reject | None:
+        """Why a document is dropped for its likeness to an earlier one or to a test text, or None."""
+        if (key := str(number)) in dropped:
+            of = dropped[key]
+            return Reject(raw.line, "duplicate" if of is None else NEAR, raw.member, of=of or "")
+        if self._spans and (words := self._spans.found_in(raw.content)):
+            return Reject(raw.line, CONTAMINATED, raw.member, of=words)
+        return None
+
+    @functools.cached_property
+    def _spans(self) -> TestSpans | None:
+        if self.job.settings.test_texts is None:
+            return None
+        self.work.require("spans", [0])
+        return TestSpans.load(self.work.result("spans", 0) / SPANS)
+
+    def _cut(self, raw: RawDocument) -> Document | Reject:
         settings = self.job.settings.sentences
         segmenter = settings.segmenter_for(raw.language)
         try:
@@ -198,4 +260,6 @@ class _Counts:
 def _quarantine_line(piece: Piece, reject: Reject) -> bytes:
     member = {"member": reject.member} if reject.member else {}
     entry = {"file": piece.file.name, **member, "line": reject.line, "reason": reject.reason}
+    if reject.of:
+        entry["of"] = reject.of
     return json.dumps(entry).encode("ascii") + b"\n"

@@ -88,8 +88,12 @@ def _is_complete(target: Path, source: ShardSet, check: bool) -> bool:
             return False
         if check:
             return all(file_sha256(target / name) == sha256 for name, sha256 in source.files().items())
-        sizes = [((target / entry["file"]).stat().st_size, entry["size"]) for entry in source.manifest["shards"]]
-        return all(found == size for found, size in sizes) and all((target / f).is_file() for f in source.files())
+        sizes = [
+            ((target / entry["file"]).stat().st_size, entry["size"]) for entry in source.manifest["shards"]
+        ]
+        return all(found == size for found, size in sizes) and all(
+            (target / f).is_file() for f in source.files()
+        )
     except OSError:
         return False
 

@@ -29,7 +29,10 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         rng = random.Random(seed)
-        self.environment = ACCESS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}", "AWS_MAX_ATTEMPTS": "1"}
+        self.environment = ACCESS | {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_MAX_ATTEMPTS": "1",
+        }
         self._folder, self._limits = folder, [rng.randint(1, most) for _ in range(kills)]
         self.killed = 0
         self._process = self._start()
@@ -40,7 +43,9 @@ class Server:
     def _start(self, number: int = 0) -> subprocess.Popen:
         limit = self._limits[number] if number < len(self._limits) else 0
         process = subprocess.Popen(
-            [sys.executable, __file__, str(self._folder), str(self.port), str(limit)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, __file__, str(self._folder), str(self.port), str(limit)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         assert process.stdout is not None
         process.stdout.readline()  # it listens, and holds all files
