@@ -143,7 +143,7 @@ def shard(
         scheduler: address of the Dask cluster's scheduler, such as tcp://node1:8786
     """
     from data_prep.common.progress_line import ProgressLine
-    from data_prep.corpus.decontamination import TestTexts
+    from data_prep.corpus.decontamination import HeldOutTexts
     from data_prep.jobs.job import ShardSettings
     from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
@@ -158,7 +158,7 @@ def shard(
         deduplicate=deduplicate,
         near_duplicates=near_duplicates,
         seen=tuple(seen),
-        test_texts=TestTexts.read(decontaminate)[0] if decontaminate else None,
+        test_texts=HeldOutTexts.read(decontaminate)[0] if decontaminate else None,
         shard_bytes=int(shard_mb * 1e6),
         shard_documents=shard_documents or 0,
         compression=compression,

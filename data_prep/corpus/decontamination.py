@@ -23,7 +23,7 @@ _MIX = np.random.Generator(np.random.PCG64(13)).integers(0, 1 << 63, SPAN, np.ui
 
 
 @dataclass(frozen=True)
-class TestTexts:
+class HeldOutTexts:
     """Test texts that must not be learned from: part of a shard set's settings.
 
     Args:
@@ -38,10 +38,10 @@ class TestTexts:
     sha256: str
 
     @classmethod
-    def read(cls, files: Iterable[str]) -> tuple[TestTexts, TestSpans]:
+    def read(cls, files: Iterable[str]) -> tuple[HeldOutTexts, HeldOutSpans]:
         """The texts and their spans. Raises `UserError` when no text has a span."""
         files = tuple(files)
-        spans, digest = TestSpans(), hashlib.sha256()
+        spans, digest = HeldOutSpans(), hashlib.sha256()
         for file in find_inputs(files):
             for item in DocumentReader(file):
                 if not isinstance(item, RawDocument):
@@ -59,7 +59,7 @@ class TestTexts:
         return {"texts": self.texts, "short": self.short, "sha256": self.sha256, "words": SPAN}
 
 
-class TestSpans:
+class HeldOutSpans:
     """All spans of some test texts. `short`: texts with fewer words than a span, which cannot be found."""
 
     def __init__(self, texts: Iterable[str] = ()):
@@ -85,7 +85,7 @@ class TestSpans:
 
     @classmethod
     @functools.lru_cache(maxsize=1)
-    def load(cls, path: Path) -> TestSpans:
+    def load(cls, path: Path) -> HeldOutSpans:
         """What `write` wrote, read once in each process."""
         spans = cls()
         with np.load(path) as found:
@@ -111,7 +111,6 @@ def _hashes(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint64 hashes of the spans of known words, and where they start."""
     if len(codes) < SPAN:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
-    spans = np.lib.stride_tricks.sliding_window_view(codes, SPAN)
     unknown = np.concatenate([[0], np.cumsum(codes == 0)])
     starts = np.flatnonzero(unknown[SPAN:] == unknown[:-SPAN])
     mixed = codes * _MIX[0]

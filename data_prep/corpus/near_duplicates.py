@@ -1,10 +1,10 @@
 """Near-duplicates by MinHash-LSH: sign every document, then find those that resemble an earlier one.
 
-The similarity of two documents is the share of words that an editor left as they were. Signatures estimate the
-Jaccard index J of the sets of word pairs; of pairs of which a share s of words is the same, s^2 survive, so
-J = s^2 / (2 - s^2). rensa makes the signatures (128 values of 32 bits); documents with an equal band are compared
-by their whole signatures. The first document stays, in the order of units and documents, so the result does not
-depend on the number of workers. (Broder 1997; bands: Leskovec et al., Mining of Massive Datasets, 3.4.)
+The similarity of two documents is the share s of words that an editor left as they were. Then s^2 of the
+pairs of neighbouring words survive, and the Jaccard index of the sets of pairs is J = s^2 / (2 - s^2).
+Signatures (by rensa, 128 values of 32 bits) estimate J; documents with an equal band are compared by whole
+signatures. The first document stays, in the order of units and documents, so the result does not depend on
+the number of workers. (Broder 1997; bands: Leskovec et al., Mining of Massive Datasets, 3.4.)
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class Signer:
             self._sign()
 
     def write(self, folder: Path) -> None:
-        """Write the signatures of all documents, uint32 [VALUES, documents], so that a band lies in one place,
-        and the ids, one per line."""
+        """Write the signatures, uint32 [VALUES, documents]: a band lies in one place; and the ids by line."""
         self._sign()
         np.concatenate(self._made).T.astype("<u4").tofile(folder / SIGNATURES)
         (folder / IDS).write_text("\n".join(self._ids), encoding="ascii")
@@ -95,7 +94,7 @@ def find(
 ) -> Iterator[dict[int, str]]:
     """For each unit's folder, in order: the numbers of documents that resemble an earlier one, and its id.
 
-    The earlier document is one that stays. Holds some 40 bytes per document, and 512 per pair compared at once.
+    The earlier document is one that stays. Holds some 40 bytes per document.
     """
     signatures = _Signatures([folder / SIGNATURES for folder in folders])
     first, starts = _first_alike(signatures, similarity, heartbeat), signatures.starts

@@ -1,8 +1,8 @@
 """The work of one unit of `data-prep shard`, in whatever process runs it.
 
-Phases: where documents are compared, first `seen` (the signatures of a shard of an earlier set), `hash` (hashes
-and signatures of a unit's good documents) and `duplicates` (which of them repeat or resemble an earlier one, one
-step for all units); then `shard` (a unit's shards, quarantine and record).
+Phases: where documents are compared, first `seen` (the signatures of a shard of an earlier set), `hash`
+(hashes and signatures of a unit's good documents) and `duplicates` (which of them repeat or resemble an
+earlier one, one step for all units); then `shard` (a unit's shards, quarantine and record).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes, read_json
 from data_prep.common.results import RECORD, WorkFolder
 from data_prep.corpus import duplicates, near_duplicates
-from data_prep.corpus.decontamination import TestSpans, TestTexts
+from data_prep.corpus.decontamination import HeldOutSpans, HeldOutTexts
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.inputs import Piece
 from data_prep.jobs.job import Job, Task
@@ -82,7 +82,7 @@ def find_duplicates(job: Job, work: WorkFolder, heartbeat: Callable[[], None], f
 
 def write_test_spans(job: Job, folder: Path) -> None:
     """The spans of the test texts, for all processes."""
-    texts, spans = TestTexts.read(job.settings.test_texts.files)
+    texts, spans = HeldOutTexts.read(job.settings.test_texts.files)
     if texts != job.settings.test_texts:
         raise UserError(f"test texts {', '.join(texts.files)} have changed since the run started; run again")
     spans.write(folder / SPANS)
@@ -193,7 +193,7 @@ class Worker:
             yield piece, DocumentReader(piece, settings.sentences.language, settings.hygiene)
 
     def _dropped(self, unit: int) -> dict[str, str | None]:
-        """The unit's good documents that are dropped for an earlier one, by number (see `find_duplicates`)."""
+        """The unit's good documents that are dropped for an earlier one (see `find_duplicates`)."""
         if not self.job.settings.compares:
             return {}
         self.work.require("duplicates", [0])
@@ -209,11 +209,11 @@ class Worker:
         return None
 
     @functools.cached_property
-    def _spans(self) -> TestSpans | None:
+    def _spans(self) -> HeldOutSpans | None:
         if self.job.settings.test_texts is None:
             return None
         self.work.require("spans", [0])
-        return TestSpans.load(self.work.result("spans", 0) / SPANS)
+        return HeldOutSpans.load(self.work.result("spans", 0) / SPANS)
 
     def _cut(self, raw: RawDocument) -> Document | Reject:
         settings = self.job.settings.sentences

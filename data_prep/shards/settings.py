@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from data_prep.common.errors import UserError
 from data_prep.corpus import near_duplicates
-from data_prep.corpus.decontamination import TestTexts
+from data_prep.corpus.decontamination import HeldOutTexts
 from data_prep.corpus.filters import Filters
 from data_prep.shards.layout import ZSTD_LEVEL
 from data_prep.shards.reader import ShardSet
@@ -37,7 +37,7 @@ class ShardSettings:
     unit_bytes: int | None = None
     near_duplicates: float | None = None
     seen: tuple[str, ...] = ()
-    test_texts: TestTexts | None = None
+    test_texts: HeldOutTexts | None = None
 
     def __post_init__(self) -> None:
         if self.near_duplicates is None and self.seen:

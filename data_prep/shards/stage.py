@@ -1,8 +1,8 @@
 """`data-prep stage`: verified copies of shard sets on a node's local disk, as `LOCAL/NAME-FINGERPRINT/`.
 
 One process per node copies. An existing copy is verified and used, or replaced if it differs. A copy appears
-complete or not at all, and processes that copy the same set at the same time do not conflict. Sets behind a URL
-(s3://bucket/set) are copied like this before anything reads them.
+complete or not at all, and processes that copy the same set at the same time do not conflict. Sets behind a
+URL (s3://bucket/set) are copied like this before anything reads them.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ def test_what_a_crash_of_the_machine_cut_short_is_made_again(
     assert call(*arguments_for(corpus, tmp_path / "whole", tokenizer, "--deduplicate")) == 0
     kinds = ["shard/000002/part-000.tar", "shard/000002/part-000.index.npy", "shard/000003/quarantine.jsonl"]
     kinds += ["shard/000001/record.json", "shard/000001/sizes.json"]
-    kinds += ["hash/000004/hashes.bin", "duplicates/000000/000001.npy", "plan.json"]
+    kinds += ["hash/000004/hashes.bin", "duplicates/000000/000001.json", "plan.json"]
     for number, kind in enumerate(kinds):
         output = tmp_path / str(number)
         place = units if kind.startswith("hash") else units.Worker if "dup" in kind else run
