@@ -15,15 +15,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes, read_json
 from data_prep.common.results import RECORD, WorkFolder
 from data_prep.corpus import duplicates, near_duplicates
+from data_prep.corpus.compression import CONTAMINATED, Damage, DamagedMember
 from data_prep.corpus.decontamination import HeldOutSpans, HeldOutTexts
-from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
+from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, find_damage
+from data_prep.corpus.filters import DUPLICATE, NEAR_DUPLICATE, SHARES_WORDS
 from data_prep.corpus.inputs import Piece
 from data_prep.jobs.job import Job, Task
+from data_prep.jobs.limits import LEAST_RECORDS, UNVERIFIED_TEXT, Limits, TooManyRejected
 from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.writer import ShardSeries
@@ -31,10 +35,12 @@ from data_prep.text.sentences import cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer, load_tokenizer
 
 HASHES, SPANS = "hashes.bin", "spans.npz"
-NEAR, CONTAMINATED = "near-duplicate", "shares words with a test text"  # reasons in the quarantine
+DAMAGED = "damaged input"  # the quarantine's reason for a part that was left out
 HEARTBEAT_SECONDS = 0.5
 
 Heartbeat = Callable[[dict[str, int]], None]
+Readers = Iterator[tuple[Piece, DocumentReader]]
+T = TypeVar("T")
 
 loaded: dict[str, Tokenizer] = {}  # by fingerprint; filled before processes are forked
 _one_at_a_time = threading.Lock()  # a Dask worker may have several threads
@@ -109,27 +115,44 @@ class Worker:
 
     def hash_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """The hashes and signatures of a unit's good documents, in order."""
-        settings, counts = self.job.settings, _Counts(heartbeat)
-        hashes = bytearray()
-        signer = near_duplicates.Signer() if settings.near_duplicates is not None else None
-        for _, reader in self._pieces(unit):
-            for item in counts.follow(reader):
-                if isinstance(item, RawDocument):
-                    if settings.deduplicate:
+        settings = self.job.settings
+
+        def read(readers: Readers, counts: _Counts) -> list[str]:
+            hashes, found = bytearray(), []
+            signer = near_duplicates.Signer() if settings.near_duplicates is not None else None
+            for _, reader in readers:
+                for item in counts.follow(reader):
+                    if isinstance(item, RawDocument):
                         hashes += duplicates.hash128(item.content.encode("utf-8"))
-                    if signer:
-                        signer.add(item.id, item.content)
-        if settings.deduplicate:
+                        if signer:
+                            signer.add(item.id, item.content)
+                found.append(reader.sha256)
             duplicates.write_hashes(folder / HASHES, hashes)
-        if signer:
-            signer.write(folder)
-        (folder / RECORD).write_bytes(json_bytes({"counts": counts.final()}))
+            if signer:
+                signer.write(folder)
+            return found
+
+        found, counts = self._verified(unit, folder, heartbeat, read)
+        (folder / RECORD).write_bytes(json_bytes({"counts": counts.final(), "sha256": found}))
 
     def shard_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """Read one unit; write its shards as `part-NNN.tar`, its quarantine and a record."""
-        settings = self.job.settings
-        counts = _Counts(heartbeat)
         dropped = self._dropped(unit)
+
+        def read(readers: Readers, counts: _Counts) -> dict:
+            return self._shard(readers, counts, folder, dropped)
+
+        record, counts = self._verified(unit, folder, heartbeat, read)
+        if self.job.settings.deduplicate:
+            hashed = json.loads((self.work.result("hash", unit) / RECORD).read_bytes())
+            # The numbers of duplicates count the documents that were hashed.
+            if hashed["sha256"] != [piece["sha256"] for piece in record["pieces"]]:
+                names = ", ".join(piece.file.name for piece in self.job.units[unit][:3])
+                raise UserError(f"{names}: changed while it was read; delete {self.job.work} and run again")
+        (folder / RECORD).write_bytes(json_bytes(record | {"counts": counts.final()}))
+
+    def _shard(self, readers: Readers, counts: _Counts, folder: Path, dropped: set[int]) -> dict:
+        settings = self.job.settings
         dtype = token_dtype(self.tokenizer.vocab_size)
         limits = settings.shard_bytes, settings.shard_documents
         shards = ShardSeries(folder / "part-", 3, dtype, settings.compression, *limits)
@@ -137,16 +160,16 @@ class Worker:
         pieces: list[dict] = []
         good = 0  # documents that passed the filters
         with open(folder / QUARANTINE, "wb") as quarantine:
-            for piece, reader in self._pieces(unit):
+            for piece, reader in readers:
                 rejected: Counter[str] = Counter()
                 documents, start = 0, quarantine.tell()
                 for item in counts.follow(reader):
                     result: Document | Reject
                     if isinstance(item, RawDocument):
                         good += 1
-                        result = self._compare(item, good - 1, dropped) or self._cut(item)
+                        result = self._judge(item, good - 1, dropped)
                         if isinstance(result, Reject):
-                            counts.move_to_rejected()
+                            counts.move_to_rejected(result.reason)
                     else:
                         result = item
                     if isinstance(result, Reject):
@@ -155,6 +178,9 @@ class Worker:
                         continue
                     shards.add(result)
                     documents += 1
+                for damage in reader.damage:
+                    rejected[DAMAGED] += 1
+                    quarantine.write(_quarantine_line(piece, Reject(0, DAMAGED), damage.start))
                 repaired.update(reader.repaired)
                 pieces.append(
                     {
@@ -166,13 +192,16 @@ class Worker:
                         "documents": documents,
                         "rejected": dict(rejected),
                         "quarantine_bytes": quarantine.tell() - start,
-                        "damage": reader.damage,
+                        "damage": [
+                            {"offset": one.start, "bytes": one.end - one.start, "damage": one.reason}
+                            for one in reader.damage
+                        ],
+                        "unverified": reader.unverified,
                     }
                 )
         shards.close()
-        record = {"pieces": pieces, "repaired": repaired, "parts": shards.entries, "counts": counts.final()}
-        record |= {"languages": shards.languages, "sources": shards.sources}
-        (folder / RECORD).write_bytes(json_bytes(record))
+        record = {"pieces": pieces, "repaired": repaired, "parts": shards.entries, "marked": shards.marked}
+        return record | {"languages": shards.languages, "sources": shards.sources}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -187,26 +216,66 @@ class Worker:
             loaded[wanted] = found
         return loaded[wanted]
 
-    def _pieces(self, unit: int) -> Iterator[tuple[Piece, DocumentReader]]:
-        settings = self.job.settings
-        for piece in self.job.units[unit]:
-            yield piece, DocumentReader(piece, settings.sentences.language, settings.hygiene)
+    def _verified(
+        self, unit: int, folder: Path, heartbeat: Heartbeat, read: Callable[[Readers, _Counts], T]
+    ) -> tuple[T, _Counts]:
+        """What `read` makes of a unit in `folder`, and the counts; made again, without the damaged members,
+        when a member fails its checksum after its text was read."""
+        pieces, settings = self.job.units[unit], self.job.settings
+
+        def attempt(damage: list[tuple[Damage, ...]] | None) -> tuple[T, _Counts]:
+            counts = _Counts(heartbeat, self.job.limits)
+
+            def readers() -> Readers:
+                for n, piece in enumerate(pieces):
+                    known = damage[n] if damage else None
+                    arguments = settings.sentences.language, settings.hygiene, known, settings.salvage
+                    yield piece, (reader := DocumentReader(piece, *arguments))
+                    problems = [one.reason for one in reader.damage]
+                    problems += [UNVERIFIED_TEXT] if reader.unverified else []
+                    self.job.limits.refuse_damage(piece.file.name, next(iter(problems), None))
+
+            return read(readers(), counts), counts
+
+        try:
+            return attempt(None)
+        except (DamagedMember, TooManyRejected) as error:  # garbage may be rejected before its checksum fails
+            damage = [find_damage(piece, lambda: heartbeat({})) for piece in pieces]
+            if not any(damage):
+                raise
+            if self.job.limits.strict:
+                raise UserError(f"{error}; --strict stops there, without it the rest is kept") from None
+        for path in folder.iterdir():
+            path.unlink()
+        return attempt(damage)
 
     def _dropped(self, unit: int) -> dict[str, str | None]:
         """The unit's good documents that are dropped for an earlier one (see `find_duplicates`)."""
         if not self.job.settings.compares:
             return {}
         self.work.require("duplicates", [0])
+        self.work.require("hash", [unit])
         return read_json(self.work.result("duplicates", 0) / f"{unit:06d}.json")
 
-    def _compare(self, raw: RawDocument, number: int, dropped: dict[str, str | None]) -> Reject | None:
-        """Why a document is dropped for its likeness to an earlier one or to a test text, or None."""
+    def _judge(self, raw: RawDocument, number: int, dropped: dict[str, str | None]) -> Document | Reject:
+        """A good document as it is stored, or why it is not. `number`: among the unit's good ones."""
+        mark = raw.mark
         if (key := str(number)) in dropped:
             of = dropped[key]
-            return Reject(raw.line, "duplicate" if of is None else NEAR, raw.member, of=of or "")
+            return Reject(raw.line, DUPLICATE if of is None else NEAR_DUPLICATE, raw.member, of or "")
         if self._spans and (words := self._spans.found_in(raw.content)):
-            return Reject(raw.line, CONTAMINATED, raw.member, of=words)
-        return None
+            if not self.job.settings.mark_contaminated:
+                return Reject(raw.line, SHARES_WORDS, raw.member, words)
+            mark |= CONTAMINATED
+        settings = self.job.settings.sentences
+        segmenter = settings.segmenter_for(raw.language)
+        try:
+            tokens, lengths = cut_document(raw.content, self.tokenizer, segmenter, settings)
+        except LossyTokenization:
+            return Reject(raw.line, "tokenizer loses text", raw.member)
+        data = raw.content.encode("utf-8")
+        facts = raw.id, raw.language, raw.source
+        return Document(*facts, tokens, lengths, len(data), hash64(data), mark)
 
     @functools.cached_property
     def _spans(self) -> HeldOutSpans | None:
@@ -215,29 +284,22 @@ class Worker:
         self.work.require("spans", [0])
         return HeldOutSpans.load(self.work.result("spans", 0) / SPANS)
 
-    def _cut(self, raw: RawDocument) -> Document | Reject:
-        settings = self.job.settings.sentences
-        segmenter = settings.segmenter_for(raw.language)
-        try:
-            tokens, lengths = cut_document(raw.content, self.tokenizer, segmenter, settings)
-        except LossyTokenization:
-            return Reject(raw.line, "tokenizer loses text", raw.member)
-        data = raw.content.encode("utf-8")
-        return Document(raw.id, raw.language, raw.source, tokens, lengths, len(data), hash64(data))
-
 
 class _Counts:
-    """Counts what readers yield, and reports the counts regularly."""
+    """Counts what readers yield, reports the counts regularly, and stops when too much is rejected."""
 
-    def __init__(self, heartbeat: Heartbeat):
-        self._heartbeat = heartbeat
-        self._before = self._bytes = self._documents = self._rejected = 0
+    def __init__(self, heartbeat: Heartbeat, limits: Limits):
+        self._heartbeat, self._limits = heartbeat, limits
+        self._before = self._bytes = self._documents = 0
+        self._rejected: Counter[str] = Counter()
         self._sent = time.monotonic()
 
     def follow(self, reader: DocumentReader) -> Iterator[RawDocument | Reject]:
         for item in reader:
             if isinstance(item, Reject):
-                self._rejected += 1
+                self._rejected[item.reason] += 1
+                if self._documents + self._rejected.total() >= LEAST_RECORDS:
+                    self._limits.refuse_rejected(self._rejected, self._documents, reader.file.name)
             else:
                 self._documents += 1
             yield item
@@ -248,18 +310,19 @@ class _Counts:
         self._before += reader.bytes_read
         self._bytes = self._before
 
-    def move_to_rejected(self) -> None:
+    def move_to_rejected(self, reason: str) -> None:
         """Count the last document as rejected: its text is a duplicate or cannot be tokenized."""
         self._documents -= 1
-        self._rejected += 1
+        self._rejected[reason] += 1
 
     def final(self) -> dict[str, int]:
-        return {"bytes": self._bytes, "documents": self._documents, "rejected": self._rejected}
+        rejected = self._rejected.total()
+        return {"bytes": self._bytes, "documents": self._documents, "rejected": rejected}
 
 
-def _quarantine_line(piece: Piece, reject: Reject) -> bytes:
-    member = {"member": reject.member} if reject.member else {}
-    entry = {"file": piece.file.name, **member, "line": reject.line, "reason": reject.reason}
+def _quarantine_line(piece: Piece, reject: Reject, offset: int | None = None) -> bytes:
+    place = {"member": reject.member} if reject.member else {} if offset is None else {"offset": offset}
+    entry = {"file": piece.file.name, **place, "line": reject.line, "reason": reject.reason}
     if reject.of:
         entry["of"] = reject.of
     return json.dumps(entry).encode("ascii") + b"\n"

@@ -108,7 +108,9 @@ def read_records(path: str, language: str) -> Iterator[RawDocument | Reject]:
         reader = DocumentReader(file, language)
         yield from reader
         if reader.damage:
-            raise UserError(f"{file.path}: {reader.damage}; an evaluation of half a file says nothing")
+            raise UserError(
+                f"{file.path}: {reader.damage[0].reason}; an evaluation of half a file says nothing"
+            )
 
 
 def _record_source(

@@ -11,8 +11,10 @@ from helpers.data_prep_command import data_prep, refused
 from helpers.model_folders import write_jsonl
 from helpers.tokenizer_folders import byte_level
 
+from data_prep.corpus.compression import CONTAMINATED
 from data_prep.corpus.decontamination import SPAN, HeldOutSpans
 from data_prep.shards.reader import ShardSet
+from data_prep.shards.verify import verify
 
 WORDS = [f"word{number}" for number in range(500)]
 
@@ -81,6 +83,27 @@ def test_shards_drop_contaminated_documents_and_count_them(
     assert {key: found[key] for key in ("texts", "short", "words")} == {"texts": 8, "short": 1, "words": SPAN}
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["of"] for line in lines] == [" ".join(text.split()[20:33]) for text in texts[:7]]
+
+
+def test_contaminated_documents_are_only_marked_on_request(tokenizer: Path, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    texts = [" ".join(rng.choices(WORDS, k=60)) + "." for _ in range(5)]
+    write_jsonl(tmp_path / "in.jsonl", texts)
+    write_jsonl(tmp_path / "tests.jsonl", [texts[1], texts[4]])
+    shard = (
+        "shard",
+        "--input",
+        tmp_path / "in.jsonl",
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        tmp_path / "out",
+    )
+    data_prep(*shard, "--decontaminate", tmp_path / "tests.jsonl", "--mark-contaminated")
+    shards = ShardSet.open(tmp_path / "out")
+    assert [document.mark for document in shards.documents()] == [0, CONTAMINATED, 0, 0, CONTAMINATED]
+    assert shards.manifest["marked"] == {"contaminated": 2} and shards.manifest["rejected"] == {}
+    assert verify(tmp_path / "out")["ok"]
 
 
 def test_changed_or_unusable_test_texts_are_refused(
