@@ -19,7 +19,7 @@ from cyclopts import Group, Parameter, validators
 
 import data_prep
 from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
-from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
+from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main, singular
 from data_prep.corpus.filters import Filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
@@ -204,7 +204,7 @@ def shard(
     for line in _damage_lines(manifest):
         print(f"data-prep: warning: {line}", file=sys.stderr)
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
-    print(jsonlib.dumps(summary) if json else _shard_text(summary))
+    print(jsonlib.dumps(summary) if json else singular(_shard_text(summary)))
     return DAMAGED if manifest["damaged"] else 0
 
 
@@ -295,7 +295,7 @@ def verify(folder: Folder, /, *, deep: bool = False, input: Inputs = (), json: J
         text += "; every text comes back from its tokens, and from its sentences"
         if input:
             text += f"; {result['compared']:,} documents are the input's, byte for byte"
-    print(jsonlib.dumps(result) if json else text)
+    print(jsonlib.dumps(result) if json else singular(text))
 
 
 @app.command(group="Shards")
@@ -383,7 +383,7 @@ def stats(folder: Folder, /, *, html: str | None = None, json: Json = False) -> 
         from data_prep.shards.stats_page import stats_page
 
         write_atomically(Path(html), stats_page(result).encode("utf-8"))
-    print(jsonlib.dumps(result) if json else statistics.stats_text(result))
+    print(jsonlib.dumps(result) if json else singular(statistics.stats_text(result)))
 
 
 @app.command(group="Shards")

@@ -240,7 +240,8 @@ class Worker:
         try:
             return attempt(None)
         except (DamagedMember, TooManyRejected) as error:  # garbage may be rejected before its checksum fails
-            damage = [find_damage(piece, lambda: heartbeat({})) for piece in pieces]
+            tick = _Counts(heartbeat, self.job.limits).tick
+            damage = [find_damage(piece, tick) for piece in pieces]
             if not any(damage):
                 raise
             if self.job.limits.strict:
@@ -303,12 +304,16 @@ class _Counts:
             else:
                 self._documents += 1
             yield item
-            if time.monotonic() - self._sent >= HEARTBEAT_SECONDS:
-                self._sent = time.monotonic()
-                self._bytes = self._before + reader.bytes_read
-                self._heartbeat(self.final())
+            self._bytes = self._before + reader.bytes_read
+            self.tick()
         self._before += reader.bytes_read
         self._bytes = self._before
+
+    def tick(self) -> None:
+        """Report the counts, if that is due."""
+        if time.monotonic() - self._sent >= HEARTBEAT_SECONDS:
+            self._sent = time.monotonic()
+            self._heartbeat(self.final())
 
     def move_to_rejected(self, reason: str) -> None:
         """Count the last document as rejected: its text is a duplicate or cannot be tokenized."""
