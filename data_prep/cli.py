@@ -20,6 +20,7 @@ from cyclopts import Group, Parameter, validators
 import data_prep
 from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
 from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main, singular
+from data_prep.common.remote import is_url
 from data_prep.corpus.filters import Filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
@@ -155,8 +156,8 @@ def shard(
     """
     from data_prep.common.progress_line import ProgressLine
     from data_prep.corpus.decontamination import HeldOutTexts
+    from data_prep.corpus.limits import Limits
     from data_prep.jobs.job import ShardSettings
-    from data_prep.jobs.limits import Limits
     from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
 
@@ -171,7 +172,7 @@ def shard(
         hygiene=rules,
         deduplicate=deduplicate,
         near_duplicates=near_duplicates,
-        seen=tuple(seen),
+        seen=tuple(folder if is_url(folder) else os.path.abspath(folder) for folder in seen),
         test_texts=HeldOutTexts.read(decontaminate)[0] if decontaminate else None,
         mark_contaminated=mark_contaminated,
         shard_bytes=int(shard_mb * 1e6),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_prep.common.results import WorkFolder
 from data_prep.corpus.inputs import InputFile, Piece
-from data_prep.jobs.limits import Limits
+from data_prep.corpus.limits import Limits
 from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings

@@ -16,9 +16,9 @@ from pathlib import Path
 from data_prep.common.engines import Engine, ProcessPool, dask_engine, mpi_engine, run_here
 from data_prep.common.errors import UserError
 from data_prep.common.results import Incomplete
+from data_prep.corpus.limits import Limits
 from data_prep.jobs import units
 from data_prep.jobs.job import Job
-from data_prep.jobs.limits import Limits
 from data_prep.jobs.merge import merge, restore_shards
 from data_prep.jobs.plan import NO_LIMITS, plan
 from data_prep.jobs.progress import Progress, Report
