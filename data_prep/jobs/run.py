@@ -63,6 +63,7 @@ def make_shards(
         while (job := plan(inputs, output, tokenizer, tokenizer_folder, settings, limits)) is not None:
             found = False
             progress = Progress(job, report or (lambda progress: None))
+            progress(at_once=True)
             run_job(job, tokenizer, engine, share, progress)
             progress(at_once=True)
             if job.only is None:  # a repaired set is checked again: more may be missing by now

@@ -31,7 +31,6 @@ from data_prep.text.tokenizer import ByteLevelTokenizer, load_tokenizer
 pytestmark = pytest.mark.launch
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
-KILLS = 20
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -269,33 +268,6 @@ def start(arguments: list[str]) -> subprocess.Popen:
         # A suite that a script runs in the background has Ctrl-C ignored, and would hand that on.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-
-
-@pytest.mark.long
-def test_killed_again_and_again_it_comes_to_the_same_end(
-    long_corpus: Path, long_shards: Path, tokenizer: Path, tmp_path: Path
-):
-    output = tmp_path / "shards"
-    arguments = arguments_for(long_corpus, output, tokenizer, *LONG, "--workers", "2")
-    moments = random.Random(7)
-    aside = output / ".unfinished/aside"
-    for kill in range(KILLS):
-        before = set(aside.glob("*"))
-        process = start(arguments)
-        # From its own first unit on, at a random moment: about three units later at most.
-        wait_for(lambda before=before: set(aside.glob("*")) - before, process)
-        time.sleep(moments.uniform(0, 0.04))
-        if kill % 2:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:  # the parent alone: its workers must end with it
-            workers = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            _, alive = psutil.wait_procs(workers, timeout=60)
-            assert not alive
-        process.communicate()
-        assert not (output / "manifest.json").exists(), f"all was done before kill {kill}"
-    assert call(*arguments) == 0
-    assert contents(output) == contents(long_shards)
 
 
 def test_killed_while_it_merges_it_is_finished_by_many(corpus: Path, tokenizer: Path, tmp_path: Path):
