@@ -62,7 +62,7 @@ class Signer:
             self._sign()
 
     def write(self, folder: Path) -> None:
-        """Write the signatures, uint32 [VALUES, documents]: a band lies in one place; and the ids by line."""
+        """Write the signatures, uint32 [VALUES, documents] so that bands are contiguous, and the ids."""
         self._sign()
         np.concatenate(self._made).T.astype("<u4").tofile(folder / SIGNATURES)
         (folder / IDS).write_text("\n".join(self._ids), encoding="ascii")

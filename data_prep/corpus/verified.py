@@ -1,4 +1,4 @@
-"""Reads the pieces of a unit; once more, without its damaged members, when one fails after it was read."""
+"""Reads the pieces of a unit, and again without its damaged members when one fails after it was read."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ DAMAGED = "damaged input"  # the reason for a part that was left out
 
 def rejected_line(piece: Piece, reject: Reject) -> bytes:
     """The line of one record. Its number counts from the start of the piece."""
-    entry = {"file": piece.file.name} | ({"member": reject.member} if reject.member else {})
+    entry: dict = {"file": piece.file.name} | ({"member": reject.member} if reject.member else {})
     entry |= {"line": reject.line, "reason": reject.reason} | ({"of": reject.of} if reject.of else {})
     return json.dumps(entry).encode("ascii") + b"\n"
 
