@@ -116,20 +116,35 @@ Filters = Mapping[str, Callable[..., Any]]
 def from_template(
     path: Path, values: Mapping[str, Any], parts: Mapping[str, Sequence[Block]], filters: Filters
 ) -> list[Block]:
-    """Blocks from a Jinja template of paragraphs: `## heading`, `- point`, `> note`, and `[[part]]` for the
-    blocks `parts[part]`. `**bold**` and `code` are kept inside of paragraphs."""
+    """Blocks from a Jinja template of paragraphs: `## heading`, `- point`, `> note`, tables (the line before
+    one is its caption), and `[[part]]` for the blocks `parts[part]`. `**bold**` and `code` are kept inside of
+    paragraphs. The filter `cell` is for foreign text in a table."""
     blocks: list[Block] = []
-    for paragraph in re.split(r"\n\s*\n", render(path, values, filters)):
+    for paragraph in re.split(r"\n\s*\n", render(path, values, {"cell": _cell_text, **filters})):
         if not (paragraph := paragraph.strip()):
             continue
         if found := re.fullmatch(r"\[\[(\w+)\]\]", paragraph):
             blocks += parts[found[1]]
         elif found := re.match(r"(#{2,3}) ", paragraph):
             blocks.append(Heading(paragraph[found.end() :], len(found[1])))
+        elif found := re.fullmatch(r"(?:([^|\n].*)\n)?((?:\|.*\n)+\|.*)", paragraph):
+            header, marks, *rows = map(_cells, found[2].split("\n"))
+            left = [n for n, mark in enumerate(marks) if not mark.endswith(":")]
+            blocks.append(Table(header, rows, found[1] or "", left))
         else:
             text, *points = (" ".join(part.split()) for part in re.split(r"^- ", paragraph, flags=re.M))
             blocks.append(Text(text.removeprefix("> "), tuple(points), text.startswith("> ")))
     return blocks
+
+
+def _cell_text(value: Any) -> str:
+    return visible(str(value)).replace("|", r"\|")
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a line of a Markdown table. Spaces at the start of the first one indent it."""
+    first, *others = (cell.replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+    return [first.rstrip().removeprefix(" "), *(cell.strip() for cell in others)]
 
 
 def render(path: Path, values: Mapping[str, Any], filters: Filters) -> str:
@@ -208,6 +223,29 @@ def markdown_table(table: Table) -> list[str]:
         "|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|"
         for row in (escaped[0], marks, *escaped[1:])
     ]
+
+
+Show = str | Callable[[Any], str]  # a format, or a function that returns the text
+
+
+def columns(names: Sequence[str], ones: Sequence[Mapping[str, Any]], rows: Sequence[tuple]) -> Table:
+    """A table with a column for each of `ones`, without the rows in which none has a figure.
+
+    rows: (label, key or function of one, `Show`). A key of nested mappings is written `outer.inner`.
+    """
+    shown = [(row[0], *(_cell(one, *row[1:]) for one in ones)) for row in rows]
+    return Table(("", *names), [row for row in shown if any(cell != NOTHING for cell in row[1:])])
+
+
+def _cell(one: Mapping[str, Any], key: str | Callable[[Any], Any], show: Show = "") -> str:
+    value: Any = one
+    for part in key.split(".") if isinstance(key, str) else ():
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if callable(key):
+        value = key(one)
+    if value is None:
+        return NOTHING
+    return show(value) if callable(show) else format(value, show)
 
 
 def to_text(table: Table) -> str:

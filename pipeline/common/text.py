@@ -30,3 +30,11 @@ def with_interval(figures: dict[str, Any], key: str, digits: int = 4) -> str:
     ends = figures.get(f"{key}_interval")
     between = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
     return f"{figures[key]:.{digits}f}{between}"
+
+
+def millions(count: float) -> str:
+    return f"{count / 1e6:.2f}M"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f}"

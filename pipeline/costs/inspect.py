@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from data_prep.common.errors import UserError
+from data_prep.common.page import Table, to_text
+from pipeline.common.text import gigabytes, millions
 from pipeline.config.library import RECIPES, find_recipe
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.data.batch import Batch, build_batch
@@ -312,56 +314,46 @@ def format_inspection(result: dict[str, Any]) -> str:
     """The result of `inspect` as text."""
     bin_, parameters = result["bin"], result["parameters"]
     per_token, step = result["multiply_adds_per_token"], result["step_memory"]
+    counts, forward = parameters["by_part"], per_token["by_part"]
+    parts = [
+        (part, f"{counts.get(part, 0):,}", *_costs(forward.get(part, 0)))
+        for part in PARTS
+        if part in counts or part in forward
+    ]
+    total = ("total", f"{parameters['total']:,}", *_costs(per_token["forward"]))
+    heads = ("weights", "gathered", "gradients", "optimizer", "buckets", "activations", "update")
+    heads += ("total", "host")
+    memory = [
+        (row["stage"], str(row["world"]), *(gigabytes(row[head]) for head in heads))
+        for row in result["memory_per_gpu"]
+    ]
     lines = [
         f"{result['recipe']} ({result['objective']}), vocabulary {result['vocab_size']:,}; one bin of "
         f"{bin_['tokens']:,} tokens, {bin_['sentences']:,} sentences, {bin_['windows']} windows",
         "",
-        f"{'part':<14}{'parameters':>16}{'multiply-adds per token':>26}{'in training':>16}",
-    ]
-    for part in PARTS:
-        if part in parameters["by_part"] or part in per_token["by_part"]:
-            forward = per_token["by_part"].get(part, 0)
-            lines.append(
-                f"{part:<14}{parameters['by_part'].get(part, 0):>16,}{_millions(forward):>26}"
-                f"{_millions(TRAINING_FACTOR * forward):>16}"
-            )
-    lines += [
-        f"{'total':<14}{parameters['total']:>16,}{_millions(per_token['forward']):>26}"
-        f"{_millions(per_token['training']):>16}",
-        f"attention cores are {_millions(per_token['attention_cores'])} of it; "
+        to_text(Table(("part", "parameters", "multiply-adds per token", "in training"), [*parts, total])),
+        f"attention cores are {millions(per_token['attention_cores'])} of it; "
         f"{per_token['padding_share']:.2%} more is padding",
         "",
-        f"one step, {result['dtype']}: activations {_gb(step['activations'])} GB, of which logits "
-        f"{_gb(step['of_which_logits'])} GB; with weights and gradients {_gb(step['peak_one_process'])} GB",
+        f"one step, {result['dtype']}: activations {gigabytes(step['activations'])} GB, of which logits "
+        f"{gigabytes(step['of_which_logits'])} GB; with weights and gradients "
+        f"{gigabytes(step['peak_one_process'])} GB",
         "",
         f"memory of each GPU in GB, {result['dtype']} (ds_configs/)",
-        f"{'ZeRO':<11}{'GPUs':>6}{'weights':>9}{'gathered':>10}{'gradients':>11}{'optimizer':>11}{'buckets':>9}"
-        f"{'activations':>13}{'update':>8}{'total':>8}{'host':>8}",
+        to_text(Table(("ZeRO", "GPUs", *heads), memory)),
     ]
-    for row in result["memory_per_gpu"]:
-        lines.append(
-            f"{row['stage']:<11}{row['world']:>6}{_gb(row['weights']):>9}{_gb(row['gathered']):>10}"
-            f"{_gb(row['gradients']):>11}{_gb(row['optimizer']):>11}{_gb(row['buckets']):>9}"
-            f"{_gb(row['activations']):>13}{_gb(row['update']):>8}{_gb(row['total']):>8}{_gb(row['host']):>8}"
-        )
     return "\n".join(lines)
+
+
+def _costs(forward: float) -> tuple[str, str]:
+    return millions(forward), millions(TRAINING_FACTOR * forward)
 
 
 def format_all(result: dict[str, Any]) -> str:
     """The result of `inspect_all` as text."""
-    lines = [f"{'recipe':<16}{'ours':>16}{'layout: paper':>16}{'the paper':>12}{'difference':>12}"]
+    rows = []
     for row in result["sizes"]:
         paper, counts = row["paper_millions"], row["parameters"]
-        beside = f"{'-':>12}{'-':>12}"
-        if paper:
-            beside = f"{paper:>11.1f}M{counts['paper'] / paper / 1e6 - 1:>12.2%}"
-        lines.append(f"{row['recipe']:<16}{counts['lean']:>16,}{counts['paper']:>16,}{beside}")
-    return "\n".join(lines)
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e6:.2f}M"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f}"
+        beside = (f"{paper:.1f}M", f"{counts['paper'] / paper / 1e6 - 1:.2%}") if paper else ("-", "-")
+        rows.append((row["recipe"], f"{counts['lean']:,}", f"{counts['paper']:,}", *beside))
+    return to_text(Table(("recipe", "ours", "layout: paper", "the paper", "difference"), rows))

@@ -33,7 +33,7 @@ from data_prep.shards.reader import ShardSet
 from pipeline.cli.options import VAE_RECIPE_HELP
 from pipeline.config.library import find_deepspeed_config, find_recipe
 from pipeline.config.schema import Recipe
-from pipeline.costs.benchmark_training import PACKAGES
+from pipeline.costs.benchmark import PACKAGES
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.parallel.ranks import free_port
 from pipeline.training.run_log import METRICS, read_records
