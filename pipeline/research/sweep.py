@@ -42,6 +42,7 @@ from data_prep.common.page import Table, to_text
 from data_prep.common.processes import last_line, start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
+from pipeline.common.figures import exact_matches
 from pipeline.common.text import NOTHING, duration, with_interval
 from pipeline.config.library import find_recipe
 from pipeline.config.loading import load_yaml, parse_overrides
@@ -370,10 +371,7 @@ def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
         vae = read_json(job.after.row_file)
         row |= {f"{cost}_with_vae": _sum(row[cost], vae[cost]) for cost in COSTS}
     if job.recipe.objective == "vae":
-        short = [at for n, at in figures["exact_match_by_length"].items() if int(n) <= SHORT]
-        count = sum(at["sentences"] for at in short)
-        exact = sum(at["sentences"] * at["exact_match"] for at in short)
-        row[f"exact_match_to_{SHORT}"] = exact / count if count else None
+        _, row[f"exact_match_to_{SHORT}"] = exact_matches(figures["exact_match_by_length"], 1, SHORT)
     left_out = {*FIGURES, "by_sentence_position"}
     row["evaluation"] = {key: value for key, value in figures.items() if key not in left_out}
     began = header(())

@@ -22,6 +22,7 @@ from data_prep.common.page import (
     to_html,
     to_markdown,
 )
+from pipeline.common.figures import exact_matches
 from pipeline.common.text import grouped
 from pipeline.training.run_files import read_runs
 
@@ -54,6 +55,15 @@ class Trained:
     def seconds(self) -> float:
         return sum(row["seconds"] for row in self.metrics)
 
+    def figures(self) -> dict[str, Any]:
+        """What the report's first table shows of the run."""
+        padding = sum(row["padding_share"] * row["seconds"] for row in self.metrics) / self.seconds
+        waiting = sum(row["data_wait_seconds"] for row in self.metrics) / self.seconds
+        found = {"kind": self.kind, "name": self.name, "tokens": self.tokens, "seconds": self.seconds}
+        found |= {"steps": len(self.metrics), "tokens_per_second": self.tokens / self.seconds}
+        found |= {"padding_share": padding, "waiting_share": waiting}
+        return found | {"result": self.result, "check": self.check}
+
     def losses(self) -> list[tuple[float, float]]:
         """(million tokens, nats per target) of each step that has a finite loss."""
         return [(row["tokens"] / 1e6, row["loss"]) for row in self.metrics if row["loss"] is not None]
@@ -73,16 +83,24 @@ def build_report(folder: str | Path) -> tuple[Path, Path]:
         if sllm.result[key] != lm.result[key]
     ]
     passed = sum(run.check["passed"] for run in runs)
-    values = {run.kind: run for run in runs} | {"differing": differing, "passed": passed}
+    stats = {name: read_json(measured / f"stats-{name}.json") for name in ("train", "validation")}
+    stamps = map(read_json, (folder / "stamps").glob("*.json"))
+    values = {
+        **{run.kind: run for run in runs},
+        "runs": [run.figures() for run in runs],
+        "differing": differing,
+        "passed": passed,
+        "stats": stats,
+        "machine": read_json(folder / "machine.json"),
+        "stamps": sorted(stamps, key=lambda stamp: stamp["order"]),
+    }
     parts: dict[str, Sequence[Block]] = {
-        "results": [results_table(runs)],
         "training": list(training(runs)),
-        "sentences": list(sentences(measured, runs[0])),
+        "sentences": list(sentences(stats["train"]["histogram"], runs[0])),
         "samples": [sample(read_json(path)) for path in sorted(measured.glob("sample-*.json"))],
-        "provenance": list(provenance(folder, runs)),
     }
     template = Path(__file__).with_name("report.md.jinja")
-    blocks = from_template(template, values, parts, {"grouped": grouped, "percent": percent})
+    blocks = from_template(template, values, parts, {"f": format, "percent": percent})
     paths = folder / "report.md", folder / "report.html"
     for path, text in zip(paths, (to_markdown(TITLE, blocks), to_html(TITLE, blocks)), strict=True):
         path.write_text(text, encoding="utf-8")
@@ -92,33 +110,6 @@ def build_report(folder: str | Path) -> tuple[Path, Path]:
 def read_json(path: Path) -> Any:
     missing = "is missing: the demo step that writes it has not run; run `make demo`"
     return files.read_json(path, missing=missing)
-
-
-def results_table(runs: Sequence[Trained]) -> Table:
-    def result(key: str, digits: int) -> list[str]:
-        return [f"{run.result[key]:.{digits}f}" if key in run.result else NOTHING for run in runs]
-
-    def share(key: str) -> list[str]:  # of the whole run: weighted by the seconds of each step
-        return [percent(sum(row[key] * row["seconds"] for row in run.metrics) / run.seconds) for run in runs]
-
-    waits = [sum(row["data_wait_seconds"] for row in run.metrics) / run.seconds for run in runs]
-    rows = (
-        ("measures", *("reconstruction" if run.kind == "vae" else "prediction" for run in runs)),
-        ("bits per byte", *result("bits_per_byte", 3)),
-        ("perplexity per token", *result("ppl", 2)),
-        ("bits per byte without sentence vectors", *result("bits_per_byte_without_vectors", 3)),
-        ("vector gain (bits per byte)", *result("vector_gain", 4)),
-        ("sentences rebuilt exactly", *(percent(run.result.get("exact_match")) for run in runs)),
-        ("validation tokens scored", *(grouped(run.result["tokens"]) for run in runs)),
-        ("tokens trained", *(grouped(run.tokens) for run in runs)),
-        ("steps", *(grouped(len(run.metrics)) for run in runs)),
-        ("wall time of the steps (s)", *(f"{run.seconds:.0f}" for run in runs)),
-        ("tokens per second", *(grouped(round(run.tokens / run.seconds)) for run in runs)),
-        ("padding computed", *share("padding_share")),
-        ("time waiting for data", *map(percent, waits)),
-        ("checks", *("passed" if run.check["passed"] else "FAILED" for run in runs)),
-    )
-    return Table(("", *(run.name for run in runs)), rows)
 
 
 def training(runs: Sequence[Trained]) -> Iterable[Block]:
@@ -157,16 +148,7 @@ def training(runs: Sequence[Trained]) -> Iterable[Block]:
         )
 
 
-def sentences(measured: Path, vae: Trained) -> Iterable[Block]:
-    rows = []
-    for name in ("train", "validation"):
-        stats = read_json(measured / f"stats-{name}.json")
-        spread = stats["tokens_per_sentence"]
-        counts = (grouped(stats[key]) for key in ("documents", "sentences", "tokens", "bytes"))
-        rows.append((name, *counts, f"{spread['mean']:.1f}", f"{spread['median']:g}", f"{spread['p95']:g}"))
-    heads = "shards, documents, sentences, tokens, bytes, tokens per sentence, median, 95 % at most"
-    yield Table(heads.split(", "), rows)
-    counts = read_json(measured / "stats-train.json")["histogram"]
+def sentences(counts: Sequence[int], vae: Trained) -> Iterable[Block]:
     ranges = [(start, sum(counts[start : start + 8])) for start in range(1, len(counts), 8)]
     yield Chart(
         "Sentence lengths in the training shards",
@@ -176,12 +158,10 @@ def sentences(measured: Path, vae: Trained) -> Iterable[Block]:
     exact = {int(length): row for length, row in vae.result["exact_match_by_length"].items()}
     groups = []
     for low, high in GROUPS:
-        ones = [row for length, row in exact.items() if low <= length <= high]
-        if total := sum(row["sentences"] for row in ones):
-            right = sum(row["sentences"] * row["exact_match"] for row in ones) / total
-            groups.append(
-                (f"{low}–{high}" if high < 1 << 60 else f"{low} and more", grouped(total), percent(right))
-            )
+        total, right = exact_matches(vae.result["exact_match_by_length"], low, high)
+        if total:
+            name = f"{low}–{high}" if high < 1 << 60 else f"{low} and more"
+            groups.append((name, grouped(total), percent(right)))
     if exact:
         lengths = sorted(exact)
         shares = [100 * exact[length]["exact_match"] for length in lengths]
@@ -198,26 +178,6 @@ def sample(made: dict[str, Any]) -> Sample:
     how += f", seed {made['seed']}" if made["temperature"] else ""
     label = f"{how}; {len(made['sentences'])} sentences, stopped: {made['stopped']}"
     return Sample(label, made["prompt"], made["text"][len(made["prompt"]) :])
-
-
-def provenance(folder: Path, runs: Sequence[Trained]) -> Iterable[Block]:
-    machine = read_json(folder / "machine.json")
-    yield Table(("machine and versions", ""), [(key, str(one)) for key, one in machine.items()], left=True)
-    stamps = sorted(map(read_json, (folder / "stamps").glob("*.json")), key=lambda stamp: stamp["order"])
-    rows = [(stamp["step"], f"{stamp['seconds']:.1f}", stamp["finished"]) for stamp in stamps]
-    total = f"{sum(stamp['seconds'] for stamp in stamps):.1f}"
-    yield Table(("step", "seconds", "finished"), (*rows, ("together", total, "")), "the demo's steps")
-    checks = [
-        (
-            run.name,
-            f"{one['check']} ({one['path']})",
-            f"{'passed' if one['passed'] else 'FAILED'}: largest difference {one['max_difference']:.1e} in "
-            f"{grouped(one['compared'])} scores",
-        )
-        for run in runs
-        for one in run.check["checks"]
-    ]
-    yield Table(("run", "check", "outcome"), checks, "`sllm check`", left=True)
 
 
 def percent(share: float | None) -> str:

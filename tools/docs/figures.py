@@ -29,6 +29,7 @@ from data_prep.common.charts import Plot, svg
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json
 from data_prep.common.page import NOTHING, Table, markdown_table, render
+from pipeline.common.figures import exact_matches
 from pipeline.common.text import duration, with_interval
 from pipeline.reports.charts import generation_plots
 from pipeline.research import compare_page, scaling
@@ -169,14 +170,6 @@ def sweep(results: Results, *words: str) -> list[str]:
 LENGTHS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 64))
 
 
-def matches(by_length: dict[str, dict[str, Any]], low: int, high: int) -> tuple[int, float | None]:
-    """(sentences, share of them rebuilt exactly; None without any) from one length to another."""
-    ones = [one for length, one in by_length.items() if low <= int(length) <= high]
-    sentences = sum(one["sentences"] for one in ones)
-    right = sum(one["sentences"] * one["exact_match"] for one in ones)
-    return sentences, right / sentences if sentences else None
-
-
 def exact_by_length(results: Results, file: str) -> list[str]:
     groups = (*LENGTHS, (1, 10**9))
     rows = results.read(file)["rows"]
@@ -186,7 +179,7 @@ def exact_by_length(results: Results, file: str) -> list[str]:
     column, shown, counts = COLUMNS["exact_match"], [], []
     for name, of_name in _by_name(rows).items():
         by_length = [row["evaluation"]["exact_match_by_length"] for row in of_name]
-        found = [[matches(one, *group) for group in groups] for one in by_length]
+        found = [[exact_matches(one, *group) for group in groups] for one in by_length]
         counts.append([sentences for sentences, _ in found[0]])
         cells = [
             column.cell([value for _, value in one if value is not None]) for one in zip(*found, strict=True)
@@ -267,7 +260,7 @@ def of_template(path: Path) -> Callable[[Results], list[str]]:
     """A table that is made for one result: its template reads the files."""
 
     def made(results: Results) -> list[str]:
-        values = {"read": results.read, "matches": matches, "ln2": math.log(2), "exp": math.exp}
+        values = {"read": results.read, "matches": exact_matches, "ln2": math.log(2), "exp": math.exp}
         return render(path, values, {"f": format, "share": share, "duration": duration}).splitlines()
 
     return made
