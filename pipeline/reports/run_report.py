@@ -11,15 +11,15 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.common.charts import Line, Lines, Mark, colours, running_mean, thinned
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
-from data_prep.common.page import Block, Chart, Choice, Heading, Table, Text, to_html
-from pipeline.common.text import NOTHING, duration, grouped, percent
+from data_prep.common.page import Block, Chart, Choice, Heading, Show, Table, Text, columns, to_html
+from pipeline.common.text import NOTHING, duration, gigabytes, grouped, percent
 from pipeline.training.run_files import Run, read_runs, training_text, validation_sample
 
 MOST_SKIPS = 50  # of a run that are listed one by one
@@ -234,47 +234,37 @@ def kinds(runs: Sequence[Run]) -> list[str]:
 
 def summary_table(runs: Sequence[Run]) -> Table:
     """The figures of `summarise`, a column a run."""
-    found = [summarise(run) for run in runs]
-
-    def fixed(digits: int) -> Callable[[float], str]:
-        return lambda value: f"{value:.{digits}f}"
 
     def arrows(values: list[Any]) -> str:
         return " → ".join(map(str, values)) or NOTHING
 
-    shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    shown: tuple[tuple[str, str, Show], ...] = (
         ("objective", "objective", str),
         ("finished", "finished", lambda done: "yes" if done else "not yet"),
-        ("steps", "steps", grouped),
-        ("tokens", "tokens", grouped),
+        ("steps", "steps", ","),
+        ("tokens", "tokens", ","),
         ("time of steps, saves and evaluations", "seconds", duration),
         ("time from the first start to the last step", "seconds_from_first_start", duration),
         ("operations (10¹² multiply-adds)", "operations", lambda n: f"{n / 1e12:,.3f}"),
-        ("loss at the end (nats per target)", "loss_at_the_end", fixed(4)),
-        ("training bits per byte at the end", "bits_per_byte_at_the_end", fixed(4)),
-        ("best validation bits per byte", "best_validation_bits_per_byte", fixed(4)),
-        ("  at step", "best_step", grouped),
-        ("last validation bits per byte", "validation_bits_per_byte", fixed(4)),
-        ("tokens per second (median)", "tokens_per_second", lambda n: grouped(round(n))),
+        ("loss at the end (nats per target)", "loss_at_the_end", ".4f"),
+        ("training bits per byte at the end", "bits_per_byte_at_the_end", ".4f"),
+        ("best validation bits per byte", "best_validation_bits_per_byte", ".4f"),
+        ("  at step", "best_step", ","),
+        ("last validation bits per byte", "validation_bits_per_byte", ".4f"),
+        ("tokens per second (median)", "tokens_per_second", ",.0f"),
         ("MFU (median)", "mfu", percent),
         ("padding", "padding_share", percent),
         ("waiting for data", "data_wait_share", percent),
         ("standing still to save", "save_share", percent),
         ("longest save", "save_seconds_longest", duration),
-        ("peak memory of rank 0 (GB)", "memory_bytes", lambda n: f"{n / 1e9:.2f}"),
-        ("restarts", "restarts", grouped),
-        ("steps computed again after kills", "lost_steps", grouped),
-        ("skipped steps", "skipped_steps", grouped),
+        ("peak memory of rank 0 (GB)", "memory_bytes", gigabytes),
+        ("restarts", "restarts", ","),
+        ("steps computed again after kills", "lost_steps", ","),
+        ("skipped steps", "skipped_steps", ","),
         ("ranks", "worlds", arrows),
         ("ZeRO stage", "zero_stages", arrows),
     )
-    rows = [
-        (label, *(NOTHING if one[key] is None else show(one[key]) for one in found))
-        for label, key, show in shown
-    ]
-    return Table(
-        ("", *(run.name for run in runs)), [row for row in rows if any(cell != NOTHING for cell in row[1:])]
-    )
+    return columns([run.name for run in runs], [summarise(run) for run in runs], shown)
 
 
 def curve_plot(runs: Sequence[Run], curve: Curve, axis: str, x_label: str) -> Lines | None:

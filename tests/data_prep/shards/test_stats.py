@@ -414,7 +414,7 @@ def test_charts_hold_the_figures(result: dict):
             expected = 100 * group["histogram"][int(length)] / group["sentences"]
             assert share == pytest.approx(expected)
         assert curve.points[-1] == (LIMIT, pytest.approx(100))
-    sizes, _ = _document_sizes([(name, result["languages"][name]) for name in names])
+    [sizes] = _document_sizes([(name, result["languages"][name]) for name in names])
     [axes] = figure([sizes.plots]).axes
     assert axes.get_ylim()[0] == 0
     for name, bars in zip(names, axes.containers, strict=True):
