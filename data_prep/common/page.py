@@ -11,7 +11,6 @@ from typing import Any
 
 from data_prep.common import charts
 from data_prep.common.errors import UserError
-from data_prep.common.extras import import_extra
 
 NOTHING = "–"  # in a table's cell
 LONGEST_QUOTE = 600  # characters shown of one sentence
@@ -151,25 +150,20 @@ def render(path: Path, values: Mapping[str, Any], filters: Filters) -> str:
     """A Jinja template of plain text, filled."""
     environment = _environment()
     environment.filters.update(filters)
-    return environment.from_string(path.read_text(encoding="utf-8")).render(values)
+    return environment.from_string(path.read_text(encoding="utf-8")).render(values).rstrip("\n")
 
 
 def _environment(**options: Any) -> Any:
-    jinja2 = import_extra("jinja2", "report")
+    import jinja2
+
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     return jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, **options
     )
 
 
-def require() -> None:
-    """Raises: UserError where jinja2 or matplotlib is missing; to be called before long work for a page."""
-    charts.require()
-    _environment()
-
-
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """The page. Raises: UserError where jinja2 or, for charts, matplotlib is missing."""
+    """The page. Raises: UserError where matplotlib is missing and there are charts."""
     environment = _environment(autoescape=True)
     environment.filters |= {"inline": _inline, "visible": visible}
     return environment.get_template("page.html.jinja").render(

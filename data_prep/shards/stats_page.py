@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.charts import Bars, BarsAcross, Line, Lines, Mark
+from data_prep.common.charts import BarsAcross, Line, Lines, Mark
 from data_prep.common.page import (
     Block,
     Chart,
@@ -110,13 +110,14 @@ def _document_sizes(drawn: Sequence[tuple[str, Group]]) -> list[Block]:
     for n, (name, group) in enumerate(drawn, start=1):
         shares = [100 * count / group["documents"] for _, _, count in group["document_histogram"]]
         shares += [0.0] * (last - len(shares))
-        series.append((name if len(drawn) > 1 else "", f"other-{n}", shares))
+        points = [(place + 0.5, share) for place, share in enumerate(shares)]
+        series.append(Line(name if len(drawn) > 1 else "", points, f"other-{n}", "bars"))
     every = 1 if last < 8 else 2
     ticks = [(n, f"{2**n // 1024}k" if n >= 10 else str(2**n)) for n in range(0, last + 1, every)]
     marks = [Mark(math.log2(SIDE), "limit", "ink", str(SIDE))] if 2**last > SIDE else []
     note = f"A published tensor ends after {SIDE} sentences." if marks else ""
     x_label, y_label = "sentences in the document (doubling)", "% of the language’s documents"
-    bars = Bars([n + 0.5 for n in range(last)], series, x_label, y_label, marks, ticks)
+    bars = Lines(series, x_label, y_label, marks, y_from=0, x_ticks=ticks)
     return [Chart("Documents by number of sentences", bars, note=note)]
 
 

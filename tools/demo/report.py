@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common import files
-from data_prep.common.charts import Bars, Line, Lines, running_mean
+from data_prep.common.charts import Line, Lines, running_mean
 from data_prep.common.page import (
     NOTHING,
     Block,
@@ -152,7 +152,7 @@ def sentences(counts: Sequence[int], vae: Trained) -> Iterable[Block]:
     ranges = [(start, sum(counts[start : start + 8])) for start in range(1, len(counts), 8)]
     yield Chart(
         "Sentence lengths in the training shards",
-        Bars(range(1, len(counts)), [("", "other-1", counts[1:])], "tokens", "sentences"),
+        bars(enumerate(counts[1:], start=1), "other-1", "tokens", "sentences"),
         Table(("tokens", "sentences"), [(f"{start}–{start + 7}", grouped(n)) for start, n in ranges]),
     )
     exact = {int(length): row for length, row in vae.result["exact_match_by_length"].items()}
@@ -163,13 +163,16 @@ def sentences(counts: Sequence[int], vae: Trained) -> Iterable[Block]:
             name = f"{low}–{high}" if high < 1 << 60 else f"{low} and more"
             groups.append((name, grouped(total), percent(right)))
     if exact:
-        lengths = sorted(exact)
-        shares = [100 * exact[length]["exact_match"] for length in lengths]
+        shares = [(length, 100 * one["exact_match"]) for length, one in sorted(exact.items())]
         yield Chart(
             "SentenceVAE: validation sentences rebuilt exactly, by length",
-            Bars(lengths, [("", "vae", shares)], "tokens in the sentence", "per cent"),
+            bars(shares, "vae", "tokens in the sentence", "per cent"),
             Table(("tokens", "sentences", "rebuilt exactly"), groups),
         )
+
+
+def bars(points: Iterable[tuple[float, float]], colour: str, x_label: str, y_label: str) -> Lines:
+    return Lines([Line("", list(points), colour, "bars")], x_label, y_label, y_from=0)
 
 
 def sample(made: dict[str, Any]) -> Sample:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -119,24 +118,13 @@ def _table(place: str, words: list[str], results: Results) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="docs_tables",
-        description="Make every table of figures and every chart of the docs from docs/results.",
-        epilog="example:\n  python -m tools.docs.tables --check",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m tools.docs.tables", description=__doc__.split("\n")[0].partition(": ")[2]
     )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; status 1 where something differs"
-    )
-    parser.add_argument(
-        "--root", default=ROOT, type=Path, metavar="DIR", help="the checkout (default: this one)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 for a difference")
+    parser.add_argument("--root", default=ROOT, type=Path, help="the checkout (default: this one)")
     args = parser.parse_args()
     stale = refresh(args.root, args.check)
-    if args.json:
-        print(json.dumps({"differed": stale, "written": not args.check}))
-    else:
-        print("\n".join(stale) or "docs: every table and chart is what the results say")
+    print("\n".join(stale) or "docs: every table and chart is what the results say")
     return 1 if args.check and stale else 0
 
 
