@@ -245,8 +245,8 @@ def _draw_bars(axes: Axes, line: Line, place: int, count: int) -> list[tuple[Any
     """The bars at evenly spaced points; `place` of `count` that stand beside each other. As `Lines.draw`."""
     xs, heights = zip(*line.points, strict=True)
     thick = 0.86 * min((b - a for a, b in itertools.pairwise(xs)), default=1.0) / count
-    xs = [x + (place - (count - 1) / 2) * thick for x in xs]
-    bars = axes.bar(xs, heights, thick, color=PALETTE[line.colour][0], clip_on=False)
+    places = [x + (place - (count - 1) / 2) * thick for x in xs]
+    bars = axes.bar(places, heights, thick, color=PALETTE[line.colour][0], clip_on=False)
     return [(bars, line)] if line.name else []
 
 

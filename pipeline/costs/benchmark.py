@@ -36,7 +36,8 @@ OPT_SIZES: dict[str, dict[str, Any]] = {
 def published_opt(name: str, vocab_size: int = OPT_VOCABULARY) -> OPTForCausalLM:
     """An OPT of a published size with random weights."""
     torch.manual_seed(0)
-    return OPTForCausalLM(OPTConfig(**OPT_SIZES[name], vocab_size=vocab_size, attn_implementation="sdpa"))
+    sizes = {**OPT_SIZES[name], "vocab_size": vocab_size, "attn_implementation": "sdpa"}
+    return OPTForCausalLM(OPTConfig(**sizes))
 
 
 def start(options: Benchmark) -> torch.device:

@@ -157,8 +157,7 @@ def make_side(side: str, options: TrainingBenchmark, settings: Settings) -> Side
         return RecipeModel(settings.recipe, settings.name, settings)
     against, vocabulary = options.against, settings.shards.tokenizer().vocab_size
     if against in OPT_SIZES:
-        model = published_opt(against, max(OPT_VOCABULARY, vocabulary))
-        return PlainModel(model, against, settings)
+        return PlainModel(published_opt(against, max(OPT_VOCABULARY, vocabulary)), against, settings)
     if find_recipe(against).is_file():
         recipe = _fitting(sized_recipe(against), settings.tokens)
         return RecipeModel(recipe, find_recipe(against).stem, settings)

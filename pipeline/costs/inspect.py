@@ -321,8 +321,7 @@ def format_inspection(result: dict[str, Any]) -> str:
         if part in counts or part in forward
     ]
     total = ("total", f"{parameters['total']:,}", *_costs(per_token["forward"]))
-    heads = ("weights", "gathered", "gradients", "optimizer", "buckets", "activations", "update")
-    heads += ("total", "host")
+    heads = "weights gathered gradients optimizer buckets activations update total host".split()
     memory = [
         (row["stage"], str(row["world"]), *(gigabytes(row[head]) for head in heads))
         for row in result["memory_per_gpu"]
