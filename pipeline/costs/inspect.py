@@ -33,16 +33,8 @@ from pipeline.config.library import RECIPES, find_recipe
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.windows import Span
+from pipeline.models import flops
 from pipeline.models.factory import new_model
-from pipeline.models.flops import (
-    PARTS,
-    TRAINING_FACTOR,
-    Operations,
-    batch_cores,
-    count_operations,
-    counted_rows,
-    part_of,
-)
 from pipeline.models.folders import model_config, parameter_count
 
 TOKENS_PER_SENTENCE = 10.9
@@ -69,7 +61,7 @@ PUBLISHED = {
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
     """Parameters of every part; a shared one counts once, in the first part that has it."""
-    parts, counts, seen = part_of(model), dict.fromkeys(PARTS, 0), set[int]()
+    parts, counts, seen = flops.part_of(model), dict.fromkeys(flops.PARTS, 0), set[int]()
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
@@ -80,7 +72,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 
 def body_parameters(model: nn.Module) -> int:
     """Parameters without embeddings (of tokens and positions, in any part) and vocabulary head."""
-    parts, seen = part_of(model), dict[int, tuple[bool, int]]()
+    parts, seen = flops.part_of(model), dict[int, tuple[bool, int]]()
     for name, module in model.named_modules():
         outside = isinstance(module, nn.Embedding) or parts[name] in ("embedding", "head")
         for parameter in module.parameters(recurse=False):
@@ -138,7 +130,7 @@ class DryStep:
     them in rows as wide as the vocabulary; `peak` of weights, gradients and activations together (one
     process, no ZeRO)."""
 
-    operations: Operations
+    operations: flops.Operations
     activations: int
     logits: int
     peak: int
@@ -159,13 +151,13 @@ def dry_step(model: nn.Module, batch: Batch) -> DryStep:
     memory = _Memory()
     weights = {memory.see(parameter) for parameter in model.parameters()}
     weights |= {memory.see(buffer) for buffer in model.buffers()}
-    with counted_rows(model) as rows, memory:
+    with flops.counted_rows(model) as rows, memory:
         model(batch).objective.backward()
     gradients = {memory.see(p.grad) for p in model.parameters() if p.grad is not None}
     vocabulary = _vocabulary(model)
     logits = {key for key, width in memory.widths.items() if width == vocabulary}
     return DryStep(
-        count_operations(model, rows, batch_cores(model, batch)),
+        flops.count_operations(model, rows, flops.batch_cores(model, batch)),
         memory.peak(weights | gradients),
         memory.peak(weights | gradients, only=logits),
         memory.peak(set()),
@@ -284,7 +276,7 @@ def inspect(
         "multiply_adds_per_token": {
             "by_part": {part: count / batch.tokens for part, count in operations.by_part().items()},
             "forward": operations.needed / batch.tokens,
-            "training": TRAINING_FACTOR * operations.needed / batch.tokens,
+            "training": flops.TRAINING_FACTOR * operations.needed / batch.tokens,
             "attention_cores": sum(operations.attention.values()) / batch.tokens,
             "padding_share": operations.padding_share,
         },
@@ -317,7 +309,7 @@ def format_inspection(result: dict[str, Any]) -> str:
     counts, forward = parameters["by_part"], per_token["by_part"]
     parts = [
         (part, f"{counts.get(part, 0):,}", *_costs(forward.get(part, 0)))
-        for part in PARTS
+        for part in flops.PARTS
         if part in counts or part in forward
     ]
     total = ("total", f"{parameters['total']:,}", *_costs(per_token["forward"]))
@@ -345,7 +337,7 @@ def format_inspection(result: dict[str, Any]) -> str:
 
 
 def _costs(forward: float) -> tuple[str, str]:
-    return millions(forward), millions(TRAINING_FACTOR * forward)
+    return millions(forward), millions(flops.TRAINING_FACTOR * forward)
 
 
 def format_all(result: dict[str, Any]) -> str:
