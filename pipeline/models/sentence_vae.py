@@ -70,20 +70,20 @@ class SentenceVAEConfig(PreTrainedConfig):
         self.window_tokens = window_tokens
         # Types, limits and what does not fit together: as in a recipe.
         sizes = checked_vae(SIZES | {key: kwargs.pop(key) for key in SIZES if key in kwargs})
-        for key, value in sizes.items():
-            setattr(self, key, value)
-        width, heads = self.hidden_size, self.heads
-        self.encoder_layers = self.encoder_layers or self.layers
-        self.embedding_size = self.embedding_size or width
-        self.ffn_size = self.ffn_size or 2 * width
+        width, heads = sizes["hidden_size"], sizes["heads"]
+        sizes["encoder_layers"] = sizes["encoder_layers"] or sizes["layers"]
+        sizes["embedding_size"] = sizes["embedding_size"] or width
+        sizes["ffn_size"] = sizes["ffn_size"] or 2 * width
         if width % heads:
             raise ValueError(f"hidden_size {width} is not a multiple of heads {heads}")
-        if self.positions == "rotary" and width // heads % 2:
+        if sizes["positions"] == "rotary" and width // heads % 2:
             raise UserError("model.vae.positions rotary turns pairs of channels: hidden_size / heads is odd")
-        if self.tie_word_embeddings and self.embedding_size != width:
+        if sizes["tie_word_embeddings"] and sizes["embedding_size"] != width:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
-        kwargs = {"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2, **kwargs}
-        super().__init__(tie_word_embeddings=self.tie_word_embeddings, **kwargs)
+        for key, value in sizes.items():
+            setattr(self, key, value)
+        kwargs["tie_word_embeddings"] = sizes["tie_word_embeddings"]
+        super().__init__(**{"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2, **kwargs})
 
     @property
     def vector_size(self) -> int:

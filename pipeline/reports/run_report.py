@@ -206,7 +206,7 @@ def compose(runs: Sequence[Run]) -> list[Block]:
         "most_skips": MOST_SKIPS,
         "differing": differences(parts),
     }
-    made = {"summary": [summary_table(runs)], "curves": list(curves(runs))}
+    made: dict[str, Sequence[Block]] = {"summary": [summary_table(runs)], "curves": list(curves(runs))}
     filters = {"f": format, "utc": lambda at: time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))}
     return from_template(Path(__file__).with_name("run_report.md.jinja"), values, made, filters)
 
