@@ -219,6 +219,12 @@ def markdown_table(table: Table) -> list[str]:
     ]
 
 
+def to_plain(path: Path, values: Mapping[str, Any], filters: Filters) -> str:
+    """A template of paragraphs and tables (`from_template`) as text for a terminal."""
+    blocks = from_template(path, values, {}, filters)
+    return "\n\n".join(to_text(one) if isinstance(one, Table) else one.text for one in blocks)
+
+
 Show = str | Callable[[Any], str]  # a format, or a function that returns the text
 
 

@@ -38,3 +38,14 @@ def millions(count: float) -> str:
 
 def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f}"
+
+
+# What templates of text for people use.
+FILTERS = {
+    "f": format,
+    "percent": percent,
+    "duration": duration,
+    "millions": millions,
+    "gigabytes": gigabytes,
+    "with_interval": with_interval,
+}

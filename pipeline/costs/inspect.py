@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from data_prep.common.errors import UserError
-from data_prep.common.page import Table, to_text
-from pipeline.common.text import gigabytes, millions
+from data_prep.common.page import to_plain
+from pipeline.common.text import FILTERS
 from pipeline.config.library import RECIPES, find_recipe
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.data.batch import Batch, build_batch
@@ -304,47 +304,10 @@ def inspect_all(vocab_size: int | None = None) -> dict[str, Any]:
 
 def format_inspection(result: dict[str, Any]) -> str:
     """The result of `inspect` as text."""
-    bin_, parameters = result["bin"], result["parameters"]
-    per_token, step = result["multiply_adds_per_token"], result["step_memory"]
-    counts, forward = parameters["by_part"], per_token["by_part"]
-    parts = [
-        (part, f"{counts.get(part, 0):,}", *_costs(forward.get(part, 0)))
-        for part in flops.PARTS
-        if part in counts or part in forward
-    ]
-    total = ("total", f"{parameters['total']:,}", *_costs(per_token["forward"]))
-    heads = "weights gathered gradients optimizer buckets activations update total host".split()
-    memory = [
-        (row["stage"], str(row["world"]), *(gigabytes(row[head]) for head in heads))
-        for row in result["memory_per_gpu"]
-    ]
-    lines = [
-        f"{result['recipe']} ({result['objective']}), vocabulary {result['vocab_size']:,}; one bin of "
-        f"{bin_['tokens']:,} tokens, {bin_['sentences']:,} sentences, {bin_['windows']} windows",
-        "",
-        to_text(Table(("part", "parameters", "multiply-adds per token", "in training"), [*parts, total])),
-        f"attention cores are {millions(per_token['attention_cores'])} of it; "
-        f"{per_token['padding_share']:.2%} more is padding",
-        "",
-        f"one step, {result['dtype']}: activations {gigabytes(step['activations'])} GB, of which logits "
-        f"{gigabytes(step['of_which_logits'])} GB; with weights and gradients "
-        f"{gigabytes(step['peak_one_process'])} GB",
-        "",
-        f"memory of each GPU in GB, {result['dtype']} (ds_configs/)",
-        to_text(Table(("ZeRO", "GPUs", *heads), memory)),
-    ]
-    return "\n".join(lines)
-
-
-def _costs(forward: float) -> tuple[str, str]:
-    return millions(forward), millions(flops.TRAINING_FACTOR * forward)
+    values = {**result, "parts": flops.PARTS, "factor": flops.TRAINING_FACTOR}
+    return to_plain(Path(__file__).with_name("inspect.md.jinja"), values, FILTERS)
 
 
 def format_all(result: dict[str, Any]) -> str:
     """The result of `inspect_all` as text."""
-    rows = []
-    for row in result["sizes"]:
-        paper, counts = row["paper_millions"], row["parameters"]
-        beside = (f"{paper:.1f}M", f"{counts['paper'] / paper / 1e6 - 1:.2%}") if paper else ("-", "-")
-        rows.append((row["recipe"], f"{counts['lean']:,}", f"{counts['paper']:,}", *beside))
-    return to_text(Table(("recipe", "ours", "layout: paper", "the paper", "difference"), rows))
+    return to_plain(Path(__file__).with_name("inspect_all.md.jinja"), result, FILTERS)

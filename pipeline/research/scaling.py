@@ -62,10 +62,10 @@ class Point:
 
 
 def fit_power(x_N: np.ndarray, y_N: np.ndarray, offset: bool = False) -> dict[str, Any]:
-    """y = A · x^(-alpha): {"A", "alpha", "alpha_interval", "residual"}; with an offset y = E + A · x^(-alpha),
-    also "E", "E_interval".
+    """y = A · x^(-alpha), or with `offset` y = E + A · x^(-alpha).
 
-    The residual is the root mean square of log(y): about the points' relative distance from the curve.
+    Returns: {"A", "alpha", "alpha_interval", "residual"}, with `offset` also "E" and "E_interval". The
+    residual is the root mean square of log(y): about the points' relative distance from the curve.
     """
     # By x, then y: residuals are resampled by position, and the points' order must not matter.
     order = np.lexsort((y_N, x_N))
