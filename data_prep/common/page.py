@@ -249,13 +249,8 @@ def _cell(one: Mapping[str, Any], key: str | Callable[[Any], Any], show: Show = 
 
 
 def to_text(table: Table) -> str:
-    """The table for a terminal: the first column to the left, the others to the right."""
+    """The table for a terminal."""
     rows = [table.header, *table.rows]
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(table.header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    forms = [f"{'<' if table.aligned_left(n) else '>'}{width}" for n, width in enumerate(widths)]
+    return "\n".join("  ".join(map(format, row, forms)).rstrip() for row in rows)
