@@ -38,12 +38,12 @@ from data_prep.common.environment import header, require_folder
 from data_prep.common.errors import UserError, log
 from data_prep.common.extras import import_extra
 from data_prep.common.files import json_bytes, read_json, write_atomically
-from data_prep.common.page import Table, to_text
+from data_prep.common.page import to_plain
 from data_prep.common.processes import last_line, start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.common.figures import exact_matches
-from pipeline.common.text import NOTHING, duration, with_interval
+from pipeline.common.text import FILTERS, duration
 from pipeline.config.library import find_recipe
 from pipeline.config.loading import load_yaml, parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
@@ -459,22 +459,7 @@ def _only_one(folder: Path) -> Iterator[int]:
 def format_sweep(result: dict[str, Any]) -> str:
     """The result of `run` as a table. A SentenceVAE's bits per byte are in another column: they measure
     reconstruction, not prediction."""
-    names = "run,seed,kind,parameters,body,tokens,time,tokens/s"
-    names += ",bits/byte,vector gain,ppl,rebuilt bits/byte,exact match"
-    lines = []
-    for row in result["rows"]:
-        counts = (f"{row['parameters']:,}", f"{row['body_parameters']:,}", f"{row['tokens']:,}")
-        bits, ppl = with_interval(row, "bits_per_byte"), f"{row['ppl']:.4g}"
-        rebuilds = row["objective"] == "vae"
-        shown = (NOTHING, NOTHING, NOTHING) if rebuilds else (bits, with_interval(row, "vector_gain"), ppl)
-        exact = f"{row['exact_match']:.2%}" if rebuilds else NOTHING
-        speed = f"{row['tokens_per_second']:,.0f}"
-        kind = (row["name"], str(row["seed"]), row["objective"], *counts, duration(row["seconds"]), speed)
-        lines.append((*kind, *shown, bits if rebuilds else NOTHING, exact))
-    text = [to_text(Table(tuple(names.split(",")), tuple(lines)))] if lines else []
-    text += [f"{key}: failed: {why}" for key, why in result["failed"].items()]
-    text += [f"not done: {', '.join(result['missing'])}"] if result["missing"] else []
-    return "\n".join(text)
+    return to_plain(Path(__file__).with_name("sweep.md.jinja"), result, FILTERS)
 
 
 if __name__ == "__main__":
