@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.metadata
 import sys
 from graphlib import CycleError
@@ -38,3 +39,15 @@ def test_chains_are_counted() -> None:
     assert longest_chain(set()) == []
     with pytest.raises(CycleError):
         longest_chain({("a", "b"), ("b", "a")})
+
+
+def test_every_file_that_is_no_module_ships_with_the_package() -> None:
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    for root in ("pipeline", "data_prep"):
+        folder, patterns = REPOSITORY / root, config["options.package_data"][root].split(", ")
+        shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+        others = {
+            path for path in folder.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")
+        }
+        assert others == shipped and len(shipped) > 1

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.common.extras import import_extra
@@ -48,33 +49,7 @@ PALETTE = {
 }
 DASHES = ("-", "--", "-.", ":")
 WIDTH, PAGE_WIDTH = 720, 480  # points: of a file; on a page, where it is a column or a phone's width
-SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sentence-llm",
-    "font.family": "DejaVu Sans",
-    "font.size": 12,
-    "text.color": PALETTE["soft"][0],
-    "text.parse_math": False,
-    "axes.labelcolor": PALETTE["soft"][0],
-    "axes.edgecolor": PALETTE["soft"][0],
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": PALETTE["rule"][0],
-    "xtick.color": PALETTE["soft"][0],
-    "ytick.color": PALETTE["soft"][0],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "legend.frameon": False,
-    "path.simplify": False,
-}
+STYLE = Path(__file__).with_name("report.mplstyle")
 
 
 def colours(kinds: Sequence[str]) -> list[tuple[str, str]]:
@@ -316,7 +291,7 @@ def figure(plots: Sequence[Plot], width: int = WIDTH) -> Figure:
     figure_class = _figure_class()
     import matplotlib
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(fname=STYLE):
         drawn = figure_class(figsize=(width / 72, sum(plot.height(width) for plot in plots) / 72), dpi=72)
         all_axes = [drawn.add_axes((0, 0, 1, 1), label=str(n)) for n in range(len(plots))]
         named = [plot.draw(axes, width) for axes, plot in zip(all_axes, plots, strict=True)]
@@ -415,7 +390,7 @@ def svg(plots: Sequence[Plot], label: str, width: int = WIDTH, alone: bool = Tru
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     out = io.StringIO()
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+    with matplotlib.rc_context(fname=STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names in scripts that the measuring font does not have
         FigureCanvasSVG(drawn).print_svg(out, metadata={"Date": None})
     text = out.getvalue()

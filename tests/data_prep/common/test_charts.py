@@ -14,6 +14,7 @@ from data_prep.common import page
 from data_prep.common.charts import (
     PAGE_WIDTH,
     PALETTE,
+    STYLE,
     BarsAcross,
     Line,
     Lines,
@@ -59,6 +60,9 @@ def test_each_kind_has_one_hue_that_can_be_seen_on_both_pages() -> None:
         if name not in ("rule", "rest"):
             assert contrast(light, "#fdfdfc") >= 2.9 and contrast(dark, "#14161a") >= 2.9, name
         assert f'[style*="stroke: {light}"] {{ stroke: {dark} !important }}' in dark_style()
+    # Colours of axes and grids too: a dark page exchanges no others.
+    used = re.findall(r"color: ([0-9a-f]{6})", STYLE.read_text())
+    assert set(used) == {PALETTE[name][0].removeprefix("#") for name in ("soft", "rule")}
 
 
 def test_equal_plots_give_equal_bytes_without_anything_foreign() -> None:
