@@ -221,8 +221,13 @@ def markdown_table(table: Table) -> list[str]:
 
 def to_plain(path: Path, values: Mapping[str, Any], filters: Filters) -> str:
     """A template of paragraphs and tables (`from_template`) as text for a terminal."""
-    blocks = from_template(path, values, {}, filters)
-    return "\n\n".join(to_text(one) if isinstance(one, Table) else one.text for one in blocks)
+    parts = []
+    for block in from_template(path, values, {}, filters):
+        if isinstance(block, Table):
+            parts.append(to_text(block))
+        elif isinstance(block, (Heading, Text)):
+            parts.append(block.text)
+    return "\n\n".join(parts)
 
 
 Show = str | Callable[[Any], str]  # a format, or a function that returns the text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_prep.common.page import NOTHING
+from data_prep.common.page import NOTHING, Filters
 
 
 def grouped(value: int) -> str:
@@ -41,7 +41,7 @@ def gigabytes(size: float) -> str:
 
 
 # What templates of text for people use.
-FILTERS = {
+FILTERS: Filters = {
     "f": format,
     "percent": percent,
     "duration": duration,

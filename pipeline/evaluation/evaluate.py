@@ -241,7 +241,8 @@ def evaluate(
     given: dict[str, Any] = {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
-    scores = error = None
+    loaded = source = window = scores = error = None
+    started = 0.0
     try:
         shards = ShardSet.open(data) if data is not None else None
         if shards is None and documents is None:
@@ -266,7 +267,7 @@ def evaluate(
         error = problem
     if ranks.world > 1:
         everyone = agree(error, scores)
-        whole = Scores(kind)
+        whole = Scores(loaded.kind)
         for theirs in everyone:
             whole.merge(theirs)
         scores = whole
@@ -276,7 +277,7 @@ def evaluate(
         raise UserError(f"{source.path}: nothing to evaluate, it holds no text{left_out}")
     return {
         "model": loaded.folder,
-        "kind": kind,
+        "kind": loaded.kind,
         "parameters": loaded.parameters,
         "int8": loaded.int8,
         "data": source.path,

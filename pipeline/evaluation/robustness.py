@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -231,6 +232,7 @@ def _of_model(
 ) -> tuple[dict[str, object], dict[str, dict]]:
     """The model's description, and its figures by variant."""
     figures: dict[str, dict] = {}
+    scored: dict[str, Any] = {}
     for name, documents in texts.items():
         log(f"{loaded.folder}: {name}")
         scored = evaluate(loaded, text=text, documents=documents)
