@@ -79,6 +79,7 @@ class WorkFolder:
         except FileNotFoundError:
             if not self.is_finished():
                 raise UserError(f"{self.folder} is gone: another process gave up, see its message") from None
+            raise Incomplete from None
         if self.is_finished():
             raise Incomplete
         with stream:
