@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +51,11 @@ def stats(
     folder: str | Path,
     bin_tokens: int = BIN_TOKENS,
     window_tokens: int = WINDOW_TOKENS,
-    report: Callable[[int, int], None] | None = None,
 ) -> dict:
     """The figures of the shard set in `folder`, ready for JSON.
 
     Args:
         bin_tokens, window_tokens: what `packed` padding is counted for.
-        report: called with (shards done, shards) after each shard.
     Returns: for all documents, and the same under `languages` and `sources` (by name) and in `groups` (by
         language and source): counts; `tokens_per_sentence`, `sentences_per_document`,
         `tokens_per_document` (mean, p5, median, p95, p99, max); `share_at_limit` (sentences of `max_tokens`:
@@ -85,8 +83,6 @@ def stats(
                 tally.add(batch, mine, lengths_by_code[code], int(kept[mine].sum()))
             padding.add(batch)
             samples.add(i, batch)
-        if report is not None:
-            report(i + 1, len(shards))
     if done != hashes.size:
         raise UserError(f"{shards.folder}: the manifest counts other documents; run `data-prep verify`")
     if not done:

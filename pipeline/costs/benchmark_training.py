@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -217,35 +217,27 @@ class Stepper:
         self.side.model.zero_grad(set_to_none=True)
 
 
-class Counted(NamedTuple):
-    """Multiply-adds of one forward pass, rows of each linear layer, and real tokens of the inputs."""
-
-    operations: Operations
-    rows: dict[str, int]
-    tokens: int
-
-
-def count(side: Side) -> Counted:
-    """Count one forward pass over the prepared inputs."""
+def count(side: Side) -> tuple[Operations, dict[str, int]]:
+    """Multiply-adds of one forward pass over the prepared inputs, and the rows of each linear layer."""
     with flops.counted_rows(side.model) as rows, torch.no_grad():
         side.loss()
-    return Counted(flops.count_operations(side.model, rows, side.cores()), rows, side.tokens)
+    return flops.count_operations(side.model, rows, side.cores()), rows
 
 
 def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
     """FLOP/s of a plain matrix product of each shape with at least 1 % of the linear layers' work: best of
     three, with fewer rows for large products."""
-    shapes: dict[tuple[int, int], int] = {}
     parameter = next(side.model.parameters())
     modules = dict(side.model.named_modules())
-    for name, count_ in rows.items():
-        shape = tuple(modules[name].weight.shape)
-        shapes[shape] = shapes.get(shape, 0) + count_ * shape[0] * shape[1]
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for name, reached in rows.items():
+        shapes.setdefault(tuple(modules[name].weight.shape), []).append(reached)
+    works = {shape: sum(reached) * shape[0] * shape[1] for shape, reached in shapes.items()}
     speeds = []
-    for (wide, narrow), work in sorted(shapes.items(), key=lambda item: -item[1]):
-        if work * 100 < sum(shapes.values()):
+    for (wide, narrow), work in sorted(works.items(), key=lambda item: -item[1]):
+        if work * 100 < sum(works.values()):
             continue
-        most = max(rows[name] for name in rows if tuple(modules[name].weight.shape) == (wide, narrow))
+        most = max(shapes[wide, narrow])
         height = max(1, min(most, GEMM_MULTIPLY_ADDS[parameter.device.type] // (wide * narrow)))
         x = torch.randn(height, narrow).to(parameter)
         w = torch.randn(wide, narrow).to(parameter)
@@ -333,10 +325,10 @@ def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[
     counted = {}
     for name, side in sides.items():  # counts, and warms up
         side.prepare(0)
-        counted[name] = count(side)
+        counted[name] = *count(side), side.tokens
         steppers[name]()
         steppers[name].clear()
-    speeds = {name: matmul_speeds(side, counted[name].rows) for name, side in sides.items()}
+    speeds = {name: matmul_speeds(side, counted[name][1]) for name, side in sides.items()}
     taken: dict[str, list[tuple[int, float]]] = {name: [] for name in sides}
     for turn in range(options.runs):
         for name, side in sides.items():
@@ -348,7 +340,7 @@ def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[
     peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
     figures = {}
     for name, side in sides.items():
-        figures[name] = _figures(side, counted[name], speeds[name], taken[name], peak)
+        figures[name] = _figures(side, counted[name][0], counted[name][2], speeds[name], taken[name], peak)
     return figures, peak
 
 
@@ -360,10 +352,14 @@ def _settings(options: TrainingBenchmark) -> Settings:
 
 
 def _figures(
-    side: Side, counted: Counted, speeds: list[dict], taken: list[tuple[int, float]], peak: float
+    side: Side,
+    operations: Operations,
+    tokens: int,
+    speeds: list[dict],
+    taken: list[tuple[int, float]],
+    peak: float,
 ) -> dict[str, Any]:
     """Figures of one side's turns. `peak`: the fastest matrix product of either side, GFLOP/s."""
-    operations, tokens = counted.operations, counted.tokens
     per_token = operations.needed / tokens
     rates = [real / seconds for real, seconds in taken]
     median = statistics.median(rates)

@@ -232,7 +232,6 @@ def inspect(
     tokens_per_sentence: float = TOKENS_PER_SENTENCE,
     worlds: Sequence[int] = WORLDS,
     dtype: str = "bf16",
-    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Parameters, operations and memory of a recipe's model, as plain JSON (docs/performance.md).
 
@@ -243,7 +242,7 @@ def inspect(
         dtype: of weights and activations: `bf16` (GPUs) or `fp32` (CPUs).
     Raises: UserError for a recipe that does not build a model.
     """
-    sized = sized_recipe(recipe, vae_recipe, overrides)
+    sized = sized_recipe(recipe, vae_recipe)
     tokens = tokens or sized.data.bin_tokens
     window = min(sized.data.window_tokens, tokens)
     longest = sized.model.vae.get("max_sentence_tokens") or 64

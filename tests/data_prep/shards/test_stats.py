@@ -293,12 +293,6 @@ def test_a_shard_may_be_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
             assert one["text"] in tokenizer.decode(stored[one["id"]].tokens)
 
 
-def test_progress_is_reported(shards: Path, result: dict):
-    said: list[tuple[int, int]] = []
-    stats(shards, report=lambda done, total: said.append((done, total)))
-    assert said == [(n + 1, result["shards"]) for n in range(result["shards"])]
-
-
 def test_damage_is_told_in_one_line(shards: Path, tmp_path: Path):
     def refused(change) -> str:
         copy = tmp_path / "copy"

@@ -149,11 +149,11 @@ def test_counting_on_a_batch_agrees_with_the_batch(tmp_path, tiny_shards):
     shared = settings(write_recipe(tmp_path, "vae"), tiny_shards)
     side = RecipeModel(shared.recipe, "x", shared)
     side.prepare(0)
-    counted, batch = count(side), side._batch
-    assert counted.tokens == batch.tokens
-    assert counted.rows["head"] == batch.tokens + batch.sentences
-    assert counted.rows["encoder.layers.0.ffn_in"] == batch.tokens
-    assert counted.rows["decoder.layers.1.condition"] == batch.sentences
+    (_, rows), batch = count(side), side._batch
+    assert side.tokens == batch.tokens
+    assert rows["head"] == batch.tokens + batch.sentences
+    assert rows["encoder.layers.0.ffn_in"] == batch.tokens
+    assert rows["decoder.layers.1.condition"] == batch.sentences
 
 
 def test_the_memory_measured_is_the_memory_predicted(tmp_path, tiny_shards, monkeypatch):
