@@ -6,7 +6,6 @@ The words are in report.md.jinja; the tables, charts and samples that it names a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,70 +23,54 @@ from data_prep.common.page import (
 )
 from pipeline.common.figures import exact_matches
 from pipeline.common.text import grouped
-from pipeline.training.run_files import read_runs
+from pipeline.reports.run_report import summarise
+from pipeline.training.run_files import Run, read_runs
 
 TITLE = "Demo report: from text to a measured sentence-level language model"
 NAMES = {"vae": "SentenceVAE", "sllm": "SLLM", "lm": "token model"}
 KINDS = tuple(NAMES)
+MEASURED = {"result": "evaluate", "check": "check"}
 COMPARED = {"data_fingerprint": "text", "window_tokens": "longest window", "tokens": "number of tokens"}
 GROUPS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 1 << 60))
 
 
-@dataclass(frozen=True)
-class Trained:
-    """One training run: its metrics per step, its evaluations along the way, its final figures and checks."""
+Trained = dict[str, Any]  # the figures of one run, its files as `run`, its `result` and `check`
 
-    kind: str
-    metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    result: dict[str, Any]
-    check: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        return NAMES[self.kind]
-
-    @property
-    def tokens(self) -> int:
-        return self.metrics[-1]["tokens"]
-
-    @property
-    def seconds(self) -> float:
-        return sum(row["seconds"] for row in self.metrics)
-
-    def figures(self) -> dict[str, Any]:
-        """What the report's first table shows of the run."""
-        padding = sum(row["padding_share"] * row["seconds"] for row in self.metrics) / self.seconds
-        waiting = sum(row["data_wait_seconds"] for row in self.metrics) / self.seconds
-        found = {"kind": self.kind, "name": self.name, "tokens": self.tokens, "seconds": self.seconds}
-        found |= {"steps": len(self.metrics), "tokens_per_second": self.tokens / self.seconds}
-        found |= {"padding_share": padding, "waiting_share": waiting}
-        return found | {"result": self.result, "check": self.check}
-
-    def losses(self) -> list[tuple[float, float]]:
-        """(million tokens, nats per target) of each step that has a finite loss."""
-        return [(row["tokens"] / 1e6, row["loss"]) for row in self.metrics if row["loss"] is not None]
+def trained(kind: str, run: Run, measured: Path) -> Trained:
+    """One training run, and what was measured on its model."""
+    figures, seconds = summarise(run), sum(run.values("seconds"))
+    return {
+        "kind": kind,
+        "name": NAMES[kind],
+        "run": run,
+        "steps": len(run.metrics),
+        "seconds": seconds,
+        "tokens": figures["tokens"],
+        "tokens_per_second": figures["tokens"] / seconds,
+        "padding_share": figures["padding_share"],
+        "waiting_share": figures["data_wait_share"],
+        **{what: read_json(measured / f"{name}-{kind}.json") for what, name in MEASURED.items()},
+    }
 
 
 def build_report(folder: str | Path) -> tuple[Path, Path]:
     """Write both files into the demo's folder; their paths. Raises: UserError if a file is missing."""
     folder = Path(folder)
-    measured, runs = folder / "measured", []
-    for kind, run in zip(KINDS, read_runs([folder / "runs" / kind for kind in KINDS]), strict=True):
-        result, check = (read_json(measured / f"{what}-{kind}.json") for what in ("evaluate", "check"))
-        runs.append(Trained(kind, run.metrics, run.evaluations, result, check))
-    _, sllm, lm = runs
+    measured, found = folder / "measured", read_runs([folder / "runs" / kind for kind in KINDS])
+    runs = [trained(kind, run, measured) for kind, run in zip(KINDS, found, strict=True)]
+    ours, theirs = (one["result"] for one in runs[1:])
     differing = [
-        f"{name} ({str(sllm.result[key])[:12]} for the SLLM, {str(lm.result[key])[:12]} for the token model)"
+        f"{name} ({str(ours[key])[:12]} for the SLLM, {str(theirs[key])[:12]} for the token model)"
         for key, name in COMPARED.items()
-        if sllm.result[key] != lm.result[key]
+        if ours[key] != theirs[key]
     ]
-    passed = sum(run.check["passed"] for run in runs)
+    passed = sum(one["check"]["passed"] for one in runs)
     stats = {name: read_json(measured / f"stats-{name}.json") for name in ("train", "validation")}
     stamps = map(read_json, (folder / "stamps").glob("*.json"))
     values = {
-        **{run.kind: run for run in runs},
-        "runs": [run.figures() for run in runs],
+        **{one["kind"]: one for one in runs},
+        "runs": runs,
         "differing": differing,
         "passed": passed,
         "stats": stats,
@@ -114,37 +97,34 @@ def read_json(path: Path) -> Any:
 
 def training(runs: Sequence[Trained]) -> Iterable[Block]:
     lines, means = [], []
-    for run in runs:
-        tokens, losses = zip(*run.losses(), strict=True)
+    for one in runs:
+        rows = [row for row in one["run"].metrics if row["loss"] is not None]
+        tokens, losses = [row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows]
         means.append(running_mean(losses))
-        lines.append(Line(run.name, run.losses(), run.kind, "faint"))
-        lines.append(Line(run.name, list(zip(tokens, means[-1], strict=True)), run.kind))
-    rows = [
+        for values, kind in ((losses, "faint"), (means[-1], "line")):
+            lines.append(Line(one["name"], list(zip(tokens, values, strict=True)), one["kind"], kind))
+    cells = [
         (f"{part / 8:.0%}", *(f"{mean[round(part / 8 * (len(mean) - 1))]:.3f}" for mean in means))
         for part in range(9)
     ]
-    header = ("share of the run", *(run.name for run in runs))
+    header = ("share of the run", *(one["name"] for one in runs))
     yield Chart(
         "Training loss of the three runs: each step (pale) and its running mean",
         Lines(lines, "million tokens", "nats per target", x_from=0),
-        Table(header, rows, "running mean, nats per target"),
+        Table(header, cells, "running mean, nats per target"),
     )
-    predictors = [run for run in runs if run.kind != "vae" and run.evaluations]
-    if predictors:
-        lines = []
-        for run in predictors:
-            seen = {row["step"]: row["tokens"] / 1e6 for row in run.metrics}
-            points = [(seen[row["step"]], row["bits_per_byte"]) for row in run.evaluations]
-            lines.append(Line(run.name, points, run.kind, "dots"))
-        rows = [
-            (run.name, grouped(row["step"]), f"{row['bits_per_byte']:.3f}")
-            for run in predictors
-            for row in run.evaluations
-        ]
+    lines, cells = [], []
+    for one in runs:
+        if one["kind"] != "vae" and (evaluations := one["run"].evaluations):
+            seen = {row["step"]: row["tokens"] / 1e6 for row in one["run"].metrics}
+            points = [(seen[row["step"]], row["bits_per_byte"]) for row in evaluations]
+            lines.append(Line(one["name"], points, one["kind"], "dots"))
+            cells += [(one["name"], f"{r['step']:,}", f"{r['bits_per_byte']:.3f}") for r in evaluations]
+    if lines:
         yield Chart(
             "Validation along the way: bits per byte (a part of the validation shards)",
             Lines(lines, "million tokens", "bits per byte", x_from=0),
-            Table(("run", "step", "bits per byte"), rows),
+            Table(("run", "step", "bits per byte"), cells),
         )
 
 
@@ -155,10 +135,10 @@ def sentences(counts: Sequence[int], vae: Trained) -> Iterable[Block]:
         bars(enumerate(counts[1:], start=1), "other-1", "tokens", "sentences"),
         Table(("tokens", "sentences"), [(f"{start}–{start + 7}", grouped(n)) for start, n in ranges]),
     )
-    exact = {int(length): row for length, row in vae.result["exact_match_by_length"].items()}
+    exact = {int(length): row for length, row in vae["result"]["exact_match_by_length"].items()}
     groups = []
     for low, high in GROUPS:
-        total, right = exact_matches(vae.result["exact_match_by_length"], low, high)
+        total, right = exact_matches(vae["result"]["exact_match_by_length"], low, high)
         if total:
             name = f"{low}–{high}" if high < 1 << 60 else f"{low} and more"
             groups.append((name, grouped(total), percent(right)))
