@@ -371,7 +371,7 @@ def format_benchmark(result: dict[str, Any]) -> str:
     names = [result[side]["name"] for side in sides]
     header = ["batch", "context"]
     for name in names:
-        header += [f"{name} tok/s", "1st sentence s", "peak GB", "held MB"]
+        header += [f"{name} tokens/s", "1st sentence s", "peak GB", "held MB"]
     rows = []
     for point in result["points"]:
         row = [str(point["batch"]), f"{point['context']:,}"]
@@ -388,7 +388,7 @@ def format_benchmark(result: dict[str, Any]) -> str:
             shown = (("tokens_per_second", ".2f"), ("cached_bytes_per_token", ".1%"), ("memory_peak", ".2f"))
             row += [format(ratios[key], form) if key in ratios else NOTHING for key, form in shown]
         rows.append(row)
-    header += ["× tok/s", "cached bytes a token", "× peak"] if len(names) == 2 else []
+    header += ["× tokens/s", "cached bytes a token", "× peak"] if len(names) == 2 else []
     lines = [
         f"{' beside '.join(names)}: {result['dtype']}, {result['sentence_tokens']} tokens a sentence, "
         f"{where}; medians of {result['runs']} runs",
