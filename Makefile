@@ -67,7 +67,7 @@ lint: $(STAMP)
 	$(BIN)/codespell
 	$(BIN)/python -m tools.check_words
 	$(BIN)/mypy
-	$(BIN)/python -m tools.structure --check
+	$(BIN)/python -m tools.structure
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -373,11 +373,11 @@ def stats(folder: Folder, /, *, html: str | None = None, json: Json = False) -> 
     Args:
         html: write a page with pictures to this file
     """
-    from data_prep.common import page
+    from data_prep.common import charts
     from data_prep.shards import stats as statistics
 
     if html:
-        page.require()
+        charts.require()
     result = statistics.stats(folder)
     if html:
         from data_prep.common.files import write_atomically
