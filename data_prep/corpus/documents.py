@@ -46,7 +46,7 @@ from data_prep.corpus.inputs import (
     user_errors,
     whole,
 )
-from data_prep.corpus.lines import BOM, cut_array, cut_csv, cut_lines
+from data_prep.corpus.lines import BOM, cut_array, cut_csv, cut_lines, whole_number
 from data_prep.corpus.tables import Rows, with_text_column
 
 TAIL_BYTES = 1 << 16  # read size past the end of a piece, to complete its last line
@@ -54,7 +54,6 @@ TAIL_BYTES = 1 << 16  # read size past the end of a piece, to complete its last 
 # long in a line of JSON, and other fields come on top.
 MAX_LINE_BYTES = 64_000_000
 MAX_DEPTH = 200  # of brackets in a record: the JSON parser's own limit depends on its caller
-SAFE_DIGITS = 640  # a number with fewer is an int in any environment (PYTHONINTMAXSTRDIGITS)
 SAMPLE_PLACES = 8  # parts of a file to sample from
 
 
@@ -78,11 +77,15 @@ class RawDocument:
 
 @dataclass(frozen=True)
 class Reject:
-    """One rejected record, or with line 0 a whole member of a tar."""
+    """One rejected record, or with line 0 a whole member of a tar.
+
+    of: the id of the document that it resembles, or the words that it shares with a test text.
+    """
 
     line: int
     reason: str
     member: str = ""
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,7 @@ class DocumentReader:
             return
         record = {"id": self.file.name, "content": text}
         item = self._judge(1, record, self._here, "", dataclasses.replace(self.filters, text_field=None))
-        yield dataclasses.replace(item, mark=mark) if mark and isinstance(item, RawDocument) else item
+        yield _marked(item, mark)
 
     def _misnamed(self, start: bytes) -> bool:
         """Whether a text by its name starts like something else, which is then left out as damage."""
@@ -290,15 +293,10 @@ class DocumentReader:
             line = line.removeprefix(BOM)  # also inside concatenated files
             if line and not line.isspace():
                 item = self._parse(number, line, place, f"@{self._first + offset}")
-                yield self._marked(item, mark)
-
-    def _marked(self, item: RawDocument | Reject, mark: int) -> RawDocument | Reject:
-        return dataclasses.replace(item, mark=mark) if mark and isinstance(item, RawDocument) else item
+                yield _marked(item, mark)
 
     def _lines_or_array(self, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
-        if not is_json(self.file.name):
-            return self._lines(chunks, self._here)
-        start, chunks = _peek(chunks)
+        start, chunks = _peek(chunks) if is_json(self.file.name) else (b"", chunks)
         return self._array(chunks) if starts_array(start) else self._lines(chunks, self._here)
 
     def _array(self, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
@@ -309,7 +307,7 @@ class DocumentReader:
                 yield Reject(number, "invalid JSON from here to the end of the file")
             else:
                 item = self._parse(number, element, self._here, f"#{number}")
-                yield self._marked(item, self._mark())
+                yield _marked(item, self._mark())
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict:
         record = dict(pairs)
@@ -324,8 +322,7 @@ class DocumentReader:
             raise
         except ValueError:  # a number with too many digits for an int
             self._repeated = 0
-            parse_int = lambda digits: (int if len(digits) < SAFE_DIGITS else Decimal)(digits)  # noqa: E731
-            return json.loads(text, object_pairs_hook=self._object, parse_int=parse_int)
+            return json.loads(text, object_pairs_hook=self._object, parse_int=whole_number)
 
     def _parse(self, number: int, line: bytes, place: _Place, mark: str) -> RawDocument | Reject:
         """`mark`: the place of the record within its file, for an id made from the file's name."""
@@ -385,9 +382,10 @@ class DocumentReader:
         """The language that an exam question's place gives to its labels."""
         if "q_main" not in record:
             return None
-        named = self.language if self.language != "auto" else normal_language(record.get("language"))
-        by_name = "zh" if place.source.lower().endswith("-cn") else None  # WanJuan's Exam-cn
-        return named or place.folder_language or by_name
+        if self.language != "auto":
+            return self.language
+        named = normal_language(record.get("language")) or place.folder_language
+        return named or ("zh" if place.source.lower().endswith("-cn") else None)  # WanJuan's Exam-cn
 
     def _too_large(self, text: str) -> bool:
         """Whether a text has more than the limit in UTF-8."""
@@ -429,13 +427,16 @@ class DocumentReader:
             else:
                 record = dict(zip(names, row, strict=True))
                 item = self._judge(number, record, self._here, f"#{number}", filters)
-                yield self._marked(item, self._mark())
+                yield _marked(item, self._mark())
+
+
+def _marked(item: RawDocument | Reject, mark: int) -> RawDocument | Reject:
+    return dataclasses.replace(item, mark=mark) if mark and isinstance(item, RawDocument) else item
 
 
 def _peek(chunks: Iterator[bytes | None]) -> tuple[bytes, Iterator[bytes | None]]:
-    """(the first bytes, all chunks)."""
-    first = list(itertools.islice(chunks, 1))
-    return (first[0] or b"") if first else b"", itertools.chain(first, chunks)
+    first = next(chunks, b"")
+    return first or b"", itertools.chain([first], chunks)  # a gap stays one
 
 
 def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = None) -> Iterator[str]:

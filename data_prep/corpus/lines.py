@@ -11,10 +11,17 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 
 BOM = b"\xef\xbb\xbf"
+SAFE_DIGITS = 640  # a number with fewer is an int in any environment (PYTHONINTMAXSTRDIGITS)
 _AFTER = tuple(",] \t\r\n")
 _WHITE = re.compile("[\ufeff \\t\\r\\n]*")
+
+
+def whole_number(digits: str) -> int | Decimal:
+    """A whole number of any length, for the JSON parser."""
+    return int(digits) if len(digits) < SAFE_DIGITS else Decimal(digits)
 
 
 def cut_lines(

@@ -16,9 +16,9 @@ from data_prep.common.errors import UserError, log
 from data_prep.common.files import json_bytes, partial_name, write_atomically
 from data_prep.corpus.finding import survey
 from data_prep.corpus.inputs import Piece, plan_units, text_bytes, unit_size
+from data_prep.corpus.limits import Limits
 from data_prep.jobs.changes import changed_input, describe_facts, describe_inputs
 from data_prep.jobs.job import Job, ShardSettings, missing_units
-from data_prep.jobs.limits import Limits
 from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
