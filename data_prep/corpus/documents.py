@@ -236,8 +236,7 @@ class DocumentReader:
         folders = member.parts[:-1]
         # An archive may hold a name twice: a file that was appended again.
         self._members[member.name] += 1
-        count = self._members[member.name]
-        name = member.name if count == 1 else f"{member.name}:{count}"
+        name = member.name + (f":{count}" if (count := self._members[member.name]) > 1 else "")
         place = _Place(
             f"{self.file.name}!{name}",
             folders[-1] if folders else self.file.source,
