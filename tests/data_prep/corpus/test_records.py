@@ -14,10 +14,10 @@ import pytest
 from helpers.reading import PACKERS, read
 
 from data_prep.common.errors import UserError
-from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
+from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, find_damage
 from data_prep.corpus.filters import Filters
 from data_prep.corpus.finding import find_inputs
-from data_prep.corpus.inputs import split
+from data_prep.corpus.inputs import split, whole
 from data_prep.corpus.lines import cut_array
 
 LONG = "9" * 5000
@@ -150,6 +150,17 @@ def test_csv(tmp_path: Path, ending: str):
 def test_an_open_quote_costs_no_silence(tmp_path: Path):
     items, _ = read(tmp_path / "x.csv", b'id,text\n1,Good.\n2,"open\n3,Lost.\n')
     assert told(items) == ["Good.", "! invalid CSV"]
+
+
+def test_a_row_torn_by_damage_is_not_given(tmp_path: Path):
+    first, second = b"id,text\n1,Whole.\n2,To", b"rn.\n3,Lost.\n"
+    damaged = bytearray(gzip.compress(second))
+    damaged[-8] ^= 1  # in the checksum
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(first) + damaged + gzip.compress(b"4,After.\n"))
+    (file,) = find_inputs([tmp_path])
+    reader = DocumentReader(file, damage=find_damage(whole(file)))
+    assert told(list(reader)) == ["Whole."] and len(reader.damage) == 1
+    assert reader.sha256 == reader.piece.sha256()
 
 
 @pytest.mark.parametrize("form", ["file", "stream", "feather"])
