@@ -5,7 +5,7 @@
     python -m tools.benchmarks.natural_text tree --output natural
 
 Message catalogues (.mo), manual pages and guides of GNOME come with their English original. A paragraph whose
-original is one sentence is one sentence, too, whatever stops its translation holds (`z. B. Foo`): the sentence
+original is one sentence is one sentence, too, whatever stops its translation holds (`z. B. Foo`): sentence
 ends are known without a segmenter. Some translators make two sentences of one: a translation with a stop
 after a long word and no lower-case letter behind it is left out. `natural/<language>.txt` has one sentence a
 line, without repeats, in an order that depends on the sentences alone.
@@ -54,7 +54,7 @@ _CLOSERS = "[\"'”’»)\\]]*"
 _ONE_SENTENCE = re.compile(rf"[A-Z].*[a-z)][.!?]{_CLOSERS}")
 _INNER_END = re.compile(rf"[.!?…]{_CLOSERS}\s+[^a-z\s]")
 _STOP = re.compile(r"[.!?。．！？؟।…]+[\"'”’“»«」』)\]]*")
-# Where a translator began a second sentence. Long words are no abbreviations; scripts without case have short ones.
+# Where a second sentence begins. Long words are no abbreviations; scripts without case have short ones.
 _SPLIT = {
     letters: re.compile(
         rf"(?:[^\s.,;:()\[\]0-9]{{{letters}}}\.|[?!؟।]){_CLOSERS}\s+(\w)|[。！？]{_CLOSERS}\s*[^\s”’»」』)）]"
