@@ -141,6 +141,10 @@ def shard(
     _check_output(output)
     if unit_mb is not None and unit_mb < LEAST_UNIT_MB:
         raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {unit_mb:g}")
+    if rules.identify_language and lang != "auto":
+        raise UserError(f"--identify-lang has nothing to do with --lang {lang}; leave one out")
+    if lang == "auto":
+        _say_how_languages_are_told(rules)
     chosen = choose_backend(backend)
     settings = ShardSettings(
         sentences=SentenceSettings(segmenter, lang, max_tokens, min_tokens),
@@ -174,6 +178,15 @@ def shard(
         print(f"data-prep: warning: {warning}", file=sys.stderr)
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
     print(jsonlib.dumps(summary) if json else _shard_text(summary))
+
+
+def _say_how_languages_are_told(rules: Filters) -> None:
+    if rules.keep_languages and not rules.identify_language:
+        print(
+            "data-prep: --keep-lang tells documents without a label by folder and script only: German is en; "
+            "add --identify-lang to go by their letters (pip install 'sentence-llm[lang]')",
+            file=sys.stderr,
+        )
 
 
 def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: float) -> dict[str, Any]:
@@ -374,6 +387,7 @@ def tokenizer(
     from data_prep.text.tokenizer import train_sentencepiece
 
     _check_output(output)
+    _say_how_languages_are_told(rules)
     files, unread = survey(list(input))
     if unread:
         print(f"data-prep: not read: {unread_line(unread)}", file=sys.stderr)

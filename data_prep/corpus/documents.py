@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from data_prep.common.errors import UserError, first_line
-from data_prep.common.language import detect_language
-from data_prep.corpus.filters import TEXT_FIELDS, Filters, encodable, normal_language
+from data_prep.corpus.filters import TEXT_FIELDS, Filters, encodable
 from data_prep.corpus.inputs import (
     CHUNK_BYTES,
     ROWS,
@@ -48,7 +47,8 @@ _BOM = b"\xef\xbb\xbf"
 class RawDocument:
     """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar's `member`, or the table.
 
-    `id_repaired`: the record had no usable id; its id is made from its place.
+    `id_repaired`: the record had no usable id; its id is made from its place. `confidence`: that the language
+    is right, where it was identified.
     """
 
     id: str
@@ -58,6 +58,7 @@ class RawDocument:
     line: int
     id_repaired: bool = False
     member: str = ""
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ class DocumentReader:
             return Reject(number, "empty content", place.member)
         if not encodable(text):
             return Reject(number, "lone surrogate", place.member)
-        language = self._language(record, text, place)
+        language, confidence = self._language(record, text, place)
         if reason := filters.refusal(record, text, language):
             return Reject(number, reason, place.member)
         identity = record.get("id")
@@ -266,13 +267,14 @@ class DocumentReader:
             changed.append("missing id")
         if changed:
             self.repaired.update(changed)
-        return RawDocument(identity, text, language, place.source, number, not usable, place.member)
+        facts = identity, text, language, place.source, number, not usable, place.member
+        return RawDocument(*facts, confidence)
 
-    def _language(self, record: dict, text: str, place: _Place) -> str:
-        """The setting's language, else the record's, else the folder's, else by script."""
+    def _language(self, record: dict, text: str, place: _Place) -> tuple[str, float | None]:
+        """The setting's language, else what the filters find; and a confidence where it was identified."""
         if self.language != "auto":
-            return self.language
-        return normal_language(record.get("language")) or place.folder_language or detect_language(text)
+            return self.language, None
+        return self.filters.language_of(record, text, place.folder_language)
 
     # Tables ---------------------------------------------------------------------------------------------
 

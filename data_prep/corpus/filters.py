@@ -16,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from data_prep.common.errors import UserError
+from data_prep.common.identify import UNDETERMINED, identifier, identify
 from data_prep.common.language import detect_language
 
+MIN_CONFIDENCE = 0.5
 NORMAL_FORMS = ("NFC", "NFKC")
 OPTIONS = tuple("abcde")  # of a question in WanJuan's Exam-cn
 EXAM_FIELDS = ("q_main", *(f"option_{letter}" for letter in OPTIONS), "std_ans", "answer", "answer_detail")
@@ -128,6 +130,9 @@ class Filters:
         min_chars: leave out shorter documents
         max_chars: leave out longer documents (0: no limit)
         keep_languages: leave out documents in other languages (default: keep all)
+        identify_language: find the language of documents without a label by their letters (extra `lang`), not
+            by folder and script
+        min_confidence: with --identify-lang: below, a document has its folder's language, or und
 
     Raises:
         UserError: a value is invalid.
@@ -141,8 +146,14 @@ class Filters:
     min_chars: int = 0
     max_chars: int = 0
     keep_languages: Annotated[tuple[str, ...], Parameter(name="--keep-lang", consume_multiple=1)] = ()
+    identify_language: Annotated[bool, Parameter(name="--identify-lang")] = False
+    min_confidence: Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))] = MIN_CONFIDENCE
 
     def __post_init__(self) -> None:
+        if self.identify_language:
+            identifier()
+        elif self.min_confidence != MIN_CONFIDENCE:
+            raise UserError("--min-confidence is for --identify-lang: give both")
         object.__setattr__(self, "filters", tuple(str(parsed) for parsed in self._parsed))
         languages = []
         for language in self.keep_languages:
@@ -168,13 +179,21 @@ class Filters:
         """The rules as JSON values, for the manifest and the settings fingerprint."""
         lists = {"filters": list(self.filters), "keep_languages": list(self.keep_languages)}
         settings = dataclasses.asdict(self) | lists
+        if self.identify_language:
+            settings |= {"identifier": identifier()}
+        else:  # sets made before there was an identifier have the same fingerprint
+            del settings["identify_language"], settings["min_confidence"]
         # The normal form of a new character depends on the version of Unicode.
         return settings | ({"unicode": unicodedata.unidata_version} if self.normal_form else {})
 
     @classmethod
     def from_dict(cls, settings: dict) -> Filters:
-        """The inverse of `to_dict`."""
-        settings = {name: value for name, value in settings.items() if name != "unicode"}
+        """The inverse of `to_dict`. Raises: UserError for languages found by another identifier."""
+        if (found := settings.get("identifier")) and found != identifier():
+            raise UserError(
+                f"the languages were identified by {found}, which is not installed ({identifier()} is)"
+            )
+        settings = {name: value for name, value in settings.items() if name not in ("unicode", "identifier")}
         lists = {name: tuple(settings[name]) for name in ("filters", "keep_languages") if name in settings}
         return cls(**settings | lists)
 
@@ -218,6 +237,18 @@ class Filters:
                 text = clean
                 changed.append("white space")
         return text, changed
+
+    def language_of(self, record: dict, text: str, folder: str | None) -> tuple[str, float | None]:
+        """The language that the record names, else of its folder, else by its script. With `identify_language`
+        the language of the text's letters comes before the folder's, with a confidence."""
+        if named := normal_language(record.get("language")):
+            return named, None
+        if not self.identify_language:
+            return folder or detect_language(text), None
+        language, confidence = identify(text)
+        if confidence < self.min_confidence or language == UNDETERMINED:
+            language = folder or UNDETERMINED
+        return language, confidence
 
     def refusal(self, record: dict, text: str, language: str) -> str | None:
         """Why a document is filtered out, or None. `text` is the cleaned text."""

@@ -155,7 +155,8 @@ class Worker:
         except LossyTokenization:
             return Reject(raw.line, "tokenizer loses text", raw.member)
         data = raw.content.encode("utf-8")
-        return Document(raw.id, raw.language, raw.source, tokens, lengths, len(data), hash64(data))
+        facts = raw.id, raw.language, raw.source
+        return Document(*facts, tokens, lengths, len(data), hash64(data), confidence=raw.confidence)
 
 
 class _Counts:

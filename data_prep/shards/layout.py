@@ -61,6 +61,7 @@ class Document:
     """One stored document: tokens uint16/uint32 [T]; sentence_lengths uint16 [S], sum T; bytes of text.
 
     text_hash: `hash64` of the text, the same under any tokenizer.
+    confidence: that the language is right (0 to 1), where it was identified.
     """
 
     id: str
@@ -70,6 +71,12 @@ class Document:
     sentence_lengths: np.ndarray
     bytes: int
     text_hash: int
+    confidence: float | None = None
+
+    def facts(self) -> dict:
+        """What `documents.json` holds."""
+        found = {"id": self.id, "language": self.language, "source": self.source}
+        return found if self.confidence is None else found | {"confidence": self.confidence}
 
     def sentences(self) -> list[np.ndarray]:
         """The S slices of `tokens`."""
@@ -86,7 +93,7 @@ class Member(NamedTuple):
 
 class Group(NamedTuple):
     """One group of D documents: tokens uint16/uint32 [T], sentence_lengths uint16 [S], document_sizes uint32
-    [D] (sentences in each), facts: D dictionaries with `id`, `language` and `source`."""
+    [D] (sentences in each), facts: D dictionaries, `Document.facts`."""
 
     tokens: np.ndarray
     sentence_lengths: np.ndarray

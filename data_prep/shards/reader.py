@@ -147,6 +147,7 @@ class Shard:
             sentence_lengths=self.sentence_lengths(n),
             bytes=int(row["bytes"]),
             text_hash=int(row["text_hash"]),
+            confidence=facts.get("confidence"),
         )
 
     @property
