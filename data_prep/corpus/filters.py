@@ -239,8 +239,8 @@ class Filters:
         return text, changed
 
     def language_of(self, record: dict, text: str, folder: str | None) -> tuple[str, float | None]:
-        """The language that the record names, else of its folder, else by its script. With `identify_language`
-        the language of the text's letters comes before the folder's, with a confidence."""
+        """The language that the record names, else its folder, else its script. With `identify_language` the
+        language of its letters comes before the folder, with a confidence."""
         if named := normal_language(record.get("language")):
             return named, None
         if not self.identify_language:
