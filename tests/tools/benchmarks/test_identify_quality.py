@@ -12,7 +12,7 @@ from tools.benchmarks import identify_quality
 
 def test_accuracy_speed_and_mixture(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     sentences = {
-        "en": "The river rose in the night, and nobody could reach the old mill below the town.",
+        "en": "The river rose in the night, and none of us could reach the old mill below the town.",
         "cs": "V noci se řeka zvedla a nikdo se nemohl dostat ke starému mlýnu pod městem.",
         "bs": "The texts of this file are English.",
         "zh": "夜里河水上涨，没有人能到达城下的老磨坊。",
