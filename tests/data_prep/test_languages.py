@@ -17,8 +17,8 @@ from data_prep.corpus.filters import Filters
 from data_prep.shards.reader import ShardSet
 
 TEXTS = {
-    "en": "The river rose in the night. By morning the lower road was under water, and none of us could reach "
-    "the mill. We carried the books upstairs and waited for the rain to stop.",
+    "en": "The river rose in the night. By morning the lower road was under water, and none of us could "
+    "reach the mill. We carried the books upstairs and waited for the rain to stop.",
     "de": "In der Nacht stieg der Fluss. Am Morgen stand die Straße tief im Wasser, und niemand kam "
     "mehr zur Mühle. Wir trugen die Bücher nach oben und warteten, bis der Regen aufhörte.",
     "fr": "La rivière est montée pendant la nuit. Au matin, la route basse était sous l'eau et personne ne "
