@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable
+from typing import Any
 
 from data_prep.common.environment import package_versions
 from data_prep.common.extras import import_extra
 
 EXTRA = "lang"
-UNDETERMINED = "und"
 VERSION = 1  # of the sampling and the choice of script: raised when any text could be identified differently
 PLACES, PLACE = 8, 125  # of a long text, and characters at each
 SURE = 0.9  # confidence at every second place that makes the others superfluous
@@ -32,8 +31,13 @@ def identifier() -> str:
     return f"py3langid {package_versions(['py3langid'])['py3langid']}, {VERSION}"
 
 
+def labels() -> list[str]:
+    """All codes that `identify` may give; `zxx` for no language. Raises: UserError without the extra."""
+    return _model().labels
+
+
 def identify(text: str) -> tuple[str, float]:
-    """The code of the language of most of the text, or `und`, and its share of the votes (0 to 1).
+    """The code of the language of most of the text, or `zxx`, and its share of the votes (0 to 1).
 
     Raises: UserError without the extra.
     """
@@ -48,14 +52,14 @@ def identify(text: str) -> tuple[str, float]:
         samples = samples[::2]
     language, weight = votes.most_common(1)[0]
     # Rounded: the last digits depend on the processor, and shards must not.
-    return language if language != "zxx" else UNDETERMINED, round(weight / len(samples), 3)
+    return language, round(weight / len(samples), 3)
 
 
 def _vote(samples: list[str]) -> dict[str, float]:
     """The sum of confidences of each language."""
     votes: dict[str, float] = {}
     for sample in samples:
-        language, confidence = _classifier()(_of_main_script(sample))
+        language, confidence = _model().classify(_of_main_script(sample))
         votes[language] = votes.get(language, 0.0) + confidence
     return votes
 
@@ -71,7 +75,7 @@ def _of_main_script(text: str) -> str:
 
 
 @functools.cache
-def _classifier() -> Callable[[str], tuple[str, float]]:
+def _model() -> Any:
     langid = import_extra("py3langid.langid", EXTRA)
     import numpy as np
 
@@ -88,4 +92,4 @@ def _classifier() -> Callable[[str], tuple[str, float]]:
     found = Identifier.from_model_file(langid.MODEL_FILE, norm_probs=True)
     # Stored in 16 bits, which are slow to compute with.
     found.nb_ptc = found.nb_ptc.astype(np.float32)
-    return found.classify
+    return found

@@ -19,10 +19,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter, validators
 
 from data_prep.common.errors import UserError
-from data_prep.common.identify import UNDETERMINED, identifier, identify
+from data_prep.common.identify import identifier, identify, labels
 from data_prep.common.language import detect_language
 
 MIN_CONFIDENCE = 0.5
+UNDETERMINED = "und"
 NORMAL_FORMS = ("NFC", "NFKC")
 OPTIONS = tuple("abcde")  # of a question in WanJuan's Exam-cn
 EXAM_FIELDS = ("q_main", *(f"option_{letter}" for letter in OPTIONS), "std_ans", "answer", "answer_detail")
@@ -150,9 +151,7 @@ class Filters:
     min_confidence: Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))] = MIN_CONFIDENCE
 
     def __post_init__(self) -> None:
-        if self.identify_language:
-            identifier()
-        elif self.min_confidence != MIN_CONFIDENCE:
+        if not self.identify_language and self.min_confidence != MIN_CONFIDENCE:
             raise UserError("--min-confidence is for --identify-lang: give both")
         object.__setattr__(self, "filters", tuple(str(parsed) for parsed in self._parsed))
         languages = []
@@ -161,6 +160,12 @@ class Filters:
                 raise UserError(f"language {language!r} is no code; write for example --keep-lang en zh")
             languages.append(code)
         object.__setattr__(self, "keep_languages", tuple(sorted(set(languages))))
+        if self.identify_language:  # loads the model, before other processes are forked
+            known = sorted(filter(None, map(normal_language, labels())))
+            if unknown := set(self.keep_languages) - set(known):
+                raise UserError(
+                    f"--identify-lang cannot find {', '.join(sorted(unknown))}; it knows {' '.join(known)}"
+                )
         if self.normal_form not in (None, *NORMAL_FORMS):
             raise UserError(f"normal form {self.normal_form!r} is unknown; use NFC or NFKC")
         if self.min_chars < 0 or self.max_chars < 0 or 0 < self.max_chars < self.min_chars:
@@ -245,10 +250,9 @@ class Filters:
             return named, None
         if not self.identify_language:
             return folder or detect_language(text), None
-        language, confidence = identify(text)
-        if confidence < self.min_confidence or language == UNDETERMINED:
-            language = folder or UNDETERMINED
-        return language, confidence
+        found, confidence = identify(text)
+        language = normal_language(found) if confidence >= self.min_confidence else None
+        return language or folder or UNDETERMINED, confidence
 
     def refusal(self, record: dict, text: str, language: str) -> str | None:
         """Why a document is filtered out, or None. `text` is the cleaned text."""

@@ -12,7 +12,7 @@ from helpers import tokenizer_folders
 from helpers.data_prep_command import call, refused
 
 from data_prep.common.errors import UserError
-from data_prep.common.identify import identifier, identify
+from data_prep.common.identify import _model, identifier, identify
 from data_prep.corpus.filters import Filters
 from data_prep.shards.reader import ShardSet
 
@@ -103,9 +103,17 @@ def test_settings_name_the_identifier() -> None:
 
 
 def test_without_the_extra_one_line_names_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setitem(sys.modules, "py3langid", None)
+    for module in ("py3langid", "py3langid.langid"):
+        monkeypatch.setitem(sys.modules, module, None)
+    _model.cache_clear()  # another test may have loaded it
     words = ["shard", "--input", "x", "--output", "y", "--tokenizer", "z", "--identify-lang"]
     assert "sentence-llm[lang]" in refused(capsys, *words)
+
+
+def test_a_language_that_cannot_be_found_is_refused(capsys: pytest.CaptureFixture) -> None:
+    words = ["shard", "--input", "x", "--output", "y", "--tokenizer", "z", "--identify-lang"]
+    error = refused(capsys, *words, "--keep-lang", "en", "vot", "yi")
+    assert "cannot find vot, yi; it knows ace af am " in error and "zxx" not in error
 
 
 def test_a_fixed_language_is_not_identified(capsys: pytest.CaptureFixture) -> None:

@@ -23,9 +23,9 @@ from typing import Any
 
 from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, run_main
-from data_prep.common.identify import UNDETERMINED, identify
+from data_prep.common.identify import identify
 from data_prep.common.page import NOTHING, Table, markdown_table
-from data_prep.corpus.filters import MIN_CONFIDENCE
+from data_prep.corpus.filters import MIN_CONFIDENCE, UNDETERMINED
 from tools.benchmarks.arguments import answer, positive
 from tools.benchmarks.segment_quality import UNSPACED
 
