@@ -113,7 +113,8 @@ def shard(
     compression: Annotated[Literal["none", "zstd"], WORK] = "none",
     unit_mb: Annotated[Megabytes | None, WORK] = None,
     workers: Annotated[Positive | None, WORK] = None,
-    backend: Annotated[Literal["auto", "local", "mpi", "slurm"], WORK] = "auto",
+    backend: Annotated[Literal["auto", "local", "mpi", "slurm", "dask"], WORK] = "auto",
+    scheduler: Annotated[str, WORK] = "",
     json: Json = False,
 ) -> None:
     """Tokenize and cut documents and write them as sentence shards. Run again after a stop, it resumes.
@@ -131,11 +132,12 @@ def shard(
         compression: of each member of a shard
         unit_mb: text per unit of work (default: 8 to 256, by the size of the input)
         workers: processes on this machine (default 1; for the slurm backend $SLURM_CPUS_PER_TASK)
-        backend: local processes, MPI ranks, or tasks of a Slurm array; auto: by the environment
+        backend: local processes, MPI ranks, tasks of a Slurm array, a Dask cluster; auto: by the environment
+        scheduler: address of the Dask cluster's scheduler, such as tcp://node1:8786
     """
+    from data_prep.common.progress_line import ProgressLine
     from data_prep.jobs.job import ShardSettings
-    from data_prep.jobs.plan import choose_backend, make_shards, mpi_number
-    from data_prep.jobs.progress import ProgressLine
+    from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
 
     _check_output(output)
@@ -145,7 +147,7 @@ def shard(
         raise UserError(f"--identify-lang has nothing to do with --lang {lang}; leave one out")
     if lang == "auto":
         _say_how_languages_are_told(rules)
-    chosen = choose_backend(backend)
+    chosen = choose_backend(backend, scheduler)
     settings = ShardSettings(
         sentences=SentenceSettings(segmenter, lang, max_tokens, min_tokens),
         hygiene=rules,
@@ -167,12 +169,14 @@ def shard(
                 settings,
                 workers=workers or cpus,
                 backend=chosen,
+                scheduler=scheduler,
                 report=progress,
             )
+    except Unfinished as unfinished:
+        print(f"data-prep: this task's share is done; {unfinished}: run the array again", file=sys.stderr)
+        sys.exit(REQUEUE)
     finally:
         progress.close()
-    if chosen == "mpi" and mpi_number("RANK") != 0:  # one rank prints for all
-        return
     for item in manifest["damaged"]:
         warning = f"{item['file']}: {item['damage']}; kept what could be read"
         print(f"data-prep: warning: {warning}", file=sys.stderr)

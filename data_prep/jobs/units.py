@@ -1,58 +1,74 @@
-"""The work of one process of `data-prep shard`: units of each phase, one after another.
+"""The work of one unit of `data-prep shard`, in whatever process runs it.
 
 Phases: with `--deduplicate` first `hash` (the hashes of a unit's good documents) and `duplicates` (which of
-them repeat an earlier one); then `shard` (a unit's shards, quarantine and record); then `merge`.
+them repeat an earlier one, one step for all units); then `shard` (a unit's shards, quarantine and record).
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes
+from data_prep.common.results import RECORD, WorkFolder
 from data_prep.corpus import duplicates
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.inputs import Piece
-from data_prep.jobs.executor import HEARTBEAT_SECONDS, RECORD, Heartbeat, Incomplete, Phase, run_phases
-from data_prep.jobs.job import Job
-from data_prep.jobs.merge import merge, restore_shards
+from data_prep.jobs.job import Job, Task
 from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
 from data_prep.shards.writer import ShardSeries
 from data_prep.text.sentences import cut_document
-from data_prep.text.tokenizer import LossyTokenization, Tokenizer
+from data_prep.text.tokenizer import LossyTokenization, Tokenizer, load_tokenizer
 
 HASHES = "hashes.bin"
+HEARTBEAT_SECONDS = 0.5
+
+Heartbeat = Callable[[dict[str, int]], None]
+
+loaded: dict[str, Tokenizer] = {}  # by fingerprint; filled before processes are forked
+_one_at_a_time = threading.Lock()  # a Dask worker may have several threads
 
 
-def run_worker(job: Job, tokenizer: Tokenizer, watch: Callable[[], None] | None = None) -> None:
-    """Run units of the job until all of them are done. `watch()` is called regularly."""
-    worker = Worker(job, tokenizer, watch or (lambda: None))
-    # The largest first, so that no process runs a long unit alone at the end.
-    order = sorted(range(len(job.units)), key=lambda unit: -job.unit_bytes(unit))
-    phases = []
-    if job.settings.deduplicate:
-        phases.append(Phase("hash", order, worker.hash_unit))
-        phases.append(Phase("duplicates", [0], worker.find_duplicates))
-    if job.only is not None:
-        order = [unit for unit in order if unit in job.only]
-    phases += [Phase("shard", order, worker.shard_unit), Phase("merge", [0], worker.merge)]
-    run_phases(worker.work, phases)
+def run_unit(task: Task, watch: Callable[[], None] = lambda: None) -> None:
+    """Run one unit and publish its result. `watch()` is called regularly."""
+
+    def run(folder: Path) -> None:
+        def heartbeat(counts: dict[str, int]) -> None:
+            (folder / RECORD).write_bytes(json_bytes({"counts": counts}))
+            watch()
+
+        worker = Worker(task.job)
+        (worker.hash_unit if task.phase == "hash" else worker.shard_unit)(task.unit, folder, heartbeat)
+
+    with _one_at_a_time:
+        task.job.work_folder().make(task.phase, task.unit, run)
+
+
+def find_duplicates(job: Job, work: WorkFolder, heartbeat: Callable[[], None], folder: Path) -> None:
+    """The documents of every unit whose text occurs earlier, in the order of units and documents."""
+    work.require("hash", job.units)
+    files = [work.result("hash", n) / HASHES for n in job.units]
+    for n, dropped in enumerate(duplicates.find(files, heartbeat)):
+        np.save(folder / f"{n:06d}.npy", dropped)
+    (folder / RECORD).write_bytes(json_bytes({"counts": {}}))
 
 
 class Worker:
-    """One process of a job. Its public methods run one unit each, as `Phase.run`."""
+    """Runs units of a job. Its public methods write the result of one unit to an empty folder."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, watch: Callable[[], None]):
-        self.job, self.tokenizer, self.work, self._watch = job, tokenizer, job.work_folder(), watch
+    def __init__(self, job: Job):
+        self.job, self.work = job, job.work_folder()
 
     def hash_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """The hashes of a unit's good documents, in order."""
-        counts = _Counts(heartbeat, self._watch)
+        counts = _Counts(heartbeat)
         hashes = bytearray()
         for _, reader in self._pieces(unit):
             for item in counts.follow(reader):
@@ -61,19 +77,10 @@ class Worker:
         duplicates.write_hashes(folder / HASHES, hashes)
         (folder / RECORD).write_bytes(json_bytes({"counts": counts.final()}))
 
-    def find_duplicates(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
-        """The documents of every unit whose text occurs earlier, in the order of units and documents."""
-        every = range(len(self.job.units))
-        self._require("hash", every)
-        files = [self.work.result("hash", n) / HASHES for n in every]
-        for n, dropped in enumerate(duplicates.find(files, lambda: heartbeat({}))):
-            np.save(folder / f"{n:06d}.npy", dropped)
-        (folder / RECORD).write_bytes(json_bytes({"counts": {}}))
-
     def shard_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """Read one unit; write its shards as `part-NNN.tar`, its quarantine and a record."""
         settings = self.job.settings
-        counts = _Counts(heartbeat, self._watch)
+        counts = _Counts(heartbeat)
         dropped = self._dropped(unit)
         dtype = token_dtype(self.tokenizer.vocab_size)
         limits = settings.shard_bytes, settings.shard_documents
@@ -119,12 +126,18 @@ class Worker:
         record |= {"languages": shards.languages, "sources": shards.sources}
         (folder / RECORD).write_bytes(json_bytes(record))
 
-    def merge(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
-        """Finish the set."""
-        if self.job.only is None:
-            merge(self.job, self.work, self.tokenizer, folder, heartbeat)
-        else:
-            restore_shards(self.job, self.work, heartbeat)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The job's, loaded once in each process."""
+        wanted = self.job.facts["tokenizer"]["fingerprint"]
+        if wanted not in loaded:
+            found = load_tokenizer(self.job.tokenizer)
+            if found.fingerprint != wanted:
+                raise UserError(
+                    f"{self.job.tokenizer} holds another tokenizer here than where the run started"
+                )
+            loaded[wanted] = found
+        return loaded[wanted]
 
     def _pieces(self, unit: int) -> Iterator[tuple[Piece, DocumentReader]]:
         settings = self.job.settings
@@ -135,15 +148,8 @@ class Worker:
         """Numbers of the unit's good documents that repeat an earlier one."""
         if not self.job.settings.deduplicate:
             return set()
-        self._require("duplicates", [0])
+        self.work.require("duplicates", [0])
         return set(np.load(self.work.result("duplicates", 0) / f"{unit:06d}.npy").tolist())
-
-    def _require(self, phase: str, units: Iterable[int]) -> None:
-        """Raises `Incomplete` after discarding results that a crash of the machine truncated."""
-        if broken := [unit for unit in units if not self.work.is_complete(phase, unit)]:
-            for unit in broken:
-                self.work.discard(phase, unit)
-            raise Incomplete
 
     def _cut(self, raw: RawDocument, is_duplicate: bool) -> Document | Reject:
         if is_duplicate:
@@ -162,8 +168,8 @@ class Worker:
 class _Counts:
     """Counts what readers yield, and reports the counts regularly."""
 
-    def __init__(self, heartbeat: Heartbeat, watch: Callable[[], None]):
-        self._heartbeat, self._watch = heartbeat, watch
+    def __init__(self, heartbeat: Heartbeat):
+        self._heartbeat = heartbeat
         self._before = self._bytes = self._documents = self._rejected = 0
         self._sent = time.monotonic()
 
@@ -178,7 +184,6 @@ class _Counts:
                 self._sent = time.monotonic()
                 self._bytes = self._before + reader.bytes_read
                 self._heartbeat(self.final())
-                self._watch()
         self._before += reader.bytes_read
         self._bytes = self._before
 

@@ -18,7 +18,7 @@ from helpers import tokenizer_folders
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes
 from data_prep.jobs.job import ShardSettings
-from data_prep.jobs.plan import make_shards
+from data_prep.jobs.run import make_shards
 from data_prep.shards.layout import (
     COMPRESSIONS,
     INDEX_DTYPE,

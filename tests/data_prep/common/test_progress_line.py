@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_prep.jobs import progress
+from data_prep.common import progress_line as progress
 
 
 class Terminal(io.StringIO):
