@@ -11,11 +11,10 @@ Results: docs/segmentation.md.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from importlib.metadata import distribution
 from pathlib import Path
@@ -25,7 +24,7 @@ from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, run_main
 from data_prep.common.identify import identify
 from data_prep.common.page import NOTHING, Table, markdown_table
-from data_prep.corpus.filters import MIN_CONFIDENCE, UNDETERMINED
+from data_prep.corpus.filters import MIN_CONFIDENCE
 from tools.benchmarks.arguments import answer, positive
 from tools.benchmarks.segment_quality import UNSPACED
 
@@ -87,44 +86,38 @@ def cut_texts(folder: Path, language: str, length: int, most: int) -> list[str]:
 
 
 def measure(name: str, texts: dict[int, dict[str, list[str]]]) -> dict[str, Any]:
-    """Everything about one identifier."""
+    """Everything about one identifier; by language the accuracy at each length, and the mixture's figures."""
     run: Identifier = identify if name == "py3langid" else _lingua()
     run("A text to load all models with.")
-    accuracy: dict[str, dict[int, float]] = {}
+    languages: dict[str, dict[str, float]] = defaultdict(dict)
     pairs: Counter[str] = Counter()
-    mixture: list[tuple[str, str]] = []
+    mixture: Counter[tuple[str, str]] = Counter()
     speeds = {}
     for length, by_language in texts.items():
-        size, seconds = 0, time.process_time()
+        seconds = time.process_time()
         answers = {language: [run(text) for text in of_one] for language, of_one in by_language.items()}
         seconds = time.process_time() - seconds
         size = sum(len(text.encode()) for of_one in by_language.values() for text in of_one)
-        speeds[length] = size / 1e6 / seconds
+        speeds[str(length)] = size / 1e6 / seconds
         for language, of_one in answers.items():
             code = CODES.get(language, language)
-            right = sum(found == code for found, _ in of_one)
-            accuracy.setdefault(language, {})[length] = right / max(1, len(of_one))
+            wrong = [found for found, _ in of_one if found != code]
+            languages[language][str(length)] = 1 - len(wrong) / max(1, len(of_one))
             if length == MIXED_LENGTH:
-                pairs.update(f"{language} as {found}" for found, _ in of_one if found != code)
-                mixture += [
-                    (code, found if confidence >= MIN_CONFIDENCE else UNDETERMINED)
-                    for found, confidence in of_one
-                    if language in MIXTURE
-                ]
-    kept = {}
-    for code in MIXTURE:
-        right = mixture.count((code, code))
-        as_code, of_code = (sum(pair[place] == code for pair in mixture) for place in (1, 0))
-        kept[code] = {"precision": right / max(1, as_code), "recall": right / max(1, of_code)}
-    files = distribution(PACKAGES[name]).files or []
+                pairs.update(f"{language} as {found}" for found in wrong)
+                if language in MIXTURE:
+                    mixture.update((language, found) for found, share in of_one if share >= MIN_CONFIDENCE)
+    for code in set(MIXTURE) & set(languages):
+        right, found = mixture[code, code], sum(mixture[other, code] for other in MIXTURE)
+        of_code = len(texts[MIXED_LENGTH][code])
+        languages[code] |= {"precision": right / max(1, found), "recall": right / max(1, of_code)}
+    paths = [Path(str(file.locate())) for file in distribution(PACKAGES[name]).files or []]
     return {
-        "accuracy": accuracy,
+        "languages": languages,
         "mb_per_second": speeds,
-        "installed_mb": sum(Path(file.locate()).stat().st_size for file in files if file.locate().exists())
-        / 1e6,
+        "installed_mb": sum(path.stat().st_size for path in paths if path.exists()) / 1e6,
         "seconds_to_first": _seconds_to_first(name),
         "pairs": dict(pairs.most_common(12)),
-        "mixture": kept,
     }
 
 
@@ -155,25 +148,24 @@ def _seconds_to_first(name: str) -> float:
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Accuracy by language and length; then size and speed; then the mixture."""
-    # A result that was read from a file has strings as keys.
-    found = json.loads(json.dumps(result["identifiers"]))
-    lengths = list(map(str, LENGTHS))
-    head = [f"{name}: {length}" for name in found for length in lengths]
-    languages = list(next(iter(found.values()))["accuracy"])
-    rows = [
+    """Accuracy by language and length, with the mixture's precision and recall; then size and speed."""
+    found, lengths = result["identifiers"], list(map(str, LENGTHS))
+    columns = [(name, key) for name in found for key in (*lengths, "precision", "recall")]
+    of = {name: one["languages"] for name, one in found.items()}
+    rows = []
+    for language in next(iter(of.values())):
+        shares = [of[name][language].get(key) for name, key in columns]
+        rows.append([language, *(NOTHING if share is None else f"{share:.3f}" for share in shares)])
+    means = [sum(row.get(key, 0) for row in of[name].values()) / len(of[name]) for name, key in columns]
+    rows.append(
         [
-            language,
-            *(f"{one['accuracy'][language][length]:.3f}" for one in found.values() for length in lengths),
+            "mean",
+            *(
+                f"{mean:.3f}" if column[1] in lengths else NOTHING
+                for column, mean in zip(columns, means, strict=True)
+            ),
         ]
-        for language in languages
-    ]
-    means = [
-        sum(one["accuracy"][language][length] for language in languages) / len(languages)
-        for one in found.values()
-        for length in lengths
-    ]
-    rows.append(["mean", *(f"{mean:.3f}" for mean in means)])
+    )
     costs = [
         [
             name,
@@ -185,21 +177,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         for name, one in found.items()
     ]
     titles = [*(f"MB/s at {length}" for length in lengths), "to the first text", "installed"]
-    mixed = [
-        [
-            code,
-            *(
-                f"{one['mixture'][code][key]:.3f}"
-                for one in found.values()
-                for key in ("precision", "recall")
-            ),
-        ]
-        for code in MIXTURE
-    ]
     return [
-        Table(["language", *head], rows),
+        Table(["language", *(f"{name}: {key}" for name, key in columns)], rows),
         Table(["identifier", *titles, f"mixed at {MIXED_LENGTH}"], costs),
-        Table(["language", *(f"{name}: {key}" for name in found for key in ("precision", "recall"))], mixed),
     ]
 
 
