@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from typing import Any
 
-from data_prep.common.environment import package_versions
 from data_prep.common.extras import import_extra
 
 EXTRA = "lang"
@@ -27,8 +26,11 @@ EAST_WEIGHT = 4
 
 def identifier() -> str:
     """Name and versions of the identifier, for fingerprints. Raises: UserError without the extra."""
+    # Imported here: it takes longer than most that the command's `--help` needs.
+    from importlib.metadata import version
+
     import_extra("py3langid", EXTRA)
-    return f"py3langid {package_versions(['py3langid'])['py3langid']}, {VERSION}"
+    return f"py3langid {version('py3langid')}, {VERSION}"
 
 
 def labels() -> list[str]:
