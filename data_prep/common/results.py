@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data_prep.common.errors import UserError, log
@@ -66,22 +66,24 @@ class WorkFolder:
             UserError: another run gave up and removed the folder.
         """
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        try:
-            stream = open(self.folder / "lock", "a+b")
+        with ExitStack() as opened:
             try:
-                fcntl.lockf(stream, kind | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                log(f"data-prep: another run is at work in {self.folder.parent}; waiting for it")
-                fcntl.lockf(stream, kind)
-            except OSError:
-                pass
-            self._staging.mkdir(exist_ok=True)
-        except FileNotFoundError:
-            if not self.is_finished():
-                raise UserError(f"{self.folder} is gone: another process gave up, see its message") from None
-        if self.is_finished():
-            raise Incomplete
-        with stream:
+                stream = opened.enter_context(open(self.folder / "lock", "a+b"))
+                try:
+                    fcntl.lockf(stream, kind | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    log(f"data-prep: another run is at work in {self.folder.parent}; waiting for it")
+                    fcntl.lockf(stream, kind)
+                except OSError:
+                    pass
+                self._staging.mkdir(exist_ok=True)
+            except FileNotFoundError:
+                if not self.is_finished():
+                    raise UserError(
+                        f"{self.folder} is gone: another process gave up, see its message"
+                    ) from None
+            if self.is_finished():
+                raise Incomplete
             yield
 
     def remove_staging(self, phase: str, units: Iterable[int]) -> None:
@@ -101,10 +103,12 @@ class WorkFolder:
                 run(staging)
                 if not self.is_finished():
                     self._publish(staging, result)
-            except OSError:
+            except OSError as error:
                 # Another run that was started meanwhile took this one for dead, or finished the work.
                 if staging.is_dir() and not self.is_finished():
-                    raise
+                    if error.filename or not error.strerror:
+                        raise
+                    raise UserError(f"cannot write to {self.folder.parent}: {error.strerror}") from error
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
 

@@ -118,6 +118,10 @@ class Filter:
         return None if holds else f"filter: {self}"
 
 
+# Starts of the reasons of `Filters.refusal`, and of duplicates: documents that the user did not want.
+ASKED_FOR = ("too short", "too long", "language: ", "filter: ", "duplicate")
+
+
 @dataclass(frozen=True)
 class Filters:
     """Cleaning rules and filters of records, all off by default.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_prep.common.results import WorkFolder
 from data_prep.corpus.inputs import InputFile, Piece
+from data_prep.jobs.limits import Limits
 from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings
@@ -24,6 +25,7 @@ class Job:
     units: dict[int, list[Piece]]
     not_read: list[str]
     tokenizer: Path  # folder
+    limits: Limits = Limits()
     only: tuple[int, ...] | None = None
 
     @property

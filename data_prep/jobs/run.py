@@ -18,8 +18,9 @@ from data_prep.common.errors import UserError
 from data_prep.common.results import Incomplete
 from data_prep.jobs import units
 from data_prep.jobs.job import Job
+from data_prep.jobs.limits import Limits
 from data_prep.jobs.merge import merge, restore_shards
-from data_prep.jobs.plan import plan
+from data_prep.jobs.plan import NO_LIMITS, plan
 from data_prep.jobs.progress import Progress, Report
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings
@@ -39,6 +40,7 @@ def make_shards(
     backend: str = "local",
     scheduler: str = "",
     report: Report | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[dict, bool]:
     """Make, resume, repair or find the shard set.
 
@@ -58,7 +60,7 @@ def make_shards(
         tokenizer = load_tokenizer(tokenizer_folder)
         units.loaded = {tokenizer.fingerprint: tokenizer}
         found = True
-        while (job := plan(inputs, output, tokenizer, tokenizer_folder, settings)) is not None:
+        while (job := plan(inputs, output, tokenizer, tokenizer_folder, settings, limits)) is not None:
             found = False
             progress = Progress(job, report or (lambda progress: None))
             run_job(job, tokenizer, engine, share, progress)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,18 +20,23 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes
 from data_prep.common.results import RECORD, WorkFolder
 from data_prep.corpus import duplicates
-from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
+from data_prep.corpus.compression import Damage, DamagedMember
+from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, find_damage
 from data_prep.corpus.inputs import Piece
 from data_prep.jobs.job import Job, Task
+from data_prep.jobs.limits import LEAST_RECORDS, UNVERIFIED_TEXT, Limits, TooManyRejected
 from data_prep.shards.layout import QUARANTINE, Document, hash64, token_dtype
 from data_prep.shards.writer import ShardSeries
 from data_prep.text.sentences import cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer, load_tokenizer
 
 HASHES = "hashes.bin"
+DAMAGED = "damaged input"  # the quarantine's reason for a part that was left out
 HEARTBEAT_SECONDS = 0.5
 
 Heartbeat = Callable[[dict[str, int]], None]
+Readers = Iterator[tuple[Piece, DocumentReader]]
+T = TypeVar("T")
 
 loaded: dict[str, Tokenizer] = {}  # by fingerprint; filled before processes are forked
 _one_at_a_time = threading.Lock()  # a Dask worker may have several threads
@@ -68,20 +74,38 @@ class Worker:
 
     def hash_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """The hashes of a unit's good documents, in order."""
-        counts = _Counts(heartbeat)
-        hashes = bytearray()
-        for _, reader in self._pieces(unit):
-            for item in counts.follow(reader):
-                if isinstance(item, RawDocument):
-                    hashes += duplicates.hash128(item.content.encode("utf-8"))
+
+        def read(readers: Readers, counts: _Counts) -> tuple[bytearray, list[str]]:
+            hashes, found = bytearray(), []
+            for _, reader in readers:
+                for item in counts.follow(reader):
+                    if isinstance(item, RawDocument):
+                        hashes += duplicates.hash128(item.content.encode("utf-8"))
+                found.append(reader.sha256)
+            return hashes, found
+
+        (hashes, found), counts = self._verified(unit, folder, heartbeat, read)
         duplicates.write_hashes(folder / HASHES, hashes)
-        (folder / RECORD).write_bytes(json_bytes({"counts": counts.final()}))
+        (folder / RECORD).write_bytes(json_bytes({"counts": counts.final(), "sha256": found}))
 
     def shard_unit(self, unit: int, folder: Path, heartbeat: Heartbeat) -> None:
         """Read one unit; write its shards as `part-NNN.tar`, its quarantine and a record."""
-        settings = self.job.settings
-        counts = _Counts(heartbeat)
         dropped = self._dropped(unit)
+
+        def read(readers: Readers, counts: _Counts) -> dict:
+            return self._shard(readers, counts, folder, dropped)
+
+        record, counts = self._verified(unit, folder, heartbeat, read)
+        if self.job.settings.deduplicate:
+            hashed = json.loads((self.work.result("hash", unit) / RECORD).read_bytes())
+            # The numbers of duplicates count the documents that were hashed.
+            if hashed["sha256"] != [piece["sha256"] for piece in record["pieces"]]:
+                names = ", ".join(piece.file.name for piece in self.job.units[unit][:3])
+                raise UserError(f"{names}: changed while it was read; delete {self.job.work} and run again")
+        (folder / RECORD).write_bytes(json_bytes(record | {"counts": counts.final()}))
+
+    def _shard(self, readers: Readers, counts: _Counts, folder: Path, dropped: set[int]) -> dict:
+        settings = self.job.settings
         dtype = token_dtype(self.tokenizer.vocab_size)
         limits = settings.shard_bytes, settings.shard_documents
         shards = ShardSeries(folder / "part-", 3, dtype, settings.compression, *limits)
@@ -89,7 +113,7 @@ class Worker:
         pieces: list[dict] = []
         good = 0  # documents that passed the filters
         with open(folder / QUARANTINE, "wb") as quarantine:
-            for piece, reader in self._pieces(unit):
+            for piece, reader in readers:
                 rejected: Counter[str] = Counter()
                 documents, start = 0, quarantine.tell()
                 for item in counts.follow(reader):
@@ -98,7 +122,7 @@ class Worker:
                         good += 1
                         result = self._cut(item, good - 1 in dropped)
                         if isinstance(result, Reject):
-                            counts.move_to_rejected()
+                            counts.move_to_rejected(result.reason)
                     else:
                         result = item
                     if isinstance(result, Reject):
@@ -107,6 +131,9 @@ class Worker:
                         continue
                     shards.add(result)
                     documents += 1
+                for damage in reader.damage:
+                    rejected[DAMAGED] += 1
+                    quarantine.write(_quarantine_line(piece, Reject(0, DAMAGED), damage.start))
                 repaired.update(reader.repaired)
                 pieces.append(
                     {
@@ -118,13 +145,16 @@ class Worker:
                         "documents": documents,
                         "rejected": dict(rejected),
                         "quarantine_bytes": quarantine.tell() - start,
-                        "damage": reader.damage,
+                        "damage": [
+                            {"offset": one.start, "bytes": one.end - one.start, "damage": one.reason}
+                            for one in reader.damage
+                        ],
+                        "unverified": reader.unverified,
                     }
                 )
         shards.close()
-        record = {"pieces": pieces, "repaired": repaired, "parts": shards.entries, "counts": counts.final()}
-        record |= {"languages": shards.languages, "sources": shards.sources}
-        (folder / RECORD).write_bytes(json_bytes(record))
+        record = {"pieces": pieces, "repaired": repaired, "parts": shards.entries, "marked": shards.marked}
+        return record | {"languages": shards.languages, "sources": shards.sources}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -139,16 +169,46 @@ class Worker:
             loaded[wanted] = found
         return loaded[wanted]
 
-    def _pieces(self, unit: int) -> Iterator[tuple[Piece, DocumentReader]]:
-        settings = self.job.settings
-        for piece in self.job.units[unit]:
-            yield piece, DocumentReader(piece, settings.sentences.language, settings.hygiene)
+    def _verified(
+        self, unit: int, folder: Path, heartbeat: Heartbeat, read: Callable[[Readers, _Counts], T]
+    ) -> tuple[T, _Counts]:
+        """What `read` makes of a unit in `folder`, and the counts; made again, without the damaged members,
+        when a member fails its checksum after its text was read."""
+        pieces, settings = self.job.units[unit], self.job.settings
+
+        def attempt(damage: list[tuple[Damage, ...]] | None) -> tuple[T, _Counts]:
+            counts = _Counts(heartbeat, self.job.limits)
+
+            def readers() -> Readers:
+                for n, piece in enumerate(pieces):
+                    known = damage[n] if damage else None
+                    arguments = settings.sentences.language, settings.hygiene, known, settings.salvage
+                    yield piece, (reader := DocumentReader(piece, *arguments))
+                    problems = [one.reason for one in reader.damage]
+                    problems += [UNVERIFIED_TEXT] if reader.unverified else []
+                    self.job.limits.refuse_damage(piece.file.name, next(iter(problems), None))
+
+            return read(readers(), counts), counts
+
+        try:
+            return attempt(None)
+        except (DamagedMember, TooManyRejected) as error:  # garbage may be rejected before its checksum fails
+            tick = _Counts(heartbeat, self.job.limits).tick
+            damage = [find_damage(piece, tick) for piece in pieces]
+            if not any(damage):
+                raise
+            if self.job.limits.strict:
+                raise UserError(f"{error}; --strict stops there, without it the rest is kept") from None
+        for path in folder.iterdir():
+            path.unlink()
+        return attempt(damage)
 
     def _dropped(self, unit: int) -> set[int]:
         """Numbers of the unit's good documents that repeat an earlier one."""
         if not self.job.settings.deduplicate:
             return set()
         self.work.require("duplicates", [0])
+        self.work.require("hash", [unit])
         return set(np.load(self.work.result("duplicates", 0) / f"{unit:06d}.npy").tolist())
 
     def _cut(self, raw: RawDocument, is_duplicate: bool) -> Document | Reject:
@@ -162,41 +222,49 @@ class Worker:
             return Reject(raw.line, "tokenizer loses text", raw.member)
         data = raw.content.encode("utf-8")
         facts = raw.id, raw.language, raw.source
-        return Document(*facts, tokens, lengths, len(data), hash64(data), confidence=raw.confidence)
+        return Document(*facts, tokens, lengths, len(data), hash64(data), raw.mark, raw.confidence)
 
 
 class _Counts:
-    """Counts what readers yield, and reports the counts regularly."""
+    """Counts what readers yield, reports the counts regularly, and stops when too much is rejected."""
 
-    def __init__(self, heartbeat: Heartbeat):
-        self._heartbeat = heartbeat
-        self._before = self._bytes = self._documents = self._rejected = 0
+    def __init__(self, heartbeat: Heartbeat, limits: Limits):
+        self._heartbeat, self._limits = heartbeat, limits
+        self._before = self._bytes = self._documents = 0
+        self._rejected: Counter[str] = Counter()
         self._sent = time.monotonic()
 
     def follow(self, reader: DocumentReader) -> Iterator[RawDocument | Reject]:
         for item in reader:
             if isinstance(item, Reject):
-                self._rejected += 1
+                self._rejected[item.reason] += 1
+                if self._documents + self._rejected.total() >= LEAST_RECORDS:
+                    self._limits.refuse_rejected(self._rejected, self._documents, reader.file.name)
             else:
                 self._documents += 1
             yield item
-            if time.monotonic() - self._sent >= HEARTBEAT_SECONDS:
-                self._sent = time.monotonic()
-                self._bytes = self._before + reader.bytes_read
-                self._heartbeat(self.final())
+            self._bytes = self._before + reader.bytes_read
+            self.tick()
         self._before += reader.bytes_read
         self._bytes = self._before
 
-    def move_to_rejected(self) -> None:
+    def tick(self) -> None:
+        """Report the counts, if that is due."""
+        if time.monotonic() - self._sent >= HEARTBEAT_SECONDS:
+            self._sent = time.monotonic()
+            self._heartbeat(self.final())
+
+    def move_to_rejected(self, reason: str) -> None:
         """Count the last document as rejected: its text is a duplicate or cannot be tokenized."""
         self._documents -= 1
-        self._rejected += 1
+        self._rejected[reason] += 1
 
     def final(self) -> dict[str, int]:
-        return {"bytes": self._bytes, "documents": self._documents, "rejected": self._rejected}
+        rejected = self._rejected.total()
+        return {"bytes": self._bytes, "documents": self._documents, "rejected": rejected}
 
 
-def _quarantine_line(piece: Piece, reject: Reject) -> bytes:
-    member = {"member": reject.member} if reject.member else {}
-    entry = {"file": piece.file.name, **member, "line": reject.line, "reason": reject.reason}
+def _quarantine_line(piece: Piece, reject: Reject, offset: int | None = None) -> bytes:
+    place = {"member": reject.member} if reject.member else {} if offset is None else {"offset": offset}
+    entry = {"file": piece.file.name, **place, "line": reject.line, "reason": reject.reason}
     return json.dumps(entry).encode("ascii") + b"\n"

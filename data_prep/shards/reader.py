@@ -21,6 +21,7 @@ from data_prep.shards.layout import (
     FORMAT_VERSION,
     LENGTH_DTYPE,
     MANIFEST,
+    MARKED_VERSION,
     MEMBER_KINDS,
     QUARANTINE,
     TOKENIZER_FOLDER,
@@ -147,6 +148,7 @@ class Shard:
             sentence_lengths=self.sentence_lengths(n),
             bytes=int(row["bytes"]),
             text_hash=int(row["text_hash"]),
+            mark=int(row["mark"]) if "mark" in row.dtype.names else 0,
             confidence=facts.get("confidence"),
         )
 
@@ -238,11 +240,11 @@ class ShardSet:
             data = path.read_bytes()
             manifest = json.loads(data)
             version = manifest["format_version"]
-            if isinstance(version, int) and version > FORMAT_VERSION:
+            if isinstance(version, int) and version > MARKED_VERSION:
                 raise UserError(
-                    f"{path} has format version {version}, newer than {FORMAT_VERSION}: update this package"
+                    f"{path} has format version {version}, newer than {MARKED_VERSION}: update this package"
                 )
-            if version != FORMAT_VERSION:
+            if version not in (FORMAT_VERSION, MARKED_VERSION):
                 raise UserError(
                     f"{path} has format version {version!r}, not {FORMAT_VERSION}: make the shards again"
                 )

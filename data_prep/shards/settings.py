@@ -18,6 +18,7 @@ class ShardSettings:
         shard_bytes: size of a shard's arrays at which the next shard starts.
         shard_documents: likewise in documents; 0 for no limit.
         unit_bytes: text per unit of work; None to derive it from the size of the input.
+        salvage: also take what can be decoded of damaged members.
     """
 
     sentences: SentenceSettings
@@ -27,9 +28,12 @@ class ShardSettings:
     shard_documents: int = 0
     compression: str = "none"
     unit_bytes: int | None = None
+    salvage: bool = False
 
     def to_dict(self) -> dict:
         own = {key: value for key, value in asdict(self).items() if key not in ("sentences", "hygiene")}
+        if not self.salvage:  # unknown to sets of an earlier version
+            del own["salvage"]
         level = {"zstd_level": ZSTD_LEVEL} if self.compression == "zstd" else {}
         versions = {"segmenter_version": SEGMENTER_VERSION}
         return self.sentences.to_dict() | versions | {"hygiene": self.hygiene.to_dict()} | own | level

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data_prep.corpus.compression import MARKS
 from data_prep.shards.layout import Document
 from data_prep.shards.reader import ShardSet
 
@@ -24,8 +25,9 @@ def show(folder: str | Path, count: int, number: int = 0, key: str | None = None
         documents = map(shards.document, range(number, last))
     for document in documents:
         confidence = "" if document.confidence is None else f" {document.confidence:.2f}"
+        marks = "".join(f", {name}" for bit, name in MARKS.items() if document.mark & bit)
         yield (
-            f"── {json.dumps(document.id)} ({document.language}{confidence}, {document.source}): "
+            f"── {json.dumps(document.id)} ({document.language}{confidence}, {document.source}{marks}): "
             f"{document.sentence_lengths.size} sentences, "
             f"{document.tokens.size} tokens, {document.bytes} bytes"
         )

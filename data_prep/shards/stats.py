@@ -64,7 +64,7 @@ def stats(
         `tokens_per_document` (mean, p5, median, p95, p99, max); `share_at_limit` (sentences of `max_tokens`:
         nearly all were split), `share_one_token`; `histogram` (sentences, item n = length n);
         `document_histogram` (rows [first, last, documents] of sentences), `tensor_64x64`. For all also
-        `padding`, `duplicates`, `rejected`, `repaired`, `rejected_files`, `damaged`, `not_read`, `samples`.
+        `padding`, `duplicates`, `samples` and what the manifest says of the input.
     Raises: UserError when the folder is no shard set, holds no document, or has a missing or damaged file.
     """
     shards = ShardSet.open(folder)
@@ -111,9 +111,8 @@ def stats(
         "duplicates": _duplicates(shards, hashes, tokenizer),
         "rejected": manifest["rejected"],
         "rejected_files": _rejected_files(shards.folder / QUARANTINE),
-        "repaired": manifest["repaired"],
-        "damaged": manifest["damaged"],
-        "not_read": manifest["not_read"],
+        **{key: manifest[key] for key in ("repaired", "damaged", "not_read")},
+        "marked": manifest.get("marked", {}),
         "samples": samples.decoded(shards, tokenizer),
     }
 
@@ -478,6 +477,7 @@ def stats_text(result: dict) -> str:
     for what in ("rejected", "repaired"):
         said = ", ".join(f"{count:,} × {reason}" for reason, count in result[what].items()) or "none"
         lines.append(f"{what} records: {said}")
+    lines += [f"{count:,} documents are {mark}" for mark, count in result["marked"].items()]
     lines += [f"damaged input: {item['file']}: {item['damage']}" for item in result["damaged"]]
     lines.append("sentences by length in tokens:")
     lines += _histogram_lines(result["histogram"])

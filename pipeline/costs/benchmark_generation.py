@@ -393,7 +393,8 @@ def format_benchmark(result: dict[str, Any]) -> str:
         f"{' beside '.join(names)}: {result['dtype']}, {result['sentence_tokens']} tokens a sentence, "
         f"{where}; medians of {result['runs']} runs",
         "",
-        f"{'batch':>5} {'context':>8}" + "".join(f"{n + ' tok/s':>22}{'1st sentence s':>16}" for n in names),
+        f"{'batch':>5} {'context':>8}"
+        + "".join(f"{n + ' tokens/s':>25}{'1st sentence s':>16}" for n in names),
     ]
     for point in result["points"]:
         line = f"{point['batch']:>5} {point['context']:>8}"

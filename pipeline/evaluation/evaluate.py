@@ -32,6 +32,7 @@ from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 from pipeline.common.text import with_interval
 from pipeline.data.batch import Batch, build_batch
+from pipeline.evaluation.generated import cut_agreement, read_generated
 from pipeline.evaluation.scores import Scores, Window, document_windows
 from pipeline.models.factory import load_model
 from pipeline.models.folders import (
@@ -108,7 +109,9 @@ def read_records(path: str, language: str) -> Iterator[RawDocument | Reject]:
         reader = DocumentReader(file, language)
         yield from reader
         if reader.damage:
-            raise UserError(f"{file.path}: {reader.damage}; an evaluation of half a file says nothing")
+            raise UserError(
+                f"{file.path}: {reader.damage[0].reason}; an evaluation of half a file says nothing"
+            )
 
 
 def _record_source(
@@ -226,8 +229,10 @@ def evaluate(
     int8: bool = False,
     ranks: Ranks = ALONE,
     documents: Sequence[RawDocument | Reject] | None = None,
+    generated: str | Path | None = None,
 ) -> dict:
-    """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them.
+    """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them,
+    or `generated`, an output of `sllm generate`, for which cut agreement is measured too.
 
     Args: as in `sllm evaluate --help`.
         folder: a model folder, or its `Loaded` model.
@@ -238,6 +243,9 @@ def evaluate(
     Raises: UserError for folders, data or settings that do not fit together.
     """
     given: dict[str, Any] = {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
+    ends: list[list[int]] = []
+    if generated is not None:
+        text, (documents, ends) = generated, read_generated(generated)
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
     scores = error = None
@@ -273,6 +281,10 @@ def evaluate(
         reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
         left_out = f" (left out: {reasons})" if reasons else ""
         raise UserError(f"{source.path}: nothing to evaluate, it holds no text{left_out}")
+    agreement = {}
+    if generated is not None:
+        texts = [record for record in documents or () if isinstance(record, RawDocument)]
+        agreement["cut_agreement"] = cut_agreement(texts, ends, tokenizer, cut)
     return {
         "model": loaded.folder,
         "kind": kind,
@@ -286,6 +298,7 @@ def evaluate(
         "window_tokens": window,
         "ranks": ranks.world,
         **scores.figures(),
+        **agreement,
         "seconds": round(time.perf_counter() - started, 3),
     }
 
@@ -304,7 +317,9 @@ def score(
         import_extra("rapidfuzz", "eval")
     scores, nats, text_bytes, device = Scores(kind), 0.0, 0, next(model.parameters()).device
     # disable=None: shown on a terminal only.
-    with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(
+        total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
+    ) as bar:
         for batch, group in _batches(windows, batch_tokens):
             more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
@@ -339,6 +354,14 @@ def format_result(result: dict) -> str:
             (
                 "vector gain",
                 f"{with_interval(result, 'vector_gain')} bits per byte ({without:.4f} without vectors)",
+            )
+        )
+    if (agreement := result.get("cut_agreement")) and agreement["written_ends"]:
+        rows.append(
+            (
+                "cut agreement",
+                f"{agreement['share']:.2%} of {agreement['written_ends']:,} written sentence ends are cuts "
+                f"of the same text; {agreement['cuts_inside_sentences']:,} further cuts",
             )
         )
     if result["kind"] == "vae":

@@ -1,4 +1,4 @@
-"""Results published through a folder: complete or absent, made once, whoever else is at work."""
+"""Results published through a folder: complete or absent, made once, also when several runs are at work."""
 
 from __future__ import annotations
 
