@@ -20,6 +20,7 @@ from cyclopts import Group, Parameter, validators
 import data_prep
 from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
 from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main, singular
+from data_prep.common.remote import is_url
 from data_prep.corpus.filters import Filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
@@ -50,6 +51,7 @@ Cut = Annotated[
 Rules = Annotated[Filters, Parameter(name="*", group=Group("Hygiene (all off by default)"))]
 Json = Annotated[bool, Parameter(help="print one JSON object")]
 NO_RULES = Filters()
+COMPARED = Parameter(group=Group("Comparisons (all off by default)"))
 DAMAGE = Parameter(group=Group("Damaged input"))
 DAMAGED = 3  # exit status: a set was made, but input was damaged or lost
 SHOWN = 20  # damaged parts that are printed
@@ -110,7 +112,11 @@ def shard(
     max_tokens: Positive = 64,
     min_tokens: Positive = 1,
     rules: Rules = NO_RULES,
-    deduplicate: bool = False,
+    deduplicate: Annotated[bool, COMPARED] = False,
+    near_duplicates: Annotated[float | None, COMPARED] = None,
+    seen: Annotated[Many, COMPARED] = (),
+    decontaminate: Annotated[Many, COMPARED] = (),
+    mark_contaminated: Annotated[bool, COMPARED] = False,
     shard_mb: Annotated[Megabytes, WORK] = 64.0,
     shard_documents: Annotated[Positive | None, WORK] = None,
     compression: Annotated[Literal["none", "zstd"], WORK] = "none",
@@ -133,6 +139,10 @@ def shard(
         max_tokens: longest sentence
         min_tokens: join shorter sentences to a neighbour (1: off)
         deduplicate: keep one of documents with the same text
+        near_duplicates: keep one of documents of which this share of the words is the same, such as 0.8
+        seen: with --near-duplicates: folders of shard sets whose documents count as earlier ones
+        decontaminate: drop documents that share 13 words in a row with a text of these files
+        mark_contaminated: with --decontaminate: mark such documents in the index, and keep them
         shard_mb: size of a shard
         shard_documents: at most this many in a shard
         compression: of each member of a shard
@@ -145,8 +155,9 @@ def shard(
         max_rejected: stop when a larger share of the records cannot be used
     """
     from data_prep.common.progress_line import ProgressLine
+    from data_prep.corpus.decontamination import HeldOutTexts
+    from data_prep.corpus.limits import Limits
     from data_prep.jobs.job import ShardSettings
-    from data_prep.jobs.limits import Limits
     from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
 
@@ -164,6 +175,10 @@ def shard(
         sentences=SentenceSettings(segmenter, lang, max_tokens, min_tokens),
         hygiene=rules,
         deduplicate=deduplicate,
+        near_duplicates=near_duplicates,
+        seen=tuple(folder if is_url(folder) else os.path.abspath(folder) for folder in seen),
+        test_texts=HeldOutTexts.read(decontaminate)[0] if decontaminate else None,
+        mark_contaminated=mark_contaminated,
         shard_bytes=int(shard_mb * 1e6),
         shard_documents=shard_documents or 0,
         compression=compression,
@@ -371,11 +386,11 @@ def stats(folder: Folder, /, *, html: str | None = None, json: Json = False) -> 
     Args:
         html: write a page with pictures to this file
     """
-    from data_prep.common import page
+    from data_prep.common import charts
     from data_prep.shards import stats as statistics
 
     if html:
-        page.require()
+        charts.require()
     result = statistics.stats(folder)
     if html:
         from data_prep.common.files import write_atomically

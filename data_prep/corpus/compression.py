@@ -26,9 +26,10 @@ HEAD = 16  # bytes of a member that tell its format
 PLAIN_TEXT = "plain text"
 RENAME = "give it the name of what it is"
 
-# How far a document's text can be trusted: bits in the index. 0: its checksum held, or its format has none.
-UNVERIFIED, SALVAGED = 1, 2
-MARKS = {UNVERIFIED: "unverified", SALVAGED: "salvaged"}
+# What is to be known of a document: bits in the index. Without the first two its checksum held, or its format
+# has none.
+UNVERIFIED, SALVAGED, CONTAMINATED = 1, 2, 4
+MARKS = {UNVERIFIED: "unverified", SALVAGED: "salvaged", CONTAMINATED: "contaminated"}
 
 
 class DamagedMember(UserError):

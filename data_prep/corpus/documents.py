@@ -75,11 +75,15 @@ class RawDocument:
 
 @dataclass(frozen=True)
 class Reject:
-    """One rejected record, or with line 0 a whole member of a tar."""
+    """One rejected record, or with line 0 a whole member of a tar.
+
+    of: the id of the document that it resembles, or the words that it shares with a test text.
+    """
 
     line: int
     reason: str
     member: str = ""
+    of: str = ""
 
 
 @dataclass(frozen=True)

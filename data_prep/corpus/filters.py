@@ -118,8 +118,9 @@ class Filter:
         return None if holds else f"filter: {self}"
 
 
-# Starts of the reasons of `Filters.refusal`, and of duplicates: documents that the user did not want.
-ASKED_FOR = ("too short", "too long", "language: ", "filter: ", "duplicate")
+DUPLICATE, NEAR_DUPLICATE, SHARES_WORDS = "duplicate", "near-duplicate", "shares words with a test text"
+# Starts of the reasons of `Filters.refusal`, and of comparisons: documents that the user did not want.
+ASKED_FOR = ("too short", "too long", "language: ", "filter: ", DUPLICATE, NEAR_DUPLICATE, SHARES_WORDS)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from data_prep.shards.layout import (
     shard_names,
 )
 from data_prep.shards.manifest import damage_entries, input_entries, sum_counts, sum_groups, sum_rejected
+from data_prep.shards.quarantine import join_quarantines
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
 
@@ -64,7 +64,12 @@ def merge(
             shards.append(shard_names(len(shards)) | {"unit": unit} | part)
             _place(job, work, folder, number, shards[-1])
             heartbeat()
-    _write_quarantine(job, work, records, folder, heartbeat)
+    parts = [
+        (work.result("shard", unit) / QUARANTINE, job.units[unit], record["pieces"])
+        for unit, record in enumerate(records)
+    ]
+    join_quarantines(parts, folder / QUARANTINE, heartbeat)
+    os.replace(folder / QUARANTINE, output / QUARANTINE)
     tokenizer_files = _save_tokenizer(tokenizer, folder, output)
     content = [[entry["file"], [piece["sha256"] for piece in entry["pieces"]]] for entry in inputs]
     marked = sum_counts(record["marked"] for record in records)
@@ -125,31 +130,6 @@ def _complete_records(work: WorkFolder, units: Iterable[int]) -> list[dict]:
     """
     work.require("shard", units)
     return [json.loads((work.result("shard", unit) / RECORD).read_bytes()) for unit in units]
-
-
-def _write_quarantine(
-    job: Job, work: WorkFolder, records: list[dict], folder: Path, heartbeat: Callable[[], None]
-) -> None:
-    """Concatenate the units' quarantines. Their line numbers count from the start of each piece."""
-    before: Counter[str] = Counter()  # lines of a file, by path, in the pieces so far
-    with open(folder / QUARANTINE, "wb") as out:
-        for unit, record in enumerate(records):
-            with open(work.result("shard", unit) / QUARANTINE, "rb") as stream:
-                for piece, read in zip(job.units[unit], record["pieces"], strict=True):
-                    end = stream.tell() + read["quarantine_bytes"]
-                    while stream.tell() < end:
-                        line = stream.readline()
-                        if before[piece.file.path]:
-                            entry = json.loads(line)
-                            entry["line"] += before[piece.file.path]
-                            line = json.dumps(entry).encode("ascii") + b"\n"
-                        out.write(line)
-                    if piece.file.kind == "jsonl":
-                        before[piece.file.path] += read["lines"]
-            heartbeat()
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(folder / QUARANTINE, job.output / QUARANTINE)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict[str, str]:

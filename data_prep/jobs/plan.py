@@ -16,8 +16,8 @@ from pathlib import Path
 from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes, partial_name
 from data_prep.corpus.inputs import Piece, plan_units, survey, unread_line
+from data_prep.corpus.limits import Limits
 from data_prep.jobs.job import Job, ShardSettings, missing_units
-from data_prep.jobs.limits import Limits
 from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
 from data_prep.shards.reader import ShardSet
 from data_prep.text.segmenter import get_segmenter

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes
+from data_prep.common.remote import is_url
 from data_prep.shards.layout import (
     FORMAT_VERSION,
     LENGTH_DTYPE,
@@ -227,7 +228,14 @@ class ShardSet:
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
-        """Raises `UserError` when the manifest is missing, damaged, or of another format."""
+        """Open a folder, or the copy on this machine of the set behind a URL.
+
+        Raises `UserError` when the manifest is missing, damaged, or of another format.
+        """
+        if is_url(str(folder)):
+            from data_prep.shards.stage import local_copy  # it opens sets itself
+
+            folder = local_copy(str(folder))
         folder = Path(folder)
         path = folder / MANIFEST
         if not folder.is_dir():

@@ -77,13 +77,13 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
         raise UserError(f"RANK={env['RANK']} is set and WORLD_SIZE is not: {alone}")
     if "RANK" not in env and env.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"WORLD_SIZE={env['WORLD_SIZE']} is set and RANK is not: {alone}")
-    for name, value in (
+    for name, default in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("LOCAL_RANK", "0"),
         ("MASTER_ADDR", "127.0.0.1"),
     ):
-        env.setdefault(name, value)
+        env.setdefault(name, default)
     if "MASTER_PORT" not in env:
         if env["WORLD_SIZE"] != "1":
             raise UserError("MASTER_PORT is not set: every rank needs the address and port of rank 0")
@@ -92,10 +92,9 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     if wrong := [name for name in names if not env[name].isdecimal()]:
         raise UserError(f"{wrong[0]}={env[wrong[0]]}: it must be a whole number; unset it to run alone")
     rank, world, local, port = (int(env[name]) for name in names)
-    if rank >= world:
-        raise UserError(f"RANK={rank} is not below WORLD_SIZE={world}: {alone}")
-    if local > rank:
-        raise UserError(f"LOCAL_RANK={local} is above RANK={rank}: {alone}")
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
+        if value >= world:
+            raise UserError(f"{name}={value} is not below WORLD_SIZE={world}: {alone}")
     if port > LAST_PORT:
         raise UserError(f"MASTER_PORT={port}: a port is at most {LAST_PORT}")
     return Ranks(rank, world, local)

@@ -11,8 +11,7 @@ Results: docs/segmentation.md.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
+import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -23,9 +22,9 @@ from typing import Any
 from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, run_main
 from data_prep.common.identify import identify
+from data_prep.common.measuring import in_new_process
 from data_prep.common.page import NOTHING, Table, markdown_table
 from data_prep.corpus.filters import MIN_CONFIDENCE
-from tools.benchmarks.arguments import answer, positive
 from tools.benchmarks.segment_quality import UNSPACED
 
 LENGTHS = (50, 200, 1000)
@@ -49,9 +48,7 @@ def _run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="identify_quality", description=__doc__.split("\n")[0])
     parser.add_argument("natural", metavar="DIR", help="<language>.txt files, one sentence a line")
     parser.add_argument("--against", choices=["lingua"], help="measure this library, too")
-    parser.add_argument(
-        "--texts", type=positive, default=300, metavar="N", help="texts of a language and length"
-    )
+    parser.add_argument("--texts", type=int, default=300, metavar="N", help="texts of a language and length")
     parser.add_argument("--output", metavar="FILE", help="write the result, with machine and versions")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments = parser.parse_args(argv)
@@ -68,9 +65,8 @@ def _run(argv: list[str] | None) -> None:
         if name in ("py3langid", arguments.against):
             result["identifiers"][name] = measure(name, texts)
     write_result(result, arguments.output)
-    answer(
-        arguments, result, lambda found: "\n\n".join("\n".join(markdown_table(one)) for one in tables(found))
-    )
+    shown = "\n\n".join("\n".join(markdown_table(one)) for one in tables(result))
+    print(json.dumps(result) if arguments.json else shown)
 
 
 def cut_texts(folder: Path, language: str, length: int, most: int) -> list[str]:
@@ -116,7 +112,7 @@ def measure(name: str, texts: dict[int, dict[str, list[str]]]) -> dict[str, Any]
         "languages": languages,
         "mb_per_second": speeds,
         "installed_mb": sum(path.stat().st_size for path in paths if path.exists()) / 1e6,
-        "seconds_to_first": _seconds_to_first(name),
+        "seconds_to_first": in_new_process(_seconds_to_first, name),
         "pairs": dict(pairs.most_common(12)),
     }
 
@@ -138,13 +134,9 @@ def _lingua() -> Identifier:
 
 def _seconds_to_first(name: str) -> float:
     """CPU-seconds of a new process until it has identified one sentence."""
-    code = "from tools.benchmarks import identify_quality as q; import time; begin = time.process_time(); "
-    code += "(q.identify if {!r} == 'py3langid' else q._lingua())('One sentence in English.'); "
-    code += "print(time.process_time() - begin)"
-    done = subprocess.run(
-        [sys.executable, "-c", code.format(name)], check=True, capture_output=True, text=True
-    )
-    return float(done.stdout)
+    begin = time.process_time()
+    (identify if name == "py3langid" else _lingua())("One sentence in English.")
+    return time.process_time() - begin
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

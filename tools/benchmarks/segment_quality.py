@@ -28,7 +28,6 @@ from data_prep.common.errors import UserError, run_main
 from data_prep.common.extras import import_extra
 from data_prep.common.page import NOTHING, Table, markdown_table
 from data_prep.text.sentences import SentenceSettings
-from tools.benchmarks.arguments import answer
 
 Cutter = Callable[[str], list[str]]
 CUTTERS = ("ours", "auto", "sentencex", "pysbd")
@@ -87,7 +86,7 @@ def _run(argv: list[str] | None) -> None:
                     )
     result = {**header(("sentencex", "pysbd")), "languages": rows}
     write_result(result, arguments.output)
-    answer(arguments, result, lambda found: "\n".join(markdown_table(table(found))))
+    print(json.dumps(result) if arguments.json else "\n".join(markdown_table(table(result))))
 
 
 def read_cases(paths: Iterable[Path]) -> dict[str, list[Case]]:
