@@ -177,6 +177,10 @@ def shard(
         raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {unit_mb:g}")
     if salvage and strict:
         raise UserError("--strict stops at damaged input, which --salvage reads: give one of them")
+    if rules.identify_language and lang != "auto":
+        raise UserError(f"--identify-lang has nothing to do with --lang {lang}; leave one out")
+    if lang == "auto":
+        _say_how_languages_are_told(rules)
     chosen = choose_backend(backend, scheduler)
     settings = ShardSettings(
         sentences=SentenceSettings(segmenter, _language(lang), max_tokens, min_tokens),
@@ -237,6 +241,15 @@ def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
         files = sum("unverified" in entry for entry in manifest["inputs"])
         count = f"{marked['unverified']:,} documents from {files:,} file{'s' * (files > 1)}"
         yield f"{count} cannot be verified: they are packed without a checksum (`zstd --check` writes one)"
+
+
+def _say_how_languages_are_told(rules: Filters) -> None:
+    if rules.keep_languages and not rules.identify_language:
+        print(
+            "data-prep: --keep-lang tells documents without a label by folder and script only: German is en; "
+            "add --identify-lang to go by their letters (pip install 'sentence-llm[lang]')",
+            file=sys.stderr,
+        )
 
 
 def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: float) -> dict[str, Any]:
@@ -444,6 +457,7 @@ def tokenizer(
     from data_prep.text.tokenizer import train_sentencepiece
 
     _check_output(output)
+    _say_how_languages_are_told(rules)
     found = survey(list(input), output)
     for line in found.lines():
         log(f"data-prep: {line}")

@@ -17,7 +17,6 @@ from decimal import Decimal
 from typing import Any
 
 from data_prep.common.errors import UserError, log
-from data_prep.common.language import detect_language
 from data_prep.common.language_codes import normal_language
 from data_prep.corpus.archives import TarMembers
 from data_prep.corpus.compression import (
@@ -62,7 +61,7 @@ class RawDocument:
     """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar's `member`, or the table.
 
     `id_repaired`: the record had no usable id; its id is made from its place. `mark`: how far its text can be
-    trusted (`compression.MARKS`).
+    trusted (`compression.MARKS`). `confidence`: that the language is right, where it was identified.
     """
 
     id: str
@@ -73,6 +72,7 @@ class RawDocument:
     id_repaired: bool = False
     member: str = ""
     mark: int = 0
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ class DocumentReader:
             return Reject(number, "empty content", place.member)
         if not encodable(text):
             return Reject(number, "lone surrogate", place.member)
-        language = self._language(record, text, place)
+        language, confidence = self._language(record, text, place)
         if reason := filters.refusal(record, text, language):
             return Reject(number, reason, place.member)
         identity = record.get("id")
@@ -369,13 +369,14 @@ class DocumentReader:
             changed.append("missing id")
         if changed:
             self.repaired.update(changed)
-        return RawDocument(identity, text, language, place.source, number, not usable, place.member)
+        facts = identity, text, language, place.source, number, not usable, place.member
+        return RawDocument(*facts, confidence=confidence)
 
-    def _language(self, record: dict, text: str, place: _Place) -> str:
-        """The setting's language, else the record's, else the folder's, else by script."""
+    def _language(self, record: dict, text: str, place: _Place) -> tuple[str, float | None]:
+        """The setting's language, else what the filters find; and a confidence where it was identified."""
         if self.language != "auto":
-            return self.language
-        return normal_language(record.get("language")) or place.folder_language or detect_language(text)
+            return self.language, None
+        return self.filters.language_of(record, text, place.folder_language)
 
     def _label_language(self, record: dict, place: _Place) -> str | None:
         """The language that an exam question's place gives to its labels."""

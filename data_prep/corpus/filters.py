@@ -20,10 +20,13 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter, validators
 
 from data_prep.common.errors import UserError
+from data_prep.common.identify import identifier, identify, labels
 from data_prep.common.language import detect_language
-from data_prep.common.language_codes import require_language
+from data_prep.common.language_codes import normal_language, require_language
 
 MAX_TEXT_MB = 4.0  # docs/inputs.md, Measured
+MIN_CONFIDENCE = 0.5
+UNDETERMINED = "und"
 NORMAL_FORMS = ("NFC", "NFKC")
 OPTIONS = tuple("abcde")  # of a question in WanJuan's Exam-cn
 EXAM_FIELDS = ("q_main", *(f"option_{letter}" for letter in OPTIONS), "std_ans", "answer", "answer_detail")
@@ -114,6 +117,9 @@ class Filters:
         max_chars: leave out longer documents (0: no limit)
         keep_languages: leave out documents in other languages (default: keep all)
         max_text_mb: reject texts of more UTF-8 bytes: the tokenizer takes up to 40 bytes of memory per byte
+        identify_language: find the language of documents without a label by their letters (extra `lang`), not
+            by folder and script
+        min_confidence: with --identify-lang: below, a document has its folder's language, or und
 
     Raises:
         UserError: a value is invalid.
@@ -128,11 +134,21 @@ class Filters:
     max_chars: int = 0
     keep_languages: Annotated[tuple[str, ...], Parameter(name="--keep-lang", consume_multiple=1)] = ()
     max_text_mb: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1000))] = MAX_TEXT_MB
+    identify_language: Annotated[bool, Parameter(name="--identify-lang")] = False
+    min_confidence: Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))] = MIN_CONFIDENCE
 
     def __post_init__(self) -> None:
+        if not self.identify_language and self.min_confidence != MIN_CONFIDENCE:
+            raise UserError("--min-confidence is for --identify-lang: give both")
         object.__setattr__(self, "filters", tuple(str(parsed) for parsed in self._parsed))
         languages = {require_language(language, "--keep-lang") for language in self.keep_languages}
         object.__setattr__(self, "keep_languages", tuple(sorted(languages)))
+        if self.identify_language:  # loads the model, before other processes are forked
+            known = sorted(filter(None, map(normal_language, labels())))
+            if unknown := languages - set(known):
+                raise UserError(
+                    f"--identify-lang cannot find {', '.join(sorted(unknown))}; it knows {' '.join(known)}"
+                )
         if self.normal_form not in (None, *NORMAL_FORMS):
             raise UserError(f"normal form {self.normal_form!r} is unknown; use NFC or NFKC")
         if self.min_chars < 0 or self.max_chars < 0 or 0 < self.max_chars < self.min_chars:
@@ -153,13 +169,21 @@ class Filters:
         settings = dataclasses.asdict(self) | lists
         if self.max_text_mb == MAX_TEXT_MB:  # sets made before there was a setting have the same fingerprint
             del settings["max_text_mb"]
+        if self.identify_language:
+            settings |= {"identifier": identifier()}
+        else:  # sets made before there was an identifier have the same fingerprint
+            del settings["identify_language"], settings["min_confidence"]
         # The normal form of a new character depends on the version of Unicode.
         return settings | ({"unicode": unicodedata.unidata_version} if self.normal_form else {})
 
     @classmethod
     def from_dict(cls, settings: dict) -> Filters:
-        """The inverse of `to_dict`."""
-        settings = {name: value for name, value in settings.items() if name != "unicode"}
+        """The inverse of `to_dict`. Raises: UserError for languages found by another identifier."""
+        if (found := settings.get("identifier")) and found != identifier():
+            raise UserError(
+                f"the languages were identified by {found}, which is not installed ({identifier()} is)"
+            )
+        settings = {name: value for name, value in settings.items() if name not in ("unicode", "identifier")}
         lists = {name: tuple(settings[name]) for name in ("filters", "keep_languages") if name in settings}
         return cls(**settings | lists)
 
@@ -209,6 +233,17 @@ class Filters:
                 text = clean
                 changed.append("white space")
         return text, changed
+
+    def language_of(self, record: dict, text: str, folder: str | None) -> tuple[str, float | None]:
+        """The language that the record names, else its folder, else its script. With `identify_language` the
+        language of its letters comes before the folder, with a confidence."""
+        if named := normal_language(record.get("language")):
+            return named, None
+        if not self.identify_language:
+            return folder or detect_language(text), None
+        found, confidence = identify(text)
+        language = normal_language(found) if confidence >= self.min_confidence else None
+        return language or folder or UNDETERMINED, confidence
 
     def refusal(self, record: dict, text: str, language: str) -> str | None:
         """Why a document is filtered out, or None. `text` is the cleaned text."""

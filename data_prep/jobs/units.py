@@ -220,7 +220,7 @@ class Worker:
             return Reject(raw.line, "tokenizer loses text", raw.member)
         data = raw.content.encode("utf-8")
         facts = raw.id, raw.language, raw.source
-        return Document(*facts, tokens, lengths, len(data), hash64(data), mark)
+        return Document(*facts, tokens, lengths, len(data), hash64(data), mark, raw.confidence)
 
     @functools.cached_property
     def _spans(self) -> HeldOutSpans | None:

@@ -65,6 +65,7 @@ class Document:
     """One stored document: tokens uint16/uint32 [T]; sentence_lengths uint16 [S], sum T; bytes of text.
 
     text_hash: `hash64` of the text, the same under any tokenizer. mark: how far the text can be trusted.
+    confidence: that the language is right (0 to 1), where it was identified.
     """
 
     id: str
@@ -75,6 +76,12 @@ class Document:
     bytes: int
     text_hash: int
     mark: int = 0
+    confidence: float | None = None
+
+    def facts(self) -> dict:
+        """What `documents.json` holds."""
+        found = {"id": self.id, "language": self.language, "source": self.source}
+        return found if self.confidence is None else found | {"confidence": self.confidence}
 
     def sentences(self) -> list[np.ndarray]:
         """The S slices of `tokens`."""
@@ -91,7 +98,7 @@ class Member(NamedTuple):
 
 class Group(NamedTuple):
     """One group of D documents: tokens uint16/uint32 [T], sentence_lengths uint16 [S], document_sizes uint32
-    [D] (sentences in each), facts: D dictionaries with `id`, `language` and `source`."""
+    [D] (sentences in each), facts: D dictionaries, `Document.facts`."""
 
     tokens: np.ndarray
     sentence_lengths: np.ndarray

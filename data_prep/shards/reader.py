@@ -150,6 +150,7 @@ class Shard:
             bytes=int(row["bytes"]),
             text_hash=int(row["text_hash"]),
             mark=int(row["mark"]) if "mark" in row.dtype.names else 0,
+            confidence=facts.get("confidence"),
         )
 
     @property

@@ -24,9 +24,10 @@ def show(folder: str | Path, count: int, number: int = 0, key: str | None = None
         last = min(number + count, max(shards.manifest["totals"]["documents"], number + 1))
         documents = map(shards.document, range(number, last))
     for document in documents:
+        confidence = "" if document.confidence is None else f" {document.confidence:.2f}"
         marks = "".join(f", {name}" for bit, name in MARKS.items() if document.mark & bit)
         yield (
-            f"── {json.dumps(document.id)} ({document.language}, {document.source}{marks}): "
+            f"── {json.dumps(document.id)} ({document.language}{confidence}, {document.source}{marks}): "
             f"{document.sentence_lengths.size} sentences, "
             f"{document.tokens.size} tokens, {document.bytes} bytes"
         )

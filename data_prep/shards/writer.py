@@ -91,7 +91,7 @@ class ShardWriter:
         rows["group"], rows["row"] = self._groups, np.arange(len(group))
         tokens = np.concatenate([document.tokens for document in group]).astype(self._dtype)
         lengths = np.concatenate([document.sentence_lengths for document in group]).astype(LENGTH_DTYPE)
-        facts = [{"id": d.id, "language": d.language, "source": d.source} for d in group]
+        facts = [document.facts() for document in group]
         tokens_at = self._add_array("tokens.npy", tokens)
         lengths_at = self._add_array("sentence_lengths.npy", lengths)
         self._add_array("document_sizes.npy", rows["sentences"])

@@ -24,7 +24,7 @@ from data_prep.text.tokenizer import Tokenizer
 
 LONGEST = 65535  # sentence lengths are stored as uint16
 SHORTEST = 4  # one character may need four tokens and is never split
-JUDGED_BY_LINE = ("en", "zh", "", "auto")  # document languages that the `auto` segmenter handles
+JUDGED_BY_LINE = ("en", "zh", "", "auto", "und")  # document languages that the `auto` segmenter handles
 
 _BLOCK = 1 << 20  # elements, where a whole array in int64 would be large
 _BREAK_AHEAD = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")

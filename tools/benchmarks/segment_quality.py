@@ -1,12 +1,14 @@
-"""Quality and speed of segmentation, beside a naive regex and, where installed, `sentencex` and ICU.
+"""Sentence segmentation, measured by language: ours beside sentencex and pysbd.
 
-    python -m tools.benchmarks.segment_quality GOLDEN... [--text FILE] [--json]
+    python -m tools.benchmarks.segment_quality CASES... [--natural DIR] [--text LANG=FILE ...] [--failures]
 
-Golden sets are jsonl files named `…_<language>.jsonl` with `cut` (`‖` is a cut of both segmenters, `¦` one of
-`clause` only) and optionally `language`. The speed is measured on a UTF-8 text file or WanJuan jsonl (.gz
-too). `exact`: share of cases cut exactly as expected. `F1`: of inner cut positions over all cases; white
-space at a cut is ignored. `kept`: share of cases whose pieces join to the text. MB/s: UTF-8 bytes per
-CPU-second, one process, best of three. Results: docs/segmentation.md.
+CASES are jsonl files of `lang`, `text` and `want` (its sentences), or golden sets named `…_<language>.jsonl`
+with `cut`. DIR holds `<language>.txt` with one sentence a line (`tools.benchmarks.natural_text`), which are
+joined to paragraphs by the language's own spacing; precision and recall are of the ends inside a paragraph.
+White space at the edges of a sentence does not count. MB/s: UTF-8 bytes per CPU-second, one process, best of
+three, on the natural text, or on FILE (text, or jsonl with `content`; .gz too). `auto` is our segmenter
+without the language's label. The libraries come with the extra `segmentation-benchmark`. Results:
+docs/segmentation.md.
 """
 
 from __future__ import annotations
@@ -14,48 +16,33 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import re
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, run_main
-from data_prep.text.segmenter import LANGUAGES, NAMES, get_segmenter
+from data_prep.common.extras import import_extra
+from data_prep.common.page import NOTHING, Table, markdown_table
+from data_prep.text.sentences import SentenceSettings
 
-Cutter = Callable[[str, str], list[str]]  # text, language code
-_NAIVE = {
-    "sentence": re.compile(r"(?<=[.!?…])[\"'”’)\]]*(?=\s)|(?<=[。！？])[”’」』]*|\n"),
-    "clause": re.compile(r"(?<=[.!?…,;:])[\"'”’)\]]*(?=\s)|(?<=[。！？，；：、])[”’」』]*|\n"),
-}
+Cutter = Callable[[str], list[str]]
+CUTTERS = ("ours", "auto", "sentencex", "pysbd")
+EXTRA = "segmentation-benchmark"
+PARAGRAPH = 6  # sentences
+UNSPACED = ("ja", "zh")
+DOCUMENT = 20  # paragraphs, a line each, where speed is measured
+SLOWEST = 3.0  # CPU-seconds: a cutter is not measured again after a run as long as this
 
 
-@dataclass
-class Case:
-    """One golden case; `sentence` and `clause` hold the expected inner cuts (see `inner_cuts`)."""
+class Case(NamedTuple):
+    """A text and its sentences."""
 
-    topic: str
-    language: str
     text: str
-    sentence: set[int]
-    clause: set[int]
-
-
-@dataclass
-class Score:
-    """One row of the table: shares from 0 to 1, speed in MB/s; `note`: why there is none."""
-
-    cutter: str
-    segmenter: str
-    language: str
-    cases: int = 0
-    exact: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    f1: float | None = None
-    kept: float | None = None
-    speed: float | None = None
-    note: str = ""
+    want: list[str]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,55 +52,90 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="segment_quality", description=__doc__.split("\n")[0])
-    parser.add_argument("golden", nargs="+", metavar="GOLDEN", help="golden sets, …_<language>.jsonl")
-    parser.add_argument("--text", metavar="FILE", help="measure the speed on this text, txt or jsonl(.gz)")
+    parser.add_argument("cases", nargs="*", metavar="CASES", help="jsonl of lang, text, want; or golden sets")
+    parser.add_argument("--natural", metavar="DIR", help="<language>.txt files, one sentence a line")
+    parser.add_argument(
+        "--text", nargs="+", default=[], metavar="LANG=FILE", help="measure the speed on these"
+    )
+    parser.add_argument(
+        "--languages", nargs="+", metavar="LANG", help="only these (default: all that are given)"
+    )
+    parser.add_argument("--most", type=int, default=6000, metavar="N", help="natural sentences a language")
+    parser.add_argument(
+        "--cutters", nargs="+", default=CUTTERS, choices=CUTTERS, metavar="NAME", help="only these"
+    )
+    parser.add_argument("--failures", action="store_true", help="print the cases that ours cuts otherwise")
+    parser.add_argument("--output", metavar="FILE", help="write the result, with machine and versions")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args(argv)
-    texts = read_texts(Path(arguments.text)) if arguments.text else []
-    scores = [score for path in arguments.golden for score in measure(Path(path), texts)]
-    if arguments.json:
-        print(json.dumps([asdict(score) for score in scores], indent=2, ensure_ascii=False))
-    else:
-        print(table(scores))
+    require_folder(arguments.output)
+    cases = read_cases(map(Path, arguments.cases))
+    natural = read_natural(Path(arguments.natural), arguments.most) if arguments.natural else {}
+    texts = dict(map(read_text, arguments.text))
+    languages = arguments.languages or sorted({*cases, *natural, *texts})
+    rows = [
+        measure(name, cases.get(name, []), natural.get(name, []), texts.get(name), arguments.cutters)
+        for name in languages
+    ]
+    if arguments.failures:
+        for language in languages:
+            for case in cases.get(language, []):
+                if inner_cuts(got := cutter("ours", language)(case.text)) != inner_cuts(case.want):
+                    print(
+                        f"{language}: want {case.want}\n{'got':>{len(language) + 6}} {got}", file=sys.stderr
+                    )
+    result = {**header(("sentencex", "pysbd")), "languages": rows}
+    write_result(result, arguments.output)
+    print(json.dumps(result) if arguments.json else "\n".join(markdown_table(table(result))))
 
 
-def read_golden(path: Path) -> tuple[str, list[Case]]:
-    """(language, cases) of one golden set. Raises `UserError` for a bad name or line."""
-    language = path.name.removesuffix(".jsonl").rpartition("_")[2]
-    if language not in LANGUAGES:
-        raise UserError(f"{path}: name a golden set …_<language>.jsonl, with one of {', '.join(LANGUAGES)}")
-    cases = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            topic, cut = record["topic"], record["cut"]
-            text = cut.replace("‖", "").replace("¦", "")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}:{number}: not a golden case, an object with "topic" and "cut"') from None
-        cases.append(
-            Case(
-                topic,
-                record.get("language", language),
-                text,
-                inner_cuts(cut.replace("¦", "").split("‖")),
-                inner_cuts(re.split("[‖¦]", cut)),
-            )
+def read_cases(paths: Iterable[Path]) -> dict[str, list[Case]]:
+    """Cases by language. Raises: UserError for a line that is none."""
+    found = defaultdict(list)
+    for path in paths:
+        of_name = path.name.removesuffix(".jsonl").rpartition("_")[2]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                record = json.loads(line)
+                if "cut" in record:
+                    want = record["cut"].replace("¦", "").split("‖")
+                    found[record.get("language", of_name)].append(Case("".join(want), want))
+                else:
+                    found[record["lang"]].append(Case(record["text"], record["want"]))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(
+                    f"{path}:{number}: not an object with lang, text and want, or with cut"
+                ) from None
+    return found
+
+
+def read_natural(folder: Path, most: int) -> dict[str, list[Case]]:
+    """Paragraphs of the files' sentences, by language."""
+    found = {}
+    for path in sorted(folder.glob("*.txt")):
+        sentences = path.read_text(encoding="utf-8").split("\n")[:-1][:most]
+        space = "" if path.stem in UNSPACED else " "
+        groups = [sentences[at : at + PARAGRAPH] for at in range(0, len(sentences), PARAGRAPH)]
+        found[path.stem] = [Case(space.join(group), group) for group in groups]
+    if not found:
+        raise UserError(
+            f"{folder} has no <language>.txt; make it with python -m tools.benchmarks.natural_text"
         )
-    if not cases:
-        raise UserError(f"{path} holds no golden case")
-    return language, cases
+    return found
 
 
-def read_texts(path: Path) -> list[str]:
-    """The documents of a text file (one) or of WanJuan jsonl. Raises `UserError` for anything else."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" not in path.suffixes:
-            return [file.read()]
+def read_text(word: str) -> tuple[str, list[str]]:
+    """The language and the documents of `LANG=FILE`. Raises: UserError for anything else."""
+    language, equals, name = word.partition("=")
+    if not equals:
+        raise UserError(f"--text {word}: write LANG=FILE")
+    with (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8") as file:
+        if ".jsonl" not in Path(name).suffixes:
+            return language, [file.read()]
         try:
-            return [json.loads(line)["content"] for line in file]
+            return language, [json.loads(line)["content"] for line in file]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not jsonl with a content in each line: {error}") from None
+            raise UserError(f"{name}: not jsonl with a content in each line: {error}") from None
 
 
 def inner_cuts(pieces: Iterable[str]) -> set[int]:
@@ -125,104 +147,80 @@ def inner_cuts(pieces: Iterable[str]) -> set[int]:
     return cuts - {0, at}
 
 
-def cutters(language: str) -> list[tuple[str, str, Cutter | str]]:
-    """(name, segmenter, function or the reason why it is missing)."""
-    rows: list[tuple[str, str, Cutter | str]] = [("ours", name, _ours(name, language)) for name in NAMES]
-    rows += [("naive regex", name, _naive(_NAIVE[name])) for name in NAMES]
-    return [*rows, ("sentencex", "sentence", _sentencex()), ("ICU", "sentence", _icu())]
+def cutter(name: str, language: str) -> Cutter | None:
+    """A function from a text to its sentences; None where the library does not know the language."""
+    if name in ("ours", "auto"):
+        settings = SentenceSettings("sentence", "auto", 64)
+        return settings.segmenter_for(language if name == "ours" else "")
+    library = import_extra(name, EXTRA)
+    if name == "sentencex":
+        return _by_line(lambda line: library.segment(language, line))
+    if language not in library.languages.LANGUAGE_CODES:
+        return None
+    return _by_line(library.Segmenter(language=language, clean=False).segment)
 
 
-def _ours(name: str, language: str) -> Cutter:
-    segmenter = get_segmenter(name, language)
-    return lambda text, _language: segmenter(text)
+def _by_line(cut: Cutter) -> Cutter:
+    """Both libraries need time that grows faster than the text."""
+    return lambda text: [piece for line in text.splitlines(keepends=True) for piece in cut(line)]
 
 
-def _naive(expression: re.Pattern) -> Cutter:
-    def cut(text: str, _language: str) -> list[str]:
-        ends = [match.end() for match in expression.finditer(text)] + [len(text)]
-        return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-
-    return cut
-
-
-def _sentencex() -> Cutter | str:
-    try:
-        from sentencex import segment
-    except ImportError:
-        return "not installed"
-
-    def cut(text: str, language: str) -> list[str]:  # by lines: its time grows faster than the text
-        return [piece for line in text.splitlines(keepends=True) for piece in segment(language, line)]
-
-    return cut
-
-
-def _icu() -> Cutter | str:
-    try:
-        from icu import BreakIterator, Locale
-    except ImportError:
-        return "not installed"
-
-    def cut(text: str, language: str) -> list[str]:
-        iterator = BreakIterator.createSentenceInstance(Locale(language))
-        iterator.setText(text)
-        data = text.encode("utf-16-le")  # ICU counts in UTF-16
-        ends = list(iterator)
-        return [
-            data[2 * start : 2 * end].decode("utf-16-le")
-            for start, end in zip([0, *ends], ends, strict=False)
-        ]
-
-    return cut
-
-
-def measure(path: Path, texts: list[str]) -> list[Score]:
-    """One `Score` per cutter on the golden set at `path`, with speeds when there are texts."""
-    language, cases = read_golden(path)
-    scores = []
-    for name, segmenter, cutter in cutters(language):
-        score = Score(name, segmenter, language, len(cases))
-        scores.append(score)
-        if isinstance(cutter, str):
-            score.note = cutter
+def measure(
+    language: str, cases: list[Case], natural: list[Case], text: list[str] | None, names: Iterable[str]
+) -> dict[str, Any]:
+    """One language's row."""
+    row: dict[str, Any] = {"language": language, "cases": len(cases)}
+    row |= {"sentences": sum(len(case.want) for case in natural), "cutters": {}}
+    lines = [case.text for case in natural]
+    documents = text or ["\n".join(lines[at : at + DOCUMENT]) for at in range(0, len(lines), DOCUMENT)]
+    row["bytes"] = sum(len(document.encode()) for document in documents)
+    for name in names:
+        if (cut := cutter(name, language)) is None:
             continue
-        exact = kept = both = found = wanted = 0
-        for case in cases:
-            pieces = cutter(case.text, case.language)
-            cuts, right = inner_cuts(pieces), getattr(case, segmenter)
-            kept += "".join(pieces) == case.text
-            exact += cuts == right
-            both, found, wanted = both + len(cuts & right), found + len(cuts), wanted + len(right)
-        score.exact, score.kept = exact / len(cases), kept / len(cases)
-        score.precision, score.recall = both / max(1, found), both / max(1, wanted)
-        score.f1 = 2 * both / max(1, found + wanted)
-        if texts:
-            score.speed = _speed(cutter, texts, language)
-    return scores
+        score = row["cutters"][name] = {
+            "exact": sum(inner_cuts(cut(c.text)) == inner_cuts(c.want) for c in cases)
+        }
+        right = found = wanted = 0
+        for case in natural:
+            got, want = inner_cuts(cut(case.text)), inner_cuts(case.want)
+            right, found, wanted = right + len(got & want), found + len(got), wanted + len(want)
+        if natural:
+            score |= {"precision": right / max(1, found), "recall": right / max(1, wanted)}
+        if documents:
+            score["mb_per_second"] = row["bytes"] / 1e6 / _seconds(cut, documents)
+    return row
 
 
-def _speed(cutter: Cutter, texts: list[str], language: str) -> float:
-    megabytes = sum(len(text.encode("utf-8")) for text in texts) / 1e6
-    seconds = []
-    for _ in range(3):
+def _seconds(cut: Cutter, documents: list[str]) -> float:
+    found: list[float] = []
+    while len(found) < 3 and sum(found) < SLOWEST:
         begin = time.process_time()
-        for text in texts:
-            cutter(text, language)
-        seconds.append(time.process_time() - begin)
-    return megabytes / min(seconds)
+        for document in documents:
+            cut(document)
+        found.append(time.process_time() - begin)
+    return min(found)
 
 
-def table(scores: list[Score]) -> str:
-    """A Markdown table."""
-    lines = ["| language | cutter | segmenter | cases | exact | F1 | kept | MB/s |", "|" + " --- |" * 8]
-    for score in scores:
-        head = f"| {score.language} | {score.cutter} | {score.segmenter} | {score.cases} |"
-        if score.note:
-            lines.append(f"{head} {score.note} | | | |")
-            continue
-        speed = "" if score.speed is None else f"{score.speed:.1f}"
-        lines.append(f"{head} {score.exact:.1%} | {score.f1:.3f} | {score.kept:.0%} | {speed} |")
-    return "\n".join(lines)
+def table(result: dict[str, Any]) -> Table:
+    """One line a language: exact cases, precision and recall, and speed of every cutter that was measured."""
+    names = [name for name in CUTTERS if any(name in row["cutters"] for row in result["languages"])]
+    timed = [name for name in names if name != "auto"]
+    head = ["language", "cases", *(f"exact: {name}" for name in names), "sentences"]
+    head += [f"precision / recall: {name}" for name in names] + [f"MB/s: {name}" for name in timed]
+    rows = []
+    for row in result["languages"]:
+        found = [row["cutters"].get(name, {}) for name in names]
+        exact = [f"{one['exact']}" if one and row["cases"] else NOTHING for one in found]
+        shares = [
+            f"{one['precision']:.3f} / {one['recall']:.3f}" if "precision" in one else NOTHING
+            for one in found
+        ]
+        speeds = [row["cutters"].get(name, {}).get("mb_per_second") for name in timed]
+        rows.append(
+            [row["language"], str(row["cases"]), *exact, f"{row['sentences']:,}", *shares]
+            + [NOTHING if speed is None else f"{speed:.2f}" for speed in speeds]
+        )
+    return Table(head, rows)
 
 
 if __name__ == "__main__":

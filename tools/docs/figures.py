@@ -12,6 +12,8 @@ Other tables are templates in `templates/`. FILE is a path below docs/results.
     comparison FILE          result of `sllm compare --json`, with its charts as pictures
     by-language FILES        the same files' SLLMs and token-level models: bits per byte and vector gain of
                              each language
+    segment-quality FILE     result of `tools.benchmarks.segment_quality`
+    identify-quality FILE N  result of `tools.benchmarks.identify_quality`: its table N, from 0
     generation-chart FILE    the picture of a result of `sllm benchmark generation`
 """
 
@@ -33,6 +35,7 @@ from pipeline.common.figures import exact_matches
 from pipeline.common.text import duration, with_interval
 from pipeline.reports.charts import generation_plots
 from pipeline.research import compare_page, scaling
+from tools.benchmarks import identify_quality, segment_quality
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -211,6 +214,14 @@ def fitted(results: Results, file: str) -> list[str]:
     return lines + results.draw(f"{file.removesuffix('.json')}.svg", [scaling.plot(found)], caption)
 
 
+def segment_quality_table(results: Results, file: str) -> list[str]:
+    return markdown_table(segment_quality.table(results.read(file)))
+
+
+def identify_quality_table(results: Results, file: str, number: str) -> list[str]:
+    return markdown_table(identify_quality.tables(results.read(file))[int(number)])
+
+
 def generation_chart(results: Results, file: str) -> list[str]:
     found = results.read(file)
     caption = f"New tokens per second and memory: {found['model']['name']} beside {found['against']['name']}"
@@ -242,6 +253,8 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "exact-by-length": exact_by_length,
     "scaling": fitted,
     "comparison": compared,
+    "segment-quality": segment_quality_table,
+    "identify-quality": identify_quality_table,
     "generation-chart": generation_chart,
     **{path.name.split(".")[0]: of_template(path) for path in sorted(TEMPLATES.glob("*.md.jinja"))},
 }

@@ -10,7 +10,6 @@ import json
 import pickle
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from helpers.paths import REPOSITORY
@@ -21,7 +20,6 @@ from data_prep.common.errors import UserError
 from data_prep.text.abbreviations import LOWER_CASE, NEVER_LAST, NUMBERED, SOMETIMES_LAST, STARTERS, TITLES
 from data_prep.text.segment_rules import CLOSERS, DASHES, ELLIPSES, FAR_LETTER, PAUSES, SCANNERS, STOPS
 from data_prep.text.segmenter import LANGUAGES, NAMES, Segmenter, get_segmenter
-from tools.benchmarks import segment_quality
 
 # The same examples every time, nothing kept between runs.
 REPRODUCIBLE = settings(derandomize=True, database=None, deadline=None)
@@ -290,25 +288,3 @@ def test_unknown_names_are_refused() -> None:
         get_segmenter("word", "en")
     with pytest.raises(UserError, match="en, zh, other, auto"):
         get_segmenter("clause", "fr")
-
-
-def test_quality_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    golden_set = tmp_path / "set_en.jsonl"
-    cases = ["One, ¦two.‖ Three.", "Mr. Fox ran.‖ He won."]
-    golden_set.write_text("".join(json.dumps({"topic": c, "cut": c}) + "\n" for c in cases), encoding="utf-8")
-    text = tmp_path / "text.jsonl"
-    text.write_text(json.dumps({"content": "One. Two.\n" * 50}) + "\n", encoding="utf-8")
-    assert segment_quality.main([str(golden_set), "--text", str(text), "--json"]) == 0
-    rows = {(row["cutter"], row["segmenter"]): row for row in json.loads(capsys.readouterr().out)}
-    ours, naive = rows["ours", "sentence"], rows["naive regex", "sentence"]
-    assert (ours["exact"], ours["f1"], ours["kept"], ours["cases"]) == (1, 1, 1, 2)
-    assert (naive["exact"], naive["precision"], naive["recall"]) == (0.5, 2 / 3, 1)
-    assert rows["ours", "clause"]["exact"] == 1  # where the space goes does not matter
-    assert ours["speed"] > 0
-    assert segment_quality.main([str(golden_set)]) == 0
-    assert "| en | ours | sentence | 2 | 100.0% | 1.000 | 100% |  |" in capsys.readouterr().out
-    golden_set.write_text('{"topic": "no cut"}\n', encoding="utf-8")
-    assert segment_quality.main([str(golden_set)]) == 2
-    assert f"{golden_set}:1: not a golden case" in capsys.readouterr().err
-    assert segment_quality.main([str(text)]) == 2
-    assert "name a golden set" in capsys.readouterr().err
