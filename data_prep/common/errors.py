@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -26,6 +27,12 @@ def _skip_teardown() -> None:
         os._exit(INTERRUPTED)
 
 
+_ONE = re.compile(
+    r"(?<![\w.,])1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt|rank"
+    r"|record|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
+)
+
+
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it, in one line."""
 
@@ -34,14 +41,19 @@ def say(text: str) -> None:
     """Print a line to standard output at once. Once that fails (`| head` has gone, a full disk), this line
     and all later ones are dropped: training continues without a reader."""
     try:
-        print(text, flush=True)
+        print(singular(text), flush=True)
     except OSError:
         _drop_output()
 
 
 def log(text: str) -> None:
     """Print a line of progress to standard error, apart from a command's result."""
-    print(text, file=sys.stderr, flush=True)
+    print(singular(text), file=sys.stderr, flush=True)
+
+
+def singular(text: str) -> str:
+    """A line of output in which "1 sentences" is "1 sentence"."""
+    return _ONE.sub(r"1 \1", text)
 
 
 def first_line(error: BaseException) -> str:
@@ -78,7 +90,7 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
 
 
 def _refuse(prog: str, message: str) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{prog}: error: {singular(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

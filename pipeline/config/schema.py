@@ -283,6 +283,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             set_override(values, key, texts)
         else:
             problems.append(unknown_key(key, KEYS))
+    recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Ctrl-C: one line, exit status 130, and no wait for the interpreter's teardown."""
+"""Lines of output; and Ctrl-C: one line, exit status 130, no wait for the interpreter's teardown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 
+import pytest
 from helpers.paths import REPOSITORY
+
+from data_prep.common.errors import UserError, run_main, singular
 
 COMMAND = """
 import atexit, sys, time
@@ -45,3 +48,28 @@ def test_an_interrupted_command_ends_within_a_second() -> None:
         out, err = process.communicate()
         assert time.monotonic() - sent < 5  # a loaded machine's second
         assert (process.returncode, out, err) == (130, "cleaned up\n", "prog: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "printed"),
+    [
+        ("1 sentences, 1 tokens in 1 windows", "1 sentence, 1 token in 1 window"),
+        ("1 new tokens and 1 complete sentences", "1 new token and 1 complete sentence"),
+        ("x: 1 processes, 1 shards with 1 documents", "x: 1 process, 1 shard with 1 document"),
+        (
+            "21 sentences, 1,001 tokens, 0.1 tokens, 11 runs",
+            "21 sentences, 1,001 tokens, 0.1 tokens, 11 runs",
+        ),
+        ("41.1 tokens/s, 1 tokens/s", "41.1 tokens/s, 1 tokens/s"),
+    ],
+)
+def test_one_of_a_thing_is_no_plural(line: str, printed: str) -> None:
+    assert singular(line) == printed
+
+
+def test_errors_are_singular_too(capsys: pytest.CaptureFixture) -> None:
+    def refuse() -> None:
+        raise UserError("the file has 1 documents")
+
+    assert run_main("prog", refuse) == 2
+    assert capsys.readouterr().err == "prog: error: the file has 1 document\n"
