@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from data_prep.common.errors import UserError
 from pipeline.config.keys import Below1, Count, Flag, Number, Section, Share, Whole, explain, keys_of
@@ -104,13 +105,21 @@ class OptRecipe(BackboneRecipe):
     layer_norm_elementwise_affine: Flag | None = Field(None, description="norms have weights (OPT)")
 
 
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
+        raise ValueError(f"must be a mapping to finite numbers, not {values!r}")
+    return values
+
+
 class RotaryRecipe(BackboneRecipe):
     intermediate_size: Count | None = Field(None, description="width of the feed-forward (Llama, Qwen)")
     num_key_value_heads: Count | None = Field(None, description="heads of keys and values (Llama, Qwen)")
     hidden_act: str | None = Field(None, description="activation of the feed-forward (Llama, Qwen)")
     initializer_range: Number | None = Field(None, description="standard deviation of new weights")
     rms_norm_eps: Number | None = Field(None, description="epsilon of the norms (Llama, Qwen)")
-    rope_parameters: dict[str, Any] | None = Field(None, description="rotary positions (Llama, Qwen)")
+    rope_parameters: Annotated[dict[str, Any], AfterValidator(_finite)] | None = Field(
+        None, description="rotary positions (Llama, Qwen)"
+    )
 
 
 class LlamaRecipe(RotaryRecipe):

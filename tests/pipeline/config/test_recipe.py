@@ -123,6 +123,13 @@ def test_a_path_replaces_the_sizes_of_a_model_part() -> None:
         ("stray", "unexpected argument 'stray'"),
         ("--optimizer.lr -1", "optimizer.lr must be a number of at least 0, not -1"),
         ("--optimizer.lr .nan", "optimizer.lr must be a number of at least 0, not nan"),
+        ("--seed 1e30", "seed must be below 2^63, not 1e30"),
+        ("--training.max_steps 1e300", "training.max_steps must be below 2^63, not 1e300"),
+        ("--optimizer.eps 0", "optimizer.eps must be a number above 0, not 0"),
+        (
+            "--model.backbone.model_type llama --model.backbone.rope_parameters '{rope_theta: .nan}'",
+            "model.backbone.rope_parameters must be a mapping to finite numbers",
+        ),
         ("--optimizer.lr true", "optimizer.lr must be a number of at least 0, not True"),
         ("--optimizer.clip .inf", "optimizer.clip must be a number of at least 0, not inf"),
         ("--optimizer.clip=-1", "optimizer.clip must be a number of at least 0, not -1"),
