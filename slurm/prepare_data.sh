@@ -55,6 +55,10 @@ said=$(run "${container[@]}" data-prep shard --backend slurm --input "${inputs[@
   --tokenizer "$TOKENIZER" --segmenter "${SEGMENTER:-clause}" --lang "${TEXT_LANGUAGE:-auto}" "$@") || status=$?
 echo "$said"
 if ((status == 75)); then exit 0; fi # this share is done, others are not
+if ((status == 3)); then # the set is made: a chain of jobs continues (--strict refuses damaged input)
+  echo "some of the input is damaged or lost, see above"
+  status=0
+fi
 # 0: the set is complete. 2: wrong input or settings, which another round would meet again.
 if ((status == 0 || status == 2)) && [ -s "$next" ]; then scancel "$(cat "$next")"; fi
 if ((status == 0)) && { ((first)) || [[ $said != *"already there"* ]]; }; then

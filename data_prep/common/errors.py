@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 
 NO_PATH = "cannot read or write"  # in place of a path that an error does not name
+INTERRUPTED = 130  # exit status after Ctrl-C
 REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
+
+
+_interrupted = threading.Event()
+
+
+@atexit.register
+def _skip_teardown() -> None:
+    """After Ctrl-C: the interpreter takes seconds to take torch apart. What must be cleaned up is by now."""
+    if _interrupted.is_set():
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(INTERRUPTED)
 
 
 _ONE = re.compile(
@@ -58,7 +74,8 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         return _refuse(prog, str(error))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        _interrupted.set()
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has gone: drop the interpreter's last flush quietly.
         _drop_output()

@@ -23,6 +23,8 @@ class ProgressLine:
         if self._bar is None:
             from tqdm import tqdm
 
+            tqdm.monitor_interval = 0  # no thread: processes with one thread can be forked
+
             self._bar = tqdm(
                 desc=self._label,
                 total=progress.total,

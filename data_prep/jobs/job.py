@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.common.results import WorkFolder
 from data_prep.corpus.inputs import InputFile, Piece
+from data_prep.corpus.limits import Limits
 from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings
@@ -24,6 +26,7 @@ class Job:
     units: dict[int, list[Piece]]
     not_read: list[str]
     tokenizer: Path  # folder
+    limits: Limits = Limits()
     only: tuple[int, ...] | None = None
 
     @property
@@ -33,6 +36,12 @@ class Job:
     def unit_bytes(self, unit: int) -> int:
         """Bytes of input of a unit, as stored."""
         return sum(piece.size for piece in self.units[unit])
+
+    @functools.cached_property
+    def seen(self) -> list[tuple[str, int]]:
+        """(folder, shard) of the sets whose documents count as earlier ones."""
+        sets = [(folder, len(ShardSet.open(folder))) for folder in self.settings.seen]
+        return [(folder, shard) for folder, shards in sets for shard in range(shards)]
 
     def work_folder(self) -> WorkFolder:
         """Results of the run."""
@@ -46,7 +55,7 @@ class Job:
         part = replace(
             self, output=self.output.absolute(), tokenizer=self.tokenizer.absolute(), files=[], not_read=[]
         )
-        return [Task(replace(part, units={unit: self.units[unit]}), phase, unit) for unit in units]
+        return [Task(replace(part, units={unit: self.units.get(unit, [])}), phase, unit) for unit in units]
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class Task:
     @property
     def name(self) -> str:
         """Its input, for messages."""
+        if self.phase == "seen":
+            return f"shard {self.unit} of the sets that were seen"
         first, *more = self.job.units[self.unit]
         return f"{first.file.name} from {first.start:,}" + (f" and {len(more)} more" if more else "")
 

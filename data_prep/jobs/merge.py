@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,7 +18,9 @@ from data_prep.common.results import RECORD, WorkFolder
 from data_prep.jobs.job import Job
 from data_prep.shards.layout import (
     COUNTS,
+    FORMAT_VERSION,
     MANIFEST,
+    MARKED_VERSION,
     QUARANTINE,
     SHARD_ENDINGS,
     TOKENIZER_FOLDER,
@@ -27,7 +28,8 @@ from data_prep.shards.layout import (
     seal_manifest,
     shard_names,
 )
-from data_prep.shards.manifest import input_entries, sum_counts, sum_groups, sum_rejected
+from data_prep.shards.manifest import damage_entries, input_entries, sum_counts, sum_groups, sum_rejected
+from data_prep.shards.quarantine import join_quarantines
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
 
@@ -38,32 +40,41 @@ def merge(
     """Give the shards their final names; write quarantine, tokenizer and, last, the manifest.
 
     Raises:
-        UserError: there is no document.
+        UserError: there is no document, or the run's limits forbid the input.
         Incomplete: a crash of the machine truncated units, which were discarded.
     """
     output, facts = job.output, job.facts
     records = _complete_records(work, job.units)
+    inputs, rejected = input_entries(job.files, job.units, records), sum_rejected(records)
+    damaged = damage_entries(records)
+    job.limits.refuse(damaged, inputs, rejected)
     if not any(record["parts"] for record in records):
         shutil.rmtree(job.work)
         if not any(output.iterdir()):
             output.rmdir()
-        reasons = ", ".join(f"{n} × {reason}" for reason, n in sum_rejected(records).items())
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in rejected.items())
         files = ", ".join(file.name for file in job.files[:5])
-        raise UserError(f"no usable document in {files}: {reasons or 'the files are empty'}")
+        details = "".join(f"; {one['file']}: {one['damage']}" for one in damaged[:5])
+        if damaged and not job.settings.salvage:
+            details += "; --salvage takes what can be decoded"
+        raise UserError(f"no usable document in {files}: {reasons or 'the files are empty'}{details}")
     shards: list[dict] = []
     for unit, record in enumerate(records):
         for number, part in enumerate(record["parts"]):
             shards.append(shard_names(len(shards)) | {"unit": unit} | part)
             _place(job, work, folder, number, shards[-1])
             heartbeat()
-    _write_quarantine(job, work, records, folder, heartbeat)
-    tokenizer_files = _save_tokenizer(tokenizer, folder, output)
-    inputs = input_entries(job.files, job.units, records)
-    content = [[entry["file"], [piece["sha256"] for piece in entry["pieces"]]] for entry in inputs]
-    damaged = [
-        {"file": p["file"], "damage": p["damage"]} for r in records for p in r["pieces"] if p["damage"]
+    parts = [
+        (work.result("shard", unit) / QUARANTINE, job.units[unit], record["pieces"])
+        for unit, record in enumerate(records)
     ]
+    join_quarantines(parts, folder / QUARANTINE, heartbeat)
+    os.replace(folder / QUARANTINE, output / QUARANTINE)
+    tokenizer_files = _save_tokenizer(tokenizer, folder, output)
+    content = [[entry["file"], [piece["sha256"] for piece in entry["pieces"]]] for entry in inputs]
+    marked = sum_counts(record["marked"] for record in records)
     manifest = facts | {
+        "format_version": MARKED_VERSION if marked else FORMAT_VERSION,
         "fingerprint": fingerprint(facts, content),
         "settings_fingerprint": fingerprint(facts),
         "tokenizer": facts["tokenizer"] | {"files": tokenizer_files},
@@ -71,9 +82,10 @@ def merge(
         "totals": {name: sum(shard[name] for shard in shards) for name in COUNTS},
         "languages": sum_groups(record["languages"] for record in records),
         "sources": sum_groups(record["sources"] for record in records),
-        "rejected": sum_rejected(records),
+        "rejected": rejected,
         "repaired": sum_counts(record["repaired"] for record in records),
         "damaged": damaged,
+        "marked": marked,
         "quarantine_sha256": file_sha256(output / QUARANTINE),
         "inputs": inputs,
         "not_read": job.not_read,
@@ -118,31 +130,6 @@ def _complete_records(work: WorkFolder, units: Iterable[int]) -> list[dict]:
     """
     work.require("shard", units)
     return [json.loads((work.result("shard", unit) / RECORD).read_bytes()) for unit in units]
-
-
-def _write_quarantine(
-    job: Job, work: WorkFolder, records: list[dict], folder: Path, heartbeat: Callable[[], None]
-) -> None:
-    """Concatenate the units' quarantines. Their line numbers count from the start of each piece."""
-    before: Counter[str] = Counter()  # lines of a file, by path, in the pieces so far
-    with open(folder / QUARANTINE, "wb") as out:
-        for unit, record in enumerate(records):
-            with open(work.result("shard", unit) / QUARANTINE, "rb") as stream:
-                for piece, read in zip(job.units[unit], record["pieces"], strict=True):
-                    end = stream.tell() + read["quarantine_bytes"]
-                    while stream.tell() < end:
-                        line = stream.readline()
-                        if before[piece.file.path]:
-                            entry = json.loads(line)
-                            entry["line"] += before[piece.file.path]
-                            line = json.dumps(entry).encode("ascii") + b"\n"
-                        out.write(line)
-                    if piece.file.kind == "jsonl":
-                        before[piece.file.path] += read["lines"]
-            heartbeat()
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(folder / QUARANTINE, job.output / QUARANTINE)
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict[str, str]:

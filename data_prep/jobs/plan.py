@@ -16,6 +16,7 @@ from pathlib import Path
 from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes, partial_name
 from data_prep.corpus.inputs import Piece, plan_units, survey, unread_line
+from data_prep.corpus.limits import Limits
 from data_prep.jobs.job import Job, ShardSettings, missing_units
 from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
 from data_prep.shards.reader import ShardSet
@@ -24,6 +25,7 @@ from data_prep.text.tokenizer import Tokenizer
 
 # The input of a set that exists is compared by content up to this size, beyond it by name and size alone.
 COMPARED_BYTES = 2_000_000_000
+NO_LIMITS = Limits()
 
 
 def plan(
@@ -32,6 +34,7 @@ def plan(
     tokenizer: Tokenizer,
     tokenizer_folder: str | Path,
     settings: ShardSettings,
+    limits: Limits = NO_LIMITS,
 ) -> Job | None:
     """The work to do; None when it is done. Makes the work folder, or checks an existing one."""
     output = Path(output)
@@ -53,7 +56,7 @@ def plan(
     if not_read:
         print(f"data-prep: not read: {unread_line(not_read)}", file=sys.stderr)
     planned = dict(enumerate(plan_units(files, settings.unit_bytes)))
-    job = Job(output, settings, facts, files, planned, not_read, Path(tokenizer_folder))
+    job = Job(output, settings, facts, files, planned, not_read, Path(tokenizer_folder), limits)
     for _ in range(3):
         try:
             return _check_finished(job) if (output / MANIFEST).is_file() else _start(job)
@@ -119,6 +122,7 @@ def _check_finished(job: Job) -> Job | None:
     found = [(file.name, file.size) for file in job.files]
     if found != [(entry["file"], entry["size"]) for entry in manifest["inputs"]]:
         raise UserError(f"{output} holds shards made from other input; {advice}")
+    job.limits.refuse(manifest["damaged"], manifest["inputs"], manifest["rejected"])
     missing = missing_units(output, manifest)
     if not missing and sum(file.size for file in job.files) <= COMPARED_BYTES:
         for file, entry in zip(job.files, manifest["inputs"], strict=True):

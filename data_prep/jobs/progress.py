@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, job: Job, report: Report):
         self._work, self._report = job.work_folder(), report
         units = job.units if job.only is None else job.only
-        self._names = (["hash"] if job.settings.deduplicate else []) + ["shard"]
+        self._names = (["hash"] if job.settings.compares else []) + ["shard"]
         self._finished: dict[tuple[str, int], dict] = {}
         self._phase_started = self._reported = time.monotonic()
         self._first_documents = 0
@@ -48,7 +48,7 @@ class Progress:
         if self._work.is_finished():
             self.done = self.total
             return
-        self.done = 0
+        self.done, phase, current = 0, None, []
         for name in self._names:
             counts = {unit: _counts(folder) for unit, folder in self._work.staging(name)}
             for unit in self._work.done(name):
@@ -57,11 +57,12 @@ class Progress:
                 counts[unit] = self._finished[name, unit]
             self.done += sum(count.get("bytes", 0) for count in counts.values())
             if counts:
-                self.documents = sum(count.get("documents", 0) for count in counts.values())
-                self.rejected = sum(count.get("rejected", 0) for count in counts.values())
-                if name != self._phase:
-                    self._phase, self._phase_started = name, time.monotonic()
-                    self._first_documents = self.documents
+                phase, current = name, list(counts.values())
+        self.documents = sum(count.get("documents", 0) for count in current)
+        self.rejected = sum(count.get("rejected", 0) for count in current)
+        if phase != self._phase:
+            self._phase, self._phase_started = phase, time.monotonic()
+            self._first_documents = self.documents
 
 
 def _counts(folder: Path) -> dict:

@@ -16,10 +16,11 @@ from pathlib import Path
 from data_prep.common.engines import Engine, ProcessPool, dask_engine, mpi_engine, run_here
 from data_prep.common.errors import UserError
 from data_prep.common.results import Incomplete
+from data_prep.corpus.limits import Limits
 from data_prep.jobs import units
 from data_prep.jobs.job import Job
 from data_prep.jobs.merge import merge, restore_shards
-from data_prep.jobs.plan import plan
+from data_prep.jobs.plan import NO_LIMITS, plan
 from data_prep.jobs.progress import Progress, Report
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings
@@ -39,6 +40,7 @@ def make_shards(
     backend: str = "local",
     scheduler: str = "",
     report: Report | None = None,
+    limits: Limits = NO_LIMITS,
 ) -> tuple[dict, bool]:
     """Make, resume, repair or find the shard set.
 
@@ -58,9 +60,10 @@ def make_shards(
         tokenizer = load_tokenizer(tokenizer_folder)
         units.loaded = {tokenizer.fingerprint: tokenizer}
         found = True
-        while (job := plan(inputs, output, tokenizer, tokenizer_folder, settings)) is not None:
+        while (job := plan(inputs, output, tokenizer, tokenizer_folder, settings, limits)) is not None:
             found = False
             progress = Progress(job, report or (lambda progress: None))
+            progress(at_once=True)
             run_job(job, tokenizer, engine, share, progress)
             progress(at_once=True)
             if job.only is None:  # a repaired set is checked again: more may be missing by now
@@ -82,10 +85,10 @@ def run_job(
     """Run what is missing of this launch's share; then merge. Raises `Unfinished` when more is missing."""
     work, (number, count) = job.work_folder(), share
     # The largest first, so that no process runs a long unit alone at the end.
-    order = sorted(job.units, key=lambda unit: -job.unit_bytes(unit))
+    order = {unit: -job.unit_bytes(unit) for unit in job.units}
 
     def run_phase(phase: str, wanted: Collection[int]) -> None:
-        mine = [unit for unit in order if unit in wanted][number::count]
+        mine = sorted(wanted, key=lambda unit: order.get(unit, unit))[number::count]
         with work.lock(shared=count > 1):
             done = work.done(phase)
             missing = [unit for unit in mine if unit not in done]
@@ -99,7 +102,11 @@ def run_job(
 
     while not work.is_finished():
         try:
-            if job.settings.deduplicate:
+            if job.settings.test_texts:
+                with work.lock():
+                    work.make("spans", 0, partial(units.write_test_spans, job))
+            if job.settings.compares:
+                run_phase("seen", range(len(job.seen)))
                 run_phase("hash", job.units)
                 with work.lock():
                     work.make("duplicates", 0, partial(units.find_duplicates, job, work, progress))

@@ -20,9 +20,17 @@ def input_entries(files: list[InputFile], units: dict[int, list[Piece]], records
             entry = entries[piece.file.path]
             entry["documents"] += read["documents"]
             entry["rejected"] += sum(read["rejected"].values())
+            if read["unverified"]:
+                entry["unverified"] = read["unverified"]
             place = {name: read[name] for name in ("start", "end", "sha256", "lines")}
             entry["pieces"].append(place | {"unit": unit})
     return list(entries.values())
+
+
+def damage_entries(records: list[dict]) -> list[dict]:
+    """The parts of the input that were left out or salvaged, in order."""
+    pieces = (piece for record in records for piece in record["pieces"])
+    return [{"file": piece["file"]} | one for piece in pieces for one in piece["damage"]]
 
 
 def sum_rejected(records: list[dict]) -> dict[str, int]:

@@ -281,7 +281,8 @@ class BatchWriter:
         given = root.mass(self._bias_V) if root.children else 0.0
         while True:
             path: list[int] = []
-            branch, total = root, -given
+            last = branch = root
+            total = -given
             while branch is not None:
                 row.tokens = [*row.tail, *path]
                 symbol, log_probability = self._choose_one(at, branch)

@@ -80,7 +80,7 @@ class NaiveEnd:
             self.certain = os.path.commonprefix([list(path) for path in self.paths])
 
     def log_probabilities(self, logits_after: Callable[[list[int]], Tensor]) -> dict[Path, float]:
-        """Of every choice not given the prompt."""
+        """Of every choice, the tokens up to the first one beyond the prompt: not given the prompt."""
         found = {}
         for path, lasts in self.paths.items():
             before = sum(

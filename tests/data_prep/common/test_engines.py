@@ -133,6 +133,8 @@ def test_workers_end_within_a_second_of_their_parent(tmp_path: Path, number: int
     workers = psutil.Process(parent.pid).children(recursive=True)
     assert len(workers) >= 2
     parent.send_signal(number)
-    gone, alive = psutil.wait_procs([psutil.Process(parent.pid), *workers], timeout=5)
+    _, alive = psutil.wait_procs([psutil.Process(parent.pid), *workers], timeout=5)
+    for process in alive:
+        process.kill()
+    parent.communicate()
     assert not alive
-    parent.wait()

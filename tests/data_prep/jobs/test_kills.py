@@ -52,32 +52,32 @@ def descendants(process: subprocess.Popen | psutil.Process) -> list[psutil.Proce
 
 
 def kill_again_and_again(command: list[str], output: Path, workers=descendants) -> None:
-    """Kill one of `workers(parent)` and the parent in turn, each after some more units.
+    """Kill one of `workers(parent)`, the parent, and all at once in turn, each after some more units.
 
     A run that a killed worker has ended is started again, and nothing may be left of it.
     """
     moments = random.Random(7)
-    parent, old = None, []
+    parent, old, environment = None, [], os.environ | MPI_AS_ROOT
     published = output / ".unfinished/shard"
     for kill in range(KILLS):
         if parent is None or parent.poll() is not None:
             _, alive = psutil.wait_procs(old, timeout=20)
             assert not alive, "the parent is gone, a worker is still there"
-            parent = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | MPI_AS_ROOT)
+            parent = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
         wait_for_another(published, parent)
         time.sleep(moments.uniform(0, 0.1))
         assert not (output / "manifest.json").exists(), f"all was done before kill {kill}"
         assert parent.poll() is None
         old = descendants(parent)
-        victim = moments.choice(workers(parent)) if kill % 2 else parent
-        os.kill(victim.pid, signal.SIGKILL)
+        victim = moments.choice(workers(parent)) if kill % 3 == 1 else parent
+        (os.killpg if kill % 3 == 2 else os.kill)(victim.pid, signal.SIGKILL)
         if victim is parent or command[0] == MPIRUN[0]:
             parent.wait(timeout=20)
     if parent.poll() is None:
         parent.wait(timeout=120)
     _, alive = psutil.wait_procs(old, timeout=20)
     assert not alive
-    assert subprocess.run(command, cwd=REPOSITORY, env=os.environ | MPI_AS_ROOT).returncode == 0
+    assert subprocess.run(command, cwd=REPOSITORY, env=environment).returncode == 0
 
 
 def wait_for_another(published: Path, parent: subprocess.Popen) -> None:

@@ -389,7 +389,7 @@ def test_reading_a_truncated_shard_is_one_clear_line(shard_set: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format_version": 4}, "newer than 3"),
+        ({"format_version": 5}, "newer than 4"),
         ({"format_version": 2}, "format version 2, not 3: make the shards again"),
         ({"format_version": "x"}, "format version 'x', not 3"),
         ({"totals": {}}, "is damaged"),

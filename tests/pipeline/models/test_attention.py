@@ -259,7 +259,7 @@ def test_layouts_of_a_batch_cover_its_rows():
 
 
 def kernel_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right):
-    """What a kernel documents: row i of a segment sees rows i - left to i + right of it; -1: all."""
+    """What a variable-length kernel documents: row i of a segment sees i - left to i + right; -1: all."""
     assert cu_q.dtype == cu_k.dtype == torch.int32 and torch.equal(cu_q, cu_k)
     lengths = np.diff(cu_q.numpy())
     assert max_q == max_k == lengths.max()
