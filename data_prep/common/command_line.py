@@ -88,7 +88,7 @@ def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | Non
         ):  # the option is there, without a value
             raise UserError(str(error)) from None
         called = " ".join([app.name[0], *(error.command_chain or ())])
-        raise UserError(f"{name} is missing: `{called} --help` describes it") from None
+        raise UserError(f"{name} is missing and requires an argument: see `{called} --help`") from None
     except CycloptsError as error:
         raise UserError(str(error)) from None
     if command == app.help_print and not {"--help", "-h"} & set(words):

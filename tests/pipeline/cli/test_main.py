@@ -191,7 +191,7 @@ def test_bad_input_files_are_refused_in_one_line(folders, tmp_path, run):
         ("inspect --recipe x --all", "--all"),
         ("export --output x", "RUN_DIR requires an argument"),
         ("check --model", "requires an argument"),
-        ("check", "--model is missing: `sllm check --help` describes it"),
+        ("check", "--model is missing and requires an argument: see `sllm check --help`"),
         ("evaluate --data x", "--model is missing"),
         ("scaling fit", "INPUTS requires an argument"),
         ("evaluate --modle x --data y", "Did you mean --model instead of --modle?"),
