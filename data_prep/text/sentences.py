@@ -19,7 +19,7 @@ from itertools import chain
 import numpy as np
 
 from data_prep.common.errors import UserError
-from data_prep.text.segmenter import Segmenter, get_segmenter
+from data_prep.text.segmenter import LANGUAGES, Segmenter, get_segmenter
 from data_prep.text.tokenizer import Tokenizer
 
 LONGEST = 65535  # sentence lengths are stored as uint16
@@ -58,11 +58,11 @@ class SentenceSettings:
         """The segmenter for a document of this language.
 
         A language in the settings takes precedence. Otherwise `auto` cuts English, Chinese and unlabelled
-        documents, and `other` the rest.
+        documents, the language's own rules those that have some, and `other` the rest.
         """
         language = self.language
         if language == "auto" and document_language not in JUDGED_BY_LINE:
-            language = "other"
+            language = document_language if document_language in LANGUAGES else "other"
         return get_segmenter(self.segmenter, language)
 
     def to_dict(self) -> dict:
