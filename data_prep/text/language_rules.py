@@ -21,7 +21,7 @@ CODES = tuple(sorted(file.name[:-5] for file in _FILES.iterdir() if file.name.en
 
 _LISTS = (
     "never_last numbered numbered_titles sometimes_last last units shortened starters speech after_ellipsis "
-    "names continuers"
+    "names continuers endings"
 ).split()
 
 
@@ -52,11 +52,22 @@ class Rules:
     after_ellipsis: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
     continuers: frozenset[str] = frozenset()
+    endings: tuple[str, ...] = ()
 
     @functools.cached_property
     def continuing(self) -> tuple[str, ...]:
-        """For `str.startswith`."""
+        """For `str.startswith`, as `starting`."""
         return tuple(self.continuers)
+
+    @functools.cached_property
+    def starting(self) -> tuple[str, ...]:
+        return tuple(self.starters)
+
+    @functools.cached_property
+    def compounds(self) -> frozenset[str]:
+        """Listed words of several parts, without spaces and in lower case: z.b, v.chr."""
+        listed = self.never_last | self.numbered | self.sometimes_last | self.last | self.units
+        return frozenset(word.lower() for word in listed if "." in word)
 
     @functools.cached_property
     def judged(self) -> frozenset[str]:
@@ -85,6 +96,7 @@ def rules_for(code: str) -> Rules:
     words: dict[str, Any] = {key: frozenset(values.pop(key, "").split()) for key in _LISTS}
     plain = frozenset(values.pop("words", "").split())
     words["sometimes_last"] |= {word for word in cldr if word not in plain}
+    words["endings"] = tuple(words["endings"])
     if script := values.pop("script", None):
         values["script"] = re.compile(f"[{script}]")
     return Rules(code, **values, **words)

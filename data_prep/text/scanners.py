@@ -85,15 +85,16 @@ def _sure_stops(rules: Rules) -> list[str]:
     four = rf"(?<={inner}{{4}}\.)(?<!(?:{_listed(words, 4, longer=True)}|[ivxlcm]{{4}})\.)"
     three = rf"(?<={before}{letter}{inner}{{2}}\.)(?<!(?i:{_listed(words, 3)}|[ivxlcm]{{3}})\.)"
     two = rf"(?<={before}{inner}{{2}}\.)(?<!(?:{_listed(words, 2)}|[ivxlcm]{{2}})\.)"
+    endings = "".join(rf"(?<!{ending}\.)" for ending in rules.endings)
     start = rf"(?=\s{_OPEN}(?:[{UPPER}{CASELESS}]|\d(?!\d?\d?\))))"
     return [
-        rf"(?<=\.)(?:{four}|{three}|{two})[”’\"')]*{start}",
+        rf"(?<=\.)(?:{four}|{three}|{two}){endings}[”’\"')]*{start}",
         rf"(?<={inner}[।؟۔])(?=\s[{CASELESS}])",
     ]
 
 
 def _sure_english(clause: bool, rules: Rules) -> list[str]:
-    continues = r"(?=[^\W_]|[“‘「『（]|\s[^.])"
+    continues = r"(?=[^\W_¹²³⁰⁴-⁹]|[“‘「『（]|\s[^.])"
     names = _names(rules)
     closed = r"(?:[”’」』]+(?![的之这這一二两兩三四几幾為为云然就便而又也并並却卻才再接随隨と-をがにで]))?"
     if not clause:

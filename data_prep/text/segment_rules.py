@@ -45,7 +45,7 @@ _SKIP = re.compile(rf"\s*[{re.escape(OPENERS)}\s]*")
 _NOT_TOKEN = re.compile(
     rf"[\s/{re.escape(OPENERS + DASHES + WIDE_STOPS + WIDE_PAUSES + OTHER_PAUSES)}\u2e80-\U0003ffff]"
 )
-_ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,3}\Z")
+_ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.-?)+[^\W\d_]{1,3}\Z")
 _ENUMERATOR = re.compile(r"(?:\d{1,3}(?:\.\d{1,2})*|[^\W\d_]|[ivxlIVXL]{2,6})\Z")
 _WIDE_ENUMERATOR = re.compile(r"(?:\d{1,3}|[一二三四五六七八九十]{1,3}|[①-⑳⑴-⑽])\Z")
 _ROMAN = re.compile(r"[IVXLCM]+\Z")
@@ -65,7 +65,7 @@ _CODE = r"《[^《》\n]{1,60}》|`[^`。！？．，；\n]{1,200}`|\$(?![\s\d{$
 _UNIT = {
     "": re.compile(_CODE),
     # Titles in quotation marks, no speech: «Стихи. Поэмы. Проза»
-    "foreign": re.compile(rf"{_CODE}|(?<=[^\W_] )[«„“](?! )[^«»„“”:\n]{{1,80}}[^\W_][»“”]"),
+    "foreign": re.compile(rf"{_CODE}|(?<=[^\W_] )[«„“] ?[^«»„“”:\n]{{1,80}}[^\W_] ?[»“”]"),
     # Asides, and titles before a particle: 『君の名は。』を
     "japanese": re.compile(rf"{_CODE}|(?<!^)（[^（）\n]{{1,100}}）(?=\w)|『[^『』\n]{{1,60}}』(?=[をのがはにへもで])"),
 }
@@ -278,7 +278,7 @@ class Judge:
         if text[cut - 1] in ")）" and marks[-1] not in "。｡":
             # the sentence continues after an aside: 他（可怜！）病了
             return text[self.start : cut].lstrip()[0] in "(（"
-        if self.rules.japanese and text[cut - 1] in "」』”）" and _PARTICLE.match(text, cut, self.end):
+        if self.chinese and text[cut - 1] in "」』”）" and _PARTICLE.match(text, cut, self.end):
             return False
         if quoted and marks[-1] not in "。｡" and _QUOTED_TERM.match(text, cut, self.end):
             return False
@@ -317,26 +317,31 @@ class Judge:
         if not token or len(token) > 12:
             return False
         token_at = stop - len(token)
-        forms = {token, token.lower()}
+        word = self._next_word(next_at)
+        after = next_at + len(word)
+        starts = opened or (rules.starts(word) and text[after : after + 1] != ".")
+        whole, part = token, token.rpartition(".")[2]  # the end of PGS.TS.
         if len(token) < 5 and text[token_at - 1 : token_at].isspace():  # z. B., т. е.
             joined = _SPACED.search(text[max(self.begin, stop - 24) : stop])
-            if joined is not None:
-                whole = "".join(joined.group().split())
-                forms |= {whole, whole.lower()}
+            if joined is not None and (spelled := "".join(joined.group().split())).lower() in rules.compounds:
+                whole = part = spelled
+        forms = {whole, whole.lower()}
         before = text[max(self.begin, token_at - 12) : token_at].rstrip()
-        if not rules.units.isdisjoint(forms) and before[-1:].isdigit():
+        if whole in rules.last:
             return False
-        part = token.rpartition(".")[2]  # PGS.TS.
-        if not rules.never_last.isdisjoint(forms | {part}):
+        if f"{whole}.{word}".lower() in rules.compounds and text[after : after + 1] == ".":  # v. Chr.
+            return True
+        if not rules.units.isdisjoint(forms) and before[-1:].isdigit():
+            # "В 1985 г. Горбачёв" only opens a sentence.
+            opening = len(text[self.start : stop].split(None, 5)) < 5
+            return opening and not starts and not rules.never_last.isdisjoint(forms)
+        if not rules.never_last.isdisjoint(forms | {part, part.lower()}):
             return True
         if not rules.last.isdisjoint(forms):
             return False
         if _ENUMERATOR.match(token) and self._is_list_number(token_at, token):
             return True
-        word = self._next_word(next_at)
-        after = next_at + len(word)
-        starts = opened or (rules.starts(word) and text[after : after + 1] != ".")
-        if not rules.numbered.isdisjoint(forms):
+        if not rules.numbered.isdisjoint(forms) or (rules.endings and token.lower().endswith(rules.endings)):
             if text[next_at : next_at + 1].isdigit() or (_ROMAN.match(word) and word != "I"):
                 return True
             if token in rules.numbered_titles:
@@ -347,6 +352,8 @@ class Judge:
             return self._is_initial(token_at, token, starts)
         if token.isdecimal():
             return self._is_ordinal(token, before, next_at, starts)
+        if rules.spaces and len(token) <= rules.short:
+            return True
         if len(token) <= rules.short or (rules.roman and _ROMAN.match(token)):
             return not starts
         return not starts and not (rules.sometimes_last.isdisjoint(forms) and _ACRONYM.match(token) is None)
@@ -360,8 +367,8 @@ class Judge:
             return True
         if len(token) > 2 or ordinals != "any":
             return False
-        cited = before.endswith(".") and _NOT_TOKEN.split(before[:-1])[-1].lower() in self.rules.numbered
-        return not (starts or cited)
+        cited = _NOT_TOKEN.split(before[:-1])[-1].lower() if before.endswith(".") else ""
+        return not (starts or cited in self.rules.numbered or cited.endswith(self.rules.endings or ("\0",)))
 
     def _is_list_number(self, token_at: int, token: str) -> bool:
         """Whether the number or letter opens the line or follows a sentence: `1. Open. 2. Close.`"""
@@ -370,7 +377,7 @@ class Judge:
             return True
         if previous[-1] == ".":  # not "J. R." and not "No. 5."
             return not token.isalpha() and _NOT_TOKEN.split(previous[:-1])[-1].lower() not in self.rules.numbered
-        return previous[-1] in ":;!?。！？：；"
+        return previous[-1] in ":;!?。！？：；।؟۔"
 
     def _is_initial(self, token_at: int, token: str, starts: bool) -> bool:
         previous = self.text[max(self.begin, token_at - 24) : token_at].split()
