@@ -69,7 +69,7 @@ _UNIT = {
     # Asides, and titles before a particle: 『君の名は。』を
     "japanese": re.compile(rf"{_CODE}|(?<!^)（[^（）\n]{{1,100}}）(?=\w)|『[^『』\n]{{1,60}}』(?=[をのがはにへもで])"),
 }
-UNIT_SIGNS = {"": "`$《", "foreign": "`$《«„“", "japanese": "`$《（『"}
+_UNIT_SIGNS = {"": re.compile("[`$《]"), "foreign": re.compile("[`$《«„“]"), "japanese": re.compile("[`$《（『]")}
 _SPEAKER = re.compile(r"(?:I|(?:[A-Z][^\W\d_]*\.? ){0,2}[A-Z][^\W\d_]+) ([a-z]+)\b")
 
 # A quotation that is a term of the sentence around it: “为什么？”这个问题很难。
@@ -90,9 +90,14 @@ _WIDE_SPEAKER = re.compile(
 )
 
 
-def unit_kind(rules: Rules) -> str:
-    """The kind of units (a key of UNIT_SIGNS) in lines of a language."""
+def _unit_kind(rules: Rules) -> str:
     return "japanese" if rules.japanese else "" if rules.english else "foreign"
+
+
+def unit_signs(rules: Rules, text: str) -> re.Pattern | None:
+    """What finds the first characters of units in lines of a language; None when `text` has none."""
+    signs = _UNIT_SIGNS[_unit_kind(rules)]
+    return signs if signs.search(text) else None
 
 
 class Judge:
@@ -111,7 +116,7 @@ class Judge:
         self.english = rules.english
         self.start = self._seen = begin  # no letter or digit between `start` and `_seen`
         self._counted, self._quoted = begin, False  # whether a double quotation is open at `_counted`
-        self._units = _UNIT[unit_kind(rules)].finditer(self.text, begin, end) if units else None
+        self._units = _UNIT[_unit_kind(rules)].finditer(self.text, begin, end) if units else None
         self._unit_begin, self._unit_end = 0, begin  # the last unit (see _UNIT) that starts before the mark
 
     def cut(self, run: re.Match, start: int) -> tuple[int, bool]:

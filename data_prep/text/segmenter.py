@@ -20,8 +20,8 @@ import numpy as np
 from data_prep.common.errors import UserError
 from data_prep.text.language_rules import CODES, Rules, line_rules, rules_for
 from data_prep.text.marks import WORD_CHARACTER
-from data_prep.text.scanners import judging_scanner, scanner
-from data_prep.text.segment_rules import UNIT_SIGNS, VERSION, Judge, unit_kind
+from data_prep.text.scanners import has_far_stops, judging_scanner, scanner
+from data_prep.text.segment_rules import VERSION, Judge, unit_signs
 from data_prep.text.spaces import spaced_cuts
 
 NAMES = ("clause", "sentence")
@@ -55,7 +55,8 @@ class Segmenter:
         rules, chinese = _fixed_rules(self.language)
         varied = rules.script is not None or (self.language in ("auto", "other") and _has_far_letters(text))
         judge = Judge(text, self.name == "clause")
-        has_units = {kind: any(sign in text for sign in signs) for kind, signs in UNIT_SIGNS.items()}
+        far = not rules.english and has_far_stops(text)
+        found = current = signs = None
         for begin, end in _lines(text):
             if not WORD_CHARACTER.search(text, begin, end):
                 if cuts:  # marks alone belong to the sentence before, with their line break
@@ -63,9 +64,10 @@ class Segmenter:
                 continue
             if varied:
                 rules, chinese = line_rules(self.language, text, begin, end)
-            kind = unit_kind(rules)
-            units = has_units[kind] and any(text.find(sign, begin, end) >= 0 for sign in UNIT_SIGNS[kind])
-            found = judging_scanner(rules.english) if self.judge_all else scanner(self.name, rules)
+            if rules is not current:
+                current, signs = rules, unit_signs(rules, text)
+                found = judging_scanner(rules, far) if self.judge_all else scanner(self.name, rules, far)
+            units = signs is not None and signs.search(text, begin, end) is not None
             before = len(cuts)
             opened = units
             if units:
