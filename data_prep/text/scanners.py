@@ -119,7 +119,7 @@ _SURE_PAUSES = [
 
 def _passed_elsewhere(clause: bool) -> list[str]:
     """Certainly no cut: 3.14, z.B., --help, a full stop before lower case; for `sentence` a pause before a word."""
-    inside = [r"(?<=[.,:;!?])[^\W_]", rf"(?<=\.)\s[{LOWER}]"]
+    inside = [r"(?<=[.,:;!?])[^\W_¹²³⁰⁴-⁹]", rf"(?<=\.)\s[{LOWER}]"]
     if clause:
         return [*inside, r"(?<=-)[^\W_]", r"(?<=\s-)-[^\W_]"]
     return [*inside, rf"(?<=[!?])\s[{LOWER}]", rf"(?<=[,:،])\s[^\s.»›]", rf"(?<=[{DASHES}])\s?[^\W_]", r"(?<=-)[ -]?[^\W_]"]

@@ -346,7 +346,7 @@ class Judge:
             return False
         if _ENUMERATOR.match(token) and self._is_list_number(token_at, token):
             return True
-        if not rules.numbered.isdisjoint(forms) or (rules.endings and token.lower().endswith(rules.endings)):
+        if self._is_numbered(whole):
             if text[next_at : next_at + 1].isdigit() or (_ROMAN.match(word) and word != "I"):
                 return True
             if token in rules.numbered_titles:
@@ -372,8 +372,12 @@ class Judge:
             return True
         if len(token) > 2 or ordinals != "any":
             return False
-        cited = _NOT_TOKEN.split(before[:-1])[-1].lower() if before.endswith(".") else ""
-        return not (starts or cited in self.rules.numbered or cited.endswith(self.rules.endings or ("\0",)))
+        return not (starts or (before.endswith(".") and self._is_numbered(_NOT_TOKEN.split(before[:-1])[-1])))
+
+    def _is_numbered(self, word: str) -> bool:
+        """Whether `word` is an abbreviation before numbers: No., S., Goethestr."""
+        lower = word.lower()
+        return lower in self.rules.numbered or lower.endswith(self.rules.endings or ("\0",))
 
     def _is_list_number(self, token_at: int, token: str) -> bool:
         """Whether the number or letter opens the line or follows a sentence: `1. Open. 2. Close.`"""
@@ -381,7 +385,7 @@ class Judge:
         if not previous.strip(OPENERS):
             return True
         if previous[-1] == ".":  # not "J. R." and not "No. 5."
-            return not token.isalpha() and _NOT_TOKEN.split(previous[:-1])[-1].lower() not in self.rules.numbered
+            return not (token.isalpha() or self._is_numbered(_NOT_TOKEN.split(previous[:-1])[-1]))
         return previous[-1] in ":;!?。！？：；।؟۔"
 
     def _is_initial(self, token_at: int, token: str, starts: bool) -> bool:
