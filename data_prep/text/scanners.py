@@ -119,10 +119,10 @@ _SURE_PAUSES = [
 
 def _passed_elsewhere(clause: bool) -> list[str]:
     """Certainly no cut: 3.14, z.B., --help, a full stop before lower case; for `sentence` a pause before a word."""
-    inside = [r"(?<=[.,:;!?])[^\W_¹²³⁰⁴-⁹]", rf"(?<=\.)\s[{LOWER}]"]
+    inside = [r"(?<=[.,:;!?])[^\W_¹²³⁰⁴-⁹]", rf"(?<=[{UPPER}{LOWER}\d]\.)(?<![{LOWER}]{{4}}\.)\s[{LOWER}]"]
     if clause:
         return [*inside, r"(?<=-)[^\W_]", r"(?<=\s-)-[^\W_]"]
-    return [*inside, rf"(?<=[!?])\s[{LOWER}]", rf"(?<=[,:،])\s[^\s.»›]", rf"(?<=[{DASHES}])\s?[^\W_]", r"(?<=-)[ -]?[^\W_]"]
+    return [*inside, rf"(?<=[{UPPER}{LOWER}\d][!?])\s[{LOWER}]", rf"(?<=[,:،])\s[^\s.»›]", rf"(?<=[{DASHES}])\s?[^\W_]", r"(?<=-)[ -]?[^\W_]"]
 
 
 def _sure_english(clause: bool, rules: Rules) -> list[str]:

@@ -13,6 +13,7 @@ from data_prep.text.marks import (
     EAST_ASIAN,
     ELLIPSES,
     FAR_STOPS,
+    LOWER,
     MARK,
     OPENERS,
     OTHER_PAUSES,
@@ -20,6 +21,7 @@ from data_prep.text.marks import (
     QUOTE_CLOSERS,
     STOPS,
     TWO_WAY_QUOTES,
+    UPPER,
     WIDE_PAUSES,
     WIDE_STOPS,
     WORD_CHARACTER,
@@ -55,6 +57,7 @@ _YEAR = re.compile(r" ?\d{4}\b")
 _MONTH_DAY = re.compile(r"(?:[^\W\d_]|\.) \d\d?\Z")
 _PLAIN_WORD = re.compile(r"(?=.*[aeiouy])[a-z]{2,}\Z")
 
+_LONG_WORD = re.compile(rf"[{LOWER}]{{5,}}\Z|[{UPPER}][{LOWER}]{{5,}}\Z|[{LOWER}]{{3,}}[aeiouyáéíóúàèìòùâêîôûäöüőűýěůąęıаеёиоуыэюяіїє]\Z")
 _CASELESS = re.compile(f"[{CASELESS}]")
 _SPACED = re.compile(r"(?<![^\W_])(?:[^\W\d_]{1,3}\.[ \u00a0\u202f]?)+[^\W\d_]{1,4}\Z")
 _INITIAL = re.compile(r"[^\W\d_]\.")
@@ -264,7 +267,7 @@ class Judge:
             after = _SKIP_DASH.match(text, next_at, self.end).end()
             if _is_lower(text[after : min(after + 1, self.end)]):
                 return clause
-        if _is_lower(next_character):  # “Go!” he said. He (poor man!) wept.
+        if _is_lower(next_character) and not _CASELESS.match(before):  # “Go!” he said. He (poor man!) wept.
             if marks == text[cut - 1] == "." and spaced:
                 return self._is_careless(first)
             return clause and (quoted or (marks[-1] != "." and text[cut - 1] not in ")]"))
@@ -298,12 +301,12 @@ class Judge:
     def _is_careless(self, stop: int) -> bool:
         """Whether a sentence ends before a lower-case word: after plain words (`i like it. it is good`)."""
         token, rules = self._token(stop), self.rules
-        if not rules.shortened or not _PLAIN_WORD.match(token):
+        # Unlisted abbreviations are short or end before a vowel.
+        plain = _PLAIN_WORD if rules.shortened else _LONG_WORD
+        if not plain.match(token):
             return False
-        return not any(
-            token in words
-            for words in (rules.never_last, rules.sometimes_last, rules.numbered, rules.shortened, rules.last)
-        )
+        lists = (rules.never_last, rules.sometimes_last, rules.numbered, rules.shortened)
+        return not any(token in words for words in lists)
 
     def _names_speaker(self, at: int) -> bool:
         """Whether the words after a quotation say who spoke: “Who?” Jim asked."""
@@ -321,6 +324,8 @@ class Judge:
         text, rules, token = self.text, self.rules, self._token(stop)
         if not token or len(token) > 12:
             return False
+        if rules.spaces and len(token) <= rules.short:
+            return True
         token_at = stop - len(token)
         word = self._next_word(next_at)
         after = next_at + len(word)
@@ -357,8 +362,6 @@ class Judge:
             return self._is_initial(token_at, token, starts)
         if token.isdecimal():
             return self._is_ordinal(token, before, next_at, starts)
-        if rules.spaces and len(token) <= rules.short:
-            return True
         if len(token) <= rules.short or (rules.roman and _ROMAN.match(token)):
             return not starts
         return not starts and not (rules.sometimes_last.isdisjoint(forms) and _ACRONYM.match(token) is None)
