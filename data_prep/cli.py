@@ -40,8 +40,11 @@ Inputs = Annotated[
 ]
 Folder = Annotated[str, Parameter(help="a shard folder")]
 Language = Annotated[
-    Literal["en", "zh", "other", "auto"],
-    Parameter(help="language; auto: by a folder named EN or CN (the input or below it), else by script"),
+    str,
+    Parameter(
+        help="language: a code with rules of its own (docs/segmentation.md), other, or auto: by the record, a "
+        "folder named EN or CN (the input or below it), else by script"
+    ),
 ]
 Cut = Annotated[
     Literal["clause", "sentence"],

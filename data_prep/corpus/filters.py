@@ -20,6 +20,7 @@ from cyclopts import Parameter
 
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
+from data_prep.corpus.unwrap import unwrap
 
 NORMAL_FORMS = ("NFC", "NFKC")
 OPTIONS = tuple("abcde")  # of a question in WanJuan's Exam-cn
@@ -128,6 +129,7 @@ class Filters:
         min_chars: leave out shorter documents
         max_chars: leave out longer documents (0: no limit)
         keep_languages: leave out documents in other languages (default: keep all)
+        unwrap: join hard-wrapped lines
 
     Raises:
         UserError: a value is invalid.
@@ -141,6 +143,7 @@ class Filters:
     min_chars: int = 0
     max_chars: int = 0
     keep_languages: Annotated[tuple[str, ...], Parameter(name="--keep-lang", consume_multiple=1)] = ()
+    unwrap: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "filters", tuple(str(parsed) for parsed in self._parsed))
@@ -168,6 +171,8 @@ class Filters:
         """The rules as JSON values, for the manifest and the settings fingerprint."""
         lists = {"filters": list(self.filters), "keep_languages": list(self.keep_languages)}
         settings = dataclasses.asdict(self) | lists
+        if not self.unwrap:  # settings of older shards have none
+            del settings["unwrap"]
         # The normal form of a new character depends on the version of Unicode.
         return settings | ({"unicode": unicodedata.unidata_version} if self.normal_form else {})
 
@@ -208,6 +213,9 @@ class Filters:
         if self.strip_control and text != (clean := _CONTROL.sub("", _BREAKS.sub("\n", text))):
             text = clean
             changed.append("control characters removed")
+        if self.unwrap and text != (clean := unwrap(text)):
+            text = clean
+            changed.append("lines joined")
         if (form := self.normal_form) and text != (clean := unicodedata.normalize(form, text)):
             text = clean
             changed.append("normal form")
