@@ -39,11 +39,21 @@ Inputs = Annotated[
     ),
 ]
 Folder = Annotated[str, Parameter(help="a shard folder")]
+
+
+def _known_language(_type: object, language: str) -> None:
+    from data_prep.text.segmenter import LANGUAGES
+
+    if language not in LANGUAGES:
+        raise ValueError(f"use one of {', '.join(LANGUAGES)}")
+
+
 Language = Annotated[
     str,
     Parameter(
-        help="language: a code with rules of its own (docs/segmentation.md), other, or auto: by the record, a "
-        "folder named EN or CN (the input or below it), else by script"
+        validator=_known_language,
+        help="language: a code with rules of its own (docs/segmentation.md), other, or auto: by the record, "
+        "a folder named EN or CN (the input or below it), else by script",
     ),
 ]
 Cut = Annotated[

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-
-from data_prep.text.marks import EAST_ASIAN
+from unicodedata import east_asian_width
 
 NARROWEST, WIDEST = 40, 130  # widths to which prose is wrapped, in characters
 _FIRST_WORD = re.compile(r"\S+")
@@ -15,8 +14,9 @@ _BEGINS = re.compile(r"\s|[-*+•·–—>#|=~]|\(?\d{1,3}[.)]|\(?[A-Za-z][.)]\s
 def unwrap(text: str) -> str:
     """Join each line to the next where the next one's first word would have exceeded the width of the text.
 
-    The width is the length that all but two in a hundred lines keep; a text without one between `NARROWEST` and
-    `WIDEST` is left alone. East Asian lines are joined without a space, a hyphen at a line's end stays.
+    The width is the length that all but two in a hundred lines keep; a text without one between
+    `NARROWEST` and `WIDEST` is left alone. East Asian lines are joined without a space, a hyphen at a
+    line's end stays.
     """
     lines = text.split("\n")
     lengths = sorted(len(line.rstrip()) for line in lines if line.strip())
@@ -28,7 +28,7 @@ def unwrap(text: str) -> str:
     for line in lines[1:]:
         if _wrapped(last, line, width):
             head = joined[-1].rstrip()
-            close = head.endswith("-") or (EAST_ASIAN.match(head[-1]) and EAST_ASIAN.match(line[0]))
+            close = head.endswith("-") or _wide(head[-1], line[0])
             joined[-1] = head + ("" if close else " ") + line
         else:
             joined.append(line)
@@ -41,5 +41,10 @@ def _wrapped(line: str, following: str, width: int) -> bool:
     if not body.strip() or _BEGINS.match(following):
         return False
     word = _FIRST_WORD.match(following).group()
-    wide = EAST_ASIAN.match(body[-1]) and EAST_ASIAN.match(word)  # breaks between any two characters
-    return len(body) <= WIDEST and len(body) + (2 if wide else 1 + len(word)) > width
+    room = 1 if _wide(body[-1], word[0]) else 1 + len(word)
+    return len(body) <= WIDEST and len(body) + room > width
+
+
+def _wide(before: str, after: str) -> bool:
+    """Whether both characters are East Asian: lines break between any two of those."""
+    return {east_asian_width(before), east_asian_width(after)} <= {"W", "F"}

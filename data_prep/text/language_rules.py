@@ -37,7 +37,9 @@ class Rules:
     english: bool = False  # quotation marks open and close one way, and dashes open no dialogue
     japanese: bool = False  # particles continue a sentence after a bracket
     spaces: bool = False  # spaces end sentences
-    ordinals: str = ""  # 3. is an ordinal: "lower" before lower case and numbers, "any" unless a starter follows
+    ordinals: str = (
+        ""  # 3. is an ordinal: "lower" before lower case and numbers, "any" unless a starter follows
+    )
     roman: bool = False  # XIV. is an ordinal unless a starter follows
     short: int = 0  # words up to this length are abbreviations before a full stop
     never_last: frozenset[str] = frozenset()
@@ -73,7 +75,9 @@ class Rules:
     def judged(self) -> frozenset[str]:
         """Parts of listed words: a full stop after one needs a closer look."""
         listed = self.never_last | self.numbered | self.numbered_titles | self.sometimes_last | self.last
-        return frozenset(part.lower() for word in listed | self.units for part in re.split(r"\W", word) if part)
+        return frozenset(
+            part.lower() for word in listed | self.units for part in re.split(r"\W", word) if part
+        )
 
     @property
     def first_word(self) -> str:

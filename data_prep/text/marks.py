@@ -50,7 +50,10 @@ QUOTE_CLOSERS = "\"'”’」』»﹂﹄"
 # that join the one before them (accents, joiners, variation selectors), which no cut may separate from it.
 # Marks of direction close or open as well.
 EXTENDERS = "\u200b\u200c\u200d\u2060\u20e3\ufeff"
-DIRECTION_CLOSERS, DIRECTION_OPENERS = "\u061c\u200e\u200f\u202c\u2069", "\u202a\u202b\u202d\u202e\u2066\u2067\u2068"
+DIRECTION_CLOSERS, DIRECTION_OPENERS = (
+    "\u061c\u200e\u200f\u202c\u2069",
+    "\u202a\u202b\u202d\u202e\u2066\u2067\u2068",
+)
 EXTENDER_RANGES = "\u0300-\u036f\ufe00-\ufe0f"
 CLOSERS = QUOTE_CLOSERS + ")]}）］｝】》〉〕〗〙〛*_`~" + EXTENDERS + DIRECTION_CLOSERS
 OPENERS = "\"'“‘「『«﹁﹃([{（［｛【《〈〔〖〘〚*_`~#¿¡" + DIRECTION_OPENERS
@@ -77,8 +80,11 @@ FAR_LETTERS = re.compile(  # letters of other scripts
     r"\ufb13-\ufdff\ufe70-\ufefc\U00010000-\U0001efff]+"
 )
 
-# Sets for expressions: small and capital letters, and letters (with the marks on them) of scripts without case.
+# Sets for expressions: small and capital letters; letters of scripts without case, with the marks on them.
 _LETTERS = [chr(code) for first, last in ((0x41, 0x530), (0x1E00, 0x2000)) for code in range(first, last)]
 LOWER = "".join(letter for letter in _LETTERS if letter.islower() and letter.title() != letter)
 UPPER = "".join(letter for letter in _LETTERS if letter.isupper())
-CASELESS = r"\u05d0-\u05ea\u0620-\u064a\u0671-\u06d3\u0900-\u0963\u0971-\u0e4e\u0e81-\u0ede\u10d0-\u10ff\uac00-\ud7a3"
+CASELESS = (
+    r"\u05d0-\u05ea\u0620-\u064a\u0671-\u06d3\u0900-\u0963\u0971-\u0e4e\u0e81-\u0ede\u10d0-\u10ff"
+    r"\uac00-\ud7a3"
+)

@@ -40,9 +40,9 @@ def has_far_stops(text: str) -> bool:
 def scanner(segmenter: str, rules: Rules, far: bool = False) -> re.Pattern:
     """Finds runs and decides the certain cases: a run without group 1 is a cut, one with it must be judged.
 
-    A pattern that follows a run's first mark is a certain cut (`sure`) or certainly none (`passed`). The judge
-    accepts each of the former and refuses each of the latter, whatever else is in the line. `far`: the text has
-    stops above U+FFFF, with which the search takes ten times as long.
+    A pattern that follows a run's first mark is a certain cut (`sure`) or certainly none (`passed`). The
+    judge accepts each of the former and refuses each of the latter, whatever else is in the line. `far`:
+    the text has stops above U+FFFF, with which the search takes ten times as long.
     """
     plain = not any((rules.spaces, rules.short))
     clause = segmenter == "clause"
@@ -63,9 +63,9 @@ def judging_scanner(rules: Rules, far: bool = False) -> re.Pattern:
 
 
 def _scanner(sure: list[str], passed: list[str], english: bool, far: bool) -> re.Pattern:
-    """A run is marks and closers in any order (`?!`, `!”,`, `.)`), spaced dots (`. . .`), and references to notes
-    (`.[12]`). The expression starts with one set of characters, which the regex engine finds several times
-    faster than alternatives."""
+    """A run is marks and closers in any order (`?!`, `!”,`, `.)`), spaced dots (`. . .`), and references to
+    notes (`.[12]`). The expression starts with one set of characters, which the regex engine finds several
+    times faster than alternatives."""
     mark, close, space_close = MARK, CLOSE, ""
     if not english:
         mark += re.escape(FAR_STOPS) if far else ""
@@ -77,8 +77,8 @@ def _scanner(sure: list[str], passed: list[str], english: bool, far: bool) -> re
 
 
 def _listed(words: Iterable[str], length: int, longer: bool = False) -> str:
-    """For a lookbehind: listed words of `length` letters, with `longer` also the ends of longer words. As a tree,
-    because alternatives are tried one by one."""
+    """For a lookbehind: listed words of `length` letters, with `longer` also the ends of longer words. As a
+    tree, because alternatives are tried one by one."""
     tree: dict[str, set[str]] = {}
     for word in words:
         if len(word) == length or (longer and len(word) > length):
@@ -99,7 +99,8 @@ def _sure_stops(rules: Rules) -> list[str]:
     capital = words | {word[0].upper() + word[1:] for word in words}
     letter, inner, before = f"[{UPPER}{LOWER}{CASELESS}]", _INNER, r"[\s“‘(—«„]"
     four = rf"(?<={inner}{{4}}\.)(?<!(?:{_listed(words, 4, longer=True)}|{roman}{{4}})\.)"
-    three = rf"(?<={before}{letter}{inner}{{2}}\.)(?<!(?:{_listed(capital, 3)}|[IVXLCM]{roman}{{2}}|{roman}{{3}})\.)"
+    numerals = f"[IVXLCMivxlcm]{roman}{{2}}"
+    three = rf"(?<={before}{letter}{inner}{{2}}\.)(?<!(?:{_listed(capital, 3)}|{numerals})\.)"
     two = rf"(?<={before}{inner}{{2}}\.)(?<!(?:{_listed(words, 2)}|{roman}{{2}})\.)"
     endings = "".join(rf"(?<!{ending}\.)" for ending in rules.endings)
     start = rf"\s{_OPEN}(?:[{UPPER}{CASELESS}]|\d(?!\d?\d?\)))"
@@ -118,11 +119,18 @@ _SURE_PAUSES = [
 
 
 def _passed_elsewhere(clause: bool) -> list[str]:
-    """Certainly no cut: 3.14, z.B., --help, a full stop before lower case; for `sentence` a pause before a word."""
-    inside = [r"(?<=[.,:;!?])[^\W_¹²³⁰⁴-⁹]", rf"(?<=[{UPPER}{LOWER}\d]\.)(?<![{LOWER}]{{4}}\.)\s[{LOWER}]"]
+    """Certainly no cut: 3.14, z.B., --help, a full stop before lower case; for `sentence` a pause before
+    more of the line."""
+    inside = [r"(?<=[.,:;!?])[^\W_¹²³⁰⁴-⁹]", rf"(?<=[{UPPER}{LOWER}\d]\.)(?<![{LOWER}]{{3}}\.)\s[{LOWER}]"]
     if clause:
         return [*inside, r"(?<=-)[^\W_]", r"(?<=\s-)-[^\W_]"]
-    return [*inside, rf"(?<=[{UPPER}{LOWER}\d][!?])\s[{LOWER}]", rf"(?<=[,:،])\s[^\s.»›]", rf"(?<=[{DASHES}])\s?[^\W_]", r"(?<=-)[ -]?[^\W_]"]
+    return [
+        *inside,
+        rf"(?<=[{UPPER}{LOWER}\d][!?])\s[{LOWER}]",
+        r"(?<=[,:،])\s[^\s.»›]",
+        rf"(?<=[{DASHES}])\s?[^\W_]",
+        r"(?<=-)[ -]?[^\W_]",
+    ]
 
 
 def _sure_english(clause: bool, rules: Rules) -> list[str]:

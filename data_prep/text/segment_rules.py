@@ -57,22 +57,31 @@ _YEAR = re.compile(r" ?\d{4}\b")
 _MONTH_DAY = re.compile(r"(?:[^\W\d_]|\.) \d\d?\Z")
 _PLAIN_WORD = re.compile(r"(?=.*[aeiouy])[a-z]{2,}\Z")
 
-_LONG_WORD = re.compile(rf"[{LOWER}]{{5,}}\Z|[{UPPER}][{LOWER}]{{5,}}\Z|[{LOWER}]{{3,}}[aeiouyáéíóúàèìòùâêîôûäöüőűýěůąęıаеёиоуыэюяіїє]\Z")
+_VOWELS = "aeiouyáéíóúàèìòùâêîôûäöüőűýěůąęıаеёиоуыэюяіїє"
+_LONG_WORD = re.compile(rf"[{UPPER}{LOWER}][{LOWER}]{{4,}}\Z|[{LOWER}]{{2,}}[{_VOWELS}][{LOWER}]?\Z")
 _CASELESS = re.compile(f"[{CASELESS}]")
 _SPACED = re.compile(r"(?<![^\W_])(?:[^\W\d_]{1,3}\.[ \u00a0\u202f]?)+[^\W\d_]{1,4}\Z")
 _INITIAL = re.compile(r"[^\W\d_]\.")
 _GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]")
 
 # Inline code, formulas and titles of works: one unit, whatever marks they contain.
-_CODE = r"《[^《》\n]{1,60}》|`[^`。！？．，；\n]{1,200}`|\$(?![\s\d{$])[^$。！？．，；\n]{0,200}(?<!\s)\$(?!\d)"
+_CODE = (
+    r"《[^《》\n]{1,60}》|`[^`。！？．，；\n]{1,200}`|\$(?![\s\d{$])[^$。！？．，；\n]{0,200}(?<!\s)\$(?!\d)"
+)
 _UNIT = {
     "": re.compile(_CODE),
     # Titles in quotation marks, no speech: «Стихи. Поэмы. Проза»
     "foreign": re.compile(rf"{_CODE}|(?<=[^\W_] )[«„“] ?[^«»„“”:\n]{{1,80}}[^\W_] ?[»“”]"),
     # Asides, and titles before a particle: 『君の名は。』を
-    "japanese": re.compile(rf"{_CODE}|(?<!^)（[^（）\n]{{1,100}}）(?=\w)|『[^『』\n]{{1,60}}』(?=[をのがはにへもで])"),
+    "japanese": re.compile(
+        rf"{_CODE}|(?<!^)（[^（）\n]{{1,100}}）(?=\w)|『[^『』\n]{{1,60}}』(?=[をのがはにへもで])"
+    ),
 }
-_UNIT_SIGNS = {"": re.compile("[`$《]"), "foreign": re.compile("[`$《«„“]"), "japanese": re.compile("[`$《（『]")}
+_UNIT_SIGNS = {
+    "": re.compile("[`$《]"),
+    "foreign": re.compile("[`$《«„“]"),
+    "japanese": re.compile("[`$《（『]"),
+}
 _SPEAKER = re.compile(r"(?:I|(?:[A-Z][^\W\d_]*\.? ){0,2}[A-Z][^\W\d_]+) ([a-z]+)\b")
 
 # A quotation that is a term of the sentence around it: “为什么？”这个问题很难。
@@ -80,10 +89,12 @@ _QUOTED_TERM = re.compile(
     r"的|之|[这這](?:[个個]|一)?(?:问题|問題|词|詞|字|句?话|句?話|说法|說法)|一[词詞]|[二两兩三四几幾][个個]?字|[为為]题|云云"
 )
 
-# In Japanese a particle before anything but kana (or と, って, という, など) continues: 「行くよ。」と彼は言った。
-_PARTICLE = re.compile(r"[をのがはにへもで](?![\u3041-\u3096])|を|の(?=よう|中|前|後)|と(?![てこにりきなも])|って|という|など|です|だ[。、っとよ]")
+# In Japanese a particle before anything but kana (or と, って, など) continues: 「行くよ。」と彼は言った。
+_PARTICLE = re.compile(
+    r"[をのがはにへもで](?![\u3041-\u3096])|を|の(?=よう|中|前|後)|と(?![てこにりきなも])|って|という|など|です|だ[。、っとよ]"
+)
 
-# “好。”然后走了: the subject of the sentence around the quotation goes on.
+# “好。”然后走了: the subject of the sentence around the quotation continues.
 _GOES_ON = re.compile(r"[然随]后|[然隨]後|接[着著]|[随隨]即|就(?!是)")
 _QUOTE_BEGINS = re.compile(r"[\u4e00-\u9fff][“「『][^“”「」『』]*\Z")
 

@@ -29,7 +29,9 @@ JUDGED_BY_LINE = ("en", "zh", "", "auto")  # document languages that the `auto` 
 
 _BLOCK = 1 << 20  # elements, where a whole array in int64 would be large
 _CLUSTER = regex.compile(r"\X")
-_WORD_END = regex.compile(r"(?w)\b")  # by Unicode's rules: between any two Chinese characters, not in a Latin word
+_WORD_END = regex.compile(
+    r"(?w)\b"
+)  # by Unicode's rules: between any two Chinese characters, not in a Latin word
 _BREAK_AHEAD = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
@@ -199,8 +201,8 @@ def _split_long(
 def _last_place(
     start: int, max_tokens: int, places: np.ndarray, ends: np.ndarray, text: str, offsets: np.ndarray | None
 ) -> int:
-    """Where a sentence from `start` is cut at the limit: the last place before white space, else at a word's end,
-    else between grapheme clusters, else any. None but clusters in the first quarter of the limit."""
+    """Where a sentence from `start` is cut at the limit: the last place before white space, else at a word's
+    end, else between grapheme clusters, else any. None but clusters in the first quarter of the limit."""
     low = start + max_tokens // 4
     bounds = np.array([start, low, start + max_tokens], dtype=np.int32)
     first, later, last = np.searchsorted(places, bounds, side="right").tolist()

@@ -12,9 +12,11 @@ _CHUNK = re.compile(r"\S+")
 
 
 def spaced_cuts(text: str, begin: int, end: int, rules: Rules, cuts: list[int]) -> list[int]:
-    """`cuts` of one line, with those at spaces: after enough letters, not beside abbreviations and single words,
-    not before words that continue, and only before words that start sentences beside numbers and repetition
-    marks."""
+    """`cuts` of one line, with those at spaces.
+
+    Those are after enough letters, not beside abbreviations and single words, not before words that continue,
+    and beside numbers and repetition marks only before words that start sentences.
+    """
     found, size, marks = [], 0, iter([*cuts, end])
     cut, before, stop = next(marks), "", begin
     chunks = list(_CHUNK.finditer(text, begin, end))

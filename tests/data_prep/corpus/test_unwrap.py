@@ -10,11 +10,11 @@ from data_prep.corpus.filters import Filters
 from data_prep.corpus.unwrap import unwrap
 
 PROSE = [
-    "The harbour was quiet when the last boat came in, and nobody on the pier noticed that its lamp was out. "
+    "The harbour was quiet when the last boat came in, and no one on the pier saw its lamp. "
     "Later they all said that they had known it from the first moment.",
-    "Only the keeper wrote it down; his book, which he kept in a drawer for well-known reasons, still has it.",
-    "Nobody asked.",
-    "When the inspector came in spring he read the page twice, closed the book, and went away without a word.",
+    "Only the keeper wrote it down; his book, which he kept for well-known reasons, still has it.",
+    "No one asked.",
+    "When the inspector came in spring he read the page twice, closed the book, and left without a word.",
 ]
 
 
@@ -37,7 +37,10 @@ def test_chinese_lines_join_without_a_space() -> None:
         "",
         "One line.",
         "Roses are red,\nviolets are blue,\nsugar is sweet,\nand so are you.",
-        "- " + "a list item of some length, as long as it gets" + "\n- " + "another list item of such a length!",
+        "- "
+        + "a list item of some length, as long as it gets"
+        + "\n- "
+        + "another list item of such a length!",
         "\n".join(f"{n}. {'An entry of the table of contents':.<60}{n}" for n in range(1, 9)),
         "\n".join(f"    indented code number {n} = some_function(of, arguments, {n})" for n in range(9)),
         "\n".join("A paragraph in one line, far longer than any editor wraps to. " * n for n in (3, 4, 5)),

@@ -37,8 +37,9 @@ FRAGMENTS = (
     "( ) （ ） [ ] [1] ` $ * _ 3.14 1,234.5% 12:30 e.g. i.e. U.S. Mr. Dr. No. p.m. J. R. etc. 1. A. IV. "
     "The he I said Jim https://a.b/c?d=e,f a@b.co v1.2.3 main.rs .NET 你好 他说 的 三 １ ａ かな é e\u0301 "
     "😀 👍🏽 ⁉\ufe0f \u200d \u0301 \u200b \ufeff \x00 \x07 word me. part. will. Jim. Mrs. ill. ！” 。」 "
-    "一、 二， Привет т. е. н. Он г. 5 न। डॉ. वह ؟ ، ; ῥῶ; ። ¿Qué? « » „ ‹ \U000115c2 a.b z. B. Mai Der XIV. 12. "
-    "[1,2] [12]:34 [note 1] ¹ Yahoo! 」と 。」の （ ） \u200f \u202b \u202c د. ثم ის. ฉัน เขา ๆ พ.ศ. - --help v. Chr. kg. str."
+    "一、 二， Привет т. е. н. Он г. 5 न। डॉ. वह ؟ ، ; ῥῶ; ። ¿Qué? « » „ ‹ \U000115c2 a.b z. B. Mai "
+    "Der XIV. 12. [1,2] [12]:34 [note 1] ¹ Yahoo! 」と 。」の （ ） \u200f \u202b \u202c د. ثم ის. "
+    "ฉัน เขา ๆ พ.ศ. - --help v. Chr. kg. str."
 ).split(" ") + " |  |\n|\r\n|\r|\t|\x0b|\x0c|\x1c|\x85|\u2028|\u2029|\u3000|\xa0".split("|")
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)
 RULE_TEXT = st.lists(st.sampled_from(FRAGMENTS) | ANY_TEXT.map(lambda text: text[:3]), max_size=40).map(
@@ -154,15 +155,37 @@ def test_the_fast_path_knows_every_listed_word(language: str) -> None:
     lists = (
         rules.never_last | rules.numbered | rules.sometimes_last | rules.last | rules.units | rules.shortened
     )
-    plain = {"ii", "iv", "xl", "viii", "ill", "rest", "xmrs", "a.etc", "x-fig", "слово", "سلام", "घर", *rules.names}
+    plain = {
+        "ii",
+        "iv",
+        "xl",
+        "viii",
+        "ill",
+        "rest",
+        "xmrs",
+        "a.etc",
+        "x-fig",
+        "слово",
+        "سلام",
+        "घर",
+        *rules.names,
+    }
     first = rules.first_word
-    frames = ("{}. The 5 men", "It is {}. The end", f"3 {{}}. {first} 5 «{{}}. Öl", "(as {}.) “No. {}. 5 {}. i", "A {}.” Then")
+    frames = (
+        "{}. The 5 men",
+        "It is {}. The end",
+        f"3 {{}}. {first} 5 «{{}}. Öl",
+        "(as {}.) “No. {}. 5 {}. i",
+        "A {}.” Then",
+    )
     forms = {form for word in lists | plain for form in (word, word.capitalize(), word.upper())}
     text = "\n".join(f"Foo {frame.replace('{}', form)}" for form in sorted(forms) for frame in frames)
     for name in NAMES:
         segmenter = get_segmenter(name, language)
         pieces, judged = segmenter(text), replace(segmenter, judge_all=True)(text)
-        assert pieces == judged, [pair for pair in zip(pieces, judged, strict=False) if pair[0] != pair[1]][:1]
+        assert pieces == judged, [pair for pair in zip(pieces, judged, strict=False) if pair[0] != pair[1]][
+            :1
+        ]
 
 
 def test_the_fast_path_takes_most_cuts() -> None:

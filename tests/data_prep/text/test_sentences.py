@@ -118,7 +118,9 @@ def test_long_sentences_are_split_before_white_space(folders: dict[str, Path]):
 
 
 @pytest.mark.parametrize(
-    "piece", ["👨\u200d👩\u200d👧", "🇩🇪", "e\u0301\u0323", "क्षि", "ที่", "각", "👍🏽", "\r\n", "❤\ufe0f"], ids=ascii
+    "piece",
+    ["👨\u200d👩\u200d👧", "🇩🇪", "e\u0301\u0323", "क्षि", "ที่", "각", "👍🏽", "\r\n", "❤\ufe0f"],
+    ids=ascii,
 )
 def test_forced_cuts_fall_between_grapheme_clusters(folders: dict[str, Path], piece: str):
     """Also right behind a word that ends in the first quarter of the limit."""
