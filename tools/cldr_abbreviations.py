@@ -52,7 +52,9 @@ def main(languages: list[str]) -> None:
     for language in languages or WITH_LISTS:
         path = FOLDER / f"{language}.yaml"
         head = path.read_text(encoding="utf-8").split(HEADER)[0]
-        lines = textwrap.wrap(" ".join(suppressions(language)), 106, break_long_words=False, break_on_hyphens=False)
+        lines = textwrap.wrap(
+            " ".join(suppressions(language)), 106, break_long_words=False, break_on_hyphens=False
+        )
         path.write_text(head + HEADER + "".join(f"  {line}\n" for line in lines), encoding="utf-8")
 
 

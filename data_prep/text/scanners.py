@@ -70,7 +70,7 @@ def _scanner(sure: list[str], passed: list[str], english: bool, far: bool) -> re
     if not english:
         mark += re.escape(FAR_STOPS) if far else ""
         close += re.escape(TWO_WAY_QUOTES + "›")
-        space_close = rf"(?:[ \u00a0\u202f][»›][{close}]*)*"  # « Viens ! » dit-il.
+        space_close = rf"(?:[ \u00a0\u202f][»›](?=[\s.,;:!?…)\]]|\Z)[{close}]*)*"  # « Viens ! » dit-il.
     run = rf"()[{mark}{close}-]*{space_close}(?:[ \u00a0]\.(?=[ \u00a0]\.|[\s{close}]|$)[{close}]*)*{NOTES}"
     not_passed = rf"(?!{'|'.join(passed)})" if passed else ""
     return re.compile(rf"[{mark}-](?:{'|'.join((*sure, not_passed + run))})")

@@ -346,7 +346,9 @@ class Judge:
             joined = _SPACED.search(text[max(self.begin, stop - 24) : stop])
             if joined is not None and (spelled := "".join(joined.group().split())).lower() in rules.compounds:
                 whole = part = spelled
-        forms = {whole, whole.lower()}
+        # DIR in capitals is no abbreviation of a word; English tells no difference.
+        capitals = len(whole) > 2 and whole.isalpha() and whole.isupper() and not self.english
+        forms = {whole} if capitals else {whole, whole.lower()}
         before = text[max(self.begin, token_at - 12) : token_at].rstrip()
         if whole in rules.last:
             return False
@@ -356,7 +358,7 @@ class Judge:
             # "В 1985 г. Горбачёв" only opens a sentence.
             opening = len(text[self.start : stop].split(None, 5)) < 5
             return opening and not starts and not rules.never_last.isdisjoint(forms)
-        if not rules.never_last.isdisjoint(forms | {part, part.lower()}):
+        if not rules.never_last.isdisjoint(forms | ({part, part.lower()} if part != whole else set())):
             return True
         if not rules.last.isdisjoint(forms):
             return False
