@@ -36,7 +36,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PIP) setuptools wheel ninja torch
 	# DeepSpeed comes as source and looks at torch while it is built, so no isolated build; DS_BUILD_OPS=0: no compiler needed.
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	$(PIP) --no-build-isolation --editable '.[mpi,fast,report,eval,research,dev]'
+	$(PIP) --no-build-isolation --editable '.[mpi,dask,fast,s3,near-duplicates,report,eval,research,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -67,7 +67,7 @@ lint: $(STAMP)
 	$(BIN)/codespell
 	$(BIN)/python -m tools.check_words
 	$(BIN)/mypy
-	$(BIN)/python -m tools.structure --check
+	$(BIN)/python -m tools.structure
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -19,7 +19,8 @@ from cyclopts import Group, Parameter, validators
 
 import data_prep
 from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
-from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main
+from data_prep.common.errors import NO_PATH, REQUEUE, UserError, describe, run_main, singular
+from data_prep.common.remote import is_url
 from data_prep.corpus.filters import Filters
 
 # Set before numpy is imported: nothing here multiplies matrices, and a process with one thread can be forked.
@@ -63,6 +64,10 @@ Cut = Annotated[
 Rules = Annotated[Filters, Parameter(name="*", group=Group("Hygiene (all off by default)"))]
 Json = Annotated[bool, Parameter(help="print one JSON object")]
 NO_RULES = Filters()
+COMPARED = Parameter(group=Group("Comparisons (all off by default)"))
+DAMAGE = Parameter(group=Group("Damaged input"))
+DAMAGED = 3  # exit status: a set was made, but input was damaged or lost
+SHOWN = 20  # damaged parts that are printed
 WORK = Parameter(group=Group("Shards and work"))
 
 app = make_app(
@@ -120,15 +125,23 @@ def shard(
     max_tokens: Positive = 64,
     min_tokens: Positive = 1,
     rules: Rules = NO_RULES,
-    deduplicate: bool = False,
+    deduplicate: Annotated[bool, COMPARED] = False,
+    near_duplicates: Annotated[float | None, COMPARED] = None,
+    seen: Annotated[Many, COMPARED] = (),
+    decontaminate: Annotated[Many, COMPARED] = (),
+    mark_contaminated: Annotated[bool, COMPARED] = False,
     shard_mb: Annotated[Megabytes, WORK] = 64.0,
     shard_documents: Annotated[Positive | None, WORK] = None,
     compression: Annotated[Literal["none", "zstd"], WORK] = "none",
     unit_mb: Annotated[Megabytes | None, WORK] = None,
     workers: Annotated[Positive | None, WORK] = None,
-    backend: Annotated[Literal["auto", "local", "mpi", "slurm"], WORK] = "auto",
+    backend: Annotated[Literal["auto", "local", "mpi", "slurm", "dask"], WORK] = "auto",
+    scheduler: Annotated[str, WORK] = "",
+    salvage: Annotated[bool, DAMAGE] = False,
+    strict: Annotated[bool, DAMAGE] = False,
+    max_rejected: Annotated[float, DAMAGE, Parameter(validator=validators.Number(gte=0, lte=1))] = 1.0,
     json: Json = False,
-) -> None:
+) -> int:
     """Tokenize and cut documents and write them as sentence shards. Run again after a stop, it resumes.
 
     example: data-prep shard --input corpus/EN corpus/CN --output shards --tokenizer opt-tokenizer --workers 8
@@ -139,30 +152,47 @@ def shard(
         max_tokens: longest sentence
         min_tokens: join shorter sentences to a neighbour (1: off)
         deduplicate: keep one of documents with the same text
+        near_duplicates: keep one of documents of which this share of the words is the same, such as 0.8
+        seen: with --near-duplicates: folders of shard sets whose documents count as earlier ones
+        decontaminate: drop documents that share 13 words in a row with a text of these files
+        mark_contaminated: with --decontaminate: mark such documents in the index, and keep them
         shard_mb: size of a shard
         shard_documents: at most this many in a shard
         compression: of each member of a shard
         unit_mb: text per unit of work (default: 8 to 256, by the size of the input)
         workers: processes on this machine (default 1; for the slurm backend $SLURM_CPUS_PER_TASK)
-        backend: local processes, MPI ranks, or tasks of a Slurm array; auto: by the environment
+        backend: local processes, MPI ranks, tasks of a Slurm array, a Dask cluster; auto: by the environment
+        scheduler: address of the Dask cluster's scheduler, such as tcp://node1:8786
+        salvage: take what parses of members whose checksum fails, and mark these documents in the index
+        strict: stop at damaged input, and at packed text without a checksum
+        max_rejected: stop when a larger share of the records cannot be used
     """
+    from data_prep.common.progress_line import ProgressLine
+    from data_prep.corpus.decontamination import HeldOutTexts
+    from data_prep.corpus.limits import Limits
     from data_prep.jobs.job import ShardSettings
-    from data_prep.jobs.plan import choose_backend, make_shards, mpi_number
-    from data_prep.jobs.progress import ProgressLine
+    from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
 
     _check_output(output)
     if unit_mb is not None and unit_mb < LEAST_UNIT_MB:
         raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {unit_mb:g}")
-    chosen = choose_backend(backend)
+    if salvage and strict:
+        raise UserError("--strict stops at damaged input, which --salvage reads: give one of them")
+    chosen = choose_backend(backend, scheduler)
     settings = ShardSettings(
         sentences=SentenceSettings(segmenter, lang, max_tokens, min_tokens),
         hygiene=rules,
         deduplicate=deduplicate,
+        near_duplicates=near_duplicates,
+        seen=tuple(folder if is_url(folder) else os.path.abspath(folder) for folder in seen),
+        test_texts=HeldOutTexts.read(decontaminate)[0] if decontaminate else None,
+        mark_contaminated=mark_contaminated,
         shard_bytes=int(shard_mb * 1e6),
         shard_documents=shard_documents or 0,
         compression=compression,
         unit_bytes=int(unit_mb * 1e6) if unit_mb else None,
+        salvage=salvage,
     )
     cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", 1)) if chosen == "slurm" else 1
     progress = ProgressLine(sys.stderr)
@@ -176,17 +206,39 @@ def shard(
                 settings,
                 workers=workers or cpus,
                 backend=chosen,
+                scheduler=scheduler,
                 report=progress,
+                limits=Limits(strict, max_rejected),
             )
+    except Unfinished as unfinished:
+        print(f"data-prep: this task's share is done; {unfinished}: run the array again", file=sys.stderr)
+        sys.exit(REQUEUE)
     finally:
         progress.close()
-    if chosen == "mpi" and mpi_number("RANK") != 0:  # one rank prints for all
-        return
-    for item in manifest["damaged"]:
-        warning = f"{item['file']}: {item['damage']}; kept what could be read"
-        print(f"data-prep: warning: {warning}", file=sys.stderr)
+    for line in _damage_lines(manifest):
+        print(f"data-prep: warning: {line}", file=sys.stderr)
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
-    print(jsonlib.dumps(summary) if json else _shard_text(summary))
+    print(jsonlib.dumps(summary) if json else singular(_shard_text(summary)))
+    return DAMAGED if manifest["damaged"] else 0
+
+
+def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
+    """What was left out of the input, or is not sure."""
+    damaged, marked = manifest["damaged"], manifest.get("marked", {})
+    salvage = manifest["settings"].get("salvage", False)
+    for one in damaged[:SHOWN]:
+        place = f" (from byte {one['offset']:,})" if one.get("offset") else ""
+        yield f"{one['file']}: {one['damage']}{place}"
+    if len(damaged) > SHOWN:
+        yield f"{len(damaged) - SHOWN:,} more damaged parts, see `damaged` in the manifest"
+    if damaged:
+        left_out = "damaged parts were left out (--salvage takes what parses)"
+        salvaged = f"{marked.get('salvaged', 0):,} documents were salvaged from damaged parts"
+        yield f"{salvaged if salvage else left_out}; exit status {DAMAGED}"
+    if "unverified" in marked:
+        files = sum("unverified" in entry for entry in manifest["inputs"])
+        count = f"{marked['unverified']:,} documents from {files:,} file{'s' * (files > 1)}"
+        yield f"{count} cannot be verified: they are packed without a checksum (`zstd --check` writes one)"
 
 
 def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: float) -> dict[str, Any]:
@@ -197,6 +249,7 @@ def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: 
         "shards": len(manifest["shards"]),
         **totals,
         **{key: manifest[key] for key in ("languages", "rejected", "repaired", "damaged")},
+        "marked": manifest.get("marked", {}),
         "already_there": found,
         "seconds": round(seconds, 2),
         "mb_per_second": None if found else round(totals["bytes"] / 1e6 / seconds, 3),
@@ -256,7 +309,7 @@ def verify(folder: Folder, /, *, deep: bool = False, input: Inputs = (), json: J
         text += "; every text comes back from its tokens, and from its sentences"
         if input:
             text += f"; {result['compared']:,} documents are the input's, byte for byte"
-    print(jsonlib.dumps(result) if json else text)
+    print(jsonlib.dumps(result) if json else singular(text))
 
 
 @app.command(group="Shards")
@@ -333,18 +386,18 @@ def stats(folder: Folder, /, *, html: str | None = None, json: Json = False) -> 
     Args:
         html: write a page with pictures to this file
     """
-    from data_prep.common import page
+    from data_prep.common import charts
     from data_prep.shards import stats as statistics
 
     if html:
-        page.require()
+        charts.require()
     result = statistics.stats(folder)
     if html:
         from data_prep.common.files import write_atomically
         from data_prep.shards.stats_page import stats_page
 
         write_atomically(Path(html), stats_page(result).encode("utf-8"))
-    print(jsonlib.dumps(result) if json else statistics.stats_text(result))
+    print(jsonlib.dumps(result) if json else singular(statistics.stats_text(result)))
 
 
 @app.command(group="Shards")

@@ -44,8 +44,20 @@ submit() {
     return
   fi
   # Without kill-on-invalid-dep a job would wait in the queue for ever after a failed dependency.
-  if [ -n "$after" ]; then flags+=(--dependency="afterok:$after" --kill-on-invalid-dep=yes); fi
+  if [ -n "$after" ]; then flags+=(--dependency="${AFTER:-afterok}:$after" --kill-on-invalid-dep=yes); fi
   sbatch --parsable "${flags[@]}" "${@:3}"
+}
+
+# prepare TEXT FOLDER "FLAGS": two rounds of the array, then one task for what killed tasks have left. Only that one has
+# to succeed. Prints its number.
+prepare() {
+  local job=""
+  for last in "" "" --array=0; do
+    job=$(AFTER=afterany RELAUNCHES=0 INPUT="$1" OUTPUT="$2" \
+      submit "$job" "${DATA_FLAGS:-} $3 $last" slurm/prepare_data.sh "${data_words[@]}")
+    if [ -n "${DRY_RUN:-}" ]; then return; fi
+  done
+  echo "$job"
 }
 
 train_set="$WORK/shards/train" valid_set="$WORK/shards/valid"
@@ -53,8 +65,8 @@ read -ra data_words <<<"${DATA_ARGUMENTS:-}"
 read -ra vae_words <<<"${VAE_ARGUMENTS:-}"
 read -ra sllm_words <<<"${SLLM_ARGUMENTS:-}"
 
-data=$(OUTPUT="$train_set" submit "" "${DATA_FLAGS:-}" slurm/prepare_data.sh "${data_words[@]}")
-valid=$(INPUT="$VALID_INPUT" OUTPUT="$valid_set" submit "" "${DATA_FLAGS:-} --array=0" slurm/prepare_data.sh "${data_words[@]}")
+data=$(prepare "$INPUT" "$train_set" "")
+valid=$(prepare "$VALID_INPUT" "$valid_set" --array=0)
 
 export SHARDS="$train_set" VALIDATION="$valid_set" DATA="$valid_set"
 vae=$(CONFIG="${VAE_CONFIG:-}" OUTPUT_DIR="$WORK/runs/vae" \

@@ -215,7 +215,7 @@ def main() -> int:
     print("passed" if result["passed"] else "FAILED", f"in {result['seconds']} s")
     if arguments.output:
         from data_prep.common.environment import header, write_result
-        from pipeline.costs.benchmark_training import PACKAGES
+        from pipeline.costs.benchmark import PACKAGES
 
         write_result({**header(PACKAGES), **result}, arguments.output)
     return 0 if result["passed"] else 1

@@ -64,7 +64,8 @@ def test_shards_of_that_time_verify_and_equal_new_ones(shards: Path) -> None:
             for folder in (ARTIFACTS / "shards", shards)
         )
         assert new["shards"] == old["shards"]
-        assert new["settings"] == old["settings"]
+        # The rules have changed since, for other texts than these.
+        assert new["settings"] | {"segmenter_version": 2} == old["settings"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

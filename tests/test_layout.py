@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.metadata
 import sys
+from graphlib import CycleError
 from pathlib import Path
 
+import pytest
 from helpers.paths import REPOSITORY
 
 import pipeline
-from tools.structure import circles, longest_chain
+from tools.structure import longest_chain
 
 # Import names of packages that this project may get as extras.
 EXTRAS = set("dask distributed fastapi gguf langcodes lm_eval matplotlib openai peft uvicorn".split())
@@ -31,7 +34,20 @@ def test_every_package_says_what_it_is_for() -> None:
             assert first.startswith('"""') and first.rstrip('"').endswith("."), init
 
 
-def test_chains_and_circles_are_counted() -> None:
+def test_chains_are_counted() -> None:
     assert longest_chain({("a", "b"), ("b", "c"), ("a", "c")}) == ["a", "b", "c"]
-    assert circles({("a", "b"), ("b", "c")}) == []
-    assert circles({("a", "b"), ("b", "a"), ("b", "c"), ("c", "d"), ("d", "c")}) == [["a", "b"], ["c", "d"]]
+    assert longest_chain(set()) == []
+    with pytest.raises(CycleError):
+        longest_chain({("a", "b"), ("b", "a")})
+
+
+def test_every_file_that_is_no_module_ships_with_the_package() -> None:
+    config = configparser.ConfigParser()
+    config.read(REPOSITORY / "setup.cfg")
+    for root in ("pipeline", "data_prep"):
+        folder, patterns = REPOSITORY / root, config["options.package_data"][root].split(", ")
+        shipped = {path for pattern in patterns for path in folder.glob(pattern)}
+        others = {
+            path for path in folder.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")
+        }
+        assert others == shipped and len(shipped) > 1

@@ -2,8 +2,8 @@
 
     python -m tools.cldr_abbreviations [LANGUAGE ...]
 
-Reads them from the ICU library of this machine (Debian: libicu72). They are written to the key `cldr` at the end
-of data_prep/text/languages/LANGUAGE.yaml. Copyright © 1991-2026 Unicode, Inc., Unicode License v3
+Reads them from the ICU library of this machine (Debian: libicu72). They are written to the key `cldr` at the
+end of data_prep/text/languages/LANGUAGE.yaml. Copyright © 1991-2026 Unicode, Inc., Unicode License v3
 (https://www.unicode.org/license.txt). Raise `segment_rules.VERSION` after a change.
 """
 
@@ -23,7 +23,11 @@ HEADER = "# Unicode CLDR's suppressions (Unicode License v3), by tools/cldr_abbr
 
 
 def suppressions(language: str) -> list[str]:
-    """CLDR's abbreviations of a language, without spaces and final full stop. Raises `UserError` without ICU."""
+    """CLDR's abbreviations of a language, without spaces and final full stop.
+
+    Raises:
+        UserError: ICU is missing, or has none for the language.
+    """
     path = ctypes.util.find_library("icuuc")
     if path is None:
         raise UserError("no ICU library (libicuuc) on this machine; install it first")

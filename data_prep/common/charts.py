@@ -1,6 +1,6 @@
 """Charts as SVG, drawn by matplotlib (the extra `report`): one palette, light and dark.
 
-A plot is a plain description: `Lines`, `Bars` or `BarsAcross`. `figure` draws plots below each other as one
+A plot is a plain description: `Lines` or `BarsAcross`. `figure` draws plots below each other as one
 matplotlib Figure; `svg` is its text. Equal plots give equal bytes.
 """
 
@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.common.extras import import_extra
@@ -48,33 +49,7 @@ PALETTE = {
 }
 DASHES = ("-", "--", "-.", ":")
 WIDTH, PAGE_WIDTH = 720, 480  # points: of a file; on a page, where it is a column or a phone's width
-SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sentence-llm",
-    "font.family": "DejaVu Sans",
-    "font.size": 12,
-    "text.color": PALETTE["soft"][0],
-    "text.parse_math": False,
-    "axes.labelcolor": PALETTE["soft"][0],
-    "axes.edgecolor": PALETTE["soft"][0],
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": PALETTE["rule"][0],
-    "xtick.color": PALETTE["soft"][0],
-    "ytick.color": PALETTE["soft"][0],
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.minor.size": 0,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "legend.frameon": False,
-    "path.simplify": False,
-}
+STYLE = Path(__file__).with_name("report.mplstyle")
 
 
 def colours(kinds: Sequence[str]) -> list[tuple[str, str]]:
@@ -134,8 +109,9 @@ def short(value: float, _place: object = None) -> str:
 class Line:
     """One line.
 
-    kind: "line", "faint" (thin, pale, without a name), "dots" (a line with dots), "points" (dots alone) or
-    "steps" (a filled histogram). interval: (low, high) of y at each point.
+    kind: "line", "faint" (thin, pale, without a name), "dots" (a line with dots), "points" (dots alone),
+    "steps" (a filled histogram) or "bars" (beside those of other lines). interval: (low, high) of y at each
+    point.
     """
 
     name: str
@@ -181,8 +157,12 @@ class Lines:
 
     def draw(self, axes: Axes, width: int) -> list[tuple[Any, Line]]:
         """Draws all of it; returns (artist, line) for each line that has a name."""
-        named = []
+        named: list[tuple[Any, Line]] = []
+        bars = [one for one in self.lines if one.kind == "bars"]
         for one in self.lines:
+            if one.kind == "bars":
+                named += _draw_bars(axes, one, bars.index(one), len(bars))
+                continue
             if self.log_y and not any(y > 0 for _, y in one.points):
                 continue
             xs, ys = zip(*[(x, y) for x, y in one.points if y > 0 or not self.log_y], strict=True)
@@ -236,35 +216,13 @@ class Lines:
             axes.set_ylim(bottom=self.y_from)
 
 
-@dataclass(frozen=True)
-class Bars:
-    """Bars from zero at evenly spaced `places`; those of several series stand beside each other.
-    series: (name, colour, heights)."""
-
-    places: Sequence[float]
-    series: Sequence[tuple[str, str, Sequence[float]]]
-    x_label: str
-    y_label: str
-    marks: Sequence[Mark] = ()
-    x_ticks: Sequence[tuple[float, str]] | None = None
-
-    def height(self, width: int) -> int:
-        return 300 if width > PAGE_WIDTH else 260
-
-    def draw(self, axes: Axes, width: int) -> list[tuple[Any, Line]]:
-        """As `Lines.draw`."""
-        step = min((b - a for a, b in itertools.pairwise(self.places)), default=1.0)
-        thick = 0.86 * step / len(self.series)
-        named = []
-        for n, (name, colour, heights) in enumerate(self.series):
-            places = [place + (n - (len(self.series) - 1) / 2) * thick for place in self.places]
-            bars = axes.bar(places, heights, thick, color=PALETTE[colour][0], clip_on=False)
-            named.append((bars, Line(name, [], colour)))
-        Lines((), self.x_label, self.y_label, x_ticks=self.x_ticks)._axes(axes, width)
-        axes.set_ylim(bottom=0)
-        for n, mark in enumerate(self.marks):
-            _draw_mark(axes, mark, n)
-        return named if named and named[0][1].name else []
+def _draw_bars(axes: Axes, line: Line, place: int, count: int) -> list[tuple[Any, Line]]:
+    """The bars at evenly spaced points; `place` of `count` that stand beside each other. As `Lines.draw`."""
+    xs, heights = zip(*line.points, strict=True)
+    thick = 0.86 * min((b - a for a, b in itertools.pairwise(xs)), default=1.0) / count
+    places = [x + (place - (count - 1) / 2) * thick for x in xs]
+    bars = axes.bar(places, heights, thick, color=PALETTE[line.colour][0], clip_on=False)
+    return [(bars, line)] if line.name else []
 
 
 @dataclass(frozen=True)
@@ -299,7 +257,7 @@ class BarsAcross:
         return []
 
 
-Plot = Lines | Bars | BarsAcross
+Plot = Lines | BarsAcross
 
 
 def _draw_mark(axes: Axes, mark: Mark, number: int) -> None:
@@ -333,12 +291,12 @@ def figure(plots: Sequence[Plot], width: int = WIDTH) -> Figure:
     figure_class = _figure_class()
     import matplotlib
 
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(fname=STYLE):
         drawn = figure_class(figsize=(width / 72, sum(plot.height(width) for plot in plots) / 72), dpi=72)
         all_axes = [drawn.add_axes((0, 0, 1, 1), label=str(n)) for n in range(len(plots))]
         named = [plot.draw(axes, width) for axes, plot in zip(all_axes, plots, strict=True)]
         texts = [[line.name for _, line in found] for found in named]
-        lines = all(isinstance(plot, Lines) for plot in plots)
+        lines = all(isinstance(plot, Lines) and plot.lines[0].kind != "bars" for plot in plots)
         _lay_out(drawn, plots, width, texts if lines else [[]] * len(plots), 0)
         if any(named) and not (lines and _label_ends(all_axes, named, width)):
             listed = [
@@ -432,7 +390,7 @@ def svg(plots: Sequence[Plot], label: str, width: int = WIDTH, alone: bool = Tru
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     out = io.StringIO()
-    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+    with matplotlib.rc_context(fname=STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names in scripts that the measuring font does not have
         FigureCanvasSVG(drawn).print_svg(out, metadata={"Date": None})
     text = out.getvalue()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter, Token, validators
+from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, validators
 
 from data_prep.common.errors import UserError
 
@@ -64,6 +64,15 @@ def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | Non
         del os.environ["COLUMNS"]  # rich loops for ever on a terminal of no width
     try:
         command, bound, _ = app.parse_args(words, print_error=False, exit_on_error=False)
+    except MissingArgumentError as error:
+        name = error.argument.name if error.argument else ""
+        misspelt = any(word.startswith("-") for word in error.unused_tokens or ())
+        if (
+            not name.startswith("-") or misspelt or error.keyword is not None
+        ):  # the option is there, without a value
+            raise UserError(str(error)) from None
+        called = " ".join([app.name[0], *(error.command_chain or ())])
+        raise UserError(f"{name} is missing: `{called} --help` describes it") from None
     except CycloptsError as error:
         raise UserError(str(error)) from None
     if command == app.help_print and not {"--help", "-h"} & set(words):

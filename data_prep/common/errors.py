@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import re
 import sys
+import threading
 from collections.abc import Callable
 
 NO_PATH = "cannot read or write"  # in place of a path that an error does not name
+INTERRUPTED = 130  # exit status after Ctrl-C
 REQUEUE = 75  # exit status "start me again": EX_TEMPFAIL, stopped by a signal
+
+
+_interrupted = threading.Event()
+
+
+@atexit.register
+def _skip_teardown() -> None:
+    """After Ctrl-C: the interpreter takes seconds to take torch apart. What must be cleaned up is by now."""
+    if _interrupted.is_set():
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(INTERRUPTED)
+
+
+_ONE = re.compile(
+    r"(?<![\w.,])1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt|rank"
+    r"|record|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
+)
 
 
 class UserError(Exception):
@@ -18,14 +41,19 @@ def say(text: str) -> None:
     """Print a line to standard output at once. Once that fails (`| head` has gone, a full disk), this line
     and all later ones are dropped: training continues without a reader."""
     try:
-        print(text, flush=True)
+        print(singular(text), flush=True)
     except OSError:
         _drop_output()
 
 
 def log(text: str) -> None:
     """Print a line of progress to standard error, apart from a command's result."""
-    print(text, file=sys.stderr, flush=True)
+    print(singular(text), file=sys.stderr, flush=True)
+
+
+def singular(text: str) -> str:
+    """A line of output in which "1 sentences" is "1 sentence"."""
+    return _ONE.sub(r"1 \1", text)
 
 
 def first_line(error: BaseException) -> str:
@@ -46,7 +74,8 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         return _refuse(prog, str(error))
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        _interrupted.set()
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has gone: drop the interpreter's last flush quietly.
         _drop_output()
@@ -61,7 +90,7 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
 
 
 def _refuse(prog: str, message: str) -> int:
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{prog}: error: {singular(' '.join(message.split()))}", file=sys.stderr)
     return 2
 
 

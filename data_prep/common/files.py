@@ -28,7 +28,11 @@ def json_bytes(value: object) -> bytes:
 
 
 def read_json(
-    path: str | Path, what: str = "", missing: str = "does not exist", default: dict[str, Any] | None = None
+    path: str | Path,
+    what: str = "",
+    missing: str = "does not exist",
+    default: dict[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -36,11 +40,12 @@ def read_json(
         what: what the message calls the file; else its path.
         missing: what the message says when there is no such file.
         default: returned when there is no such file, instead of the error.
+        options: of `json.loads`.
     Raises: UserError when the file is missing, unreadable or not a JSON object.
     """
     what = what or str(path)
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8"), **options)
     except (FileNotFoundError, NotADirectoryError):
         if default is None:
             raise UserError(f"{what} {missing}") from None
@@ -76,9 +81,11 @@ def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None
     try:
         partial.write_bytes(data)
         flush_and_rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):  # of a full disk: it knows no path, or that of the part
+            error.filename = str(path)
         raise
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from data_prep.common import charts
 from data_prep.common.errors import UserError
-from data_prep.common.extras import import_extra
 
 NOTHING = "–"  # in a table's cell
 LONGEST_QUOTE = 600  # characters shown of one sentence
@@ -116,45 +115,55 @@ Filters = Mapping[str, Callable[..., Any]]
 def from_template(
     path: Path, values: Mapping[str, Any], parts: Mapping[str, Sequence[Block]], filters: Filters
 ) -> list[Block]:
-    """Blocks from a Jinja template of paragraphs: `## heading`, `- point`, `> note`, and `[[part]]` for the
-    blocks `parts[part]`. `**bold**` and `code` are kept inside of paragraphs."""
+    """Blocks from a Jinja template of paragraphs: `## heading`, `- point`, `> note`, tables (the line before
+    one is its caption), and `[[part]]` for the blocks `parts[part]`. `**bold**` and `code` are kept inside of
+    paragraphs. The filter `cell` is for foreign text in a table."""
     blocks: list[Block] = []
-    for paragraph in re.split(r"\n\s*\n", render(path, values, filters)):
+    for paragraph in re.split(r"\n\s*\n", render(path, values, {"cell": _cell_text, **filters})):
         if not (paragraph := paragraph.strip()):
             continue
         if found := re.fullmatch(r"\[\[(\w+)\]\]", paragraph):
             blocks += parts[found[1]]
         elif found := re.match(r"(#{2,3}) ", paragraph):
             blocks.append(Heading(paragraph[found.end() :], len(found[1])))
+        elif found := re.fullmatch(r"(?:([^|\n].*)\n)?((?:\|.*\n)+\|.*)", paragraph):
+            header, marks, *rows = map(_cells, found[2].split("\n"))
+            left = [n for n, mark in enumerate(marks) if not mark.endswith(":")]
+            blocks.append(Table(header, rows, found[1] or "", left))
         else:
             text, *points = (" ".join(part.split()) for part in re.split(r"^- ", paragraph, flags=re.M))
             blocks.append(Text(text.removeprefix("> "), tuple(points), text.startswith("> ")))
     return blocks
 
 
+def _cell_text(value: Any) -> str:
+    return visible(str(value)).replace("|", r"\|")
+
+
+def _cells(line: str) -> list[str]:
+    """The cells of a line of a Markdown table. Spaces at the start of the first one indent it."""
+    first, *others = (cell.replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+    return [first.rstrip().removeprefix(" "), *(cell.strip() for cell in others)]
+
+
 def render(path: Path, values: Mapping[str, Any], filters: Filters) -> str:
     """A Jinja template of plain text, filled."""
     environment = _environment()
     environment.filters.update(filters)
-    return environment.from_string(path.read_text(encoding="utf-8")).render(values)
+    return environment.from_string(path.read_text(encoding="utf-8")).render(values).rstrip("\n")
 
 
 def _environment(**options: Any) -> Any:
-    jinja2 = import_extra("jinja2", "report")
+    import jinja2
+
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     return jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, **options
     )
 
 
-def require() -> None:
-    """Raises: UserError where jinja2 or matplotlib is missing; to be called before long work for a page."""
-    charts.require()
-    _environment()
-
-
 def to_html(title: str, blocks: Sequence[Block]) -> str:
-    """The page. Raises: UserError where jinja2 or, for charts, matplotlib is missing."""
+    """The page. Raises: UserError where matplotlib is missing and there are charts."""
     environment = _environment(autoescape=True)
     environment.filters |= {"inline": _inline, "visible": visible}
     return environment.get_template("page.html.jinja").render(
@@ -210,14 +219,43 @@ def markdown_table(table: Table) -> list[str]:
     ]
 
 
+def to_plain(path: Path, values: Mapping[str, Any], filters: Filters) -> str:
+    """A template of paragraphs and tables (`from_template`) as text for a terminal."""
+    parts = []
+    for block in from_template(path, values, {}, filters):
+        if isinstance(block, Table):
+            parts.append(to_text(block))
+        elif isinstance(block, (Heading, Text)):
+            parts.append(block.text)
+    return "\n\n".join(parts)
+
+
+Show = str | Callable[[Any], str]  # a format, or a function that returns the text
+
+
+def columns(names: Sequence[str], ones: Sequence[Mapping[str, Any]], rows: Sequence[tuple]) -> Table:
+    """A table with a column for each of `ones`, without the rows in which none has a figure.
+
+    rows: (label, key or function of one, `Show`). A key of nested mappings is written `outer.inner`.
+    """
+    shown = [(row[0], *(_cell(one, *row[1:]) for one in ones)) for row in rows]
+    return Table(("", *names), [row for row in shown if any(cell != NOTHING for cell in row[1:])])
+
+
+def _cell(one: Mapping[str, Any], key: str | Callable[[Any], Any], show: Show = "") -> str:
+    value: Any = one
+    for part in key.split(".") if isinstance(key, str) else ():
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if callable(key):
+        value = key(one)
+    if value is None:
+        return NOTHING
+    return show(value) if callable(show) else format(value, show)
+
+
 def to_text(table: Table) -> str:
-    """The table for a terminal: the first column to the left, the others to the right."""
+    """The table for a terminal."""
     rows = [table.header, *table.rows]
-    widths = [max(len(cells[column]) for cells in rows) for column in range(len(table.header))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    forms = [f"{'<' if table.aligned_left(n) else '>'}{width}" for n, width in enumerate(widths)]
+    return "\n".join("  ".join(map(format, row, forms)).rstrip() for row in rows)

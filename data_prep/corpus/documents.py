@@ -10,11 +10,23 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError, first_line, log
 from data_prep.common.language import detect_language
+from data_prep.corpus.archives import TarMembers
+from data_prep.corpus.compression import (
+    HEAD,
+    PLAIN_TEXT,
+    RENAME,
+    SALVAGED,
+    Damage,
+    DamagedMember,
+    Unpacked,
+    content_of,
+)
+from data_prep.corpus.compression import find_damage as find_in_packed
 from data_prep.corpus.filters import TEXT_FIELDS, Filters, encodable, normal_language
 from data_prep.corpus.inputs import (
     CHUNK_BYTES,
@@ -32,7 +44,6 @@ from data_prep.corpus.inputs import (
     user_errors,
     whole,
 )
-from data_prep.corpus.unpack import TarMembers, Unpacked
 
 TAIL_BYTES = 1 << 16  # read size past the end of a piece, to complete its last line
 # Longer lines, texts and text files are rejected: the tokenizer takes up to 40 bytes of memory per byte of a
@@ -48,7 +59,8 @@ _BOM = b"\xef\xbb\xbf"
 class RawDocument:
     """One good record. `line` counts from 1 in the piece (jsonl), the file, the tar's `member`, or the table.
 
-    `id_repaired`: the record had no usable id; its id is made from its place.
+    `id_repaired`: the record had no usable id; its id is made from its place. `mark`: how far its text can be
+    trusted (`compression.MARKS`).
     """
 
     id: str
@@ -58,15 +70,20 @@ class RawDocument:
     line: int
     id_repaired: bool = False
     member: str = ""
+    mark: int = 0
 
 
 @dataclass(frozen=True)
 class Reject:
-    """One rejected record, or with line 0 a whole member of a tar."""
+    """One rejected record, or with line 0 a whole member of a tar.
+
+    of: the id of the document that it resembles, or the words that it shares with a test text.
+    """
 
     line: int
     reason: str
     member: str = ""
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,27 +97,45 @@ class _Place:
 
 
 class DocumentReader:
-    """Reads one piece, or a file as one piece; iterate once. `language`: en, zh, other, or auto.
+    """Reads one piece, or a file as one piece; iterate once.
+
+    Args:
+        language: en, zh, other, or auto.
+        damage: what `find_damage` gave for the piece, to be left out; None before it was called.
+        salvage: also give what can be decoded of damaged members, marked.
 
     Attributes:
         bytes_read: stored bytes read so far.
         sha256: of the piece's stored bytes (of the rows, for a dataset), after iterating.
         lines: lines or rows read.
         repaired: documents by kind of change.
-        damage: what stopped the reading before the end, or None.
+        damage: the parts that were left out (or salvaged), after iterating.
+        unverified: members without a checksum that held text.
 
     Raises:
+        DamagedMember: a member failed its checksum after documents of it were given out: drop what came of
+            the file, and read it again with `find_damage`.
         UserError: the file cannot be read, or has changed since it was found.
     """
 
-    def __init__(self, source: InputFile | Piece, language: str = "auto", filters: Filters | None = None):
+    def __init__(
+        self,
+        source: InputFile | Piece,
+        language: str = "auto",
+        filters: Filters | None = None,
+        damage: Sequence[Damage] | None = None,
+        salvage: bool = False,
+    ):
         self.piece = source if isinstance(source, Piece) else whole(source)
         self.file = self.piece.file
         self.language = language
         self.filters = filters or Filters()
         self.bytes_read = 0
         self.lines = 0
-        self.damage: str | None = None
+        self.damage: list[Damage] = []
+        self.unverified = 0
+        self._known_damage, self._salvage = damage, salvage
+        self._mark: Callable[[], int] = lambda: 0  # of the bytes read last
         self.repaired: Counter[str] = Counter()
         self._hash = hashlib.sha256()
         self._first = 0  # offset of the first line that starts in the piece
@@ -141,12 +176,16 @@ class DocumentReader:
         """The bytes of the lines that start in the piece; sets `self._first` to the offset of the first."""
         start = self.piece.start
         with user_errors(self.file.path), open_input(self.file) as stream:
+            misnamed = self._misnamed(stream.read(HEAD))
             inside = False  # a line of an earlier piece
+            stream.seek(start)
             if start:
                 stream.seek(start - 1)
                 inside = stream.read(1) != b"\n"
             self._first, last = start, b"\n"
             for chunk in self._read(stream):
+                if misnamed:
+                    continue
                 if inside:
                     end = chunk.find(b"\n") + 1
                     inside = not end
@@ -164,17 +203,20 @@ class DocumentReader:
                 yield chunk
 
     def _unpacked(self) -> Iterator[RawDocument | Reject]:
-        plain = Unpacked(self._stored(), self.file.packing)
-        archive = None
+        path, known = self.file.path, self._known_damage
+        plain = Unpacked(self._stored(), self.file.packing, path, known, self._salvage)
+        self._mark = lambda: plain.mark
+        self.damage += known or ()
         if self.file.kind == "text":
             yield from self._text(plain)
         elif self.file.is_tar:
             archive = TarMembers(plain)
             for member in archive:
                 yield from self._member(member)
+            self.damage += archive.damage
         else:
             yield from self._lines(plain, self._here)
-        self.damage = plain.damage or (archive.damage if archive else None)
+        self.unverified = plain.unverified
 
     def _member(self, member) -> Iterator[RawDocument | Reject]:
         if not member.regular:
@@ -192,38 +234,55 @@ class DocumentReader:
         )
         yield from self._lines(member.content, place)
 
-    def _text(self, plain: Iterable[bytes]) -> Iterator[RawDocument | Reject]:
-        """A text file is one document with the file's name as its id."""
-        chunks, held = [], 0
+    def _text(self, plain: Iterable[bytes | None]) -> Iterator[RawDocument | Reject]:
+        """A text file is one document with the file's name as its id; damaged, it is one only if salvaged."""
+        chunks, held, mark, gap = [], 0, 0, False
         for chunk in plain:
-            held += len(chunk)
+            gap |= chunk is None
+            mark |= self._mark()
+            held += len(chunk or b"")
             if held <= MAX_LINE_BYTES:
-                chunks.append(chunk)
+                chunks.append(chunk or b"")
             else:
                 chunks.clear()
         self.lines += 1
+        data = b"".join(chunks)
+        if (gap and not mark & SALVAGED) or self._misnamed(data):
+            return
         if held > MAX_LINE_BYTES:
             yield Reject(1, "file too long")
             return
         try:
-            text = b"".join(chunks).removeprefix(_BOM).decode("utf-8")
+            text = data.removeprefix(_BOM).decode("utf-8")
         except UnicodeDecodeError:
             yield Reject(1, "undecodable bytes")
             return
         record = {"id": self.file.name, "content": text}
-        yield self._judge(1, record, self._here, "", dataclasses.replace(self.filters, text_field=None))
+        item = self._judge(1, record, self._here, "", dataclasses.replace(self.filters, text_field=None))
+        yield dataclasses.replace(item, mark=mark) if mark and isinstance(item, RawDocument) else item
+
+    def _misnamed(self, start: bytes) -> bool:
+        """Whether a text by its name starts like something else, which is then left out as damage."""
+        if (content := content_of(start[:HEAD])) in (None, PLAIN_TEXT):
+            return False
+        if not self.piece.start:
+            self.damage.append(Damage(f"not text but {content}: {RENAME}", 0, self.file.size))
+        return True
 
     # Records --------------------------------------------------------------------------------------------
 
-    def _lines(self, chunks: Iterable[bytes], place: _Place) -> Iterator[RawDocument | Reject]:
-        for number, (offset, line) in enumerate(cut_lines(chunks), start=1):
+    def _lines(self, chunks: Iterable[bytes | None], place: _Place) -> Iterator[RawDocument | Reject]:
+        for number, (offset, line, mark) in enumerate(cut_lines(chunks, self._mark), start=1):
             self.lines += 1
             if line is None:
                 yield Reject(number, "line too long", place.member)
                 continue
             line = line.removeprefix(_BOM)  # also inside concatenated files
             if line and not line.isspace():
-                yield self._parse(number, line, place, offset)
+                item = self._parse(number, line, place, offset)
+                if mark and isinstance(item, RawDocument):
+                    item = dataclasses.replace(item, mark=mark)
+                yield item
 
     def _parse(self, number: int, line: bytes, place: _Place, offset: int) -> RawDocument | Reject:
         try:
@@ -305,7 +364,9 @@ class DocumentReader:
                 # A failing disk or network is not damage: the next run may read it all.
                 if getattr(error, "errno", None) is not None or "://" in self.file.path:
                     raise
-                self.damage = self.damage or f"damaged row group {group}: {first_line(error)}"
+                place = facts.column(0).data_page_offset
+                reason = f"damaged row group {group}: {first_line(error)}"
+                self.damage.append(Damage(reason, place, place + facts.total_byte_size))
 
     def _dataset(self) -> Iterator[RawDocument | Reject]:
         table = open_dataset(self.file.path)
@@ -357,23 +418,34 @@ class DocumentReader:
                 yield self._judge(number, record, self._here, f"#{number}", filters)
 
 
-def cut_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line without its line feed) for every line; None for one longer than `MAX_LINE_BYTES`."""
+def cut_lines(
+    chunks: Iterable[bytes | None], mark: Callable[[], int] = lambda: 0
+) -> Iterator[tuple[int, bytes | None, int]]:
+    """(offset, line without its line feed, its mark); no line, but None, where it exceeds `MAX_LINE_BYTES`.
+
+    Args:
+        chunks: a gap (None) ends a line. Neither part of a torn line of JSON is an object by itself.
+        mark: of the chunk given last; a line has the marks of all its chunks.
+    """
     open_line: list[bytes] = []  # parts of a line whose end has not been read
-    held = at = 0
+    held = at = marks = 0
     for chunk in chunks:
-        first, *others = chunk.split(b"\n")
+        # At a gap the open line ends without a line feed.
+        first, *others = (b"", b"") if chunk is None else chunk.split(b"\n")
         held += len(first)
+        now = mark()
+        if chunk is not None:
+            marks |= now
         if held <= MAX_LINE_BYTES:
             open_line.append(first)
         else:
             open_line.clear()
         for line in others:
-            yield at, b"".join(open_line) if held <= MAX_LINE_BYTES else None
-            at += held + 1
-            open_line, held = [line], len(line)
+            yield at, b"".join(open_line) if held <= MAX_LINE_BYTES else None, marks
+            at += held + (chunk is not None)
+            open_line, held, marks = [line], len(line), now if line else 0
     if held:
-        yield at, b"".join(open_line) if held <= MAX_LINE_BYTES else None
+        yield at, b"".join(open_line) if held <= MAX_LINE_BYTES else None, marks
 
 
 def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = None) -> Iterator[str]:
@@ -403,10 +475,30 @@ def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = 
         raise UserError("the input holds no usable document to learn a tokenizer from")
 
 
+def find_damage(piece: Piece, tick: Callable[[], object] = lambda: None) -> tuple[Damage, ...]:
+    """The damaged members of a piece; `tick()` is called regularly. Raises `UserError` when unreadable."""
+    file = piece.file
+    if not file.packing:
+        return ()
+    with user_errors(file.path), open_input(file) as stream:
+
+        def chunks_from(offset: int) -> Iterator[bytes]:
+            stream.seek(offset)
+            while chunk := stream.read(CHUNK_BYTES):
+                tick()
+                yield chunk
+
+        return find_in_packed(chunks_from, file.size, file.packing)
+
+
 def _lines_of_text(piece: Piece, filters: Filters | None) -> Iterator[str]:
-    for document in DocumentReader(piece, filters=filters):
-        if isinstance(document, RawDocument):
-            yield from document.content.split("\n")
+    """A sample is no more than read from the start: it ends where damage is met, and is not verified."""
+    try:
+        for document in DocumentReader(piece, filters=filters):
+            if isinstance(document, RawDocument):
+                yield from document.content.split("\n")
+    except DamagedMember as error:
+        log(f"data-prep: warning: {error}; the sample ends there")
 
 
 def _too_large(text: str) -> bool:

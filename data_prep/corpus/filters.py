@@ -116,6 +116,11 @@ class Filter:
         return None if holds else f"filter: {self}"
 
 
+DUPLICATE, NEAR_DUPLICATE, SHARES_WORDS = "duplicate", "near-duplicate", "shares words with a test text"
+# Starts of the reasons of `Filters.refusal`, and of comparisons: documents that the user did not want.
+ASKED_FOR = ("too short", "too long", "language: ", "filter: ", DUPLICATE, NEAR_DUPLICATE, SHARES_WORDS)
+
+
 @dataclass(frozen=True)
 class Filters:
     """Cleaning rules and filters of records, all off by default.

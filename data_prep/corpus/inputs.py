@@ -405,7 +405,9 @@ def open_parquet(file: InputFile) -> Iterator:
     with open_input(file) as stream:
         with user_errors(file.path):
             # A small buffer and no read-ahead: memory is bounded by pages, not by row groups.
-            table = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+            # Pages that carry a checksum are compared with it.
+            options = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+            table = pyarrow.parquet.ParquetFile(stream, **options)
         yield table
 
 

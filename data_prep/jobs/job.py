@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.corpus.filters import Filters
+from data_prep.common.results import WorkFolder
 from data_prep.corpus.inputs import InputFile, Piece
-from data_prep.jobs.executor import WorkFolder
-from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED, ZSTD_LEVEL
+from data_prep.corpus.limits import Limits
+from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED
 from data_prep.shards.reader import ShardSet
-from data_prep.text.segment_rules import VERSION as SEGMENTER_VERSION
-from data_prep.text.sentences import SentenceSettings
-
-
-@dataclass(frozen=True)
-class ShardSettings:
-    """The settings that, with input and tokenizer, determine the bytes of a shard set; in the manifest.
-
-    Args:
-        shard_bytes: size of a shard's arrays at which the next shard starts.
-        shard_documents: likewise in documents; 0 for no limit.
-        unit_bytes: text per unit of work; None to derive it from the size of the input.
-    """
-
-    sentences: SentenceSettings
-    hygiene: Filters = Filters()
-    deduplicate: bool = False
-    shard_bytes: int = 64_000_000
-    shard_documents: int = 0
-    compression: str = "none"
-    unit_bytes: int | None = None
-
-    def to_dict(self) -> dict:
-        own = {key: value for key, value in asdict(self).items() if key not in ("sentences", "hygiene")}
-        level = {"zstd_level": ZSTD_LEVEL} if self.compression == "zstd" else {}
-        versions = {"segmenter_version": SEGMENTER_VERSION}
-        return self.sentences.to_dict() | versions | {"hygiene": self.hygiene.to_dict()} | own | level
+from data_prep.shards.settings import ShardSettings
 
 
 @dataclass(frozen=True)
@@ -47,8 +23,10 @@ class Job:
     settings: ShardSettings
     facts: dict  # the manifest's format version, settings and tokenizer
     files: list[InputFile]
-    units: list[list[Piece]]
+    units: dict[int, list[Piece]]
     not_read: list[str]
+    tokenizer: Path  # folder
+    limits: Limits = Limits()
     only: tuple[int, ...] | None = None
 
     @property
@@ -59,12 +37,46 @@ class Job:
         """Bytes of input of a unit, as stored."""
         return sum(piece.size for piece in self.units[unit])
 
+    @functools.cached_property
+    def seen(self) -> list[tuple[str, int]]:
+        """(folder, shard) of the sets whose documents count as earlier ones."""
+        sets = [(folder, len(ShardSet.open(folder))) for folder in self.settings.seen]
+        return [(folder, shard) for folder, shards in sets for shard in range(shards)]
+
     def work_folder(self) -> WorkFolder:
-        """Locks and results of the run."""
+        """Results of the run."""
         if self.only is None:
             return WorkFolder(self.work, (self.output / MANIFEST).is_file)
         manifest = ShardSet.open(self.output).manifest
         return WorkFolder(self.work, lambda: not missing_units(self.output, manifest) & set(self.only))
+
+    def tasks(self, phase: str, units: Iterable[int]) -> list[Task]:
+        """Units of one phase, each with the part of the job that it needs."""
+        part = replace(
+            self, output=self.output.absolute(), tokenizer=self.tokenizer.absolute(), files=[], not_read=[]
+        )
+        return [Task(replace(part, units={unit: self.units.get(unit, [])}), phase, unit) for unit in units]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of one phase, as it is sent to the process that runs it."""
+
+    job: Job
+    phase: str
+    unit: int
+
+    @property
+    def name(self) -> str:
+        """Its input, for messages."""
+        if self.phase == "seen":
+            return f"shard {self.unit} of the sets that were seen"
+        first, *more = self.job.units[self.unit]
+        return f"{first.file.name} from {first.start:,}" + (f" and {len(more)} more" if more else "")
+
+    def is_started(self) -> bool:
+        """Whether a process has started it and has not published it."""
+        return any(unit == self.unit for unit, _ in self.job.work_folder().staging(self.phase))
 
 
 def missing_units(output: Path, manifest: dict) -> set[int]:

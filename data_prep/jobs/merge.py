@@ -1,7 +1,7 @@
 """The end of a run of `data-prep shard`: units' results become the shard set, its manifest last.
 
-Every step may run again after a kill, or in two processes at once: files that have moved are skipped, and
-all others are made in a process's own folder and renamed, with the same bytes.
+Every step may run again after a kill, or in two processes at once: files are made in a folder of the process
+and renamed, with the same bytes.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
-from data_prep.jobs.executor import RECORD, Heartbeat, Incomplete, WorkFolder
+from data_prep.common.results import RECORD, WorkFolder
 from data_prep.jobs.job import Job
 from data_prep.shards.layout import (
     COUNTS,
+    FORMAT_VERSION,
     MANIFEST,
+    MARKED_VERSION,
     QUARANTINE,
     SHARD_ENDINGS,
     TOKENIZER_FOLDER,
@@ -27,52 +28,64 @@ from data_prep.shards.layout import (
     seal_manifest,
     shard_names,
 )
+from data_prep.shards.manifest import damage_entries, input_entries, sum_counts, sum_groups, sum_rejected
+from data_prep.shards.quarantine import join_quarantines
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
 
 
-def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartbeat: Heartbeat) -> None:
-    """Move the shards to their final names; write quarantine, tokenizer and, last, the manifest.
+def merge(
+    tokenizer: Tokenizer, job: Job, work: WorkFolder, heartbeat: Callable[[], None], folder: Path
+) -> None:
+    """Give the shards their final names; write quarantine, tokenizer and, last, the manifest.
 
     Raises:
-        UserError: there is no document.
+        UserError: there is no document, or the run's limits forbid the input.
         Incomplete: a crash of the machine truncated units, which were discarded.
     """
     output, facts = job.output, job.facts
-    records = _complete_records(job, work)
+    records = _complete_records(work, job.units)
+    inputs, rejected = input_entries(job.files, job.units, records), sum_rejected(records)
+    damaged = damage_entries(records)
+    job.limits.refuse(damaged, inputs, rejected)
     if not any(record["parts"] for record in records):
         shutil.rmtree(job.work)
         if not any(output.iterdir()):
             output.rmdir()
-        reasons = ", ".join(f"{n} × {reason}" for reason, n in _rejected(records).items())
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in rejected.items())
         files = ", ".join(file.name for file in job.files[:5])
-        raise UserError(f"no usable document in {files}: {reasons or 'the files are empty'}")
+        details = "".join(f"; {one['file']}: {one['damage']}" for one in damaged[:5])
+        if damaged and not job.settings.salvage:
+            details += "; --salvage takes what can be decoded"
+        raise UserError(f"no usable document in {files}: {reasons or 'the files are empty'}{details}")
     shards: list[dict] = []
     for unit, record in enumerate(records):
         for number, part in enumerate(record["parts"]):
-            names = shard_names(len(shards))
-            for key, ending in SHARD_ENDINGS.items():
-                _move(work.result("shard", unit) / f"part-{number:03d}{ending}", output / names[key])
-            shards.append(names | {"unit": unit} | part)
-            heartbeat({})
-    _write_quarantine(job, work, records, folder, heartbeat)
-    tokenizer_files = _save_tokenizer(tokenizer, folder, output)
-    inputs = _input_entries(job, records)
-    content = [[entry["file"], [piece["sha256"] for piece in entry["pieces"]]] for entry in inputs]
-    damaged = [
-        {"file": p["file"], "damage": p["damage"]} for r in records for p in r["pieces"] if p["damage"]
+            shards.append(shard_names(len(shards)) | {"unit": unit} | part)
+            _place(job, work, folder, number, shards[-1])
+            heartbeat()
+    parts = [
+        (work.result("shard", unit) / QUARANTINE, job.units[unit], record["pieces"])
+        for unit, record in enumerate(records)
     ]
+    join_quarantines(parts, folder / QUARANTINE, heartbeat)
+    os.replace(folder / QUARANTINE, output / QUARANTINE)
+    tokenizer_files = _save_tokenizer(tokenizer, folder, output)
+    content = [[entry["file"], [piece["sha256"] for piece in entry["pieces"]]] for entry in inputs]
+    marked = sum_counts(record["marked"] for record in records)
     manifest = facts | {
+        "format_version": MARKED_VERSION if marked else FORMAT_VERSION,
         "fingerprint": fingerprint(facts, content),
         "settings_fingerprint": fingerprint(facts),
         "tokenizer": facts["tokenizer"] | {"files": tokenizer_files},
         "shards": shards,
         "totals": {name: sum(shard[name] for shard in shards) for name in COUNTS},
-        "languages": _sum_groups(record["languages"] for record in records),
-        "sources": _sum_groups(record["sources"] for record in records),
-        "rejected": _rejected(records),
-        "repaired": _sum_counts(record["repaired"] for record in records),
+        "languages": sum_groups(record["languages"] for record in records),
+        "sources": sum_groups(record["sources"] for record in records),
+        "rejected": rejected,
+        "repaired": sum_counts(record["repaired"] for record in records),
         "damaged": damaged,
+        "marked": marked,
         "quarantine_sha256": file_sha256(output / QUARANTINE),
         "inputs": inputs,
         "not_read": job.not_read,
@@ -81,97 +94,42 @@ def merge(job: Job, work: WorkFolder, tokenizer: Tokenizer, folder: Path, heartb
     shutil.rmtree(job.work, ignore_errors=True)
 
 
-def restore_shards(job: Job, work: WorkFolder, heartbeat: Heartbeat) -> None:
-    """Move rebuilt shards to the places where they are missing.
+def restore_shards(job: Job, work: WorkFolder, heartbeat: Callable[[], None], folder: Path) -> None:
+    """Put rebuilt shards where they are missing.
 
     Raises:
         UserError: they differ from the manifest.
         Incomplete: as in `merge`.
     """
     manifest = ShardSet.open(job.output).manifest
-    for unit in job.only:
+    for unit, record in zip(job.only, _complete_records(work, job.only), strict=True):
         shards = [entry for entry in manifest["shards"] if entry["unit"] == unit]
-        places = {
-            f"part-{number:03d}{ending}": job.output / entry[key]
-            for number, entry in enumerate(shards)
-            for key, ending in SHARD_ENDINGS.items()
-        }
-        if not work.is_complete("shard", unit, places.get):
-            work.discard("shard", unit)
-            raise Incomplete
-        record = json.loads((work.result("shard", unit) / RECORD).read_bytes())
         if [part["sha256"] for part in record["parts"]] != [entry["sha256"] for entry in shards]:
             raise UserError(
                 f"{job.output}: its input gives other shards now; delete the folder and run again"
             )
-        for part, place in places.items():
-            _move(work.result("shard", unit) / part, place)
-        heartbeat({})
+        for number, entry in enumerate(shards):
+            _place(job, work, folder, number, entry)
+        heartbeat()
     shutil.rmtree(job.work, ignore_errors=True)
 
 
-def _move(made: Path, place: Path) -> None:
-    """Rename, unless an interrupted run or another process has done so already."""
-    try:
-        os.replace(made, place)
-    except FileNotFoundError:
-        if not place.is_file():
-            raise
+def _place(job: Job, work: WorkFolder, folder: Path, number: int, entry: dict) -> None:
+    """Link a unit's shard to its name in the set: the result stays whole until the set is."""
+    for key, ending in SHARD_ENDINGS.items():
+        link = folder / entry[key]
+        os.link(work.result("shard", entry["unit"]) / f"part-{number:03d}{ending}", link)
+        os.replace(link, job.output / entry[key])
+        link.unlink(missing_ok=True)  # replacing a link to the same file does nothing
 
 
-def _complete_records(job: Job, work: WorkFolder) -> list[dict]:
+def _complete_records(work: WorkFolder, units: Iterable[int]) -> list[dict]:
     """The units' records. Raises `Incomplete` after discarding truncated units.
 
     Only `verify` finds flipped bits: finding them here would read all shards again.
     """
-    broken: list[int] = []
-    records: list[dict] = []
-    shards = 0
-    for unit in range(len(job.units)):
-        try:
-            record = json.loads((work.result("shard", unit) / RECORD).read_bytes())
-        except (OSError, ValueError):
-            work.discard("shard", unit)
-            raise Incomplete from None
-        places = {
-            f"part-{number:03d}{ending}": job.output / f"shard-{shards + number:06d}{ending}"
-            for number in range(len(record["parts"]))
-            for ending in SHARD_ENDINGS.values()
-        }
-        if not work.is_complete("shard", unit, places.get):
-            broken.append(unit)
-        records.append(record)
-        shards += len(record["parts"])
-    for unit in broken:
-        work.discard("shard", unit)
-    if broken:
-        raise Incomplete
-    return records
-
-
-def _write_quarantine(
-    job: Job, work: WorkFolder, records: list[dict], folder: Path, heartbeat: Heartbeat
-) -> None:
-    """Concatenate the units' quarantines. Their line numbers count from the start of each piece."""
-    before: Counter[str] = Counter()  # lines of a file, by path, in the pieces so far
-    with open(folder / QUARANTINE, "wb") as out:
-        for unit, record in enumerate(records):
-            with open(work.result("shard", unit) / QUARANTINE, "rb") as stream:
-                for piece, read in zip(job.units[unit], record["pieces"], strict=True):
-                    end = stream.tell() + read["quarantine_bytes"]
-                    while stream.tell() < end:
-                        line = stream.readline()
-                        if before[piece.file.path]:
-                            entry = json.loads(line)
-                            entry["line"] += before[piece.file.path]
-                            line = json.dumps(entry).encode("ascii") + b"\n"
-                        out.write(line)
-                    if piece.file.kind == "jsonl":
-                        before[piece.file.path] += read["lines"]
-            heartbeat({})
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(folder / QUARANTINE, job.output / QUARANTINE)
+    work.require("shard", units)
+    return [json.loads((work.result("shard", unit) / RECORD).read_bytes()) for unit in units]
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict[str, str]:
@@ -182,39 +140,3 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict[st
     for name in files:
         os.replace(folder / TOKENIZER_FOLDER / name, output / TOKENIZER_FOLDER / name)
     return files
-
-
-def _input_entries(job: Job, records: list[dict]) -> list[dict]:
-    """One entry per input file: its counts, and which unit read which piece."""
-    entries: dict[str, dict] = {
-        file.path: {"file": file.name, "kind": file.kind, "size": file.size, "documents": 0, "rejected": 0}
-        | {"pieces": []}
-        for file in job.files
-    }
-    for unit, record in enumerate(records):
-        for piece, read in zip(job.units[unit], record["pieces"], strict=True):
-            entry = entries[piece.file.path]
-            entry["documents"] += read["documents"]
-            entry["rejected"] += sum(read["rejected"].values())
-            place = {name: read[name] for name in ("start", "end", "sha256", "lines")}
-            entry["pieces"].append(place | {"unit": unit})
-    return list(entries.values())
-
-
-def _rejected(records: list[dict]) -> dict[str, int]:
-    return _sum_counts(piece["rejected"] for record in records for piece in record["pieces"])
-
-
-def _sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for one in counts:
-        total.update(one)
-    return dict(sorted(total.items()))
-
-
-def _sum_groups(groups: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    total: dict[str, Counter[str]] = {}
-    for one in groups:
-        for name, counts in one.items():
-            total.setdefault(name, Counter()).update(counts)
-    return {name: dict(total[name]) for name in sorted(total)}

@@ -1,4 +1,4 @@
-"""`data-prep shard`: plans a run and starts the processes of each backend.
+"""`data-prep shard`: plans a run, or finds one that was stopped, or a finished set.
 
 A unit of work is a list of pieces of input, whatever the number of workers, so the bytes depend on input and
 settings alone. Unfinished work is in `.unfinished/`; a run that was killed resumes from there.
@@ -6,83 +6,35 @@ settings alone. Unfinished work is in `.unfinished/`; a run that was killed resu
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.common.errors import UserError, describe
+from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes, partial_name
 from data_prep.corpus.inputs import Piece, plan_units, survey, unread_line
-from data_prep.jobs.executor import run_in_processes
+from data_prep.corpus.limits import Limits
 from data_prep.jobs.job import Job, ShardSettings, missing_units
-from data_prep.jobs.progress import Progress
-from data_prep.jobs.units import run_worker
 from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
 from data_prep.shards.reader import ShardSet
 from data_prep.text.segmenter import get_segmenter
-from data_prep.text.tokenizer import Tokenizer, load_tokenizer
+from data_prep.text.tokenizer import Tokenizer
 
 # The input of a set that exists is compared by content up to this size, beyond it by name and size alone.
 COMPARED_BYTES = 2_000_000_000
-
-Report = Callable[[Progress], None]
-
-
-def make_shards(
-    inputs: list[str | Path],
-    output: str | Path,
-    tokenizer_folder: str | Path,
-    settings: ShardSettings,
-    workers: int = 1,
-    backend: str = "local",
-    report: Report | None = None,
-) -> tuple[dict, bool]:
-    """Make, resume, repair or find the shard set. Several processes may call this for one set.
-
-    Under the `mpi` backend every rank calls this. `report` is called regularly with the progress of the whole
-    run over all processes.
-
-    Returns:
-        The manifest, and whether the set was complete before.
-
-    Raises:
-        UserError: the input is bad, or `output` holds something else.
-    """
-    report = report or (lambda progress: None)
-    if backend == "mpi":
-        return _make_by_mpi(inputs, output, tokenizer_folder, settings, report)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    found = True
-    while (job := plan(inputs, output, tokenizer, settings)) is not None:
-        found = False
-        watch = functools.partial(_watch, report, Progress(job))
-        if min(workers, len(job.units)) <= 1:
-            run_worker(job, tokenizer, watch)
-        else:
-            work = functools.partial(run_worker, job, tokenizer)
-            run_in_processes(min(workers, len(job.units)), work, watch)
-        watch()
-        if job.only is None:  # a repaired set is checked again: more may be missing by now
-            break
-    return ShardSet.open(output).manifest, found
-
-
-def _watch(report: Report, progress: Progress) -> None:
-    if progress.work.is_dir() or progress.done:
-        progress.update()
-        report(progress)
-
-
-# Planning ----------------------------------------------------------------------------------------------
+NO_LIMITS = Limits()
 
 
 def plan(
-    inputs: list[str | Path], output: str | Path, tokenizer: Tokenizer, settings: ShardSettings
+    inputs: list[str | Path],
+    output: str | Path,
+    tokenizer: Tokenizer,
+    tokenizer_folder: str | Path,
+    settings: ShardSettings,
+    limits: Limits = NO_LIMITS,
 ) -> Job | None:
     """The work to do; None when it is done. Makes the work folder, or checks an existing one."""
     output = Path(output)
@@ -103,7 +55,8 @@ def plan(
     }
     if not_read:
         print(f"data-prep: not read: {unread_line(not_read)}", file=sys.stderr)
-    job = Job(output, settings, facts, files, plan_units(files, settings.unit_bytes), not_read)
+    planned = dict(enumerate(plan_units(files, settings.unit_bytes)))
+    job = Job(output, settings, facts, files, planned, not_read, Path(tokenizer_folder), limits)
     for _ in range(3):
         try:
             return _check_finished(job) if (output / MANIFEST).is_file() else _start(job)
@@ -169,6 +122,7 @@ def _check_finished(job: Job) -> Job | None:
     found = [(file.name, file.size) for file in job.files]
     if found != [(entry["file"], entry["size"]) for entry in manifest["inputs"]]:
         raise UserError(f"{output} holds shards made from other input; {advice}")
+    job.limits.refuse(manifest["damaged"], manifest["inputs"], manifest["rejected"])
     missing = missing_units(output, manifest)
     if not missing and sum(file.size for file in job.files) <= COMPARED_BYTES:
         for file, entry in zip(job.files, manifest["inputs"], strict=True):
@@ -176,66 +130,7 @@ def _check_finished(job: Job) -> Job | None:
                 if Piece(file, piece["start"], piece["end"]).sha256() != piece["sha256"]:
                     raise UserError(f"{output} holds shards made from another {file.name}; {advice}")
     started = _read_plan(job)
-    if (
-        started is not None
-        and (started["only"] is None or not missing)
-        and not job.work_folder().has_live_lock()
-    ):
+    if started is not None and (started["only"] is None or not missing):
         shutil.rmtree(job.work, ignore_errors=True)  # left by a process that was killed during removal
     # Rebuilt shards must match the manifest; `restore_shards` checks that.
     return _start(replace(job, only=tuple(sorted(missing)))) if missing else None
-
-
-# Backends ----------------------------------------------------------------------------------------------
-
-
-def choose_backend(name: str) -> str:
-    """`auto` by the environment: `mpi` under mpirun, `slurm` in an array job, else `local`."""
-    if name != "auto":
-        return name
-    if mpi_number("SIZE") > 1:
-        return "mpi"
-    return "slurm" if "SLURM_ARRAY_TASK_ID" in os.environ else "local"
-
-
-def mpi_number(name: str) -> int:
-    """RANK or SIZE of an MPI launch, from the environment, before MPI is loaded; 0 outside MPI."""
-    return int(os.environ.get(f"OMPI_COMM_WORLD_{name}") or os.environ.get(f"PMI_{name}") or 0)
-
-
-def _make_by_mpi(
-    inputs: list[str | Path],
-    output: str | Path,
-    tokenizer_folder: str | Path,
-    settings: ShardSettings,
-    report: Report,
-) -> tuple[dict, bool]:
-    """Rank 0 plans and broadcasts the job; then every rank works on it."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(f"the mpi backend needs mpi4py and an MPI: {error}") from error
-    world = MPI.COMM_WORLD
-    planned: tuple[Job | None, str | None] = None, None
-    if world.rank == 0:
-        try:
-            tokenizer = load_tokenizer(tokenizer_folder)
-            planned = plan(inputs, output, tokenizer, settings), None
-        except (UserError, OSError) as error:
-            planned = None, describe(error)
-    job, refused = world.bcast(planned, root=0)
-    if refused is not None:
-        raise UserError(refused) if world.rank == 0 else SystemExit(2)
-    if job is not None:
-        if world.rank:
-            tokenizer = load_tokenizer(tokenizer_folder)
-        watch = functools.partial(_watch, report, Progress(job)) if world.rank == 0 else None
-        try:
-            run_worker(job, tokenizer, watch)
-        except (UserError, OSError) as error:
-            # The other ranks wait for this rank's unit: end them after reporting the error.
-            print(f"data-prep: error: {describe(error)}", file=sys.stderr, flush=True)
-            world.Abort(2)
-        if watch:
-            watch()
-    return ShardSet.open(output).manifest, job is None

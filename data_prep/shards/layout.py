@@ -15,8 +15,10 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import json_bytes
+from data_prep.corpus.compression import MARKS
 
 FORMAT_VERSION = 3
+MARKED_VERSION = 4  # of a set with marked documents; readers take both
 MANIFEST = "manifest.json"
 QUARANTINE = "quarantine.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
@@ -50,6 +52,8 @@ INDEX_DTYPE = np.dtype(
         ("checksum", "<u4"),
     ]
 )
+# Of a shard with marked documents. `mark`: how far the text can be trusted (`MARKS`).
+MARKED_DTYPE = np.dtype([*INDEX_DTYPE.descr, ("mark", "u1")])
 
 LENGTH_DTYPE = np.dtype("<u2")
 MEMBER_KINDS = ("tokens.npy", "sentence_lengths.npy", "document_sizes.npy", "documents.json")
@@ -60,7 +64,7 @@ _MEMBER_NAME = re.compile(rf"(\d{{6,}})\.({'|'.join(map(re.escape, MEMBER_KINDS)
 class Document:
     """One stored document: tokens uint16/uint32 [T]; sentence_lengths uint16 [S], sum T; bytes of text.
 
-    text_hash: `hash64` of the text, the same under any tokenizer.
+    text_hash: `hash64` of the text, the same under any tokenizer. mark: how far the text can be trusted.
     """
 
     id: str
@@ -70,6 +74,7 @@ class Document:
     sentence_lengths: np.ndarray
     bytes: int
     text_hash: int
+    mark: int = 0
 
     def sentences(self) -> list[np.ndarray]:
         """The S slices of `tokens`."""
@@ -130,7 +135,7 @@ def read_index(path: Path, sha256: str | None = None) -> np.ndarray:
         index = _npy_array(data)
     except ValueError as error:
         raise UserError(f"shard index {path} is damaged: {error}") from error
-    if index.dtype != INDEX_DTYPE:
+    if index.dtype not in (INDEX_DTYPE, MARKED_DTYPE):
         raise UserError(f"shard index {path} has another layout than this format's")
     return index
 
@@ -205,6 +210,13 @@ def index_totals(index: np.ndarray) -> dict[str, int]:
     return {"documents": int(index.size)} | {
         name: int(index[name].sum(dtype=np.uint64)) for name in COUNTS[1:]
     }
+
+
+def count_marks(index: np.ndarray) -> dict[str, int]:
+    """Marked documents of an index by mark; empty when there are none."""
+    marks = index["mark"] if index.dtype == MARKED_DTYPE else np.empty(0, np.uint8)
+    counts = {name: int(np.count_nonzero(marks & bit)) for bit, name in MARKS.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _checksum(tokens: np.ndarray, sentence_lengths: np.ndarray) -> int:

@@ -17,10 +17,12 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes
+from data_prep.common.remote import is_url
 from data_prep.shards.layout import (
     FORMAT_VERSION,
     LENGTH_DTYPE,
     MANIFEST,
+    MARKED_VERSION,
     MEMBER_KINDS,
     QUARANTINE,
     TOKENIZER_FOLDER,
@@ -147,6 +149,7 @@ class Shard:
             sentence_lengths=self.sentence_lengths(n),
             bytes=int(row["bytes"]),
             text_hash=int(row["text_hash"]),
+            mark=int(row["mark"]) if "mark" in row.dtype.names else 0,
         )
 
     @property
@@ -224,7 +227,14 @@ class ShardSet:
 
     @classmethod
     def open(cls, folder: str | Path) -> ShardSet:
-        """Raises `UserError` when the manifest is missing, damaged, or of another format."""
+        """Open a folder, or the copy on this machine of the set behind a URL.
+
+        Raises `UserError` when the manifest is missing, damaged, or of another format.
+        """
+        if is_url(str(folder)):
+            from data_prep.shards.stage import local_copy  # it opens sets itself
+
+            folder = local_copy(str(folder))
         folder = Path(folder)
         path = folder / MANIFEST
         if not folder.is_dir():
@@ -237,11 +247,11 @@ class ShardSet:
             data = path.read_bytes()
             manifest = json.loads(data)
             version = manifest["format_version"]
-            if isinstance(version, int) and version > FORMAT_VERSION:
+            if isinstance(version, int) and version > MARKED_VERSION:
                 raise UserError(
-                    f"{path} has format version {version}, newer than {FORMAT_VERSION}: update this package"
+                    f"{path} has format version {version}, newer than {MARKED_VERSION}: update this package"
                 )
-            if version != FORMAT_VERSION:
+            if version not in (FORMAT_VERSION, MARKED_VERSION):
                 raise UserError(
                     f"{path} has format version {version!r}, not {FORMAT_VERSION}: make the shards again"
                 )

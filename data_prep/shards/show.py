@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data_prep.corpus.compression import MARKS
 from data_prep.shards.layout import Document
 from data_prep.shards.reader import ShardSet
 
@@ -23,8 +24,9 @@ def show(folder: str | Path, count: int, number: int = 0, key: str | None = None
         last = min(number + count, max(shards.manifest["totals"]["documents"], number + 1))
         documents = map(shards.document, range(number, last))
     for document in documents:
+        marks = "".join(f", {name}" for bit, name in MARKS.items() if document.mark & bit)
         yield (
-            f"── {json.dumps(document.id)} ({document.language}, {document.source}): "
+            f"── {json.dumps(document.id)} ({document.language}, {document.source}{marks}): "
             f"{document.sentence_lengths.size} sentences, "
             f"{document.tokens.size} tokens, {document.bytes} bytes"
         )

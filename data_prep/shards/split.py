@@ -169,6 +169,7 @@ class _Part:
             "rejected": {},
             "repaired": {},
             "damaged": [],
+            "marked": dict(self.series.marked),
             "quarantine_sha256": file_sha256(self.folder / QUARANTINE),
             "inputs": [],
             "not_read": [],

@@ -23,13 +23,14 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.common.errors import UserError
+from data_prep.common.page import render
 from data_prep.shards.layout import QUARANTINE
 from data_prep.shards.reader import Shard, ShardSet
 from data_prep.shards.stats_samples import Samples
@@ -43,28 +44,24 @@ WINDOW_TOKENS, BIN_TOKENS = 1024, 8192
 MOST_COPIED = 5
 REJECTED_FILES = 20
 SNIPPET = 100  # characters
-HISTOGRAM_WIDTH = 40  # characters
 HISTOGRAM_STEP = 4  # tokens per line of the histogram
-COUNTED = ("tokens_per_sentence", "sentences_per_document", "tokens_per_document")
 
 
 def stats(
     folder: str | Path,
     bin_tokens: int = BIN_TOKENS,
     window_tokens: int = WINDOW_TOKENS,
-    report: Callable[[int, int], None] | None = None,
 ) -> dict:
     """The figures of the shard set in `folder`, ready for JSON.
 
     Args:
         bin_tokens, window_tokens: what `packed` padding is counted for.
-        report: called with (shards done, shards) after each shard.
     Returns: for all documents, and the same under `languages` and `sources` (by name) and in `groups` (by
         language and source): counts; `tokens_per_sentence`, `sentences_per_document`,
         `tokens_per_document` (mean, p5, median, p95, p99, max); `share_at_limit` (sentences of `max_tokens`:
         nearly all were split), `share_one_token`; `histogram` (sentences, item n = length n);
         `document_histogram` (rows [first, last, documents] of sentences), `tensor_64x64`. For all also
-        `padding`, `duplicates`, `rejected`, `repaired`, `rejected_files`, `damaged`, `not_read`, `samples`.
+        `padding`, `duplicates`, `samples` and what the manifest says of the input.
     Raises: UserError when the folder is no shard set, holds no document, or has a missing or damaged file.
     """
     shards = ShardSet.open(folder)
@@ -86,8 +83,6 @@ def stats(
                 tally.add(batch, mine, lengths_by_code[code], int(kept[mine].sum()))
             padding.add(batch)
             samples.add(i, batch)
-        if report is not None:
-            report(i + 1, len(shards))
     if done != hashes.size:
         raise UserError(f"{shards.folder}: the manifest counts other documents; run `data-prep verify`")
     if not done:
@@ -111,9 +106,8 @@ def stats(
         "duplicates": _duplicates(shards, hashes, tokenizer),
         "rejected": manifest["rejected"],
         "rejected_files": _rejected_files(shards.folder / QUARANTINE),
-        "repaired": manifest["repaired"],
-        "damaged": manifest["damaged"],
-        "not_read": manifest["not_read"],
+        **{key: manifest[key] for key in ("repaired", "damaged", "not_read")},
+        "marked": manifest.get("marked", {}),
         "samples": samples.decoded(shards, tokenizer),
     }
 
@@ -442,46 +436,14 @@ def _rejected_files(quarantine: Path) -> list[dict]:
 
 def stats_text(result: dict) -> str:
     """`stats` for a terminal."""
-    settings = result["settings"]
-    lines = [
-        f"{result['folder']}: {result['shards']} shards, segmenter {settings['segmenter']}, "
-        f"at most {settings['max_tokens']} tokens a sentence, "
-        f"{result['tokenizer']['kind']} tokenizer with {result['tokenizer']['vocab_size']:,} entries"
-    ]
     groups = [("all", result), *result["languages"].items()]
     groups += [(f"{group['language']} {group['source']}", group) for group in result["groups"]]
-    for name, group in groups:
-        lines.append(
-            f"{name}: {group['documents']:,} documents, {group['sentences']:,} sentences, "
-            f"{group['tokens']:,} tokens, {group['bytes']:,} bytes ({group['bytes_per_token']} bytes a token)"
-        )
-        if "source" in group:
-            continue
-        for key in COUNTED:
-            spread = group[key]
-            said = ", ".join(f"{part} {spread[part]}" for part in ("p5", "median", "p95", "p99", "max"))
-            lines.append(f"  {key.replace('_', ' ')}: mean {spread['mean']:.1f}, {said}")
-        lines.append(
-            f"  at the limit: {percent(group['share_at_limit'])} of the sentences; "
-            f"of one token: {percent(group['share_one_token'])}"
-        )
-    padding, copies = result["padding"], result["duplicates"]
-    shares = {way: percent(figures["padding"]) for way, figures in padding.items()}
-    lines += [
-        f"padding: 64 × 64 tensors {shares['tensor_64x64']} "
-        f"(and {percent(padding['tensor_64x64']['dropped'])} of the tokens dropped), "
-        f"batches of 64 sentences {shares['batch']}, sorted {shares['sorted_batch']}, "
-        f"packed bins of {padding['packed']['bin_tokens']:,} tokens {shares['packed']}",
-        f"duplicates: {copies['documents']:,} documents ({percent(copies['share'])}) repeat "
-        f"{copies['texts']:,} texts, {copies['tokens']:,} tokens",
-    ]
-    for what in ("rejected", "repaired"):
-        said = ", ".join(f"{count:,} × {reason}" for reason, count in result[what].items()) or "none"
-        lines.append(f"{what} records: {said}")
-    lines += [f"damaged input: {item['file']}: {item['damage']}" for item in result["damaged"]]
-    lines.append("sentences by length in tokens:")
-    lines += _histogram_lines(result["histogram"])
-    return "\n".join(lines)
+    counts = result["histogram"]
+    last = max(length for length, count in enumerate(counts) if count)
+    steps = [(n, sum(counts[n : n + HISTOGRAM_STEP])) for n in range(1, last + 1, HISTOGRAM_STEP)]
+    values = {"all": result, "groups": groups, "steps": steps, "step": HISTOGRAM_STEP}
+    values["longest"] = max(count for _, count in steps)
+    return render(Path(__file__).with_name("stats.txt.jinja"), values, {"f": format, "percent": percent})
 
 
 def percent(share: float) -> str:
@@ -489,11 +451,3 @@ def percent(share: float) -> str:
     if share == 0:
         return "0 %"
     return f"{100 * share:.1f} %" if share >= 0.01 else f"{100 * share:#.2g} %"
-
-
-def _histogram_lines(histogram: list[int]) -> Iterator[str]:
-    last = max((length for length, count in enumerate(histogram) if count), default=0)
-    steps = [sum(histogram[start : start + HISTOGRAM_STEP]) for start in range(1, last + 1, HISTOGRAM_STEP)]
-    for start, count in zip(range(1, last + 1, HISTOGRAM_STEP), steps, strict=True):
-        bar = "█" * round(HISTOGRAM_WIDTH * count / max(steps))
-        yield f"{start:5d}–{start + HISTOGRAM_STEP - 1:<5d} {count:12,} {bar}"

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.charts import Bars, BarsAcross, Line, Lines, Mark
+from data_prep.common.charts import BarsAcross, Line, Lines, Mark
 from data_prep.common.page import (
     Block,
     Chart,
     Filters,
     Heading,
     Quotes,
-    Table,
     from_template,
     to_html,
     visible,
@@ -48,6 +47,8 @@ def stats_page(result: dict[str, Any]) -> str:
         "languages": languages,
         "drawn": drawn,
         "ways": WAYS,
+        "groups": [result, *groups[:TABLE_ROWS]],
+        "name": lambda one: f"{one['language']}: {one['source']}" if "source" in one else "all",
         "hidden_bars": max(0, len(bars) - BAR_ROWS),
         "hidden_groups": len(groups) - TABLE_ROWS,
     }
@@ -58,11 +59,9 @@ def stats_page(result: dict[str, Any]) -> str:
         "document_sizes": _document_sizes([(visible(name), result["languages"][name]) for name in drawn]),
         "bytes_per_token": [Chart("Bytes per token", BarsAcross(bars[:BAR_ROWS]))],
         "padding": [Chart("Tokens and padding", BarsAcross(shares))],
-        **_sub_corpora([result, *groups[:TABLE_ROWS]]),
-        **_left_out(result),
         "samples": [block for name in drawn for block in _samples(result, name)],
     }
-    filters: Filters = {"count": _count, "size": _size, "percent": percent, "visible": visible}
+    filters: Filters = {"count": _count, "f": format, "size": _size, "percent": percent, "visible": visible}
     blocks = from_template(Path(__file__).with_name("stats.md.jinja"), values, parts, filters)
     return to_html(f"Shards: {visible(folder)}", blocks)
 
@@ -111,21 +110,15 @@ def _document_sizes(drawn: Sequence[tuple[str, Group]]) -> list[Block]:
     for n, (name, group) in enumerate(drawn, start=1):
         shares = [100 * count / group["documents"] for _, _, count in group["document_histogram"]]
         shares += [0.0] * (last - len(shares))
-        series.append((name if len(drawn) > 1 else "", f"other-{n}", shares))
+        points = [(place + 0.5, share) for place, share in enumerate(shares)]
+        series.append(Line(name if len(drawn) > 1 else "", points, f"other-{n}", "bars"))
     every = 1 if last < 8 else 2
     ticks = [(n, f"{2**n // 1024}k" if n >= 10 else str(2**n)) for n in range(0, last + 1, every)]
     marks = [Mark(math.log2(SIDE), "limit", "ink", str(SIDE))] if 2**last > SIDE else []
     note = f"A published tensor ends after {SIDE} sentences." if marks else ""
     x_label, y_label = "sentences in the document (doubling)", "% of the language’s documents"
-    bars = Bars([n + 0.5 for n in range(last)], series, x_label, y_label, marks, ticks)
-    rows = []
-    for name, group in drawn:
-        for key, what in (("sentences_per_document", "sentences"), ("tokens_per_document", "tokens")):
-            spread = group[key]
-            cells = (f"{spread[part]:,}" for part in ("p5", "median", "p95", "p99", "max"))
-            rows.append([name, what, f"{spread['mean']:,.0f}", *cells])
-    header = ["language", "a document’s", "mean", "p5", "median", "p95", "p99", "longest"]
-    return [Chart("Documents by number of sentences", bars, note=note), Table(header, rows, left=(0, 1))]
+    bars = Lines(series, x_label, y_label, marks, y_from=0, x_ticks=ticks)
+    return [Chart("Documents by number of sentences", bars, note=note)]
 
 
 def _bytes_per_token(result: dict[str, Any], languages: Sequence[str]) -> list[tuple[str, str, Any]]:
@@ -140,53 +133,6 @@ def _bytes_per_token(result: dict[str, Any], languages: Sequence[str]) -> list[t
             found += [(part["source"], part["bytes_per_token"], "rest") for part in parts]
         rows += [(visible(label), f"{value:.2f}", [(value, colour)]) for label, value, colour in found]
     return rows
-
-
-def _sub_corpora(groups: Sequence[Group]) -> dict[str, list[Block]]:
-    amounts, shapes = [], []
-    for group in groups:
-        name = visible(f"{group['language']}: {group['source']}") if "source" in group else "all"
-        counts = (f"{group[key]:,}" for key in ("documents", "sentences", "tokens", "bytes"))
-        amounts.append([name, *counts, f"{group['bytes_per_token']:.2f}"])
-        lengths, tensor = group["tokens_per_sentence"], group["tensor_64x64"]
-        shares = (group["share_at_limit"], group["share_one_token"], tensor["padding"], tensor["dropped"])
-        spread = (f"{lengths['mean']:.1f}", str(lengths["median"]), str(lengths["p95"]))
-        shapes.append([name, *spread, *map(percent, shares)])
-    heads = "documents, sentences, tokens, bytes, bytes per token".split(", ")
-    shape_heads = "mean, median, p95, at limit, one token, padding, dropped".split(", ")
-    return {
-        "amounts": [Table(["sub-corpus", *heads], amounts)],
-        "shapes": [Table(["sub-corpus", *shape_heads], shapes)],
-    }
-
-
-def _left_out(result: dict[str, Any]) -> dict[str, list[Block]]:
-    copies = [
-        [f"{one['documents']:,}", *map(visible, (one["source"], one["id"], one["start"]))]
-        for one in result["duplicates"]["most_copied"]
-    ]
-    files = [
-        [
-            visible(one["file"]),
-            f"{one['records']:,}",
-            ", ".join(f"{count:,} × {visible(reason)}" for reason, count in one["reasons"].items()),
-        ]
-        for one in result["rejected_files"]
-    ]
-    damaged = [[visible(one["file"]), visible(one["damage"])] for one in result["damaged"]]
-    found: dict[str, list[Block]] = {
-        "copies": [Table(["times", "sub-corpus", "id of the first", "starts with"], copies, left=True)],
-        "rejected_files": [Table(["file", "records", "reasons"], files, left=(0, 2))],
-        "damaged": [Table(["file", "damage"], damaged, left=True)],
-    }
-    documents = result["documents"]
-    totals = {"rejected": documents + sum(result["rejected"].values()), "repaired": documents}
-    for what, share in (("rejected", "of all records"), ("repaired", "of the documents")):
-        counts = result[what]
-        order = sorted(counts, key=lambda reason: (-counts[reason], reason))
-        rows = [[visible(one), f"{counts[one]:,}", percent(counts[one] / totals[what])] for one in order]
-        found[what] = [Table([what, "records", share], rows)]
-    return found
 
 
 def _samples(result: dict[str, Any], language: str) -> list[Block]:

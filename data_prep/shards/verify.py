@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256
-from data_prep.corpus.documents import DocumentReader, RawDocument
+from data_prep.corpus.documents import DocumentReader, RawDocument, find_damage
 from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import Piece, find_inputs
 from data_prep.shards.layout import (
@@ -17,6 +18,7 @@ from data_prep.shards.layout import (
     MANIFEST,
     SHARD_ENDINGS,
     Document,
+    count_marks,
     hash64,
     index_totals,
     tar_members,
@@ -40,6 +42,7 @@ def verify(folder: str | Path) -> dict:
             raise UserError(f"{folder / name} has changed since it was written; {REMEDY}")
     byte_lengths = shards.tokenizer().byte_lengths
     totals = dict.fromkeys(shards.manifest["totals"], 0)
+    marked: Counter[str] = Counter()
     for i, entry in enumerate(shards.manifest["shards"]):
         tar, index = folder / entry["file"], folder / entry["index"]
         remedy = _remedy(shards, entry)
@@ -56,6 +59,9 @@ def verify(folder: str | Path) -> dict:
             if count != entry[name]:
                 raise UserError(f"{index} counts {count} {name}, the manifest {entry[name]}; {remedy}")
             totals[name] += count
+        marked.update(count_marks(shard.index))
+    if marked != Counter(shards.manifest.get("marked")):
+        raise UserError(f"{folder / MANIFEST}: its counts of marked documents are not those of its shards")
     if totals != shards.manifest["totals"]:
         raise UserError(f"{folder / MANIFEST}: its totals are not the sums of its shards")
     return {"ok": True, "shards": len(shards), **totals, "fingerprint": shards.fingerprint}
@@ -185,7 +191,9 @@ def _originals(shards: ShardSet, inputs: list[str]) -> Iterator[RawDocument]:
     good = 0
     filters = Filters.from_dict(settings["hygiene"])
     for _, n, start, end in sorted(places):
-        for item in DocumentReader(Piece(files[n], start, end), settings["language"], filters):
+        piece = Piece(files[n], start, end)
+        arguments = settings["language"], filters, find_damage(piece), settings.get("salvage", False)
+        for item in DocumentReader(piece, *arguments):
             if isinstance(item, RawDocument):
                 good += 1
                 yield item
@@ -204,5 +212,7 @@ def _compare(document: Document, text: str, originals: Iterator[RawDocument], wh
         if original.id == document.id and original.content == text:
             if (original.language, original.source) != (document.language, document.source):
                 raise UserError(f"{where}: language or source differ from the input's; {REMEDY}")
+            if original.mark != document.mark:
+                raise UserError(f"{where}: it is marked wrongly, or the input was damaged since; {REMEDY}")
             return
     raise UserError(f"{where} is not in the input, or not in this place; {REMEDY}")

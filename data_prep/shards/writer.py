@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.common.files import file_sha256, flush_and_rename, partial_name, write_atomically
+from data_prep.corpus.compression import MARKS
 from data_prep.shards.layout import (
     COUNTS,
     GROUP_BYTES,
     GROUP_DOCUMENTS,
     INDEX_DTYPE,
     LENGTH_DTYPE,
+    MARKED_DTYPE,
     SHARD_ENDINGS,
     ZSTD_LEVEL,
     Document,
@@ -61,7 +64,11 @@ class ShardWriter:
         if self._group:
             self._write_group()
         self._tar.close()
-        index = np.concatenate(self._rows) if self._rows else np.empty(0, INDEX_DTYPE)
+        index = np.concatenate(self._rows) if self._rows else np.empty(0, MARKED_DTYPE)
+        if not index["mark"].any():
+            marked, index = index, np.empty(index.size, INDEX_DTYPE)
+            for name in index.dtype.names:
+                index[name] = marked[name]
         write_atomically(self._index_path, npy_bytes(index))
         sha256, size = file_sha256(self._partial), self._partial.stat().st_size
         flush_and_rename(self._partial, self._tar_path)
@@ -74,7 +81,8 @@ class ShardWriter:
 
     def _write_group(self) -> None:
         group, self._group, self._group_bytes = self._group, [], 0
-        rows = np.zeros(len(group), INDEX_DTYPE)
+        rows = np.zeros(len(group), MARKED_DTYPE)
+        rows["mark"] = [document.mark for document in group]
         rows["tokens"] = [document.tokens.size for document in group]
         rows["sentences"] = [document.sentence_lengths.size for document in group]
         rows["bytes"] = [document.bytes for document in group]
@@ -127,6 +135,7 @@ class ShardSeries:
     Attributes:
         entries: the shards' manifest entries without file names, after `close`.
         languages, sources: `COUNTS` of all documents by language and by source, after `close`.
+        marked: documents by mark (`MARKS`).
     """
 
     def __init__(
@@ -144,6 +153,7 @@ class ShardSeries:
         self.entries: list[dict] = []
         self.languages: dict[str, dict[str, int]] = {}
         self.sources: dict[str, dict[str, int]] = {}
+        self.marked: Counter[str] = Counter()
 
     def add(self, document: Document) -> None:
         if self._writer is None:
@@ -153,6 +163,8 @@ class ShardSeries:
         self._writer.add(document)
         _add_counts(self.languages, document.language, document)
         _add_counts(self.sources, document.source, document)
+        if document.mark:
+            self.marked.update(name for bit, name in MARKS.items() if document.mark & bit)
         full = self._writer.documents == self._shard_documents
         if full or self._writer.payload >= self._shard_bytes:
             self.close()

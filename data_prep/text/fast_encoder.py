@@ -134,7 +134,9 @@ def fast_encoder(
     try:
         encoder = FastEncoder(build, reference, reference_name)
         different = encoder.first_difference(added)
-        reason = None if different is None else f"its ids differ for {different!r}"
+        if different is None:
+            return encoder
+        reason = f"its ids differ for {different!r}"
     except ImportError:
         reason = "it is not installed"
     except (KeyboardInterrupt, SystemExit):
@@ -143,8 +145,6 @@ def fast_encoder(
         reason = str(error)
     except BaseException as error:  # a panic in Rust is not an Exception
         reason = first_line(error)
-    if reason is None:
-        return encoder
     if parent_process() is None:  # once, not from every worker
         print(
             f"data-prep: warning: {reference_name} encodes, slowly: gigatoken cannot be used: {reason}",

@@ -16,7 +16,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomically
 from data_prep.text.fast_encoder import FastEncoder, fast_encoder, unproven
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -122,9 +122,9 @@ class Tokenizer:
         """Write the defining files to `folder`; `load_tokenizer(folder)` loads the same tokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self.definition_file).write_bytes(self._definition)
+        write_atomically(folder / self.definition_file, self._definition)
         config = json.dumps(self._config, indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+        write_atomically(folder / CONFIG_FILE, config.encode())
 
     def _find_fast_engine(
         self, build: Callable[[], Any], reference: Callable[[str], np.ndarray], added: list[str]
@@ -202,7 +202,7 @@ class ByteLevelTokenizer(Tokenizer):
         super().save(folder)
         for name in COMPANION_FILES:
             if (self.folder / name).is_file() and self.folder.resolve() != Path(folder).resolve():
-                shutil.copyfile(self.folder / name, Path(folder, name))
+                write_atomically(Path(folder, name), (self.folder / name).read_bytes())
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -52,6 +52,7 @@ def agree_on_newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:
 def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: int) -> None:
     """Load weights and optimizer state into the engine, which runs on `world` ranks at `zero_stage`.
 
+    The engine's own settings stay (weight decay, betas, eps, clipping): the recipe may have changed.
     Raises UserError when it does not load, though its bytes are as they were written.
     """
     as_written = zero_stage == 0 or (world, zero_stage) == (meta.world, meta.zero_stage)
@@ -60,6 +61,8 @@ def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: i
             f"checkpoint {checkpoint} was written by {meta.world} rank(s) with ZeRO {meta.zero_stage}: its "
             "optimizer state on NVMe cannot be redistributed: start with those, or without NVMe offload"
         )
+    settings = [{**group, "params": ()} for group in engine.optimizer.param_groups]
+    clip = getattr(engine.optimizer, "clip_grad", None)
     try:
         if as_written:
             # Without partitions every rank holds everything, so their number does not matter.
@@ -77,6 +80,11 @@ def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: i
             f"checkpoint {checkpoint} does not load ({first_line(error)}), and its bytes are as they were "
             "written: is there memory enough, and are torch and DeepSpeed those that wrote it (starts.jsonl)?"
         ) from error
+    # A checkpoint also holds the settings of the start that wrote it.
+    for group, ours in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update({**ours, "params": group["params"]})
+    if clip is not None:
+        engine.optimizer.clip_grad = clip
 
 
 @torch.no_grad()

@@ -257,6 +257,8 @@ def _identity(meta: Meta) -> dict[str, Any]:
         "model": meta.model_config,
         "data": data,
         "seed": meta.recipe["seed"],
+        # Read once, by the first start.
+        "init_from": meta.recipe.get("init_from"),
         # They determine the optimizer's states and groups.
         "optimizer": {"parts": meta.recipe["optimizer"].get("parts", {})},
         "training": {"ema": meta.recipe["training"].get("ema")},
@@ -304,6 +306,11 @@ def prune(folder: Path, latest: str, best: str | None, keep: int, abandoned: Col
     for name in older:
         if name not in whole[-keep:] and name != best:
             shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def steps_of_whole(run_dir: str | Path) -> list[int]:
+    """The steps of the checkpoints that seem whole, up to `latest`."""
+    return [int(path.name.removeprefix("step-")) for path in listed(run_dir)[0] if _seems_whole(path)]
 
 
 def _seems_whole(checkpoint: Path) -> bool:

@@ -10,7 +10,11 @@ from cyclopts import App, Parameter
 from pipeline.cli.options import Json, answer, app
 from pipeline.costs.options import GenerationBenchmark, TrainingBenchmark
 
-benchmark = App(name="benchmark", group="Cost and speed", help="Measure speed and memory on this machine.")
+HELP = """Measure speed and memory on this machine.
+
+example: sllm benchmark generation --recipe sllm-125m-h1 --against opt-125m --batch 1 8"""
+
+benchmark = App(name="benchmark", group="Cost and speed", help=HELP)
 app.command(benchmark)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Many, Natural, Positive
+from data_prep.common.errors import log
 from pipeline.cli.options import Int8, Json, Output, answer, app
 
 SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
@@ -21,12 +22,14 @@ def evaluate(
     model: str,
     data: Annotated[str | None, SOURCE] = None,
     text: Annotated[str | None, SOURCE] = None,
+    generated: Annotated[str | None, SOURCE] = None,
     window_tokens: Positive | None = None,
     batch_tokens: Positive = 8192,
     max_documents: Positive | None = None,
     segmenter: Annotated[Literal["clause", "sentence"] | None, CUT] = None,
     lang: Annotated[Literal["en", "zh", "auto"] | None, CUT] = None,
     max_tokens: Annotated[Positive | None, CUT] = None,
+    record: str | None = None,
     int8: Int8 = False,
     json: Json = False,
 ) -> int:
@@ -39,14 +42,17 @@ def evaluate(
         model: exported SLLM, SentenceVAE, or the folder of a Hugging Face causal language model
         data: shard folder made with the model's own tokenizer
         text: WanJuan documents, .jsonl or .jsonl.gz
+        generated: output of `sllm generate --prompts`; adds the cut agreement of its sentence ends
         window_tokens: longest window (default: the model's window_tokens, else 1024)
         batch_tokens: tokens per forward pass
         max_documents: score the first documents only
         segmenter: how sentences are cut (default: as the model was trained, else clause)
         lang: language (default: as trained, else auto)
         max_tokens: longest sentence in tokens (default: as trained, else 64)
+        record: run directory that the model was exported from: keep the result for its model card
     """
     from pipeline.evaluation import evaluate as evaluation
+    from pipeline.export.model_card import record_result, require_export_of
     from pipeline.parallel.agreement import AgreedError
     from pipeline.parallel.ranks import find_ranks, join, leave
 
@@ -58,10 +64,13 @@ def evaluate(
         os.environ.update(environment)
         join(ranks)
     try:
+        if record is not None:
+            require_export_of(model, record)
         result = evaluation.evaluate(
             model,
             data=data,
             text=text,
+            generated=generated,
             window_tokens=window_tokens,
             batch_tokens=batch_tokens,
             max_documents=max_documents,
@@ -79,6 +88,9 @@ def evaluate(
     finally:
         leave()
     if ranks.rank == 0:
+        if record is not None:
+            path = record_result(result, record)
+            log(f"recorded in {path}: the next `sllm export {record}` puts it on the model card")
         answer(result, json, evaluation.format_result)
     return 0
 

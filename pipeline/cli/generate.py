@@ -53,10 +53,9 @@ def settings(
     seed: int | None = None,
     int8: bool = False,
 ) -> Settings:
-    """Settings from options: greedy unless an option needs sampling; sampling without a seed draws one."""
-    if temperature is None:
-        sampled = samples > 1 or best_of or any(x is not None for x in (top_p, top_k, min_p))
-        temperature = 1.0 if sampled else 0.0
+    """Settings from options. Sampled unless the temperature is 0, because the greedy text of a small model
+    soon repeats itself; sampling without a seed draws one."""
+    temperature = 1.0 if temperature is None else temperature
     if temperature == 0 and max(samples, best_of or 1) > 1:
         raise UserError("several texts of one prompt are all the same at temperature 0: give a temperature")
     if seed is not None and not 0 <= seed < 1 << 63:

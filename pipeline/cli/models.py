@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Natural, Positive
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, log
 from pipeline.cli.options import VAE_RECIPE_HELP, Int8, Json, answer, app, print_json
 
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
@@ -42,7 +41,7 @@ def generate(
     int8: Int8 = False,
     json: Json = False,
 ) -> int:
-    """Continue a text, sentence by sentence; greedy unless a temperature is given.
+    """Continue a text, sentence by sentence; sampled, or greedy with --temperature 0.
 
     example:
       sllm generate --model demo/models/sllm --prompt 'The list is' --max-sentences 5 --temperature 0.8
@@ -57,7 +56,7 @@ def generate(
         max_sentences: stop after this many sentences
         max_tokens: stop after this many new tokens
         stop: stop before this text; may be repeated
-        temperature: 0 is greedy (default; 1 with --top-p, --top-k, --min-p or several texts)
+        temperature: below 1: likelier symbols; 0: greedy, which repeats itself with small models (default: 1)
         top_p: sample from the smallest set of this mass
         top_k: sample from this many likeliest symbols
         min_p: sample from what has this share of the likeliest symbol's probability
@@ -91,11 +90,10 @@ def generate(
         print_json(result)
         return 0
     print(flush=True)
-    drawn = "" if result["seed"] is None else f"; seed {result['seed']}"
-    print(
+    sampled = f"sampled at temperature {result['temperature']:g}, seed {result['seed']}"
+    log(
         f"[{len(result['sentences'])} sentences, {result['tokens']} tokens in {result['seconds']:.2f} s; "
-        f"stopped: {result['stopped']}{drawn}]",
-        file=sys.stderr,
+        f"stopped: {result['stopped']}; {sampled if result['temperature'] else 'greedy'}]"
     )
     return 0
 

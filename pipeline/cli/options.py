@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 import pipeline
 from data_prep.common.command_line import make_app
+from data_prep.common.errors import singular
 
 VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
 
@@ -40,4 +41,4 @@ def answer(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], 
     if json:
         print_json(result)
     else:
-        print(text(result))
+        print(singular(text(result)))

@@ -13,9 +13,11 @@ from pipeline.cluster.options import Checks
 
 ALL_CHECKS = Checks()
 
-scaling = App(
-    name="scaling", group="Research", help="Bits per byte as a power of size or cost (docs/evaluation.md)."
-)
+HELP = """Bits per byte as a power of size or cost (docs/evaluation.md).
+
+example: sllm scaling fit sweeps/scaling/results.json --x parameters --output scaling.svg"""
+
+scaling = App(name="scaling", group="Research", help=HELP)
 app.command(scaling)
 
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 
 from data_prep.common.command_line import Many, Positive
-from data_prep.common.errors import UserError
+from data_prep.common.errors import REQUEUE, UserError, log
 from pipeline.cli.options import Overrides
 from pipeline.config.keys import as_text
 from pipeline.config.schema import KEYS
+from pipeline.parallel.signals import LAUNCHER, STOP_SIGNALS
 
 if TYPE_CHECKING:
     import psutil
 
-FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 POLL_SECONDS = 0.5
 
 
@@ -60,7 +60,9 @@ def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: 
     """Train in `ranks` processes of this machine, started by DeepSpeed's launcher; returns its exit status.
 
     USR1, TERM and a first Ctrl-C are passed on to the ranks, which save and stop: the launcher would not do
-    that. A second Ctrl-C ends them at once. Raises: UserError for input that the ranks would refuse.
+    that. A second Ctrl-C ends them at once. Returns when all ranks have ended.
+
+    Raises: UserError for input that the ranks would refuse.
     """
     from pipeline.parallel.ranks import free_port, is_launched
 
@@ -78,37 +80,48 @@ def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: 
     module = ["--num_gpus", str(ranks), *address, "--module", "pipeline.train"]
     words = ["--recipe", recipe, "--deepspeed-config", *deepspeed_config, *overrides]
     received: list[int] = []
-    for number in FORWARDED:
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: received.append(number))
-    # In a separate session: the terminal's Ctrl-C is for this process, which asks the ranks to save.
+    # In a separate session: the terminal's Ctrl-C is for this process, which passes it on.
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "deepspeed.launcher.runner", *module, *words], start_new_session=True
+        [sys.executable, "-m", "deepspeed.launcher.runner", *module, *words],
+        start_new_session=True,
+        env=os.environ | {LAUNCHER: str(os.getpid())},
     )
-    interrupted, sent = False, set[tuple[int, int]]()
-    try:
-        while True:
-            try:
-                return launcher.wait(timeout=POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                _forward(received, launcher.pid, sent)
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise
-                interrupted = True
-                received.append(signal.SIGTERM)
-                print("sllm: stopping, the ranks save first (Ctrl-C again: at once)", file=sys.stderr)
-    finally:
-        if launcher.poll() is None:
+    sent, said = set[tuple[int, int]](), False
+    while launcher.poll() is None or _running(launcher.pid):
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(timeout=POLL_SECONDS)
+        _forward(received, launcher.pid, sent)
+        if received.count(signal.SIGINT) > 1:
             os.killpg(launcher.pid, signal.SIGKILL)
             launcher.wait()
+            raise KeyboardInterrupt
+        if received and not said:
+            said = True
+            name = signal.Signals(received[0]).name
+            log(f"sllm: {name} passed on, waits until the ranks have saved (Ctrl-C again: at once)")
+    return launcher.returncode if launcher.returncode >= 0 else REQUEUE
+
+
+def _running(group: int) -> list[psutil.Process]:
+    """The processes of a launcher's group: the launcher and its ranks, also when it has left them."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def _forward(received: Sequence[int], launcher: int, sent: set[tuple[int, int]]) -> None:
     """Send each signal once to each rank that has its handlers."""
     import psutil
 
-    with suppress(psutil.Error):  # the launcher or a rank may have ended by now
-        for process in psutil.Process(launcher).children(recursive=True):
+    for process in _running(launcher) if received else ():
+        with suppress(psutil.Error):  # it may have ended by now
             for at, number in enumerate(received):
                 if (at, process.pid) not in sent and _is_rank(process) and _listens(process.pid, number):
                     process.send_signal(number)

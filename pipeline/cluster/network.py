@@ -83,7 +83,7 @@ def _all_reduce(base: torch.Tensor, ranks: Ranks, problems: list[str]) -> float:
     import torch.distributed as dist
 
     expected = base * sum(weight(rank) for rank in range(ranks.world))
-    fastest = float("inf")
+    own, fastest = base, float("inf")
     for _ in range(REPEATS):
         own = base * weight(ranks.rank)
         dist.barrier()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_prep.common.page import NOTHING
+from data_prep.common.page import NOTHING, Filters
 
 
 def grouped(value: int) -> str:
@@ -30,3 +30,22 @@ def with_interval(figures: dict[str, Any], key: str, digits: int = 4) -> str:
     ends = figures.get(f"{key}_interval")
     between = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
     return f"{figures[key]:.{digits}f}{between}"
+
+
+def millions(count: float) -> str:
+    return f"{count / 1e6:.2f}M"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f}"
+
+
+# What templates of text for people use.
+FILTERS: Filters = {
+    "f": format,
+    "percent": percent,
+    "duration": duration,
+    "millions": millions,
+    "gigabytes": gigabytes,
+    "with_interval": with_interval,
+}

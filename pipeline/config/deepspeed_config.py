@@ -6,20 +6,31 @@ Nothing here imports torch, except where a config offloads to an NVMe disk.
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
+import math
+import operator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json
+from pipeline.config.keys import BOUNDS
 from pipeline.config.library import find_deepspeed_config
 from pipeline.config.schema import Recipe
 
+AUTO = "auto"  # asks a trainer to fill in a value
 COMMENT = "//"  # a file's header: JSON has no comments
-FLOPS_PROFILE, COMMS = "flops-profile.txt", "comms.json"  # of the run directory
+# Files of the run directory.
+DEEPSPEED_CONFIG, FLOPS_PROFILE, COMMS = "ds_config.json", "flops-profile.txt", "comms.json"
+
+# Every key of a config with its type, from DeepSpeed itself: `python -m tools.docs.deepspeed_keys`.
+KEYS_FILE = Path(__file__).with_name("deepspeed_keys.json")
 
 # The recipe sets these. A second value in the DeepSpeed config could contradict it.
-_RECIPE_DECIDES = {
+RECIPE_DECIDES = {
     "train_batch_size": "data.bins_per_step",
     "train_micro_batch_size_per_gpu": "data.bins_per_step",
     "gradient_accumulation_steps": "data.bins_per_step",
@@ -28,6 +39,9 @@ _RECIPE_DECIDES = {
     "scheduler": "schedule.*",
 }
 
+WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
+WORDS |= {"array": "a list", "object": "a mapping"}
+
 # Parts of zero_optimization (ZeRO++) that are CUDA kernels.
 _NEEDS_CUDA = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 
@@ -35,11 +49,17 @@ _NEEDS_CUDA = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quant
 def read_strategy(*paths: str | Path) -> dict[str, Any]:
     """Read DeepSpeed JSON files; a later one wins, key by key.
 
-    Raises: UserError for a file that is missing, not JSON, or sets what the recipe sets.
+    Raises: UserError with all problems of the files: missing, not JSON, a key that DeepSpeed does not know or
+    that is given twice, a value of the wrong type, `auto`, or what the recipe sets.
     """
     strategy: dict[str, Any] = {}
+    problems: list[str] = []
     for path in paths:
-        _merge(strategy, _read(path))
+        values, found = _read(path)
+        problems += [f"DeepSpeed config {path}: {'; '.join(found)}"] if found else []
+        _merge(strategy, values)
+    if problems:
+        raise UserError("; ".join(problems))
     offload = strategy.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("ratio", 1) != 1:
         raise UserError(
@@ -61,16 +81,99 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
             under[key] = value
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def _read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """A file's values, and what is wrong with them."""
+    problems: list[str] = []
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        problems.extend(f"{key} is given twice" for key in dict.fromkeys(keys) if keys.count(key) > 1)
+        return dict(pairs)
+
     missing = "does not exist: see ds_configs/"
-    strategy = read_json(find_deepspeed_config(path), f"DeepSpeed config {path}", missing)
-    for key, decided_by in _RECIPE_DECIDES.items():
-        if key in strategy:
-            raise UserError(
-                f"DeepSpeed config {path} sets {key}: remove it, the recipe's {decided_by} decides"
-            )
+    strategy = read_json(
+        find_deepspeed_config(path), f"DeepSpeed config {path}", missing, object_pairs_hook=mapping
+    )
     strategy.pop(COMMENT, None)
-    return strategy
+    for key, decided_by in RECIPE_DECIDES.items():
+        if key in strategy and not _is_left_open(key, strategy.pop(key)):
+            problems.append(f"it sets {key}: remove it, the recipe's {decided_by} decides")
+    keys = _deepspeed_keys()
+    for key in keys["unused"]:
+        if strategy.pop(key, None) is not None:
+            problems.append(f"{key} is not for this trainer: remove it")
+    known = {"keys": dict.fromkeys(RECIPE_DECIDES, {}) | keys["known"]}
+    return strategy, [*problems, *_mistakes(strategy, known, "")]
+
+
+def _is_left_open(key: str, value: Any) -> bool:
+    """Whether a key that the recipe decides is `auto`: the recipe's value is what it asks for."""
+    if key == "optimizer" and isinstance(value, dict) and value.get("type") == "AdamW" and len(value) == 2:
+        parameters = value.get("params")
+        names = {"lr", "betas", "eps", "weight_decay"}
+        return isinstance(parameters, dict) and parameters == dict.fromkeys(names & set(parameters), AUTO)
+    return value == AUTO
+
+
+@functools.cache
+def _deepspeed_keys() -> dict[str, Any]:
+    return read_json(KEYS_FILE)
+
+
+def _kinds(value: Any) -> tuple[str, ...]:
+    """JSON's names for the type of a value."""
+    if isinstance(value, bool) or value is None:
+        return ("null",) if value is None else ("boolean",)
+    if isinstance(value, (int, float)):
+        return ("number", "integer") if value == value // 1 else ("number",)
+    return ("string" if isinstance(value, str) else "array" if isinstance(value, list) else "object",)
+
+
+def _mistakes(value: Any, allowed: dict[str, Any], where: str) -> Iterator[str]:
+    """What is wrong with a value and all below it. where: its key, with those above it."""
+    if value == AUTO:
+        yield f"{where} is auto: give {_expected(allowed)}, or remove it (DeepSpeed's default counts then)"
+    elif "renamed" in allowed:
+        yield f"{where} is an old name: use {allowed['renamed']}"
+    elif not _fits(value, allowed):
+        yield f"{where} must be {_expected(allowed)}, not {json.dumps(value)}"
+    elif isinstance(value, dict):
+        names = allowed.get("keys", value)
+        for key, below in value.items():
+            at = f"{where}.{key}" if where else key
+            if key not in names:
+                yield _unknown(key, at, names)
+            else:
+                yield from _mistakes(below, names[key] if names is not value else {}, at)
+    elif isinstance(value, list) and AUTO in value:
+        yield f"{where} has auto in it: give all values"
+
+
+def _fits(value: Any, allowed: dict[str, Any]) -> bool:
+    if "kinds" in allowed and not set(_kinds(value)) & set(allowed["kinds"]):
+        return False
+    if isinstance(value, (int, float)):
+        bounds = [getattr(operator, name)(value, allowed[name]) for name in BOUNDS if name in allowed]
+        if not math.isfinite(value) or not all(bounds):
+            return False
+    return value is None or "values" not in allowed or value in allowed["values"]
+
+
+def _expected(allowed: dict[str, Any]) -> str:
+    if "values" in allowed:
+        return f"one of {', '.join(map(str, allowed['values']))}"
+    limits = " and ".join(f"{words} {allowed[name]:g}" for name, words in BOUNDS.items() if name in allowed)
+    kinds = " or ".join(WORDS[kind] for kind in allowed.get("kinds", ["string", "number"]) if kind != "null")
+    return f"{kinds} {limits}".rstrip()
+
+
+def _unknown(key: str, at: str, siblings: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if not near:  # people also put a key into the wrong block
+        blocks = {name: block.get("keys", {}) for name, block in _deepspeed_keys()["known"].items()}
+        near = [f"{name}.{key}" for name, keys in blocks.items() if key in keys]
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(siblings)}"
+    return f"unknown key {at!r}: {hint}"
 
 
 def zero_stage(strategy: dict[str, Any]) -> int:
@@ -112,7 +215,7 @@ def complete_strategy(strategy: dict[str, Any], recipe: Recipe, world: int, on_g
 
 def _offloads_to_nvme(config: dict[str, Any]) -> bool:
     zero = config.get("zero_optimization", {})
-    return any(zero.get(f"offload_{what}", {}).get("device") == "nvme" for what in ("optimizer", "param"))
+    return any((zero.get(f"offload_{what}") or {}).get("device") == "nvme" for what in ("optimizer", "param"))
 
 
 def _require_async_io() -> None:

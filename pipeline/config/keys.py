@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -13,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+LARGEST = 2**63 - 1  # of a seed, and of what numpy and torch count with
 BOUNDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -26,6 +28,8 @@ def read_number(value: Any) -> Any:
 
 def _whole(value: Any) -> Any:
     number = read_number(value)
+    if isinstance(number, (int, float)) and LARGEST < number < math.inf:
+        raise ValueError(f"must be below 2^63, not {value}")
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
 

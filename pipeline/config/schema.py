@@ -117,7 +117,7 @@ class OptimizerRecipe(Section):
     betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.95], description="decay of the averages of gradients and of squares"
     )
-    eps: Number = Field(1.0e-8, description="added to the denominator")
+    eps: Positive = Field(1.0e-8, description="added to the denominator")
     weight_decay: Number = Field(0.01, description="decoupled weight decay")
     clip: Number = Field(1.0, description="largest gradient norm; 0: no clipping")
     parts: Dict[Part] = Field({}, description=PARTS)
@@ -283,6 +283,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             set_override(values, key, texts)
         else:
             problems.append(unknown_key(key, KEYS))
+    recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:

@@ -17,24 +17,31 @@ memory             (CPU) of the process, one process per model: resident `before
 
 from __future__ import annotations
 
-import os
-import statistics
+import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import OPTConfig, OPTForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from data_prep.common import charts
-from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.environment import write_result
 from data_prep.common.errors import UserError, log
+from data_prep.common.measuring import in_new_process, memory_field, spread
+from data_prep.common.page import NOTHING, Table, to_text
 from pipeline.config.library import find_recipe
-from pipeline.costs import process_memory
-from pipeline.costs.benchmark_training import OPT_SIZES, PACKAGES
+from pipeline.costs.benchmark import (
+    OPT_SIZES,
+    OPT_VOCABULARY,
+    conditions,
+    published_opt,
+    reset_peak,
+    resident,
+    start,
+)
 from pipeline.costs.options import SIDES, GenerationBenchmark
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.generation.results import Limits, Piece, Request
@@ -89,27 +96,20 @@ class Turn:
 class SentenceSide:
     """The SLLM, by `BatchWriter`."""
 
-    def __init__(
-        self,
-        recipe: str,
-        vae_recipe: str | None,
-        dtype: str,
-        device: torch.device,
-        int8: bool = False,
-        vocab_size: int | None = None,
-    ):
-        sized = sized_recipe(recipe, vae_recipe)
+    def __init__(self, options: GenerationBenchmark, device: torch.device):
+        recipe = options.recipe
+        sized = sized_recipe(recipe, options.vae_recipe)
         if sized.objective != "sllm":
             raise UserError(
                 f"recipe {recipe}: its objective is {sized.objective}; only an SLLM writes sentences"
             )
         self.name = find_recipe(recipe).stem
-        vocabulary = Vocabulary(vocab_size or sized.model.vae.get("vocab_size", 50272))
+        vocabulary = Vocabulary(options.vocab_size or sized.model.vae.get("vocab_size", OPT_VOCABULARY))
         torch.manual_seed(sized.seed)
         text = {"segmenter": "clause", "language": "en", "max_tokens": SENTENCE_ROOM}
-        self.model: Any = new_model(sized, vocabulary, text).to(device, DTYPES[dtype]).eval()
+        self.model: Any = new_model(sized, vocabulary, text).to(device, DTYPES[options.dtype]).eval()
         self.parameters = parameter_count(self.model)
-        (to_int8 if int8 else lay_out)(self.model)
+        (to_int8 if options.int8 else lay_out)(self.model)
         self._tokenizer: Any = LetterTokens(vocabulary)
 
     def limit(self, case: Case) -> str | None:
@@ -164,13 +164,11 @@ class _Clock(StoppingCriteria):
 class TokenSide:
     """A token-level model, by Hugging Face's `generate`."""
 
-    def __init__(
-        self, against: str, dtype: str, device: torch.device, columns: bool, vocab_size: int | None = None
-    ):
+    def __init__(self, options: GenerationBenchmark, device: torch.device):
         torch.manual_seed(0)
-        model, self.name = _token_model(against, vocab_size)
-        self.model = model.to(device, DTYPES[dtype]).eval()
-        if columns:
+        model, self.name = _token_model(options.against, options.vocab_size)
+        self.model = model.to(device, DTYPES[options.dtype]).eval()
+        if options.columns:
             lay_out(self.model)
         self.parameters = parameter_count(self.model)
         self.model.generation_config.pad_token_id = 1
@@ -213,14 +211,13 @@ class TokenSide:
 def _token_model(against: str, vocab_size: int | None) -> tuple[Any, str]:
     """A token-level model with random weights, and its name. Raises: UserError for anything else."""
     if against in OPT_SIZES:
-        sizes = {**OPT_SIZES[against], **({"vocab_size": vocab_size} if vocab_size else {})}
-        return OPTForCausalLM(OPTConfig(**{**sizes, "attn_implementation": "sdpa"})), against
+        return published_opt(against, vocab_size or OPT_VOCABULARY), against
     if not find_recipe(against).is_file():
         raise UserError(f"--against {against}: neither {', '.join(OPT_SIZES)} nor a recipe")
     recipe = sized_recipe(against)
     if recipe.objective != "lm":
         raise UserError(f"--against {against}: its objective is {recipe.objective}; give a token-level model")
-    vocabulary = Vocabulary(vocab_size or recipe.model.backbone.get("vocab_size", 50272))
+    vocabulary = Vocabulary(vocab_size or recipe.model.backbone.get("vocab_size", OPT_VOCABULARY))
     model = new_model(recipe, vocabulary, {"max_tokens": SENTENCE_ROOM})
     assert isinstance(model, TokenLM)
     return model.model, find_recipe(against).stem
@@ -231,39 +228,23 @@ def run(options: GenerationBenchmark) -> dict[str, Any]:
 
     Raises: UserError on bad options.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    require_folder(options.output)
+    device = start(options)
     if options.output:
         charts.require()
     if options.sentences < 2:
         raise UserError("--sentences: at least 2, the first one is timed apart")
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    device = torch.device(options.device)
-    cases = [
-        Case(batch, context, options.sentences, options.sentence_tokens)
-        for batch in options.batch
-        for context in options.context
-    ]
-    if options.memory_of:
-        return {"memory": memory(make_side(options.memory_of, options, device), cases)}
     held: dict[str, Any] = {}
     sides = {name: make_side(name, options, device) for name in SIDES[: 1 + bool(options.against)]}
-    points = [measure(case, sides, options.runs) for case in cases]
+    points = [measure(case, sides, options.runs) for case in _cases(options)]
     if device.type == "cpu" and not options.no_memory:
         for name in sides:
             log(f"memory of {name}, in a process of its own")
-            add_memory(points, name, process_memory.in_own_process("generation", name, options)["memory"])
+            add_memory(points, name, in_new_process(memory_of, name, options))
         found = {name: held_per_token(points, name) for name in sides}
         held = {"held_per_token": {name: value for name, value in found.items() if value is not None}}
     result = {
-        **header(PACKAGES),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "dtype": options.dtype,
+        **conditions(options),
         "int8": options.int8,
-        "runs": options.runs,
         "sentences": options.sentences,
         "sentence_tokens": options.sentence_tokens,
         "against_by_columns": options.columns,
@@ -271,23 +252,24 @@ def run(options: GenerationBenchmark) -> dict[str, Any]:
         "points": points,
         **held,
     }
-    if options.output:
-        write_result(result, Path(options.output))
+    write_result(result, options.output)
     return result
+
+
+def _cases(options: GenerationBenchmark) -> list[Case]:
+    sizes = itertools.product(options.batch, options.context)
+    return [Case(*size, options.sentences, options.sentence_tokens) for size in sizes]
 
 
 def make_side(name: str, options: GenerationBenchmark, device: torch.device) -> SentenceSide | TokenSide:
     """The recipe's model, or the one it is measured against. Raises: UserError for a wrong kind."""
-    if name == "model":
-        return SentenceSide(
-            options.recipe,
-            options.vae_recipe,
-            options.dtype,
-            device,
-            options.int8,
-            options.vocab_size,
-        )
-    return TokenSide(options.against, options.dtype, device, options.columns, options.vocab_size)
+    return (SentenceSide if name == "model" else TokenSide)(options, device)
+
+
+def memory_of(name: str, options: GenerationBenchmark) -> list[dict[str, int] | None]:
+    """`memory` of one side. Memory that the other one leaves behind would count too: call it in a new
+    process."""
+    return memory(make_side(name, options, start(options)), _cases(options))
 
 
 def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[str, int] | None]:
@@ -302,13 +284,13 @@ def memory(side: SentenceSide | TokenSide, cases: Iterable[Case]) -> list[dict[s
             found.append(None)
             continue
         prompts_BC = np.random.default_rng(case.context).integers(4, vocabulary, (case.batch, case.context))
-        before = process_memory.resident()
-        process_memory.reset_peak()
+        before = resident()
+        reset_peak()
         figures = {"before": before}
 
         def at_end(figures=figures) -> None:
-            figures["peak"] = process_memory.peak()
-            figures["held"] = process_memory.resident() - figures["before"]
+            figures["peak"] = memory_field("VmHWM")
+            figures["held"] = resident() - figures["before"]
 
         figures["tokens"] = side.turn(case, prompts_BC, at_end).cached_tokens
         found.append(figures)
@@ -372,13 +354,10 @@ def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -
 
 
 def _figures(turns: list[Turn]) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for key in ("tokens_per_second", "first_sentence"):
-        values = [getattr(turn, key) for turn in turns]
-        figures[key] = {"median": statistics.median(values), "values": values}
     last = turns[-1]
     return {
-        **figures,
+        "tokens_per_second": spread([turn.tokens_per_second for turn in turns]),
+        "first_sentence": spread([turn.first_sentence for turn in turns]),
         "cached_bytes_per_token": last.cache_bytes / last.cached_tokens,
         "cache_bytes": last.cache_bytes,
         "step_bytes": last.step_bytes,
@@ -388,38 +367,34 @@ def _figures(turns: list[Turn]) -> dict[str, Any]:
 def format_benchmark(result: dict[str, Any]) -> str:
     """The result of `run` as text."""
     where = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
-    names = [result[side]["name"] for side in SIDES if side in result]
+    sides = [side for side in SIDES if side in result]
+    names = [result[side]["name"] for side in sides]
+    header = ["batch", "context"]
+    for name in names:
+        header += [f"{name} tokens/s", "1st sentence s", "peak GB", "held MB"]
+    rows = []
+    for point in result["points"]:
+        row = [str(point["batch"]), f"{point['context']:,}"]
+        for figures in map(point.get, sides):
+            if "refused" in figures:
+                row += [f"({figures['refused']})", *[NOTHING] * 3]
+                continue
+            row.append(f"{figures['tokens_per_second']['median']:,.2f}")
+            row.append(f"{figures['first_sentence']['median']:.3f}")
+            held = figures.get("memory")
+            row += [f"{held['peak'] / 1e9:.3f}", f"{held['held'] / 1e6:,.1f}"] if held else [NOTHING] * 2
+        if len(names) == 2:
+            ratios = point.get("ratios", {})
+            shown = (("tokens_per_second", ".2f"), ("cached_bytes_per_token", ".1%"), ("memory_peak", ".2f"))
+            row += [format(ratios[key], form) if key in ratios else NOTHING for key, form in shown]
+        rows.append(row)
+    header += ["× tokens/s", "cached bytes a token", "× peak"] if len(names) == 2 else []
     lines = [
         f"{' beside '.join(names)}: {result['dtype']}, {result['sentence_tokens']} tokens a sentence, "
         f"{where}; medians of {result['runs']} runs",
         "",
-        f"{'batch':>5} {'context':>8}" + "".join(f"{n + ' tok/s':>22}{'1st sentence s':>16}" for n in names),
+        to_text(Table(header, rows)),
     ]
-    for point in result["points"]:
-        line = f"{point['batch']:>5} {point['context']:>8}"
-        for side in SIDES[: len(names)]:
-            figures = point[side]
-            if "refused" in figures:
-                line += f"{'- (' + figures['refused'] + ')':>38}"
-            else:
-                line += f"{figures['tokens_per_second']['median']:>22,.2f}"
-                line += f"{figures['first_sentence']['median']:>16.3f}"
-        if "ratios" in point:
-            line += f"   {point['ratios']['tokens_per_second']:.2f} × the tokens per second, "
-            line += f"{point['ratios']['cached_bytes_per_token']:.1%} of the cached bytes per token"
-        lines.append(line)
-    if any("memory" in point["model"] for point in result["points"]):
-        columns = "".join(f"{n + ' peak GB':>22}{'held, MB':>16}" for n in names)
-        lines += ["", "memory of the process", f"{'batch':>5} {'context':>8}{columns}"]
-        for point in result["points"]:
-            line = f"{point['batch']:>5} {point['context']:>8}"
-            for side in SIDES[: len(names)]:
-                figures = point[side].get("memory")
-                line += f"{figures['peak'] / 1e9:>22.3f}" if figures else f"{'-':>22}"
-                line += f"{figures['held'] / 1e6:>16,.1f}" if figures else f"{'-':>16}"
-            if "memory_peak" in point.get("ratios", {}):
-                line += f"   {point['ratios']['memory_peak']:.2f} × the peak"
-            lines.append(line)
     if per_token := result.get("held_per_token"):
         lines.append(
             "one more token of context holds "

@@ -17,26 +17,35 @@ Not yet tested on CUDA: `--device cuda --dtype bf16` (weights in bf16, as in Dee
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
-from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.environment import write_result
 from data_prep.common.errors import UserError, log
+from data_prep.common.measuring import in_new_process, memory_field, spread
+from data_prep.common.page import Show, columns, to_text
 from data_prep.shards.reader import ShardSet
+from pipeline.common.text import gigabytes, millions
+from pipeline.config.library import find_recipe
 from pipeline.config.schema import Recipe
-from pipeline.costs import process_memory
-from pipeline.costs.inspect import find_recipe
+from pipeline.costs.benchmark import (
+    OPT_SIZES,
+    OPT_VOCABULARY,
+    conditions,
+    published_opt,
+    reset_peak,
+    start,
+)
 from pipeline.costs.options import SIDES, TrainingBenchmark
 from pipeline.costs.sized_recipe import DTYPES, sized_recipe
 from pipeline.data.batch import Batch, build_batch
@@ -48,23 +57,8 @@ from pipeline.models.folders import KINDS, load_pretrained, parameter_count, rea
 from pipeline.training.optimizer import parameter_groups
 
 ROW_TOKENS = 1024  # of a Hugging Face model's rows
-PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 # Of one timed matrix product: long enough to time on this kind of device, and still short.
 GEMM_MULTIPLY_ADDS = {"cpu": 1 << 34, "cuda": 1 << 38}
-
-# As published (arXiv 2205.01068, table 1; 350M's post-norm and 512-wide embedding as in its config).
-OPT_SIZES: dict[str, dict[str, Any]] = {
-    "opt-125m": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "ffn_dim": 3072},
-    "opt-350m": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "ffn_dim": 4096,
-        "word_embed_proj_dim": 512,
-        "do_layer_norm_before": False,
-    },
-    "opt-1.3b": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "ffn_dim": 8192},
-}
 
 
 @dataclass
@@ -163,10 +157,7 @@ def make_side(side: str, options: TrainingBenchmark, settings: Settings) -> Side
         return RecipeModel(settings.recipe, settings.name, settings)
     against, vocabulary = options.against, settings.shards.tokenizer().vocab_size
     if against in OPT_SIZES:
-        torch.manual_seed(0)
-        config = OPTConfig(**{**OPT_SIZES[against], "attn_implementation": "sdpa"})
-        config.vocab_size = max(config.vocab_size, vocabulary)
-        return PlainModel(OPTForCausalLM(config), against, settings)
+        return PlainModel(published_opt(against, max(OPT_VOCABULARY, vocabulary)), against, settings)
     if find_recipe(against).is_file():
         recipe = _fitting(sized_recipe(against), settings.tokens)
         return RecipeModel(recipe, find_recipe(against).stem, settings)
@@ -226,35 +217,27 @@ class Stepper:
         self.side.model.zero_grad(set_to_none=True)
 
 
-class Counted(NamedTuple):
-    """Multiply-adds of one forward pass, rows of each linear layer, and real tokens of the inputs."""
-
-    operations: Operations
-    rows: dict[str, int]
-    tokens: int
-
-
-def count(side: Side) -> Counted:
-    """Count one forward pass over the prepared inputs."""
+def count(side: Side) -> tuple[Operations, dict[str, int]]:
+    """Multiply-adds of one forward pass over the prepared inputs, and the rows of each linear layer."""
     with flops.counted_rows(side.model) as rows, torch.no_grad():
         side.loss()
-    return Counted(flops.count_operations(side.model, rows, side.cores()), rows, side.tokens)
+    return flops.count_operations(side.model, rows, side.cores()), rows
 
 
 def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
     """FLOP/s of a plain matrix product of each shape with at least 1 % of the linear layers' work: best of
     three, with fewer rows for large products."""
-    shapes: dict[tuple[int, int], int] = {}
     parameter = next(side.model.parameters())
     modules = dict(side.model.named_modules())
-    for name, count_ in rows.items():
-        shape = tuple(modules[name].weight.shape)
-        shapes[shape] = shapes.get(shape, 0) + count_ * shape[0] * shape[1]
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for name, reached in rows.items():
+        shapes.setdefault(tuple(modules[name].weight.shape), []).append(reached)
+    works = {shape: sum(reached) * shape[0] * shape[1] for shape, reached in shapes.items()}
     speeds = []
-    for (wide, narrow), work in sorted(shapes.items(), key=lambda item: -item[1]):
-        if work * 100 < sum(shapes.values()):
+    for (wide, narrow), work in sorted(works.items(), key=lambda item: -item[1]):
+        if work * 100 < sum(works.values()):
             continue
-        most = max(rows[name] for name in rows if tuple(modules[name].weight.shape) == (wide, narrow))
+        most = max(shapes[wide, narrow])
         height = max(1, min(most, GEMM_MULTIPLY_ADDS[parameter.device.type] // (wide * narrow)))
         x = torch.randn(height, narrow).to(parameter)
         w = torch.randn(wide, narrow).to(parameter)
@@ -283,11 +266,19 @@ def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str,
     else:
         x = torch.randn(64, 64, requires_grad=True)
         torch.mm(x, x).sum().backward()  # allocates the buffers of libraries
-        process_memory.reset_peak()
-        before = process_memory.peak()
+        reset_peak()
+        before = memory_field("VmHWM")
         stepper()
-        peak = process_memory.peak()
+        peak = memory_field("VmHWM")
     return {"before": before, "peak": peak, "step": peak - before}
+
+
+def memory_of(name: str, options: TrainingBenchmark) -> dict[str, int]:
+    """`step_memory` of one side. Memory that the other one leaves behind would count too: call it in a new
+    process."""
+    settings = _settings(options)
+    side = make_side(name, options, settings)
+    return step_memory(side, Stepper(side, settings.recipe, options.step), settings.device)
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -299,9 +290,6 @@ def run(options: TrainingBenchmark) -> dict[str, Any]:
     Raises: UserError on bad options.
     """
     settings = _settings(options)
-    if options.memory_of:
-        side = make_side(options.memory_of, options, settings)
-        return step_memory(side, Stepper(side, settings.recipe, options.step), settings.device)
     # In a separate function: the models are freed before memory is measured.
     figures, peak = _side_by_side(options, settings)
     if settings.device.type == "cuda":  # PyTorch keeps what they held, and other processes need it now
@@ -309,17 +297,12 @@ def run(options: TrainingBenchmark) -> dict[str, Any]:
         torch.cuda.empty_cache()
     if not options.no_memory:
         for name in figures:
-            figures[name]["memory_bytes"] = process_memory.in_own_process("train", name, options)
+            figures[name]["memory_bytes"] = in_new_process(memory_of, name, options)
             log(f"memory, {figures[name]['name']}: {figures[name]['memory_bytes']['peak'] / 1e9:.2f} GB")
     totals = settings.shards.manifest["totals"]
     result = {
-        **header(PACKAGES),
-        "gpu": torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else None,
-        "device": settings.device.type,
-        "threads": torch.get_num_threads(),
-        "dtype": options.dtype,
+        **conditions(options),
         "tokens": options.tokens,
-        "runs": options.runs,
         "with_update": options.step,
         "shards": {
             "fingerprint": settings.shards.fingerprint,
@@ -342,10 +325,10 @@ def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[
     counted = {}
     for name, side in sides.items():  # counts, and warms up
         side.prepare(0)
-        counted[name] = count(side)
+        counted[name] = *count(side), side.tokens
         steppers[name]()
         steppers[name].clear()
-    speeds = {name: matmul_speeds(side, counted[name].rows) for name, side in sides.items()}
+    speeds = {name: matmul_speeds(side, counted[name][1]) for name, side in sides.items()}
     taken: dict[str, list[tuple[int, float]]] = {name: [] for name in sides}
     for turn in range(options.runs):
         for name, side in sides.items():
@@ -357,32 +340,26 @@ def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[
     peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
     figures = {}
     for name, side in sides.items():
-        figures[name] = _figures(side, counted[name], speeds[name], taken[name], peak)
+        figures[name] = _figures(side, counted[name][0], counted[name][2], speeds[name], taken[name], peak)
     return figures, peak
 
 
 def _settings(options: TrainingBenchmark) -> Settings:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
-    require_folder(options.output)
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    device = start(options)
     recipe = _fitting(sized_recipe(options.recipe, options.vae_recipe), options.tokens)
-    folder = options.data or recipe.data.shards[0]
-    return Settings(
-        recipe,
-        find_recipe(options.recipe).stem,
-        ShardSet.open(folder),
-        options.tokens,
-        options.dtype,
-        torch.device(options.device),
-    )
+    shards = ShardSet.open(options.data or recipe.data.shards[0])
+    return Settings(recipe, find_recipe(options.recipe).stem, shards, options.tokens, options.dtype, device)
 
 
 def _figures(
-    side: Side, counted: Counted, speeds: list[dict], taken: list[tuple[int, float]], peak: float
+    side: Side,
+    operations: Operations,
+    tokens: int,
+    speeds: list[dict],
+    taken: list[tuple[int, float]],
+    peak: float,
 ) -> dict[str, Any]:
     """Figures of one side's turns. `peak`: the fastest matrix product of either side, GFLOP/s."""
-    operations, tokens = counted.operations, counted.tokens
     per_token = operations.needed / tokens
     rates = [real / seconds for real, seconds in taken]
     median = statistics.median(rates)
@@ -392,7 +369,7 @@ def _figures(
         "parameters": parameter_count(side.model),
         "tokens": [real for real, _ in taken],
         "seconds": [seconds for _, seconds in taken],
-        "tokens_per_second": {"median": median, "values": rates},
+        "tokens_per_second": spread(rates),
         "multiply_adds_per_token": {
             "by_part": {part: n / tokens for part, n in operations.by_part().items()},
             "forward": per_token,
@@ -422,49 +399,38 @@ def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
     return ratios
 
 
-def _part_cost(part: str, side: dict[str, Any]) -> str:
-    return f"{side['multiply_adds_per_token']['by_part'].get(part, 0) / 1e6:.2f}M"
-
-
 def format_benchmark(result: dict[str, Any]) -> str:
     """The result of `run` as text."""
     sides = [result[name] for name in SIDES if name in result]
     where = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
     work = "forward, backward and AdamW" if result["with_update"] else "forward and backward"
+    rows: list[tuple[str, str, Show]] = [
+        ("parameters", "parameters", ","),
+        ("real tokens per second", "tokens_per_second.median", ",.1f"),
+        ("multiply-adds per token, forward", "multiply_adds_per_token.forward", millions),
+        *((f"  {part}", f"multiply_adds_per_token.by_part.{part}", millions) for part in flops.PARTS),
+        ("limit, tokens per second", "limit_tokens_per_second", ",.1f"),
+        ("share of the limit reached", "share_of_limit", ".1%"),
+        ("padding, share of operations", "padding_share", ".2%"),
+        ("MFU", "mfu", ".1%"),
+        ("peak memory of a step, GB", "memory_bytes.peak", gigabytes),
+        ("  beyond what was there before", "memory_bytes.step", gigabytes),
+    ]
     lines = [
         f"{work}, {result['dtype']}, {result['tokens']:,} tokens a step, "
         f"{result['shards']['tokens_per_sentence']:.1f} a sentence, {where}; "
         f"medians of {result['runs']} runs; best matrix product {result['peak_gflops']:.1f} GFLOP/s",
         "",
-        f"{'':<34}" + "".join(f"{side['name']:>18}" for side in sides),
+        to_text(columns([side["name"] for side in sides], sides, rows)),
     ]
-
-    def row(label: str, value: Callable[[dict], str]) -> None:
-        lines.append(f"{label:<34}" + "".join(f"{value(side):>18}" for side in sides))
-
-    row("parameters", lambda s: f"{s['parameters']:,}")
-    row("real tokens per second", lambda s: f"{s['tokens_per_second']['median']:,.1f}")
-    row("multiply-adds per token, forward", lambda s: f"{s['multiply_adds_per_token']['forward'] / 1e6:.2f}M")
-    for part in flops.PARTS:
-        if any(part in side["multiply_adds_per_token"]["by_part"] for side in sides):
-            row(f"  {part}", partial(_part_cost, part))
-    row("limit, tokens per second", lambda s: f"{s['limit_tokens_per_second']:,.1f}")
-    row("share of the limit reached", lambda s: f"{s['share_of_limit']:.1%}")
-    row("padding, share of operations", lambda s: f"{s['padding_share']:.2%}")
-    if "mfu" in sides[0]:
-        row("MFU", lambda s: "-" if s["mfu"] is None else f"{s['mfu']:.1%}")
-    if "memory_bytes" in sides[0]:
-        row("peak memory of a step, GB", lambda s: f"{s['memory_bytes']['peak'] / 1e9:.2f}")
-        row("  beyond what was there before", lambda s: f"{s['memory_bytes']['step'] / 1e9:.2f}")
     if ratios := result.get("ratios"):
         turns, allowed = ratios["by_turn"], ratios["limit"]
         line = (
             f"{sides[0]['name']} by {sides[1]['name']}: {ratios['tokens_per_second']:.2f} × the tokens per "
+            f"second (turn by turn {min(turns):.2f} to {max(turns):.2f}; arithmetic allows {allowed:.2f})"
         )
-        line += f"second (turn by turn {min(turns):.2f} to {max(turns):.2f}; arithmetic allows {allowed:.2f})"
-        lines += ["", line]
         if "memory_peak" in ratios:
-            lines[-1] += (
-                f", {ratios['memory_peak']:.0%} of the memory ({ratios['memory_step']:.0%} of the step's own)"
-            )
+            peak, step = ratios["memory_peak"], ratios["memory_step"]
+            line += f", {peak:.0%} of the memory ({step:.0%} of the step's own)"
+        lines += ["", line]
     return "\n".join(lines)

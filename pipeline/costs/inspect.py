@@ -27,20 +27,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from data_prep.common.errors import UserError
+from data_prep.common.page import to_plain
+from pipeline.common.text import FILTERS
 from pipeline.config.library import RECIPES, find_recipe
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.windows import Span
+from pipeline.models import flops
 from pipeline.models.factory import new_model
-from pipeline.models.flops import (
-    PARTS,
-    TRAINING_FACTOR,
-    Operations,
-    batch_cores,
-    count_operations,
-    counted_rows,
-    part_of,
-)
 from pipeline.models.folders import model_config, parameter_count
 
 TOKENS_PER_SENTENCE = 10.9
@@ -67,7 +61,7 @@ PUBLISHED = {
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
     """Parameters of every part; a shared one counts once, in the first part that has it."""
-    parts, counts, seen = part_of(model), dict.fromkeys(PARTS, 0), set[int]()
+    parts, counts, seen = flops.part_of(model), dict.fromkeys(flops.PARTS, 0), set[int]()
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) not in seen:
@@ -78,7 +72,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 
 def body_parameters(model: nn.Module) -> int:
     """Parameters without embeddings (of tokens and positions, in any part) and vocabulary head."""
-    parts, seen = part_of(model), dict[int, tuple[bool, int]]()
+    parts, seen = flops.part_of(model), dict[int, tuple[bool, int]]()
     for name, module in model.named_modules():
         outside = isinstance(module, nn.Embedding) or parts[name] in ("embedding", "head")
         for parameter in module.parameters(recurse=False):
@@ -136,7 +130,7 @@ class DryStep:
     them in rows as wide as the vocabulary; `peak` of weights, gradients and activations together (one
     process, no ZeRO)."""
 
-    operations: Operations
+    operations: flops.Operations
     activations: int
     logits: int
     peak: int
@@ -157,13 +151,13 @@ def dry_step(model: nn.Module, batch: Batch) -> DryStep:
     memory = _Memory()
     weights = {memory.see(parameter) for parameter in model.parameters()}
     weights |= {memory.see(buffer) for buffer in model.buffers()}
-    with counted_rows(model) as rows, memory:
+    with flops.counted_rows(model) as rows, memory:
         model(batch).objective.backward()
     gradients = {memory.see(p.grad) for p in model.parameters() if p.grad is not None}
     vocabulary = _vocabulary(model)
     logits = {key for key, width in memory.widths.items() if width == vocabulary}
     return DryStep(
-        count_operations(model, rows, batch_cores(model, batch)),
+        flops.count_operations(model, rows, flops.batch_cores(model, batch)),
         memory.peak(weights | gradients),
         memory.peak(weights | gradients, only=logits),
         memory.peak(set()),
@@ -238,7 +232,6 @@ def inspect(
     tokens_per_sentence: float = TOKENS_PER_SENTENCE,
     worlds: Sequence[int] = WORLDS,
     dtype: str = "bf16",
-    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Parameters, operations and memory of a recipe's model, as plain JSON (docs/performance.md).
 
@@ -249,7 +242,7 @@ def inspect(
         dtype: of weights and activations: `bf16` (GPUs) or `fp32` (CPUs).
     Raises: UserError for a recipe that does not build a model.
     """
-    sized = sized_recipe(recipe, vae_recipe, overrides)
+    sized = sized_recipe(recipe, vae_recipe)
     tokens = tokens or sized.data.bin_tokens
     window = min(sized.data.window_tokens, tokens)
     longest = sized.model.vae.get("max_sentence_tokens") or 64
@@ -282,7 +275,7 @@ def inspect(
         "multiply_adds_per_token": {
             "by_part": {part: count / batch.tokens for part, count in operations.by_part().items()},
             "forward": operations.needed / batch.tokens,
-            "training": TRAINING_FACTOR * operations.needed / batch.tokens,
+            "training": flops.TRAINING_FACTOR * operations.needed / batch.tokens,
             "attention_cores": sum(operations.attention.values()) / batch.tokens,
             "padding_share": operations.padding_share,
         },
@@ -310,58 +303,10 @@ def inspect_all(vocab_size: int | None = None) -> dict[str, Any]:
 
 def format_inspection(result: dict[str, Any]) -> str:
     """The result of `inspect` as text."""
-    bin_, parameters = result["bin"], result["parameters"]
-    per_token, step = result["multiply_adds_per_token"], result["step_memory"]
-    lines = [
-        f"{result['recipe']} ({result['objective']}), vocabulary {result['vocab_size']:,}; one bin of "
-        f"{bin_['tokens']:,} tokens, {bin_['sentences']:,} sentences, {bin_['windows']} windows",
-        "",
-        f"{'part':<14}{'parameters':>16}{'multiply-adds per token':>26}{'in training':>16}",
-    ]
-    for part in PARTS:
-        if part in parameters["by_part"] or part in per_token["by_part"]:
-            forward = per_token["by_part"].get(part, 0)
-            lines.append(
-                f"{part:<14}{parameters['by_part'].get(part, 0):>16,}{_millions(forward):>26}"
-                f"{_millions(TRAINING_FACTOR * forward):>16}"
-            )
-    lines += [
-        f"{'total':<14}{parameters['total']:>16,}{_millions(per_token['forward']):>26}"
-        f"{_millions(per_token['training']):>16}",
-        f"attention cores are {_millions(per_token['attention_cores'])} of it; "
-        f"{per_token['padding_share']:.2%} more is padding",
-        "",
-        f"one step, {result['dtype']}: activations {_gb(step['activations'])} GB, of which logits "
-        f"{_gb(step['of_which_logits'])} GB; with weights and gradients {_gb(step['peak_one_process'])} GB",
-        "",
-        f"memory of each GPU in GB, {result['dtype']} (ds_configs/)",
-        f"{'ZeRO':<11}{'GPUs':>6}{'weights':>9}{'gathered':>10}{'gradients':>11}{'optimizer':>11}{'buckets':>9}"
-        f"{'activations':>13}{'update':>8}{'total':>8}{'host':>8}",
-    ]
-    for row in result["memory_per_gpu"]:
-        lines.append(
-            f"{row['stage']:<11}{row['world']:>6}{_gb(row['weights']):>9}{_gb(row['gathered']):>10}"
-            f"{_gb(row['gradients']):>11}{_gb(row['optimizer']):>11}{_gb(row['buckets']):>9}"
-            f"{_gb(row['activations']):>13}{_gb(row['update']):>8}{_gb(row['total']):>8}{_gb(row['host']):>8}"
-        )
-    return "\n".join(lines)
+    values = {**result, "parts": flops.PARTS, "factor": flops.TRAINING_FACTOR}
+    return to_plain(Path(__file__).with_name("inspect.md.jinja"), values, FILTERS)
 
 
 def format_all(result: dict[str, Any]) -> str:
     """The result of `inspect_all` as text."""
-    lines = [f"{'recipe':<16}{'ours':>16}{'layout: paper':>16}{'the paper':>12}{'difference':>12}"]
-    for row in result["sizes"]:
-        paper, counts = row["paper_millions"], row["parameters"]
-        beside = f"{'-':>12}{'-':>12}"
-        if paper:
-            beside = f"{paper:>11.1f}M{counts['paper'] / paper / 1e6 - 1:>12.2%}"
-        lines.append(f"{row['recipe']:<16}{counts['lean']:>16,}{counts['paper']:>16,}{beside}")
-    return "\n".join(lines)
-
-
-def _millions(count: float) -> str:
-    return f"{count / 1e6:.2f}M"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f}"
+    return to_plain(Path(__file__).with_name("inspect_all.md.jinja"), result, FILTERS)

@@ -25,7 +25,6 @@ class Benchmark:
         threads: CPU threads (default: all cores)
         no_memory: do not measure memory (CPU: a process per model)
         output: also write the figures to this file, as JSON
-        memory_of: measure the memory of this side only, in this process
     """
 
     recipe: str
@@ -36,7 +35,6 @@ class Benchmark:
     device: Literal["cpu", "cuda"] = "cpu"
     no_memory: bool = False
     output: str | None = None
-    memory_of: Annotated[Literal["model", "against"] | None, Parameter(show=False)] = None
 
 
 @dataclass(frozen=True, kw_only=True)

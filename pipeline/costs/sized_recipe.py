@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +25,7 @@ class Vocabulary(NamedTuple):
     pad_id: int = 1
 
 
-def sized_recipe(
-    path: str | Path, vae_recipe: str | Path | None = None, overrides: Sequence[str] = ()
-) -> Recipe:
+def sized_recipe(path: str | Path, vae_recipe: str | Path | None = None) -> Recipe:
     """A recipe in which model folders are replaced by their sizes.
 
     The SentenceVAE's sizes come from `vae_recipe`, else from `model.vae.path` if it exists, else from the
@@ -36,7 +33,7 @@ def sized_recipe(
     Raises: UserError when none of them is found.
     """
     path = find_recipe(path)
-    recipe = load_recipe(path, list(overrides))
+    recipe = load_recipe(path)
     vae, backbone = dict(recipe.model.vae), dict(recipe.model.backbone)
     if recipe.objective != "lm" and (vae_recipe or vae.get("path")):
         vae = _vae_sizes(recipe, path, vae_recipe)

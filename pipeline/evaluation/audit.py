@@ -16,9 +16,11 @@ from typing import Any
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json_lines
+from data_prep.common.page import render
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import DamagedCheckpoint, Meta
+from pipeline.common.text import FILTERS
 from pipeline.config.schema import Recipe, load_recipe
 from pipeline.data.batch import build_batch
 from pipeline.data.plan import Bin, BinPlan, Consumed, count
@@ -118,29 +120,7 @@ _START = ("time", "step", "world", "zero_stage", "lost_steps")
 
 def format_audit(result: dict[str, Any]) -> str:
     """The verdict, the findings, and where the number of ranks changed."""
-    starts, found = result["starts"], result["findings"]
-    if result["clean"]:
-        verdict = (
-            f"clean: {result['steps']:,} steps trained on {result['bins']:,} bins "
-            f"({result['tokens']:,} tokens) in the planned order, each once"
-        )
-    else:
-        verdict = f"NOT clean: {len(found)} finding{'s' * (len(found) != 1)} in {result['steps']:,} steps"
-    lines = [f"{result['run_dir']}: {verdict}"]
-    lines += [f"  {line}" for line in found[:SHOWN]]
-    if len(found) > SHOWN:
-        lines.append(f"  and {len(found) - SHOWN} more")
-    lines.append(
-        f"  {max(0, len(starts) - 1)} restarts, {result['world_changes']} of them with another number of "
-        f"ranks; {sum(start['lost_steps'] or 0 for start in starts)} steps computed again; "
-        f"{len(result['skipped'])} skipped by the guard; "
-        f"{len(result['checkpoints'])} checkpoints compared"
-    )
-    for before, start in itertools.pairwise(starts):
-        if before["world"] != start["world"]:
-            lines.append(f"  from step {start['step'] + 1} on: {before['world']} → {start['world']} ranks")
-    lines += [f"  not compared: {line}" for line in result["damaged"]]
-    return "\n".join(lines)
+    return render(Path(__file__).with_name("audit.txt.jinja"), {**result, "shown": SHOWN}, FILTERS)
 
 
 def _checkpoints(run_dir: Path) -> tuple[dict[int, Meta], list[str]]:

@@ -25,13 +25,15 @@ from tqdm import tqdm
 
 from data_prep.common.errors import UserError
 from data_prep.common.extras import import_extra
+from data_prep.common.page import render
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.inputs import find_inputs
 from data_prep.shards.reader import ShardSet
 from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
-from pipeline.common.text import with_interval
+from pipeline.common.text import FILTERS
 from pipeline.data.batch import Batch, build_batch
+from pipeline.evaluation.generated import cut_agreement, read_generated
 from pipeline.evaluation.scores import Scores, Window, document_windows
 from pipeline.models.factory import load_model
 from pipeline.models.folders import (
@@ -108,7 +110,9 @@ def read_records(path: str, language: str) -> Iterator[RawDocument | Reject]:
         reader = DocumentReader(file, language)
         yield from reader
         if reader.damage:
-            raise UserError(f"{file.path}: {reader.damage}; an evaluation of half a file says nothing")
+            raise UserError(
+                f"{file.path}: {reader.damage[0].reason}; an evaluation of half a file says nothing"
+            )
 
 
 def _record_source(
@@ -226,8 +230,10 @@ def evaluate(
     int8: bool = False,
     ranks: Ranks = ALONE,
     documents: Sequence[RawDocument | Reject] | None = None,
+    generated: str | Path | None = None,
 ) -> dict:
-    """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them.
+    """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them,
+    or `generated`, an output of `sllm generate`, for which cut agreement is measured too.
 
     Args: as in `sllm evaluate --help`.
         folder: a model folder, or its `Loaded` model.
@@ -238,9 +244,13 @@ def evaluate(
     Raises: UserError for folders, data or settings that do not fit together.
     """
     given: dict[str, Any] = {"segmenter": segmenter, "language": language, "max_tokens": max_tokens}
+    ends: list[list[int]] = []
+    if generated is not None:
+        text, (documents, ends) = generated, read_generated(generated)
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
-    scores = error = None
+    loaded = source = window = cut = scores = error = None
+    started = 0.0
     try:
         shards = ShardSet.open(data) if data is not None else None
         if shards is None and documents is None:
@@ -265,7 +275,7 @@ def evaluate(
         error = problem
     if ranks.world > 1:
         everyone = agree(error, scores)
-        whole = Scores(kind)
+        whole = Scores(loaded.kind)
         for theirs in everyone:
             whole.merge(theirs)
         scores = whole
@@ -273,9 +283,13 @@ def evaluate(
         reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
         left_out = f" (left out: {reasons})" if reasons else ""
         raise UserError(f"{source.path}: nothing to evaluate, it holds no text{left_out}")
+    agreement = {}
+    if generated is not None:
+        texts = [record for record in documents or () if isinstance(record, RawDocument)]
+        agreement["cut_agreement"] = cut_agreement(texts, ends, loaded.tokenizer, cut)
     return {
         "model": loaded.folder,
-        "kind": kind,
+        "kind": loaded.kind,
         "parameters": loaded.parameters,
         "int8": loaded.int8,
         "data": source.path,
@@ -286,6 +300,7 @@ def evaluate(
         "window_tokens": window,
         "ranks": ranks.world,
         **scores.figures(),
+        **agreement,
         "seconds": round(time.perf_counter() - started, 3),
     }
 
@@ -304,7 +319,9 @@ def score(
         import_extra("rapidfuzz", "eval")
     scores, nats, text_bytes, device = Scores(kind), 0.0, 0, next(model.parameters()).device
     # disable=None: shown on a terminal only.
-    with tqdm(total=expected_tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
+    with tqdm(
+        total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
+    ) as bar:
         for batch, group in _batches(windows, batch_tokens):
             more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
@@ -315,59 +332,4 @@ def score(
 
 def format_result(result: dict) -> str:
     """The result as a text table."""
-    window = result["window_tokens"]
-    tokens, ends, stops = (result[f"{part}_nll_nats"] for part in ("token", "end", "stop"))
-    rows = [
-        ("model", f"{result['model']} ({result['kind']})"),
-        ("data", f"{result['data']} (text {result['data_fingerprint'][:12]})"),
-        (
-            "documents",
-            f"{result['documents']:,}: {result['sentences']:,} sentences, {result['bytes']:,} bytes",
-        ),
-        ("tokens", f"{result['tokens']:,} in {result['windows']:,} windows of at most {window:,}"),
-    ]
-    if result["rejected"]:
-        rows.append(("left out", ", ".join(f"{n} × {reason}" for reason, n in result["rejected"].items())))
-    rows += [
-        ("bits per byte", with_interval(result, "bits_per_byte")),
-        ("perplexity", f"{result['ppl']:.4g} per plain token"),
-        ("nats", f"{result['nll_nats']:.1f} = tokens {tokens:.1f} + ends {ends:.1f} + stops {stops:.1f}"),
-    ]
-    if result["kind"] == "sllm":
-        without = result["bits_per_byte_without_vectors"]
-        rows.append(
-            (
-                "vector gain",
-                f"{with_interval(result, 'vector_gain')} bits per byte ({without:.4f} without vectors)",
-            )
-        )
-    if result["kind"] == "vae":
-        rows.append(("exact match", f"{result['exact_match']:.2%} of sentences rebuilt exactly"))
-        rows.append(("edit distance", f"{result['edit_distance']:.4f} edits per token"))
-        rows += [
-            (f"  {n} tokens", f"{at['exact_match']:.2%} of {at['sentences']:,}")
-            for n, at in result["exact_match_by_length"].items()
-        ]
-        rows.append(
-            ("note", "reconstruction: the model has seen each sentence; no figure here compares with")
-        )
-        rows.append(("", "a language model's"))
-    for title, key in (
-        ("sub-corpora", "by_source"),
-        ("languages", "by_language"),
-        ("sentence tokens", "by_sentence_length"),
-        ("sentence number", "by_sentence_position"),
-    ):
-        if len(result[key]) > 1:
-            rows.append((title, "bits per byte"))
-            rows += [(f"  {group}", _group(figures)) for group, figures in result[key].items()]
-    if result["bits_per_byte_interval"]:
-        how = result["intervals"]
-        rows.append(("intervals", f"{how['level']:.0%}, {how['resamples']:,} resamples of whole documents"))
-    return "\n".join(f"{name:<15} {value}" for name, value in rows)
-
-
-def _group(figures: dict) -> str:
-    if figures["bits_per_byte"] is None:
-        return "no bytes"
-    return f"{with_interval(figures, 'bits_per_byte')} of {figures['bytes']:,} bytes"
+    return render(Path(__file__).with_name("evaluate.txt.jinja"), {**result, "all": result}, FILTERS)

@@ -29,6 +29,7 @@ from pipeline.models.losses import bits_per_byte, perplexity
 
 # Of the small recipes: `train_tokens` are the first ones that such a run sees.
 BIN_TOKENS, SEED = 2048, 1
+LONGEST = 20  # order; each one takes as much memory again
 
 
 @dataclass
@@ -47,8 +48,7 @@ class NgramModel:
     and the end of a document."""
 
     def __init__(self, spans: Iterable[Span], vocabulary: int, order: int = 5):
-        if order < 1:
-            raise UserError(f"--order {order}: must be at least 1")
+        _require_order(order)
         self.vocabulary = vocabulary
         self._symbols = vocabulary + 2  # tokens, end (V), BOS (V + 1), which is never predicted
         symbols, ages = self._stream(spans)
@@ -145,6 +145,7 @@ def run(
 
     Raises: UserError for shards made with different tokenizers, or without text.
     """
+    _require_order(order)
     made = header(("numpy",))
     started = time.perf_counter()
     ours, theirs = ShardSet.open(shards), ShardSet.open(validation)
@@ -191,6 +192,11 @@ def format_result(result: dict) -> str:
         f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['ppl']:.4g} on "
         f"{result['tokens']:,} tokens of {result['data']} ({result['seconds']:.0f} s)"
     )
+
+
+def _require_order(order: int) -> None:
+    if not 1 <= order <= LONGEST:
+        raise UserError(f"--order {order}: must be from 1 to {LONGEST}")
 
 
 def _first(spans: Iterator[Span], tokens: int | None) -> Iterator[Span]:

@@ -13,18 +13,21 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain, zip_longest
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, log
+from data_prep.common.page import NOTHING, Table, to_text
 from data_prep.corpus.documents import RawDocument, Reject
 from data_prep.corpus.inputs import find_inputs
 from data_prep.text.segment_rules import DASHES, ELLIPSES, PAUSES, STOPS
 from data_prep.text.segmenter import get_segmenter
 from data_prep.text.sentences import LONGEST, SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
+from pipeline.common.text import with_interval
 from pipeline.evaluation.evaluate import Loaded, evaluate, load, read_records, sentence_settings
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
@@ -229,6 +232,7 @@ def _of_model(
 ) -> tuple[dict[str, object], dict[str, dict]]:
     """The model's description, and its figures by variant."""
     figures: dict[str, dict] = {}
+    scored: dict[str, Any] = {}
     for name, documents in texts.items():
         log(f"{loaded.folder}: {name}")
         scored = evaluate(loaded, text=text, documents=documents)
@@ -252,23 +256,21 @@ def _of_model(
 
 def format_result(result: dict) -> str:
     """The result as a text table with a row for each variant and model."""
-    rows = [["variant", "model", "bits per byte", "", "change", "vector gain", "tokens/sentence", "at limit"]]
-    for name, of_models in result["variants"].items():
-        for number, mine in enumerate(of_models):
-            low_high = mine["bits_per_byte_interval"]
-            row = [
-                "" if number else name,
-                mine["model"],
-                f"{mine['bits_per_byte']:.4f}",
-                f"[{low_high[0]:.4f}, {low_high[1]:.4f}]" if low_high else "",
-                "" if name == PLAIN else f"{mine['change']:+.4f}",
-            ]
-            if "vector_gain" in mine:
-                row += [f"{mine['vector_gain']:.4f}", f"{mine['tokens_per_sentence']:.1f}"]
-                row.append(f"{mine['cut_by_limit']:.1%}")
-            rows.append(row)
-    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows]
+    rows = [
+        (
+            "" if number else name,
+            mine["model"],
+            with_interval(mine, "bits_per_byte"),
+            "" if name == PLAIN else f"{mine['change']:+.4f}",
+            with_interval(mine, "vector_gain"),
+            f"{mine['tokens_per_sentence']:.1f}" if "cut_by_limit" in mine else NOTHING,
+            f"{mine['cut_by_limit']:.1%}" if "cut_by_limit" in mine else NOTHING,
+        )
+        for name, of_models in result["variants"].items()
+        for number, mine in enumerate(of_models)
+    ]
+    heads = ("variant", "model", "bits per byte", "change", "vector gain", "tokens/sentence", "at limit")
+    table = to_text(Table(heads, rows, left=(0, 1)))
     notes = [f"{result['documents']:,} documents of {result['text']}, seed {result['seed']}; {BYTES_NOTE}"]
     notes += [f"left out: {name} ({reason})" for name, reason in result["skipped"].items()]
     if any(model["measures"] == "reconstruction" for model in result["models"]):
@@ -277,4 +279,4 @@ def format_result(result: dict) -> str:
     for mine in chain.from_iterable(result["variants"].values()):
         left_out.update(mine["rejected"])
     notes += [f"records left out: {count} × {reason}" for reason, count in left_out.items()]
-    return "\n".join(line.rstrip() for line in lines + notes)
+    return "\n".join([table, *notes])

@@ -6,6 +6,7 @@ the run does not know (a license, a model id of the Hub) is left out. The text i
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import read_json
-from pipeline.checkpoints.store import Meta
+from data_prep.common.files import read_json, write_atomically
+from pipeline.checkpoints.store import Meta, checkpoints_folder, read_meta
 from pipeline.data.plan import Position
 from pipeline.training.run_files import Run
 
@@ -122,6 +123,23 @@ def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> dict[str, dict
             )
         found[path.stem] = result
     return found
+
+
+def require_export_of(model: str | Path, run_dir: str | Path) -> None:
+    """Raises: UserError unless the model folder was exported from a checkpoint of this run."""
+    origin = read_json(Path(model) / ORIGIN, default={})
+    checkpoint = checkpoints_folder(run_dir) / str(origin.get("checkpoint"))
+    if not checkpoint.is_dir() or read_meta(checkpoint).recipe != origin.get("recipe"):
+        raise UserError(f"--record {run_dir}: {model} is no export of this run")
+
+
+def record_result(result: dict[str, Any], run_dir: str | Path) -> Path:
+    """Keep a result of `sllm evaluate` for the run's model card; returns its file."""
+    name = f"{Path(result['data']).name.split('.')[0]}-{result['data_fingerprint'][:8]}.json"
+    path = Path(run_dir) / RESULTS / name
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, (json.dumps(result, ensure_ascii=False, indent=1) + "\n").encode())
+    return path
 
 
 def _finite(value: float | None) -> float:

@@ -17,10 +17,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, first_line
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
@@ -76,21 +77,33 @@ def export_run(
     aside = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, aside, tokenizer)
     origin = {
         "run_dir": str(run_dir),
         "checkpoint": checkpoint.name,
         "step": meta.step,
         "tokens": meta.tokens,
         "weights": weights,
+        "best": meta.best,
+        "recipe": meta.recipe,
     }
-    origin |= {"best": meta.best, "recipe": meta.recipe}
-    (aside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(card, encoding="utf-8")
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(aside, output)
+    try:
+        save_model(model, aside, tokenizer)
+        (aside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(card, encoding="utf-8")
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(aside, output)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"{output} cannot be written: {_reason(error)}") from None
+        raise
     return output
+
+
+def _reason(error: Exception) -> str:
+    # safetensors passes an error of the system on as text.
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
 def is_replaceable(output: Path) -> bool:

@@ -44,3 +44,6 @@ class SentenceModel(Protocol):
 
     def sentence_step(self, decoder: Any, rows: np.ndarray, symbols: list[int]) -> torch.Tensor:
         """Feed one symbol to each row; logits of the next symbols, float32 [n, V]."""
+
+    def sentence_back(self, decoder: Any, row: int, symbols: int) -> None:
+        """Forget the last symbols fed to a row."""

@@ -77,11 +77,13 @@ class Sampling:
     def _nucleus(self, scaled: Tensor) -> Tensor:
         """[R, 1]: the smallest logit that top-p keeps. `scaled` [R, V] has a maximum of 0 in each row."""
         total = scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)
-        for look in (min(NUCLEUS_FIRST_LOOK, scaled.shape[-1]), scaled.shape[-1]):
+        look = min(NUCLEUS_FIRST_LOOK, scaled.shape[-1])
+        while True:
             likeliest = scaled.topk(look).values
             probability = likeliest.exp() / total
             before = probability.cumsum(-1) - probability  # the mass in front of each
             if look == scaled.shape[-1] or (before[:, -1] >= self.top_p).all():
                 break
+            look = scaled.shape[-1]
         kept = (before < self.top_p).sum(-1, keepdim=True)
         return likeliest.gather(-1, kept - 1)

@@ -23,6 +23,7 @@ import torch
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.prompt import split_prompt
+from pipeline.generation.prompt_end import REJECTED, Branch, PromptEnd, find_prompt_end
 from pipeline.generation.protocol import SentenceModel
 from pipeline.generation.results import (
     DOCUMENT_END,
@@ -49,7 +50,9 @@ class _Row:
 
     request: Request
     stream: TextStream
-    rng: torch.Generator
+    unfinished: bool  # the prompt ends inside a sentence
+    tail: list[int]  # the tokens of that sentence that are certain
+    end: PromptEnd | None  # while new tokens may change those of the prompt's end
     sentences: list[Sentence] = field(default_factory=list)
     new_tokens: int = 0
     log_probability: float = 0.0
@@ -64,6 +67,15 @@ class _Row:
     ended: bool = False
     text: str = ""
     sentence_log_probability: float = 0.0
+    # At the prompt's end:
+    branches: list[Branch] = field(default_factory=list)  # whose logits are still to be computed
+    fed: list[int] = field(default_factory=list)  # tokens in the cache behind the certain ones
+
+    def __post_init__(self) -> None:
+        self.rng = torch.Generator().manual_seed(self.request.seed)
+        # So that a text does not depend on how many tokens of its prompt were taken back. torch's generator
+        # for CPUs reads the low 32 bits of a seed only.
+        self.end_rng = torch.Generator().manual_seed(self.request.seed ^ 0x9E3779B9)
 
     def begin(self, bos: int, forced: list[int]) -> None:
         self.tokens, self.forced, self.pending, self.feed = list(forced), len(forced), list(forced), bos
@@ -152,24 +164,25 @@ class BatchWriter:
     def _take(self, requests: Iterator[Request]) -> Iterator[Event]:
         """Give free rows a prompt each, and read these prompts together."""
         free = [at for at, row in enumerate(self._rows) if row is None]
-        taken: dict[int, tuple[list[list[int]], list[int]]] = {}
+        taken: dict[int, list[list[int]]] = {}
         tokens = 0
         while free:
             if (request := next(requests, None)) is None:
                 self._more = False
                 break
             try:
-                sentences, tail = self._split(request.prompt)
+                sentences, tail, end = self._split(request.prompt)
             except UserError as error:
                 yield request.number, error
                 continue
-            rng = torch.Generator().manual_seed(request.seed)
             at = free.pop(0)
-            self._rows[at] = _Row(request, TextStream(self._limits.stop), rng)
-            taken[at] = (sentences, tail)
+            row = self._rows[at] = _Row(request, TextStream(self._limits.stop), bool(tail), tail, end)
+            if end is not None and tail:
+                row.tail, row.branches = end.certain, [end.root, *end.root.below()]
+            taken[at] = sentences
             if self._seen_RV is not None:
                 self._seen_RV[at] = False
-                seen = [token for sentence in (*sentences, tail) for token in sentence]
+                seen = [token for sentence in (*sentences, row.tail) for token in sentence]
                 self._seen_RV[at, torch.tensor(seen, dtype=torch.long)] = True
             tokens += sum(map(len, sentences))
             if tokens >= READ_TOKENS:
@@ -178,9 +191,13 @@ class BatchWriter:
         if taken:
             yield from self._read(taken)
 
-    def _split(self, prompt: str | list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    def _split(self, prompt: str | list[list[int]]) -> tuple[list[list[int]], list[int], PromptEnd | None]:
+        """Complete sentences, tokens of the unfinished one, and what may follow them."""
+        end = None
         if isinstance(prompt, str):
             sentences, tail = split_prompt(prompt, self._tokenizer, self.settings)
+            if self._limits.sentence_tokens is None:
+                end = find_prompt_end(sentences, tail, self._tokenizer, self._sentence_tokens)
         else:
             sentences, tail = prompt, []
         if len(sentences) > self._model.max_sentences:
@@ -189,22 +206,22 @@ class BatchWriter:
                 f"positions for {self._model.max_sentences}: shorten the prompt, for example to its last "
                 "sentences"
             )
-        return sentences, tail
+        return sentences, tail, end
 
-    def _read(self, taken: dict[int, tuple[list[list[int]], list[int]]]) -> Iterator[Event]:
+    def _read(self, taken: dict[int, list[list[int]]]) -> Iterator[Event]:
         rows = np.asarray(sorted(taken))
-        documents = [taken[at][0] for at in rows]
+        documents = [taken[at] for at in rows]
         self._model.read(self._state, rows, documents, self._limits.max_sentences)
         begin: list[tuple[int, list[int]]] = []
         for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
-            row, (sentences, tail) = self._rows[at], taken[at]
+            row = self._rows[at]
             # A prompt's document may end after its last sentence only, and not before an unfinished one.
-            if sentences and not tail:
+            if taken[at] and not row.unfinished:
                 ends, row.prompt_stop_probability = self._document_ends(row, float(log_odds))
                 if ends:
                     yield from self._finish(at, DOCUMENT_END)
                     continue
-            begin.append((at, tail))
+            begin.append((at, row.tail))
         self._begin(begin)
 
     def _begin(self, rows: list[tuple[int, list[int]]]) -> None:
@@ -222,24 +239,115 @@ class BatchWriter:
         at_n = np.asarray(sorted(self._writing))
         logits_nV = self._model.sentence_step(self._decoder, at_n, [self._rows[at].feed for at in at_n])
         choosing = [n for n, at in enumerate(at_n) if not self._rows[at].pending]
-        for at in at_n:
+        for n, at in enumerate(at_n.tolist()):
             if (row := self._rows[at]).pending:
                 row.feed = row.pending.pop(0)
+            elif row.branches:
+                choosing.remove(n)
+                row.branches.pop(0).logits = logits_nV[n]
+                if row.branches:
+                    self._feed(at, row.branches[0].path)
+                else:
+                    yield from self._choose_at_prompt_end(at)
         if not choosing:
             return
         if len(choosing) < len(at_n):
             at_n, logits_nV = at_n[choosing], logits_nV[choosing]
         symbol_n, log_probability_n = self._choose(at_n, logits_nV)
-        for at, symbol, log_probability in zip(at_n.tolist(), symbol_n, log_probability_n, strict=True):
-            yield from self._record(at, symbol, log_probability)
+        for n, at in enumerate(at_n.tolist()):
+            row, symbol, log_probability = self._rows[at], symbol_n[n], log_probability_n[n]
+            if row.end is not None:
+                branch = Branch([], longer=None, logits=logits_nV[n])
+                while not self._accepts(row, branch, [symbol]):
+                    symbol, log_probability = self._choose_one(at, branch)
+                self._follow(row, [symbol])
+            yield from self._record(at, symbol, log_probability, self._tokenizer.decode_bytes([symbol]))
 
-    def _choose(self, at_n: np.ndarray, logits_nV: torch.Tensor) -> tuple[list[int], list[float]]:
-        """One symbol per row, and its log-probability without temperature."""
+    # The prompt's end.
+
+    def _feed(self, at: int, path: list[int]) -> None:
+        """Feed tokens behind the certain ones, in place of those that were fed there."""
+        row, kept = self._rows[at], 0
+        while kept < min(len(row.fed), len(path) - 1) and row.fed[kept] == path[kept]:
+            kept += 1
+        self._model.sentence_back(self._decoder, at, len(row.fed) - kept)
+        row.fed, row.feed, row.pending = path, path[kept], path[kept + 1 :]
+
+    def _choose_at_prompt_end(self, at: int) -> Iterator[Event]:
+        """Choose among all tokens that fit the prompt's end; every branch has its logits."""
+        row = self._rows[at]
+        root = row.end.root
+        # The text's likelihood is given the prompt, whose last tokens were chosen here.
+        given = root.mass(self._bias_V) if root.children else 0.0
+        while True:
+            path: list[int] = []
+            last = branch = root
+            total = -given
+            while branch is not None:
+                row.tokens = [*row.tail, *path]
+                symbol, log_probability = self._choose_one(at, branch)
+                path.append(symbol)
+                total += log_probability
+                last, branch = branch, branch.children.get(symbol)
+            if self._accepts(row, last, path):
+                break
+        row.forced = len(row.tokens)
+        if self._seen_RV is not None:
+            self._seen_RV[at, torch.tensor(path[:-1], dtype=torch.long)] = True
+        added = row.end.beyond(path)
+        self._follow(row, path)
+        yield from self._record(at, path[-1], total, added)
+        if at in self._writing and self._rows[at] is row:
+            self._feed(at, path)
+
+    def _choose_one(self, at: int, branch: Branch) -> tuple[int, float]:
+        """One symbol behind a branch's tokens, and its log-probability without temperature."""
+        logits_1V, rng = branch.logits[None], None
+        if branch.longer is not None:
+            if len(branch.children) == 1 and not branch.longer:
+                (symbol,) = branch.children
+                return symbol, logits_1V.log_softmax(-1)[0, symbol].item()
+            rng = self._rows[at].end_rng
+        bias_V = branch.bias(self._bias_V)
+        (symbol,), (log_probability,) = self._choose(np.asarray([at]), logits_1V, bias_V, rng)
+        return symbol, log_probability
+
+    def _accepts(self, row: _Row, branch: Branch, path: list[int]) -> bool:
+        """Whether a document may have the chosen tokens; if not, the last one is banned behind its branch."""
+        if path[-1] == self._end or row.end.permits(path):
+            return True
+        branch.banned.append(path[-1])
+        if len(branch.banned) == REJECTED:  # little is left: check every token
+            usable = np.flatnonzero(self._tokenizer.byte_lengths).tolist()
+            branch.banned = [token for token in usable if not row.end.permits([*path[:-1], token])]
+            return len(branch.banned) == len(usable)
+        return False
+
+    def _follow(self, row: _Row, symbols: list[int]) -> None:
+        """Note what was chosen; `end` is dropped when nothing can change the tokens at the prompt's end."""
+        if symbols[-1] == self._end:
+            symbols = symbols[:-1]
+        if not row.end.choose(symbols):
+            row.end = None
+
+    # One choice.
+
+    def _choose(
+        self,
+        at_n: np.ndarray,
+        logits_nV: torch.Tensor,
+        bias_V: torch.Tensor | None = None,
+        rng: torch.Generator | None = None,
+    ) -> tuple[list[int], list[float]]:
+        """One symbol per row, and its log-probability without temperature. `bias_V`: added to the logits;
+        `rng`: in place of the rows' own."""
         rows = [self._rows[at] for at in at_n]
         sampling, exactly = self._sampling, self._limits.sentence_tokens
         allowed_nV = logits_nV
         if self._seen_RV is not None:
             allowed_nV = sampling.penalise(logits_nV, self._seen_RV[torch.from_numpy(at_n)])
+        if bias_V is not None:
+            allowed_nV = allowed_nV + bias_V
         # An empty sentence does not exist in training.
         endless = [n for n, row in enumerate(rows) if not row.tokens or exactly is not None]
         allowed_nV = allowed_nV + (self._endless_V if len(endless) == len(rows) else self._bias_V)
@@ -248,7 +356,7 @@ class BatchWriter:
         uniform_n = None
         if not sampling.greedy:
             drawn = [
-                0.0 if row.closing else torch.rand((), generator=row.rng, dtype=torch.float64).item()
+                0.0 if row.closing else torch.rand((), generator=rng or row.rng, dtype=torch.float64).item()
                 for row in rows
             ]
             uniform_n = torch.tensor(drawn, dtype=torch.float64, device=logits_nV.device)
@@ -259,8 +367,8 @@ class BatchWriter:
         chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
         return symbol_n.tolist(), chosen_n.tolist()
 
-    def _record(self, at: int, symbol: int, log_probability: float) -> Iterator[Event]:
-        """Add the next symbol to a row."""
+    def _record(self, at: int, symbol: int, log_probability: float, data: bytes) -> Iterator[Event]:
+        """Add the next symbol to a row; `data`: the bytes that it adds to the text."""
         row, limits = self._rows[at], self._limits
         row.sentence_log_probability += log_probability
         if symbol == self._end:
@@ -279,7 +387,7 @@ class BatchWriter:
         row.closing = len(row.tokens) == self._sentence_tokens
         if self._seen_RV is not None:
             self._seen_RV[at, symbol] = True
-        text = row.stream.push(self._tokenizer.decode_bytes([symbol]))
+        text = row.stream.push(data)
         row.text += text
         yield row.request.number, Piece(text, symbol)
         if row.stream.stopped:

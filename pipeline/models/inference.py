@@ -54,10 +54,9 @@ class Int8Head(Int8Linear):
         self,
         hidden_Nd: Tensor,
         targets_N: Tensor | None = None,
-        focal_gamma: float = 0.0,
+        _focal_gamma: float = 0.0,
         want_correct: bool = False,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
+        *_: float,
     ) -> Any:
         """As `VocabularyHead.forward`; the objective is always cross-entropy."""
         if targets_N is None:

@@ -7,6 +7,8 @@ give the embedding itself (variational: the mean).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,121 +26,64 @@ from pipeline.models.vocabulary_head import VocabularyHead
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one sentence
 
 
+# Keys that are sizes of a model, with their defaults.
+SIZES = {key: field.default for key, field in VaeRecipe.model_fields.items()}
+for key in ("path", "init_embeddings_from"):
+    del SIZES[key]
+SIZES |= {"vocab_size": 50272, "max_sentence_tokens": 64}
+
+
 class SentenceVAEConfig(PreTrainedConfig):
     """Sizes of a SentenceVAE (SVAE-768/1024/2048 × H1/H2/H4 in the paper: `hidden_size`, `layers`).
 
-    encoder_layers: of the encoder; None is `layers`, the decoder's, as in the paper.
-    embedding_size: width of the token embeddings; None is hidden_size.
-    ffn_size: None is 2 · hidden_size, the paper's choice.
-    tie_word_embeddings: encoder embedding, decoder embedding and head share one matrix.
-    layout: `lean` (pre-norm, learned positions, one matrix of cross-attention) or `paper` (the published
-        layers, parameter for parameter: docs/sizes.md).
-    positions: of encoder and decoder, `learned` or `rotary` (layout lean; the paper's are sinusoidal).
-    max_sentence_tokens: longest sentence, without BOS and end symbol.
-    fusion: from a sentence's tokens to its embedding: `sum` (the paper's), `mean`, `attention` or `last`
-        (sentence_encoder.py).
-    vectors: vectors of hidden_size per sentence; above 1 needs fusion `attention`.
-    condition: how a vector enters the decoder: `cross_attention` (the paper's), `prefix` (rows before the
-        sentence that attention can read), or `none` (a decoder without context, for comparison).
-    condition_range: standard deviation of cross-attention's initial weights. Vectors have size 1, new token
-        embeddings 0.02: from 0.02 on, vectors would dominate the tokens at first.
-    prefix_slots: rows of a `prefix`.
-    context_sentences: earlier sentences that an SLLM's decoder sees, token by token, besides the vector
-        (needs rotary positions); 0 is the paper's. The SentenceVAE itself never sees any.
-    dropout: in [0, 1); layers.py says where.
-    latent_noise: standard deviation of Gaussian noise on the embedding (whose channels have about size 1) in
-        training; 0 is none. It prepares the decoder for the SLLM's backbone, which never predicts an
-        embedding exactly.
+    The keys, their types and defaults are those of `VaeRecipe`. What its descriptions leave out:
+
+    condition_range: vectors have size 1, new token embeddings 0.02: from 0.02 on, vectors would dominate the
+        tokens at first.
+    latent_noise: prepares the decoder for the SLLM's backbone, which never predicts an embedding exactly.
+        Channels of an embedding have about size 1.
     variational: the encoder also gives a log-variance; training decodes a sample, otherwise the mean is used.
         The objective adds `kl_weight` · KL from the standard normal (nats), where every channel of every
         sentence counts at least `free_bits` nats (Kingma et al. 2016, per sentence instead of per batch, so
         that packing changes nothing).
-    focal_gamma, label_smoothing, z_loss: the training loss (vocabulary_head.py); all 0 is cross-entropy.
-    bos/pad/eos_token_id: of the tokenizer (OPT's by default); eos is the sentence end here.
+
+    Besides: focal_gamma, label_smoothing, z_loss: the training loss (vocabulary_head.py); all 0 is
+    cross-entropy. bos/pad/eos_token_id: of the tokenizer (OPT's by default); eos is the sentence end here.
     sentence_settings: how the training text was cut (`segmenter`, `language`, `max_tokens`); window_tokens:
-        longest window.
+    longest window.
     """
 
     model_type = "sentence_vae"
 
     def __init__(
         self,
-        vocab_size: int = 50272,
-        hidden_size: int = 768,
-        layers: int = 1,
-        encoder_layers: int | None = None,
-        heads: int = 12,
-        embedding_size: int | None = None,
-        ffn_size: int | None = None,
-        layout: str = "lean",
-        positions: str = "learned",
-        max_sentence_tokens: int = 64,
-        fusion: str = "sum",
-        vectors: int = 1,
-        condition: str = "cross_attention",
-        condition_range: float = 0.0,
-        prefix_slots: int = 1,
-        context_sentences: int = 0,
-        dropout: float = 0.0,
-        latent_noise: float = 0.0,
-        variational: bool = False,
-        kl_weight: float = 1.0,
-        free_bits: float = 0.0,
+        *,
         focal_gamma: float = 0.0,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
         sentence_settings: dict | None = None,
         window_tokens: int = 1024,
-        bos_token_id: int = 2,
-        pad_token_id: int = 1,
-        eos_token_id: int = 2,
-        **kwargs,
+        **kwargs: Any,
     ):
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.layers = layers
-        self.encoder_layers = encoder_layers
-        self.heads = heads
-        self.embedding_size = embedding_size
-        self.ffn_size = ffn_size
-        self.layout = layout
-        self.positions = positions
-        self.max_sentence_tokens = max_sentence_tokens
-        self.fusion = fusion
-        self.vectors = vectors
-        self.condition = condition
-        self.condition_range = condition_range
-        self.prefix_slots = prefix_slots
-        self.context_sentences = context_sentences
-        self.dropout = dropout
-        self.latent_noise = latent_noise
-        self.variational = variational
-        self.kl_weight = kl_weight
-        self.free_bits = free_bits
-        self.focal_gamma = focal_gamma
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.initializer_range = initializer_range
+        self.focal_gamma, self.label_smoothing, self.z_loss = focal_gamma, label_smoothing, z_loss
         self.sentence_settings = sentence_settings or {}
         self.window_tokens = window_tokens
         # Types, limits and what does not fit together: as in a recipe.
-        given = {key: value for key, value in vars(self).items() if key in VaeRecipe.model_fields}
-        for key, value in checked_vae({**given, "tie_word_embeddings": tie_word_embeddings}).items():
-            setattr(self, key, value)
-        self.encoder_layers = self.encoder_layers or self.layers
-        self.embedding_size = self.embedding_size or self.hidden_size
-        self.ffn_size = self.ffn_size or 2 * self.hidden_size
-        if hidden_size % heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}")
-        if positions == "rotary" and hidden_size // heads % 2:
+        sizes = checked_vae(SIZES | {key: kwargs.pop(key) for key in SIZES if key in kwargs})
+        width, heads = sizes["hidden_size"], sizes["heads"]
+        sizes["encoder_layers"] = sizes["encoder_layers"] or sizes["layers"]
+        sizes["embedding_size"] = sizes["embedding_size"] or width
+        sizes["ffn_size"] = sizes["ffn_size"] or 2 * width
+        if width % heads:
+            raise ValueError(f"hidden_size {width} is not a multiple of heads {heads}")
+        if sizes["positions"] == "rotary" and width // heads % 2:
             raise UserError("model.vae.positions rotary turns pairs of channels: hidden_size / heads is odd")
-        if tie_word_embeddings and self.embedding_size != hidden_size:
+        if sizes["tie_word_embeddings"] and sizes["embedding_size"] != width:
             raise ValueError("tie_word_embeddings needs embedding_size == hidden_size")
-        kwargs["tie_word_embeddings"] = tie_word_embeddings
-        kwargs |= {"bos_token_id": bos_token_id, "pad_token_id": pad_token_id, "eos_token_id": eos_token_id}
-        super().__init__(**kwargs)
+        for key, value in sizes.items():
+            setattr(self, key, value)
+        kwargs["tie_word_embeddings"] = sizes["tie_word_embeddings"]
+        super().__init__(**{"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2, **kwargs})
 
     @property
     def vector_size(self) -> int:

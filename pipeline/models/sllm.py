@@ -257,6 +257,10 @@ class SLLM(PreTrainedModel):
         symbols_n = torch.tensor(symbols, device=self.device)
         return self.vae.head(self.vae.decoder.step(decoder, rows, symbols_n))
 
+    def sentence_back(self, decoder: DecoderState, row: int, symbols: int) -> None:
+        """Forget the last symbols fed to a row."""
+        decoder.cache.lengths[row] -= symbols
+
     def begin(self) -> BackboneState:
         """Start one document: the start position is fed."""
         state = self.new_state(1)

@@ -11,12 +11,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils.timer import SynchronizedWallClockTimer
+from pydantic import ValidationError
+
+from pipeline.parallel.agreement import AgreedError
 
 
 def skip_shared_memory_op() -> None:
     """Keep `init_distributed` from compiling gloo's shared-memory op: it takes a minute and a compiler."""
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
+
+def require_valid(config: dict[str, Any]) -> None:
+    """Raises: AgreedError with DeepSpeed's own reason when it refuses a config whose keys are right."""
+    try:
+        DeepSpeedConfig(dict(config))
+    except Exception as error:  # assertions, pydantic's and DeepSpeed's own kinds
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise AgreedError(f"DeepSpeed refuses its config: {' '.join(reason.split())}") from None
 
 
 def silence_timers() -> None:

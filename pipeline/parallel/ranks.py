@@ -10,16 +10,19 @@ import logging
 import os
 import socket
 import subprocess
+import time
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, first_line, log
 
 if TYPE_CHECKING:
     import torch
 
+LAST_PORT = 65535
+SILENT_WAIT, LONGEST_WAIT = 3.0, 600.0  # seconds for which a rank waits for others
 
 # Launchers that set no RANK, and their names for rank, world size and local rank.
 _LAUNCHERS = (
@@ -63,28 +66,38 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
     place.
 
     Variables that a launcher has set are kept. Slurm's variables count only inside a job step
-    (SLURM_STEP_ID), not in the batch script. Raises UserError when there are several machines and none of
-    them is known to hold rank 0.
+    (SLURM_STEP_ID), not in the batch script. Raises UserError for variables that contradict each other or
+    that an earlier launcher has left, and when no machine is known to hold rank 0.
     """
-    if "RANK" not in env and (names := _launcher(env)):
-        rank, world, local = names
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world], env.get(local, "0")
+    if "RANK" not in env and (theirs := _launcher(env)):
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (env.get(name, "0") for name in theirs)
         _find_master(env)
-    for name, alone in (
+    alone = "unset it to run alone, or start all ranks by one launcher"
+    if "RANK" in env and "WORLD_SIZE" not in env:
+        raise UserError(f"RANK={env['RANK']} is set and WORLD_SIZE is not: {alone}")
+    if "RANK" not in env and env.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"WORLD_SIZE={env['WORLD_SIZE']} is set and RANK is not: {alone}")
+    for name, default in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("LOCAL_RANK", "0"),
         ("MASTER_ADDR", "127.0.0.1"),
     ):
-        env.setdefault(name, alone)
+        env.setdefault(name, default)
     if "MASTER_PORT" not in env:
         if env["WORLD_SIZE"] != "1":
             raise UserError("MASTER_PORT is not set: every rank needs the address and port of rank 0")
         env["MASTER_PORT"] = "0"  # one process: any free port
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     if wrong := [name for name in names if not env[name].isdecimal()]:
         raise UserError(f"{wrong[0]}={env[wrong[0]]}: it must be a whole number; unset it to run alone")
-    return Ranks(*(int(env[name]) for name in names))
+    rank, world, local, port = (int(env[name]) for name in names)
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
+        if value >= world:
+            raise UserError(f"{name}={value} is not below WORLD_SIZE={world}: {alone}")
+    if port > LAST_PORT:
+        raise UserError(f"MASTER_PORT={port}: a port is at most {LAST_PORT}")
+    return Ranks(rank, world, local)
 
 
 def _find_master(env: MutableMapping[str, str]) -> None:
@@ -113,9 +126,14 @@ def _find_master(env: MutableMapping[str, str]) -> None:
 
 
 def join(ranks: Ranks) -> torch.device:
-    """Join the process group of all ranks and return this rank's device. Call `leave` at the end."""
+    """Join the process group of all ranks and return this rank's device. Call `leave` at the end.
+
+    Python's signal handlers run while it waits for other ranks, and after a few seconds it says for whom.
+    Raises: UserError for a port in use, or when not all ranks come.
+    """
     import deepspeed
     import torch
+    from deepspeed.constants import default_pg_timeout
 
     from pipeline.parallel.deepspeed_compat import skip_shared_memory_op
 
@@ -129,10 +147,87 @@ def join(ranks: Ranks) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    backend = "nccl" if on_gpu else "gloo"
+    torch.distributed.init_process_group(
+        backend,
+        store=_meet(ranks),
+        rank=ranks.rank,
+        world_size=ranks.world,
+        timeout=default_pg_timeout,
+        # As DeepSpeed does: it lets NCCL connect at once.
+        device_id=device if on_gpu and ranks.world > 1 else None,
     )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     return device
+
+
+def _meet(ranks: Ranks) -> Any:
+    """A store that all ranks share, once all have come. Rank 0 is its server, or torchrun's agent is."""
+    from torch.distributed import HashStore, PrefixStore, TCPStore
+
+    if ranks.world == 1:
+        return HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    wait = _Waiting(ranks, f"{address}:{port}")
+    if not serves:
+        wait.until(lambda: _reaches(address, port), lambda: "rank 0")
+    try:
+        server = TCPStore("127.0.0.1" if serves else address, port, None, serves, wait_for_workers=False)
+    except RuntimeError as error:
+        used = f"port {port} is in use: give another one (MASTER_PORT, or the launcher's --master_port)"
+        raise UserError(used if "EADDRINUSE" in str(error) else first_line(error)) from None
+    env, names = (
+        os.environ,
+        ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_STEP_ID"),
+    )
+    store = PrefixStore("/".join(env.get(name, "") for name in names), server)  # of this launch
+    if store.add(f"here/{ranks.rank}", 1) > 1:
+        raise UserError(f"{address}:{port} has a rank {ranks.rank} already: is it the port of another run?")
+    if store.add("count", 1) == ranks.world:
+        store.set("all", "")
+
+    def missing() -> str:
+        absent = [str(rank) for rank in range(ranks.world) if not store.check([f"here/{rank}"])]
+        return f"rank {', '.join(absent)}"
+
+    try:
+        wait.until(lambda: store.check(["all"]), missing)
+    except RuntimeError:
+        raise UserError(f"rank 0 at {address}:{port} has ended: see its message") from None
+    return PrefixStore("group", store)
+
+
+def _reaches(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+class _Waiting:
+    """Waits for other ranks in short steps, at most `LONGEST_WAIT` in all, and says for whom."""
+
+    def __init__(self, ranks: Ranks, where: str):
+        self._ranks, self._where, self._began, self._said = ranks, where, time.monotonic(), ""
+
+    def until(self, done: Callable[[], bool], whom: Callable[[], str]) -> None:
+        pause = 0.02
+        while not done():
+            pause = min(1.0, 1.2 * pause)
+            waited = time.monotonic() - self._began
+            if waited > SILENT_WAIT:
+                self._say(whom(), waited)
+            time.sleep(pause)
+
+    def _say(self, whom: str, waited: float) -> None:
+        message = f"rank {self._ranks.rank} of {self._ranks.world} waits for {whom} at {self._where}"
+        if waited > LONGEST_WAIT:
+            raise UserError(f"{message}, for {waited:.0f} s now: is it started?")
+        if message != self._said:
+            self._said = message
+            log(message)
 
 
 def _silence(logger: logging.Logger) -> None:

@@ -11,15 +11,15 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.common.charts import Line, Lines, Mark, colours, running_mean, thinned
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
-from data_prep.common.page import Block, Chart, Choice, Heading, Table, Text, to_html
-from pipeline.common.text import NOTHING, duration, grouped, percent
+from data_prep.common.page import Block, Chart, Choice, Show, Table, Text, columns, from_template, to_html
+from pipeline.common.text import NOTHING, duration, gigabytes, percent
 from pipeline.training.run_files import Run, read_runs, training_text, validation_sample
 
 MOST_SKIPS = 50  # of a run that are listed one by one
@@ -184,7 +184,7 @@ def report(folders: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
         raise UserError(f"--output {output}: must be a file in a folder that exists")
     runs = read_runs(folders)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} training runs"
-    write_atomically(output, to_html(title, list(compose(runs))).encode())
+    write_atomically(output, to_html(title, compose(runs)).encode())
     return {
         "output": str(output),
         "runs": [summarise(run) for run in runs],
@@ -192,16 +192,30 @@ def report(folders: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
     }
 
 
-def compose(runs: Sequence[Run]) -> Iterable[Block]:
+def compose(runs: Sequence[Run]) -> list[Block]:
     """The page's blocks in reading order."""
-    if len(runs) > 1 and (found := cautions(runs)):
-        yield Text(f"**Not all figures can be compared**: {'; '.join(found)}.")
-    names = [run.name for run in runs]
-    yield summary_table(runs)
-    yield Heading("Curves")
+    parts = [
+        {k: v for k, v in run.recipe.items() if k != "output_dir"}
+        | {"deepspeed": run.deepspeed, "versions": run.provenance.get("packages", {})}
+        for run in runs
+    ]
+    values = {
+        "runs": runs,
+        "cautions": cautions(runs) if len(runs) > 1 else [],
+        "skips": [(run, step, why) for run in runs for step, why in run.skipped()[:MOST_SKIPS]],
+        "most_skips": MOST_SKIPS,
+        "differing": differences(parts),
+    }
+    made: dict[str, Sequence[Block]] = {"summary": [summary_table(runs)], "curves": list(curves(runs))}
+    filters = {"f": format, "utc": lambda at: time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))}
+    return from_template(Path(__file__).with_name("run_report.md.jinja"), values, made, filters)
+
+
+def curves(runs: Sequence[Run]) -> Iterable[Block]:
+    """All charts, and what chooses their axis."""
     axes = [axis for axis in AXES if any(run.positions[axis[0]][0] is not None for run in runs)]
-    hues = [colour for colour, _ in colours(kinds(runs))]
-    yield Choice("against", [axis[:2] for axis in axes], list(zip(names, hues, strict=True)))
+    key = [(run.name, colour) for run, (colour, _) in zip(runs, colours(kinds(runs)), strict=True)]
+    yield Choice("against", [axis[:2] for axis in axes], key)
     yield Text(
         "Pale: each step; strong: the running mean over 4 % of the run. Dashed lines are restarts, crosses "
         "at the top skipped steps, ticks on the axis saved checkpoints."
@@ -210,21 +224,6 @@ def compose(runs: Sequence[Run]) -> Iterable[Block]:
         plots = {axis: plot for axis, _, label in axes if (plot := curve_plot(runs, curve, axis, label))}
         if plots:
             yield Chart(curve.title, plots)
-    yield Heading("Starts")
-    yield starts_table(runs)
-    if skips := [(run, step, why) for run in runs for step, why in run.skipped()[:MOST_SKIPS]]:
-        yield Heading("Skipped steps")
-        rows = [(run.name, grouped(step), why) for run, step, why in skips]
-        yield Table(("run", "step", "why"), rows, f"the first {MOST_SKIPS} of each run", left=True)
-    if len(runs) > 1:
-        yield Heading("What differs")
-        parts = [
-            {k: v for k, v in run.recipe.items() if k != "output_dir"}
-            | {"deepspeed": run.deepspeed, "versions": run.provenance.get("packages", {})}
-            for run in runs
-        ]
-        differing = [(key, *values) for key, values in differences(parts)]
-        yield Table(("key", *names), differing or [("nothing", *[""] * len(runs))], left=True)
 
 
 def kinds(runs: Sequence[Run]) -> list[str]:
@@ -234,47 +233,37 @@ def kinds(runs: Sequence[Run]) -> list[str]:
 
 def summary_table(runs: Sequence[Run]) -> Table:
     """The figures of `summarise`, a column a run."""
-    found = [summarise(run) for run in runs]
-
-    def fixed(digits: int) -> Callable[[float], str]:
-        return lambda value: f"{value:.{digits}f}"
 
     def arrows(values: list[Any]) -> str:
         return " → ".join(map(str, values)) or NOTHING
 
-    shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    shown: tuple[tuple[str, str, Show], ...] = (
         ("objective", "objective", str),
         ("finished", "finished", lambda done: "yes" if done else "not yet"),
-        ("steps", "steps", grouped),
-        ("tokens", "tokens", grouped),
+        ("steps", "steps", ","),
+        ("tokens", "tokens", ","),
         ("time of steps, saves and evaluations", "seconds", duration),
         ("time from the first start to the last step", "seconds_from_first_start", duration),
         ("operations (10¹² multiply-adds)", "operations", lambda n: f"{n / 1e12:,.3f}"),
-        ("loss at the end (nats per target)", "loss_at_the_end", fixed(4)),
-        ("training bits per byte at the end", "bits_per_byte_at_the_end", fixed(4)),
-        ("best validation bits per byte", "best_validation_bits_per_byte", fixed(4)),
-        ("  at step", "best_step", grouped),
-        ("last validation bits per byte", "validation_bits_per_byte", fixed(4)),
-        ("tokens per second (median)", "tokens_per_second", lambda n: grouped(round(n))),
+        ("loss at the end (nats per target)", "loss_at_the_end", ".4f"),
+        ("training bits per byte at the end", "bits_per_byte_at_the_end", ".4f"),
+        ("best validation bits per byte", "best_validation_bits_per_byte", ".4f"),
+        ("  at step", "best_step", ","),
+        ("last validation bits per byte", "validation_bits_per_byte", ".4f"),
+        ("tokens per second (median)", "tokens_per_second", ",.0f"),
         ("MFU (median)", "mfu", percent),
         ("padding", "padding_share", percent),
         ("waiting for data", "data_wait_share", percent),
         ("standing still to save", "save_share", percent),
         ("longest save", "save_seconds_longest", duration),
-        ("peak memory of rank 0 (GB)", "memory_bytes", lambda n: f"{n / 1e9:.2f}"),
-        ("restarts", "restarts", grouped),
-        ("steps computed again after kills", "lost_steps", grouped),
-        ("skipped steps", "skipped_steps", grouped),
+        ("peak memory of rank 0 (GB)", "memory_bytes", gigabytes),
+        ("restarts", "restarts", ","),
+        ("steps computed again after kills", "lost_steps", ","),
+        ("skipped steps", "skipped_steps", ","),
         ("ranks", "worlds", arrows),
         ("ZeRO stage", "zero_stages", arrows),
     )
-    rows = [
-        (label, *(NOTHING if one[key] is None else show(one[key]) for one in found))
-        for label, key, show in shown
-    ]
-    return Table(
-        ("", *(run.name for run in runs)), [row for row in rows if any(cell != NOTHING for cell in row[1:])]
-    )
+    return columns([run.name for run in runs], [summarise(run) for run in runs], shown)
 
 
 def curve_plot(runs: Sequence[Run], curve: Curve, axis: str, x_label: str) -> Lines | None:
@@ -320,23 +309,6 @@ def _marks(run: Run, axis: str, colour: str) -> Iterable[Mark]:
     for step, kind, words in found:
         if (x := run.place(axis, step)) is not None:
             yield Mark(x, kind, colour, f"{run.name}: {words} {step:,}")
-
-
-def starts_table(runs: Sequence[Run]) -> Table:
-    """Every start of every run."""
-    keys = ("step", "world", "hosts", "zero_stage", "lost_steps")
-    rows = [
-        (
-            run.name,
-            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(start["time"])),
-            *(grouped(start.get(key, 0)) for key in keys),
-        )
-        for run in runs
-        for start in run.starts
-    ]
-    return Table(
-        ("run", "started (UTC)", "from step", "ranks", "machines", "ZeRO stage", "steps computed again"), rows
-    )
 
 
 def format_report(result: dict[str, Any]) -> str:

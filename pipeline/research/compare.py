@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common import page
+from data_prep.common import charts
 from data_prep.common.environment import require_folder
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json, write_atomically
@@ -128,7 +128,7 @@ def compare(
     """
     output = Path(output)
     require_folder(str(output))
-    page.require()
+    charts.require()
     runs = read_runs(folders)
     candidates = _candidates(runs, vae_runs)
     names = list(candidates)

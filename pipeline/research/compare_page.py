@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from data_prep.common.charts import Line, Lines, colours, thinned
-from data_prep.common.page import Block, Chart, Choice, Heading, Table, Text
-from pipeline.common.text import NOTHING, duration, grouped, percent, with_interval
+from data_prep.common.page import Block, Chart, Choice, Heading, Show, Table, Text, columns
+from pipeline.common.text import duration, grouped, percent, with_interval
 
 QUALITY = "Validation bits per byte; an SLLM's line starts after its SentenceVAE"
 # By budget: what it is called, the unit of the chart's axis, and that unit's size.
@@ -27,45 +27,41 @@ def table(result: dict[str, Any]) -> Table:
     """All figures, a column a run."""
     runs = result["runs"]
 
-    def row(label: str, cell: Callable[[dict[str, Any]], str | None]) -> tuple[str, ...]:
-        return (label, *(cell(one) or NOTHING for one in runs.values()))
-
-    def part(key: str, figure: str, show: Callable[[Any], str]) -> Callable[[dict[str, Any]], str | None]:
-        def cell(one: dict[str, Any]) -> str | None:
-            value = (one[key] or {}).get(figure)
-            return None if value is None else show(value)
-
-        return cell
-
     def measured(figure: str) -> Callable[[dict[str, Any]], str]:
         return lambda one: with_interval(one["evaluated"] or {}, figure)
 
-    rows = [row("objective", lambda one: one["objective"])]
+    def equal(budget: str) -> Callable[[dict[str, Any]], str | None]:
+        def cell(one: dict[str, Any]) -> str | None:
+            at = result["equal"][budget]["runs"][one["name"]]
+            if at is None:
+                return None
+            share = "" if at["progress"] >= 1 else f" (at {at['progress']:.0%} of its run)"
+            return f"{at['bits_per_byte']:.4f}{share}"
+
+        return cell
+
+    rows: list[tuple[str, str | Callable[[Any], Any], Show]] = [("objective", "objective", "")]
     for budget, (word, _, _) in BUDGETS.items():
-        rows.append(row(f"{word} spent", part("spent", budget, SHOWN[budget])))
-        rows.append(row("  of it the SentenceVAE's", part("spent_on_vae", budget, SHOWN[budget])))
+        rows.append((f"{word} spent", f"spent.{budget}", SHOWN[budget]))
+        rows.append(("  of it the SentenceVAE's", f"spent_on_vae.{budget}", SHOWN[budget]))
     for budget, at in result["equal"].items():
-        cells = []
-        for one in at["runs"].values():
-            share = "" if one is None or one["progress"] >= 1 else f" (at {one['progress']:.0%} of its run)"
-            cells.append(NOTHING if one is None else f"{one['bits_per_byte']:.4f}{share}")
-        rows.append((f"bits per byte at equal {BUDGETS[budget][0]}: {SHOWN[budget](at['amount'])}", *cells))
+        label = f"bits per byte at equal {BUDGETS[budget][0]}: {SHOWN[budget](at['amount'])}"
+        rows.append((label, equal(budget), ""))
     rows += [
-        row("last validation bits per byte", lambda one: f"{one['curve'][-1]['bits_per_byte']:.4f}"),
-        row("whole text: bits per byte", measured("bits_per_byte")),
-        row("  weights of step", part("evaluated", "step", grouped)),
-        row("  parameters", part("evaluated", "parameters", grouped)),
-        row("  without sentence vectors", measured("bits_per_byte_without_vectors")),
-        row("  vector gain", measured("vector_gain")),
-        row("  gap recovered", part("gap_recovered", "share", percent)),
-        row("new tokens per second", part("generation", "tokens_per_second", lambda n: f"{n:,.1f}")),
-        row("  seconds to the first sentence", part("generation", "first_sentence", lambda n: f"{n:.3f}")),
-        row("  memory at the peak (GB)", part("generation", "peak_bytes", lambda n: f"{n / 1e9:.3f}")),
-        row("  cached bytes per token", part("generation", "cached_bytes_per_token", lambda n: f"{n:,.0f}")),
-        row("  held for one more token", part("generation", "held_bytes_per_token", lambda n: f"{n:,.0f}")),
+        ("last validation bits per byte", lambda one: one["curve"][-1]["bits_per_byte"], ".4f"),
+        ("whole text: bits per byte", measured("bits_per_byte"), ""),
+        ("  weights of step", "evaluated.step", ","),
+        ("  parameters", "evaluated.parameters", ","),
+        ("  without sentence vectors", measured("bits_per_byte_without_vectors"), ""),
+        ("  vector gain", measured("vector_gain"), ""),
+        ("  gap recovered", "gap_recovered.share", percent),
+        ("new tokens per second", "generation.tokens_per_second", ",.1f"),
+        ("  seconds to the first sentence", "generation.first_sentence", ".3f"),
+        ("  memory at the peak (GB)", "generation.peak_bytes", lambda n: f"{n / 1e9:.3f}"),
+        ("  cached bytes per token", "generation.cached_bytes_per_token", ",.0f"),
+        ("  held for one more token", "generation.held_bytes_per_token", ",.0f"),
     ]
-    shown = [cells for cells in rows if any(cell != NOTHING for cell in cells[1:])]
-    return Table(("", *runs), tuple(shown))
+    return columns(list(runs), [{"name": name, **one} for name, one in runs.items()], rows)
 
 
 def compose(result: dict[str, Any]) -> Iterable[Block]:

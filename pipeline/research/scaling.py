@@ -61,68 +61,48 @@ class Point:
 # Fits -----------------------------------------------------------------------------------------------------
 
 
-def fit_line(x_N: np.ndarray, y_N: np.ndarray) -> dict[str, Any]:
-    """y = A · x^(-alpha): {"A", "alpha", "alpha_interval", "residual"}.
+def fit_power(x_N: np.ndarray, y_N: np.ndarray, offset: bool = False) -> dict[str, Any]:
+    """y = A · x^(-alpha), or with `offset` y = E + A · x^(-alpha).
 
-    The residual is the root mean square of log(y): about the points' relative distance from the line.
+    Returns: {"A", "alpha", "alpha_interval", "residual"}, with `offset` also "E" and "E_interval". The
+    residual is the root mean square of log(y): about the points' relative distance from the curve.
     """
-    x_N, y_N = _sorted(x_N, y_N)
-    log_x, log_y = np.log(x_N), np.log(y_N)
-    slope, height = np.polyfit(log_x, log_y, 1)
-    fitted = height + slope * log_x
-    slopes = np.polyfit(log_x, _resampled(fitted, log_y, 2).T, 1)[0]
-    return {
-        "A": math.exp(height),
-        "alpha": -float(slope),
-        "alpha_interval": _interval(-slopes),
-        "residual": _rms(log_y - fitted),
-    }
-
-
-def fit_offset(x_N: np.ndarray, y_N: np.ndarray) -> dict[str, Any]:
-    """y = E + A · x^(-alpha): as `fit_line`, and "E", "E_interval"."""
-    x_N, y_N = _sorted(x_N, y_N)
-    log_x, log_y = np.log(x_N), np.log(y_N)
-    offset, slope, height = _with_offset(log_x, y_N)
-    fitted = np.log(offset + np.exp(height + slope * log_x))
-    drawn = np.array([_with_offset(log_x, np.exp(one)) for one in _resampled(fitted, log_y, 3)])
-    return {
-        "E": offset,
-        "E_interval": _interval(drawn[:, 0]),
+    # By x, then y: residuals are resampled by position, and the points' order must not matter.
+    order = np.lexsort((y_N, x_N))
+    x_N, y_N = (np.asarray(values, dtype=float)[order] for values in (x_N, y_N))
+    log_x, log_y, solve = np.log(x_N), np.log(y_N), _with_offset if offset else _line
+    start, slope, height = solve(log_x, y_N)
+    fitted = np.log(start + np.exp(height + slope * log_x))
+    drawn = np.array([solve(log_x, np.exp(one)) for one in _resampled(fitted, log_y, 2 + offset)])
+    found = {
         "A": math.exp(height),
         "alpha": -slope,
         "alpha_interval": _interval(-drawn[:, 1]),
-        "residual": _rms(log_y - fitted),
+        "residual": float(np.sqrt(((log_y - fitted) ** 2).mean())),
     }
+    return {"E": start, "E_interval": _interval(drawn[:, 0]), **found} if offset else found
 
 
-def _sorted(x_N: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By x, then y: residuals are resampled by position, and the points' order must not matter."""
-    order = np.lexsort((y_N, x_N))
-    return np.asarray(x_N, dtype=float)[order], np.asarray(y_N, dtype=float)[order]
+def _line(log_x_N: np.ndarray, y_N: np.ndarray, offset: float = 0.0) -> tuple[float, float, float]:
+    """(E, slope, height) at a fixed E, where log(y - E) is a line in log x; the weights make its squares
+    those of log y."""
+    above = y_N - offset
+    slope, height = np.polyfit(log_x_N, np.log(above), 1, w=above / y_N)
+    return offset, float(slope), float(height)
 
 
 def _with_offset(log_x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, float]:
-    """(E, slope, height) of the least squares of log y.
-
-    At a fixed E, log(y - E) is a line in log x; the weights make its squares those of log y.
-    """
+    """(E, slope, height) of the least squares of log y."""
     minimize_scalar = import_extra("scipy.optimize", "research").minimize_scalar
 
-    def line(offset: float) -> np.ndarray:
-        above = y_N - offset
-        return np.polyfit(log_x_N, np.log(above), 1, w=above / y_N)
-
     def loss(offset: float) -> float:
-        slope, height = line(offset)
+        _, slope, height = _line(log_x_N, y_N, offset)
         return float(((np.log(y_N) - np.log(offset + np.exp(height + slope * log_x_N))) ** 2).sum())
 
     high = float(y_N.min()) * (1 - 1e-4)
     found = minimize_scalar(loss, bounds=(0.0, high), method="bounded", options={"xatol": 1e-6 * high})
     # The search stays inside its bounds, and the minimum may be at one of them.
-    offset = min((0.0, float(found.x), high), key=loss)
-    slope, height = line(offset)
-    return offset, float(slope), float(height)
+    return _line(log_x_N, y_N, min((0.0, float(found.x), high), key=loss))
 
 
 def _resampled(fitted_N: np.ndarray, log_y_N: np.ndarray, free: int) -> np.ndarray:
@@ -136,10 +116,6 @@ def _resampled(fitted_N: np.ndarray, log_y_N: np.ndarray, free: int) -> np.ndarr
 
 def _interval(values: np.ndarray) -> list[float]:
     return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-
-
-def _rms(residuals_N: np.ndarray) -> float:
-    return float(np.sqrt((residuals_N**2).mean()))
 
 
 # Points ---------------------------------------------------------------------------------------------------
@@ -254,8 +230,8 @@ def fit(
         xs, ys = np.array([p.x for p in mine]), np.array([p.bits_per_byte for p in mine])
         fits[objective] = {
             "points": [{"run": p.name, "x": p.x, "bits_per_byte": p.bits_per_byte} for p in mine],
-            "line": fit_line(xs, ys),
-            "offset": fit_offset(xs, ys) if different > FEWEST else None,
+            "line": fit_power(xs, ys),
+            "offset": fit_power(xs, ys, offset=True) if different > FEWEST else None,
         }
     result = {"x": x, "fits": fits, "note": NOTE, "output": str(output) if output else None}
     if output:

@@ -38,11 +38,12 @@ from data_prep.common.environment import header, require_folder
 from data_prep.common.errors import UserError, log
 from data_prep.common.extras import import_extra
 from data_prep.common.files import json_bytes, read_json, write_atomically
-from data_prep.common.page import Table, to_text
+from data_prep.common.page import to_plain
 from data_prep.common.processes import last_line, start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
-from pipeline.common.text import NOTHING, duration, with_interval
+from pipeline.common.figures import exact_matches
+from pipeline.common.text import FILTERS, duration
 from pipeline.config.library import find_recipe
 from pipeline.config.loading import load_yaml, parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
@@ -370,10 +371,7 @@ def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
         vae = read_json(job.after.row_file)
         row |= {f"{cost}_with_vae": _sum(row[cost], vae[cost]) for cost in COSTS}
     if job.recipe.objective == "vae":
-        short = [at for n, at in figures["exact_match_by_length"].items() if int(n) <= SHORT]
-        count = sum(at["sentences"] for at in short)
-        exact = sum(at["sentences"] * at["exact_match"] for at in short)
-        row[f"exact_match_to_{SHORT}"] = exact / count if count else None
+        _, row[f"exact_match_to_{SHORT}"] = exact_matches(figures["exact_match_by_length"], 1, SHORT)
     left_out = {*FIGURES, "by_sentence_position"}
     row["evaluation"] = {key: value for key, value in figures.items() if key not in left_out}
     began = header(())
@@ -461,22 +459,7 @@ def _only_one(folder: Path) -> Iterator[int]:
 def format_sweep(result: dict[str, Any]) -> str:
     """The result of `run` as a table. A SentenceVAE's bits per byte are in another column: they measure
     reconstruction, not prediction."""
-    names = "run,seed,kind,parameters,body,tokens,time,tokens/s"
-    names += ",bits/byte,vector gain,ppl,rebuilt bits/byte,exact match"
-    lines = []
-    for row in result["rows"]:
-        counts = (f"{row['parameters']:,}", f"{row['body_parameters']:,}", f"{row['tokens']:,}")
-        bits, ppl = with_interval(row, "bits_per_byte"), f"{row['ppl']:.4g}"
-        rebuilds = row["objective"] == "vae"
-        shown = (NOTHING, NOTHING, NOTHING) if rebuilds else (bits, with_interval(row, "vector_gain"), ppl)
-        exact = f"{row['exact_match']:.2%}" if rebuilds else NOTHING
-        speed = f"{row['tokens_per_second']:,.0f}"
-        kind = (row["name"], str(row["seed"]), row["objective"], *counts, duration(row["seconds"]), speed)
-        lines.append((*kind, *shown, bits if rebuilds else NOTHING, exact))
-    text = [to_text(Table(tuple(names.split(",")), tuple(lines)))] if lines else []
-    text += [f"{key}: failed: {why}" for key, why in result["failed"].items()]
-    text += [f"not done: {', '.join(result['missing'])}"] if result["missing"] else []
-    return "\n".join(text)
+    return to_plain(Path(__file__).with_name("sweep.md.jinja"), result, FILTERS)
 
 
 if __name__ == "__main__":

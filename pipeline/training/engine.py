@@ -31,7 +31,7 @@ from pipeline.models.folders import parameter_count
 from pipeline.models.layers import TransformerLayer
 from pipeline.models.losses import LossSums
 from pipeline.parallel.deepspeed_compat import norm_before_step, silence_timers
-from pipeline.training.optimizer import AdamW, parameter_groups
+from pipeline.training.optimizer import EMA, AdamW, parameter_groups
 
 COMPILE_BACKEND = "inductor"  # of torch.compile
 NATS = ("objective", "token_nll", "end_nll", "stop_nll", "kl")  # what `Engine.compute` and `evaluate` sum
@@ -165,6 +165,15 @@ class Engine:
         for batch in batches:
             sums += _nats(LossSums(**self.deepspeed(batch.to(self.device))))
         return sums
+
+    @torch.no_grad()
+    def weights_are_finite(self) -> bool:
+        """Whether this rank's weights are, their fp32 copies and their running averages."""
+        module = self.deepspeed.module
+        held = [getattr(weight, "ds_tensor", weight) for weight in module.parameters()]
+        for weight, state in self._optimizer.state.items():
+            held += [weight, state.get(EMA, weight)]
+        return all(bool(tensor.isfinite().all()) for tensor in (*held, *module.buffers()))
 
     def memory_bytes(self) -> int:
         """This rank's peak memory: of its GPU, or resident memory on CPUs."""

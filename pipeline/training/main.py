@@ -1,8 +1,8 @@
 """Train a SentenceVAE, an SLLM or a token-level baseline with DeepSpeed.
 
 Start it by `deepspeed pipeline/train.py`, `srun python pipeline/train.py` or `python pipeline/train.py` (one
-process). Exit status: 0 trained to the end, 2 bad input, 75 stopped by a signal after saving (start it again
-to resume), 76 hung for `health.hang_seconds`.
+process). Exit status: 0 trained to the end, 2 bad input or a diverged run, 75 stopped by a signal after
+saving (start it again to resume), 76 hung for `health.hang_seconds`, 130 Ctrl-C before the first step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +20,10 @@ from pipeline.checkpoints import store
 from pipeline.config.deepspeed_config import read_strategy, zero_stage
 from pipeline.config.keys import as_text
 from pipeline.config.schema import KEYS, Recipe, load_recipe
-from pipeline.parallel.agreement import AgreedError
+from pipeline.parallel.agreement import AgreedError, agree
 from pipeline.parallel.ranks import Ranks, find_ranks
-from pipeline.parallel.signals import StopSignals
+from pipeline.parallel.signals import Stopped, StopSignals
+from pipeline.training.changes import changed_keys
 
 EXAMPLE = """\
 example:
@@ -29,7 +31,7 @@ example:
       --deepspeed_config ds_configs/zero3.json --data.shards demo/shards/train --training.max_steps 100
 
 Every key of the recipe can be given as --section.key VALUE. Start the same command again to resume.
-Exit status: 0 done, 2 bad input, 75 stopped by USR1 or TERM after saving (start again to resume),
+Exit status: 0 done, 2 bad input, 75 stopped by USR1, TERM or Ctrl-C after saving (start again to resume),
 76 hung for health.hang_seconds (what each rank did then: RUN/stacks/)."""
 
 
@@ -104,6 +106,9 @@ def check_and_train(
         return 2
     try:
         return train(recipe, strategy, ranks, stop)
+    except Stopped as stopped:
+        stop.ignore()
+        return stopped.report()
     except AgreedError:
         if ranks.rank == 0:
             raise
@@ -125,14 +130,24 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
             if ranks.rank == 0:
                 if damage:
                     say(damage)
-                say(f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do")
+                ignored = ", ".join(changed_keys(meta, recipe))
+                say(
+                    f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do"
+                    + (f"; changed, without effect: {ignored}" if ignored else "")
+                )
             return 0
 
-    from pipeline.training.run import TrainingRun  # torch and DeepSpeed: seconds, so only now
+    with ExitStack() as starting:
+        starting.enter_context(stop.at_once())
+        # torch and DeepSpeed: seconds, so only now
+        from pipeline.training.run import TrainingRun
 
-    with TrainingRun(recipe, strategy, ranks) as run:
+        training = TrainingRun(recipe, strategy, ranks, starting.close)
+    with training as run:
         run.resume()
         run.start()
+        if any(agree(None, stop.received is not None)):
+            raise Stopped(stop.received or "a signal")
         while not run.finished:
             step = run.next_step()
             sums = run.compute(step, stop_wanted=stop.received is not None)

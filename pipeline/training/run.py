@@ -11,6 +11,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,16 @@ import deepspeed.comm as dist
 import torch
 
 from data_prep.common.errors import say
-from data_prep.common.files import write_atomically
+from data_prep.common.files import read_json, write_atomically
 from pipeline.checkpoints import loading, saving, store
 from pipeline.checkpoints.store import Meta
-from pipeline.config.deepspeed_config import COMMS, complete_strategy, zero_stage
+from pipeline.config.deepspeed_config import (
+    COMMS,
+    DEEPSPEED_CONFIG,
+    RECIPE_DECIDES,
+    complete_strategy,
+    zero_stage,
+)
 from pipeline.config.schema import Recipe
 from pipeline.data.loader import Step, StepLoader
 from pipeline.data.plan import BinPlan, Consumed, Position
@@ -32,13 +39,16 @@ from pipeline.models.factory import new_model
 from pipeline.models.flops import TRAINING_FACTOR, StepArithmetic, utilisation
 from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts, require_agreement
+from pipeline.parallel.deepspeed_compat import require_valid
 from pipeline.parallel.ranks import Ranks, join, leave
 from pipeline.parallel.reduction import sum_over_ranks
+from pipeline.training.changes import changed_keys, changes, rate_jump
 from pipeline.training.engine import NATS, Engine, Update
 from pipeline.training.health import Guard, Speeds
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.provenance import PROVENANCE, provenance
 from pipeline.training.records import StepRecord, StepSums
+from pipeline.training.run_lock import locked
 from pipeline.training.run_log import RunLog
 from pipeline.training.validation import Validation
 from pipeline.training.warm_start import initialise
@@ -62,17 +72,25 @@ class State:
 class TrainingRun:
     """What one rank holds during a run. Use as a context manager: it closes threads, files and the group."""
 
-    def __init__(self, recipe: Recipe, strategy: dict[str, Any], ranks: Ranks):
+    def __init__(
+        self,
+        recipe: Recipe,
+        strategy: dict[str, Any],
+        ranks: Ranks,
+        joined: Callable[[], None] = lambda: None,
+    ):
+        """joined: called when all ranks are there, before the first collective."""
         self.recipe, self.ranks = recipe, ranks
         self.run_dir = Path(recipe.output_dir)
         self._profiler: StepProfiler | None = None
+        self._unmeasured = False  # the last evaluation was not finite
         self._abandoned: set[str] = set()  # names of later checkpoints that this run did not resume from
         with ExitStack() as opened:  # closes what is open if one of these steps fails
             self._open = opened
-            self._build(strategy)
+            self._build(strategy, joined)
             self._open = opened.pop_all()
 
-    def _build(self, strategy: dict[str, Any]) -> None:
+    def _build(self, strategy: dict[str, Any], joined: Callable[[], None]) -> None:
         recipe, ranks, data = self.recipe, self.ranks, self.recipe.data
         shard_sets = open_shards(data.shards)
         self.tokenizer = shard_sets[0].tokenizer()
@@ -84,7 +102,9 @@ class TrainingRun:
             Watchdog(self.run_dir, ranks.rank, recipe.health.hang_seconds)
         )
         device = join(ranks)
+        joined()
         self._open.callback(leave)
+        do_and_agree(lambda: self._open.enter_context(locked(self.run_dir)) if ranks.rank == 0 else None)
         self._watchdog.heartbeat("the process group's start")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
@@ -102,6 +122,7 @@ class TrainingRun:
         self.model_config = json.loads(config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
+        require_valid(self.config)
         self.engine = Engine(model, recipe, self.config, device)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
@@ -135,7 +156,8 @@ class TrainingRun:
         if self.finished or is_best:
             return True
         # After a skipped step the weights may be bad: keep the checkpoint before as the last one.
-        return self.state.step % self.recipe.training.save_every == 0 and not self.state.guard.in_row
+        doubtful = self.state.guard.in_row or self._unmeasured
+        return self.state.step % self.recipe.training.save_every == 0 and not doubtful
 
     def resume(self) -> None:
         """Resume from the newest whole checkpoint, if any, also with another number of ranks or ZeRO stage.
@@ -148,8 +170,9 @@ class TrainingRun:
         ours = self._meta()
         store.require_same_run(saved, checkpoint, ours)
         if self.ranks.rank == 0:
-            if damage:
-                say(damage)
+            for line in (damage, *self._changes(saved)):
+                if line:
+                    say(line)
             if (saved.world, saved.zero_stage) != (ours.world, ours.zero_stage):
                 say(
                     f"{checkpoint.name} was written by {saved.world} rank(s) with ZeRO {saved.zero_stage}: "
@@ -173,6 +196,17 @@ class TrainingRun:
                     "the validation sample is another than before: the best checkpoint so far "
                     f"(step {saved.best['step']}) no longer counts as best"
                 )
+
+    def _changes(self, saved: Meta) -> list[str]:
+        """What is not as it was at the last start, a line each."""
+        found = changed_keys(saved, self.recipe)
+        config = read_json(self.run_dir / DEEPSPEED_CONFIG, default=self.config)
+        before, now = (
+            {key: value for key, value in one.items() if key not in RECIPE_DECIDES}
+            for one in (config, self.config)
+        )
+        found += [f"DeepSpeed config: {change}" for change in changes(before, now)]
+        return [f"changed: {', '.join(found)}" if found else "", rate_jump(saved, self.recipe)]
 
     def start(self) -> None:
         """Write the run's settings, open its log and start loading data."""
@@ -212,7 +246,7 @@ class TrainingRun:
             shutil.rmtree(self.run_dir / STACKS_BEFORE, ignore_errors=True)
             stacks.rename(self.run_dir / STACKS_BEFORE)
         write_atomically(self.run_dir / "recipe.yaml", self.recipe.to_yaml().encode())
-        for name, values in (("ds_config.json", self.config), (PROVENANCE, self.provenance)):
+        for name, values in ((DEEPSPEED_CONFIG, self.config), (PROVENANCE, self.provenance)):
             write_atomically(self.run_dir / name, (json.dumps(values, indent=1) + "\n").encode())
         self.tokenizer.save(self.run_dir / "tokenizer")
 
@@ -283,12 +317,23 @@ class TrainingRun:
         if update.skipped and not rescaled:
             self.log.say(f"step {state.step:>7}  skipped on all ranks: {update.skipped}")
             if state.guard.in_row >= health.max_skips:
-                latest = store.newest_whole(self.run_dir)
-                raise AgreedError(
-                    f"step {state.step}: {update.skipped}; {state.guard.in_row} steps in a row were skipped "
-                    f"(health.max_skips); last checkpoint: {latest[0].name if latest else 'none'}; start "
-                    "again from there with a lower --optimizer.lr"
-                )
+                skips = f"{state.guard.in_row} steps in a row were skipped (health.max_skips)"
+                raise self._diverged(f"{update.skipped}; {skips}")
+
+    def _diverged(self, why: str) -> AgreedError:
+        """The error that ends a run whose weights are bad. It names the last checkpoint from before them: a
+        later step was accepted, or its own evaluation was finite."""
+        state, steps = self.state, store.steps_of_whole(self.run_dir)
+        best = state.best["step"] if state.best else None
+        good = [step for step in steps if step < state.step - state.guard.in_row or step == best]
+        bad = [store.step_name(step) for step in steps if step > max(good, default=-1)]
+        advice = "there is no checkpoint: start again"
+        if good:
+            remove = f"remove the later ones ({', '.join(bad)}) and " if bad else ""
+            advice = f"the last good checkpoint is {store.step_name(max(good))}: {remove}start again"
+        elif bad:
+            advice = f"no checkpoint before it ({', '.join(bad)} may be bad): start another --output_dir"
+        return AgreedError(f"step {state.step}: {why}; {advice} with a lower --optimizer.lr")
 
     def _step_record(
         self, step: Step, sums: StepSums, loss: float, update: Update, seconds: float
@@ -333,7 +378,8 @@ class TrainingRun:
         figures = self.validation.run(self.engine)
         best = self.state.best
         measured = figures["bits_per_byte"]
-        is_best = math.isfinite(measured) and (best is None or measured < best["bits_per_byte"])
+        self._unmeasured = not math.isfinite(measured)
+        is_best = not self._unmeasured and (best is None or measured < best["bits_per_byte"])
         if is_best:
             self.state.best = {"step": self.state.step, "bits_per_byte": measured}
         seconds = time.perf_counter() - self._clock
@@ -342,7 +388,14 @@ class TrainingRun:
         self._clock = time.perf_counter()  # not part of the next step's time
 
     def save(self) -> None:
-        """Write a checkpoint, make it current, remove the oldest."""
+        """Write a checkpoint, make it current, remove the oldest.
+
+        Raises AgreedError on every rank when the weights are not finite.
+        """
+        if not all(agree(None, self.engine.weights_are_finite())):
+            raise self._diverged("the weights are not finite, nothing is saved")
+        if self.finished and self._unmeasured:
+            raise self._diverged("the validation loss is not finite, nothing is saved")
         before = time.perf_counter()
         keep = self.recipe.training.keep
         saving.save(

@@ -14,10 +14,9 @@ import yaml
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json
+from pipeline.config.deepspeed_config import DEEPSPEED_CONFIG
 from pipeline.training.provenance import PROVENANCE
 from pipeline.training.run_log import EVALUATIONS, METRICS, SAVES, STARTS, read_records
-
-DEEPSPEED_CONFIG = "ds_config.json"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError, first_line, say
-from data_prep.common.files import flush_and_rename, read_json_lines, write_atomically
+from data_prep.common.files import read_json_lines, write_atomically
 from pipeline.config.schema import Recipe
 from pipeline.training.records import StepRecord
 
@@ -207,18 +207,18 @@ def _open_after(path: Path, step: int) -> tuple[Any, int]:
     """Open for appending, keeping only the records up to `step`; and how many were dropped."""
     records = read_records(path)
     kept = [record for record in records if record["step"] <= step]
-    aside = path.with_name(f".tmp-{path.name}")
-    with open(aside, "w", encoding="utf-8") as out:
-        for record in kept:
-            _write(out, record)
-    flush_and_rename(aside, path)
+    write_atomically(path, "".join(map(_line, kept)).encode())
     return open(path, "a", encoding="utf-8"), len(records) - len(kept)
 
 
-def _write(file: Any, record: dict[str, Any]) -> None:
+def _line(record: dict[str, Any]) -> str:
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(plain) + "\n"
+
+
+def _write(file: Any, record: dict[str, Any]) -> None:
     try:
-        file.write(json.dumps(plain) + "\n")
+        file.write(_line(record))
         file.flush()
     except OSError as error:  # an error of writing does not know the file's name
         error.filename = error.filename or file.name

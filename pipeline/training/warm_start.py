@@ -69,7 +69,8 @@ def fill(
     model: nn.Module, shapes: Mapping[str, torch.Size], weight: Callable[[str], Tensor], source: str
 ) -> None:
     """Copy the weights into the model one at a time, so that the process does not hold it twice. First
-    compares names and shapes: UserError with `source` and the first difference."""
+    compares names and shapes: UserError with `source` and the first difference, or the first weight that is
+    not finite."""
     state = model.state_dict()
     ours = {name: list(tensor.shape) for name, tensor in state.items()}
     theirs = {name: list(shape) for name, shape in shapes.items()}
@@ -81,3 +82,7 @@ def fill(
             )
     for name, tensor in state.items():
         tensor.copy_(weight(name))
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{source}: {name} is not finite, the run has diverged: train again with a lower optimizer.lr"
+            )

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.data_prep_command import data_prep
+from helpers.data_prep_command import contents, data_prep
 from helpers.paths import REPOSITORY
 from helpers.slurm_cluster import SlurmCluster
 
@@ -46,6 +46,8 @@ RECIPE = {
     "log": {"tensorboard": False},
 }
 
+
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 
 slurm = pytest.mark.slurm
 
@@ -119,30 +121,46 @@ def test_failed_job_says_so(cluster: SlurmCluster, project: Path, tmp_path: Path
 def test_prepare_data_by_an_array_of_tasks(
     cluster: SlurmCluster, project: Path, tiny_corpus: Path, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    """Three tasks, one of them killed in the middle: the bytes of a single process."""
-    cluster.environment |= {"INPUT": str(tiny_corpus / "train.jsonl"), "TOKENIZER": str(tiny_tokenizer)}
-    cluster.environment |= {"OUTPUT": str(tmp_path / "shards"), "TEXT_LANGUAGE": "en"}
-    more = ("--unit-mb", "0.01", "--shard-documents", "20")
+    """Twenty kills of tasks, their parents and workers; the rounds that follow end in the same bytes."""
+    (tmp_path / "long.jsonl").write_text((tiny_corpus / "train.jsonl").read_text() * 30)
+    cluster.environment |= {"INPUT": str(tmp_path / "long.jsonl"), "TOKENIZER": str(tiny_tokenizer)}
+    cluster.environment |= {"OUTPUT": str(tmp_path / "shards"), "TEXT_LANGUAGE": "en", "RELAUNCHES": "25"}
+    more = ("--unit-mb", "0.01", "--shard-documents", "20", "--workers", "2")
     array = ("--array=0-2", "--cpus-per-task=1", "slurm/prepare_data.sh")
-    job_id = submit(cluster, project, *array, *more)
-    unfinished = tmp_path / "shards/.unfinished"
-    while not list(unfinished.glob("claims/shard-*")):
-        assert cluster.job(job_id)["JobState"] in ("PENDING", "RUNNING"), all_logs(cluster, project)
-        time.sleep(0.02)
-    cluster.run("scancel", "--signal=KILL", f"{job_id}_1")
-    states = {task: cluster.wait_for_job(f"{job_id}_{task}")["JobState"] for task in (0, 2)}
-    assert set(states.values()) == {"COMPLETED"}, all_logs(cluster, project)
-    assert "shards with" in all_logs(cluster, project)  # the first task has verified them
+    array_id = submit(cluster, project, *array, *more)
+    published, kills = tmp_path / "shards/.unfinished/shard", 0
+
+    def kill(task: int) -> bool:
+        job = cluster.job(f"{array_id}_{task}")
+        if job["JobState"] != "RUNNING":
+            return False
+        node = job["NodeList"]
+        found = cluster.on(node, "pgrep", "-f", "data-prep shard", check=False).stdout.split()
+        if kills % 3 == 0:
+            return cluster.run("scancel", "--signal=KILL", f"{array_id}_{task}", check=False).returncode == 0
+        return bool(found) and cluster.on(node, "kill", "-9", found[-1], check=False).returncode == 0
+
+    for _ in range(25):  # rounds
+        before = 0
+        while running := [t for t in range(3) if cluster.job(f"{array_id}_{t}")["JobState"] in ALIVE]:
+            time.sleep(0.02)
+            if kills < 20 and len(list(published.glob("*"))) > before:
+                before = len(list(published.glob("*")))
+                kills += kill(running[kills % len(running)])
+        states = {cluster.job(f"{array_id}_{task}")["JobState"] for task in range(3)}
+        if (tmp_path / "shards/manifest.json").exists():
+            break
+        array_id = (project / f"logs/sllm-data-{array_id}.next").read_text().strip()
+    assert kills == 20, all_logs(cluster, project)
+    assert states == {"COMPLETED"}, all_logs(cluster, project)
+    assert all_logs(cluster, project).count("shards with") == 1  # one task has verified them
+    following = (project / f"logs/sllm-data-{array_id}.next").read_text().strip()
+    assert cluster.wait_for_job(following)["JobState"] == "CANCELLED"
     data_prep(
-        *("shard", "--input", tiny_corpus / "train.jsonl", "--tokenizer", tiny_tokenizer, "--lang", "en"),
+        *("shard", "--input", tmp_path / "long.jsonl", "--tokenizer", tiny_tokenizer, "--lang", "en"),
         *("--output", tmp_path / "alone", *more),
     )
-    files = sorted(p.relative_to(tmp_path / "alone") for p in (tmp_path / "alone").rglob("*") if p.is_file())
-    assert files == sorted(
-        p.relative_to(tmp_path / "shards") for p in (tmp_path / "shards").rglob("*") if p.is_file()
-    )
-    for name in files:
-        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shards" / name).read_bytes(), name
+    assert contents(tmp_path / "shards") == contents(tmp_path / "alone")
 
 
 def write_recipe(path: Path, **settings: object) -> Path:

@@ -130,18 +130,20 @@ def test_rejected_records_are_told(shards: Path):
     assert len([one for one in ids if one.startswith("books/part-000001.jsonl.gz@")]) == 1
 
 
-def test_a_truncated_gzip_is_kept_and_told(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_a_truncated_gzip_is_salvaged(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     lines = "".join(json.dumps({"id": str(n), "content": os.urandom(40).hex()}) + "\n" for n in range(200))
     whole = gzip.compress(lines.encode())
-    (tmp_path / "part.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    assert call(*shard_arguments(tmp_path / "part.jsonl.gz", tmp_path / "shards", tokenizer, "--json")) == 0
+    path, output = tmp_path / "part.jsonl.gz", tmp_path / "shards"
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "the gzip file ends too early" in refused(capsys, *shard_arguments(path, output, tokenizer))
+    assert call(*shard_arguments(path, output, tokenizer, "--json", "--salvage")) == 3
     out, err = capsys.readouterr()
     summary = json.loads(out)
-    assert 60 < summary["documents"] < 140
-    assert summary["rejected"] == {"invalid JSON": 1}
-    name = f"{tmp_path.name}/part.jsonl.gz"
-    assert summary["damaged"] == [{"file": name, "damage": "the gzip file ends too early"}]
-    assert f"warning: {name}: the gzip file ends too early" in err
+    assert 60 < summary["documents"] < 140 and summary["marked"] == {"salvaged": summary["documents"]}
+    assert summary["rejected"] == {"damaged input": 1, "invalid JSON": 1}
+    name, said = f"{tmp_path.name}/part.jsonl.gz", "the gzip file ends too early"
+    damage = {"file": name, "offset": 0, "bytes": len(whole) // 2, "damage": said}
+    assert summary["damaged"] == [damage] and f"warning: {name}: {said}" in err
 
 
 def test_bad_input_to_shard(corpus: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -172,14 +172,14 @@ def train_with_signal(arguments: list[str], number: int, rank: int, after_step: 
     return train(arguments)
 
 
-def train_into_log(arguments: list[str], folder: str) -> int | str:
-    """As `train`, with everything the rank writes appended to FOLDER/rank-N.log."""
+def train_into_log(arguments: list[str], folder: str, absent: int | None = None) -> int | str | None:
+    """As `train_unless`, with everything the rank writes appended to FOLDER/rank-N.log."""
     log = os.open(
         os.path.join(folder, f"rank-{os.environ['RANK']}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
     )
     for stream in (1, 2):
         os.dup2(log, stream)
-    return train(arguments)
+    return train_unless(arguments, absent)
 
 
 def train_with_file_limit(arguments: list[str], rank: int, limit: int) -> int | str:
@@ -404,8 +404,17 @@ def train_with_unmeasured_weights(arguments: list[str]) -> int | str:
     return train(arguments)
 
 
-def train_unless(settings: list[str], absent: int) -> int | str | None:
-    """As `train`, but the rank `absent` leaves before it joins the others."""
+def train_without_a_look_at_weights(arguments: list[str]) -> int | str:
+    """As `train` of a release that saved weights that are not finite."""
+    from pipeline.training.engine import Engine
+
+    _patch(Engine, "weights_are_finite", lambda engine: True)
+    return train(arguments)
+
+
+def train_unless(settings: list[str], absent: int | None, port: str | None = None) -> int | str | None:
+    """As `train`, but the rank `absent` leaves before it joins the others. port: in place of a free one."""
+    os.environ["MASTER_PORT"] = port or os.environ["MASTER_PORT"]
     return None if int(os.environ["RANK"]) == absent else train(settings)
 
 

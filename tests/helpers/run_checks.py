@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,11 @@ def bytes_kept_for_backward(recipe_file: str) -> tuple[int, int]:
     return plain, kept()
 
 
-def export_error(run_dir: str, output: str, which: str = "best") -> str:
-    """The message with which `export_run` refuses a run; empty when it does not."""
+def export_error(run_dir: str, output: str, which: str = "best", limit: int | None = None) -> str:
+    """The message with which `export_run` refuses a run; empty when it does not. limit: bytes of a file that
+    this process can write."""
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         export_run(run_dir, output, which)
     except UserError as error:

@@ -35,7 +35,7 @@ from pipeline import SLLM
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.reconstruction import edit_distances
 from pipeline.export.model_folder import export_run
-from pipeline.research.scaling import fit_offset
+from pipeline.research.scaling import fit_power
 from pipeline.training.main import main
 
 def refused(function, *given):
@@ -51,7 +51,7 @@ result = {
     "perplexity": evaluate(model, data=validation)["ppl"],
     "text": SLLM.from_pretrained(model).generate("The list is", max_sentences=2),
     "edit distance": refused(edit_distances, [numpy.arange(2)], [numpy.arange(3)]),
-    "offset": refused(fit_offset, numpy.arange(1.0, 5.0), numpy.arange(4.0, 0.0, -1.0)),
+    "offset": refused(fit_power, numpy.arange(1.0, 5.0), numpy.arange(4.0, 0.0, -1.0), True),
     "loaded": sorted({name.partition(".")[0] for name in sys.modules} & set(extras)),
 }
 print(json.dumps(result))

@@ -13,79 +13,82 @@ Every run is a new process with warm file caches. Measure on an idle machine.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import psutil
+from cyclopts import Parameter
+
+from data_prep.common.command_line import Many, Positive
 from data_prep.common.environment import header, write_result
-from data_prep.common.errors import UserError, log, run_main
+from data_prep.common.errors import UserError, log
+from data_prep.common.measuring import alternate, memory_field
 from data_prep.common.processes import require_success
+from data_prep.corpus.documents import DocumentReader, RawDocument
+from data_prep.corpus.inputs import find_inputs
+from data_prep.shards.layout import Document
+from data_prep.shards.reader import ShardSet
+from data_prep.text.tokenizer import load_tokenizer
+from tools.benchmarks.commands import Output, console
 
-if TYPE_CHECKING:
-    from data_prep.shards.layout import Document
-
-PARTS = ("speed", "workers", "memory", "ids", "reading")
+Part = Literal["speed", "workers", "memory", "ids", "reading"]
+PARTS: tuple[Part, ...] = ("speed", "workers", "memory", "ids", "reading")
 PACKAGES = ("numpy", "tokenizers", "gigatoken", "sentencepiece", "zstandard", "pyarrow", "datasets")
 SMALL_MB = 10.0
 POLL_SECONDS = 0.05  # between two readings of a process tree's memory
 READS = 2000  # random accesses of each kind
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags."""
-    parser.add_argument("--input", required=True, nargs="+", metavar="PATH", help="files or folders of text")
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="runs of each kind (default 5)")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run (default all)")
-    parser.add_argument(
-        "--against-python",
-        metavar="PATH",
-        help="Python of an environment with datatrove, to measure it beside (.jsonl and .jsonl.gz inputs)",
-    )
-    parser.add_argument(
-        "--big-mb", type=float, default=1000.0, metavar="MB", help="large input of `memory` (default 1000)"
-    )
-    parser.add_argument("--output", metavar="FILE", help="also write the figures to FILE as JSON")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+def run(
+    *,
+    input: Many,
+    tokenizer: str,
+    runs: Positive = 5,
+    only: Annotated[Sequence[Part], Parameter(consume_multiple=1)] = PARTS,
+    against_python: str | None = None,
+    big_mb: float = 1000.0,
+    output: Output = None,
+) -> dict[str, Any]:
+    """Measure speed, memory, ids and reading back of `data-prep shard` on this machine.
 
-
-def run(arguments: argparse.Namespace) -> dict:
-    """Measure as the arguments say. Returns plain JSON.
-
-    Raises:
-        UserError: bad arguments, or a measured command fails.
+    Args:
+        input: files or folders of text
+        tokenizer: tokenizer folder
+        runs: runs of each kind
+        only: parts to run (default: all)
+        against_python: Python of an environment with datatrove, to measure it beside (.jsonl and .jsonl.gz)
+        big_mb: MB of the large input of `memory`
+    Raises: UserError for bad arguments, or a measured command that fails.
     """
-    if arguments.runs < 1:
-        raise UserError(f"--runs must be at least 1, not {arguments.runs}")
-    if arguments.big_mb < SMALL_MB:
-        raise UserError(f"--big-mb must be at least {SMALL_MB:g}, not {arguments.big_mb:g}")
-    only = [part for part in PARTS if part in arguments.only]
+    if big_mb < SMALL_MB:
+        raise UserError(f"--big-mb must be at least {SMALL_MB:g}, not {big_mb:g}")
     result = header(PACKAGES)
     # Names alone: this machine's folders mean nothing in a kept result file.
-    result["input"] = ["/".join(Path(path).absolute().parts[-2:]) for path in arguments.input]
-    result["tokenizer"] = Path(arguments.tokenizer).absolute().name
+    result["input"] = ["/".join(Path(path).absolute().parts[-2:]) for path in input]
+    result["tokenizer"] = Path(tokenizer).absolute().name
     with tempfile.TemporaryDirectory(prefix="data-prep-benchmark-") as folder:
-        bench = Bench(Path(folder), [str(path) for path in arguments.input], str(arguments.tokenizer))
+        bench = Bench(Path(folder), list(input), tokenizer)
         if "speed" in only or "workers" in only:
-            result |= side_by_side(bench, arguments.runs, only, arguments.against_python)
+            result |= side_by_side(bench, runs, only, against_python)
         if "memory" in only:
-            result["memory"] = memory(bench, SMALL_MB, arguments.big_mb)
+            result["memory"] = memory(bench, SMALL_MB, big_mb)
         if "ids" in only:
             result["ids"] = compare_ids(bench)
         if "reading" in only:
-            result["reading"] = reading(bench.shards(), arguments.runs)
-    write_result(result, arguments.output)
+            result["reading"] = reading(bench.shards(), runs)
+    write_result(result, output)
     return result
 
 
@@ -95,12 +98,12 @@ def run(arguments: argparse.Namespace) -> dict:
 @dataclass(frozen=True)
 class Measured:
     """CPU seconds of a process tree, wall seconds, and MB (10^6 bytes) of its largest process and of its
-    largest descendant (0 without one; `None` without /proc)."""
+    largest descendant (0 without one)."""
 
     cpu: float
     wall: float
-    peak_mb: float | None
-    worker_mb: float | None
+    peak_mb: float
+    worker_mb: float
     stdout: str
 
 
@@ -117,7 +120,9 @@ def measure(command: list[str]) -> Measured:
                 if pid:
                     break
                 for one in _tree(process.pid):
-                    peaks[one] = max(peaks.get(one, 0), _peak_memory(one))
+                    with suppress(OSError):  # it has ended
+                        # Not `ru_maxrss`, which a child inherits from its parent.
+                        peaks[one] = max(peaks.get(one, 0), memory_field("VmHWM", one))
                 time.sleep(POLL_SECONDS)
         except BaseException:
             process.terminate()
@@ -130,40 +135,20 @@ def measure(command: list[str]) -> Measured:
             texts.append(stream.read().decode("utf-8", "replace"))
     require_success(process.returncode, texts[1], f"`{' '.join(command[:4])} …`")
     others = [size for one, size in peaks.items() if one != process.pid]
-    seen = os.path.isdir("/proc/self")
     return Measured(
         cpu=usage.ru_utime + usage.ru_stime,
         wall=wall,
-        peak_mb=max(peaks.values(), default=0) / 1e6 if seen else None,
-        worker_mb=max(others, default=0) / 1e6 if seen else None,
+        peak_mb=max(peaks.values(), default=0) / 1e6,
+        worker_mb=max(others, default=0) / 1e6,
         stdout=texts[0],
     )
 
 
 def _tree(root: int) -> list[int]:
     """`root` and its live descendants."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        if name.isdigit():
-            try:
-                stat = Path("/proc", name, "stat").read_text(errors="replace")
-            except OSError:  # it has ended
-                continue
-            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(name))
-    found = [root]
-    for one in found:
-        found += children.get(one, [])
-    return found
-
-
-def _peak_memory(pid: int) -> int:
-    """Peak memory in bytes. Not `ru_maxrss`, which a child inherits from its parent."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
-    return int(found.group(1)) * 1024 if found else 0
+    with suppress(psutil.NoSuchProcess):
+        return [root, *(child.pid for child in psutil.Process(root).children(recursive=True))]
+    return []
 
 
 class Bench:
@@ -211,14 +196,10 @@ class Bench:
         return measured, json.loads(measured.stdout.strip().splitlines()[-1])
 
     def files(self) -> list:
-        from data_prep.corpus.inputs import find_inputs
-
         return find_inputs(self.inputs)
 
     def texts(self) -> Iterator[str]:
         """The text of every good document of the inputs."""
-        from data_prep.corpus.documents import DocumentReader, RawDocument
-
         for file in self.files():
             for item in DocumentReader(file):
                 if isinstance(item, RawDocument):
@@ -254,20 +235,16 @@ class Bench:
 # The parts ----------------------------------------------------------------------------------------------
 
 
-def side_by_side(bench: Bench, runs: int, only: list[str], python: str | None) -> dict:
+def side_by_side(bench: Bench, runs: int, only: Sequence[str], python: str | None) -> dict:
     """`speed` and `workers`: all kinds of run alternate, so that a slow moment affects all."""
-    kinds: dict[str, Callable[[], tuple[Measured, dict]]] = {"shard": lambda: bench.shard(1)}
+    sides: dict[str, Callable[[], tuple[Measured, dict]]] = {"shard": lambda: bench.shard(1)}
     if "workers" in only:
-        kinds["shard, 2 workers"] = lambda: bench.shard(2)
+        sides["shard, 2 workers"] = lambda: bench.shard(2)
     if "speed" in only and python:
-        kinds["datatrove"] = lambda: bench.datatrove(python)
-    taken: dict[str, list[Measured]] = {kind: [] for kind in kinds}
-    summaries: dict[str, dict] = {}
-    for turn in range(runs):
-        for kind, run_once in kinds.items():
-            measured, summaries[kind] = run_once()
-            taken[kind].append(measured)
-            _say(f"run {turn + 1} of {runs}, {kind}: {measured.cpu:.2f} CPU-s, {measured.wall:.2f} s")
+        sides["datatrove"] = lambda: bench.datatrove(python)
+    turns = alternate(runs, sides)
+    taken = {kind: [measured for measured, _ in found] for kind, found in turns.items()}
+    summaries = {kind: found[-1][1] for kind, found in turns.items()}
     result = {}
     megabytes = summaries["shard"]["bytes"] / 1e6
     if "speed" in only:
@@ -277,7 +254,7 @@ def side_by_side(bench: Bench, runs: int, only: list[str], python: str | None) -
             "tokens": summaries["shard"]["tokens"],
             "shard": _rates(taken["shard"], megabytes),
         }
-        if "datatrove" in kinds:
+        if "datatrove" in sides:
             speed["datatrove"] = _rates(taken["datatrove"], megabytes) | summaries["datatrove"]
             ours, theirs = (speed[k]["mb_per_cpu_second"]["median"] for k in ("shard", "datatrove"))
             speed["times_datatrove"] = round(ours / theirs, 3)
@@ -320,26 +297,18 @@ def memory(bench: Bench, small_mb: float, big_mb: float) -> dict:
         result[name] = {
             "input_mb": round(path.stat().st_size / 1e6, 3),
             "documents": summary["documents"],
-            "largest_process_mb": _rounded(measured.peak_mb),
-            "largest_worker_mb": _rounded(measured.worker_mb),
+            "largest_process_mb": round(measured.peak_mb, 1),
+            "largest_worker_mb": round(measured.worker_mb, 1),
             "wall_seconds": round(measured.wall, 3),
             "cpu_seconds": round(measured.cpu, 3),
         }
         path.unlink()
-        _say(f"memory, {result[name]['input_mb']} MB: {result[name]['largest_process_mb']} MB")
+        log(f"memory, {result[name]['input_mb']} MB: {result[name]['largest_process_mb']} MB")
     return result
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
 
 
 def compare_ids(bench: Bench) -> dict:
     """The tokenizer's ids against those of the library that defines them, on every document."""
-    import numpy as np
-
-    from data_prep.text.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(bench.tokenizer)
     documents = tokens = size = 0
     different: list[str] = []
@@ -356,7 +325,7 @@ def compare_ids(bench: Bench) -> dict:
         size += len(text.encode("utf-8"))
         if not np.array_equal(ours, reference):
             different.append(text[:60])
-    _say(f"ids: {documents} documents, {len(different)} differ")
+    log(f"ids: {documents} documents, {len(different)} differ")
     return {
         "engine": tokenizer.engine,
         "reference": tokenizer.reference_name,
@@ -373,10 +342,6 @@ def compare_ids(bench: Bench) -> dict:
 
 def reading(folder: Path, runs: int) -> dict:
     """Read shards in this process: all tokens and sentence lengths in order; documents at random."""
-    import numpy as np
-
-    from data_prep.shards.reader import ShardSet
-
     rates, totals = [], set()
     for _ in range(runs + 1):  # the first one warms the file cache
         start = time.process_time()
@@ -405,7 +370,7 @@ def reading(folder: Path, runs: int) -> dict:
         "by_number_us": _times(shards.document, numbers),
         "by_key_us": _times(shards.find, keys),
     }
-    _say(f"reading: {result['mtokens_per_cpu_second']['median']} M tokens per CPU-second")
+    log(f"reading: {result['mtokens_per_cpu_second']['median']} M tokens per CPU-second")
     return result
 
 
@@ -427,63 +392,6 @@ def _times(get: Callable[[Any], Document], wanted: list) -> dict:
     }
 
 
-def _say(line: str) -> None:
-    log(f"sharding benchmark: {line}")
-
-
-def text(result: dict) -> str:
-    """The result of `run` as text."""
-    lines = [
-        f"{result['cpu']}, {result['cores']} cores, {result['memory_gb']} GB; Python {result['python']}; "
-        f"commit {result['git_commit'] or 'unknown'}{' with changes' if result['git_changed'] else ''}; "
-        f"{result['date']}"
-    ]
-    if speed := result.get("speed"):
-        lines.append(f"speed: {speed['mb_of_text']:,.1f} MB of text, {speed['documents']:,} documents")
-        for kind in ("shard", "datatrove"):
-            if kind in speed:
-                rate, wall = speed[kind]["mb_per_cpu_second"], speed[kind]["wall_seconds"]["median"]
-                spread = f"median of {len(rate['values'])}; {rate['least']:.2f} to {rate['most']:.2f}"
-                lines.append(f"  {kind}: {rate['median']:.2f} MB per CPU-second ({spread}); {wall:.2f} s")
-        if "times_datatrove" in speed:
-            lines.append(f"  {speed['times_datatrove']:.2f} times datatrove per CPU-second")
-    if workers := result.get("workers"):
-        one, two = workers["wall_1"]["median"], workers["wall_2"]["median"]
-        times = workers["times_faster"]
-        lines.append(f"workers: {one:.2f} s with 1, {two:.2f} s with 2: {times:.2f} times as fast")
-    for name, one in result.get("memory", {}).items():
-        lines.append(
-            f"memory, {name} input ({one['input_mb']:,.0f} MB): "
-            f"largest worker {one['largest_worker_mb']} MB, largest process {one['largest_process_mb']} MB"
-        )
-    if ids := result.get("ids"):
-        lines.append(
-            f"ids: {ids['engine']} against {ids['reference']}: {ids['documents']:,} documents, "
-            f"{ids['tokens']:,} tokens, {ids['differences']} documents differ"
-        )
-    if reads := result.get("reading"):
-        number, key = reads["by_number_us"], reads["by_key_us"]
-        lines.append(
-            f"reading: {reads['mtokens_per_cpu_second']['median']:.1f} M tokens per CPU-second in order; "
-            f"a document by number {number['median']} µs (p99 {number['p99']}), "
-            f"by key {key['median']} µs (p99 {key['p99']})"
-        )
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmarks.sharding",
-        description="Measure speed, memory, ids and reading back of `data-prep shard` on this machine.",
-        epilog="example: python -m tools.benchmarks.sharding --input corpus/EN --tokenizer opt "
-        "--against-python other-env/bin/python --output figures.json",
-    )
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    result = run(arguments)
-    print(json.dumps(result) if arguments.json else text(result))
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(run_main("sharding", main))
+    example = "python -m tools.benchmarks.sharding --input corpus/EN --tokenizer opt --output figures.json"
+    raise SystemExit(console("sharding", example, run))

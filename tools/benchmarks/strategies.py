@@ -11,67 +11,99 @@ over a network is not measured.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from cyclopts import Parameter
+
+from data_prep.common.command_line import Many, Positive
 from data_prep.common.environment import header, require_folder, write_result
-from data_prep.common.errors import UserError, log, run_main
-from data_prep.common.processes import start_logged
+from data_prep.common.errors import UserError, log
+from data_prep.common.measuring import alternate, spread
+from data_prep.common.processes import require_success, start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.cli.options import VAE_RECIPE_HELP
 from pipeline.config.library import find_deepspeed_config, find_recipe
 from pipeline.config.schema import Recipe
-from pipeline.costs.benchmark_training import PACKAGES
+from pipeline.costs.benchmark import PACKAGES
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.parallel.ranks import free_port
 from pipeline.training.run_log import METRICS, read_records
-from tools.benchmarks.arguments import answer, positive
+from tools.benchmarks.commands import Output, console
 
 STRATEGIES = ("zero0", "zero1", "zero2", "zero3")
 WARM_UP = 2  # steps of each start, not counted
-LAST_LINES = 5  # shown of a failed rank's output
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure as the arguments say. Returns plain JSON.
+def run(
+    *,
+    recipe: str,
+    shards: str | None = None,
+    vae_recipe: Annotated[str | None, Parameter(help=VAE_RECIPE_HELP)] = None,
+    strategies: Many = STRATEGIES,
+    ranks: Positive = 2,
+    threads: Positive = 1,
+    steps: Positive = 12,
+    rounds: Positive = 3,
+    bins: Positive | None = None,
+    tokens: Positive | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    output: Output = None,
+) -> dict[str, Any]:
+    """Seconds of a training step under several DeepSpeed configs, alternating.
 
-    Raises:
-        UserError: bad arguments, or a start fails.
+    Args:
+        recipe: recipe file, or the name of one in the package
+        shards: shard folder (default: the recipe's data.shards)
+        strategies: files of ds_configs/, zero2+fp16 for two of them; compared with the first one
+        ranks: processes
+        threads: CPU threads of each
+        steps: steps of a start
+        rounds: starts of each
+        bins: bins of a step (default: one a rank)
+        tokens: tokens of a bin (default: the recipe's data.bin_tokens)
+    Raises: UserError for bad arguments, or a start that fails.
     """
-    require_folder(arguments.output)
-    if arguments.steps <= WARM_UP:
+    require_folder(output)
+    if steps <= WARM_UP:
         raise UserError(f"--steps must be more than {WARM_UP}: the first {WARM_UP} are not counted")
-    files = [_files(strategy) for strategy in arguments.strategies]
-    recipe = _recipe(arguments)
-    shards = ShardSet.open(recipe.data.shards[0])
-    found: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in arguments.strategies}
-    for turn in range(arguments.rounds):
-        for name, paths in zip(arguments.strategies, files, strict=True):
-            with tempfile.TemporaryDirectory(prefix="strategies-") as folder:
-                found[name].append(train(recipe, paths, arguments, Path(folder)))
-            log(f"round {turn + 1} of {arguments.rounds}, {name}: {_median(found[name][-1]):.3f} s per step")
+    files = {strategy: _files(strategy) for strategy in strategies}
+    sized = sized_recipe(recipe, vae_recipe)
+    data, training = sized.data, sized.training
+    # One bin per rank, no evaluations and no logs.
+    data.shards = [str(Path(folder).resolve()) for folder in ([shards] if shards else data.shards)]
+    data.validation, data.bins_per_step = None, bins or ranks
+    if tokens:
+        data.bin_tokens, data.window_tokens = tokens, min(data.window_tokens, tokens)
+    training.max_steps, training.max_tokens, training.save_every = steps, None, steps
+    sized.log.tensorboard = sized.log.wandb = False
+    fingerprint = ShardSet.open(data.shards[0]).fingerprint
+    found = alternate(
+        rounds, {name: partial(train, sized, paths, ranks, threads, device) for name, paths in files.items()}
+    )
     result = {
         **header(PACKAGES),
-        "recipe": find_recipe(arguments.recipe).stem,
-        "objective": recipe.objective,
-        "device": arguments.device,
-        "ranks": arguments.ranks,
-        "threads_per_rank": arguments.threads,
-        "bins_per_step": recipe.data.bins_per_step,
-        "bin_tokens": recipe.data.bin_tokens,
-        "steps": arguments.steps,
-        "rounds": arguments.rounds,
-        "shards": shards.fingerprint,
+        "recipe": find_recipe(recipe).stem,
+        "objective": sized.objective,
+        "device": device,
+        "ranks": ranks,
+        "threads_per_rank": threads,
+        "bins_per_step": data.bins_per_step,
+        "bin_tokens": data.bin_tokens,
+        "steps": steps,
+        "rounds": rounds,
+        "shards": fingerprint,
         "strategies": figures(found),
     }
-    write_result(result, arguments.output)
+    write_result(result, output)
     return result
 
 
@@ -88,8 +120,8 @@ def figures(found: dict[str, list[list[dict[str, Any]]]]) -> dict[str, dict[str,
         ratios = [ours / _median(theirs) for ours, theirs in zip(medians, first, strict=True)]
         pairs = zip(itertools.chain(*rounds), itertools.chain(*first), strict=True)
         result[name] = {
-            "seconds": {"median": statistics.median(medians), "values": medians},
-            "ratio": {"median": statistics.median(ratios), "values": ratios},
+            "seconds": spread(medians),
+            "ratio": spread(ratios),
             "tokens_per_second": statistics.median(
                 row["tokens_per_second"] for rows in rounds for row in rows[WARM_UP:]
             ),
@@ -113,132 +145,41 @@ def _files(strategy: str) -> list[Path]:
     return paths
 
 
-def _recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe with sizes instead of folders, one bin per rank, no evaluations and no logs."""
-    recipe = sized_recipe(arguments.recipe, arguments.vae_recipe)
-    if arguments.shards:
-        recipe.data.shards = [arguments.shards]
-    recipe.data.shards = [str(Path(folder).resolve()) for folder in recipe.data.shards]
-    recipe.data.validation = None
-    recipe.data.bins_per_step = arguments.bins or arguments.ranks
-    if arguments.tokens:
-        recipe.data.bin_tokens = arguments.tokens
-        recipe.data.window_tokens = min(recipe.data.window_tokens, arguments.tokens)
-    recipe.training.max_steps, recipe.training.max_tokens = arguments.steps, None
-    recipe.training.save_every = arguments.steps
-    recipe.log.tensorboard = recipe.log.wandb = False
-    return recipe
-
-
 def train(
-    recipe: Recipe, strategy: Sequence[Path], arguments: argparse.Namespace, folder: Path
+    recipe: Recipe, strategy: Sequence[Path], ranks: int, threads: int, device: str
 ) -> list[dict[str, Any]]:
     """Start `pipeline/train.py` on every rank. Returns its lines of metrics.jsonl; UserError on failure."""
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "pipeline.train"]
-    command += ["--config", str(folder / "recipe.yaml")]
-    command += ["--deepspeed_config", *map(str, strategy), "--output_dir", str(folder / "run")]
-    port, ranks = str(free_port()), []
-    environment = os.environ | {
-        "DS_ACCELERATOR": arguments.device,
-        "OMP_NUM_THREADS": str(arguments.threads),
-        "WORLD_SIZE": str(arguments.ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    try:
-        for rank in range(arguments.ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(start_logged(command, folder / f"rank-{rank}.log", env=environment | own))
-        statuses = [process.wait() for process in ranks]
-    finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
+    with tempfile.TemporaryDirectory(prefix="strategies-") as name:
+        folder = Path(name)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        command = [sys.executable, "-m", "pipeline.train", "--config", str(folder / "recipe.yaml")]
+        command += ["--deepspeed_config", *map(str, strategy), "--output_dir", str(folder / "run")]
+        environment = os.environ | {
+            "DS_ACCELERATOR": device,
+            "OMP_NUM_THREADS": str(threads),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
+        started: list[subprocess.Popen[str]] = []
+        try:
+            for rank, file in enumerate(logs):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                started.append(start_logged(command, file, env=environment | own))
+            statuses = [process.wait() for process in started]
+        finally:
+            for process in started:
+                process.kill()  # does nothing to one that has ended
                 process.wait()
-    for rank, status in enumerate(statuses):
-        if status:
-            output = (folder / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()
-            raise UserError(
-                f"{'+'.join(path.stem for path in strategy)}: rank {rank} ended with status {status}: "
-                + " | ".join(output[-LAST_LINES:])
-            )
-    return read_records(folder / "run" / METRICS)
-
-
-def format_benchmark(result: dict[str, Any]) -> str:
-    """The result of `run` as text."""
-    where = result["cpu"] if result["device"] == "cpu" else result["device"]
-    lines = [
-        f"{result['recipe']}, {result['ranks']} ranks with {result['threads_per_rank']} threads on {where}, "
-        f"{result['bins_per_step']} bins of {result['bin_tokens']:,} tokens per step; medians of "
-        f"{result['rounds']} rounds of {result['steps']} steps",
-        "",
-    ]
-    names, first = result["strategies"], next(iter(result["strategies"]))
-    width = max(len(name) for name in names) + 2
-
-    def row(*cells: str) -> None:
-        lines.append(f"{cells[0]:<{width}}" + "".join(f"{cell:>20}" for cell in cells[1:]))
-
-    row("", "seconds per step", f"by {first}", "tokens per second", "GB, rank 0", "loss differs by")
-    for name, one in names.items():
-        cells = [
-            f"{one['seconds']['median']:.3f}",
-            f"{one['ratio']['median']:.3f}",
-            f"{one['tokens_per_second']:,.0f}",
-            f"{one['memory_bytes'] / 1e9:.2f}",
-            f"{one['loss_difference']:.1e}",
-        ]
-        row(name, *cells)
-    return "\n".join(lines)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmarks.strategies",
-        description="Seconds of a training step under several DeepSpeed configs, alternating.",
-        epilog="example:\n  python -m tools.benchmarks.strategies --recipe small-sllm --shards shards/train "
-        "--strategies zero0 zero3",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--recipe",
-        required=True,
-        metavar="FILE",
-        help="recipe file, or the name of one in the package",
-    )
-    parser.add_argument("--shards", metavar="DIR", help="shard folder (default: the recipe's data.shards)")
-    parser.add_argument("--vae-recipe", metavar="FILE", help=VAE_RECIPE_HELP)
-    parser.add_argument(
-        "--strategies",
-        nargs="+",
-        default=STRATEGIES,
-        metavar="NAME",
-        help="files of ds_configs/, zero2+fp16 for two of them; the others are compared with the first one "
-        "(default zero0 zero1 zero2 zero3)",
-    )
-    parser.add_argument("--ranks", type=positive, default=2, metavar="N", help="processes (default 2)")
-    parser.add_argument(
-        "--threads", type=positive, default=1, metavar="N", help="CPU threads of each (default 1)"
-    )
-    parser.add_argument("--steps", type=positive, default=12, metavar="N", help="of a start (default 12)")
-    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="of starts (default 3)")
-    parser.add_argument("--bins", type=positive, metavar="N", help="of a step (default: one a rank)")
-    parser.add_argument(
-        "--tokens", type=positive, metavar="N", help="of a bin (default: the recipe's data.bin_tokens)"
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
-    parser.add_argument("--output", metavar="FILE", help="also write the figures to FILE as JSON")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    answer(arguments, run(arguments), format_benchmark)
-    return 0
+        what = "+".join(path.stem for path in strategy)
+        for rank, (file, status) in enumerate(zip(logs, statuses, strict=True)):
+            require_success(status, file.read_text(errors="replace"), f"{what}: rank {rank}")
+        rows = read_records(folder / "run" / METRICS)
+    log(f"{what}: {_median(rows):.3f} s per step")
+    return rows
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main("strategies", main))
+    example = "python -m tools.benchmarks.strategies --recipe small-sllm --shards shards/train"
+    raise SystemExit(console("strategies", f"{example} --strategies zero0 zero3", run))

@@ -19,15 +19,14 @@ import argparse
 import hashlib
 import json
 import os
-import platform
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,10 +44,10 @@ PACKAGES = "torch deepspeed transformers tokenizers sentencepiece webdataset num
 
 # (prompt, further options of `sllm generate`): drawn once each, all of them shown.
 SAMPLES = (
-    ("The list of", ("--temperature", "0")),
-    ("Return the number of", ("--temperature", "0.8", "--top-p", "0.95", "--seed", "1")),
-    ("If the file does not exist,", ("--temperature", "0.8", "--top-p", "0.95", "--seed", "2")),
-    ("", ("--temperature", "0.8", "--top-p", "0.95", "--seed", "3")),
+    ("The list of", "--temperature 0"),
+    ("Return the number of", "--temperature 0.8 --top-p 0.95 --seed 1"),
+    ("If the file does not exist,", "--temperature 0.8 --top-p 0.95 --seed 2"),
+    ("", "--temperature 0.8 --top-p 0.95 --seed 3"),
 )
 
 
@@ -71,65 +70,46 @@ class Step:
 
 def steps(demo: Path) -> list[Step]:
     """The demo's steps in order; paths are relative to the project's folder."""
-    corpus, tokenizer, measured = demo / "corpus", demo / "tokenizer", demo / "measured"
-    train, validation = demo / "shards" / "train", demo / "shards" / "validation"
+    at = shlex.quote(str(demo))
+    data = f"{at}/shards/validation"
+    found: list[Step] = []
 
-    def data_prep(name: str, *arguments: object) -> tuple[str, ...]:
-        return ("data-prep", name, *map(str, arguments))
+    def add(name: str, command: str, makes: str, needs: str = "", **more: Any) -> None:
+        found.append(Step(name, tuple(shlex.split(command)), demo / makes, tuple(needs.split()), **more))
 
-    def shard(name: str, source: Path, output: Path) -> Step:
-        settings = ("--segmenter", "clause", "--lang", "en", "--workers", 2)
-        command = data_prep(
-            "shard", "--input", source, "--output", output, "--tokenizer", tokenizer, *settings
-        )
-        return Step(f"shards-{name}", command, output, needs=("corpus", "tokenizer"), resumes=True)
-
-    def stats(name: str, folder: Path) -> Step:
-        command = data_prep("stats", folder, "--json")
-        output = measured / f"stats-{name}.json"
-        return Step(f"stats-{name}", command, output, needs=(f"shards-{name}",), captures=True)
-
-    found = [
-        Step("corpus", data_prep("demo-corpus", "--output", corpus), corpus),
-        Step(
-            "tokenizer",
-            data_prep("tokenizer", "--input", corpus / "EN", "--output", tokenizer, "--vocab-size", 2048),
-            tokenizer,
-            needs=("corpus",),
-        ),
-        shard("train", corpus / "EN", train),
-        shard("validation", corpus / "valid", validation),
-        stats("train", train),
-        stats("validation", validation),
-    ]
+    add("corpus", f"data-prep demo-corpus --output {at}/corpus", "corpus")
+    command = f"data-prep tokenizer --input {at}/corpus/EN --output {at}/tokenizer --vocab-size 2048"
+    add("tokenizer", command, "tokenizer", "corpus")
+    shard = f"data-prep shard --tokenizer {at}/tokenizer --segmenter clause --lang en --workers 2"
+    for name, source in (("train", "EN"), ("validation", "valid")):
+        command = f"{shard} --input {at}/corpus/{source} --output {at}/shards/{name}"
+        add(f"shards-{name}", command, f"shards/{name}", "corpus tokenizer", resumes=True)
+    for name in ("train", "validation"):
+        command = f"data-prep stats {at}/shards/{name} --json"
+        add(f"stats-{name}", command, f"measured/stats-{name}.json", f"shards-{name}", captures=True)
     for kind in KINDS:
-        run, model = demo / "runs" / kind, demo / "models" / kind
         recipe, strategy = Path(f"pipeline/recipes/demo-{kind}.yaml"), Path("ds_configs/zero3.json")
-        command = ("deepspeed", "--num_gpus", "2", "--master_port", PORT, "pipeline/train.py")
-        command += ("--config", str(recipe), "--deepspeed_config", str(strategy), "--output_dir", str(run))
-        command += ("--data.shards", str(train), "--data.validation", str(validation))
-        needs = ("shards-train", "shards-validation")
+        command = f"deepspeed --num_gpus 2 --master_port {PORT} pipeline/train.py --config {recipe} "
+        command += f"--deepspeed_config {strategy} --output_dir {at}/runs/{kind} "
+        command += f"--data.shards {at}/shards/train --data.validation {data}"
+        needs = "shards-train shards-validation"
         if kind == "sllm":
-            command += ("--model.vae.path", str(demo / "models" / "vae"))
-            needs += ("export-vae",)
+            command += f" --model.vae.path {at}/models/vae"
+            needs += " export-vae"
         reads = (*recipe_files(recipe), strategy)
-        found.append(Step(f"train-{kind}", command, run, needs, reads, resumes=True))
-        export = ("sllm", "export", str(run), "--output", str(model))
-        found.append(Step(f"export-{kind}", export, model, needs=(f"train-{kind}",)))
-    for kind in KINDS:
-        model = ("--model", str(demo / "models" / kind), "--json")
-        command = ("sllm", "evaluate", *model, "--data", str(validation))
-        output, needs = measured / f"evaluate-{kind}.json", (f"export-{kind}", "shards-validation")
-        found.append(Step(f"evaluate-{kind}", command, output, needs, captures=True))
-    for kind in KINDS:
-        command = ("sllm", "check", "--model", str(demo / "models" / kind), "--json")
-        output = measured / f"check-{kind}.json"
-        found.append(Step(f"check-{kind}", command, output, needs=(f"export-{kind}",), captures=True))
+        add(f"train-{kind}", command, f"runs/{kind}", needs, reads=reads, resumes=True)
+        command = f"sllm export {at}/runs/{kind} --output {at}/models/{kind}"
+        add(f"export-{kind}", command, f"models/{kind}", f"train-{kind}")
+    for what, more in (("evaluate", f"--data {data}"), ("check", "")):
+        for kind in KINDS:
+            command = f"sllm {what} --model {at}/models/{kind} --json {more}"
+            needs = f"export-{kind} shards-validation"
+            add(f"{what}-{kind}", command, f"measured/{what}-{kind}.json", needs, captures=True)
     for number, (prompt, options) in enumerate(SAMPLES, start=1):
-        command = ("sllm", "generate", "--model", str(demo / "models" / "sllm"), "--prompt", prompt)
-        command += ("--max-sentences", "12", *options, "--json")
-        output = measured / f"sample-{number}.json"
-        found.append(Step(f"generate-{number}", command, output, needs=("export-sllm",), captures=True))
+        command = f"sllm generate --model {at}/models/sllm --max-sentences 12 --json {options}"
+        command += f" --prompt {shlex.quote(prompt)}"
+        makes = f"measured/sample-{number}.json"
+        add(f"generate-{number}", command, makes, "export-sllm", captures=True)
     return found
 
 
@@ -236,36 +216,26 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def describe_machine(project: Path) -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     """The machine and the versions, for the report."""
     known = machine(PACKAGES)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=project, capture_output=True, text=True
-    ).stdout.strip()
+    commit = known["git_commit"] or "not a git checkout"
     return {
         "processor": known["cpu"],
         "cores": str(known["cores"]),
-        "memory": f"{memory:.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}",
+        "memory": f"{known['memory_gb']:.0f} GB",
+        "system": known["system"],
         "processes": "2, one thread each, exchanging by gloo",
-        "project": commit or "not a git checkout",
-        "Python": platform.python_version(),
+        "project": f"{commit}{' with changes' if known['git_changed'] else ''}",
+        "Python": known["python"],
         **known["packages"],
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.demo.run",
-        description="Run the whole line on a small corpus and write a report.",
-        epilog="example:\n  python -m tools.demo.run --output demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--output", default="demo", metavar="DIR", help="folder for everything (default demo)"
-    )
-    demo = Path(parser.parse_args(argv).output)
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.run", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", default="demo", type=Path, help="folder for everything (default demo)")
+    demo = parser.parse_args().output
     for program in ("data-prep", "sllm", "deepspeed"):
         if not (Path(sys.executable).parent / program).exists():
             raise UserError(f"{program} is not installed beside {sys.executable}: run `make demo`")
@@ -277,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status := runner.run(step, order):
             return status
         if step.name.startswith("train-") and (step.name in runner.redone or not machine.exists()):
-            machine.write_text(json.dumps(describe_machine(PROJECT), indent=1) + "\n")
+            machine.write_text(json.dumps(describe_machine(), indent=1) + "\n")
     build_report(PROJECT / demo)
     say(f"all done in {time.monotonic() - begin:.0f} s; the report: {demo}/report.md and {demo}/report.html")
     return 0

@@ -1,13 +1,13 @@
 """Tables of the docs: one function for each kind of result, from result files to lines of Markdown.
 
-A table that is made for one result is a template in `templates/`. FILE is a path below docs/results.
+Other tables are templates in `templates/`. FILE is a path below docs/results.
 
     typed FILE               rows as they were typed into a file
     sweep FILES [COLUMNS…]   runs of `sllm sweep`, a line a name, seeds averaged; (±x) is half of the range
                              of the seeds. COLUMNS are keys of the rows; by default those of `USUAL` that
                              are there
-    exact-by-length FILE     the same file's SentenceVAEs: sentences rebuilt exactly, by length
     robustness FILE          result of `sllm robustness`: a line for each variant of the text and model
+    exact-by-length FILE     the same file's SentenceVAEs: sentences rebuilt exactly, by length
     scaling FILE             result of `sllm scaling fit --json`, with its chart as a picture
     comparison FILE          result of `sllm compare --json`, with its charts as pictures
     by-language FILES        the same files' SLLMs and token-level models: bits per byte and vector gain of
@@ -29,6 +29,7 @@ from data_prep.common.charts import Plot, svg
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json
 from data_prep.common.page import NOTHING, Table, markdown_table, render
+from pipeline.common.figures import exact_matches
 from pipeline.common.text import duration, with_interval
 from pipeline.reports.charts import generation_plots
 from pipeline.research import compare_page, scaling
@@ -169,14 +170,6 @@ def sweep(results: Results, *words: str) -> list[str]:
 LENGTHS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 64))
 
 
-def matches(by_length: dict[str, dict[str, Any]], low: int, high: int) -> tuple[int, float | None]:
-    """(sentences, share of them rebuilt exactly; None without any) from one length to another."""
-    ones = [one for length, one in by_length.items() if low <= int(length) <= high]
-    sentences = sum(one["sentences"] for one in ones)
-    right = sum(one["sentences"] * one["exact_match"] for one in ones)
-    return sentences, right / sentences if sentences else None
-
-
 def exact_by_length(results: Results, file: str) -> list[str]:
     groups = (*LENGTHS, (1, 10**9))
     rows = results.read(file)["rows"]
@@ -186,7 +179,7 @@ def exact_by_length(results: Results, file: str) -> list[str]:
     column, shown, counts = COLUMNS["exact_match"], [], []
     for name, of_name in _by_name(rows).items():
         by_length = [row["evaluation"]["exact_match_by_length"] for row in of_name]
-        found = [[matches(one, *group) for group in groups] for one in by_length]
+        found = [[exact_matches(one, *group) for group in groups] for one in by_length]
         counts.append([sentences for sentences, _ in found[0]])
         cells = [
             column.cell([value for _, value in one if value is not None]) for one in zip(*found, strict=True)
@@ -196,45 +189,6 @@ def exact_by_length(results: Results, file: str) -> list[str]:
     if all(count == counts[0] for count in counts):  # one text, cut in one way
         shown.insert(0, ["sentences", *(f"{count:,}" for count in counts[0])])
     return markdown_table(Table(header, shown))
-
-
-def by_language(results: Results, *files: str) -> list[str]:
-    rows = [row for file in files for row in results.read(file)["rows"] if row.get("objective") != "vae"]
-    groups = [row["evaluation"]["by_language"] for row in rows]
-    languages = sorted({language for group in groups for language in group})
-    shown = []
-    for name, of_name in _by_name(rows).items():
-        found = [row["evaluation"]["by_language"] for row in of_name]
-        cells = [
-            COLUMNS[key].cell([one[language][key] for one in found if key in one.get(language, {})])
-            for language in languages
-            for key in ("bits_per_byte", "vector_gain")
-        ]
-        shown.append([name, *cells])
-    heads = [f"{language}: {what}" for language in languages for what in ("bits per byte", "vector gain")]
-    return markdown_table(Table(["run", *heads], shown))
-
-
-def robustness(results: Results, file: str) -> list[str]:
-    found = results.read(file)
-    plain = next(iter(found["variants"]))  # the text as it comes
-    rows = [
-        [
-            "" if number else name,
-            Path(one["model"]).name,
-            with_interval(one, "bits_per_byte", 3),
-            "" if name == plain else f"{one['change']:+.3f}",
-            with_interval(one, "vector_gain", 3),
-            f"{one['tokens_per_sentence']:.1f}" if "tokens_per_sentence" in one else NOTHING,
-            share(one["cut_by_limit"]) if "cut_by_limit" in one else NOTHING,
-        ]
-        for name, of_models in found["variants"].items()
-        for number, one in enumerate(of_models)
-    ]
-    heads = "text, model, bits per byte, change, vector gain, tokens a sentence, cut by the limit"
-    notes = [f"- left out: {name} ({reason})" for name, reason in found.get("skipped", {}).items()]
-    lines = markdown_table(Table(heads.split(", "), rows, left=(0, 1)))
-    return lines + (["", *notes] if notes else [])
 
 
 def compared(results: Results, file: str) -> list[str]:
@@ -263,12 +217,21 @@ def generation_chart(results: Results, file: str) -> list[str]:
     return results.draw(f"{file.removesuffix('.json')}.svg", generation_plots(found), caption)[1:]
 
 
-def of_template(path: Path) -> Callable[[Results], list[str]]:
-    """A table that is made for one result: its template reads the files."""
+def of_template(path: Path) -> Callable[..., list[str]]:
+    """A table whose template reads the files."""
 
-    def made(results: Results) -> list[str]:
-        values = {"read": results.read, "matches": matches, "ln2": math.log(2), "exp": math.exp}
-        return render(path, values, {"f": format, "share": share, "duration": duration}).splitlines()
+    def made(results: Results, *files: str) -> list[str]:
+        values = {
+            "files": files,
+            "read": results.read,
+            "matches": exact_matches,
+            "by_name": _by_name,
+            "mean": lambda key, values: COLUMNS[key].cell(list(values)),
+            "ln2": math.log(2),
+            "exp": math.exp,
+        }
+        filters = {"f": format, "share": share, "duration": duration, "with_interval": with_interval}
+        return render(path, values, filters).replace("|  |", "| |").splitlines()
 
     return made
 
@@ -277,8 +240,6 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "typed": typed,
     "sweep": sweep,
     "exact-by-length": exact_by_length,
-    "by-language": by_language,
-    "robustness": robustness,
     "scaling": fitted,
     "comparison": compared,
     "generation-chart": generation_chart,

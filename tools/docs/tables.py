@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -27,8 +25,9 @@ from data_prep.common.files import write_atomically
 from tools.docs.figures import TABLES, Results
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKER = re.compile(r"<!-- (?:table: (?P<words>.+?)|(?P<end>end)) -->")
-NO_END = "no <!-- end --> comes after it"
+BEGIN, END = r"^<!-- table: (?P<words>.+?) -->$", "<!-- end -->"
+TABLE = re.compile(rf"{BEGIN}\n(?:(?!<!-- table: ).*\n)*?{END}$", re.MULTILINE)
+MARKER = re.compile(rf"{BEGIN}|^{END}$", re.MULTILINE)
 
 
 def refresh(root: Path, check: bool = False) -> list[str]:
@@ -65,39 +64,21 @@ def _read(path: Path) -> str | None:
 
 def _filled(page: Path, root: Path, stale: list[str], pictures: dict[Path, str]) -> str:
     """The page with all its tables as they should be; adds to `stale` and `pictures`."""
-    lines = (_read(page) or "").split("\n")
-    name, parts, done = page.relative_to(root), [], 0
-    for begin, end, words in _places(str(name), lines):
-        made = [
-            "",
-            *_table(f"{name}:{begin + 1}", words, Results(root / "docs" / "results", page, pictures)),
-            "",
-        ]
-        if lines[begin + 1 : end] != made:
-            stale.append(f"{name}:{begin + 1}: table {' '.join(words)} differs from its results")
-        parts += [*lines[done : begin + 1], *made]
-        done = end
-    return "\n".join([*parts, *lines[done:]])
+    text, name = _read(page) or "", page.relative_to(root)
+    results = Results(root / "docs" / "results", page, pictures)
+    if lost := MARKER.search(TABLE.sub(lambda found: "\n" * found[0].count("\n"), text)):
+        line = lost.string.count("\n", 0, lost.start()) + 1
+        missing = f"no {END} comes after it" if lost["words"] else "no table begins before it"
+        raise UserError(f"{name}:{line}: {lost[0]}: {missing}")
 
+    def made(found: re.Match[str]) -> str:
+        place = f"{name}:{text.count(chr(10), 0, found.start()) + 1}"
+        lines = [found[0].split("\n")[0], "", *_table(place, found["words"].split(), results), "", END]
+        if (filled := "\n".join(lines)) != found[0]:
+            stale.append(f"{place}: table {found['words']} differs from its results")
+        return filled
 
-def _places(page: str, lines: list[str]) -> Iterator[tuple[int, int, list[str]]]:
-    """(line of the marker, line of its end, its words) of every table of a page."""
-    open_at: int | None = None
-    words: list[str] = []
-    for number, line in enumerate(lines):
-        if not (found := MARKER.fullmatch(line)):
-            continue
-        if (open_at is None) == bool(found["end"]):
-            lost = number if open_at is None else open_at
-            missing = "no table begins before it" if open_at is None else NO_END
-            raise UserError(f"{page}:{lost + 1}: {lines[lost]}: {missing}")
-        if open_at is None:
-            open_at, words = number, found["words"].split()
-        else:
-            yield open_at, number, words
-            open_at = None
-    if open_at is not None:
-        raise UserError(f"{page}:{open_at + 1}: {lines[open_at]}: {NO_END}")
+    return TABLE.sub(made, text)
 
 
 def _table(place: str, words: list[str], results: Results) -> list[str]:
@@ -119,24 +100,13 @@ def _table(place: str, words: list[str], results: Results) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="docs_tables",
-        description="Make every table of figures and every chart of the docs from docs/results.",
-        epilog="example:\n  python -m tools.docs.tables --check",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m tools.docs.tables", description=__doc__.split("\n")[0].partition(": ")[2]
     )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; status 1 where something differs"
-    )
-    parser.add_argument(
-        "--root", default=ROOT, type=Path, metavar="DIR", help="the checkout (default: this one)"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 1 for a difference")
+    parser.add_argument("--root", default=ROOT, type=Path, help="the checkout (default: this one)")
     args = parser.parse_args()
     stale = refresh(args.root, args.check)
-    if args.json:
-        print(json.dumps({"differed": stale, "written": not args.check}))
-    else:
-        print("\n".join(stale) or "docs: every table and chart is what the results say")
+    print("\n".join(stale) or "docs: every table and chart is what the results say")
     return 1 if args.check and stale else 0
 
 

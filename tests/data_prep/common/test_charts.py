@@ -14,7 +14,7 @@ from data_prep.common import page
 from data_prep.common.charts import (
     PAGE_WIDTH,
     PALETTE,
-    Bars,
+    STYLE,
     BarsAcross,
     Line,
     Lines,
@@ -33,7 +33,7 @@ FALLING = [(float(n), 9.0 - n) for n in range(9)]
 RISING = [(float(n), float(n)) for n in range(9)]
 
 
-def texts(plot: Lines | Bars | BarsAcross, width: int = PAGE_WIDTH) -> list[str | None]:
+def texts(plot: Lines | BarsAcross, width: int = PAGE_WIDTH) -> list[str | None]:
     return [one.text for one in xml.etree.ElementTree.fromstring(svg([plot], "a", width)).iter(f"{SVG}text")]
 
 
@@ -60,6 +60,9 @@ def test_each_kind_has_one_hue_that_can_be_seen_on_both_pages() -> None:
         if name not in ("rule", "rest"):
             assert contrast(light, "#fdfdfc") >= 2.9 and contrast(dark, "#14161a") >= 2.9, name
         assert f'[style*="stroke: {light}"] {{ stroke: {dark} !important }}' in dark_style()
+    # Colours of axes and grids too: a dark page exchanges no others.
+    used = re.findall(r"color: ([0-9a-f]{6})", STYLE.read_text())
+    assert set(used) == {PALETTE[name][0].removeprefix("#") for name in ("soft", "rule")}
 
 
 def test_equal_plots_give_equal_bytes_without_anything_foreign() -> None:
@@ -136,6 +139,8 @@ def test_a_template_becomes_blocks(tmp_path: Path) -> None:
     template = tmp_path / "a.md.jinja"
     template.write_text(
         "Some\ntext {{ x|twice }}.\n\n## Head\n\nIt:\n- a\n  b\n- c\n\n> small\n\n[[part]]\n\n"
+        "A caption\n| a | |\n| --- | ---: |\n"
+        "{% for x in (1, 'b|c') %}\n|   {{ x|cell }} | \\| |\n{% endfor %}\n"
     )
     part = page.Sample("a", "b", "c")
     blocks = page.from_template(template, {"x": 2}, {"part": [part]}, {"twice": lambda x: str(2 * x)})
@@ -145,6 +150,7 @@ def test_a_template_becomes_blocks(tmp_path: Path) -> None:
         page.Text("It:", ("a b", "c")),
         page.Text("small", note=True),
         part,
+        page.Table(["a", ""], [["  1", "|"], ["  b|c", "|"]], "A caption", [0]),
     ]
 
 
@@ -159,6 +165,3 @@ def test_a_missing_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPat
         fit(["nowhere.json"], output=tmp_path / "a.svg")
     with pytest.raises(UserError, match=r"sentence-llm\[report\]"):
         compare(["nowhere", "else"], tmp_path / "a.html")
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(UserError, match=r"needs jinja2: .*sentence-llm\[report\]"):
-        page.to_html("title", [])

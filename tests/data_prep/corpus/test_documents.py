@@ -34,7 +34,7 @@ def test_good_records(tmp_path: Path):
     ]
     assert reader.file.name == "books/x.jsonl"
     assert reader.sha256 == reader.piece.sha256() == hashlib.sha256(data).hexdigest()
-    assert (reader.bytes_read, reader.lines, reader.damage) == (len(data), 3, None)
+    assert (reader.bytes_read, reader.lines, reader.damage) == (len(data), 3, [])
     assert not reader.repaired
 
 

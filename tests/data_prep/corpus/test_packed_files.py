@@ -19,6 +19,7 @@ from helpers.reading import GOOD, PACKERS, read
 
 from data_prep.common.errors import UserError
 from data_prep.corpus import documents
+from data_prep.corpus.compression import SALVAGED
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, sample_lines
 from data_prep.corpus.filters import Filters
 from data_prep.corpus.inputs import find_inputs, open_parquet, split
@@ -42,21 +43,23 @@ def test_files_in_several_parts(tmp_path: Path, ending: str):
     )  # padding; a frame to skip
     items, reader = read(tmp_path / f"x.jsonl{ending}", data)
     assert [item.id for item in items] == [str(n) for n in (*range(50), *range(30))]
-    assert reader.damage is None and reader.bytes_read == len(data)
+    assert reader.damage == [] and reader.bytes_read == len(data)
     assert reader.sha256 == reader.piece.sha256() == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize(
     ("ending", "said"), [(".gz", "the gzip file ends too early"), (".zst", "the zstd file ends too early")]
 )
-def test_a_file_cut_short_keeps_what_can_be_read(tmp_path: Path, ending: str, said: str):
+def test_a_file_cut_short_keeps_what_can_be_read_on_request(tmp_path: Path, ending: str, said: str):
     stored = PACKERS[ending](lines_of(4000))
-    items, reader = read(tmp_path / f"x.jsonl{ending}", stored[: len(stored) * 3 // 4])
+    cut = stored[: len(stored) * 3 // 4]
+    assert read(tmp_path / f"x.jsonl{ending}", cut)[0] == []  # its only member has no verified end
+    items, reader = read(tmp_path / f"x.jsonl{ending}", cut, salvage=True)
     good = [item for item in items if isinstance(item, RawDocument)]
     assert 2500 <= len(good) < 3100
     assert [item.id for item in good] == [str(i) for i in range(len(good))]
     assert items[len(good) :] in ([Reject(len(good) + 1, "invalid JSON")], [])  # the line that was cut
-    assert reader.damage == said
+    assert [one.reason for one in reader.damage] == [said] and {item.mark for item in good} == {SALVAGED}
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
@@ -65,19 +68,41 @@ def test_damage_inside_a_file(tmp_path: Path, ending: str):
     # Enough to hit the header of a block: zstd's literals are not protected by themselves.
     size = 64 if ending == ".gz" else len(data) // 4
     data[len(data) // 2 : len(data) // 2 + size] = b"\xff" * size
-    items, reader = read(tmp_path / f"x.jsonl{ending}", bytes(data))
-    good = [item for item in items if isinstance(item, RawDocument)]
-    assert len(good) >= 1500 and [item.id for item in good] == [str(i) for i in range(len(good))]
-    assert reader.damage.startswith("damaged gzip data" if ending == ".gz" else "damaged zstd data")
-    assert reader.sha256 == hashlib.sha256(data).hexdigest()  # of the whole file all the same
+    for salvage in (False, True):
+        items, reader = read(tmp_path / f"x.jsonl{ending}", bytes(data), salvage=salvage)
+        good = [item for item in items if isinstance(item, RawDocument)]
+        assert [item.id for item in good] == [str(i) for i in range(len(good))]
+        assert len(good) >= 1500 if salvage else not items
+        (damage,) = reader.damage
+        assert damage.reason.startswith("damaged gzip data" if ending == ".gz" else "damaged zstd data")
+        assert reader.sha256 == hashlib.sha256(data).hexdigest()  # of the whole file all the same
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst", ".tar", ".tar.gz"])
 def test_files_that_are_something_else(tmp_path: Path, ending: str):
-    items, reader = read(tmp_path / f"x.jsonl{ending}", GOOD * 30)
-    assert items == [] and reader.damage.startswith("damaged")
-    items, reader = read(tmp_path / f"y.jsonl{ending}", b"")
-    assert items == [] and reader.damage is None
+    for data, said in (
+        (GOOD * 30, "but plain text: give it the name of what it is"),
+        (
+            PACKERS[".zst" if ending.endswith(".gz") else ".gz"](GOOD * 30),
+            "data: give it the name of what it is",
+        ),
+        (b"", "empty"),
+    ):
+        items, reader = read(tmp_path / f"x.jsonl{ending}", data)
+        assert items == [] and [said in one.reason for one in reader.damage] == [True]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".txt", ".jsonl.tar.gz", ".jsonl.tar.zst"])
+def test_files_that_hold_something_else(tmp_path: Path, ending: str):
+    """A packed file under a plain name, in every piece; a packed file that is no archive."""
+    pack = PACKERS["." + ending.split(".")[-1]] if "tar" in ending else gzip.compress
+    path = tmp_path / f"x{ending}"
+    items, reader = read(path, pack(lines_of(900)))
+    said = "not a tar archive but plain text" if "tar" in ending else "not text but gzip data"
+    assert items == [] and [one.reason.startswith(said) for one in reader.damage] == [True]
+    readers = [DocumentReader(piece) for piece in split(find_inputs([path])[0], 3)]
+    assert [item for one in readers for item in one] == []
+    assert sum(len(one.damage) for one in readers) == 1
 
 
 def tar_of(
@@ -121,7 +146,7 @@ def test_archives(tmp_path: Path, ending: str, form: int):
         Reject(0, "not a .jsonl member", "web/README.md"),
         *[Reject(0, "not a regular file", "link.jsonl")] * 4,
     ]
-    assert reader.damage is None and reader.bytes_read == path.stat().st_size
+    assert reader.damage == [] and reader.bytes_read == path.stat().st_size
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["news", path.name]  # nothing was unpacked to disk
 
 
@@ -131,12 +156,14 @@ def test_damaged_archives(tmp_path: Path):
     at = [n for n in range(0, len(data), 512) if data[n + 257 : n + 262] == b"ustar"]
     items, reader = read(tmp_path / "cut.tar", data[: at[3] + 512 + 600])
     assert len(items) == 3 * 3 + 2 and items[-1] == Reject(2, "invalid JSON", "3.jsonl")
-    assert reader.damage == "the tar archive ends too early"
+    assert [one.reason for one in reader.damage] == ["the tar archive ends too early"]
+    _, reader = read(tmp_path / "cut.tar", data[: at[3]])  # between two members
+    assert [one.reason for one in reader.damage] == ["the tar archive ends too early (it has no end mark)"]
     broken = bytearray(data)
     broken[at[2] + 130] ^= 1  # in the size of the third
     items, reader = read(tmp_path / "broken.tar", bytes(broken))
     assert [item.line for item in items] == [1, 2, 3] * 4  # all members but the one
-    assert reader.damage == "damaged tar header"
+    assert [(one.reason, one.start) for one in reader.damage] == [("damaged tar header", at[2])]
     for cut in range(0, len(data), 97):  # never a stack trace
         _, reader = read(tmp_path / "any.tar", data[:cut])
     chance = random.Random(1)
@@ -146,6 +173,30 @@ def test_damaged_archives(tmp_path: Path):
             torn[chance.choice(at) + chance.randrange(512)] = chance.randrange(256)
         _, reader = read(tmp_path / "any.tar", bytes(torn))
         assert reader.bytes_read == len(torn)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_archives_with_a_damaged_member_of_the_packing(tmp_path: Path, ending: str, form: int):
+    """The tar is cut into packed members anywhere; what is in sight of a header before and after is read."""
+    data = tar_of(*((f"{n}.jsonl", lines_of(30)) for n in range(40)), form=form)
+    parts = [data[n : n + 30_001] for n in range(0, len(data), 30_001)]
+    members = [PACKERS[ending](part) for part in parts]
+    for hit in (0, 3, len(parts) - 1):
+        torn = bytearray(members[hit])
+        torn[len(torn) // 2] ^= 4
+        stored = b"".join([*members[:hit], bytes(torn), *members[hit + 1 :]])
+        items, reader = read(tmp_path / f"x.tar{ending}", stored)
+        assert len(reader.damage) == 1
+        start, end = hit * 30_001, hit * 30_001 + len(parts[hit])
+        good = [item for item in items if isinstance(item, RawDocument)]
+        sizes = [(n, data.index(f"{n}.jsonl".encode())) for n in range(40)]
+        whole = {f"{n}.jsonl" for n, at in sizes if at + 512 + len(lines_of(30)) <= start or at - 1024 >= end}
+        found = {item.member for item in good}
+        assert whole <= found and len(found - whole) <= 1
+        texts = {json.loads(line)["content"] for line in lines_of(30).splitlines()}
+        assert {item.content for item in good} <= texts
+        assert all(sum(item.member == name for item in good) == 30 for name in whole)
 
 
 # Text and tables ----------------------------------------------------------------------------------------
@@ -201,7 +252,7 @@ def test_parquet(tmp_path: Path):
     reader = DocumentReader(file, filters=RULES)
     expected = expected_of(1000, "web/x.parquet", "web")
     assert list(reader) == expected
-    assert (reader.lines, reader.bytes_read, reader.damage) == (1000, file.size, None)
+    assert (reader.lines, reader.bytes_read, reader.damage) == (1000, file.size, [])
     assert reader.repaired["missing id"] == sum(getattr(item, "id_repaired", False) for item in expected)
     for count in (3, 8):
         pieces = split(file, count)
@@ -233,7 +284,15 @@ def test_a_damaged_row_group_costs_itself(tmp_path: Path):
     name = f"{tmp_path.name}/x.parquet"
     expected = expected_of(1000, name, tmp_path.name)
     assert items == expected[:250] + expected[500:]
-    assert reader.damage.startswith("damaged row group 1: ")
+    assert [one.reason[:21] for one in reader.damage] == ["damaged row group 1: "]
+    # Pages that carry a checksum: one flipped bit.
+    options = {"write_page_checksum": True, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table(table_of(1000)), tmp_path / "x.parquet", row_group_size=250, **options)
+    data = bytearray((tmp_path / "x.parquet").read_bytes())
+    data[data.index(b"Text 300.")] ^= 1
+    items, reader = read(tmp_path / "x.parquet", bytes(data), filters=RULES.filters)
+    assert items == expected[:250] + expected[500:]
+    assert ["CRC" in one.reason for one in reader.damage] == [True]
     (tmp_path / "x.parquet").write_bytes(data[:-10])
     with pytest.raises(UserError, match="cannot read .*x.parquet: ArrowInvalid"):
         DocumentReader(find_inputs([tmp_path / "x.parquet"])[0])
@@ -322,7 +381,7 @@ def test_remote_files_are_read_like_local_ones(tmp_path: Path):
 # Samples ------------------------------------------------------------------------------------------------
 
 
-def test_the_sample_is_shared_and_bounded(tmp_path: Path):
+def test_the_sample_is_shared_and_bounded(tmp_path: Path, capsys: pytest.CaptureFixture):
     for name, count in (("a", 2), ("b", 400), ("c", 400)):
         (tmp_path / f"{name}.jsonl").write_bytes(lines_of(count))
     files = find_inputs([tmp_path])
@@ -333,6 +392,9 @@ def test_the_sample_is_shared_and_bounded(tmp_path: Path):
     assert taken[:2] == [0, 1] and 110 < len(taken) < 125
     assert {n * 8 // 400 for n in taken[2:60]} == set(range(8))  # from everywhere in the second file
     assert list(sample_lines(files, 60_000)) == lines
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(lines_of(400))[:-9])
+    sample = list(sample_lines(find_inputs([tmp_path / "torn.jsonl.gz"]), 10_000_000))
+    assert len(sample) == 400 and "the sample ends there" in capsys.readouterr().err
     with pytest.raises(UserError, match="no usable document"):
         (tmp_path / "bad.jsonl").write_bytes(b"{}\n")
         list(sample_lines(find_inputs([tmp_path / "bad.jsonl"]), 1000))

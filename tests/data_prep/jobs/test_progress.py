@@ -1,47 +1,38 @@
-"""The progress of `data-prep shard`: a bar on a terminal, plain lines in a log."""
+"""The progress of a job, read from its work folder."""
 
 from __future__ import annotations
 
-import io
-from types import SimpleNamespace
+import json
+from pathlib import Path
 
 import pytest
+from helpers import tokenizer_folders
 
 from data_prep.jobs import progress
+from data_prep.jobs.run import make_shards
+from data_prep.shards.settings import ShardSettings
+from data_prep.text.sentences import SentenceSettings
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.launch)])
+def test_progress_grows_from_nothing_to_all_phases(
+    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(progress, "REPORT_SECONDS", 0.0)
+    lines = [json.dumps({"content": f"{n} " + tokenizer_folders.ENGLISH}) for n in range(300)]
+    (tmp_path / "x.jsonl").write_text("\n".join([*lines, "bad"]))
+    tokenizer = tokenizer_folders.byte_level(tmp_path / "tokenizer")
+    settings = ShardSettings(SentenceSettings("clause", "en", 64), deduplicate=True, unit_bytes=20_000)
+    seen: list[tuple[int, int, int]] = []
+    rates: list[float] = []
 
+    def report(now: progress.Progress) -> None:
+        seen.append((now.done, now.documents, now.rejected))
+        rates.append(now.documents_rate)
 
-def counts(done: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        done=done, total=4_000_000, documents=done // 1000, rejected=2, documents_rate=50.0
-    )
-
-
-def test_a_log_gets_a_plain_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = io.StringIO()
-    line = progress.ProgressLine(log)
-    line(counts(0))
-    assert log.getvalue() == ""  # ten seconds are not over
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
-    line(counts(1_000_000))
-    line(counts(3_000_000))
-    line.close()
-    first, second = log.getvalue().splitlines()
-    assert first.startswith("data-prep shard: 1.00M/4.00M [00:00<00:00, ")
-    assert second.startswith("data-prep shard: 3.00M/4.00M [00:00<00:00, ")
-    assert "B/s, 1,000 documents (50/s), 2 rejected]" in first
-    assert not set("\r\x1b") & set(log.getvalue())
-
-
-def test_a_terminal_gets_a_bar_and_a_resumed_run_counts_its_own_speed() -> None:
-    terminal = Terminal()
-    line = progress.ProgressLine(terminal)
-    for done in (2_000_000, 2_000_000, 4_000_000):
-        line(counts(done))
-    line.close()
-    assert "data-prep shard:  50%|" in terminal.getvalue()
-    assert "100%|" in terminal.getvalue() and "4.00M/4.00M" in terminal.getvalue()
+    make_shards([tmp_path / "x.jsonl"], tmp_path / "s", tokenizer, settings, workers, report=report)
+    done = [one[0] for one in seen]
+    size = (tmp_path / "x.jsonl").stat().st_size
+    assert done[0] == 0 and len(set(done)) > 2 and done[-1] == 2 * size
+    assert seen[-1][1:] == (300, 1)
+    assert workers > 1 or max(rates) > 0

@@ -18,7 +18,7 @@ from helpers import tokenizer_folders
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256, json_bytes
 from data_prep.jobs.job import ShardSettings
-from data_prep.jobs.plan import make_shards
+from data_prep.jobs.run import make_shards
 from data_prep.shards.layout import (
     COMPRESSIONS,
     INDEX_DTYPE,
@@ -389,7 +389,7 @@ def test_reading_a_truncated_shard_is_one_clear_line(shard_set: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"format_version": 4}, "newer than 3"),
+        ({"format_version": 5}, "newer than 4"),
         ({"format_version": 2}, "format version 2, not 3: make the shards again"),
         ({"format_version": "x"}, "format version 'x', not 3"),
         ({"totals": {}}, "is damaged"),

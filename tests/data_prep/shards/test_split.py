@@ -12,7 +12,8 @@ from helpers import tokenizer_folders
 from helpers.data_prep_command import contents
 
 from data_prep.common.errors import UserError
-from data_prep.jobs.plan import ShardSettings, make_shards
+from data_prep.jobs.job import ShardSettings
+from data_prep.jobs.run import make_shards
 from data_prep.shards import split as splitting
 from data_prep.shards.layout import MANIFEST
 from data_prep.shards.reader import ShardSet

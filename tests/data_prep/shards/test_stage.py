@@ -41,7 +41,7 @@ def test_a_signal_ends_a_copy_and_leaves_nothing(
         "copy = staging._copy\n"
         "def copy_and_be_told(source, target):\n"
         "    found = copy(source, target)\n"
-        f"    if source.suffix == '.tar': os.kill(os.getpid(), {int(number)})\n"
+        f"    if target.suffix == '.tar': os.kill(os.getpid(), {int(number)})\n"
         "    return found\n"
         "staging._copy = copy_and_be_told\n"
         f"sys.exit(cli.main(['stage', {str(tiny_shards)!r}, '--to', {str(local)!r}]))"

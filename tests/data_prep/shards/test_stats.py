@@ -293,12 +293,6 @@ def test_a_shard_may_be_read_in_parts(tmp_path: Path, monkeypatch: pytest.Monkey
             assert one["text"] in tokenizer.decode(stored[one["id"]].tokens)
 
 
-def test_progress_is_reported(shards: Path, result: dict):
-    said: list[tuple[int, int]] = []
-    stats(shards, report=lambda done, total: said.append((done, total)))
-    assert said == [(n + 1, result["shards"]) for n in range(result["shards"])]
-
-
 def test_damage_is_told_in_one_line(shards: Path, tmp_path: Path):
     def refused(change) -> str:
         copy = tmp_path / "copy"
@@ -414,7 +408,7 @@ def test_charts_hold_the_figures(result: dict):
             expected = 100 * group["histogram"][int(length)] / group["sentences"]
             assert share == pytest.approx(expected)
         assert curve.points[-1] == (LIMIT, pytest.approx(100))
-    sizes, _ = _document_sizes([(name, result["languages"][name]) for name in names])
+    [sizes] = _document_sizes([(name, result["languages"][name]) for name in names])
     [axes] = figure([sizes.plots]).axes
     assert axes.get_ylim()[0] == 0
     for name, bars in zip(names, axes.containers, strict=True):

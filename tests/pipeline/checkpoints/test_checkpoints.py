@@ -100,6 +100,35 @@ def test_records_on_a_full_disk_end_all_ranks_with_one_line(
     assert losses(tmp_path / "run") == losses(run)
 
 
+@pytest.mark.parametrize("limit", [0, 20, 2000])  # no file, recipe.yaml, the tokenizer
+def test_a_run_that_starts_on_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    limit: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "lm", "zero1", tmp_path / "run", "--log.tensorboard", "true")
+    [message] = pool.run(1, ranks.train_with_file_limit, settings, 0, limit)
+    last = "tokenizer/tokenizer.model" if limit == 2000 else "recipe.yaml"
+    assert message == f"{tmp_path / 'run' / last}: File too large"
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert all(path.suffix in (".yaml", ".json") for path in left) and (limit == 2000 or not left)
+    settings += ["--training.max_steps", "1"]
+    assert pool.run(1, ranks.train, settings) == [0]
+
+
+@pytest.mark.parametrize("limit", [0, 50_000])
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(
+    limit: int, run: Path, pool: ranks.RankPool, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    assert pool.run(1, run_checks.export_error, str(run), str(model)) == [""]
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    for output in (model, tmp_path / "new"):
+        [message] = pool.run(1, run_checks.export_error, str(run), str(output), "best", limit)
+        assert message.startswith(f"{output} cannot be written: ") and "File too large" in message
+        assert "\n" not in message
+    assert list(tmp_path.iterdir()) == [model], "the older export stays"
+    assert before == {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+
+
 def test_ranks_that_share_no_disk_say_so(
     run: Path, pool: ranks.RankPool, recipes: Path, tmp_path: Path
 ) -> None:

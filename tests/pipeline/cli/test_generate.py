@@ -189,7 +189,12 @@ def test_a_conversation_goes_on_from_what_is_there(folder, tokenizer):
 def test_live_text_in_the_terminal(folder, monkeypatch, capsys):
     typed = iter(["The list"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or (_ for _ in ()).throw(EOFError))
-    assert cli.main(["generate", "--model", folder, "--interactive", "--max-sentences", "2"]) == 0
+    assert (
+        cli.main(
+            ["generate", "--model", folder, "--interactive", "--max-sentences", "2", "--temperature", "0"]
+        )
+        == 0
+    )
     run = generate(
         SLLM.from_pretrained(folder), generate_command.load_for_generation(folder)[1], "The list", 2
     )

@@ -191,6 +191,12 @@ def test_bad_input_files_are_refused_in_one_line(folders, tmp_path, run):
         ("inspect --recipe x --all", "--all"),
         ("export --output x", "RUN_DIR requires an argument"),
         ("check --model", "requires an argument"),
+        ("check", "--model is missing: `sllm check --help` describes it"),
+        ("evaluate --data x", "--model is missing"),
+        ("scaling fit", "INPUTS requires an argument"),
+        ("evaluate --modle x --data y", "Did you mean --model instead of --modle?"),
+        ("ngram --train a --data b --order 1000", "--order 1000: must be from 1 to 20"),
+        ("ngram --train a --data b --order 0", "Must be >= 1"),
     ],
 )
 def test_impossible_arguments_are_refused(words, message, run):
@@ -231,3 +237,9 @@ def test_a_closed_pipe_is_no_accident(folders):
     )
     done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, env=os.environ)
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["benchmark", "scaling"])
+def test_groups_of_commands_have_an_example(command, run):
+    status, out, _ = run(command, "--help")
+    assert status == 0 and f"example: sllm {command} " in " ".join(out.split())

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -15,10 +16,11 @@ from helpers import runs
 pytestmark = pytest.mark.launch
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_before_the_ranks_listen_is_kept_for_them(
-    number: int, recipes: Path, tmp_path: Path
+@pytest.mark.parametrize(("number", "steps"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
+def test_a_signal_reaches_all_ranks_and_none_is_left(
+    number: int, steps: int, recipes: Path, tmp_path: Path
 ) -> None:
+    """Also one that comes before the ranks listen."""
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -32,12 +34,17 @@ def test_a_signal_before_the_ranks_listen_is_kept_for_them(
     ]
     command += ["--deepspeed-config", "zero1", "--output_dir", run, "--training.max_steps", "100000"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
-    watched = psutil.Process(process.pid)
-    while not watched.children():  # the launcher is there, its ranks are not
+    watched, metrics = psutil.Process(process.pid), run / "metrics.jsonl"
+    while not watched.children() or (steps and (not metrics.exists() or len(runs.records(run)) < steps)):
         assert process.poll() is None
+        time.sleep(0.02)
     process.send_signal(number)
-    assert process.wait() == 75
+    status = process.wait()
     assert not [one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or ())]
+    assert status == 75
+    if not steps:
+        assert not run.exists(), "it had nothing to save"
+        return
     [start] = runs.records(run, "starts")
     assert start["world"] == 2 and runs.records(run)[-1]["step"] < 100000
     latest = (run / "checkpoints" / "latest").read_text().strip()

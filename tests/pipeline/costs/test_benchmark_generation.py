@@ -119,9 +119,7 @@ def test_figures_and_chart(recipes, tmp_path, capsys):
 
 
 def test_forced_lengths_are_what_is_written(recipes):
-    import torch
-
-    side = SentenceSide(recipes[0], None, "fp32", torch.device("cpu"))
+    side = SentenceSide(options(recipes), torch.device("cpu"))
     case = Case(batch=2, context=9, sentences=3, sentence_tokens=5)
     turn = side.turn(case, np.full((2, 9), 7))
     assert turn.cached_tokens == 2 * (9 + 10) and turn.step_bytes > 0
@@ -134,10 +132,8 @@ def test_the_memory_that_is_held_is_the_cache(kind, tmp_path):
     wide = BACKBONE.replace("32", "256").replace("num_hidden_layers: 2", "num_hidden_layers: 6")
     text = {"sllm": RECIPE, "lm": TOKENS}[kind].replace("hidden_size: 32", "hidden_size: 256")
     (tmp_path / "wide.yaml").write_text(text.replace("BACKBONE", wide))
-    recipe, cpu = str(tmp_path / "wide.yaml"), torch.device("cpu")
-    side = (
-        SentenceSide(recipe, None, "fp32", cpu) if kind == "sllm" else TokenSide(recipe, "fp32", cpu, False)
-    )
+    recipe = str(tmp_path / "wide.yaml")
+    side = (SentenceSide if kind == "sllm" else TokenSide)(options((recipe, recipe)), torch.device("cpu"))
     tokens = 2 if kind == "sllm" else 1  # of a sentence
     case = Case(batch=96, context=50 * tokens, sentences=3, sentence_tokens=tokens)
     found, refused = memory(side, [case, Case(1, 500, 3, tokens)])

@@ -5,27 +5,25 @@ from __future__ import annotations
 import gc
 import json
 import mmap
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.paths import REPOSITORY
 from helpers.recipes import write_recipe
 from transformers import OPTConfig, OPTForCausalLM
 
 from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError, run_main
+from data_prep.common.measuring import in_new_process
 from data_prep.shards.reader import ShardSet
 from pipeline.cli import main as cli
 from pipeline.cli.options import app
 from pipeline.costs import benchmark_training
-from pipeline.costs.benchmark_training import OPT_SIZES, PlainModel, RecipeModel, Settings, Stepper, count
+from pipeline.costs.benchmark import published_opt
+from pipeline.costs.benchmark_training import PlainModel, RecipeModel, Settings, Stepper, count
 from pipeline.costs.inspect import inspect
 from pipeline.costs.options import TrainingBenchmark
 from pipeline.costs.sized_recipe import sized_recipe
@@ -151,33 +149,19 @@ def test_counting_on_a_batch_agrees_with_the_batch(tmp_path, tiny_shards):
     shared = settings(write_recipe(tmp_path, "vae"), tiny_shards)
     side = RecipeModel(shared.recipe, "x", shared)
     side.prepare(0)
-    counted, batch = count(side), side._batch
-    assert counted.tokens == batch.tokens
-    assert counted.rows["head"] == batch.tokens + batch.sentences
-    assert counted.rows["encoder.layers.0.ffn_in"] == batch.tokens
-    assert counted.rows["decoder.layers.1.condition"] == batch.sentences
+    (_, rows), batch = count(side), side._batch
+    assert side.tokens == batch.tokens
+    assert rows["head"] == batch.tokens + batch.sentences
+    assert rows["encoder.layers.0.ffn_in"] == batch.tokens
+    assert rows["decoder.layers.1.condition"] == batch.sentences
 
 
-def test_the_memory_measured_is_the_memory_predicted(tmp_path, tiny_shards):
+def test_the_memory_measured_is_the_memory_predicted(tmp_path, tiny_shards, monkeypatch):
     sizes = {"vae": {"hidden_size": 256, "layers": 4, "vocab_size": 8000}}
     recipe = write_recipe(tmp_path, "vae", **sizes)
-    words = ("--recipe", recipe, "--shards", tiny_shards, "--tokens", "4096", "--threads", "1")
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline.cli",
-        "benchmark",
-        "train",
-        "--memory-of",
-        "model",
-        "--json",
-    ]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the process at once
-    done = subprocess.run(
-        [*command, *map(str, words)], cwd=REPOSITORY, capture_output=True, text=True, env=env
-    )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads(done.stdout)
+    words = options("--recipe", recipe, "--shards", tiny_shards, "--tokens", 4096)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed leaves the process at once
+    measured = in_new_process(benchmark_training.memory_of, "model", words)
     side = RecipeModel(sized_recipe(recipe), "x", settings(recipe, tiny_shards, 4096))
     side.prepare(0)
     per_sentence = side.tokens / side._batch.sentences
@@ -210,7 +194,7 @@ def test_what_was_freed_before_a_step_is_not_its_memory():
 )
 def test_opt_is_the_published_one(size, parameters):
     with torch.device("meta"):
-        model = OPTForCausalLM(OPTConfig(**OPT_SIZES[size]))
+        model = published_opt(size)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 

@@ -413,6 +413,24 @@ def test_results_of_evaluate_enter_the_card(run, tmp_path, tiny_valid_shards):
 
 
 @one_objective
+def test_evaluate_records_its_result_for_the_card(run, tmp_path, tiny_valid_shards, capsys):
+    from pipeline.cli.main import main
+
+    model = export_run(run, tmp_path / "model", "last")
+    words = ["evaluate", "--model", str(model), "--data", str(tiny_valid_shards), "--max-documents", "3"]
+    assert main([*words, "--record", str(run)]) == 0
+    (recorded,) = (run / RESULTS).glob("*.json")
+    assert str(recorded) in capsys.readouterr().err
+    fingerprint = json.loads(recorded.read_text())["data_fingerprint"]
+    assert fingerprint in (export_run(run, model, "last") / "README.md").read_text()
+    other = tmp_path / "other"
+    other.mkdir()
+    for wrong in (other, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="--record .* is no export of this run"):
+            main([*words, "--record", str(wrong)])
+
+
+@one_objective
 def test_a_run_without_provenance_or_validation_has_a_card_too(run, tmp_path):
     (run / "provenance.json").unlink()
     (run / "evaluations.jsonl").unlink()

@@ -4,10 +4,13 @@ reason.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from helpers.model_folders import SETTINGS, save, small_model
+from helpers.prompt_ends import NaiveEnd, may_follow, word_has_started
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
@@ -83,40 +86,62 @@ def brute_force(
     `pipeline.generation` but the prompt's cut and the choice among logits.
     """
     sampling, rng = sampling or Sampling(), torch.Generator().manual_seed(seed)
-    sentences, unfinished = split_prompt(prompt, tokenizer, model.config.sentence_settings)
+    end_rng = torch.Generator().manual_seed(seed ^ 0x9E3779B9)
     special = [t for t in np.flatnonzero(tokenizer.byte_lengths == 0) if t != model.config.eos_token_id]
     end, limit = model.config.eos_token_id, model.config.sentence_settings["max_tokens"]
+    prompt_end = NaiveEnd(prompt, tokenizer, model.config.sentence_settings, end, checked=False)
+    sentences, unfinished, open_end = prompt_end.sentences, prompt_end.certain, bool(prompt)
     seen = {token for sentence in (*sentences, unfinished) for token in sentence}
+
+    def penalised(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        for token in seen:
+            factor = sampling.repetition_penalty
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        return logits
+
     made, written = [], []
     while len(made) < limits.max_sentences:
-        if sentences and not unfinished:
+        if sentences and not prompt_end.paths:
             p = uncached_stop(model, sentences)
             if p > 0.5 if sampling.greedy else torch.rand((), generator=rng).item() < p:
                 return made, DOCUMENT_END
-        tokens = list(unfinished)
+        tokens, forced, first = [], 0, []
+        if prompt_end.paths:
+            after = partial(uncached_logits, model, sentences)
+            *tokens, first = prompt_end.choose(after, penalised, sampling, rng, end_rng)
+            forced, first, prompt_end.paths = len(tokens), [first], {}
+            seen.update(tokens)
         while len(tokens) < limit:
-            logits = uncached_logits(model, sentences, tokens).clone()
-            for token in seen:
-                factor = sampling.repetition_penalty
-                logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
-            logits[[*special, *([] if tokens else [end])]] = -torch.inf
-            if sampling.greedy:
-                symbol = int(logits.argmax())
-            else:
-                uniform = torch.rand((), generator=rng, dtype=torch.float64)[None]
-                symbol = int(sampling.choose(logits[None], uniform))
+            banned = [*special, *([] if tokens else [end])]
+            before = [token for sentence in (*sentences, tokens) for token in sentence]
+            while True:
+                if first:
+                    symbol = first.pop()
+                else:
+                    logits = penalised(uncached_logits(model, sentences, tokens))
+                    logits[banned] = -torch.inf
+                    if sampling.greedy:
+                        symbol = int(logits.argmax())
+                    else:
+                        uniform = torch.rand((), generator=rng, dtype=torch.float64)[None]
+                        symbol = int(sampling.choose(logits[None], uniform))
+                if not open_end or symbol == end or may_follow(prompt, tokenizer, [*before, symbol]):
+                    break
+                banned.append(symbol)
             if symbol == end:
                 break
+            open_end = open_end and not word_has_started(prompt, tokenizer.decode([*before, symbol]))
             tokens.append(symbol)
             written.append(symbol)
             seen.add(symbol)
-            text = tokenizer.decode_bytes(written).decode(errors="replace")
+            text = tokenizer.decode([*before, symbol])[len(prompt) :]
             if any(stop in text for stop in limits.stop):
-                return [*made, tokens[len(unfinished) :]], STOP_STRING
+                return [*made, tokens[forced:]], STOP_STRING
             if len(written) == limits.max_tokens:
-                return [*made, tokens[len(unfinished) :]], TOKEN_LIMIT
-        made.append(tokens[len(unfinished) :])
-        sentences, unfinished = [*sentences, tokens], []
+                return [*made, tokens[forced:]], TOKEN_LIMIT
+        made.append(tokens[forced:])
+        sentences = [*sentences, tokens]
     return made, SENTENCE_LIMIT
 
 

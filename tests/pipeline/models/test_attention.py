@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import numpy as np
@@ -252,3 +253,67 @@ def test_layouts_of_a_batch_cover_its_rows():
         )
     ]
     assert rows == [tokens, tokens + sentences, sentences + 5, tokens + 5]
+
+
+# --- the kernels of CUDA, by their arguments ---
+
+
+def kernel_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, scale, left, right):
+    """What a variable-length kernel documents: row i of a segment sees i - left to i + right; -1: all."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and torch.equal(cu_q, cu_k)
+    lengths = np.diff(cu_q.numpy())
+    assert max_q == max_k == lengths.max()
+    outs = []
+    for qs, ks, vs in zip(*(x.double().split(lengths.tolist()) for x in (q, k, v)), strict=True):
+        distance = torch.arange(len(qs)) - torch.arange(len(qs))[:, None]  # of the key from the query
+        hidden = torch.zeros_like(distance).bool()
+        hidden |= (distance > right) if right >= 0 else hidden
+        hidden |= (-distance > left) if left >= 0 else hidden
+        scores = torch.einsum("qhd,khd->hqk", qs, ks) * scale
+        outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), vs))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("path", ["varlen", "flash_attn"])
+def test_kernels_of_cuda_are_called_for_what_the_layout_says(path, causal, monkeypatch):
+    """The kernels need a GPU: functions with their signatures and documented meaning replace them."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return kernel_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, scale, *window_size)
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+    ):
+        assert dropout_p == 0
+        left, right = window_size
+        return kernel_by_hand(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, left, 0 if causal else right)
+
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: varlen_attn)
+    monkeypatch.setattr(attention, "_flash_attn_varlen", lambda: flash_attn_varlen_func)
+    torch.manual_seed(0)
+    lengths = np.array([5, 1, 9])
+    q, k, v = torch.randn(3, 15, 2, 8)
+    out = attention._COMPUTE[path](q, k, v, SegmentLayout(lengths, CPU), causal, 0.3, 0.0)
+    torch.testing.assert_close(out, by_hand(q, k, v, lengths, causal, 0.3))
+
+
+def test_torchs_kernel_has_the_arguments_that_we_give():
+    """On meta tensors, where torch has the kernel at all: the call is accepted, and its shape is right."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    parameters = inspect.signature(varlen_attn).parameters
+    assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= set(parameters)
+    assert parameters["window_size"].default == (-1, -1)  # (-1, 0) is causal, as its documentation says
+    assert "(-1, 0)" in varlen_attn.__doc__

@@ -14,7 +14,7 @@ from data_prep.common.charts import PALETTE
 from data_prep.common.charts import figure as draw
 from data_prep.common.errors import UserError
 from pipeline.cli import main as cli
-from pipeline.research.scaling import fit, fit_line, fit_offset, plot, read_points
+from pipeline.research.scaling import fit, fit_power, plot, read_points
 
 SIZES = np.geomspace(1e5, 1e7, 6)
 
@@ -47,12 +47,12 @@ def write(folder: Path, rows: list[dict], name: str = "results.json") -> Path:
 
 
 def test_a_power_law_comes_back() -> None:
-    exact = fit_line(SIZES, 5 * SIZES**-0.1)
+    exact = fit_power(SIZES, 5 * SIZES**-0.1)
     assert exact["A"] == pytest.approx(5) and exact["alpha"] == pytest.approx(0.1)
     assert exact["alpha_interval"] == pytest.approx([0.1, 0.1]) and exact["residual"] < 1e-12
     held = 0
     for seed in range(60):
-        found = fit_line(SIZES, 5 * SIZES**-0.1 * noise(seed, 6))
+        found = fit_power(SIZES, 5 * SIZES**-0.1 * noise(seed, 6))
         low, high = found["alpha_interval"]
         assert low < found["alpha"] < high
         held += low <= 0.1 <= high
@@ -60,21 +60,21 @@ def test_a_power_law_comes_back() -> None:
 
 
 def test_an_offset_comes_back_and_without_one_the_line_is_the_same() -> None:
-    exact = fit_offset(SIZES, 0.8 + 40 * SIZES**-0.3)
+    exact = fit_power(SIZES, 0.8 + 40 * SIZES**-0.3, offset=True)
     assert (exact["E"], exact["A"], exact["alpha"]) == pytest.approx((0.8, 40, 0.3), rel=1e-3)
     for seed in range(5):
-        found = fit_offset(SIZES, (0.8 + 40 * SIZES**-0.3) * noise(seed, 6, 0.003))
+        found = fit_power(SIZES, (0.8 + 40 * SIZES**-0.3) * noise(seed, 6, 0.003), offset=True)
         for key, truth in (("E", 0.8), ("alpha", 0.3)):
             low, high = found[f"{key}_interval"]
             assert low <= truth <= high, (key, seed)
-    plain = fit_offset(SIZES, 5 * SIZES**-0.1)
+    plain = fit_power(SIZES, 5 * SIZES**-0.1, offset=True)
     assert plain["E"] == pytest.approx(0, abs=1e-6) and plain["alpha"] == pytest.approx(0.1)
 
 
 def test_the_order_of_points_does_not_matter() -> None:
     y = 5 * SIZES**-0.1 * noise(1, 6)
-    for fitted in (fit_line, fit_offset):
-        assert fitted(SIZES, y) == fitted(SIZES[::-1], y[::-1])
+    for offset in (False, True):
+        assert fit_power(SIZES, y, offset) == fit_power(SIZES[::-1], y[::-1], offset)
 
 
 def test_the_command_fits_both_kinds_and_draws_them(

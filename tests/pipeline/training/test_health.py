@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
+from helpers import ranks, run_checks
+from helpers.runs import arguments
 
 from data_prep.common.errors import UserError
 from pipeline.config.schema import HealthRecipe, load_recipe
@@ -70,3 +73,45 @@ def test_only_a_rank_that_stays_slow_is_named() -> None:
         said += [speeds.warning()]
     [line] = [line for line in said if line]
     assert line.startswith("rank 2 (c) takes 1.5 times the median rank's time")
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("zero0", 1), ("zero2", 2), ("zero3", 2)])
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
+    strategy: str, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = arguments(recipes, "lm", strategy, run, "--schedule.kind", "constant", "--schedule.warmup", 0)
+    steps = [*settings, "--training.save_every", "1", "--training.max_steps"]
+    assert pool.run(world, ranks.train, [*steps, "3"]) == [0] * world
+    huge = [*steps, "4", "--optimizer.lr", "1e39"]  # of one step: above what fp32 holds
+    answer, *others = pool.run(world, ranks.train, huge)
+    assert others == [2] * (world - 1)
+    good = "the last good checkpoint is step-00000003: start again with a lower --optimizer.lr"
+    assert answer == f"step 4: the weights are not finite, nothing is saved; {good}"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        *("best", "latest", "step-00000002", "step-00000003")
+    ]
+
+
+def test_a_last_validation_that_is_not_finite_ends_the_run(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "lm", "zero1", tmp_path, "--training.max_steps", 1)
+    for rate, what in (("1e37", "validation loss is"), ("1e39", "weights are")):
+        [answer] = pool.run(1, ranks.train, [*settings, "--optimizer.lr", rate])
+        none = "there is no checkpoint: start again with a lower --optimizer.lr"
+        assert answer == f"step 1: the {what} not finite, nothing is saved; {none}"
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_an_older_checkpoint_with_weights_that_are_not_finite_is_not_exported(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "lm", "zero1", tmp_path / "run", "--training.max_steps", 1)
+    settings += ["--optimizer.lr", "1e39", "--data.validation", "null"]
+    assert pool.run(1, ranks.train_without_a_look_at_weights, settings) == [0]
+    [message] = pool.run(1, run_checks.export_error, str(tmp_path / "run"), str(tmp_path / "model"))
+    assert "is not finite, the run has diverged: train again with a lower optimizer.lr" in message
+    assert not list(tmp_path.glob("*model*"))
+    init = arguments(recipes, "lm", "zero1", tmp_path / "new", "--init_from", tmp_path / "run")
+    assert "is not finite, the run has diverged" in pool.run(1, ranks.train, init)[0]

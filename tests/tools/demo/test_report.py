@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.html_page import Page
 
-from data_prep.common.charts import Bars, Line, Lines, figure, svg
+from data_prep.common.charts import Line, Lines, figure, svg
 from data_prep.common.errors import UserError
 from tools.demo.report import build_report
 
@@ -219,12 +219,15 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
 
 
 def test_charts_draw_higher_values_higher() -> None:
-    lines, bars = Lines([Line("a", [(0, 1.0), (1, 2.0)], "sllm")], "x", "y"), [("", "vae", (2, 4))]
+    lines, bars = (
+        Lines([Line("a", [(0, 1.0), (1, 2.0)], "sllm")], "x", "y"),
+        Line("", [(1, 2), (2, 4)], "vae", "bars"),
+    )
     text = svg([lines], "a")
     path = re.search(r'd="M ([\d.]+) ([\d.]+) *\nL ([\d.]+) ([\d.]+) *\n" [^>]*stroke-width: 2', text)
     first, second = float(path[2]), float(path[4])
     assert first > second  # SVG's y axis points down
-    [axes] = figure([Bars((1, 2), bars, "x", "y")]).axes
+    [axes] = figure([Lines([bars], "x", "y", y_from=0)]).axes
     boxes = [bar.get_window_extent() for bar in axes.patches]
     assert boxes[1].height == pytest.approx(2 * boxes[0].height)
     assert axes.get_ylim()[0] == 0

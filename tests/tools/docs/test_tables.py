@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.common.charts import PALETTE
 from data_prep.common.errors import UserError, run_main
-from pipeline.research.scaling import fit_line
+from pipeline.research.scaling import fit_power
 from tools.docs import tables as docs_tables
 from tools.docs.tables import ROOT, refresh
 
@@ -132,7 +132,7 @@ def test_a_scaling_fit_comes_with_its_chart(checkout: Path) -> None:
     sizes = [(1e5, 2.4), (3e5, 2.1), (1e6, 1.9), (3e6, 1.8)]
     xs, ys = (np.array(values) for values in zip(*sizes, strict=True))
     points = [{"run": f"m{x:.0f}", "x": x, "bits_per_byte": y} for x, y in sizes]
-    fits = {"lm": {"points": points, "line": fit_line(xs, ys), "offset": None}}
+    fits = {"lm": {"points": points, "line": fit_power(xs, ys), "offset": None}}
     write(checkout, "experiments/law.json", {"x": "parameters", "fits": fits, "note": "of the fit"})
     page(checkout, "scaling experiments/law.json")
     text = made(checkout)

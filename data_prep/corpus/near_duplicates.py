@@ -1,0 +1,184 @@
+"""Near-duplicates by MinHash-LSH: sign every document, then find those that resemble an earlier one.
+
+The similarity of two documents is the share s of words that an editor left as they were. Then s^2 of the
+pairs of neighbouring words survive, and the Jaccard index of the sets of pairs is J = s^2 / (2 - s^2).
+Signatures (by rensa, 128 values of 32 bits) estimate J; documents with an equal band are compared by whole
+signatures. The first document stays, in the order of units and documents, so the result does not depend on
+the number of workers. (Broder 1997; bands: Leskovec et al., Mining of Massive Datasets, 3.4.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.common.extras import import_extra
+from data_prep.corpus.words import words_of
+
+VALUES = 128  # of a signature: the standard error of J is at most 0.044
+SEED = 42
+RECALL = 0.99  # of pairs with the similarity asked for, before their signatures are compared
+BATCH_WORDS = 1 << 18
+SIGNATURES, IDS = "signatures.bin", "ids.txt"
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def require() -> str:
+    """rensa and its version. Raises `UserError` when it is not installed."""
+    import_extra("rensa", "near-duplicates")
+    return f"rensa {version('rensa')}"
+
+
+def jaccard(similarity: float) -> float:
+    """Of the sets of word pairs of two documents that have this share of their words in common."""
+    return similarity**2 / (2 - similarity**2)
+
+
+def band_rows(similarity: float) -> int:
+    """The longest band, in values, with which `RECALL` of the pairs share at least one of their bands."""
+    index = jaccard(similarity)
+    return max(r for r in range(1, VALUES + 1) if r == 1 or 1 - (1 - index**r) ** (VALUES // r) >= RECALL)
+
+
+class Signer:
+    """Signs documents one by one, in batches, and keeps their ids."""
+
+    def __init__(self) -> None:
+        self._rensa = import_extra("rensa", "near-duplicates").RMinHash
+        self._words: list[list[str]] = []
+        self._waiting = 0
+        self._made: list[np.ndarray] = []
+        self._ids: list[str] = []
+
+    def add(self, id: str, text: str) -> None:
+        self._ids.append(json.dumps(id))
+        self._words.append(words_of(text))
+        self._waiting += len(self._words[-1])
+        if self._waiting >= BATCH_WORDS:
+            self._sign()
+
+    def write(self, folder: Path) -> None:
+        """Write the signatures, uint32 [VALUES, documents] so that bands are contiguous, and the ids."""
+        self._sign()
+        np.concatenate(self._made).T.astype("<u4").tofile(folder / SIGNATURES)
+        (folder / IDS).write_text("\n".join(self._ids), encoding="ascii")
+
+    def _sign(self) -> None:
+        hashed = self._rensa.hash_token_sets(self._words) if self._words else []
+        pairs = [_pairs(np.asarray(hashes, np.uint64)) for hashes in hashed]
+        starts = np.cumsum([0, *map(len, pairs)], dtype=np.uint64)
+        flat = np.concatenate([np.empty(0, np.uint64), *pairs])
+        rows = (
+            self._rensa.digest_matrix_from_flat_token_hashes(flat, starts, VALUES, SEED).to_rows()
+            if pairs
+            else []
+        )
+        self._made.append(np.array(rows, np.uint32).reshape(-1, VALUES))
+        self._words, self._waiting = [], 0
+
+
+def _pairs(words: np.ndarray) -> np.ndarray:
+    """uint64 hashes of neighbouring words; of the word itself when there is one."""
+    if len(words) < 2:
+        return words
+    mixed = words[:-1] * _ODD
+    return (mixed ^ (mixed >> np.uint64(31))) + words[1:]
+
+
+def find(
+    folders: list[Path], similarity: float, heartbeat: Callable[[], None] = lambda: None
+) -> Iterator[dict[int, str]]:
+    """For each unit's folder, in order: the numbers of documents that resemble an earlier one, and its id.
+
+    The earlier document is one that stays. Holds some 40 bytes per document.
+    """
+    signatures = _Signatures([folder / SIGNATURES for folder in folders])
+    first, starts = _first_alike(signatures, similarity, heartbeat), signatures.starts
+    later = np.flatnonzero(first != np.arange(len(first)))
+    units = np.searchsorted(starts, first[later], side="right") - 1
+    ids: dict[int, str] = {}
+    for unit in np.unique(units):
+        lines = (folders[unit] / IDS).read_text(encoding="ascii").split("\n")
+        ids |= {int(n): json.loads(lines[n - starts[unit]]) for n in np.unique(first[later[units == unit]])}
+        heartbeat()
+    for start, end in zip(starts, starts[1:], strict=False):
+        here = later[np.searchsorted(later, start) : np.searchsorted(later, end)]
+        yield {int(n - start): ids[int(first[n])] for n in here}
+
+
+def _first_alike(signatures: _Signatures, similarity: float, heartbeat: Callable[[], None]) -> np.ndarray:
+    """int64 [documents]: the earliest document, among those that stay, that each one resembles; or itself."""
+    least, rows = jaccard(similarity), band_rows(similarity)
+    first = np.arange(signatures.total, dtype=np.int64)
+    for band in range(VALUES // rows if signatures.total else 0):
+        keys = signatures.band(band * rows, rows)
+        order = np.argsort(keys, kind="stable")
+        new = np.flatnonzero(np.concatenate([[True], keys[order[1:]] != keys[order[:-1]]]))
+        group = np.repeat(order[new], np.diff(np.append(new, len(order))))  # the first with this key
+        for earlier, later in ((group, order), (order[:-1], order[1:])):
+            same = (keys[earlier] == keys[later]) & (earlier < first[later])
+            earlier, later = earlier[same], later[same]
+            alike = signatures.alike(earlier, later, least)
+            np.minimum.at(first, later[alike], earlier[alike])
+        heartbeat()
+    _resolve(signatures, first, least)
+    return first
+
+
+def _resolve(signatures: _Signatures, first: np.ndarray, least: float) -> None:
+    """Make every dropped document name one that stays, or keep it."""
+    for later in np.flatnonzero(first != np.arange(len(first))):
+        earlier = first[first[later]]
+        if earlier != first[later]:
+            one, two = np.array([earlier]), np.array([later])
+            first[later] = earlier if signatures.alike(one, two, least)[0] else later
+
+
+class _Signatures:
+    """The signatures of all units' documents. Files are opened one at a time."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+        counts = [path.stat().st_size // (4 * VALUES) for path in files]
+        self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self.total = int(self.starts[-1])
+
+    def _open(self, unit: int) -> np.ndarray:
+        documents = int(self.starts[unit + 1] - self.starts[unit])
+        if not documents:
+            return np.empty((VALUES, 0), "<u4")
+        return np.memmap(self.files[unit], "<u4", "r", shape=(VALUES, documents))
+
+    def band(self, start: int, rows: int) -> np.ndarray:
+        """uint64 [documents]: a key of `rows` values of each signature."""
+        keys = np.zeros(self.total, np.uint64)
+        for unit in range(len(self.files)):
+            part = keys[self.starts[unit] : self.starts[unit + 1]]
+            for values in self._open(unit)[start : start + rows]:
+                part ^= values
+                part *= _ODD
+                part ^= part >> np.uint64(29)
+        return keys
+
+    def alike(self, earlier: np.ndarray, later: np.ndarray, least: float) -> np.ndarray:
+        """bool [pairs]: whether the signatures agree in at least the share `least` of their values."""
+        result = np.empty(len(earlier), bool)
+        for start in range(0, len(earlier), BATCH_WORDS // VALUES):
+            part = slice(start, start + BATCH_WORDS // VALUES)
+            one, two = self._rows(earlier[part]), self._rows(later[part])
+            # A document without words has the same values as any other such document.
+            result[part] = ((one == two).mean(axis=1) >= least) & ~(one == one[:, :1]).all(axis=1)
+        return result
+
+    def _rows(self, documents: np.ndarray) -> np.ndarray:
+        """uint32 [n, VALUES]: the signatures of some documents."""
+        found = np.empty((len(documents), VALUES), np.uint32)
+        units = np.searchsorted(self.starts, documents, side="right") - 1
+        for unit in np.unique(units):
+            chosen = units == unit
+            found[chosen] = self._open(unit)[:, documents[chosen] - self.starts[unit]].T
+        return found

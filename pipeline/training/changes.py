@@ -1,0 +1,54 @@
+"""What a run that is started again has changed: every key by name, and a jump of the learning rate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.checkpoints.store import Meta
+from pipeline.config.schema import Recipe
+
+WEIGHT_SOURCES = ("model.vae.path ", "model.vae.init_embeddings_from ", "model.backbone.path ")
+JUMP = 1.05  # a smaller ratio of two rates is not reported
+
+
+def changes(was: Any, now: Any, where: str = "") -> list[str]:
+    """`optimizer.weight_decay 0.1 -> 100.0` for every value that differs."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = dict.fromkeys((*was, *now))
+        below = (changes(was.get(key), now.get(key), f"{where}.{key}" if where else key) for key in keys)
+        return [change for found in below for change in found]
+    return [] if was == now else [f"{where} {was} -> {now}"]
+
+
+def changed_keys(saved: Meta, recipe: Recipe) -> list[str]:
+    """The keys of a recipe that have changed since a checkpoint was written; the run's folder may."""
+    was = _recipe_of(saved)
+    before = was.to_dict() if was else saved.recipe
+    found = changes({**before, "output_dir": ""}, {**recipe.to_dict(), "output_dir": ""})
+    kept = " (the weights stay those of the checkpoint)"
+    return [change + kept if change.startswith(WEIGHT_SOURCES) else change for change in found]
+
+
+def rate_jump(saved: Meta, recipe: Recipe) -> str:
+    """A line about the learning rate when other keys make it jump at a resume, or empty."""
+    was = _recipe_of(saved)
+    if was is None:
+        return ""
+    rates = []
+    for one in (was, recipe):
+        for step in (saved.step, saved.step + 1):
+            progress = one.training.progress(step, saved.tokens * step // saved.step)
+            rates.append(one.optimizer.lr * one.schedule.factor(progress))
+    last, next_unchanged, _, next_now = rates
+    if max(next_now, next_unchanged) <= JUMP * min(next_now, next_unchanged):
+        return ""
+    return f"the learning rate jumps at step {saved.step + 1}: {last:.2e} -> {next_now:.2e}"
+
+
+def _recipe_of(saved: Meta) -> Recipe | None:
+    try:
+        return Recipe.model_validate(saved.recipe)
+    except ValidationError:  # of another release
+        return None
