@@ -21,8 +21,6 @@ from data_prep.text.marks import (
 )
 
 _HAN = "\u3400-\u9fff"
-_START = rf"[{UPPER}{CASELESS}\d]"
-_INNER = rf"[{LOWER}{CASELESS}]"
 _OPEN = r"[“‘«„\"(]?"
 _LINE_END = rf"[{MARK}{CLOSE}-]*\Z"
 
@@ -97,17 +95,17 @@ def _sure_stops(rules: Rules) -> list[str]:
     """A full stop after a word (or its end) that is in no list and is no Roman numeral."""
     words, roman = rules.judged, "[ivxlcm]"
     capital = words | {word[0].upper() + word[1:] for word in words}
-    letter, inner, before = f"[{UPPER}{LOWER}{CASELESS}]", _INNER, r"[\s“‘(—«„]"
+    # Small sets for English: the search is a tenth faster.
+    upper, lower, caseless = ("A-Z", "a-z", "") if rules.english else (UPPER, LOWER, CASELESS)
+    letter, inner, before = f"[{upper}{lower}{caseless}]", f"[{lower}{caseless}]", r"[\s“‘(—«„]"
     four = rf"(?<={inner}{{4}}\.)(?<!(?:{_listed(words, 4, longer=True)}|{roman}{{4}})\.)"
     numerals = f"[IVXLCMivxlcm]{roman}{{2}}"
     three = rf"(?<={before}{letter}{inner}{{2}}\.)(?<!(?:{_listed(capital, 3)}|{numerals})\.)"
     two = rf"(?<={before}{inner}{{2}}\.)(?<!(?:{_listed(words, 2)}|{roman}{{2}})\.)"
     endings = "".join(rf"(?<!{ending}\.)" for ending in rules.endings)
-    start = rf"\s{_OPEN}(?:[{UPPER}{CASELESS}]|\d(?!\d?\d?\)))"
-    return [
-        rf"(?<=\.)(?=[”’\"')]*{start})(?:{four}|{three}|{two}){endings}[”’\"')]*",
-        rf"(?<={inner}[।؟۔])(?=\s[{CASELESS}])",
-    ]
+    start = rf"\s{_OPEN}(?:[{upper}{caseless}]|\d(?!\d?\d?\)))"
+    stop = rf"(?<=\.)(?=[”’\"')]*{start})(?:{four}|{three}|{two}){endings}[”’\"')]*"
+    return [stop] if rules.english else [stop, rf"(?<={inner}[।؟۔])(?=\s[{CASELESS}])"]
 
 
 # A semicolon may be the Greek question mark, and « may close.
@@ -139,11 +137,12 @@ def _sure_english(clause: bool, rules: Rules) -> list[str]:
     closed = r"(?:[”’」』]+(?![的之这這一二两兩三四几幾為为云然就便而又也并並却卻才再接随隨と-をがにで]))?"
     if not clause:
         return [
-            rf"(?<=[^\W\d_][!?]){names}(?=\s{_OPEN}{_START})",
+            rf"(?<=[^\W\d_][!?])(?=\s[“‘\"(]?[A-Z0-9]){names}",
             rf"(?<=[{_HAN}A-Za-z][。！？]){names}{continues}",
         ]
     return [
-        rf"(?<=[^\W\d_][,;:!?]){names}[”’\"']*(?=\s[“‘\"(]?[^\W_])",
+        r"(?<=[^\W\d_][,;:])[”’\"']*(?=\s[“‘\"(]?[^\W_])",
+        rf"(?<=[^\W\d_][!?]){names}[”’\"']*(?=\s[“‘\"(]?[^\W_])",
         rf"(?<=[{_HAN}A-Za-z][，；：]){continues}",
         rf"(?<=[{_HAN}]、)(?<![一二三四五六七八九十]、){continues}",
         rf"(?<=[{_HAN}A-Za-z][。！？]){names}{closed}{continues}",

@@ -77,11 +77,7 @@ _UNIT = {
         rf"{_CODE}|(?<!^)（[^（）\n]{{1,100}}）(?=\w)|『[^『』\n]{{1,60}}』(?=[をのがはにへもで])"
     ),
 }
-_UNIT_SIGNS = {
-    "": re.compile("[`$《]"),
-    "foreign": re.compile("[`$《«„“]"),
-    "japanese": re.compile("[`$《（『]"),
-}
+_UNIT_SIGNS = {"": "`$《", "foreign": "`$《«„“", "japanese": "`$《（『"}
 _SPEAKER = re.compile(r"(?:I|(?:[A-Z][^\W\d_]*\.? ){0,2}[A-Z][^\W\d_]+) ([a-z]+)\b")
 
 # A quotation that is a term of the sentence around it: “为什么？”这个问题很难。
@@ -108,10 +104,9 @@ def _unit_kind(rules: Rules) -> str:
     return "japanese" if rules.japanese else "" if rules.english else "foreign"
 
 
-def unit_signs(rules: Rules, text: str) -> re.Pattern | None:
-    """What finds the first characters of units in lines of a language; None when `text` has none."""
-    signs = _UNIT_SIGNS[_unit_kind(rules)]
-    return signs if signs.search(text) else None
+def unit_signs(rules: Rules, text: str) -> list[str]:
+    """The first characters of units, in lines of a language, that occur in `text`."""
+    return [sign for sign in _UNIT_SIGNS[_unit_kind(rules)] if sign in text]
 
 
 class Judge:

@@ -67,7 +67,7 @@ class Segmenter:
             if rules is not current:
                 current, signs = rules, unit_signs(rules, text)
                 found = judging_scanner(rules, far) if self.judge_all else scanner(self.name, rules, far)
-            units = signs is not None and signs.search(text, begin, end) is not None
+            units = bool(signs) and any(text.find(sign, begin, end) >= 0 for sign in signs)
             before = len(cuts)
             opened = units
             if units:
