@@ -56,7 +56,8 @@ class Segmenter:
         varied = rules.script is not None or (self.language in ("auto", "other") and _has_far_letters(text))
         judge = Judge(text, self.name == "clause")
         far = not rules.english and has_far_stops(text)
-        found = current = signs = None
+        found = current = None
+        signs: dict[Rules, list[str]] = {}  # of units, in lines of a language
         for begin, end in _lines(text):
             if not WORD_CHARACTER.search(text, begin, end):
                 if cuts:  # marks alone belong to the sentence before, with their line break
@@ -65,9 +66,11 @@ class Segmenter:
             if varied:
                 rules, chinese = line_rules(self.language, text, begin, end)
             if rules is not current:
-                current, signs = rules, unit_signs(rules, text)
+                current = rules
                 found = judging_scanner(rules, far) if self.judge_all else scanner(self.name, rules, far)
-            units = bool(signs) and any(text.find(sign, begin, end) >= 0 for sign in signs)
+                if rules not in signs:
+                    signs[rules] = unit_signs(rules, text)
+            units = bool(signs[rules]) and any(text.find(sign, begin, end) >= 0 for sign in signs[rules])
             before = len(cuts)
             opened = units
             if units:
