@@ -52,7 +52,10 @@ Inputs = Annotated[
 Folder = Annotated[str, Parameter(help="a shard folder")]
 Language = Annotated[
     str,
-    Parameter(help="code or name; auto: by the record, else a folder EN, CN or lang=CODE, else the script"),
+    Parameter(
+        help="code or name (docs/segmentation.md lists those with rules of their own); auto: by the record, "
+        "else a folder EN, CN or lang=CODE, else the script"
+    ),
 ]
 Cut = Annotated[
     Literal["clause", "sentence"],

@@ -64,26 +64,25 @@ def test_shards_of_that_time_verify_and_equal_new_ones(shards: Path) -> None:
             for folder in (ARTIFACTS / "shards", shards)
         )
         assert new["shards"] == old["shards"]
-        assert new["settings"] == old["settings"]
+        # The rules have changed since, for other texts than these.
+        assert new["settings"] | {"segmenter_version": 2} == old["settings"]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_thirty_steps(
-    objective: str, shards: Path, record: ModuleType, pool: ranks.RankPool, tmp_path: Path
-) -> None:
+def test_thirty_steps(objective: str, record: ModuleType, pool: ranks.RankPool, tmp_path: Path) -> None:
     recipe = record.write_recipe(tmp_path, objective)
-    arguments = command(record, recipe, tmp_path / "run", shards)
+    arguments = command(record, recipe, tmp_path / "run", ARTIFACTS / "shards")
     assert pool.run(2, ranks.train, arguments) == [0, 0]
     assert_steps(tmp_path / "run", recorded("steps")[objective])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_checkpoint_of_that_time_resumes(
-    objective: str, shards: Path, record: ModuleType, pool: ranks.RankPool, tmp_path: Path
+    objective: str, record: ModuleType, pool: ranks.RankPool, tmp_path: Path
 ) -> None:
     shutil.copytree(ARTIFACTS / "runs" / objective, tmp_path / "run")
     recipe = record.write_recipe(tmp_path, objective)
-    arguments = command(record, recipe, tmp_path / "run", shards)
+    arguments = command(record, recipe, tmp_path / "run", ARTIFACTS / "shards")
     assert pool.run(2, ranks.train, arguments) == [0, 0]
     starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
     assert [start["step"] for start in starts] == [0, record.CUT]

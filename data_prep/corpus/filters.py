@@ -23,6 +23,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.identify import identifier, identify, labels
 from data_prep.common.language import detect_language
 from data_prep.common.language_codes import normal_language, require_language
+from data_prep.corpus.unwrap import unwrap
 
 MAX_TEXT_MB = 4.0  # docs/inputs.md, Measured
 MIN_CONFIDENCE = 0.5
@@ -120,6 +121,7 @@ class Filters:
         identify_language: find the language of documents without a label by their letters (extra `lang`), not
             by folder and script
         min_confidence: with --identify-lang: below, a document has its folder's language, or und
+        unwrap: join hard-wrapped lines
 
     Raises:
         UserError: a value is invalid.
@@ -136,6 +138,7 @@ class Filters:
     max_text_mb: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1000))] = MAX_TEXT_MB
     identify_language: Annotated[bool, Parameter(name="--identify-lang")] = False
     min_confidence: Annotated[float, Parameter(validator=validators.Number(gte=0, lte=1))] = MIN_CONFIDENCE
+    unwrap: bool = False
 
     def __post_init__(self) -> None:
         if not self.identify_language and self.min_confidence != MIN_CONFIDENCE:
@@ -173,6 +176,8 @@ class Filters:
             settings |= {"identifier": identifier()}
         else:  # sets made before there was an identifier have the same fingerprint
             del settings["identify_language"], settings["min_confidence"]
+        if not self.unwrap:  # settings of older shards have none
+            del settings["unwrap"]
         # The normal form of a new character depends on the version of Unicode.
         return settings | ({"unicode": unicodedata.unidata_version} if self.normal_form else {})
 
@@ -223,6 +228,9 @@ class Filters:
         if self.strip_control and text != (clean := _CONTROL.sub("", _BREAKS.sub("\n", text))):
             text = clean
             changed.append("control characters removed")
+        if self.unwrap and text != (clean := unwrap(text)):
+            text = clean
+            changed.append("lines joined")
         if (form := self.normal_form) and text != (clean := unicodedata.normalize(form, text)):
             text = clean
             changed.append("normal form")

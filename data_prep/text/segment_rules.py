@@ -4,210 +4,80 @@ from __future__ import annotations
 
 import re
 
-from data_prep.text.abbreviations import (
-    LOWER_CASE,
-    NEVER_LAST,
-    NUMBERED,
-    NUMBERED_TITLES,
-    SOMETIMES_LAST,
-    SPEECH_VERBS,
-    STARTERS,
-    TITLES,
-    TITLES_ELSEWHERE,
+from data_prep.text.language_rules import Rules
+from data_prep.text.marks import (
+    CASELESS,
+    CLOSE,
+    CLOSERS,
+    DASHES,
+    EAST_ASIAN,
+    ELLIPSES,
+    FAR_STOPS,
+    LOWER,
+    MARK,
+    OPENERS,
+    OTHER_PAUSES,
+    PAUSES,
+    QUOTE_CLOSERS,
+    STOPS,
+    TWO_WAY_QUOTES,
+    UPPER,
+    WIDE_PAUSES,
+    WIDE_STOPS,
+    WORD_CHARACTER,
 )
 
 # Raise it whenever any text could be cut differently: shards made by different rules must not be mixed.
-VERSION = 2
-
-# Stops and pauses of scripts that have their own. Stops: Unicode's Sentence_Terminal, less Myanmar's little
-# section (a comma to its readers), and with the Hebrew sof pasuq and Tibetan shads. Armenian, Arabic, Syriac,
-# NKo, Samaritan, Indic dandas, Tibetan, Myanmar, Ethiopic, Canadian syllabics, Philippine, Khmer, Mongolian,
-# Limbu, Tai Tham, Balinese, Lepcha, Ol Chiki, rare Latin marks, Lisu, Vai, Bamum, Phags-pa, Saurashtra,
-# Kayah Li, Javanese, Cham, Meetei Mayek.
-_OTHER_STOPS = (
-    "\u0589\u05c3\u061d\u061e\u061f\u06d4\u0700\u0701\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965"
-    "\u0f0d\u0f0e\u0f0f\u0f10\u0f11\u0f12\u0f14\u104b\u1362\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u1803"
-    "\u1809\u1944\u1945\u1aa8\u1aa9\u1aaa\u1aab\u1b5a\u1b5b\u1b5e\u1b5f\u1b7d\u1b7e\u1c3b\u1c3c\u1c7e\u1c7f"
-    "\u203d\u2e2e\u2e3c\u2e53\u2e54\ua4ff\ua60e\ua60f\ua6f3\ua6f7\ua876\ua877\ua8ce\ua8cf\ua92f\ua9c8\ua9c9"
-    "\uaa5d\uaa5e\uaa5f\uaaf0\uaaf1\uabeb\ufe12\ufe15\ufe16\ufe52\ufe56\ufe57"
-)
-
-_OTHER_PAUSES = (
-    "\u055d\u060c\u061b\u0703\u0704\u0705\u0706\u0707\u0708\u0709\u07f8\u104a\u1363\u1364\u1365\u1366\u1802"
-    "\u1804\u1808\u17d6\u1b5d\u2e32\u2e34\u2e35\u2e41\ua4fe\ua60d\ua6f4\ua6f5\ua9c7\ufe10\ufe11\ufe13\ufe14"
-    "\ufe50\ufe51"
-)
-
-# Sentence_Terminal above U+FFFF, scanned for by `other` alone: they slow the search in every other text.
-_FAR_STOPS = "".join(
-    chr(code)
-    for first, last in (
-        (0x10A56, 0x10A57), (0x10F55, 0x10F59), (0x10F86, 0x10F89), (0x11047, 0x11048), (0x110BE, 0x110C1),
-        (0x11141, 0x11143), (0x111C5, 0x111C6), (0x111CD, 0x111CD), (0x111DE, 0x111DF), (0x11238, 0x11239),
-        (0x1123B, 0x1123C), (0x112A9, 0x112A9), (0x1144B, 0x1144C), (0x115C2, 0x115C3), (0x115C9, 0x115D7),
-        (0x11641, 0x11642), (0x1173C, 0x1173E), (0x11944, 0x11944), (0x11946, 0x11946), (0x11A42, 0x11A43),
-        (0x11A9B, 0x11A9C), (0x11C41, 0x11C42), (0x11EF7, 0x11EF8), (0x11F43, 0x11F44), (0x16A6E, 0x16A6F),
-        (0x16AF5, 0x16AF5), (0x16B37, 0x16B38), (0x16B44, 0x16B44), (0x16E98, 0x16E98), (0x1BC9F, 0x1BC9F),
-        (0x1DA88, 0x1DA88),
-    )
-    for code in range(first, last + 1)
-)  # fmt: skip
-
-WIDE_STOPS = "。！？｡" + _OTHER_STOPS + _FAR_STOPS  # end a sentence whatever follows
-STOPS = WIDE_STOPS + ".!?．‽⁇⁈⁉‼\u037e"
-ELLIPSES = "…⋯"
-WIDE_PAUSES = "，；：、､﹐﹔﹕"
-PAUSES = WIDE_PAUSES + ",;:" + _OTHER_PAUSES
-DASHES = "—–―⸺"
-QUOTE_CLOSERS = "\"'”’」』»﹂﹄"
-
-# What may be between a mark and the cut: closing quotes and brackets, Markdown's emphasis, and characters
-# that join the one before them (accents, joiners, variation selectors), which no cut may separate from it.
-EXTENDERS = "\u200b\u200c\u200d\u2060\u20e3\ufeff"
-EXTENDER_RANGES = "\u0300-\u036f\ufe00-\ufe0f"
-CLOSERS = QUOTE_CLOSERS + ")]}）］｝】》〉〕〗〙〛*_`~" + EXTENDERS
-OPENERS = "\"'“‘「『«﹁﹃([{（［｛【《〈〔〖〘〚*_`~#¿¡"
-
-# Quotes that open in English and close elsewhere: „Komm!“ and »Komm!«
-TWO_WAY_QUOTES = "“‘«‹"
-_MARK = re.escape("".join(c for c in STOPS if c not in _FAR_STOPS) + ELLIPSES + PAUSES + DASHES)
-_CLOSE = re.escape(CLOSERS) + EXTENDER_RANGES
-_PAUSES_AND_DASHES = PAUSES + DASHES + "-"
-
-
-def _scanner(sure: tuple[str, ...] = (), passed: tuple[str, ...] = (), english: bool = True) -> re.Pattern:
-    """The expression that finds the runs of marks in a line. Group 1 matches when a run must be judged.
-
-    A run is marks and closers in any order (`?!`, `!”,`, `.)`), spaced dots (`. . .`), and note references
-    (`.[12]`). `sure` and `passed` match after a run's first mark: the ends of certain cuts, and what follows
-    a mark that is certainly no cut. The expression starts with one set of characters, which the regex engine
-    finds several times faster than alternatives.
-    """
-    mark, close, space_close = _MARK, _CLOSE, ""
-    if not english:
-        mark += re.escape(_FAR_STOPS)
-        close += re.escape(TWO_WAY_QUOTES + "›")
-        space_close = rf"(?:[ \u00a0\u202f][»›][{close}]*)*"  # « Viens ! » dit-il.
-    run = (
-        rf"()[{mark}{close}-]*{space_close}"
-        rf"(?:[ \u00a0]\.(?=[ \u00a0]\.|[\s{close}]|$)[{close}]*)*(?:\[\d{{1,3}}\][{close}]*)*"
-    )
-    not_passed = rf"(?!{'|'.join(passed)})" if passed else ""
-    return re.compile(rf"[{mark}-](?:{'|'.join((*sure, not_passed + run))})")
-
-
-def _listed(length: int, longer: bool = False) -> str:
-    """For a lookbehind: listed words of `length` letters, with `longer` also the ends of longer words."""
-    words = filter(str.isalpha, NEVER_LAST | TITLES | NUMBERED | SOMETIMES_LAST)
-    fitting = {w[-length:].lower() for w in words if len(w) == length or (longer and len(w) > length)}
-    return "|".join(sorted(fitting))
-
-
-# Certain cuts: the judge accepts each of these, whatever else is in the line.
-_HAN = "\u3400-\u9fff"
-_STARTS = r"(?=\s[“‘\"(]?[A-Z0-9])"
-
-_SURE_STOPS = (
-    # A full stop after a word (or its end) that is in no list and is no Roman numeral.
-    rf"(?<=\.)(?:(?<=[a-z]{{4}}\.)(?<!(?:{_listed(4, longer=True)}|[ivxl]{{4}})\.)"
-    rf"|(?<=[\s“‘(—][A-Za-z][a-z]{{2}}\.)(?<!(?i:{_listed(3)}|[ivxl]{{3}})\.)"
-    rf"|(?<=[\s“‘(—][a-z]{{2}}\.)(?<!(?:{_listed(2)}|[ivxl]{{2}})\.))[”’\"')]*{_STARTS}"
-)
-
-_WIDE_CONTINUES = r"(?=[^\W_]|[“‘「『（]|\s[^.])"
-
-_SURE = {
-    "clause": (
-        r"(?<=[^\W\d_][,;:!?])[”’\"']*(?=\s[“‘\"(]?[^\W_])",
-        _SURE_STOPS,
-        rf"(?<=[{_HAN}A-Za-z][，；：]){_WIDE_CONTINUES}",
-        rf"(?<=[{_HAN}]、)(?<![一二三四五六七八九十]、){_WIDE_CONTINUES}",
-        rf"(?<=[{_HAN}A-Za-z][。！？])(?:[”’」』]+(?![的之这這一二两兩三四几幾为為云]))?{_WIDE_CONTINUES}",
-    ),
-    "sentence": (
-        _SURE_STOPS,
-        rf"(?<=[^\W\d_][!?]){_STARTS}",
-        rf"(?<=[{_HAN}A-Za-z][。！？]){_WIDE_CONTINUES}",
-    ),
-}
-
-# Certainly no cut: marks at the line's end, Mr. Fox, well-known, 3.14, 12:30; for `sentence` a pause before
-# more of the line, and “Go!” he said.
-_LINE_END = rf"[{_MARK}{_CLOSE}-]*\Z"
-_TITLED = r"(?<=\.)(?:(?<=[\s“‘(—][MD]r\.)|(?<=[\s“‘(—]Mrs\.))\s[^.]"
-
-_PASSED = {
-    "clause": (_LINE_END, _TITLED, r"(?<=-)[^\W_]", r"(?<=\d[.,:])\d"),
-    "sentence": (
-        rf"(?:(?<=[{re.escape(PAUSES)}])[{_CLOSE}]*|(?<=[{DASHES}-]))(?:[^\W_]|[“‘「『]|\s[^.])",
-        _LINE_END,
-        _TITLED,
-        r"(?<=[!?])[”’\"']*\s[a-z]",
-        r"(?<=\d\.)\d",
-    ),
-}
-
-# Scanners by [segmenter][English word lists apply]. Without the lists, full stops are judged, a semicolon may
-# be the Greek question mark, and « may close.
-SCANNERS = {
-    "clause": {
-        True: _scanner(_SURE["clause"], _PASSED["clause"]),
-        False: _scanner((r"(?<=[^\W\d_][,:!?])(?=\s[^\W_])",), (r"(?<=-)[^\W_]",), english=False),
-    },
-    "sentence": {
-        True: _scanner(_SURE["sentence"], _PASSED["sentence"]),
-        False: _scanner((), (r"(?<=[,:-])\s?[^\W_]",), english=False),
-    },
-}
-
-JUDGE_ALL = {english: _scanner(english=english) for english in (True, False)}
+VERSION = 3
 
 # 。——然后 and 、-b: the dash or minus opens what follows.
 _BEFORE_DASH = re.compile(
-    rf"[{_MARK}]*?(?:[{re.escape(WIDE_STOPS)}][{_CLOSE}]*(?=[{DASHES}-])|[{WIDE_PAUSES}][{_CLOSE}]*(?=-))"
+    rf"[{MARK}]*?(?:[{re.escape(WIDE_STOPS)}][{CLOSE}]*(?=[{DASHES}-])|[{WIDE_PAUSES}][{CLOSE}]*(?=-))"
 )
-_ANY_MARK = re.compile(rf"[{_MARK}-]")
+_ANY_MARK = re.compile(rf"[{MARK}-]")
 _DOUBLE_QUOTE = re.compile('["“”]')
-_NOT_MARKS = re.compile(rf"[^{_MARK}{_FAR_STOPS}-]+")
-WORD_CHARACTER = re.compile(r"[^\W_]")
+_PAUSES_AND_DASHES = PAUSES + DASHES + "-"
+_NOTES = re.compile(r"\[.*|[¹²³⁰⁴-⁹†‡]+")
+_NOT_MARKS = re.compile(rf"[^{MARK}{FAR_STOPS}-]+")
 _OPENING = re.compile(r"[“‘「『«﹁﹃(\[{（［｛【《〈〔〖〘〚]|(?<!\S)[\"']")
-_NEXT_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+# With the vowel signs of Indic scripts and Thai, which are no letters to `re`.
+_NEXT_WORD = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0966-\u0e7f])+(?:['’][^\W\d_]+)?")
 _SKIP_DASH = re.compile(rf"[{DASHES}\s]*[{re.escape(OPENERS)}\s]*")
 _SKIP = re.compile(rf"\s*[{re.escape(OPENERS)}\s]*")
 _NOT_TOKEN = re.compile(
-    rf"[\s/{re.escape(OPENERS + DASHES + WIDE_STOPS + WIDE_PAUSES + _OTHER_PAUSES)}\u2e80-\U0003ffff]"
+    rf"[\s/{re.escape(OPENERS + DASHES + WIDE_STOPS + WIDE_PAUSES + OTHER_PAUSES)}\u2e80-\U0003ffff]"
 )
-_ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.)+[^\W\d_]{1,3}\Z")
+_ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.-?)+[^\W\d_]{1,3}\Z")
 _ENUMERATOR = re.compile(r"(?:\d{1,3}(?:\.\d{1,2})*|[^\W\d_]|[ivxlIVXL]{2,6})\Z")
 _WIDE_ENUMERATOR = re.compile(r"(?:\d{1,3}|[一二三四五六七八九十]{1,3}|[①-⑳⑴-⑽])\Z")
-_ROMAN = re.compile(r"[IVXLC]+\Z")
+_ROMAN = re.compile(r"[IVXLCM]+\Z")
+_DATE = re.compile(r"\d{1,2}\.|\d{4}\b")
+_NEXT_ITEM = re.compile(r"(?:\d{1,3}|[^\W\d_])\)")
 _YEAR = re.compile(r" ?\d{4}\b")
 _MONTH_DAY = re.compile(r"(?:[^\W\d_]|\.) \d\d?\Z")
 _PLAIN_WORD = re.compile(r"(?=.*[aeiouy])[a-z]{2,}\Z")
-_SHORTENED = NUMBERED | LOWER_CASE
-_I = ("I", "I'm", "I’m", "I'll", "I’ll", "I've", "I’ve", "I'd", "I’d")
 
-# Dr, Nr, bzw, стр: no vowel, not all capitals.
-_NO_VOWEL = re.compile(
-    r"[B-DF-HJ-NP-TV-XZb-df-hj-np-tv-xz][b-df-hj-np-tv-xz]{1,3}\Z"
-    r"|[БВГДЖЗЙКЛМНПРСТФХЦЧШЩбвгджзйклмнпрстфхцчшщ][бвгджзйклмнпрстфхцчшщ]{1,3}\Z"
-)
-
+_VOWELS = "aeiouyáéíóúàèìòùâêîôûäöüőűýěůąęıаеёиоуыэюяіїє"
+_LONG_WORD = re.compile(rf"[{UPPER}{LOWER}][{LOWER}]{{4,}}\Z|[{LOWER}]{{2,}}[{_VOWELS}][{LOWER}]?\Z")
+_CASELESS = re.compile(f"[{CASELESS}]")
+_SPACED = re.compile(r"(?<![^\W_])(?:[^\W\d_]{1,3}\.[ \u00a0\u202f]?)+[^\W\d_]{1,4}\Z")
+_INITIAL = re.compile(r"[^\W\d_]\.")
 _GREEK = re.compile(r"[\u0370-\u03ff\u1f00-\u1fff]")
-EAST_ASIAN = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
-LATIN = re.compile(
-    r"[A-Za-zªºÀ-ÖØ-öø-\u02b8\u1d00-\u1dbf\u1e00-\u1eff\u2c60-\u2c7f\ua720-\ua7ff\uab30-\uab6f]"
-)
-
-FAR_LETTER = re.compile(  # letters of other scripts
-    r"[\u0370-\u1cff\u1f00-\u1fff\u2c00-\u2c5f\u2c80-\u2dff\ua000-\ua71f\ua800-\uab2f\uab70-\ud7ff"
-    r"\ufb13-\ufdff\ufe70-\ufefc\U00010000-\U0001efff]"
-)
 
 # Inline code, formulas and titles of works: one unit, whatever marks they contain.
-_UNIT = re.compile(
+_CODE = (
     r"《[^《》\n]{1,60}》|`[^`。！？．，；\n]{1,200}`|\$(?![\s\d{$])[^$。！？．，；\n]{0,200}(?<!\s)\$(?!\d)"
 )
+_UNIT = {
+    "": re.compile(_CODE),
+    # Titles in quotation marks, no speech: «Стихи. Поэмы. Проза»
+    "foreign": re.compile(rf"{_CODE}|(?<=[^\W_] )[«„“] ?[^«»„“”:\n]{{1,80}}[^\W_] ?[»“”]"),
+    # Asides, and titles before a particle: 『君の名は。』を
+    "japanese": re.compile(
+        rf"{_CODE}|(?<!^)（[^（）\n]{{1,100}}）(?=\w)|『[^『』\n]{{1,60}}』(?=[をのがはにへもで])"
+    ),
+}
+_UNIT_SIGNS = {"": "`$《", "foreign": "`$《«„“", "japanese": "`$《（『"}
 _SPEAKER = re.compile(r"(?:I|(?:[A-Z][^\W\d_]*\.? ){0,2}[A-Z][^\W\d_]+) ([a-z]+)\b")
 
 # A quotation that is a term of the sentence around it: “为什么？”这个问题很难。
@@ -215,10 +85,28 @@ _QUOTED_TERM = re.compile(
     r"的|之|[这這](?:[个個]|一)?(?:问题|問題|词|詞|字|句?话|句?話|说法|說法)|一[词詞]|[二两兩三四几幾][个個]?字|[为為]题|云云"
 )
 
+# In Japanese a particle before anything but kana (or と, って, など) continues: 「行くよ。」と彼は言った。
+_PARTICLE = re.compile(
+    r"[をのがはにへもで](?![\u3041-\u3096])|を|の(?=よう|中|前|後)|と(?![てこにりきなも])|って|という|など|です|だ[。、っとよ]"
+)
+
+# “好。”然后走了: the subject of the sentence around the quotation continues.
+_GOES_ON = re.compile(r"[然随]后|[然隨]後|接[着著]|[随隨]即|就(?!是)")
+_QUOTE_BEGINS = re.compile(r"[\u4e00-\u9fff][“「『][^“”「」『』]*\Z")
+
 # “你好！”他说。 but not 「……。」那妖精聽說，……
 _WIDE_SPEAKER = re.compile(
     r"[\u4e00-\u9fff]{1,4}?(?<![听聽不再小所分知难難味街地])[说說道問问喊叫答]道?[。，！]"
 )
+
+
+def _unit_kind(rules: Rules) -> str:
+    return "japanese" if rules.japanese else "" if rules.english else "foreign"
+
+
+def unit_signs(rules: Rules, text: str) -> list[str]:
+    """The first characters of units, in lines of a language, that occur in `text`."""
+    return [sign for sign in _UNIT_SIGNS[_unit_kind(rules)] if sign in text]
 
 
 class Judge:
@@ -232,11 +120,12 @@ class Judge:
     def __init__(self, text: str, clause: bool) -> None:
         self.text, self.clause = text, clause
 
-    def open_line(self, begin: int, end: int, english: bool, chinese: bool, units: bool) -> None:
-        self.begin, self.end, self.english, self.chinese = begin, end, english, chinese
+    def open_line(self, begin: int, end: int, rules: Rules, chinese: bool, units: bool) -> None:
+        self.begin, self.end, self.rules, self.chinese = begin, end, rules, chinese
+        self.english = rules.english
         self.start = self._seen = begin  # no letter or digit between `start` and `_seen`
         self._counted, self._quoted = begin, False  # whether a double quotation is open at `_counted`
-        self._units = _UNIT.finditer(self.text, begin, end) if units else None
+        self._units = _UNIT[_unit_kind(rules)].finditer(self.text, begin, end) if units else None
         self._unit_begin, self._unit_end = 0, begin  # the last unit (see _UNIT) that starts before the mark
 
     def cut(self, run: re.Match, start: int) -> tuple[int, bool]:
@@ -257,7 +146,7 @@ class Judge:
             stopped = _BEFORE_DASH.match(text, first, cut)
             if stopped is not None:
                 cut = stopped.end()
-            marks = _NOT_MARKS.sub("", text[first:cut])
+            marks = _NOT_MARKS.sub("", _NOTES.sub("", text[first:cut]))
         mark = marks[-1]
         if mark == "-" and (marks[-2:] != "--" or marks[-3:] == "---"):
             return 0, False
@@ -316,8 +205,10 @@ class Judge:
             return not (short and _WIDE_ENUMERATOR.match(text[self.start : first].strip()))  # "一、概述"
         if not following.isspace():
             return self.chinese and (_is_east_asian(before) or _is_east_asian(following))
-        if marks == ".," and self._token(first).lower() in NEVER_LAST:  # "e.g., apples"
-            return False
+        if marks == ".,":  # "e.g., apples"
+            token = self._token(first)
+            if (token.islower() or "." in token) and token.lower() in self.rules.never_last:
+                return False
         if before.isdigit() and mark == "," and _YEAR.match(text, cut):  # "July 4, 1776"
             return not _MONTH_DAY.search(text[max(self.begin, first - 5) : first])
         return True
@@ -353,21 +244,17 @@ class Judge:
 
     def _ends_sentence(self, first: int, cut: int, marks: str) -> bool:
         """Whether a run whose last mark is a stop or an ellipsis ends a sentence, or at least a clause."""
-        text, clause = self.text, self.clause
+        text, clause, rules = self.text, self.clause, self.rules
         before, following = text[first - 1], text[cut]
         quoted = text[cut - 1] in QUOTE_CLOSERS
+        next_at = _SKIP.match(text, cut, self.end).end()
+        if rules.names and text[max(self.begin, first - 24) : first + 1].endswith(tuple(rules.names)):
+            return following.isspace() and rules.starts(self._next_word(next_at))  # Yahoo! JAPAN
         if not marks.isascii() and any(mark in WIDE_STOPS for mark in marks):
-            if text[cut - 1] in ")）" and marks[-1] not in "。｡":
-                return (
-                    text[self.start : first].lstrip()[0] in "(（"
-                )  # the sentence continues after an aside: 他（可怜！）病了
-            if quoted and marks[-1] not in "。｡" and _QUOTED_TERM.match(text, cut, self.end):
-                return False
-            return clause or not (quoted and _WIDE_SPEAKER.match(text, cut, self.end))
+            return self._ends_at_wide_stop(cut, marks, quoted, next_at)
         spaced = following.isspace()
         if not spaced and not (self.chinese and (_is_east_asian(before) or _is_east_asian(following))):
             return False
-        next_at = _SKIP.match(text, cut, self.end).end()
         next_character = text[next_at : min(next_at + 1, self.end)]
         opened = next_at > cut and text[next_at - 1] in OPENERS
         if marks[-1] in ELLIPSES or marks[-2:] in ("..", "…."):
@@ -376,14 +263,17 @@ class Judge:
             if not spaced and _is_east_asian(before):
                 return quoted or opened
             # "Well... I think" continues; with a further full stop (four dots, ".…") the sentence has ended.
-            stopped = len(set(marks)) > 1 or marks == "...."
-            continues = self.english and not (stopped or opened) and self._next_word(next_at) in _I
-            return not (next_character.islower() or continues)
+            word = self._next_word(next_at)
+            if len(set(marks)) > 1 or marks == "...." or opened:
+                return not _is_lower(next_character)
+            if _CASELESS.match(next_character):
+                return quoted or rules.starts(word)
+            return not (_is_lower(next_character) or word in rules.after_ellipsis)
         if not self.english and next_character in DASHES and spaced:  # — Иди! — сказал он.
             after = _SKIP_DASH.match(text, next_at, self.end).end()
-            if text[after : min(after + 1, self.end)].islower():
+            if _is_lower(text[after : min(after + 1, self.end)]):
                 return clause
-        if next_character.islower():  # “Go!” he said. He (poor man!) wept.
+        if _is_lower(next_character) and not _CASELESS.match(before):  # “Go!” he said. He (poor man!) wept.
             if marks == text[cut - 1] == "." and spaced:
                 return self._is_careless(first)
             return clause and (quoted or (marks[-1] != "." and text[cut - 1] not in ")]"))
@@ -393,55 +283,112 @@ class Judge:
             return False  # "3.介绍" and "使用.NET", but not "使用 Rust.然后"
         if marks[-1] == "．" and len(self._token(first)) == 1:  # "A．苹果 B．香蕉"
             return False
+        if _NEXT_ITEM.match(text, next_at, self.end) and _NEXT_ITEM.match(text[self.start : first].lstrip()):
+            return False  # 1) Open it. 2) Close it.
         return not self._is_abbreviation(first, next_at, opened)
+
+    def _ends_at_wide_stop(self, cut: int, marks: str, quoted: bool, next_at: int) -> bool:
+        text, clause = self.text, self.clause
+        if text[cut - 1] in ")）" and marks[-1] not in "。｡":
+            # the sentence continues after an aside: 他（可怜！）病了
+            return text[self.start : cut].lstrip()[0] in "(（"
+        if self.chinese and text[cut - 1] in "」』”）" and _PARTICLE.match(text, cut, self.end):
+            return False
+        if quoted and marks[-1] not in "。｡" and _QUOTED_TERM.match(text, cut, self.end):
+            return False
+        if clause or not quoted:
+            return True
+        if _WIDE_SPEAKER.match(text, cut, self.end) or (not self.english and self._names_speaker(next_at)):
+            return False
+        # 他说“好。”然后走了。
+        goes_on = marks[-1] in "。｡" and self.chinese and _GOES_ON.match(text, cut, self.end)
+        return not (goes_on and _QUOTE_BEGINS.search(text[max(self.start, cut - 60) : cut - 1]))
 
     def _is_careless(self, stop: int) -> bool:
         """Whether a sentence ends before a lower-case word: after plain words (`i like it. it is good`)."""
-        token = self._token(stop)
-        if not self.english or not _PLAIN_WORD.match(token):
+        token, rules = self._token(stop), self.rules
+        # Unlisted abbreviations are short or end before a vowel.
+        plain = _PLAIN_WORD if rules.shortened else _LONG_WORD
+        if not plain.match(token):
             return False
-        return not (token in NEVER_LAST or token in TITLES or token in SOMETIMES_LAST or token in _SHORTENED)
+        lists = (rules.never_last, rules.sometimes_last, rules.numbered, rules.shortened)
+        return not any(token in words for words in lists)
 
     def _names_speaker(self, at: int) -> bool:
-        if not self.english:
+        """Whether the words after a quotation say who spoke: “Who?” Jim asked."""
+        speech = self.rules.speech
+        if not speech:
             return False
-        speaker = _SPEAKER.match(self.text, at, self.end)
-        return speaker is not None and speaker.group(1) in SPEECH_VERBS
+        if self.english:
+            speaker = _SPEAKER.match(self.text, at, self.end)
+            return speaker is not None and speaker.group(1) in speech
+        words = re.split(rf"[{MARK}]", self.text[at : min(at + 40, self.end)], maxsplit=1)[0].split()
+        return not speech.isdisjoint(words[:4])
 
     def _is_abbreviation(self, stop: int, next_at: int, opened: bool) -> bool:
-        """Whether the full stop at `stop` belongs to an abbreviation, initial or list number."""
-        token = self._token(stop)
+        """Whether the full stop at `stop` belongs to an abbreviation, initial, ordinal or list number."""
+        text, rules, token = self.text, self.rules, self._token(stop)
         if not token or len(token) > 12:
             return False
-        if not self.english:
-            return self._is_abbreviation_elsewhere(token, next_at)
+        if rules.spaces and len(token) <= rules.short:
+            return True
         token_at = stop - len(token)
-        lower = token.lower()
-        if lower in NEVER_LAST or token in TITLES:
-            return True
-        if _ENUMERATOR.match(token) and self._is_list_number(token_at, token):
-            return True
         word = self._next_word(next_at)
         after = next_at + len(word)
-        starts = opened or (word in STARTERS and self.text[after : after + 1] != ".")
-        if lower in NUMBERED:
-            if self.text[next_at : next_at + 1].isdigit() or (_ROMAN.match(word) and word != "I"):
+        starts = opened or (rules.starts(word) and text[after : after + 1] != ".")
+        whole, part = token, token.rpartition(".")[2]  # the end of PGS.TS.
+        if len(token) < 5 and text[token_at - 1 : token_at].isspace():  # z. B., т. е.
+            joined = _SPACED.search(text[max(self.begin, stop - 24) : stop])
+            if joined is not None and (spelled := "".join(joined.group().split())).lower() in rules.compounds:
+                whole = part = spelled
+        # DIR in capitals is no abbreviation of a word; English tells no difference.
+        capitals = len(whole) > 2 and whole.isalpha() and whole.isupper() and not self.english
+        forms = {whole} if capitals else {whole, whole.lower()}
+        before = text[max(self.begin, token_at - 12) : token_at].rstrip()
+        if whole in rules.last:
+            return False
+        if f"{whole}.{word}".lower() in rules.compounds and text[after : after + 1] == ".":  # v. Chr.
+            return True
+        if not rules.units.isdisjoint(forms) and before[-1:].isdigit():
+            # "В 1985 г. Горбачёв" only opens a sentence.
+            opening = len(text[self.start : stop].split(None, 5)) < 5
+            return opening and not starts and not rules.never_last.isdisjoint(forms)
+        if not rules.never_last.isdisjoint(forms | ({part, part.lower()} if part != whole else set())):
+            return True
+        if not rules.last.isdisjoint(forms):
+            return False
+        if _ENUMERATOR.match(token) and self._is_list_number(token_at, token):
+            return True
+        if self._is_numbered(whole):
+            if text[next_at : next_at + 1].isdigit() or (_ROMAN.match(word) and word != "I"):
                 return True
-            if token in NUMBERED_TITLES:
+            if token in rules.numbered_titles:
                 return not starts
-        if len(token) == 1 and token.isalpha() and token.isascii():
+        if len(token) < 3 and token.islower() and _INITIAL.match(text, next_at, self.end):  # z. B.
+            return True
+        if len(token) == 1 and (token.isupper() or _CASELESS.match(token)):
             return self._is_initial(token_at, token, starts)
-        return not starts and (lower in SOMETIMES_LAST or _ACRONYM.match(token) is not None)
+        if token.isdecimal():
+            return self._is_ordinal(token, before, next_at, starts)
+        if len(token) <= rules.short or (rules.roman and _ROMAN.match(token)):
+            return not starts
+        return not starts and not (rules.sometimes_last.isdisjoint(forms) and _ACRONYM.match(token) is None)
 
-    def _is_abbreviation_elsewhere(self, token: str, next_at: int) -> bool:
-        """Without English lists: initials, `т. е.`, `EE.UU.`, `am 3. Mai`, `Nr.`, `art. 5`, titles."""
-        if len(token) == 1 and token.isalpha() and token.lower() != token.upper():
+    def _is_ordinal(self, token: str, before: str, next_at: int, starts: bool) -> bool:
+        """Whether a number before a full stop is an ordinal: am 3. Mai, 15. 3. 2024; not in `Nr. 5.`"""
+        ordinals = self.rules.ordinals
+        if not ordinals or len(token) > 4:
+            return False
+        if _DATE.match(self.text, next_at, self.end):
             return True
-        if token.isdecimal() and len(token) <= 2 or token in TITLES_ELSEWHERE:
-            return True
-        if _ACRONYM.match(token) or _NO_VOWEL.match(token):
-            return True
-        return len(token) <= 4 and token.isalpha() and self.text[next_at : next_at + 1].isdecimal()
+        if len(token) > 2 or ordinals != "any":
+            return False
+        return not (starts or (before.endswith(".") and self._is_numbered(_NOT_TOKEN.split(before[:-1])[-1])))
+
+    def _is_numbered(self, word: str) -> bool:
+        """Whether `word` is an abbreviation before numbers: No., S., Goethestr."""
+        lower = word.lower()
+        return lower in self.rules.numbered or lower.endswith(self.rules.endings or ("\0",))
 
     def _is_list_number(self, token_at: int, token: str) -> bool:
         """Whether the number or letter opens the line or follows a sentence: `1. Open. 2. Close.`"""
@@ -449,14 +396,12 @@ class Judge:
         if not previous.strip(OPENERS):
             return True
         if previous[-1] == ".":  # not "J. R." and not "No. 5."
-            return not token.isalpha() and _NOT_TOKEN.split(previous[:-1])[-1].lower() not in NUMBERED
-        return previous[-1] in ":;!?。！？：；"
+            return not (token.isalpha() or self._is_numbered(_NOT_TOKEN.split(previous[:-1])[-1]))
+        return previous[-1] in ":;!?。！？：；।؟۔"
 
     def _is_initial(self, token_at: int, token: str, starts: bool) -> bool:
         previous = self.text[max(self.begin, token_at - 24) : token_at].split()
         last = previous[-1] if previous else ""
-        if token.islower():
-            return token == "v" and not starts
         if token == "I" and last.islower():  # "taller than I. Jim left"
             return False
         return not starts or (last.endswith(".") and len(last) == 2)  # J. R. R. In ..., but not Mr. X. The
@@ -474,6 +419,11 @@ class Judge:
     def _next_word(self, at: int) -> str:
         word = _NEXT_WORD.match(self.text, at, self.end)
         return word.group() if word else ""
+
+
+def _is_lower(character: str) -> bool:
+    """Whether the letter is small; not so in Georgian, whose letters begin sentences as they are."""
+    return character.islower() and character.title() != character
 
 
 def _is_east_asian(character: str) -> bool:

@@ -18,19 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep.common.errors import UserError
-from data_prep.text.segment_rules import (
-    EAST_ASIAN,
-    FAR_LETTER,
-    JUDGE_ALL,
-    LATIN,
-    SCANNERS,
-    VERSION,
-    WORD_CHARACTER,
-    Judge,
-)
+from data_prep.text.language_rules import CODES, Rules, line_rules, rules_for
+from data_prep.text.marks import WORD_CHARACTER
+from data_prep.text.scanners import has_far_stops, judging_scanner, scanner
+from data_prep.text.segment_rules import VERSION, Judge, unit_signs
+from data_prep.text.spaces import spaced_cuts
 
 NAMES = ("clause", "sentence")
-LANGUAGES = ("en", "zh", "other", "auto")
+LANGUAGES = (*CODES, "auto")
 
 
 @dataclass(frozen=True)
@@ -57,30 +52,36 @@ class Segmenter:
     def cuts(self, text: str) -> list[int]:
         """Sentence ends in characters, ascending; the last is `len(text)`. [] for ""."""
         cuts: list[int] = []
-        english, chinese = self.language != "other", self.language == "zh"
-        varied = self.language in ("auto", "other") and _has_far_letters(text)
-        scanners = JUDGE_ALL if self.judge_all else SCANNERS[self.name]
+        rules, chinese = _fixed_rules(self.language)
+        varied = rules.script is not None or (self.language in ("auto", "other") and _has_far_letters(text))
         judge = Judge(text, self.name == "clause")
-        has_units = any(sign in text for sign in "`$《")
+        far = not rules.english and has_far_stops(text)
+        found = current = None
+        signs: dict[Rules, list[str]] = {}  # of units, in lines of a language
         for begin, end in _lines(text):
             if not WORD_CHARACTER.search(text, begin, end):
                 if cuts:  # marks alone belong to the sentence before, with their line break
                     cuts[-1] = end
                 continue
             if varied:
-                english, chinese = _line_rules(self.language, text, begin, end)
-            units = has_units and any(text.find(sign, begin, end) >= 0 for sign in "`$《")
+                rules, chinese = line_rules(self.language, text, begin, end)
+            if rules is not current:
+                current = rules
+                found = judging_scanner(rules, far) if self.judge_all else scanner(self.name, rules, far)
+                if rules not in signs:
+                    signs[rules] = unit_signs(rules, text)
+            units = bool(signs[rules]) and any(text.find(sign, begin, end) >= 0 for sign in signs[rules])
             before = len(cuts)
             opened = units
             if units:
-                judge.open_line(begin, end, english, chinese, True)
-            for run in scanners[english].finditer(text, begin, end):
+                judge.open_line(begin, end, rules, chinese, True)
+            for run in found.finditer(text, begin, end):
                 if run.lastindex is None:
                     if not (units and judge.in_unit(run.start())):
                         cuts.append(run.end())
                     continue
                 if not opened:
-                    judge.open_line(begin, end, english, chinese, False)
+                    judge.open_line(begin, end, rules, chinese, False)
                     opened = True
                 start = cuts[-1] if len(cuts) > before else begin
                 cut, joins = judge.cut(run, start)
@@ -88,6 +89,8 @@ class Segmenter:
                     cuts[-1] = cut
                 elif cut:
                     cuts.append(cut)
+            if rules.spaces:
+                cuts[before:] = spaced_cuts(text, begin, end, rules, cuts[before:])
             if len(cuts) > before and not WORD_CHARACTER.search(text, cuts[-1], end):
                 cuts.pop()
             cuts.append(end)
@@ -108,18 +111,16 @@ class Segmenter:
         if "".join(space.splitlines()) != space:
             return WORD_CHARACTER.search(body) is not None
         line = body.splitlines()[-1].lstrip()
-        english, chinese = self.language != "other", self.language == "zh"
-        if self.language in ("auto", "other"):
-            english, chinese = _line_rules(self.language, line, 0, len(line))
+        rules, chinese = line_rules(self.language, line, 0, len(line))
         # What follows is unknown: a text is complete when no ordinary continuation changes its last cut.
-        probes = [" The"] + (["下一句"] if chinese else [])
-        fixed = Segmenter(self.name, "zh" if chinese and english else "en" if english else "other")
+        probes = [" " + rules.first_word] + (["下一句"] if chinese else [])
+        fixed = Segmenter(self.name, rules.code)
         return all(len(line) in fixed.cuts(line + probe)[:-1] for probe in probes)
 
 
 def get_segmenter(name: str, language: str = "auto") -> Segmenter:
-    """The segmenter `name` (`clause` or `sentence`) for `language`: `en`, `zh`, `other`, or `auto` (chosen
-    line by line).
+    """The segmenter `name` (`clause` or `sentence`) for `language`: a code of `LANGUAGES`, `other` for
+    languages without rules of their own, or `auto` (chosen line by line).
 
     Raises:
         UserError: another name or language.
@@ -129,6 +130,11 @@ def get_segmenter(name: str, language: str = "auto") -> Segmenter:
     if language not in LANGUAGES:
         raise UserError(f"unknown language {language!r} for the segmenter: use one of {', '.join(LANGUAGES)}")
     return Segmenter(name, language)
+
+
+def _fixed_rules(language: str) -> tuple[Rules, bool]:
+    rules = rules_for("en" if language == "auto" else language)
+    return rules, rules.chinese
 
 
 def _lines(text: str) -> Iterator[tuple[int, int]]:
@@ -150,12 +156,3 @@ def _has_far_letters(text: str) -> bool:
     units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype="<u2")
     high = units[units >= 0x370]
     return bool(((high < 0x2000) | (high >= 0x2C00)).any())
-
-
-def _line_rules(language: str, text: str, begin: int, end: int) -> tuple[bool, bool]:
-    """(English word lists apply, Chinese rules for ASCII marks apply) to one line, by `auto` or `other`."""
-    chinese = EAST_ASIAN.search(text, begin, end) is not None
-    if language == "other" or chinese:
-        return language != "other", chinese
-    far = len(FAR_LETTER.findall(text, begin, end))
-    return far == 0 or far <= len(LATIN.findall(text, begin, end)), False

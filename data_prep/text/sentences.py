@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 
 import numpy as np
+import regex
 
 from data_prep.common.errors import UserError
 from data_prep.text.segmenter import LANGUAGES, Segmenter, get_segmenter
@@ -27,6 +28,10 @@ SHORTEST = 4  # one character may need four tokens and is never split
 JUDGED_BY_LINE = ("en", "zh", "", "auto", "und")  # document languages that the `auto` segmenter handles
 
 _BLOCK = 1 << 20  # elements, where a whole array in int64 would be large
+_CLUSTER = regex.compile(r"\X")
+_WORD_END = regex.compile(
+    r"(?w)\b"
+)  # by Unicode's rules: between any two Chinese characters, not in a Latin word
 _BREAK_AHEAD = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
@@ -58,11 +63,11 @@ class SentenceSettings:
         """The segmenter for a document of this language.
 
         A language in the settings takes precedence. Otherwise `auto` cuts English, Chinese and unlabelled
-        documents, and `other` the rest.
+        documents, the language's own rules those that have some, and `other` the rest.
         """
         language = self.language
         if language == "auto" and document_language not in JUDGED_BY_LINE:
-            language = "other"
+            language = document_language
         return get_segmenter(self.segmenter, language if language in LANGUAGES else "other")
 
     def to_dict(self) -> dict:
@@ -174,8 +179,8 @@ def _split_long(
     segmenter: Segmenter | Callable[[str], list[str]],
     max_tokens: int,
 ) -> np.ndarray:
-    """Add cuts to sentences above the limit: at the last clause end within it, else the last white space,
-    else the last possible place. None in the first quarter of the limit, to avoid tiny sentences."""
+    """Add cuts to sentences above the limit: at the last clause end within it, else see `_last_place`.
+    None in the first quarter of the limit, to avoid tiny sentences."""
     begins = np.append(0, cuts[:-1])
     long = cuts - begins > max_tokens
     begins, finals = begins[long], cuts[long]
@@ -188,20 +193,33 @@ def _split_long(
             if at >= 0 and pauses[at] > start + quarter:
                 start = pauses[at]
             else:
-                start = _last_white(start + quarter, start + max_tokens, places, ends, text, offsets)
+                start = _last_place(start, max_tokens, places, ends, text, offsets)
             extra.append(start)
     return np.sort(np.concatenate([cuts, np.array(extra, dtype=np.int32)]))
 
 
-def _last_white(
-    low: int, high: int, places: np.ndarray, ends: np.ndarray, text: str, offsets: np.ndarray | None
+def _last_place(
+    start: int, max_tokens: int, places: np.ndarray, ends: np.ndarray, text: str, offsets: np.ndarray | None
 ) -> int:
-    """The last place in (low, high] before white space, else the last one up to `high`."""
-    first, last = np.searchsorted(places, np.array([low, high], dtype=np.int32), side="right").tolist()
-    at = ends[first:last] if offsets is None else np.searchsorted(offsets, ends[first:last])
-    for index, character in zip(range(last - 1, first - 1, -1), at[::-1].tolist(), strict=True):
-        if text[character].isspace():
+    """Where a sentence from `start` is cut at the limit: the last place before white space, else at a word's
+    end, else between grapheme clusters, else any. None but clusters in the first quarter of the limit."""
+    low = start + max_tokens // 4
+    bounds = np.array([start, low, start + max_tokens], dtype=np.int32)
+    first, later, last = np.searchsorted(places, bounds, side="right").tolist()
+    at = ends[max(0, first - 1) : last]
+    at = (at if offsets is None else np.searchsorted(offsets, at)).tolist()
+    begin = at.pop(0) if first else 0
+    for index in range(last - 1, later - 1, -1):
+        character = at[index - first]
+        if text[character].isspace() and text[character - 1 : character + 1] != "\r\n":
             return int(places[index])
+    window = text[begin : at[-1] + 32]  # a cluster or word may continue behind the last place
+    clusters = {begin + match.start() for match in _CLUSTER.finditer(window)}
+    words = {begin + match.start() for match in _WORD_END.finditer(window)}
+    for allowed, lowest in ((clusters & words, later), (clusters, first)):
+        for index in range(last - 1, lowest - 1, -1):
+            if at[index - first] in allowed:
+                return int(places[index])
     return int(places[last - 1])
 
 

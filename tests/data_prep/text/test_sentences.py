@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 from helpers import tokenizer_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,29 @@ def test_long_sentences_are_split_before_white_space(folders: dict[str, Path]):
     assert lengths[:-1] == [20] * (len(lengths) - 1)
 
 
+@pytest.mark.parametrize(
+    "piece",
+    ["👨\u200d👩\u200d👧", "🇩🇪", "e\u0301\u0323", "क्षि", "ที่", "각", "👍🏽", "\r\n", "❤\ufe0f"],
+    ids=ascii,
+)
+def test_forced_cuts_fall_between_grapheme_clusters(folders: dict[str, Path], piece: str):
+    """Also right behind a word that ends in the first quarter of the limit."""
+    tokenizer = load_tokenizer(folders["byte-level"])
+    clusters = regex.findall(r"\X", piece)
+    for before in ("", "x", "xy z"):
+        sentences = check_cut(before + piece * 60, tokenizer, lambda text: [text], 50)
+        assert len(sentences) > 2
+        cut = [cluster for sentence in sentences for cluster in regex.findall(r"\X", sentence)]
+        assert cut == regex.findall(r"\X", before) + clusters * 60
+
+
+def test_forced_cuts_prefer_word_ends(folders: dict[str, Path]):
+    tokenizer = load_tokenizer(folders["byte-level"])
+    sentences = check_cut("使用sentence的方法" * 30, tokenizer, lambda text: [text], 40)
+    assert len(sentences) > 5
+    assert "".join(sentences).count("sentence") == sum(part.count("sentence") for part in sentences)
+
+
 def test_a_row_of_characters_without_a_place_to_cut(folders: dict[str, Path]):
     tokenizer = load_tokenizer(folders["tails"])
     text = "a, " + "é" * 50 + " b."
@@ -143,14 +167,14 @@ def test_impossible_minimum(limit: int):
 
 
 def test_settings_choose_the_segmenter():
-    for language in ("en", "zh", "other"):
+    for language in ("en", "zh", "other", "de"):
         named = SentenceSettings("clause", language, 64)
         assert {named.segmenter_for(of).language for of in ("en", "zh", "de", "")} == {language}
     auto = SentenceSettings("sentence", "auto", 64)
-    chosen = {of: auto.segmenter_for(of).language for of in ("en", "zh", "", "auto", "de", "ja", "hi")}
-    assert chosen == {"en": "auto", "zh": "auto", "": "auto", "auto": "auto"} | dict.fromkeys(
-        ["de", "ja", "hi"], "other"
-    )
+    chosen = {of: auto.segmenter_for(of).language for of in ("en", "zh", "", "auto", "de", "ja", "tlh")}
+    assert chosen == {"en": "auto", "zh": "auto", "": "auto", "auto": "auto"} | {
+        "de": "de", "ja": "ja", "tlh": "other"
+    }  # fmt: skip
     assert auto.segmenter_for("en").name == "sentence"
     with pytest.raises(UserError, match="unknown segmenter 'words'"):
         SentenceSettings("words", "en", 64).segmenter_for("en")
