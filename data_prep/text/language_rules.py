@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.text.marks import EAST_ASIAN, FAR_LETTERS, KANA, LATIN_LETTERS
+from data_prep.text.marks import CASELESS, EAST_ASIAN, FAR_LETTERS, KANA, LATIN_LETTERS
 
 _FILES = resources.files("data_prep.text") / "languages"
 CODES = tuple(sorted(file.name[:-5] for file in _FILES.iterdir() if file.name.endswith(".yaml")))
@@ -75,9 +75,8 @@ class Rules:
     def judged(self) -> frozenset[str]:
         """Parts of listed words: a full stop after one needs a closer look."""
         listed = self.never_last | self.numbered | self.numbered_titles | self.sometimes_last | self.last
-        return frozenset(
-            part.lower() for word in listed | self.units for part in re.split(r"\W", word) if part
-        )
+        parts = re.compile(rf"[\w{CASELESS}]+")  # vowel signs are no letters to `re`
+        return frozenset(part.lower() for word in listed | self.units for part in parts.findall(word))
 
     @property
     def first_word(self) -> str:
@@ -128,11 +127,14 @@ def line_rules(language: str, text: str, begin: int, end: int) -> tuple[Rules, b
         rules = rules_for(language)
         if rules.script is None or rules.script.search(text, begin, end):
             return rules, rules.chinese
+    latin = "other" if language == "other" else "en"
+    if text[begin:end].isascii():  # the common case in a text that has a few other letters
+        return rules_for(latin), False
     if EAST_ASIAN.search(text, begin, end):
         return rules_for("ja" if KANA.search(text, begin, end) else "zh"), True
     far = FAR_LETTERS.findall(text, begin, end)
-    if sum(map(len, far)) <= sum(map(len, LATIN_LETTERS.findall(text, begin, end))):
-        return rules_for("other" if language == "other" else "en"), False
+    if not far or sum(map(len, far)) <= sum(map(len, LATIN_LETTERS.findall(text, begin, end))):
+        return rules_for(latin), False
     letter = max(far, key=len)[0]
     for rules in _by_script():
         if rules.script.match(letter):

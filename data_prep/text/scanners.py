@@ -20,18 +20,17 @@ from data_prep.text.marks import (
     UPPER,
 )
 
-_HAN = "\u3400-\u9fff"
+_HAN, _KANA = "\u3400-\u9fff", "\u3041-\u3096\u30a1-\u30fa\u30fc"
 _OPEN = r"[“‘«„\"(]?"
 _LINE_END = rf"[{MARK}{CLOSE}-]*\Z"
 
 
 _ABOVE = re.compile("[\U00010000-\U0010ffff]")
-_FAR_STOP = re.compile(f"[{FAR_STOPS}]")
 
 
 def has_far_stops(text: str) -> bool:
-    """Whether stops above U+FFFF may occur."""
-    return not text.isascii() and _ABOVE.search(text) is not None and _FAR_STOP.search(text) is not None
+    """Whether stops above U+FFFF occur."""
+    return not text.isascii() and not frozenset(FAR_STOPS).isdisjoint(_ABOVE.findall(text))
 
 
 @functools.cache
@@ -42,7 +41,7 @@ def scanner(segmenter: str, rules: Rules, far: bool = False) -> re.Pattern:
     judge accepts each of the former and refuses each of the latter, whatever else is in the line. `far`:
     the text has stops above U+FFFF, with which the search takes ten times as long.
     """
-    plain = not any((rules.spaces, rules.short))
+    plain = not rules.spaces and rules.short < 3
     clause = segmenter == "clause"
     sure, passed = ([*_sure_stops(rules)] if plain else []), [_LINE_END]
     if rules.english:
@@ -102,9 +101,11 @@ def _sure_stops(rules: Rules) -> list[str]:
     numerals = f"[IVXLCMivxlcm]{roman}{{2}}"
     three = rf"(?<={before}{letter}{inner}{{2}}\.)(?<!(?:{_listed(capital, 3)}|{numerals})\.)"
     two = rf"(?<={before}{inner}{{2}}\.)(?<!(?:{_listed(words, 2)}|{roman}{{2}})\.)"
+    two += rf"(?![”’\"')]*\s{_OPEN}[^\W\d_]\.)"  # es. C.F.
     endings = "".join(rf"(?<!{ending}\.)" for ending in rules.endings)
     start = rf"\s{_OPEN}(?:[{upper}{caseless}]|\d(?!\d?\d?\)))"
-    stop = rf"(?<=\.)(?=[”’\"')]*{start})(?:{four}|{three}|{two}){endings}[”’\"')]*"
+    long_enough = "|".join((four, three) if rules.short else (four, three, two))
+    stop = rf"(?<=\.)(?=[”’\"')]*{start})(?:{long_enough}){endings}[”’\"')]*"
     return [stop] if rules.english else [stop, rf"(?<={inner}[।؟۔])(?=\s[{CASELESS}])"]
 
 
@@ -133,19 +134,19 @@ def _passed_elsewhere(clause: bool) -> list[str]:
 
 def _sure_english(clause: bool, rules: Rules) -> list[str]:
     continues = r"(?=[^\W_¹²³⁰⁴-⁹]|[“‘「『（]|\s[^.])"
-    names = _names(rules)
-    closed = r"(?:[”’」』]+(?![的之这這一二两兩三四几幾為为云然就便而又也并並却卻才再接随隨と-をがにで]))?"
+    names, han = _names(rules), _HAN + _KANA if rules.japanese else _HAN
+    closed = r"(?:[”’」』]+(?![的之这這一二两兩三四几幾為为云然就便而又也并並却卻才再接随隨と-をがにでっだ]))?"
     if not clause:
         return [
             rf"(?<=[^\W\d_][!?])(?=\s[“‘\"(]?[A-Z0-9]){names}",
-            rf"(?<=[{_HAN}A-Za-z][。！？]){names}{continues}",
+            rf"(?<=[{han}A-Za-z][。！？]){names}{continues}",
         ]
     return [
         r"(?<=[^\W\d_][,;:])[”’\"']*(?=\s[“‘\"(]?[^\W_])",
         rf"(?<=[^\W\d_][!?]){names}[”’\"']*(?=\s[“‘\"(]?[^\W_])",
-        rf"(?<=[{_HAN}A-Za-z][，；：]){continues}",
-        rf"(?<=[{_HAN}]、)(?<![一二三四五六七八九十]、){continues}",
-        rf"(?<=[{_HAN}A-Za-z][。！？]){names}{closed}{continues}",
+        rf"(?<=[{han}A-Za-z][，；：]){continues}",
+        rf"(?<=[{han}]、)(?<![一二三四五六七八九十]、){continues}",
+        rf"(?<=[{han}A-Za-z][。！？]){names}{closed}{continues}",
     ]
 
 

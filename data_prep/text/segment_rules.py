@@ -249,7 +249,9 @@ class Judge:
         quoted = text[cut - 1] in QUOTE_CLOSERS
         next_at = _SKIP.match(text, cut, self.end).end()
         if rules.names and text[max(self.begin, first - 24) : first + 1].endswith(tuple(rules.names)):
-            return following.isspace() and rules.starts(self._next_word(next_at))  # Yahoo! JAPAN
+            # Yahoo! JAPAN and “Yahoo!” I said.
+            starts = following.isspace() and rules.starts(self._next_word(next_at))
+            return starts and (clause or not (quoted and self._names_speaker(next_at)))
         if not marks.isascii() and any(mark in WIDE_STOPS for mark in marks):
             return self._ends_at_wide_stop(cut, marks, quoted, next_at)
         spaced = following.isspace()

@@ -56,7 +56,7 @@ class Segmenter:
         varied = rules.script is not None or (self.language in ("auto", "other") and _has_far_letters(text))
         judge = Judge(text, self.name == "clause")
         far = not rules.english and has_far_stops(text)
-        found = current = None
+        found = current = opening = None
         signs: dict[Rules, list[str]] = {}  # of units, in lines of a language
         for begin, end in _lines(text):
             if not WORD_CHARACTER.search(text, begin, end):
@@ -70,7 +70,8 @@ class Segmenter:
                 found = judging_scanner(rules, far) if self.judge_all else scanner(self.name, rules, far)
                 if rules not in signs:
                     signs[rules] = unit_signs(rules, text)
-            units = bool(signs[rules]) and any(text.find(sign, begin, end) >= 0 for sign in signs[rules])
+                opening = signs[rules]
+            units = opening and any(text.find(sign, begin, end) >= 0 for sign in opening)
             before = len(cuts)
             opened = units
             if units:
