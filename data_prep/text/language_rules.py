@@ -52,8 +52,8 @@ class Rules:
     starters: frozenset[str] = frozenset()
     speech: frozenset[str] = frozenset()
     after_ellipsis: frozenset[str] = frozenset()
-    names: frozenset[str] = frozenset()
     continuers: frozenset[str] = frozenset()
+    names: tuple[str, ...] = ()
     endings: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -64,6 +64,10 @@ class Rules:
     @functools.cached_property
     def starting(self) -> tuple[str, ...]:
         return tuple(self.starters)
+
+    @functools.cached_property
+    def name_marks(self) -> frozenset[str]:
+        return frozenset(name[-1] for name in self.names)
 
     @functools.cached_property
     def compounds(self) -> frozenset[str]:
@@ -99,7 +103,7 @@ def rules_for(code: str) -> Rules:
     words: dict[str, Any] = {key: frozenset(values.pop(key, "").split()) for key in _LISTS}
     plain = frozenset(values.pop("words", "").split())
     words["sometimes_last"] |= {word for word in cldr if word not in plain}
-    words["endings"] = tuple(words["endings"])
+    words |= {key: tuple(sorted(words[key])) for key in ("names", "endings")}
     if script := values.pop("script", None):
         values["script"] = re.compile(f"[{script}]")
     return Rules(code, **values, **words)

@@ -45,7 +45,10 @@ def scanner(segmenter: str, rules: Rules, far: bool = False) -> re.Pattern:
     clause = segmenter == "clause"
     sure, passed = ([*_sure_stops(rules)] if plain else []), [_LINE_END]
     if rules.english:
-        sure += _sure_english(clause, rules)
+        # The most frequent marks first.
+        wide = _sure_wide(clause, rules)
+        sure = _sure_english(clause, rules) + sure
+        sure = wide + sure if rules.chinese else sure + wide
         passed += _passed_english(clause)
     else:
         sure += _SURE_PAUSES if clause else []
@@ -133,17 +136,23 @@ def _passed_elsewhere(clause: bool) -> list[str]:
 
 
 def _sure_english(clause: bool, rules: Rules) -> list[str]:
-    continues = r"(?=[^\W_¹²³⁰⁴-⁹]|[“‘「『（]|\s[^.])"
-    names, han = _names(rules), _HAN + _KANA if rules.japanese else _HAN
-    closed = r"(?:[”’」』]+(?![的之这這一二两兩三四几幾為为云然就便而又也并並却卻才再接随隨と-をがにでっだ]))?"
+    names = _names(rules)
     if not clause:
-        return [
-            rf"(?<=[^\W\d_][!?])(?=\s[“‘\"(]?[A-Z0-9]){names}",
-            rf"(?<=[{han}A-Za-z][。！？]){names}{continues}",
-        ]
+        return [rf"(?<=[^\W\d_][!?])(?=\s[“‘\"(]?[A-Z0-9]){names}"]
     return [
         r"(?<=[^\W\d_][,;:])[”’\"']*(?=\s[“‘\"(]?[^\W_])",
         rf"(?<=[^\W\d_][!?]){names}[”’\"']*(?=\s[“‘\"(]?[^\W_])",
+    ]
+
+
+def _sure_wide(clause: bool, rules: Rules) -> list[str]:
+    """East Asian marks after a character that is no digit."""
+    names, han = _names(rules), _HAN + _KANA if rules.japanese else _HAN
+    continues = r"(?=[^\W_¹²³⁰⁴-⁹]|[“‘「『（]|\s[^.])"
+    if not clause:
+        return [rf"(?<=[{han}A-Za-z][。！？]){names}{continues}"]
+    closed = r"(?:[”’」』]+(?![的之这這一二两兩三四几幾为為云然就便而又也并並却卻才再接随隨と-をがにでっだ]))?"
+    return [
         rf"(?<=[{han}A-Za-z][，；：]){continues}",
         rf"(?<=[{han}]、)(?<![一二三四五六七八九十]、){continues}",
         rf"(?<=[{han}A-Za-z][。！？]){names}{closed}{continues}",

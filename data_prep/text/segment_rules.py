@@ -37,7 +37,7 @@ _BEFORE_DASH = re.compile(
 _ANY_MARK = re.compile(rf"[{MARK}-]")
 _DOUBLE_QUOTE = re.compile('["“”]')
 _PAUSES_AND_DASHES = PAUSES + DASHES + "-"
-_NOTES = re.compile(r"\[.*|[¹²³⁰⁴-⁹†‡]+")
+_WIDE_STOPS = frozenset(WIDE_STOPS)
 _NOT_MARKS = re.compile(rf"[^{MARK}{FAR_STOPS}-]+")
 _OPENING = re.compile(r"[“‘「『«﹁﹃(\[{（［｛【《〈〔〖〘〚]|(?<!\S)[\"']")
 # With the vowel signs of Indic scripts and Thai, which are no letters to `re`.
@@ -146,7 +146,7 @@ class Judge:
             stopped = _BEFORE_DASH.match(text, first, cut)
             if stopped is not None:
                 cut = stopped.end()
-            marks = _NOT_MARKS.sub("", _NOTES.sub("", text[first:cut]))
+            marks = _NOT_MARKS.sub("", text[first:cut].partition("[")[0])
         mark = marks[-1]
         if mark == "-" and (marks[-2:] != "--" or marks[-3:] == "---"):
             return 0, False
@@ -247,16 +247,17 @@ class Judge:
         text, clause, rules = self.text, self.clause, self.rules
         before, following = text[first - 1], text[cut]
         quoted = text[cut - 1] in QUOTE_CLOSERS
-        next_at = _SKIP.match(text, cut, self.end).end()
-        if rules.names and text[max(self.begin, first - 24) : first + 1].endswith(tuple(rules.names)):
+        if text[first] in rules.name_marks and text.endswith(rules.names, max(self.begin, first - 24), first + 1):
             # Yahoo! JAPAN and “Yahoo!” I said.
+            next_at = _SKIP.match(text, cut, self.end).end()
             starts = following.isspace() and rules.starts(self._next_word(next_at))
             return starts and (clause or not (quoted and self._names_speaker(next_at)))
-        if not marks.isascii() and any(mark in WIDE_STOPS for mark in marks):
-            return self._ends_at_wide_stop(cut, marks, quoted, next_at)
+        if not _WIDE_STOPS.isdisjoint(marks):
+            return self._ends_at_wide_stop(cut, marks, quoted)
         spaced = following.isspace()
         if not spaced and not (self.chinese and (_is_east_asian(before) or _is_east_asian(following))):
             return False
+        next_at = _SKIP.match(text, cut, self.end).end()
         next_character = text[next_at : min(next_at + 1, self.end)]
         opened = next_at > cut and text[next_at - 1] in OPENERS
         if marks[-1] in ELLIPSES or marks[-2:] in ("..", "…."):
@@ -289,7 +290,7 @@ class Judge:
             return False  # 1) Open it. 2) Close it.
         return not self._is_abbreviation(first, next_at, opened)
 
-    def _ends_at_wide_stop(self, cut: int, marks: str, quoted: bool, next_at: int) -> bool:
+    def _ends_at_wide_stop(self, cut: int, marks: str, quoted: bool) -> bool:
         text, clause = self.text, self.clause
         if text[cut - 1] in ")）" and marks[-1] not in "。｡":
             # the sentence continues after an aside: 他（可怜！）病了
@@ -300,7 +301,9 @@ class Judge:
             return False
         if clause or not quoted:
             return True
-        if _WIDE_SPEAKER.match(text, cut, self.end) or (not self.english and self._names_speaker(next_at)):
+        if _WIDE_SPEAKER.match(text, cut, self.end):
+            return False
+        if not self.english and self._names_speaker(_SKIP.match(text, cut, self.end).end()):
             return False
         # 他说“好。”然后走了。
         goes_on = marks[-1] in "。｡" and self.chinese and _GOES_ON.match(text, cut, self.end)
@@ -344,12 +347,12 @@ class Judge:
             if joined is not None and (spelled := "".join(joined.group().split())).lower() in rules.compounds:
                 whole = part = spelled
         # DIR in capitals is no abbreviation of a word; English tells no difference.
-        capitals = len(whole) > 2 and whole.isalpha() and whole.isupper() and not self.english
+        capitals = not self.english and len(whole) > 2 and whole.isalpha() and whole.isupper()
         forms = {whole} if capitals else {whole, whole.lower()}
         before = text[max(self.begin, token_at - 12) : token_at].rstrip()
         if whole in rules.last:
             return False
-        if f"{whole}.{word}".lower() in rules.compounds and text[after : after + 1] == ".":  # v. Chr.
+        if text[after : after + 1] == "." and f"{whole}.{word}".lower() in rules.compounds:  # v. Chr.
             return True
         if not rules.units.isdisjoint(forms) and before[-1:].isdigit():
             # "В 1985 г. Горбачёв" only opens a sentence.
