@@ -89,8 +89,8 @@ class Rules:
 
     def starts(self, word: str) -> bool:
         """Whether `word` starts sentences and follows no abbreviation as part of a name."""
-        if word in self.starters:
-            return True
+        if word in self.starters or word.isalpha():
+            return word in self.starters
         head, mark, _ = word.replace("'", "’").partition("’")
         return bool(mark) and head + "’" in self.starters
 
@@ -120,12 +120,12 @@ def _by_script() -> tuple[Rules, ...]:
     return tuple(rules for rules in map(rules_for, CODES) if rules.chosen_by_script and rules.script)
 
 
-def line_rules(language: str, text: str, begin: int, end: int) -> tuple[Rules, bool]:
+def line_rules(language: str, text: str, begin: int, end: int, kana: bool = True) -> tuple[Rules, bool]:
     """The rules for one line of a document in `language`, and whether those for ASCII marks beside East Asian
     characters apply.
 
     A line without a letter of the document's own script is chosen by its script, as all lines are by `auto`
-    and, but for Latin ones, by `other`.
+    and, but for Latin ones, by `other`. `kana`: the text may have some.
     """
     if language not in ("auto", "other"):
         rules = rules_for(language)
@@ -135,7 +135,7 @@ def line_rules(language: str, text: str, begin: int, end: int) -> tuple[Rules, b
     if text[begin:end].isascii():  # the common case in a text that has a few other letters
         return rules_for(latin), False
     if EAST_ASIAN.search(text, begin, end):
-        return rules_for("ja" if KANA.search(text, begin, end) else "zh"), True
+        return rules_for("ja" if kana and KANA.search(text, begin, end) else "zh"), True
     far = FAR_LETTERS.findall(text, begin, end)
     if not far or sum(map(len, far)) <= sum(map(len, LATIN_LETTERS.findall(text, begin, end))):
         return rules_for(latin), False

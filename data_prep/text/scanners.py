@@ -104,7 +104,6 @@ def _sure_stops(rules: Rules) -> list[str]:
     numerals = f"[IVXLCMivxlcm]{roman}{{2}}"
     three = rf"(?<={before}{letter}{inner}{{2}}\.)(?<!(?:{_listed(capital, 3)}|{numerals})\.)"
     two = rf"(?<={before}{inner}{{2}}\.)(?<!(?:{_listed(words, 2)}|{roman}{{2}})\.)"
-    two += rf"(?![”’\"')]*\s{_OPEN}[^\W\d_]\.)"  # es. C.F.
     endings = "".join(rf"(?<!{ending}\.)" for ending in rules.endings)
     start = rf"\s{_OPEN}(?:[{upper}{caseless}]|\d(?!\d?\d?\)))"
     long_enough = "|".join((four, three) if rules.short else (four, three, two))

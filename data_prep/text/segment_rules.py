@@ -342,7 +342,8 @@ class Judge:
         after = next_at + len(word)
         starts = opened or (rules.starts(word) and text[after : after + 1] != ".")
         whole, part = token, token.rpartition(".")[2]  # the end of PGS.TS.
-        if len(token) < 5 and text[token_at - 1 : token_at].isspace():  # z. B., т. е.
+        if len(token) < 5 and text[token_at - 2 : token_at - 1] == "." and text[token_at - 1].isspace():
+            # z. B., т. е.
             joined = _SPACED.search(text[max(self.begin, stop - 24) : stop])
             if joined is not None and (spelled := "".join(joined.group().split())).lower() in rules.compounds:
                 whole = part = spelled
@@ -369,7 +370,7 @@ class Judge:
                 return True
             if token in rules.numbered_titles:
                 return not starts
-        if len(token) < 3 and token.islower() and _INITIAL.match(text, next_at, self.end):  # z. B.
+        if len(token) == 1 and token.islower() and _INITIAL.match(text, next_at, self.end):  # z. B.
             return True
         if len(token) == 1 and (token.isupper() or _CASELESS.match(token)):
             return self._is_initial(token_at, token, starts)

@@ -53,7 +53,9 @@ class Segmenter:
         """Sentence ends in characters, ascending; the last is `len(text)`. [] for ""."""
         cuts: list[int] = []
         rules, chinese = _fixed_rules(self.language)
-        varied = rules.script is not None or (self.language in ("auto", "other") and _has_far_letters(text))
+        varied = kana = rules.script is not None
+        if self.language in ("auto", "other"):
+            varied, kana = _far_letters(text)
         judge = Judge(text, self.name == "clause")
         far = not rules.english and has_far_stops(text)
         found = current = opening = None
@@ -64,7 +66,7 @@ class Segmenter:
                     cuts[-1] = end
                 continue
             if varied:
-                rules, chinese = line_rules(self.language, text, begin, end)
+                rules, chinese = line_rules(self.language, text, begin, end, kana)
             if rules is not current:
                 current = rules
                 found = judging_scanner(rules, far) if self.judge_all else scanner(self.name, rules, far)
@@ -149,11 +151,13 @@ def _lines(text: str) -> Iterator[tuple[int, int]]:
         at += len(line)
 
 
-def _has_far_letters(text: str) -> bool:
-    """Whether a character may be neither Latin nor general punctuation; otherwise no line needs its language
-    checked. Compares all characters at once: a regex search would cost as much as the scan."""
+def _far_letters(text: str) -> tuple[bool, bool]:
+    """Whether a character may be neither Latin nor general punctuation, and whether one may be kana; without
+    the former no line needs its language checked. Compares all characters at once: a regex search would cost
+    as much as the scan."""
     if text.isascii():
-        return False
+        return False, False
     units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype="<u2")
     high = units[units >= 0x370]
-    return bool(((high < 0x2000) | (high >= 0x2C00)).any())
+    far = high[(high < 0x2000) | (high >= 0x2C00)]
+    return bool(far.size), bool(((far >= 0x3041) & (far < 0x30FB)).any())

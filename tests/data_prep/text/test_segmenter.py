@@ -175,6 +175,7 @@ def test_the_fast_path_knows_every_listed_word(language: str) -> None:
         f"3 {{}}. {first} 5 «{{}}. Öl",
         "(as {}.) “No. {}. 5 {}. i",
         "A {}.” Then",
+        "A {}. C. S. Lewis",
     )
     forms = {form for word in lists | plain for form in (word, word.capitalize(), word.upper())}
     text = "\n".join(f"Foo {frame.replace('{}', form)}" for form in sorted(forms) for frame in frames)
