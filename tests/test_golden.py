@@ -13,14 +13,20 @@ import shutil
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from helpers import ranks
 from helpers.data_prep_command import data_prep
 from helpers.paths import REPOSITORY
 
+from data_prep.shards.reader import ShardSet
+
 GOLDEN = Path(__file__).parent / "data" / "golden"
 ARTIFACTS = GOLDEN / "artifacts"
 OBJECTIVES = ("vae", "sllm", "lm")
+# Documents that version 3 of the segmenter cuts otherwise, and the sentences that they gain:
+# "彼は「はい。」と言った。" and "Das gilt z. B. für Dr. Müller." are one sentence each.
+RECUT = {"cases-zh-8": -1, "cases-other-0": -1}
 
 
 def recorded(name: str) -> dict:
@@ -49,6 +55,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shards_have_the_same_bytes(shards: Path, record: ModuleType) -> None:
+    """The train shards' records are of the segmenter's version 3 (see RECUT), the others of that time."""
     for name, files in recorded("shards").items():
         # The manifest names its input by a path: it is compared without it.
         assert {k: v for k, v in record.digests(shards / name).items() if k != "manifest.json"} == {
@@ -57,15 +64,18 @@ def test_shards_have_the_same_bytes(shards: Path, record: ModuleType) -> None:
 
 
 def test_shards_of_that_time_verify_and_equal_new_ones(shards: Path) -> None:
+    """Shards of that time still open, and differ from new ones in the cuts of RECUT alone."""
+    recut = {}
     for name in ("clause-train", "clause-valid"):
         data_prep("verify", ARTIFACTS / "shards" / name)
-        old, new = (
-            json.loads((folder / name / "manifest.json").read_text())
-            for folder in (ARTIFACTS / "shards", shards)
-        )
-        assert new["shards"] == old["shards"]
-        # The rules have changed since, for other texts than these.
-        assert new["settings"] | {"segmenter_version": 2} == old["settings"]
+        old, new = (ShardSet.open(folder / name) for folder in (ARTIFACTS / "shards", shards))
+        assert new.manifest["settings"] | {"segmenter_version": 2} == old.manifest["settings"]
+        for then, now in zip(old.documents(), new.documents(), strict=True):
+            assert (now.facts(), now.bytes, now.text_hash) == (then.facts(), then.bytes, then.text_hash)
+            assert np.array_equal(now.tokens, then.tokens)
+            if not np.array_equal(now.sentence_lengths, then.sentence_lengths):
+                recut[now.id] = now.sentence_lengths.size - then.sentence_lengths.size
+    assert recut == RECUT
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
