@@ -132,7 +132,8 @@ def line_rules(language: str, text: str, begin: int, end: int, kana: bool = True
         if rules.script is None or rules.script.search(text, begin, end):
             return rules, rules.chinese
     latin = "other" if language == "other" else "en"
-    if text[begin:end].isascii():  # the common case in a text that has a few other letters
+    # The common case in a text that has a few other letters.
+    if text[begin] < "\u0370" and text[begin:end].isascii():
         return rules_for(latin), False
     if EAST_ASIAN.search(text, begin, end):
         return rules_for("ja" if kana and KANA.search(text, begin, end) else "zh"), True

@@ -295,7 +295,8 @@ class Judge:
         if text[cut - 1] in ")）" and marks[-1] not in "。｡":
             # the sentence continues after an aside: 他（可怜！）病了
             return text[self.start : cut].lstrip()[0] in "(（"
-        if self.chinese and text[cut - 1] in "」』”）" and _PARTICLE.match(text, cut, self.end):
+        kana = "\u3040" < text[cut] < "\u3100"
+        if kana and self.chinese and text[cut - 1] in "」』”）" and _PARTICLE.match(text, cut, self.end):
             return False
         if quoted and marks[-1] not in "。｡" and _QUOTED_TERM.match(text, cut, self.end):
             return False
@@ -306,7 +307,8 @@ class Judge:
         if not self.english and self._names_speaker(_SKIP.match(text, cut, self.end).end()):
             return False
         # 他说“好。”然后走了。
-        goes_on = marks[-1] in "。｡" and self.chinese and _GOES_ON.match(text, cut, self.end)
+        goes_on = text[cut] in "然随隨接就" and marks[-1] in "。｡" and self.chinese
+        goes_on = goes_on and _GOES_ON.match(text, cut, self.end)
         return not (goes_on and _QUOTE_BEGINS.search(text[max(self.start, cut - 60) : cut - 1]))
 
     def _is_careless(self, stop: int) -> bool:

@@ -159,5 +159,5 @@ def _far_letters(text: str) -> tuple[bool, bool]:
         return False, False
     units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype="<u2")
     high = units[units >= 0x370]
-    far = high[(high < 0x2000) | (high >= 0x2C00)]
-    return bool(far.size), bool(((far >= 0x3041) & (far < 0x30FB)).any())
+    # Unsigned: what is below the range's start becomes large.
+    return bool((high - 0x2000 >= 0xC00).any()), bool((high - 0x3041 < 0xBA).any())
