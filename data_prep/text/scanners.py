@@ -150,7 +150,9 @@ def _sure_wide(clause: bool, rules: Rules) -> list[str]:
     continues = r"(?=[^\W_¹²³⁰⁴-⁹]|[“‘「『（]|\s[^.])"
     if not clause:
         return [rf"(?<=[{han}A-Za-z][。！？]){names}{continues}"]
-    closed = r"(?:[”’」』]+(?![的之这這一二两兩三四几幾为為云然就便而又也并並却卻才再接随隨と-をがにでっだ]))?"
+    closed = (
+        r"(?:[”’」』]+(?![的之这這一二两兩三四几幾为為云然就便而又也并並却卻才再接随隨と-をがにでっだ]))?"
+    )
     return [
         rf"(?<=[{han}A-Za-z][，；：]){continues}",
         rf"(?<=[{han}]、)(?<![一二三四五六七八九十]、){continues}",

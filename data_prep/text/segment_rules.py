@@ -247,7 +247,9 @@ class Judge:
         text, clause, rules = self.text, self.clause, self.rules
         before, following = text[first - 1], text[cut]
         quoted = text[cut - 1] in QUOTE_CLOSERS
-        if text[first] in rules.name_marks and text.endswith(rules.names, max(self.begin, first - 24), first + 1):
+        if text[first] in rules.name_marks and text.endswith(
+            rules.names, max(self.begin, first - 24), first + 1
+        ):
             # Yahoo! JAPAN and “Yahoo!” I said.
             next_at = _SKIP.match(text, cut, self.end).end()
             starts = following.isspace() and rules.starts(self._next_word(next_at))

@@ -1,8 +1,8 @@
 """Record the golden figures and artifacts of this folder, by command lines only.
 
-The records in this folder were made at commit d2dd794; those of the train shards (shards.json) again when the
-segmenter's rules became version 3, which cut two of its documents otherwise (test_golden.py names them). Run it at any commit to compare to the last digit on
-one machine; an issue that changes a record says which one and why.
+The records in this folder were made at commit d2dd794; those of the train shards (shards.json) again with
+version 3 of the segmenter's rules, which cut two documents otherwise (test_golden.py names them). Run it at
+any commit to compare to the last digit on one machine; an issue that changes a record says which one and why.
 
     python tests/data/golden/record.py OUTPUT [--artifacts]
 
