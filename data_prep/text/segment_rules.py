@@ -310,7 +310,7 @@ class Judge:
             return False
         # 他说“好。”然后走了。
         goes_on = text[cut] in "然随隨接就" and marks[-1] in "。｡" and self.chinese
-        goes_on = goes_on and _GOES_ON.match(text, cut, self.end)
+        goes_on = goes_on and _GOES_ON.match(text, cut, self.end) is not None
         return not (goes_on and _QUOTE_BEGINS.search(text[max(self.start, cut - 60) : cut - 1]))
 
     def _is_careless(self, stop: int) -> bool:
