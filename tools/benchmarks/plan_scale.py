@@ -36,7 +36,7 @@ from data_prep.corpus.inputs import InputFile, plan_units
 from data_prep.jobs.job import Job
 from data_prep.jobs.merge import merge
 from data_prep.jobs.plan import plan
-from data_prep.shards.layout import MANIFEST, QUARANTINE, SHARD_ENDINGS
+from data_prep.shards.layout import COUNTS, MANIFEST, QUARANTINE, SHARD_ENDINGS
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings
 from data_prep.text.sentences import SentenceSettings
@@ -48,7 +48,7 @@ Part = Literal["plan", "merge", "open", "exact", "near", "training"]
 PARTS: tuple[Part, ...] = ("plan", "merge", "open", "exact", "near", "training")
 DOCUMENT_BYTES = 4000
 UNIT_DOCUMENTS = 64_000  # 256 MB of text
-UNIT_SHARDS = 3  # 136 MB of arrays in shards of 64 MB
+SHARD_TEXT = 121_000_000  # bytes of text in 64 MB of arrays
 FILE_BYTES = 10_000_000  # stored, packed: 30 MB of text
 REJECTED = 0.02  # of the records
 REPEATED, ALIKE = 0.1, 0.05  # of the documents
@@ -116,7 +116,6 @@ def make_results(folder: Path, size: Size) -> None:
     results.mkdir(parents=True)
     (job.work / "aside").mkdir()
     rng = np.random.default_rng(1)
-    names = [f"part-{n:03d}{ending}" for n in range(UNIT_SHARDS) for ending in SHARD_ENDINGS.values()]
     each = 3 * FILE_BYTES // DOCUMENT_BYTES
     rejected = int(each * REJECTED)
     good = each - rejected
@@ -140,10 +139,12 @@ def make_results(folder: Path, size: Size) -> None:
                 }
             )
         documents = good * len(pieces)
+        shards = -(-documents * DOCUMENT_BYTES // SHARD_TEXT)
+        names = [f"part-{n:03d}{ending}" for n in range(shards) for ending in SHARD_ENDINGS.values()]
         tokens = int(documents * DOCUMENT_BYTES / BYTES_PER_TOKEN)
-        counts = {"documents": documents // UNIT_SHARDS, "sentences": tokens // 33, "tokens": tokens // 3}
-        counts["bytes"] = documents * DOCUMENT_BYTES // UNIT_SHARDS
-        hashes = [{"sha256": rng.bytes(32).hex(), "index_sha256": rng.bytes(32).hex()} for _ in range(3)]
+        sums = documents, tokens // 11, tokens, documents * DOCUMENT_BYTES
+        counts = {name: value // shards for name, value in zip(COUNTS, sums, strict=True)}
+        hashes = [{"sha256": rng.bytes(32).hex(), "index_sha256": rng.bytes(32).hex()} for _ in range(shards)]
         record = {
             "pieces": read,
             **{"repaired": {}, "marked": {}, "languages": {"en": counts}, "sources": {"crawl": counts}},
@@ -206,7 +207,7 @@ def run_merge(folder: Path, size: Size) -> dict[str, Any]:
     aside.mkdir()
     merge(TOKENIZER, job, job.work_folder(), lambda: None, aside)
     manifest = (job.output / MANIFEST).stat().st_size
-    return {"units": len(job.units), "shards": len(job.units) * UNIT_SHARDS, "bytes": manifest}
+    return {"units": len(job.units), "bytes": manifest}
 
 
 def run_open(folder: Path, size: Size) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def run_near(folder: Path, size: Size) -> dict[str, Any]:
 
 
 def run_training(folder: Path, size: Size) -> dict[str, Any]:
-    shards = size.units * UNIT_SHARDS
+    shards = size.documents * DOCUMENT_BYTES * 3 // (2 * SHARD_TEXT)  # the last of a unit is smaller
     found = plan_at("late", 1024, size.documents, shards, 4096)
     return found | {"shards": shards, "seconds": found["first_batch_seconds"]}
 
