@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,15 +15,24 @@ from data_prep.common.errors import UserError, first_line, log
 WAITS = (1, 2, 4, 8, 15)  # seconds before each new try; a library's own tries come on top
 # Keys of fsspec's file info that change with a remote file; the first one present is used.
 STAMPS = ("etag", "ETag", "checksum", "mtime", "LastModified", "created")
-FINAL = (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotImplementedError, ImportError)
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
-_LOGIN = re.compile(r"(?<=://)[^/?#@]*@")
+# Errors that do not pass: what is named wrongly, forbidden, or no archive.
+FINAL: tuple[type[Exception], ...] = (UserError, FileNotFoundError, PermissionError, IsADirectoryError)
+FINAL += (
+    NotADirectoryError,
+    ValueError,
+    NotImplementedError,
+    ImportError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
+_LOGIN = re.compile(r"(?<=://)[^/?#]*@")
 T = TypeVar("T")
 
 
 def is_url(path: object) -> bool:
     """Whether a path is a URL, also a chained one (zip://…::s3://…)."""
-    return isinstance(path, str) and _URL.match(path) is not None
+    return isinstance(path, str) and URL.match(path) is not None
 
 
 def without_login(url: str) -> str:
@@ -77,6 +88,7 @@ class RemoteFile(io.RawIOBase):
             return
         files, path = url_to_fs(self._url)
         files.invalidate_cache()
+        self._files = files  # an archive is closed with its last reference
         info = files.info(path)
         facts = info.get("size"), stamp_of(info)
         if self._facts not in (None, facts):

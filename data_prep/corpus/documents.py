@@ -29,7 +29,6 @@ from data_prep.corpus.compression import (
     Unpacked,
     content_of,
 )
-from data_prep.corpus.compression import find_damage as find_in_packed
 from data_prep.corpus.filters import MAX_TEXT_MB, Filters, encodable
 from data_prep.corpus.finding import folder_language, partitions, passed_over
 from data_prep.corpus.inputs import (
@@ -464,22 +463,6 @@ def sample_lines(files: list[InputFile], budget: int, filters: Filters | None = 
                 yield line
     if not found:
         raise UserError("the input holds no usable document to learn a tokenizer from")
-
-
-def find_damage(piece: Piece, tick: Callable[[], object] = lambda: None) -> tuple[Damage, ...]:
-    """The damaged members of a piece; `tick()` is called regularly. Raises `UserError` when unreadable."""
-    file = piece.file
-    if not file.packing:
-        return ()
-    with user_errors(file.path), open_input(file) as stream:
-
-        def chunks_from(offset: int) -> Iterator[bytes]:
-            stream.seek(offset)
-            while chunk := stream.read(CHUNK_BYTES):
-                tick()
-                yield chunk
-
-        return find_in_packed(chunks_from, file.size, file.packing)
 
 
 def _lines_of_text(piece: Piece, filters: Filters | None) -> Iterator[str]:

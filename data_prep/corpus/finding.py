@@ -21,7 +21,8 @@ from urllib.parse import unquote
 
 from data_prep.common.errors import UserError
 from data_prep.common.language_codes import normal_language
-from data_prep.corpus.inputs import DATASET, ENDINGS, URL, InputFile, dataset_input, kind_of, user_errors
+from data_prep.common.remote import URL, is_url, retry, stamp_of
+from data_prep.corpus.inputs import DATASET, ENDINGS, InputFile, dataset_input, kind_of, user_errors
 
 STREAMS = ("-", "/dev/stdin")
 SPOOL = "stdin"  # the folder's name in manifests and ids
@@ -33,8 +34,6 @@ LEFTOVERS = re.compile(
     r"_(temporary|SUCCESS|metadata|common_metadata|delta_log|spark_metadata|(started|committed)_.*)"
     r"|__MACOSX|.*\.crc"
 )
-# Keys of fsspec's file info that change with a remote file; the first one present is used.
-STAMPS = ("etag", "ETag", "checksum", "mtime", "LastModified", "created")
 # The first bytes of what a stream may carry; anything else is read as JSON lines.
 MAGIC = {
     b"\x1f\x8b": ".jsonl.gz",
@@ -110,7 +109,7 @@ def survey(paths: Iterable[str | Path], output: str | Path | None = None) -> Sur
         places += map(place.input_file, chosen)
     seen: set[str] = set()
     for file, _ in places:
-        real = file.path if URL.match(file.path) else os.path.realpath(file.path)
+        real = file.path if is_url(file.path) else os.path.realpath(file.path)
         if real in seen:
             raise UserError(f"input {file.path} is named twice; give each file once")
         seen.add(real)
@@ -152,9 +151,9 @@ class _Place:
         # Path to open → (parts, all parts of the path, size, stamp).
         self._entries: dict[str, tuple[tuple[str, ...], tuple[str, ...], int, str]] = {}
         self.is_folder = True
-        if URL.match(where):
+        if is_url(where):
             with user_errors(given):
-                self._list_remote(where)
+                retry(where, lambda: self._list_remote(where))
         else:
             self._list_local(where)
 
@@ -285,7 +284,7 @@ class _Place:
                 raise UserError(f"input {path} does not tell its size; copy it to this machine first")
             below = "/".join(filter(None, (base, path.removeprefix(root).lstrip("/"))))
             url = "::".join([*links[:link], f"{protocol}://{below}", *links[link + 1 :]])
-            stamp = next((str(facts[name]) for name in STAMPS if facts.get(name) is not None), "")
+            stamp = stamp_of(facts)
             named = (*archive, *_split(URL.sub("/", path)))
             self._entries[url] = parts, named, facts["size"], stamp
 

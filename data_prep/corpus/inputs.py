@@ -12,13 +12,14 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlencode
 
 from data_prep.common.errors import UserError, first_line, with_causes
+from data_prep.common.remote import is_url, open_remote, without_login
 
 # What a name ends in, before the ending of its packing; names are compared in lower case.
 KINDS = {
@@ -38,9 +39,7 @@ CHUNK_BYTES = 1 << 20
 ROWS = 64  # of a table, in memory at once
 UNPACKED = 3  # approximate bytes of text per stored byte of a packed file
 UNITS, LEAST_UNIT, MOST_UNIT = 256, 8_000_000, 256_000_000  # bytes of text
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
 _SLICE = re.compile(r"(?P<name>[^\[\]]+)(\[[^\[\]]*\])?")
-_LOGIN = re.compile(r"(?<=://)[^/?#]*@")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class InputFile:
     @property
     def shown_path(self) -> str:
         """`path` without the user and password of a URL."""
-        return _LOGIN.sub("", self.path) if URL.match(self.path) else self.path
+        return without_login(self.path) if is_url(self.path) else self.path
 
     @property
     def packing(self) -> str:
@@ -238,15 +237,7 @@ def user_errors(what: str) -> Iterator[None]:
 def open_input(file: InputFile) -> BinaryIO:
     """The stored bytes of a file, for reading and seeking. Raises `UserError` when it cannot be opened."""
     with user_errors(file.path):
-        if URL.match(file.path):
-            from fsspec.core import url_to_fs
-
-            files, path = url_to_fs(file.path)
-            stream = files.open(path, "rb")
-            with suppress(AttributeError):
-                stream.files = files  # an archive is closed with its last reference
-            return stream
-        return open(file.path, "rb")
+        return open_remote(file.path) if is_url(file.path) else open(file.path, "rb")
 
 
 def is_array(file: InputFile) -> bool:

@@ -11,9 +11,10 @@ from typing import TypeVar
 
 from data_prep.common.errors import UserError
 from data_prep.corpus.compression import Damage, DamagedMember
-from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, find_damage
+from data_prep.corpus.compression import find_damage as find_in_packed
+from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.filters import Filters
-from data_prep.corpus.inputs import Piece
+from data_prep.corpus.inputs import CHUNK_BYTES, Piece, open_input, user_errors
 from data_prep.corpus.limits import LEAST_RECORDS, UNVERIFIED_TEXT, Limits, TooManyRejected
 
 HEARTBEAT_SECONDS = 0.5
@@ -117,3 +118,19 @@ class VerifiedReading:
                 self.limits.refuse_damage(piece.file.name, next(iter(problems), None))
 
         return make(readers(), counts), counts
+
+
+def find_damage(piece: Piece, tick: Callable[[], object] = lambda: None) -> tuple[Damage, ...]:
+    """The damaged members of a piece; `tick()` is called regularly. Raises `UserError` when unreadable."""
+    file = piece.file
+    if not file.packing:
+        return ()
+    with user_errors(file.path), open_input(file) as stream:
+
+        def chunks_from(offset: int) -> Iterator[bytes]:
+            stream.seek(offset)
+            while chunk := stream.read(CHUNK_BYTES):
+                tick()
+                yield chunk
+
+        return find_in_packed(chunks_from, file.size, file.packing)

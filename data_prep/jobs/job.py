@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_prep.common.progress import Progress, Report
 from data_prep.common.results import WorkFolder
 from data_prep.corpus.finding import Survey
 from data_prep.corpus.inputs import InputFile, Piece
 from data_prep.corpus.limits import Limits
-from data_prep.shards.layout import MANIFEST, SHARD_ENDINGS, UNFINISHED
+from data_prep.shards.layout import MANIFEST, UNFINISHED
+from data_prep.shards.manifest import missing_units
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings
 
@@ -54,6 +56,12 @@ class Job:
         manifest = ShardSet.open(self.output).manifest
         return WorkFolder(self.work, lambda: not missing_units(self.output, manifest) & set(self.only))
 
+    def progress(self, report: Report) -> Progress:
+        """The progress of the whole run, over all its processes."""
+        phases = (["hash"] if self.settings.compares else []) + ["shard"]
+        total = sum(map(self.unit_bytes, self.units if self.only is None else self.only))
+        return Progress(self.work_folder(), phases, total * len(phases), report)
+
     def tasks(self, phase: str, units: Iterable[int]) -> list[Task]:
         """Units of one phase, each with the part of the job that it needs."""
         part = replace(
@@ -81,13 +89,3 @@ class Task:
     def is_started(self) -> bool:
         """Whether a process has started it and has not published it."""
         return any(unit == self.unit for unit, _ in self.job.work_folder().staging(self.phase))
-
-
-def missing_units(output: Path, manifest: dict) -> set[int]:
-    """The units of a finished set with a missing shard or index."""
-    return {
-        entry["unit"]
-        for entry in manifest["shards"]
-        for key in SHARD_ENDINGS
-        if not (output / entry[key]).is_file()
-    }

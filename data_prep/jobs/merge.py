@@ -23,12 +23,18 @@ from data_prep.shards.layout import (
     MARKED_VERSION,
     QUARANTINE,
     SHARD_ENDINGS,
-    TOKENIZER_FOLDER,
     fingerprint,
     seal_manifest,
     shard_names,
 )
-from data_prep.shards.manifest import damage_entries, input_entries, sum_counts, sum_groups, sum_rejected
+from data_prep.shards.manifest import (
+    damage_entries,
+    input_entries,
+    save_tokenizer,
+    sum_counts,
+    sum_groups,
+    sum_rejected,
+)
 from data_prep.shards.quarantine import join_quarantines
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
@@ -70,7 +76,7 @@ def merge(
     ]
     join_quarantines(parts, folder / QUARANTINE, heartbeat)
     os.replace(folder / QUARANTINE, output / QUARANTINE)
-    tokenizer_files = _save_tokenizer(tokenizer, folder, output)
+    tokenizer_files = save_tokenizer(tokenizer, folder, output)
     content = [[entry["file"], [piece["sha256"] for piece in entry["pieces"]]] for entry in inputs]
     marked = sum_counts(record["marked"] for record in records)
     manifest = facts | {
@@ -132,13 +138,3 @@ def _complete_records(work: WorkFolder, units: Iterable[int]) -> list[dict]:
     """
     work.require("shard", units)
     return [json.loads((work.result("shard", unit) / RECORD).read_bytes()) for unit in units]
-
-
-def _save_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict[str, str]:
-    """Write the tokenizer's files through `folder`. Returns their sha256 by name."""
-    tokenizer.save(folder / TOKENIZER_FOLDER)
-    (output / TOKENIZER_FOLDER).mkdir(exist_ok=True)
-    files = {path.name: file_sha256(path) for path in sorted((folder / TOKENIZER_FOLDER).iterdir())}
-    for name in files:
-        os.replace(folder / TOKENIZER_FOLDER / name, output / TOKENIZER_FOLDER / name)
-    return files

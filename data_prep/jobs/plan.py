@@ -17,9 +17,10 @@ from data_prep.common.files import json_bytes, partial_name, write_atomically
 from data_prep.corpus.finding import survey
 from data_prep.corpus.inputs import Piece, plan_units, text_bytes, unit_size
 from data_prep.corpus.limits import Limits
-from data_prep.jobs.changes import changed_input, describe_facts, describe_inputs
-from data_prep.jobs.job import Job, ShardSettings, missing_units
+from data_prep.jobs.job import Job, ShardSettings
+from data_prep.shards.changes import changed_input, describe_facts, describe_inputs
 from data_prep.shards.layout import FORMAT_VERSION, MANIFEST, PLAN, UNFINISHED, fingerprint
+from data_prep.shards.manifest import missing_units
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
 
@@ -58,6 +59,7 @@ def plan(
         log(f"data-prep: {line}")
     planned = dict(enumerate(plan_units(found.files, settings.unit_bytes)))
     job = Job(output, settings, facts, found, planned, Path(tokenizer_folder), limits)
+    limits.refuse_damage("input", next(iter(found.lost), None))
     for _ in range(3):
         try:
             return _check_finished(job) if (output / MANIFEST).is_file() else _start(job)
@@ -123,7 +125,8 @@ def _require_same(job: Job, started: dict, wanted: dict) -> None:
         problem = "another purpose: it repairs a set" if started["only"] else "another purpose"
     if not problem and started["inputs"] != wanted["inputs"]:
         pairs = zip(started["inputs"], wanted["inputs"], strict=True)
-        if changed := changed_input(job, {new[0] for old, new in pairs if old != new}):
+        touched = {new[0] for old, new in pairs if old != new}
+        if changed := changed_input(job.work_folder(), job.units, touched):
             problem = f"other input: {changed} has changed"
         else:
             write_atomically(job.work / PLAN, json_bytes(wanted | {"only": started["only"]}))

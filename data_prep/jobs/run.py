@@ -15,13 +15,13 @@ from pathlib import Path
 
 from data_prep.common.engines import Engine, ProcessPool, dask_engine, mpi_engine, run_here
 from data_prep.common.errors import UserError, log
+from data_prep.common.progress import Progress, Report
 from data_prep.common.results import Incomplete
 from data_prep.corpus.limits import Limits
 from data_prep.jobs import units
 from data_prep.jobs.job import Job
 from data_prep.jobs.merge import merge, restore_shards
 from data_prep.jobs.plan import NO_LIMITS, idle_workers, plan
-from data_prep.jobs.progress import Progress, Report
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
@@ -64,7 +64,7 @@ def make_shards(
             found = False
             if line := idle_workers(job, workers):
                 log(f"data-prep: {line}")
-            progress = Progress(job, report or (lambda progress: None))
+            progress = job.progress(report or (lambda progress: None))
             progress(at_once=True)
             run_job(job, tokenizer, engine, share, progress)
             progress(at_once=True)

@@ -1,11 +1,16 @@
-"""Parts of a manifest, from the records of units (`data_prep/jobs/units.py`)."""
+"""Parts of a manifest, from the records of units (`data_prep/jobs/units.py`), and what belongs to it."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
+from data_prep.common.files import file_sha256
 from data_prep.corpus.inputs import InputFile, Piece
+from data_prep.shards.layout import SHARD_ENDINGS, TOKENIZER_FOLDER
+from data_prep.text.tokenizer import Tokenizer
 
 
 def input_entries(files: list[InputFile], units: dict[int, list[Piece]], records: list[dict]) -> list[dict]:
@@ -53,3 +58,23 @@ def sum_groups(groups: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[st
         for name, counts in one.items():
             total.setdefault(name, Counter()).update(counts)
     return {name: dict(total[name]) for name in sorted(total)}
+
+
+def missing_units(output: Path, manifest: dict) -> set[int]:
+    """The units of a finished set with a missing shard or index."""
+    return {
+        entry["unit"]
+        for entry in manifest["shards"]
+        for key in SHARD_ENDINGS
+        if not (output / entry[key]).is_file()
+    }
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, output: Path) -> dict[str, str]:
+    """Write the tokenizer's files through `folder`. Returns their sha256 by name."""
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    (output / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+    files = {path.name: file_sha256(path) for path in sorted((folder / TOKENIZER_FOLDER).iterdir())}
+    for name in files:
+        os.replace(folder / TOKENIZER_FOLDER / name, output / TOKENIZER_FOLDER / name)
+    return files

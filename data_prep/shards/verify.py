@@ -10,10 +10,11 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import file_sha256
-from data_prep.corpus.documents import DocumentReader, RawDocument, find_damage
+from data_prep.corpus.documents import DocumentReader, RawDocument
 from data_prep.corpus.filters import Filters
 from data_prep.corpus.finding import find_inputs
 from data_prep.corpus.inputs import Piece
+from data_prep.corpus.verified import find_damage
 from data_prep.shards.layout import (
     LENGTH_DTYPE,
     MANIFEST,

@@ -101,14 +101,17 @@ class NaiveEnd:
     ) -> Path:
         """Token by token; each weighs what the model gives to all choices that begin with it. A token behind
         the whole prompt is checked when it is chosen, and chosen again if no document has it."""
-        after = cache(lambda *tokens: logits_after(list(tokens)))
-        logits_after = lambda tokens: after(*tokens)  # noqa: E731
-        chosen = self._walk(logits_after, penalised, sampling, rng, end_rng)
+        cached = cache(lambda *tokens: logits_after(list(tokens)))
+
+        def after(tokens: list[int]) -> Tensor:
+            return cached(*tokens)
+
+        chosen = self._walk(after, penalised, sampling, rng, end_rng)
         while chosen[-1] != self.end_symbol and not may_follow(
             self.prompt, self.tokenizer, [*self.complete, *chosen]
         ):
             self.paths[chosen[:-1]].remove(chosen[-1])
-            chosen = self._walk(logits_after, penalised, sampling, rng, end_rng)
+            chosen = self._walk(after, penalised, sampling, rng, end_rng)
         return chosen
 
     def _walk(

@@ -233,6 +233,17 @@ def train_in_folders(arguments: list[str], folders: list[str]) -> int | str:
     return train(arguments)
 
 
+def train_with_environment(arguments: list[str], environment: dict[str, str]) -> int | str:
+    """As `train`, with more environment variables."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        return train(arguments)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def train_and_watch_the_disk(arguments: list[str]) -> tuple[int | str, list[tuple[str, str, int]]]:
     """As `train`, with this rank's flushes and renames in order: ("flush", name, lines of a .jsonl) and
     ("rename", new name, 0)."""

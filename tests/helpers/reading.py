@@ -8,9 +8,10 @@ from pathlib import Path
 import zstandard
 
 from data_prep.corpus.compression import DamagedMember
-from data_prep.corpus.documents import DocumentReader, find_damage
+from data_prep.corpus.documents import DocumentReader
 from data_prep.corpus.filters import Filters
 from data_prep.corpus.finding import find_inputs
+from data_prep.corpus.verified import find_damage
 
 GOOD = b'{"id": "a", "content": "One two. \\u4e8c"}'
 ZSTD = zstandard.ZstdCompressor(write_checksum=True).compress

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
-from helpers.data_prep_command import call, contents, refused
+from helpers import ranks, runs
+from helpers.data_prep_command import call, contents, data_prep, refused
 from helpers.s3_server import BUCKET, Server, serving
+from helpers.tokenizer_folders import ENGLISH, byte_level
 
 from data_prep.common import remote
 from data_prep.common.errors import UserError
@@ -111,3 +115,46 @@ def test_a_set_behind_a_url_is_copied_once_and_whole_through_kills(
         assert ShardSet.open(f"s3://{BUCKET}/set").folder == shards.folder
         assert (shards.folder / tar).stat().st_mtime_ns == before
     assert verify(shards.folder)["ok"]
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
+def test_shards_from_a_bucket_are_those_of_the_folder_through_kills(
+    kills: int,
+    tmp_path: Path,
+    server_environment: Callable[[Server], None],
+) -> None:
+    tokenizer = byte_level(tmp_path / "bytes")
+    (tmp_path / "served" / "corpus").mkdir(parents=True)
+    for number in range(9):
+        text = "".join(f"Line {n} of file {number}. {ENGLISH}" for n in range(20))
+        data = json.dumps({"id": str(number), "content": text}).encode() + b"\n"
+        name = f"{number}.jsonl.gz" if number % 2 else f"{number}.jsonl"
+        (tmp_path / "served" / "corpus" / name).write_bytes(
+            gzip.compress(data, mtime=0) if number % 2 else data
+        )
+    shard = ("shard", "--tokenizer", tokenizer, "--unit-mb", "0.01")
+    data_prep(*shard, "--input", tmp_path / "served" / "corpus", "--output", tmp_path / "folder")
+    with serving(tmp_path / "served", kills=kills, most=6) as server:
+        server_environment(server)
+        runs = 0
+        while server.killed < kills:
+            workers = ("--workers", str(1 + runs % 2))
+            data_prep(*shard, "--input", f"s3://{BUCKET}/corpus", "--output", tmp_path / str(runs), *workers)
+            assert contents(tmp_path / str(runs)) == contents(tmp_path / "folder")
+            runs += 1
+
+
+def test_training_from_a_bucket_is_training_from_the_folder(
+    pool: ranks.RankPool, recipes: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_shards, tmp_path / "served" / "set")
+    folder = runs.arguments(recipes, "lm", "zero1", tmp_path / "folder")
+    assert pool.run(2, ranks.train, folder) == [0, 0]
+    with serving(tmp_path / "served", kills=2, most=3) as server:
+        bucket = runs.arguments(
+            recipes, "lm", "zero1", tmp_path / "bucket", "--data.shards", f"s3://{BUCKET}/set"
+        )
+        environment = server.environment | {"SLLM_SHARD_CACHE": str(tmp_path / "cache")}
+        assert pool.run(2, ranks.train_with_environment, bucket, environment) == [0, 0]
+        assert server.killed == 2
+    assert runs.losses(tmp_path / "bucket") == runs.losses(tmp_path / "folder")

@@ -14,11 +14,12 @@ import pytest
 from helpers.reading import PACKERS, read
 
 from data_prep.common.errors import UserError
-from data_prep.corpus.documents import DocumentReader, RawDocument, Reject, find_damage
+from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.filters import Filters
 from data_prep.corpus.finding import find_inputs
 from data_prep.corpus.inputs import split, whole
 from data_prep.corpus.lines import cut_array
+from data_prep.corpus.verified import find_damage
 
 LONG = "9" * 5000
 

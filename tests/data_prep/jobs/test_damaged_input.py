@@ -152,19 +152,23 @@ def test_frames_without_a_checksum_are_marked_and_counted(
     ("name", "data", "said"),
     [
         ("x.jsonl.gz", lines(1), "not gzip data but plain text: give it the name"),
-        ("x.jsonl.zst", gzip.compress(lines(1)), "not zstd data but gzip data: give it the name"),
-        ("x.jsonl", gzip.compress(lines(1)), "not text but gzip data: give it the name"),
+        ("x.jsonl.zst", gzip.compress(lines(1), mtime=0), "not zstd data but gzip data: give it the name"),
+        ("x.jsonl", gzip.compress(lines(1), mtime=0), "not text but gzip data: give it the name"),
         ("x.txt", ZSTD(b"words"), "not text but zstd data: give it the name"),
-        ("x.tar", gzip.compress(lines(1)), "not a tar archive but gzip data: give it the name"),
-        ("x.tar.gz", gzip.compress(lines(1)), "not a tar archive but plain text: give it the name"),
+        ("x.tar", gzip.compress(lines(1), mtime=0), "not a tar archive but gzip data: give it the name"),
+        ("x.tar.gz", gzip.compress(lines(1), mtime=0), "not a tar archive but plain text: give it the name"),
         ("x.jsonl.gz", b"", "the file is empty, which no gzip file is"),
         ("x.jsonl.zst", b"", "the file is empty, which no zstd file is"),
         ("x.tar", b"", "not a tar archive but empty"),
         ("x.jsonl.zst", ZSTD(lines(1))[:-1] + b"\0", "the checksum of a zstd member differs"),
-        ("x.jsonl.gz", gzip.compress(lines(1))[:-8] + bytes(8), "the checksum of a gzip member differs"),
-        ("x.jsonl.gz", gzip.compress(lines(1))[:-9], "the gzip file ends too early"),
-        ("x.txt.gz", flipped(gzip.compress(b"words " * 99)), "gzip"),
-        ("x.jsonl.gz", gzip.compress(b""), "the files are empty"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(lines(1), mtime=0)[:-8] + bytes(8),
+            "the checksum of a gzip member differs",
+        ),
+        ("x.jsonl.gz", gzip.compress(lines(1), mtime=0)[:-9], "the gzip file ends too early"),
+        ("x.txt.gz", flipped(gzip.compress(b"words " * 99, mtime=0)), "gzip"),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0), "the files are empty"),
     ],
 )
 def test_the_only_file_holds_nothing_to_use(
@@ -180,7 +184,7 @@ def test_the_only_file_holds_nothing_to_use(
 
 def test_a_copy_in_a_damaged_member_is_no_duplicate(tmp_path: Path, tokenizer: Path):
     (tmp_path / "in").mkdir()
-    stored = gzip.compress(lines(*range(300)))
+    stored = gzip.compress(lines(*range(300)), mtime=0)
     (tmp_path / "in/a.jsonl.gz").write_bytes(flipped(stored, 0.9))
     (tmp_path / "in/b.jsonl").write_bytes(lines(5, 6, 5))
     assert shard(tmp_path / "in", tmp_path / "shards", tokenizer, "--deduplicate") == 3

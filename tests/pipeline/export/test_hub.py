@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -15,7 +16,8 @@ import torch
 import yaml
 from helpers import ranks
 from helpers.backbone_families import CONFIGS, family_lm, family_sllm
-from helpers.model_folders import save, small_model
+from helpers.data_prep_command import data_prep
+from helpers.model_folders import save, small_model, write_jsonl
 from helpers.models import random_batch, small_vae
 from helpers.paths import REPOSITORY
 from helpers.runs import MODELS, arguments
@@ -23,12 +25,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from data_prep.common.errors import UserError
+from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline import SLLM, SentenceVAE, SLLMConfig
 from pipeline.export.model_card import RESULTS
 from pipeline.export.model_folder import export_run
 from pipeline.generation.api import generate
 from pipeline.models.factory import load_model
+from pipeline.training.provenance import provenance
 
 pytestmark = pytest.mark.launch
 
@@ -428,6 +432,27 @@ def test_evaluate_records_its_result_for_the_card(run, tmp_path, tiny_valid_shar
     for wrong in (other, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="--record .* is no export of this run"):
             main([*words, "--record", str(wrong)])
+
+
+@one_objective
+def test_what_the_shards_left_out_by_comparison_is_on_the_card(run, tmp_path, tiny_corpus):
+    corpus = next(tiny_corpus.rglob("*.gz"))
+    documents = [line["content"] for line in map(json.loads, gzip.open(corpus, "rt"))]
+    (tmp_path / "tests.jsonl").write_text(json.dumps({"content": documents[0][:400]}) + "\n")
+    write_jsonl(tmp_path / "in.jsonl", documents[:6])
+    folder = json.loads((run / "provenance.json").read_text())["shards"][0]["folder"]
+    shard = ("shard", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "set", "--deduplicate")
+    shard += ("--tokenizer", Path(folder) / "tokenizer", "--decontaminate", tmp_path / "tests.jsonl")
+    data_prep(*shard)
+    shards = ShardSet.open(tmp_path / "set")
+    copy = shutil.copytree(run, tmp_path / "run")
+    found = provenance([shards], [], "cpu")
+    (copy / "provenance.json").write_text(json.dumps(found))
+    card = (export_run(copy, tmp_path / "model", "last") / "README.md").read_text()
+    left_out = shards.manifest["rejected"]["shares words with a test text"]
+    assert left_out and f"  - {left_out} left out: shares words with a test text\n" in card
+    digest = shards.manifest["settings"]["decontaminate"]["sha256"]
+    assert f"  - checked against 1 test texts (sha256 `{digest[:16]}`), 13 words in a row\n" in card
 
 
 @one_objective

@@ -1,4 +1,4 @@
-"""The progress of a run of `data-prep shard` over all its processes."""
+"""The progress of all processes that publish results in one work folder."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.common.results import RECORD
-from data_prep.jobs.job import Job
+from data_prep.common.results import RECORD, WorkFolder
 
 REPORT_SECONDS = 0.5
 
@@ -18,20 +17,18 @@ Report = Callable[["Progress"], None]
 class Progress:
     """The counts of all processes, read from the work folder. Called regularly, it calls `report(self)`.
 
-    done, total: bytes of input, over all phases; documents, rejected: in the current phase; documents_rate:
-    per second, in this phase and since this object was made.
+    phases: those that are counted, in order. done, total: bytes of input, over all phases; documents and
+    rejected: in the current phase; documents_rate: per second, in this phase and since this object was made.
     """
 
-    def __init__(self, job: Job, report: Report):
-        self._work, self._report = job.work_folder(), report
-        units = job.units if job.only is None else job.only
-        self._names = (["hash"] if job.settings.compares else []) + ["shard"]
+    def __init__(self, work: WorkFolder, phases: list[str], total: int, report: Report):
+        self._work, self._names, self._report = work, phases, report
         self._finished: dict[tuple[str, int], dict] = {}
         self._phase_started = self._reported = time.monotonic()
         self._first_documents = 0
         self._phase: str | None = None
         self.done = self.documents = self.rejected = 0
-        self.total = sum(map(job.unit_bytes, units)) * len(self._names)
+        self.total = total
 
     @property
     def documents_rate(self) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from data_prep.common.results import RECORD
-from data_prep.jobs.job import Job
+from data_prep.common.results import RECORD, WorkFolder
+from data_prep.corpus.inputs import Piece
 
 SHOWN = 5
 
@@ -32,9 +32,8 @@ def describe_inputs(old: Iterable[tuple[str, int]], new: Iterable[tuple[str, int
     return f"other input: {_listed(found or ['another order of the files'])}"
 
 
-def changed_input(job: Job, touched: set[str]) -> str | None:
+def changed_input(work: WorkFolder, units: dict[int, list[Piece]], touched: set[str]) -> str | None:
     """The name of a touched file whose content is not what finished units have read; None for none."""
-    work = job.work_folder()
     for phase in ("hash", "shard"):
         for unit in work.done(phase):
             try:
@@ -42,7 +41,7 @@ def changed_input(job: Job, touched: set[str]) -> str | None:
             except (OSError, ValueError):  # cut short by a crash: it is made again
                 continue
             read = record.get("sha256") or [piece["sha256"] for piece in record["pieces"]]
-            for piece, sha256 in zip(job.units[unit], read, strict=True):
+            for piece, sha256 in zip(units[unit], read, strict=True):
                 if piece.file.name in touched and piece.sha256() != sha256:
                     return piece.file.name
     return None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import tokenizer_folders
 
-from data_prep.jobs import progress
+from data_prep.common import progress
 from data_prep.jobs.run import make_shards
 from data_prep.shards.settings import ShardSettings
 from data_prep.text.sentences import SentenceSettings
