@@ -102,7 +102,7 @@ def find(
 ) -> Iterator[dict[int, str]]:
     """For each unit's folder, in order: the numbers of documents that resemble an earlier one, and its id.
 
-    The earlier document is one that stays. Holds some 20 bytes per document, and the ids of the earlier ones.
+    The earlier document is one that stays. Holds some 30 bytes per document, and the ids of the earlier ones.
     """
     signatures = _Signatures(folders)
     first, starts = _first_alike(signatures, similarity, heartbeat), signatures.starts

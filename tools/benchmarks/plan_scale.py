@@ -257,7 +257,7 @@ def measured(part: Part, folder: Path, size: Size) -> dict[str, Any]:
 def plan_scale(
     *,
     documents: Annotated[Sequence[int], Parameter(consume_multiple=1)] = (5, 50, 500),
-    near_documents: Annotated[Sequence[int], Parameter(consume_multiple=1)] = (1, 5, 10),
+    near_documents: Annotated[Sequence[int], Parameter(consume_multiple=1)] = (1, 5),
     exact_documents: Annotated[Sequence[int], Parameter(consume_multiple=1)] = (5, 50, 500),
     only: Annotated[Sequence[Part], Parameter(consume_multiple=1)] = PARTS,
     folder: str | None = None,
