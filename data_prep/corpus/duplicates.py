@@ -42,9 +42,14 @@ def find(files: list[Path], heartbeat: Callable[[], None] = lambda: None) -> Ite
         parts = [_rows(path, *bounds[n, bucket : bucket + 2]) for n, path in enumerate(files)]
         unit = np.repeat(np.arange(len(files), dtype=np.uint32), [part.size for part in parts])
         joined = np.concatenate(parts)
-        order = np.lexsort((joined["number"], unit, joined["low"], joined["high"]))
+        # Stable, of sorted runs in the order of units: equal hashes stay in the order of documents.
+        order = np.argsort(joined["high"], kind="stable")
         joined, unit = joined[order], unit[order]
-        same = (joined["high"][1:] == joined["high"][:-1]) & (joined["low"][1:] == joined["low"][:-1])
+        same = joined["high"][1:] == joined["high"][:-1]
+        if (joined["low"][1:][same] != joined["low"][:-1][same]).any():  # half of two hashes is equal
+            order = np.lexsort((joined["low"], joined["high"]))
+            joined, unit = joined[order], unit[order]
+            same = (joined["high"][1:] == joined["high"][:-1]) & (joined["low"][1:] == joined["low"][:-1])
         again = np.flatnonzero(same) + 1
         found.append(np.stack([unit[again], joined["number"][again]]))
         heartbeat()

@@ -23,7 +23,9 @@ VALUES = 128  # of a signature: the standard error of J is at most 0.044
 SEED = 42
 RECALL = 0.99  # of pairs with the similarity asked for, before their signatures are compared
 BATCH_WORDS = 1 << 18
-SIGNATURES, IDS = "signatures.bin", "ids.txt"
+PARTS = 16  # of the documents, sorted one after another
+# Signatures twice, for two orders of reading: [VALUES, documents] by band, [documents, VALUES] by document.
+BANDS, SIGNATURES, IDS = "bands.bin", "signatures.bin", "ids.txt"
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -62,9 +64,9 @@ class Signer:
             self._sign()
 
     def write(self, folder: Path) -> None:
-        """Write the signatures, uint32 [VALUES, documents] so that bands are contiguous, and the ids."""
+        """Write the signatures, uint32 in two orders, and the ids."""
         self._sign()
-        np.concatenate(self._made).T.astype("<u4").tofile(folder / SIGNATURES)
+        write_signatures(folder, np.concatenate(self._made))
         (folder / IDS).write_text("\n".join(self._ids), encoding="ascii")
 
     def _sign(self) -> None:
@@ -81,6 +83,12 @@ class Signer:
         self._words, self._waiting = [], 0
 
 
+def write_signatures(folder: Path, signatures: np.ndarray) -> None:
+    """Write uint32 [documents, VALUES] in two orders."""
+    signatures.astype("<u4").tofile(folder / SIGNATURES)
+    signatures.T.astype("<u4").tofile(folder / BANDS)
+
+
 def _pairs(words: np.ndarray) -> np.ndarray:
     """uint64 hashes of neighbouring words; of the word itself when there is one."""
     if len(words) < 2:
@@ -94,20 +102,29 @@ def find(
 ) -> Iterator[dict[int, str]]:
     """For each unit's folder, in order: the numbers of documents that resemble an earlier one, and its id.
 
-    The earlier document is one that stays. Holds some 40 bytes per document.
+    The earlier document is one that stays. Holds some 30 bytes per document, and the ids of the earlier ones.
     """
-    signatures = _Signatures([folder / SIGNATURES for folder in folders])
+    signatures = _Signatures(folders)
     first, starts = _first_alike(signatures, similarity, heartbeat), signatures.starts
     later = np.flatnonzero(first != np.arange(len(first)))
-    units = np.searchsorted(starts, first[later], side="right") - 1
-    ids: dict[int, str] = {}
-    for unit in np.unique(units):
-        lines = (folders[unit] / IDS).read_text(encoding="ascii").split("\n")
-        ids |= {int(n): json.loads(lines[n - starts[unit]]) for n in np.unique(first[later[units == unit]])}
-        heartbeat()
-    for start, end in zip(starts, starts[1:], strict=False):
-        here = later[np.searchsorted(later, start) : np.searchsorted(later, end)]
-        yield {int(n - start): ids[int(first[n])] for n in here}
+    first = first[later]
+    wanted = np.unique(first)
+    ids: list[str] = []  # of `wanted`
+    for folder, (low, high), start in zip(folders, _ranges(wanted, starts), starts, strict=False):
+        if low < high:
+            lines = (folder / IDS).read_text(encoding="ascii").split("\n")
+            ids += (lines[n] for n in (wanted[low:high] - start).tolist())
+            heartbeat()
+    for (low, high), start in zip(_ranges(later, starts), starts, strict=False):
+        of = np.searchsorted(wanted, first[low:high]).tolist()
+        numbers = (later[low:high] - start).tolist()
+        yield {n: json.loads(ids[m]) for n, m in zip(numbers, of, strict=True)}
+
+
+def _ranges(documents: np.ndarray, starts: np.ndarray) -> list[tuple[int, int]]:
+    """For each unit: the range of `documents`, ascending, that is its own."""
+    bounds = np.searchsorted(documents, starts).tolist()
+    return list(zip(bounds, bounds[1:], strict=False))
 
 
 def _first_alike(signatures: _Signatures, similarity: float, heartbeat: Callable[[], None]) -> np.ndarray:
@@ -116,22 +133,41 @@ def _first_alike(signatures: _Signatures, similarity: float, heartbeat: Callable
     first = np.arange(signatures.total, dtype=np.int64)
     for band in range(VALUES // rows if signatures.total else 0):
         keys = signatures.band(band * rows, rows)
-        order = np.argsort(keys, kind="stable")
-        new = np.flatnonzero(np.concatenate([[True], keys[order[1:]] != keys[order[:-1]]]))
-        group = np.repeat(order[new], np.diff(np.append(new, len(order))))  # the first with this key
-        for earlier, later in ((group, order), (order[:-1], order[1:])):
-            same = (keys[earlier] == keys[later]) & (earlier < first[later])
-            earlier, later = earlier[same], later[same]
-            alike = signatures.alike(earlier, later, least)
-            np.minimum.at(first, later[alike], earlier[alike])
-        heartbeat()
+        # Parts of equal last bytes bound the memory of sorting. (A copy: a strided view is slow to scan.)
+        parts = keys.astype(np.uint8) % PARTS
+        for part in range(PARTS):
+            documents = np.flatnonzero(parts == part)
+            if len(documents) > 1:
+                _compare(signatures, documents, keys[documents], first, least)
+            heartbeat()
     _resolve(signatures, first, least)
     return first
 
 
+def _compare(
+    signatures: _Signatures, documents: np.ndarray, keys: np.ndarray, first: np.ndarray, least: float
+) -> None:
+    """Compare documents, ascending, that have equal keys; lowers `first` where they are alike."""
+    order = np.argsort(keys)  # faster than a stable sort; most keys occur once
+    same = np.diff(keys[order]) == 0
+    order = order[np.append(same, False) | np.append(False, same)]
+    order = order[np.lexsort((order, keys[order]))]
+    documents, keys = documents[order], keys[order]
+    new = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+    group = np.repeat(documents[new], np.diff(np.append(new, len(keys))))  # the first with this key
+    neighbours = documents[:-1][keys[1:] == keys[:-1]], documents[1:][keys[1:] == keys[:-1]]
+    for earlier, later in ((group, documents), neighbours):
+        closer = earlier < first[later]
+        earlier, later = earlier[closer], later[closer]
+        alike = signatures.alike(earlier, later, least)
+        np.minimum.at(first, later[alike], earlier[alike])
+
+
 def _resolve(signatures: _Signatures, first: np.ndarray, least: float) -> None:
     """Make every dropped document name one that stays, or keep it."""
-    for later in np.flatnonzero(first != np.arange(len(first))):
+    later_ones = np.flatnonzero(first != np.arange(len(first)))
+    # One that stays does so to the end.
+    for later in later_ones[first[first[later_ones]] != first[later_ones]]:
         earlier = first[first[later]]
         if earlier != first[later]:
             one, two = np.array([earlier]), np.array([later])
@@ -141,24 +177,19 @@ def _resolve(signatures: _Signatures, first: np.ndarray, least: float) -> None:
 class _Signatures:
     """The signatures of all units' documents. Files are opened one at a time."""
 
-    def __init__(self, files: list[Path]):
-        self.files = files
-        counts = [path.stat().st_size // (4 * VALUES) for path in files]
+    def __init__(self, folders: list[Path]):
+        self.folders = folders
+        counts = [(folder / SIGNATURES).stat().st_size // (4 * VALUES) for folder in folders]
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.total = int(self.starts[-1])
-
-    def _open(self, unit: int) -> np.ndarray:
-        documents = int(self.starts[unit + 1] - self.starts[unit])
-        if not documents:
-            return np.empty((VALUES, 0), "<u4")
-        return np.memmap(self.files[unit], "<u4", "r", shape=(VALUES, documents))
 
     def band(self, start: int, rows: int) -> np.ndarray:
         """uint64 [documents]: a key of `rows` values of each signature."""
         keys = np.zeros(self.total, np.uint64)
-        for unit in range(len(self.files)):
-            part = keys[self.starts[unit] : self.starts[unit + 1]]
-            for values in self._open(unit)[start : start + rows]:
+        for folder, low, high in zip(self.folders, self.starts, self.starts[1:], strict=False):
+            part, at = keys[low:high], int(4 * start * (high - low))
+            values_of = np.fromfile(folder / BANDS, "<u4", count=rows * len(part), offset=at)
+            for values in values_of.reshape(rows, -1):
                 part ^= values
                 part *= _ODD
                 part ^= part >> np.uint64(29)
@@ -180,5 +211,6 @@ class _Signatures:
         units = np.searchsorted(self.starts, documents, side="right") - 1
         for unit in np.unique(units):
             chosen = units == unit
-            found[chosen] = self._open(unit)[:, documents[chosen] - self.starts[unit]].T
+            stored = np.memmap(self.folders[unit] / SIGNATURES, "<u4", "r").reshape(-1, VALUES)
+            found[chosen] = stored[documents[chosen] - self.starts[unit]]
         return found

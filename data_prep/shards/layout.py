@@ -57,6 +57,7 @@ MARKED_DTYPE = np.dtype([*INDEX_DTYPE.descr, ("mark", "u1")])
 
 LENGTH_DTYPE = np.dtype("<u2")
 MEMBER_KINDS = ("tokens.npy", "sentence_lengths.npy", "document_sizes.npy", "documents.json")
+_CHECKSUM = re.compile(rb'^ "checksum": "([0-9a-f]{64})",\n', re.MULTILINE)  # of `json_bytes`
 _MEMBER_NAME = re.compile(rf"(\d{{6,}})\.({'|'.join(map(re.escape, MEMBER_KINDS))})(\.zst)?")
 
 
@@ -125,6 +126,17 @@ def seal_manifest(manifest: dict) -> dict:
     """The manifest with its checksum: sha256 over `json_bytes` of all other keys."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return content | {"checksum": hashlib.sha256(json_bytes(content)).hexdigest()}
+
+
+def is_sealed(data: bytes) -> bool:
+    """Whether these are the bytes of a manifest as it was sealed. (To encode it again takes ten times the
+    memory.)"""
+    found = _CHECKSUM.search(data)
+    if found is None:
+        return False
+    digest = hashlib.sha256(data[: found.start()])
+    digest.update(memoryview(data)[found.end() :])
+    return digest.hexdigest().encode("ascii") == found[1]
 
 
 def read_index(path: Path, sha256: str | None = None) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import file_sha256, json_bytes
+from data_prep.common.files import file_sha256
 from data_prep.common.remote import is_url
 from data_prep.shards.layout import (
     FORMAT_VERSION,
@@ -34,8 +34,8 @@ from data_prep.shards.layout import (
     _npy_array,
     _walk,
     hash64,
+    is_sealed,
     read_index,
-    seal_manifest,
     token_dtype,
     unpack_zstd,
 )
@@ -260,7 +260,7 @@ class ShardSet:
                 for name in (entry["file"], entry["index"]):
                     if name != os.path.basename(name):
                         raise UserError(f"{path} names the file {name!r}, which is not a plain name")
-            if data != json_bytes(seal_manifest(manifest)):
+            if not is_sealed(data):
                 raise UserError(
                     f"{path} is damaged (its checksum differs); restore it or make the shards again"
                 )

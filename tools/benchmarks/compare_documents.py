@@ -153,8 +153,8 @@ def _memory(documents: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         unit = Path(folder)
         rng = np.random.default_rng(0)
-        values = rng.integers(0, 1 << 32, (near_duplicates.VALUES, documents), np.uint32)
-        values.tofile(unit / near_duplicates.SIGNATURES)
+        values = rng.integers(0, 1 << 32, (documents, near_duplicates.VALUES), np.uint32)
+        near_duplicates.write_signatures(unit, values)
         del values
         (unit / near_duplicates.IDS).write_text("\n".join(map(json.dumps, map(str, range(documents)))))
         before = memory_field("RssAnon")

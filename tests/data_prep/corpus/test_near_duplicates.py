@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.data_prep_command import call, contents, data_prep, refused
 from helpers.model_folders import write_jsonl
@@ -143,3 +144,27 @@ def test_documents_of_an_earlier_set_count(
         capsys, *more[:3], *more[5:], "--output", tmp_path / "third", "--seen", tmp_path / "first"
     )
     assert call(*shard[:3], *more[5:], "--output", tmp_path / "third", "--near-duplicates", "80") == 2
+
+
+def test_documents_are_those_that_a_plain_search_finds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    values = rng.integers(1 << 32, size=(900, near_duplicates.VALUES), dtype=np.uint32)
+    for n in range(100, 900, 2):  # chains of copies of copies, in other units too
+        kept = rng.random(near_duplicates.VALUES) < rng.choice([0.4, 0.6, 0.9])
+        values[n, kept] = values[rng.integers(n), kept]
+    folders, rows, least = [tmp_path / str(unit) for unit in range(3)], band_rows(0.8), jaccard(0.8)
+    for unit, folder in enumerate(folders):
+        folder.mkdir()
+        near_duplicates.write_signatures(folder, values[unit * 300 : unit * 300 + 300])
+        (folder / near_duplicates.IDS).write_text("\n".join(str(unit * 300 + n) for n in range(300)))
+    found = [unit * 300 + n for unit, dropped in enumerate(find(folders, 0.8)) for n in dropped]
+    bands = near_duplicates.VALUES // rows
+    kept: list[int] = []
+    for n, row in enumerate(values):
+        same = values[kept] == row
+        alike = (same.mean(axis=1) >= least) & same[:, : bands * rows].reshape(-1, bands, rows).all(2).any(1)
+        if not alike.any():
+            kept.append(n)
+    # A search by bands drops only what a plain one drops, and nearly all of it.
+    dropped = set(range(900)) - set(kept)
+    assert set(found) <= dropped and len(found) > 0.95 * len(dropped) > 100
