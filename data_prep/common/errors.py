@@ -30,8 +30,8 @@ def _skip_teardown() -> None:
 
 
 _ONE = re.compile(
-    r"(?<![\w.,])1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt|rank"
-    r"|record|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
+    r"(?<![\w.,])(?<!→ )1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt"
+    r"|rank|record|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
 )
 
 
@@ -123,7 +123,8 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a pipe whose reader has gone
+                stream.reconfigure(errors="backslashreplace")
     if not isinstance(sys.stderr, _Lenient):
         sys.stderr = _Lenient(sys.stderr)
     logging.raiseExceptions = False  # handlers print a trace for a stream without a reader

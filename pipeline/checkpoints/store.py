@@ -257,8 +257,6 @@ def _identity(meta: Meta) -> dict[str, Any]:
         "model": meta.model_config,
         "data": data,
         "seed": meta.recipe["seed"],
-        # Read once, by the first start.
-        "init_from": meta.recipe.get("init_from"),
         # They determine the optimizer's states and groups.
         "optimizer": {"parts": meta.recipe["optimizer"].get("parts", {})},
         "training": {"ema": meta.recipe["training"].get("ema")},

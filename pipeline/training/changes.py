@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pipeline.checkpoints.store import Meta
 from pipeline.config.schema import Recipe
 
-WEIGHT_SOURCES = ("model.vae.path ", "model.vae.init_embeddings_from ", "model.backbone.path ")
+WEIGHT_SOURCES = ("init_from ", "model.vae.path ", "model.vae.init_embeddings_from ", "model.backbone.path ")
 JUMP = 1.05  # a smaller ratio of two rates is not reported
 
 

@@ -178,6 +178,8 @@ class TrainingRun:
                     f"{checkpoint.name} was written by {saved.world} rank(s) with ZeRO {saved.zero_stage}: "
                     f"its parts are regrouped for {ours.world} rank(s) with ZeRO {ours.zero_stage}"
                 )
+        # It was read by the first start; recipe.yaml claims nothing else.
+        self.recipe = self.recipe.model_copy(update={"init_from": saved.recipe.get("init_from")})
         loading.restore(self.engine.deepspeed, checkpoint, saved, ours.world, ours.zero_stage)
         self._watchdog.heartbeat("resuming")
         self.state = State(

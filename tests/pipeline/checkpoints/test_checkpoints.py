@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ranks, run_checks
 from helpers.runs import arguments, losses, records
 from soak import soak
@@ -270,6 +271,7 @@ def test_a_new_run_begins_from_the_weights_of_another(
     # On a resume the checkpoint counts, and the source may be gone.
     again = arguments(recipes, "sllm", "zero2", tmp_path / "run", *still, tmp_path / "gone")
     assert pool.run(1, ranks.train, [*again, "--training.max_steps", "2"]) == [0]
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["init_from"] == str(run)
     size = sum(size for size, _ in checkpoints.find(run)[1].files.values())
     for source, model, message, read in (
         (tmp_path / "gone", (), "gone: does not exist", 0),

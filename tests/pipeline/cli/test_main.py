@@ -160,12 +160,12 @@ def test_damaged_weights_are_refused_in_one_line(folders, tmp_path, tiny_tokeniz
 def test_bad_input_files_are_refused_in_one_line(folders, tmp_path, run):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "rubbish.jsonl").write_text("no json here\n")
-    (tmp_path / "table.csv").write_text("text")
+    (tmp_path / "table.xls").write_text("text")
     (tmp_path / "cut.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
     reasons = {
         "empty.jsonl": "no text",
         "rubbish.jsonl": "1 × invalid JSON",
-        "table.csv": "neither",
+        "table.xls": "neither",
         "cut.jsonl.gz": "too early",
     }
     for name, reason in reasons.items():

@@ -70,7 +70,7 @@ def test_what_cannot_change_and_what_has_no_effect(
     [(status, said)] = pool.run(1, ranks.train_and_listen, [*settings, *OTHER])
     assert status == 0 and said.endswith(f"nothing to do; changed, without effect: {SAID}\n")
     longer = [*settings, "--training.max_steps", "8"]
-    for key, value in (("seed", "7"), ("init_from", "x"), ("optimizer.parts", "{model: {lr_scale: 2}}")):
+    for key, value in (("seed", "7"), ("optimizer.parts", "{model: {lr_scale: 2}}")):
         [answer] = pool.run(1, ranks.train, [*longer, f"--{key}", value])
         assert isinstance(answer, str) and key in answer and "use another --output_dir" in answer
     assert (run / "recipe.yaml").read_bytes() == before, "it claims nothing that was not used"
