@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,33 +52,42 @@ def descendants(process: subprocess.Popen | psutil.Process) -> list[psutil.Proce
         return []
 
 
-def kill_again_and_again(command: list[str], output: Path, workers=descendants) -> None:
+def kill_again_and_again(
+    command: list[str], output: Path, whole: dict[str, bytes], workers=descendants
+) -> None:
     """Kill one of `workers(parent)`, the parent, and all at once in turn, each after some more units.
 
-    A run that a killed worker has ended is started again, and nothing may be left of it.
+    A run that a killed worker has ended is started again, and nothing may be left of it. A set that is
+    finished before the last kill must be `whole`, and is made again.
     """
     moments = random.Random(7)
     parent, old, environment = None, [], os.environ | MPI_AS_ROOT
     published = output / ".unfinished/shard"
-    for kill in range(KILLS):
+    kill = 0
+    while kill < KILLS:
         if parent is None or parent.poll() is not None:
             _, alive = psutil.wait_procs(old, timeout=20)
             assert not alive, "the parent is gone, a worker is still there"
             parent = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
         wait_for_another(published, parent)
         time.sleep(moments.uniform(0, 0.1))
-        assert not (output / "manifest.json").exists(), f"all was done before kill {kill}"
+        if (output / "manifest.json").exists():
+            assert parent.wait(timeout=120) == 0 and contents(output) == whole
+            shutil.rmtree(output)
+            continue
         assert parent.poll() is None
         old = descendants(parent)
         victim = moments.choice(workers(parent)) if kill % 3 == 1 else parent
         (os.killpg if kill % 3 == 2 else os.kill)(victim.pid, signal.SIGKILL)
         if victim is parent or command[0] == MPIRUN[0]:
             parent.wait(timeout=20)
+        kill += 1
     if parent.poll() is None:
         parent.wait(timeout=120)
     _, alive = psutil.wait_procs(old, timeout=20)
     assert not alive
     assert subprocess.run(command, cwd=REPOSITORY, env=environment).returncode == 0
+    assert contents(output) == whole
 
 
 def wait_for_another(published: Path, parent: subprocess.Popen) -> None:
@@ -89,14 +99,12 @@ def wait_for_another(published: Path, parent: subprocess.Popen) -> None:
 
 def test_processes(arguments: list[str], whole: dict[str, bytes], tmp_path: Path) -> None:
     kill_again_and_again(
-        [*COMMAND, *arguments, "--output", f"{tmp_path}/s", "--workers", "3"], tmp_path / "s"
+        [*COMMAND, *arguments, "--output", f"{tmp_path}/s", "--workers", "3"], tmp_path / "s", whole
     )
-    assert contents(tmp_path / "s") == whole
 
 
 def test_mpi(arguments: list[str], whole: dict[str, bytes], tmp_path: Path) -> None:
-    kill_again_and_again([*MPIRUN, *COMMAND, *arguments, "--output", f"{tmp_path}/s"], tmp_path / "s")
-    assert contents(tmp_path / "s") == whole
+    kill_again_and_again([*MPIRUN, *COMMAND, *arguments, "--output", f"{tmp_path}/s"], tmp_path / "s", whole)
 
 
 @pytest.fixture
@@ -114,5 +122,6 @@ def test_dask(cluster, arguments: list[str], whole: dict[str, bytes], tmp_path: 
         running = [nanny.process.pid for nanny in cluster.workers.values() if nanny.process]
         return [psutil.Process(pid) for pid in running if pid and psutil.pid_exists(pid)]
 
-    kill_again_and_again([*COMMAND, *arguments, "--output", f"{tmp_path}/s", *where], tmp_path / "s", workers)
-    assert contents(tmp_path / "s") == whole
+    kill_again_and_again(
+        [*COMMAND, *arguments, "--output", f"{tmp_path}/s", *where], tmp_path / "s", whole, workers
+    )
