@@ -248,10 +248,9 @@ def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
 
 def _say_how_languages_are_told(rules: Filters) -> None:
     if rules.keep_languages and not rules.identify_language:
-        print(
+        log(
             "data-prep: --keep-lang tells documents without a label by folder and script only: German is en; "
-            "add --identify-lang to go by their letters (pip install 'sentence-llm[lang]')",
-            file=sys.stderr,
+            "add --identify-lang to go by their letters (pip install 'sentence-llm[lang]')"
         )
 
 

@@ -1,4 +1,4 @@
-"""What measurements share: turns, medians, memory of a process, a process of its own."""
+"""What measurements share: turns, medians, memory of a process, a new process."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def retry(url: str, action: Callable[[], T]) -> T:
             return action()
         except FINAL:
             raise
-        except Exception as error:  # each library for remote files raises errors of its own
+        except Exception as error:  # each library for remote files raises other errors
             reason = first_line(error)
             if wait is None:
                 raise UserError(

@@ -19,7 +19,8 @@ from data_prep.corpus.finding import find_inputs
 from data_prep.corpus.words import words_of
 
 SPAN = 13  # words
-_MIX = np.random.Generator(np.random.PCG64(13)).integers(0, 1 << 63, SPAN, np.uint64) * 2 + 1
+# Odd multipliers, one for each word of a span.
+_MIX = np.array([pow(0x9E3779B97F4A7C15, n, 1 << 64) for n in range(1, SPAN + 1)], np.uint64)
 
 
 @dataclass(frozen=True)

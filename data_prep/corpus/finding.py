@@ -123,7 +123,7 @@ def find_inputs(paths: Iterable[str | Path], output: str | Path | None = None) -
 
 
 def _named_apart(places: list[tuple[InputFile, tuple[str, ...]]]) -> Iterator[InputFile]:
-    """The files, each with a name of its own: the last folder and the file, and more folders where these
+    """The files, each with a different name: the last folder and the file, and more folders where these
     repeat."""
     lengths = [2] * len(places)
     while True:
@@ -301,7 +301,7 @@ class _Place:
         return read
 
     def input_file(self, path: str) -> tuple[InputFile, tuple[str, ...]]:
-        """The file, and all parts of its path for a name of its own."""
+        """The file, and all parts of its path for a unique name."""
         parts, full, size, stamp = self._entries[path]
         full = tuple(map(_in_utf8, full))
         # A file that was named itself has no folder within the input.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,12 +41,6 @@ class Job:
     def unit_bytes(self, unit: int) -> int:
         """Bytes of input of a unit, as stored."""
         return sum(piece.size for piece in self.units[unit])
-
-    @functools.cached_property
-    def seen(self) -> list[tuple[str, int]]:
-        """(folder, shard) of the sets whose documents count as earlier ones."""
-        sets = [(folder, len(ShardSet.open(folder))) for folder in self.settings.seen]
-        return [(folder, shard) for folder, shards in sets for shard in range(shards)]
 
     def work_folder(self) -> WorkFolder:
         """Results of the run."""

@@ -108,7 +108,7 @@ def run_job(
                 with work.lock():
                     work.make("spans", 0, partial(units.write_test_spans, job))
             if job.settings.compares:
-                run_phase("seen", range(len(job.seen)))
+                run_phase("seen", range(len(job.settings.seen_shards)))
                 run_phase("hash", job.units)
                 with work.lock():
                     work.make("duplicates", 0, partial(units.find_duplicates, job, work, progress))

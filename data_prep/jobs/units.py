@@ -60,9 +60,9 @@ def find_duplicates(job: Job, work: WorkFolder, heartbeat: Callable[[], None], f
     """
     settings = job.settings
     work.require("hash", job.units)
-    work.require("seen", range(len(job.seen)))
+    work.require("seen", range(len(job.settings.seen_shards)))
     units = [work.result("hash", n) for n in job.units]
-    seen = [work.result("seen", n) for n in range(len(job.seen))]
+    seen = [work.result("seen", n) for n in range(len(job.settings.seen_shards))]
     found = find_earlier(units, seen, settings.deduplicate, settings.near_duplicates, heartbeat)
     for n, dropped in enumerate(found):
         (folder / f"{n:06d}.json").write_text(json.dumps(dropped), encoding="ascii")
@@ -88,7 +88,7 @@ class Worker:
 
     def sign_seen(self, number: int, folder: Path, heartbeat: Heartbeat) -> None:
         """The signatures of one shard of the sets whose documents count as earlier ones."""
-        path, shard = self.job.seen[number]
+        path, shard = self.job.settings.seen_shards[number]
         shards, prints = ShardSet.open(path), Fingerprints(near=True)
         tokenizer, documents = shards.tokenizer(), shards.shard(shard)
         for n in range(len(documents)):

@@ -56,6 +56,12 @@ class ShardSettings:
         """Whether documents are compared with each other before they are written."""
         return self.deduplicate or self.near_duplicates is not None
 
+    @functools.cached_property
+    def seen_shards(self) -> list[tuple[str, int]]:
+        """(folder, shard) of the sets in `seen`; computed once for all processes."""
+        sets = [(folder, len(ShardSet.open(folder))) for folder in self.seen]
+        return [(folder, shard) for folder, shards in sets for shard in range(shards)]
+
     def to_dict(self) -> dict:
         optional = ("salvage", "near_duplicates", "seen", "test_texts", "mark_contaminated")
         own = {f.name: getattr(self, f.name) for f in fields(self)[2:] if f.name not in optional}

@@ -85,20 +85,16 @@ def test_shards_drop_contaminated_documents_and_count_them(
     assert [line["of"] for line in lines] == [" ".join(text.split()[20:33]) for text in texts[:7]]
 
 
+def _command(folder: Path, tokenizer: Path) -> tuple[str | Path, ...]:
+    return ("shard", "--input", folder / "in.jsonl", "--tokenizer", tokenizer, "--output", folder / "out")
+
+
 def test_contaminated_documents_are_only_marked_on_request(tokenizer: Path, tmp_path: Path) -> None:
     rng = random.Random(3)
     texts = [" ".join(rng.choices(WORDS, k=60)) + "." for _ in range(5)]
     write_jsonl(tmp_path / "in.jsonl", texts)
     write_jsonl(tmp_path / "tests.jsonl", [texts[1], texts[4]])
-    shard = (
-        "shard",
-        "--input",
-        tmp_path / "in.jsonl",
-        "--tokenizer",
-        tokenizer,
-        "--output",
-        tmp_path / "out",
-    )
+    shard = _command(tmp_path, tokenizer)
     data_prep(*shard, "--decontaminate", tmp_path / "tests.jsonl", "--mark-contaminated")
     shards = ShardSet.open(tmp_path / "out")
     assert [document.mark for document in shards.documents()] == [0, CONTAMINATED, 0, 0, CONTAMINATED]
@@ -110,15 +106,7 @@ def test_changed_or_unusable_test_texts_are_refused(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_jsonl(tmp_path / "in.jsonl", [" ".join(WORDS)])
-    shard = (
-        "shard",
-        "--input",
-        tmp_path / "in.jsonl",
-        "--tokenizer",
-        tokenizer,
-        "--output",
-        tmp_path / "out",
-    )
+    shard = _command(tmp_path, tokenizer)
     shard += ("--decontaminate", tmp_path / "tests.jsonl")
     assert "tests.jsonl" in refused(capsys, *shard)
     write_jsonl(tmp_path / "tests.jsonl", ["Too short."])
