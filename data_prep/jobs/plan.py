@@ -166,7 +166,7 @@ def _check_finished(job: Job) -> Job | None:
                 if Piece(file, piece["start"], piece["end"]).sha256() != piece["sha256"]:
                     raise UserError(f"{output} holds shards made from another {file.name}; {advice}")
     started = _read_plan(job)
-    if started is not None and (started["only"] is None or not missing):
+    if not missing or (started is not None and started["only"] is None):
         shutil.rmtree(job.work, ignore_errors=True)  # left by a process that was killed during removal
     # Rebuilt shards must match the manifest; `restore_shards` checks that.
     return _start(replace(job, only=tuple(sorted(missing)))) if missing else None

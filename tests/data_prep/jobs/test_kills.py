@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +16,12 @@ import psutil
 import pytest
 from helpers import tokenizer_folders
 from helpers.data_prep_command import COMMAND, call, contents
+from helpers.mpi import MPIRUN, mpi_environment
 from helpers.paths import REPOSITORY
 
 pytestmark = [pytest.mark.launch, pytest.mark.long]
 
 KILLS = 20
-MPIRUN = [str(Path(sys.executable).with_name("mpirun")), "-np", "3", "--oversubscribe"]
-MPI_AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +59,14 @@ def kill_again_and_again(
     finished before the last kill must be `whole`, and is made again.
     """
     moments = random.Random(7)
-    parent, old, environment = None, [], os.environ | MPI_AS_ROOT
+    parent, old = None, []
     published = output / ".unfinished/shard"
     kill = 0
     while kill < KILLS:
         if parent is None or parent.poll() is not None:
             _, alive = psutil.wait_procs(old, timeout=20)
             assert not alive, "the parent is gone, a worker is still there"
+            environment = mpi_environment(output.parent)
             parent = subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True)
         wait_for_another(published, parent)
         time.sleep(moments.uniform(0, 0.1))
@@ -86,7 +85,7 @@ def kill_again_and_again(
         parent.wait(timeout=120)
     _, alive = psutil.wait_procs(old, timeout=20)
     assert not alive
-    assert subprocess.run(command, cwd=REPOSITORY, env=environment).returncode == 0
+    assert subprocess.run(command, cwd=REPOSITORY, env=mpi_environment(output.parent)).returncode == 0
     assert contents(output) == whole
 
 

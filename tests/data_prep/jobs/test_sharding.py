@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 from helpers import tokenizer_folders
 from helpers.corpus_lines import bad_line, good_line
 from helpers.data_prep_command import COMMAND, call, contents, refused
+from helpers.mpi import MPIRUN, mpi_environment
 from helpers.paths import REPOSITORY
 
 from data_prep.corpus import documents, duplicates
@@ -29,8 +29,6 @@ from data_prep.shards.verify import verify, verify_deep
 from data_prep.text.tokenizer import ByteLevelTokenizer, load_tokenizer
 
 pytestmark = pytest.mark.launch
-
-MPIRUN = Path(sys.executable).with_name("mpirun")
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -126,27 +124,21 @@ def test_rejected_lines_are_named(corpus: Path, shards: Path):
     assert len(told) > 10
 
 
-def run_by_mpi(*arguments: str) -> subprocess.CompletedProcess:
-    """The command on three ranks. mpirun itself fails to start now and then on a busy machine: try again."""
-    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    command = [MPIRUN, "-np", "3", "--oversubscribe", *COMMAND, *arguments]
-    for _ in range(3):
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-        if done.returncode != 213:
-            break
-    return done
+def run_by_mpi(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command, environment = [*MPIRUN, *COMMAND, *arguments], mpi_environment(folder)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
 
 
 def test_a_real_mpirun_gives_the_same_bytes(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
     arguments = arguments_for(corpus, tmp_path / "s", tokenizer)
-    done = run_by_mpi(*arguments, "--json")
+    done = run_by_mpi(tmp_path, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["already_there"] is False  # said once, by one rank
     assert contents(tmp_path / "s") == contents(shards)
-    again = run_by_mpi(*arguments)
+    again = run_by_mpi(tmp_path, *arguments)
     assert again.returncode == 0 and again.stdout.count("already there") == 1
     arguments[arguments.index("--tokenizer") + 1] = str(tmp_path / "nowhere")
-    bad = run_by_mpi(*arguments)
+    bad = run_by_mpi(tmp_path, *arguments)
     assert bad.returncode == 2
     assert bad.stderr.count("data-prep: error: tokenizer folder") == 1
     assert "Traceback" not in bad.stderr
@@ -310,6 +302,20 @@ def test_what_a_crash_of_the_machine_cut_short_is_made_again(
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         assert call(*arguments_for(corpus, output, tokenizer, "--deduplicate")) == 0, kind
         assert contents(output) == contents(tmp_path / "whole"), kind
+
+
+@pytest.mark.parametrize("plan", [True, False])
+def test_what_a_kill_left_beside_a_finished_set_is_removed(
+    plan: bool, corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path
+):
+    shutil.copytree(shards, tmp_path / "s")
+    work = tmp_path / "s/.unfinished/shard/000001"
+    work.mkdir(parents=True)
+    (work / "record.json").write_text("{}")
+    if plan:
+        (tmp_path / "s/.unfinished/plan.json").write_text('{"only": null}')
+    assert call(*arguments_for(corpus, tmp_path / "s", tokenizer)) == 0
+    assert contents(tmp_path / "s") == contents(shards)
 
 
 def test_several_mend_a_set_together(corpus: Path, shards: Path, tokenizer: Path, tmp_path: Path):
