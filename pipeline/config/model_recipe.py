@@ -83,7 +83,7 @@ class BackboneRecipe(Section):
     """
 
     path: str | None = Field(None, description=PATH)
-    model_type: str = Field("opt", description="family: opt, llama, qwen2 or qwen3")
+    model_type: str = Field("opt", description="family: opt, llama, mistral, qwen2 or qwen3")
     vocab_size: Count | None = Field(None, description="entries of the vocabulary (token model)")
     hidden_size: Count | None = Field(None, description="width of the layers")
     num_hidden_layers: Count | None = Field(None, description="layers")
@@ -91,6 +91,10 @@ class BackboneRecipe(Section):
     max_position_embeddings: Count | None = Field(None, description="longest input, in positions")
     attention_dropout: Share | None = Field(None, description="dropout of attention weights")
     tie_word_embeddings: Flag | None = Field(None, description="embedding and head share one matrix")
+
+
+HEAD_DIM = "width of a head (Llama, Mistral, Qwen3)"
+WINDOW = "rows back that a layer sees, its own included; null: 4,096 (Mistral, Qwen)"
 
 
 class OptRecipe(BackboneRecipe):
@@ -123,17 +127,33 @@ class RotaryRecipe(BackboneRecipe):
 
 
 class LlamaRecipe(RotaryRecipe):
-    head_dim: Count | None = Field(None, description="width of a head (Llama, Qwen3)")
+    head_dim: Count | None = Field(None, description=HEAD_DIM)
     attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
     mlp_bias: Flag | None = Field(None, description="the feed-forward has biases (Llama)")
 
 
+class MistralRecipe(RotaryRecipe):
+    head_dim: Count | None = Field(None, description=HEAD_DIM)
+    sliding_window: Count | None = Field(None, description=WINDOW)
+
+
 class Qwen2Recipe(RotaryRecipe):
-    use_sliding_window: Flag | None = Field(None, description="must be false (Qwen)")
+    sliding_window: Count | None = Field(None, description=WINDOW)
+    use_sliding_window: Flag | None = Field(None, description="some layers have the window (Qwen)")
+    max_window_layers: Whole | None = Field(
+        None, description="layers from this number on have the window; 0: all (Qwen)"
+    )
+
+    def problems(self) -> Iterator[str]:
+        given = self.sliding_window is not None, self.max_window_layers is not None
+        if any(given) != bool(self.use_sliding_window) or any(given) != all(given):
+            yield (
+                "model.backbone.use_sliding_window true, sliding_window and max_window_layers belong together"
+            )
 
 
 class Qwen3Recipe(Qwen2Recipe):
-    head_dim: Count | None = Field(None, description="width of a head (Llama, Qwen3)")
+    head_dim: Count | None = Field(None, description=HEAD_DIM)
     attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
 
 
@@ -141,6 +161,7 @@ class Qwen3Recipe(Qwen2Recipe):
 BACKBONES: dict[str, type[BackboneRecipe]] = {
     "opt": OptRecipe,
     "llama": LlamaRecipe,
+    "mistral": MistralRecipe,
     "qwen2": Qwen2Recipe,
     "qwen3": Qwen3Recipe,
 }
