@@ -1,10 +1,10 @@
-"""Keys of `model.vae` and `model.backbone`: the sizes of a model, or the folder of a trained one."""
+"""Keys of `model.vae`, `model.tokens` and `model.backbone`: sizes, or the folder of a trained model."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
@@ -75,6 +75,29 @@ class VaeRecipe(Section):
             yield "model.vae.kl_weight and model.vae.free_bits need model.vae.variational true"
 
 
+class TokensRecipe(Section):
+    """The token layers of layout `stack`, below and above the backbone."""
+
+    hidden_size: Count = Field(768, description="width of the token layers")
+    lower_layers: Count = Field(1, description="token layers before the backbone")
+    upper_layers: Count = Field(2, description="token layers that read the backbone's output")
+    attention_window: Count = Field(64, description="rows that a token layer sees, its own included")
+    heads: Count = Field(12, description="attention heads")
+    ffn_size: Count | None = Field(None, description="width of the feed-forward; null: 2 · hidden_size")
+    vocab_size: Count | None = Field(None, description="entries of the vocabulary; null: the tokenizer's")
+    max_sentence_tokens: Count | None = Field(None, description="longest sentence; null: that of the shards")
+    dropout: Below1 = Field(0.0, description="dropout of the token layers")
+    initializer_range: Number = Field(0.02, description="standard deviation of new weights")
+    tie_word_embeddings: Flag = Field(False, description="embedding and head share one matrix")
+
+    def problems(self) -> Iterator[str]:
+        if self.hidden_size % (2 * self.heads):
+            yield (
+                f"model.tokens.hidden_size {self.hidden_size} is no multiple of twice model.tokens.heads "
+                f"({self.heads}): rotary positions turn pairs of channels"
+            )
+
+
 class BackboneRecipe(Section):
     """The backbone of an SLLM, or a token model: keys of a Hugging Face config, or a local folder.
 
@@ -83,7 +106,7 @@ class BackboneRecipe(Section):
     """
 
     path: str | None = Field(None, description=PATH)
-    model_type: str = Field("opt", description="family: opt, llama, mistral, qwen2 or qwen3")
+    model_type: str = Field("opt", description="family: opt, llama, mistral, qwen2, qwen3 or gpt_neox")
     vocab_size: Count | None = Field(None, description="entries of the vocabulary (token model)")
     hidden_size: Count | None = Field(None, description="width of the layers")
     num_hidden_layers: Count | None = Field(None, description="layers")
@@ -93,6 +116,7 @@ class BackboneRecipe(Section):
     tie_word_embeddings: Flag | None = Field(None, description="embedding and head share one matrix")
 
 
+ATTENTION_BIAS = "attention has biases (Llama, Qwen3, GPT-NeoX)"
 HEAD_DIM = "width of a head (Llama, Mistral, Qwen3)"
 WINDOW = "rows back that a layer sees, its own included; null: 4,096 (Mistral, Qwen)"
 
@@ -116,28 +140,31 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class RotaryRecipe(BackboneRecipe):
-    intermediate_size: Count | None = Field(None, description="width of the feed-forward (Llama, Qwen)")
-    num_key_value_heads: Count | None = Field(None, description="heads of keys and values (Llama, Qwen)")
-    hidden_act: str | None = Field(None, description="activation of the feed-forward (Llama, Qwen)")
+    intermediate_size: Count | None = Field(None, description="width of the feed-forward (not OPT)")
+    hidden_act: str | None = Field(None, description="activation of the feed-forward (not OPT)")
     initializer_range: Number | None = Field(None, description="standard deviation of new weights")
-    rms_norm_eps: Number | None = Field(None, description="epsilon of the norms (Llama, Qwen)")
     rope_parameters: Annotated[dict[str, Any], AfterValidator(_finite)] | None = Field(
-        None, description="rotary positions (Llama, Qwen)"
+        None, description="rotary positions (not OPT)"
     )
 
 
-class LlamaRecipe(RotaryRecipe):
+class GroupedRecipe(RotaryRecipe):
+    num_key_value_heads: Count | None = Field(None, description="heads of keys and values (Llama, Qwen)")
+    rms_norm_eps: Number | None = Field(None, description="epsilon of the norms (Llama, Qwen)")
+
+
+class LlamaRecipe(GroupedRecipe):
     head_dim: Count | None = Field(None, description=HEAD_DIM)
-    attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
+    attention_bias: Flag | None = Field(None, description=ATTENTION_BIAS)
     mlp_bias: Flag | None = Field(None, description="the feed-forward has biases (Llama)")
 
 
-class MistralRecipe(RotaryRecipe):
+class MistralRecipe(GroupedRecipe):
     head_dim: Count | None = Field(None, description=HEAD_DIM)
     sliding_window: Count | None = Field(None, description=WINDOW)
 
 
-class Qwen2Recipe(RotaryRecipe):
+class Qwen2Recipe(GroupedRecipe):
     sliding_window: Count | None = Field(None, description=WINDOW)
     use_sliding_window: Flag | None = Field(None, description="some layers have the window (Qwen)")
     max_window_layers: Whole | None = Field(
@@ -154,7 +181,16 @@ class Qwen2Recipe(RotaryRecipe):
 
 class Qwen3Recipe(Qwen2Recipe):
     head_dim: Count | None = Field(None, description=HEAD_DIM)
-    attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
+    attention_bias: Flag | None = Field(None, description=ATTENTION_BIAS)
+
+
+class GptNeoxRecipe(RotaryRecipe):
+    layer_norm_eps: Number | None = Field(None, description="epsilon of the norms (GPT-NeoX)")
+    hidden_dropout: Share | None = Field(None, description="dropout of the layers (GPT-NeoX)")
+    attention_bias: Flag | None = Field(None, description=ATTENTION_BIAS)
+    use_parallel_residual: Flag | None = Field(
+        None, description="attention and feed-forward read the same rows (GPT-NeoX)"
+    )
 
 
 # Add a family here, and its config to tests/helpers/backbone_families.py, which tests it.
@@ -164,6 +200,7 @@ BACKBONES: dict[str, type[BackboneRecipe]] = {
     "mistral": MistralRecipe,
     "qwen2": Qwen2Recipe,
     "qwen3": Qwen3Recipe,
+    "gpt_neox": GptNeoxRecipe,
 }
 
 
@@ -181,10 +218,23 @@ def given_vae(values: dict[str, Any]) -> dict[str, Any]:
     return _given(VaeRecipe, values, "model.vae.")
 
 
+def given_tokens(values: dict[str, Any]) -> dict[str, Any]:
+    return _given(TokensRecipe, values, "model.tokens.")
+
+
 def checked_vae(values: dict[str, Any]) -> dict[str, Any]:
     """Keys of `model.vae` with values of the right types. Raises: UserError with all problems."""
+    return _checked(given_vae, values)
+
+
+def checked_tokens(values: dict[str, Any]) -> dict[str, Any]:
+    """The same for `model.tokens`."""
+    return _checked(given_tokens, values)
+
+
+def _checked(given: Callable[[dict[str, Any]], dict[str, Any]], values: dict[str, Any]) -> dict[str, Any]:
     try:
-        return given_vae(values)
+        return given(values)
     except ValueError as error:
         raise UserError(str(error)) from None
 

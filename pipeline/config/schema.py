@@ -36,7 +36,14 @@ from pipeline.config.keys import (
 )
 from pipeline.config.library import find_recipe
 from pipeline.config.loading import parse_overrides, read_yaml, set_override
-from pipeline.config.model_recipe import BACKBONES, VaeRecipe, given_backbone, given_vae
+from pipeline.config.model_recipe import (
+    BACKBONES,
+    TokensRecipe,
+    VaeRecipe,
+    given_backbone,
+    given_tokens,
+    given_vae,
+)
 
 
 class DataRecipe(Section):
@@ -65,10 +72,27 @@ class DataRecipe(Section):
 class ModelRecipe(Section):
     """Dicts of the keys that are given; the model's config has the defaults of the others."""
 
+    layout: Literal["vae", "stack"] = Field(
+        "vae", description="stack: token layers of model.tokens run across sentence borders (sllm)"
+    )
+    memory: Whole = Field(0, description="backbone outputs that the upper token layers attend to (stack)")
+    add_vector: Flag = Field(
+        True, description="add the backbone's output to the next sentence's rows (stack)"
+    )
     vae: Annotated[Dict[Any], AfterValidator(given_vae)] = {}
+    tokens: Annotated[Dict[Any], AfterValidator(given_tokens)] = {}
     backbone: Annotated[Dict[Any], AfterValidator(given_backbone)] = {}
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The parts of an SLLM."""
+        return ("tokens" if self.layout == "stack" else "vae"), "backbone"
+
     def problems(self) -> Iterator[str]:
+        if self.layout == "stack" and self.vae:
+            yield "model.layout stack has no SentenceVAE: leave model.vae out, sizes are in model.tokens"
+        if self.layout != "stack" and (self.tokens or self.memory or not self.add_vector):
+            yield "model.tokens, model.memory and model.add_vector are for model.layout stack"
         for name, part in (("vae", self.vae), ("backbone", self.backbone)):
             sizes = sorted(set(part) - {"path"})
             if part.get("path") and sizes:
@@ -231,11 +255,15 @@ class Recipe(Section):
     def problems(self) -> Iterator[str]:
         if not self.data.shards:
             yield "data.shards is empty: name the shard folders, for example --data.shards shards/train"
-        for name in {"vae": ("vae",), "sllm": ("vae", "backbone"), "lm": ("backbone",)}[self.objective]:
+        if self.model.layout == "stack" and self.objective != "sllm":
+            yield f"model.layout stack is for objective sllm, not {self.objective}"
+        needed = {"vae": ("vae",), "sllm": self.model.needed, "lm": ("backbone",)}
+        for name in needed[self.objective]:
             if not getattr(self.model, name):
                 yield f"objective {self.objective} needs model.{name} (sizes, or a path)"
-        if self.loss.embedding_weight and self.objective != "sllm":
-            yield f"loss.embedding_weight is for objective sllm, not {self.objective}"
+        if self.loss.embedding_weight and (self.objective, self.model.layout) != ("sllm", "vae"):
+            what = "model.layout stack" if self.objective == "sllm" else self.objective
+            yield f"loss.embedding_weight is for objective sllm, not {what}"
         if self.objective == "vae" and self.model.vae.get("path"):
             yield "objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
 
@@ -252,7 +280,9 @@ class Recipe(Section):
 SECTIONS: dict[str, list[type[Section]]] = {
     "": [Recipe],
     "data.": [DataRecipe],
+    "model.": [ModelRecipe],
     "model.vae.": [VaeRecipe],
+    "model.tokens.": [TokensRecipe],
     "model.backbone.": [*BACKBONES.values()],
     "loss.": [LossRecipe],
     "optimizer.": [OptimizerRecipe],

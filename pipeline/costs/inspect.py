@@ -176,8 +176,7 @@ def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _vocabulary(model: nn.Module) -> int:
-    config = model_config(model)
-    return getattr(config, "vae", config).vocab_size
+    return model_config(model).vocab_size
 
 
 # Memory of a rank ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.segments import SegmentLayout
+from pipeline.data.segments import Band, SegmentLayout
 from pipeline.data.windows import Span
 
 
@@ -51,6 +51,52 @@ class DecoderRows:
     slot_rows: Tensor | None = None
     own_rows: Tensor | None = None
     spans: ContextSpans | None = None
+
+
+@dataclass(frozen=True)
+class StackRows:
+    """The packed input of layout `stack`: a border before every sentence and one at each window's end.
+
+    A border reads that the sentence before it has ended; a window's first one starts the document.
+
+    layout: one segment per window, R = T+S+D rows. token_rows_T: int64, the rows of tokens. target_rows_N:
+    int64 [T+S], all but each window's last one. border_rows_B: int64 [S+D], the rows of borders, in the order
+    of the backbone's rows. border_of_row_R: int64, host, the number of the last border at or before each row.
+    first_border_R: int64, host, of the row's window.
+    """
+
+    layout: SegmentLayout
+    token_rows_T: Tensor
+    target_rows_N: Tensor
+    border_rows_B: Tensor
+    border_of_row_R: np.ndarray
+    first_border_R: np.ndarray
+    _bands: dict[int, Band] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def border_of_row(self) -> Tensor:
+        """`border_of_row_R` on the device."""
+        return torch.from_numpy(self.border_of_row_R).to(self.layout.device)
+
+    def memory(self, last: int) -> Band:
+        """What a row sees of the backbone's outputs: the last ones of its window, up to its border's."""
+        if last not in self._bands:
+            first_R = np.maximum(self.border_of_row_R - last + 1, self.first_border_R)
+            self._bands[last] = Band(first_R, self.border_of_row_R, self.layout.device)
+        return self._bands[last]
+
+
+def stack_rows(lengths_S: np.ndarray, counts_D: np.ndarray, device: torch.device) -> StackRows:
+    """Rows of D windows of `counts_D[d]` sentences, 0 or more, with `lengths_S[s]` tokens each; host."""
+    first_D = np.cumsum(counts_D + 1) - (counts_D + 1)
+    sizes_B = np.ones(len(lengths_S) + len(counts_D), dtype=np.int64)  # a border and the tokens behind it
+    sizes_B[np.arange(len(lengths_S)) + np.repeat(np.arange(len(counts_D)), counts_D)] += lengths_S
+    borders_B = np.cumsum(sizes_B) - sizes_B
+    layout = SegmentLayout(np.add.reduceat(sizes_B, first_D), device)
+    tokens_T, targets_N = (np.delete(np.arange(layout.rows), x) for x in (borders_B, layout.starts[1:] - 1))
+    rows = (torch.from_numpy(x).to(device) for x in (tokens_T, targets_N, borders_B))
+    border_of_row_R = np.repeat(np.arange(len(sizes_B)), sizes_B)
+    return StackRows(layout, *rows, border_of_row_R, np.repeat(first_D, layout.lengths))
 
 
 def context_spans(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> ContextSpans:
@@ -194,6 +240,16 @@ class Batch:
         inputs = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
         targets = torch.full((layout.rows,), end, dtype=torch.long, device=self.device)
         return inputs.index_copy_(0, rows_T + 1, self.tokens_T), targets.index_copy_(0, rows_T, self.tokens_T)
+
+    # One stack.
+
+    @cached_property
+    def stack_rows(self) -> StackRows:
+        """Borders and tokens by window: T+S+D rows (layout `stack`)."""
+        rows = stack_rows(np.diff(self.cu_sentences), np.diff(self.cu_documents), self.device)
+        # As for decoder_layout: torch.compile must not trace them.
+        _ = rows.layout.segment_of_row, rows.layout.position_of_row
+        return rows
 
     # Backbone: row s + d + 1 holds sentence s of window d; row s + d, just before it, predicts it.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 _PAIRS_OF_A_BLOCK = 2048  # query-key pairs that cost as much as a block's kernel calls, at width 128
 _FLEX_BLOCK = 128
 _SHORTEST_BAND = 16  # rows of a block under an attention window
+_BAND_BLOCK = 64  # queries of a block of a `Band`
 
 
 def _bucket_edges(longest: int) -> np.ndarray:
@@ -56,6 +57,56 @@ class BandPlan:
     plan: BlockPlan
     back: int
     mask: Tensor
+
+
+class Band:
+    """Queries that each see a contiguous range of other rows' keys, in blocks of consecutive queries.
+
+    A block's keys are gathered once, from its first query's first key to its last query's last one, so the
+    cost is linear in the number of queries.
+
+    Args:
+        first, last: int64 [R], host: each query's range of keys, both ends included; neither ever decreases.
+        device: of the index tensors.
+    """
+
+    def __init__(self, first: np.ndarray, last: np.ndarray, device: torch.device | str = "cpu"):
+        self.rows, self._first, self._last = len(first), first, last
+        self.needed = int((last - first + 1).sum())
+        self.block = min(_BAND_BLOCK, self.rows)
+        self.blocks = -(-self.rows // self.block)
+        begin = np.arange(self.blocks) * self.block
+        self._start = first[begin]
+        end = np.minimum(begin + self.block, self.rows) - 1
+        self.keys = int((last[end] - self._start).max()) + 1
+        self.device = torch.device(device)
+
+    def computed_pairs(self, masked: bool) -> tuple[int, int]:
+        """Pairs computed for real queries, and with padding; `masked`: on the path of that name."""
+        keys = int(self._last[-1]) + 1 if masked else self.keys
+        return self.rows * keys, (self.rows if masked else self.blocks * self.block) * keys
+
+    @cached_property
+    def source(self) -> Tensor:
+        """int64 [blocks · keys]: the key in each place; places behind the last key repeat it."""
+        places = np.minimum(self._start[:, None] + np.arange(self.keys), self._last[-1])
+        return torch.from_numpy(places.reshape(-1)).to(self.device)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [blocks, 1, block, keys]: which keys a query sees; queries behind the last one repeat it."""
+        rows = np.minimum(np.arange(self.blocks * self.block), self.rows - 1).reshape(self.blocks, -1, 1)
+        seen = self._seen(rows, (self._start[:, None] + np.arange(self.keys))[:, None])
+        return torch.from_numpy(seen[:, None]).to(self.device)
+
+    @cached_property
+    def whole_mask(self) -> Tensor:
+        """bool [R, keys of all]: the plain definition, for tests and checks."""
+        seen = self._seen(np.arange(self.rows)[:, None], np.arange(int(self._last[-1]) + 1))
+        return torch.from_numpy(seen).to(self.device)
+
+    def _seen(self, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        return (keys >= self._first[rows]) & (keys <= self._last[rows])
 
 
 class SegmentLayout:

@@ -203,7 +203,6 @@ def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> Sent
 
 def _check_fits(model: torch.nn.Module, kind: str, tokenizer: Tokenizer, settings: dict, folder: str) -> None:
     config = model_config(model)
-    config = config.vae if kind == "sllm" else config
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model folder {folder}: {config.vocab_size} vocabulary entries, "

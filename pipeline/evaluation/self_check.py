@@ -208,8 +208,7 @@ def _limits(model: Any, kind: str) -> tuple[int, int, np.ndarray]:
         longest = max(2, min(longest, (positions - 1) // most_sentences))
         vocabulary = config.vocab_size
     else:
-        vae = config.vae if kind == "sllm" else config
-        longest, vocabulary = min(longest, vae.max_sentence_tokens), vae.vocab_size
+        longest, vocabulary = min(longest, config.max_sentence_tokens), config.vocab_size
     if kind == "sllm":
         most_sentences = min(most_sentences, model.max_sentences)
     special = {config.bos_token_id, config.eos_token_id, config.pad_token_id}

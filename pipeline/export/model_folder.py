@@ -33,6 +33,7 @@ from pipeline.models.factory import save_model
 from pipeline.models.folders import parameter_count
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
+from pipeline.models.stack import StackConfig, StackLM
 from pipeline.models.token_lm import TokenLM
 from pipeline.training.optimizer import EMA, parameter_groups
 from pipeline.training.warm_start import fill
@@ -122,6 +123,8 @@ def model_from_config(meta: Meta) -> nn.Module:
     settings = dict(meta.model_config)
     if meta.objective == "vae":
         return SentenceVAE(SentenceVAEConfig.from_dict(settings))
+    if settings["model_type"] == StackConfig.model_type:
+        return StackLM(StackConfig.from_dict(settings))
     if meta.objective == "sllm":
         return SLLM(SLLMConfig.from_dict(settings))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)

@@ -12,10 +12,11 @@ class SentenceModel(Protocol):
     """A model that predicts a sentence at a time, with one cache row for each of R documents.
 
     `state` is the model's state of the documents, `decoder` that of the sentences being generated. Generation
-    passes both back and reads their `cache` only.
+    passes both back. It reads the state's `cache` and the decoder's `bytes` only.
     """
 
-    config: Any  # `vae`, `sentence_settings`, `bos_token_id`, `eos_token_id`, `pad_token_id`
+    # `vocab_size`, `max_sentence_tokens`, `sentence_settings`, `bos_token_id`, `eos_token_id`, `pad_token_id`
+    config: Any
 
     @property
     def device(self) -> torch.device: ...
@@ -34,7 +35,7 @@ class SentenceModel(Protocol):
         """Start documents in `rows` (int64 [n]) with complete sentences; up to `ahead` more will follow."""
 
     def extend(self, state: Any, rows: np.ndarray, sentences: list[list[int]]) -> None:
-        """Append one sentence to each document in `rows` (int64 [n], ascending)."""
+        """Append one sentence to each document in `rows` (int64 [n], ascending): the one being generated."""
 
     def stop_log_odds(self, state: Any, rows: np.ndarray) -> torch.Tensor:
         """Log-odds that each document ends here, float32 [n] on the host."""

@@ -91,26 +91,26 @@ class BatchWriter:
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._limits = model, tokenizer, sampling, limits
         self._rows: list[_Row | None] = [None] * rows
-        config, vae = model.config, model.config.vae
+        config = model.config
         self._bos, self._end = config.bos_token_id, config.eos_token_id
-        self._sentence_tokens = min(config.sentence_settings["max_tokens"], vae.max_sentence_tokens)
+        self._sentence_tokens = min(config.sentence_settings["max_tokens"], config.max_sentence_tokens)
         self.settings = {**config.sentence_settings, "max_tokens": self._sentence_tokens}
         if limits.sentence_tokens is not None and limits.sentence_tokens >= self._sentence_tokens:
             raise UserError(
                 f"sentence_tokens {limits.sentence_tokens}: must be below {self._sentence_tokens}"
             )
         # Control symbols have no bytes; embedding rows above the tokenizer's entries are untrained.
-        forbidden_V = np.ones(vae.vocab_size, dtype=bool)
+        forbidden_V = np.ones(config.vocab_size, dtype=bool)
         forbidden_V[: tokenizer.vocab_size] = tokenizer.byte_lengths == 0
         forbidden_V[[self._bos, config.pad_token_id]] = True
         forbidden_V[self._end] = False
-        bias_V = torch.zeros(vae.vocab_size, device=model.device)
+        bias_V = torch.zeros(config.vocab_size, device=model.device)
         self._bias_V = bias_V.masked_fill(torch.from_numpy(forbidden_V).to(model.device), -torch.inf)
         self._endless_V = self._bias_V.clone()
         self._endless_V[self._end] = -torch.inf
         self._seen_RV = None
         if sampling.repetition_penalty != 1:
-            self._seen_RV = torch.zeros(rows, vae.vocab_size, dtype=torch.bool, device=model.device)
+            self._seen_RV = torch.zeros(rows, config.vocab_size, dtype=torch.bool, device=model.device)
         self._state: Any = None
         self._decoder: Any = None
         self._more = True  # requests may be left
@@ -140,8 +140,9 @@ class BatchWriter:
 
     @property
     def decoder_bytes(self) -> int:
-        """Allocated bytes of the decoder's cache: a sentence and its context sentences for every row."""
-        return self._decoder.cache.bytes
+        """Allocated bytes of what sentences being written are read from, the same for any context: the
+        decoder's cache, or the windows of a stack's token layers."""
+        return self._decoder.bytes
 
     def _run(self, requests: Iterator[Request]) -> Iterator[Event]:
         self._state = self._model.new_state(len(self._rows))

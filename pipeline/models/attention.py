@@ -33,7 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from data_prep.common.errors import UserError
-from pipeline.data.segments import SegmentLayout
+from pipeline.data.segments import Band, SegmentLayout
 
 PATHS = ("bucketed", "masked")  # on every device, in every precision
 KERNELS = ("varlen", "flash_attn", "flex")  # where device, precision and installation allow them
@@ -231,6 +231,22 @@ def _banded(q, k, v, band, scale, dropout):
     blocks = (x.transpose(1, 2) for x in (q, k, v))  # [n, H, L, d_head]
     out = F.scaled_dot_product_attention(*blocks, band.mask, dropout, scale=scale)
     return _OutOfBlocks.apply(out.transpose(1, 2).flatten(0, 1), band.plan)
+
+
+@torch.compiler.disable
+def band_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
+    """Queries [R, H, d_head] attend to keys and values [N, H, d_head] of other rows, each to its range.
+
+    By blocks on every device; under the path `masked` with one [R, N] mask. Returns: [R, H, d_head]."""
+    if forced_path() == "masked":
+        end = band.whole_mask.shape[1]
+        rows = (x.transpose(0, 1)[None] for x in (q, k[:end], v[:end]))
+        return F.scaled_dot_product_attention(*rows, band.whole_mask)[0].transpose(0, 1)
+    k, v = (x.index_select(0, band.source).unflatten(0, (band.blocks, -1)) for x in (k, v))
+    padded = F.pad(q, (0, 0, 0, 0, 0, band.blocks * band.block - band.rows))
+    blocks = (x.transpose(1, 2) for x in (padded.unflatten(0, (band.blocks, -1)), k, v))  # [n, H, …, d_head]
+    out = F.scaled_dot_product_attention(*blocks, band.mask)
+    return out.transpose(1, 2).flatten(0, 1)[: band.rows]
 
 
 class _IntoBlocks(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Building, saving and loading any of the three kinds of model.
+"""Building, saving and loading any kind of model.
 
 A model folder holds safetensors, the config and, in `FOLDER/tokenizer/`, the tokenizer. Nothing is unpickled
 and no remote code runs.
@@ -16,9 +16,10 @@ from data_prep.common.errors import UserError, first_line
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import backbone_config, load_backbone, load_packable
-from pipeline.models.folders import KINDS, load_pretrained, model_config, read_config
+from pipeline.models.folders import load_pretrained, model_config, read_config
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
+from pipeline.models.stack import StackConfig, StackLM
 from pipeline.models.token_lm import TokenLM
 
 if TYPE_CHECKING:
@@ -35,25 +36,29 @@ def _text_keys(tokenizer: Tokenizer, sentence_settings: dict, window_tokens: int
     }
 
 
-def _vae_config(settings: dict, text: dict, tokenizer: Tokenizer) -> SentenceVAEConfig:
+def _text_sizes(settings: dict, text: dict, tokenizer: Tokenizer, where: str) -> dict:
+    """Settings of a part that reads tokens, with the vocabulary and the longest sentence of the text."""
     settings = {"vocab_size": tokenizer.vocab_size, **{k: v for k, v in settings.items() if v is not None}}
     if settings["vocab_size"] < tokenizer.vocab_size:
         raise UserError(
-            f"model.vae.vocab_size is {settings['vocab_size']}, but the shards' tokenizer has "
+            f"{where}.vocab_size is {settings['vocab_size']}, but the shards' tokenizer has "
             f"{tokenizer.vocab_size} entries"
         )
     settings.setdefault("max_sentence_tokens", text["sentence_settings"].get("max_tokens", 64))
-    config = SentenceVAEConfig(**settings, **text)
-    _require_sentence_room(config, text)
-    return config
+    _require_sentence_room(settings["max_sentence_tokens"], text, where)
+    return settings
 
 
-def _require_sentence_room(config: SentenceVAEConfig, text: dict) -> None:
+def _vae_config(settings: dict, text: dict, tokenizer: Tokenizer) -> SentenceVAEConfig:
+    return SentenceVAEConfig(**_text_sizes(settings, text, tokenizer, "model.vae"), **text)
+
+
+def _require_sentence_room(room: int, text: dict, where: str) -> None:
     longest = text["sentence_settings"].get("max_tokens", 0)
-    if longest > config.max_sentence_tokens:
+    if longest > room:
         raise UserError(
-            f"the shards hold sentences of up to {longest} tokens, but the SentenceVAE takes "
-            f"{config.max_sentence_tokens} (model.vae.max_sentence_tokens)"
+            f"the shards hold sentences of up to {longest} tokens, but the model takes "
+            f"{room} ({where}.max_sentence_tokens)"
         )
 
 
@@ -80,6 +85,7 @@ def build_model(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     embedding_weight: float = 0.0,
+    stack: dict | None = None,
 ) -> nn.Module:
     """A new model for one training run, fp32 on the CPU.
 
@@ -94,6 +100,7 @@ def build_model(
         window_tokens: longest window, kept in the config; must fit the backbone's positions.
         focal_gamma, label_smoothing, z_loss: the training loss (vocabulary_head.py); all 0 is cross-entropy.
         embedding_weight: weight of the embedding loss (`SLLM.forward`; `sllm` only).
+        stack: of layout `stack` (`sllm`): sizes of the token layers, `memory` and `add_vector`; no `vae`.
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
@@ -103,6 +110,8 @@ def build_model(
     try:
         if objective == "lm":
             return TokenLM(_build_causal_lm(backbone, text, tokenizer), **loss)
+        if stack is not None:
+            return _build_stack({**stack, **loss}, backbone, text, tokenizer)
         model: SentenceVAE | SLLM
         if objective == "vae":
             model = SentenceVAE(_vae_config({**vae, **loss}, text, tokenizer))
@@ -123,6 +132,9 @@ def build_model(
 
 def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any]) -> nn.Module:
     """The recipe's model with random weights; `tokenizer` needs `vocab_size` and the special ids only."""
+    model, stack = recipe.model, None
+    if model.layout == "stack":
+        stack = {**model.tokens, "memory": model.memory, "add_vector": model.add_vector}
     return build_model(
         recipe.objective,
         recipe.model.vae,
@@ -132,13 +144,14 @@ def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any])
         recipe.data.window_tokens,
         **recipe.loss.head_settings(),
         embedding_weight=recipe.loss.embedding_weight,
+        stack=stack,
     )
 
 
 def _build_sllm(
     vae: dict, backbone: dict, text: dict, tokenizer: Tokenizer, loss: dict, embedding_weight: float
 ) -> SLLM:
-    trained_vae = loaded_backbone = None
+    trained_vae = None
     if vae.get("path"):
         trained_vae = load_model(vae["path"])
         if not isinstance(trained_vae, SentenceVAE):
@@ -148,23 +161,35 @@ def _build_sllm(
         vae_config = trained_vae.config
         assert isinstance(vae_config, SentenceVAEConfig)
         vae_config.update(loss)
-        _require_sentence_room(vae_config, text)
+        _require_sentence_room(vae_config.max_sentence_tokens, text, "model.vae")
     else:
         vae_config = _vae_config({**vae, **loss}, text, tokenizer)
-    if backbone.get("path"):
-        loaded_backbone = load_backbone(backbone["path"])
-        config = loaded_backbone.config
-    else:
-        config = backbone_config(backbone)
-    _require_room(config, text["window_tokens"])
+    config, weights = _backbone(backbone, text)
     model = SLLM(SLLMConfig(vae_config, config, embedding_weight=embedding_weight, **text))
     if trained_vae is not None:
         model.vae.load_state_dict(trained_vae.state_dict())
-    if loaded_backbone is not None:
+    if weights is not None:
         # The published layout has no final norm and no projections; all its other weights must be there.
         has = model.backbone.state_dict().keys()
-        model.backbone.load_state_dict({k: v for k, v in loaded_backbone.state_dict().items() if k in has})
+        model.backbone.load_state_dict({name: weight for name, weight in weights.items() if name in has})
     return model
+
+
+def _build_stack(settings: dict, backbone: dict, text: dict, tokenizer: Tokenizer) -> StackLM:
+    config, weights = _backbone(backbone, text)
+    sizes = _text_sizes(settings, text, tokenizer, "model.tokens")
+    model = StackLM(StackConfig(config, **sizes, **text))
+    if weights is not None:
+        model.backbone.load_state_dict(weights)
+    return model
+
+
+def _backbone(backbone: dict, text: dict) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
+    """A backbone's config, and its weights if it is loaded."""
+    loaded = load_backbone(backbone["path"]) if backbone.get("path") else None
+    config = backbone_config(backbone) if loaded is None else loaded.config
+    _require_room(config, text["window_tokens"])
+    return config, None if loaded is None else loaded.state_dict()
 
 
 def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -207,13 +232,13 @@ def save_model(
 
 
 def load_model(folder: str | Path) -> nn.Module:
-    """A model folder as `SentenceVAE`, `SLLM` or `TokenLM` (any Hugging Face causal LM): fp32, CPU, eval
-    mode.
+    """A model folder as `SentenceVAE`, `SLLM`, `StackLM` or `TokenLM` (any Hugging Face causal LM): fp32, on
+    the CPU, in eval mode.
 
     Raises: UserError for a folder without a loadable model, or whose weights do not match its config.
     """
     folder = Path(folder)
-    kind = KINDS.get(read_config(folder).get("model_type"), "lm")
-    if kind == "lm":
-        return TokenLM(load_packable(AutoModelForCausalLM, folder)).eval()
-    return load_pretrained(SentenceVAE if kind == "vae" else SLLM, folder, strict=True)
+    for ours in (SentenceVAE, SLLM, StackLM):
+        if read_config(folder).get("model_type") == ours.config_class.model_type:
+            return load_pretrained(ours, folder, strict=True)
+    return TokenLM(load_packable(AutoModelForCausalLM, folder)).eval()

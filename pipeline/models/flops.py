@@ -21,14 +21,19 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.data.windows import Span
-from pipeline.models.attention import attention_path, choose_path
+from pipeline.models.attention import attention_path, choose_path, forced_path
 from pipeline.models.folders import model_config, model_kind
+from pipeline.models.stack import StackConfig
 from pipeline.models.token_lm import TokenLM
 
 TRAINING_FACTOR = 3  # forward 1, gradient of the inputs 1, gradient of the weights 1
 # Dense bf16 peak of one device in FLOP/s, by a part of its name; the first match counts.
 _BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
-PARTS = ("embedding", "encoder", "decoder", "head", "backbone", "adapters", "start vector", "stop head")
+PARTS = ("embedding", "encoder", "decoder", "lower layers", "upper layers", "memory", "head", "backbone")
+PARTS += ("adapters", "start vector", "stop head")
+_PART_OF = {"to_backbone": "adapters", "from_backbone": "adapters", "vector_norm": "adapters"}
+_PART_OF |= {"output_norm": "adapters", "start": "start vector", "lower": "lower layers"}
+_PART_OF |= {"upper": "upper layers", "final_norm": "upper layers"}
 
 
 def utilisation(multiply_adds: float, seconds: float, device: torch.device) -> float | None:
@@ -55,12 +60,8 @@ def part_of(model: nn.Module) -> dict[str, str]:
             parts[name] = "head" if module is head else "embedding" if embedding else "backbone"
         elif path.startswith(("encoder.embedding", "decoder.embedding")):
             parts[name] = "embedding"
-        elif first in ("to_backbone", "from_backbone"):
-            parts[name] = "adapters"
-        elif first == "start":
-            parts[name] = "start vector"
         else:
-            parts[name] = first.replace("_", " ")
+            parts[name] = _PART_OF.get(first, first.replace("_", " "))
     return parts
 
 
@@ -179,6 +180,19 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
 
     if kind == "lm":
         return backbone(config, batch.token_model_layout)
+    if isinstance(config, StackConfig):
+        rows, sizes = batch.stack_rows, (config.hidden_size, config.heads)
+        settings = *sizes, rows.layout, True, 0.0, config.attention_window
+        cores = [
+            core("lower layers", config.lower_layers, *settings),
+            core("upper layers", config.upper_layers, *settings),
+            *backbone(config.backbone, batch.backbone_layout),
+        ]
+        if config.memory:
+            band = rows.memory(config.memory)
+            pairs = band.needed, *band.computed_pairs(forced_path() == "masked")
+            cores.append(Core("memory", config.upper_layers, config.hidden_size, *pairs))
+        return cores
     vae = config.vae if kind == "sllm" else config
     dropout = vae.dropout if vae.layout == "paper" else 0.0
     slots, context = decoder_context(model)
@@ -194,11 +208,10 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
 
 
 def decoder_context(model: nn.Module) -> tuple[int, int]:
-    """(slots, context sentences) of a model's sentence decoder; 0 and 0 for a token-level model."""
-    kind = model_kind(model)
-    if kind == "lm":
+    """(slots, context sentences) of a model's sentence decoder; 0 and 0 without one."""
+    kind, config = model_kind(model), model_config(model)
+    if kind == "lm" or isinstance(config, StackConfig):
         return 0, 0
-    config = model_config(model)
     vae = config.vae if kind == "sllm" else config
     return vae.slots, vae.context_sentences if kind == "sllm" else 0
 
@@ -277,5 +290,6 @@ def _rows(batch: Batch, slots: int) -> dict[str, int]:
         "sentence": batch.sentences,
         "position": batch.backbone_layout.rows,
         "lm position": batch.token_model_layout.rows,
+        "stack row": batch.tokens + batch.sentences + batch.documents,
         "lm target": batch.tokens + int(batch.document_end_D.sum()),
     }

@@ -21,7 +21,8 @@ from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
 # Progress bars of loading and saving weights would break up logs.
 disable_progress_bar()
-KINDS = {"sentence_vae": "vae", "sllm": "sllm"}  # our model types; every other one is a token-level causal LM
+# Our model types; every other one is a token-level causal LM.
+KINDS = {"sentence_vae": "vae", "sllm": "sllm", "sllm_stack": "sllm"}
 
 
 def read_config(folder: str | Path) -> dict:

@@ -21,8 +21,8 @@ from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.models.factory import load_model
 from pipeline.models.folders import load_model_tokenizer
+from pipeline.models.sentence_lm import SentenceLM
 from pipeline.models.sentence_vae import SentenceVAE
-from pipeline.models.sllm import SLLM
 from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
 
 
@@ -86,13 +86,13 @@ def to_int8(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_for_generation(folder: str | Path, int8: bool = False) -> tuple[SLLM, Tokenizer]:
+def load_for_generation(folder: str | Path, int8: bool = False) -> tuple[SentenceLM, Tokenizer]:
     """A model folder's SLLM, laid out for generation or in int8, and its tokenizer.
 
     Raises: UserError for another kind of model.
     """
     model = load_model(folder)
-    if not isinstance(model, SLLM):
+    if not isinstance(model, SentenceLM):
         vae = isinstance(model, SentenceVAE)
         what = "a SentenceVAE rebuilds sentences and" if vae else "a token-level model"
         raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")

@@ -11,6 +11,7 @@ CachedStep      one new place in each of some rows, which sees its own row up to
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,47 @@ class KeyValueCache:
         return self.bytes_per_place * self.rows * self._places
 
 
+class RollingCache(KeyValueCache):
+    """Keys and values of the last places of every row: at least `keep` of them, from `roll` on.
+
+    dropped: int64 [rows], host: places that a row has had before those it holds."""
+
+    def __init__(self, rows: int, keep: int):
+        super().__init__(rows, most=2 * keep, places=2 * keep)
+        self.keep = keep
+        self.dropped = np.zeros(rows, dtype=np.int64)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """int64 [rows]: all places that each row has had."""
+        return self.dropped + self.lengths
+
+    def start(self, rows: np.ndarray, places: np.ndarray) -> None:
+        """Start rows anew that have had `places` (int64 [n]), of which the last `keep` at most are stored."""
+        self.lengths[rows] = np.minimum(places, self.keep)
+        self.dropped[rows] = places - self.lengths[rows]
+
+    def roll(self, rows: np.ndarray) -> None:
+        """Make room for one more place in each of `rows`."""
+        for row in rows[self.lengths[rows] == self.most]:
+            for keys, values in self._layers.values():
+                for stored in (keys, values):
+                    stored[row, :, : self.keep] = stored[row, :, self.most - self.keep :]
+            self.dropped[row] += self.most - self.keep
+            self.lengths[row] = self.keep
+
+
+def attend_last(
+    q: Tensor, stored: tuple[Tensor, Tensor], rows: Tensor, ends: Tensor, width: int, scale: float | None
+) -> Tensor:
+    """Queries [n, H_kv, queries, d_head] of `rows` (int64 [n]) attend to the last `width` places before
+    `ends` (int64 [n]) of a layer's storage → as q."""
+    places = ends[:, None] - width + torch.arange(width, device=q.device)
+    # Indexed dimensions that are not adjacent come first: [n, width, H_kv, d_head].
+    k, v = (x[rows[:, None], :, places.clamp_min(0)].transpose(1, 2) for x in stored)
+    return F.scaled_dot_product_attention(q, k, v, (places >= 0)[:, None, None], scale=scale)
+
+
 class CachedPrompt(SegmentLayout):
     """One whole sequence for each of `rows`, back to back; it replaces what the rows held.
 
@@ -113,8 +155,8 @@ class CachedContext:
     """Context of new sentences in a sentence decoder: attends as in training, and stores the rows that the
     new sentences will see.
 
-    attend: (q, k, v) [R, H, d_head] each → [R, H, d_head], the attention of training. kept: int64 [n, 2], for
-    each of `rows` (int64 [n]) the packed rows [first, end) to store.
+    attend: (q, k, v, …) [R, H, d_head] each → [R, H, d_head], the attention of training. kept: int64 [n, 2],
+    for each of `rows` (int64 [n]) the packed rows [first, end) to store.
     """
 
     def __init__(
@@ -122,17 +164,17 @@ class CachedContext:
         cache: KeyValueCache,
         rows: np.ndarray,
         kept: np.ndarray,
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        attend: Callable[..., Tensor],
     ):
         self._cache, self._rows, self._kept, self._attend = cache, rows, kept, attend
         counts = kept[:, 1] - kept[:, 0]
         cache.reserve(int(counts.max()), 0)
         cache.lengths[rows] = counts
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As CachedPrompt's."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
+        """As CachedPrompt's; `settings` of `attend`."""
         self._cache.store(layer, self._rows, self._kept[:, 0], self._kept[:, 1], k, v)
-        return self._attend(q, k, v)
+        return self._attend(q, k, v, **settings)
 
 
 class CachedStep:
@@ -183,27 +225,24 @@ class CachedStep:
         # are.
         keys[self._rows_n, :, self.position_of_row] = k
         values[self._rows_n, :, self.position_of_row] = v
+        if window < self.longest:
+            stored, ends = (keys, values), self.position_of_row + 1
+            return attend_last(q, stored, self._rows_n, ends, window, scale).reshape(shape)
         if q.device.type == "cpu" and self.longest > SHORT_ROW:
             outs = []
             for n, (row, at) in enumerate(zip(self._rows, self.lengths, strict=True)):
-                k, v = (x[row, None, :, max(0, at + 1 - window) : at + 1] for x in (keys, values))
+                k, v = (x[row, None, :, : at + 1] for x in (keys, values))
                 outs.append(F.scaled_dot_product_attention(q[n : n + 1], k, v, scale=scale))
             out = torch.cat(outs)
         else:
-            out = self.attend_masked(q, keys, values, scale, window)
+            out = self.attend_masked(q, keys, values, scale)
         return out.reshape(shape)
 
-    def attend_masked(
-        self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
+    def attend_masked(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         """q [n, H_kv, queries, d_head] over ragged rows of the storage → as q."""
         k, v = (x[self._rows_n, :, : self.longest] for x in (keys, values))
         # Places behind a row's end may hold anything, even NaN, which neither a score of -inf nor a weight of
         # 0 removes.
         behind = ~self._mask[:, 0, 0, None, :, None].expand(-1, 1, -1, 1)
         k, v = k.masked_fill(behind, 0), v.masked_fill(behind, 0)
-        mask = self._mask
-        if window is not None and window < self.longest:
-            places = torch.arange(self.longest, device=q.device)
-            mask = mask & (places > self.position_of_row[:, None] - window)[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, self._mask, scale=scale)

@@ -54,11 +54,13 @@ def attend_across(q: Tensor, k: Tensor, v: Tensor, spans: ContextSpans, dropout:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused query/key/value projection."""
+    """Multi-head self-attention with one fused query/key/value projection.
 
-    def __init__(self, width: int, heads: int):
+    window: rows that a causal row sees, itself included; None: all of its segment up to itself."""
+
+    def __init__(self, width: int, heads: int, window: int | None = None):
         super().__init__()
-        self.heads = heads
+        self.heads, self.window = heads, window
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -84,13 +86,15 @@ class SelfAttention(nn.Module):
         q, k, v = self._project(x_Td, turn)
         if spans is not None:
             return self.out(attend_across(q, k, v, spans, dropout).flatten(1))
-        return self.out(packed_attention(q, k, v, layout, causal, dropout=dropout).flatten(1))
+        attended = packed_attention(q, k, v, layout, causal, dropout=dropout, window=self.window)
+        return self.out(attended.flatten(1))
 
     def step(
         self, x_Rd: Tensor, layer: int, step: CachedStep | CachedContext, turn: Rotation | None = None
     ) -> Tensor:
         """New rows of sentences, [R, d] → [R, d]; `step` holds this layer's keys and values."""
-        return self.out(step.attend(layer, *self._project(x_Rd, turn)).flatten(1))
+        limit = {} if self.window is None else {"window": self.window}
+        return self.out(step.attend(layer, *self._project(x_Rd, turn), **limit).flatten(1))
 
 
 class TransformerLayer(nn.Module):
@@ -99,15 +103,23 @@ class TransformerLayer(nn.Module):
     `conditioned`, the width of a vector, adds the decoder's cross-attention. Over ONE vector the softmax is
     1 whatever the query, so cross-attention is exactly an affine map of that vector: one Linear, computed
     once per sentence, without query, key or norm weights. Dropout is where OPT has it: on the output of each
-    part.
+    part. `window`: of self-attention.
     """
 
     post_norm = False
 
-    def __init__(self, width: int, heads: int, ffn: int, dropout: float, conditioned: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ffn: int,
+        dropout: float,
+        conditioned: int | None = None,
+        window: int | None = None,
+    ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads)
+        self.attention = SelfAttention(width, heads, window)
         self.condition: nn.Module | None = nn.Linear(conditioned, width) if conditioned else None
         self.condition_norm: nn.LayerNorm | None = None
         self.ffn_norm = nn.LayerNorm(width)

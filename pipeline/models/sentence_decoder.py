@@ -41,6 +41,11 @@ class DecoderState:
     ahead: np.ndarray
     logits: Tensor | None = None
 
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        return self.cache.bytes
+
 
 class SentenceDecoder(nn.Module):
     """`config` is a `SentenceVAEConfig`."""

@@ -16,19 +16,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from data_prep.common.errors import UserError
-from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
-from pipeline.generation.api import Generation, generate
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
-from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecodedSentence, DecoderState
-from pipeline.models.sentence_vae import FIRST_ROW, SentenceVAE, SentenceVAEConfig
+from pipeline.models.sentence_lm import SentenceLM
+from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 
 
 class SLLMConfig(PreTrainedConfig):
@@ -61,6 +59,14 @@ class SLLMConfig(PreTrainedConfig):
             kwargs.setdefault(key, getattr(self.vae, key))
         super().__init__(**kwargs)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.vae.vocab_size
+
+    @property
+    def max_sentence_tokens(self) -> int:
+        return self.vae.max_sentence_tokens
+
     def to_dict(self) -> dict:
         output = super().to_dict()
         for name in ("vae", "backbone"):
@@ -92,13 +98,12 @@ class BackboneState:
     recent: list[list[DecodedSentence]]
 
 
-class SLLM(PreTrainedModel):
+class SLLM(SentenceLM):
     """`vae` (encoder, decoder, head), `backbone`, `start` vector, `stop_head`, and adapters if widths differ.
 
     `forward` returns `LossSums` over T + S vocabulary targets and S stop decisions."""
 
     config_class = SLLMConfig
-    base_model_prefix = "sllm"
 
     def __init__(self, config: SLLMConfig):
         super().__init__(config)
@@ -116,24 +121,6 @@ class SLLM(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vae.get_input_embeddings()
-
-    @property
-    def device(self) -> torch.device:
-        """As Hugging Face's, whose search for a first parameter takes 20 µs of every symbol."""
-        return self.start.weight.device
-
-    @property
-    def max_sentences(self) -> int:
-        """The longest context in sentences: the backbone's positions less the start position."""
-        return getattr(self.config.backbone, "max_position_embeddings", 1 << 30) - 1
-
-    def _stop_logits(self, hidden_Rd: Tensor) -> Tensor:
-        """float32 [R]: log-odds that the document ends after each row."""
-        logits = self.stop_head(hidden_Rd).float()
-        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-
-    def _into(self, x: Tensor) -> Tensor:
-        return x if self.to_backbone is None else self.to_backbone(x)
 
     def _out_of(self, x: Tensor) -> Tensor:
         return x if self.from_backbone is None else self.from_backbone(x)
@@ -236,11 +223,6 @@ class SLLM(PreTrainedModel):
         state.hidden[rows_n] = run_packed(self.backbone, layout, inputs_embeds=x)
 
     @torch.no_grad()
-    def stop_log_odds(self, state: BackboneState, rows: np.ndarray) -> Tensor:
-        """float32 [n], host: log-odds that the documents in `rows` end here."""
-        return self._stop_logits(state.hidden[torch.from_numpy(rows).to(self.device)]).cpu()
-
-    @torch.no_grad()
     def new_decoder(self, state: BackboneState) -> DecoderState:
         """A decoder row per document of the state; `sentence_begin` starts their sentences."""
         return self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
@@ -261,22 +243,6 @@ class SLLM(PreTrainedModel):
         """Forget the last symbols fed to a row."""
         decoder.cache.lengths[row] -= symbols
 
-    def begin(self) -> BackboneState:
-        """Start one document: the start position is fed."""
-        state = self.new_state(1)
-        self.read(state, FIRST_ROW, [[]])
-        return state
-
-    def append(self, state: BackboneState, tokens: list[int]) -> None:
-        """`extend` for one document."""
-        self.extend(state, FIRST_ROW, [tokens])
-
-    def stop_probability(self, state: BackboneState) -> float:
-        """Probability that the one document ends here. Raises: ValueError before the first sentence."""
-        if state.cache.lengths[0] < 2:
-            raise ValueError("no sentence yet: the stop head speaks after a sentence")
-        return torch.sigmoid(self.stop_log_odds(state, FIRST_ROW)).item()
-
     @torch.no_grad()
     def decode_begin(self, state: BackboneState) -> DecoderState:
         """Start the one document's next sentence; `.logits` float32 [V] predict its first token."""
@@ -287,51 +253,6 @@ class SLLM(PreTrainedModel):
         """Feed one token; `.logits` then predict the next symbol (the sentence end is
         `config.eos_token_id`)."""
         self.vae.decode_step(state, token)
-
-    def generate(
-        self,
-        prompt: str = "",
-        tokenizer: Tokenizer | None = None,
-        max_sentences: int = 10,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        return_tokens: bool = False,
-        **settings,
-    ) -> str | list[list[int]]:
-        """Continue `prompt` by up to `max_sentences` sentences (paper §3.3); see `generation.api.generate`.
-
-        Args:
-            tokenizer: the model's; None loads it from the model's folder.
-            temperature, top_p, top_k, seed: greedy at temperature 0, else sampling, repeatable by its seed.
-            return_tokens: return token ids.
-            settings: min_p, repetition_penalty, max_tokens, stop.
-        Returns: the new text (without the prompt), or the new tokens of each sentence.
-        Raises: UserError for invalid settings, a prompt that is too long, or a missing tokenizer.
-        """
-        run = self.stream(
-            prompt, tokenizer, max_sentences, temperature, top_p=top_p, top_k=top_k, seed=seed, **settings
-        )
-        sentences = list(run)
-        if return_tokens:
-            return [list(sentence.tokens) for sentence in sentences]
-        return "".join(sentence.text for sentence in sentences)
-
-    def stream(
-        self,
-        prompt: str = "",
-        tokenizer: Tokenizer | None = None,
-        max_sentences: int = 10,
-        temperature: float = 0.0,
-        **settings,
-    ) -> Generation:
-        """As `generate`, streamed: iterate over the result for sentences, over its `pieces()` for tokens."""
-        if tokenizer is None:
-            if not self.name_or_path:
-                raise UserError("generate: this model was not loaded from a folder: give its tokenizer")
-            tokenizer = load_model_tokenizer(self.name_or_path)
-        return generate(self, tokenizer, prompt, max_sentences, temperature, **settings)
 
 
 AutoConfig.register(SLLMConfig.model_type, SLLMConfig)

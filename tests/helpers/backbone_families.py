@@ -44,6 +44,16 @@ CONFIGS = {
     "qwen3_window": lambda: rotary_config(
         "qwen3", use_sliding_window=True, sliding_window=3, max_window_layers=1
     ),
+    "gpt_neox": lambda: AutoConfig.for_model(
+        "gpt_neox",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        **IDS,
+    ),
     "qwen3-narrow": lambda: rotary_config("qwen3", hidden_size=24),
 }
 ROTARY = [name for name in CONFIGS if not name.startswith("opt")]

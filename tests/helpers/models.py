@@ -14,6 +14,7 @@ from pipeline.data.windows import Span
 from pipeline.models.attention import HF_ATTENTION, PATHS
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
+from pipeline.models.stack import StackConfig, StackLM
 from pipeline.models.token_lm import TokenLM
 
 VOCABULARY = 97
@@ -74,6 +75,13 @@ def small_sllm(seed: int = 0, backbone: PreTrainedConfig | None = None, **kwargs
     return _wake(SLLM(SLLMConfig(vae, backbone or opt_config(), **IDS)))
 
 
+def small_stack(seed: int = 0, backbone: PreTrainedConfig | None = None, **kwargs) -> StackLM:
+    torch.manual_seed(seed)
+    sizes = {"lower_layers": 1, "upper_layers": 2, "heads": 4, "max_sentence_tokens": 16}
+    sizes |= {"attention_window": 9, "memory": 3, **SIZES, **IDS, **kwargs}
+    return _wake(StackLM(StackConfig(backbone or opt_config(), **sizes)))
+
+
 def small_lm(seed: int = 0, config: OPTConfig | None = None) -> TokenLM:
     torch.manual_seed(seed)
     return _wake(
@@ -81,7 +89,7 @@ def small_lm(seed: int = 0, config: OPTConfig | None = None) -> TokenLM:
     )
 
 
-def cached_scores(model: SLLM, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+def cached_scores(model: SLLM | StackLM, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
     """One document scored by cached generation: nll of every symbol float32 [T+S], stop probabilities [S]."""
     nll, stops, at, state = [], [], 0, model.begin()
     for length in span.sentence_lengths:

@@ -1,0 +1,116 @@
+"""What every model that predicts a sentence at a time has in common: stop decisions, one document at a time,
+`generate` and `stream`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from data_prep.common.errors import UserError
+from data_prep.text.tokenizer import Tokenizer
+from pipeline.generation.api import Generation, generate
+from pipeline.models.folders import load_model_tokenizer
+
+FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one document
+
+
+class SentenceLM(PreTrainedModel):
+    """Base of `SLLM` and `StackLM`, which implement `generation.protocol.SentenceModel`.
+
+    They have a `backbone`, a `stop_head` and, if its vectors have another width, `to_backbone`. Their states
+    have the backbone's `cache` and its last outputs, `hidden` [R, d_backbone]."""
+
+    base_model_prefix = "sllm"
+    to_backbone: Any
+    stop_head: Any
+    new_state: Any
+    read: Any
+    extend: Any
+
+    @property
+    def device(self) -> torch.device:
+        """As Hugging Face's, whose search for a first parameter takes 20 µs of every symbol."""
+        return self.get_input_embeddings().weight.device
+
+    @property
+    def max_sentences(self) -> int:
+        """The longest context in sentences: the backbone's positions less the start position."""
+        return getattr(self.config.backbone, "max_position_embeddings", 1 << 30) - 1
+
+    def _into(self, x: Tensor) -> Tensor:
+        return x if self.to_backbone is None else self.to_backbone(x)
+
+    def _stop_logits(self, hidden_Rd: Tensor) -> Tensor:
+        """float32 [R]: log-odds that the document ends after each row."""
+        logits = self.stop_head(hidden_Rd).float()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+    @torch.no_grad()
+    def stop_log_odds(self, state: Any, rows: np.ndarray) -> Tensor:
+        """float32 [n], host: log-odds that the documents in `rows` end here."""
+        return self._stop_logits(state.hidden[torch.from_numpy(rows).to(self.device)]).cpu()
+
+    def begin(self) -> Any:
+        """Start one document: the start position is fed."""
+        state = self.new_state(1)
+        self.read(state, FIRST_ROW, [[]])
+        return state
+
+    def append(self, state: Any, tokens: list[int]) -> None:
+        """`extend` for one document."""
+        self.extend(state, FIRST_ROW, [tokens])
+
+    def stop_probability(self, state: Any) -> float:
+        """Probability that the one document ends here. Raises: ValueError before the first sentence."""
+        if state.cache.lengths[0] < 2:
+            raise ValueError("no sentence yet: the stop head speaks after a sentence")
+        return torch.sigmoid(self.stop_log_odds(state, FIRST_ROW)).item()
+
+    def generate(
+        self,
+        prompt: str = "",
+        tokenizer: Tokenizer | None = None,
+        max_sentences: int = 10,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        return_tokens: bool = False,
+        **settings,
+    ) -> str | list[list[int]]:
+        """Continue `prompt` by up to `max_sentences` sentences (paper §3.3); see `generation.api.generate`.
+
+        Args:
+            tokenizer: the model's; None loads it from the model's folder.
+            temperature, top_p, top_k, seed: greedy at temperature 0, else sampling, repeatable by its seed.
+            return_tokens: return token ids.
+            settings: min_p, repetition_penalty, max_tokens, stop.
+        Returns: the new text (without the prompt), or the new tokens of each sentence.
+        Raises: UserError for invalid settings, a prompt that is too long, or a missing tokenizer.
+        """
+        run = self.stream(
+            prompt, tokenizer, max_sentences, temperature, top_p=top_p, top_k=top_k, seed=seed, **settings
+        )
+        sentences = list(run)
+        if return_tokens:
+            return [list(sentence.tokens) for sentence in sentences]
+        return "".join(sentence.text for sentence in sentences)
+
+    def stream(
+        self,
+        prompt: str = "",
+        tokenizer: Tokenizer | None = None,
+        max_sentences: int = 10,
+        temperature: float = 0.0,
+        **settings,
+    ) -> Generation:
+        """As `generate`, streamed: iterate over the result for sentences, over its `pieces()` for tokens."""
+        if tokenizer is None:
+            if not self.name_or_path:
+                raise UserError("generate: this model was not loaded from a folder: give its tokenizer")
+            tokenizer = load_model_tokenizer(self.name_or_path)
+        return generate(self, tokenizer, prompt, max_sentences, temperature, **settings)

@@ -1,0 +1,491 @@
+"""One stack: token layers across sentence borders, and a backbone over the states at sentence ends.
+
+    lower token layers → states at the borders → backbone → added to the next sentence's rows → upper layers
+
+A *border* is a row before every sentence and at a window's end. It reads that a sentence has ended, so its
+state after the lower layers is that sentence's vector; the window's first border gives the start vector. The
+backbone's output at a border enters at the border's own row and those of the sentence behind it: added, and
+attended to by the upper layers (`memory`), both from zero. Token layers are causal with an attention window.
+There is no separate encoder, no autoencoder to train first, and nothing to encode again in generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+
+from pipeline.config.model_recipe import TokensRecipe, checked_tokens
+from pipeline.data.batch import Batch, StackRows, stack_rows
+from pipeline.data.segments import Band, SegmentLayout
+from pipeline.models.attention import band_attention, packed_attention
+from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
+from pipeline.models.kv_cache import (
+    FIRST_PLACES,
+    CachedContext,
+    CachedPrompt,
+    CachedStep,
+    KeyValueCache,
+    RollingCache,
+    attend_last,
+)
+from pipeline.models.layers import Rotation, TokenEmbedding, TransformerLayer, rotate
+from pipeline.models.losses import LossSums
+from pipeline.models.sentence_lm import FIRST_ROW, SentenceLM
+from pipeline.models.vocabulary_head import VocabularyHead
+
+# Keys that are sizes of a model, with their defaults.
+SIZES = {key: field.default for key, field in TokensRecipe.model_fields.items()}
+SIZES |= {"vocab_size": 50272, "max_sentence_tokens": 64}
+
+
+class StackConfig(PreTrainedConfig):
+    """Sizes of the token layers (the keys of `TokensRecipe`), a backbone's config, and the text settings.
+
+    memory: backbone outputs that upper layers attend to; 0: none. add_vector: false leaves the memory as the
+    only way from the backbone to the tokens, or none, as a control. focal_gamma, label_smoothing, z_loss: as
+    in `SentenceVAEConfig`."""
+
+    model_type = "sllm_stack"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        backbone: dict | PreTrainedConfig | None = None,
+        memory: int = 0,
+        add_vector: bool = True,
+        focal_gamma: float = 0.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        sentence_settings: dict | None = None,
+        window_tokens: int = 1024,
+        **kwargs: Any,
+    ):
+        self.backbone = (
+            backbone if isinstance(backbone, PreTrainedConfig) else backbone_config(backbone or {})
+        )
+        self.memory, self.add_vector = memory, add_vector
+        self.focal_gamma, self.label_smoothing, self.z_loss = focal_gamma, label_smoothing, z_loss
+        self.sentence_settings = sentence_settings or {}
+        self.window_tokens = window_tokens
+        sizes = checked_tokens(SIZES | {key: kwargs.pop(key) for key in SIZES if key in kwargs})
+        sizes["ffn_size"] = sizes["ffn_size"] or 2 * sizes["hidden_size"]
+        for key, value in sizes.items():
+            setattr(self, key, value)
+        kwargs["tie_word_embeddings"] = sizes["tie_word_embeddings"]
+        super().__init__(**{"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2, **kwargs})
+
+    def to_dict(self) -> dict:
+        output = super().to_dict()
+        output["backbone"] = self.backbone.to_dict()
+        output["backbone"].pop("_name_or_path", None)  # the source folder is not part of the model
+        return output
+
+
+class SentenceMemory(nn.Module):
+    """x + attention to backbone outputs, which starts as x. Rotary positions count sentences."""
+
+    def __init__(self, width: int, vector: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(vector, 2 * width)
+        self.out: Any = nn.Linear(width, width)
+        self.out.first_deviation = 0.0
+
+    def keys_values(self, vectors_Bd: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
+        """Keys and values of outputs [B, d_backbone], [B, H, d_head] each."""
+        k, v = self.key_value(vectors_Bd).view(len(vectors_Bd), 2, self.heads, -1).split(1, 1)
+        return rotate(k, turn)[:, 0], v[:, 0]
+
+    def queries(self, x_Rd: Tensor, turn: Rotation) -> Tensor:
+        """[R, H, d_head]."""
+        return rotate(self.query(self.norm(x_Rd)).view(len(x_Rd), 1, self.heads, -1), turn)[:, 0]
+
+    def forward(
+        self, x_Rd: Tensor, vectors_Bd: Tensor, band: Band, turn_R: Rotation, turn_B: Rotation
+    ) -> Tensor:
+        """[R, d] → [R, d]; turns of the rows' and the outputs' sentence numbers."""
+        k, v = self.keys_values(vectors_Bd, turn_B)
+        return x_Rd + self.out(band_attention(self.queries(x_Rd, turn_R), k, v, band).flatten(1))
+
+
+@dataclass
+class TokenState:
+    """R sentences being generated.
+
+    lower, upper: caches of the token layers. memory: of the backbone's outputs, a place per sentence. vector:
+    [R, d_backbone], what the sentence's rows read of the backbone. border: [R, d], the border's row after the
+    lower layers. fed: tokens fed since the border; None: the border has not gone through the upper layers.
+    logits: float32 [V], predict the next symbol of a single sentence.
+    """
+
+    lower: RollingCache
+    upper: RollingCache
+    memory: RollingCache
+    vector: Tensor
+    border: Tensor
+    fed: list[list[int] | None]
+    logits: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes allocated."""
+        return sum(cache.bytes for cache in (self.lower, self.upper, self.memory))
+
+
+@dataclass
+class StackState:
+    """R documents: the backbone's cache (one place per sentence and one for the start) and last outputs
+    [R, d_backbone], and the token layers' state."""
+
+    cache: KeyValueCache
+    hidden: Tensor
+    tokens: TokenState
+
+
+class StackLM(SentenceLM):
+    """`forward` returns `LossSums` over T + S vocabulary targets and S stop decisions, as `SLLM`'s."""
+
+    config_class = StackConfig
+    _tied_weights_keys = {"head.weight": "embedding.token.weight"}
+
+    def __init__(self, config: StackConfig):
+        super().__init__(config)
+        width, vector = config.hidden_size, vector_width(config.backbone)
+        sizes = (width, config.heads, config.ffn_size, config.dropout)
+        self.embedding = TokenEmbedding(config.vocab_size, width, width, 0, "rotary")
+        self.lower, self.upper = (
+            nn.ModuleList(TransformerLayer(*sizes, window=config.attention_window) for _ in range(layers))
+            for layers in (config.lower_layers, config.upper_layers)
+        )
+        # A norm at the end of each level: what a part adds to the residual stream has no fixed scale.
+        self.vector_norm = nn.LayerNorm(width)
+        self.to_backbone = nn.Linear(width, vector, bias=False) if width != vector else None
+        self.backbone = new_backbone(config.backbone)
+        self.output_norm = nn.LayerNorm(vector) if config.add_vector or config.memory else None
+        self.from_backbone: Any = nn.Linear(vector, width, bias=False) if config.add_vector else None
+        if config.add_vector:
+            self.from_backbone.first_deviation = 0.0
+        memories = config.upper_layers if config.memory else 0
+        self.memory = nn.ModuleList(SentenceMemory(width, vector, config.heads) for _ in range(memories))
+        self.final_norm = nn.LayerNorm(width)
+        self.head = VocabularyHead(width, config.vocab_size)
+        self.stop_head = nn.Linear(vector, 1)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if getattr(module, "first_deviation", None) == 0.0:
+            module.weight.zero_()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding.token
+
+    def _turn(self, positions: Tensor, below: int | None = None) -> Rotation:
+        """`TokenEmbedding.turn`; also of sentence numbers."""
+        turn = self.embedding.turn(positions, self.config.heads, below)
+        assert turn is not None
+        return turn
+
+    def _turn_at(self, positions: np.ndarray) -> Rotation:
+        """The same for int64 [n] on the host, in generation, from a table."""
+        below = 1 << max(10, int(positions.max()).bit_length())
+        return self._turn(torch.from_numpy(positions).to(self.device), below)
+
+    def _inputs(self, rows: StackRows, tokens_T: Tensor) -> Tensor:
+        """int64 [R]: the symbol of every row; BOS is the border."""
+        border = torch.full((rows.layout.rows,), self.config.bos_token_id, device=tokens_T.device)
+        return border.index_copy_(0, rows.token_rows_T, tokens_T)
+
+    def _contextualise(self, x_Rd: Tensor, rows: StackRows, layout: SegmentLayout) -> Tensor:
+        """Backbone outputs [B, d_backbone] of every border, from the rows after the lower layers."""
+        vectors_Bd = self.vector_norm(x_Rd[rows.border_rows_B])
+        return run_packed(self.backbone, layout, inputs_embeds=self._into(vectors_Bd))
+
+    def _lower(self, batch: Batch) -> tuple[Tensor, Rotation]:
+        """The batch's rows [R, d] after the lower layers, and the turn of their positions."""
+        rows = batch.stack_rows
+        x = self.embedding(self._inputs(rows, batch.tokens_T), rows.layout.position_of_row)
+        turn = self._turn(rows.layout.position_of_row)
+        for layer in self.lower:
+            x = layer(x, rows.layout, causal=True, turn=turn)
+        return x, turn
+
+    def _upper(
+        self,
+        x: Tensor,
+        hidden_Bd: Tensor,
+        rows: StackRows,
+        layout: SegmentLayout,
+        run: Callable[[int, nn.Module, Tensor], Tensor],
+    ) -> Tensor:
+        """The rows [R, d] after the upper layers, which read the backbone's outputs.
+
+        layout: the backbone's rows. run: runs one layer."""
+        vectors_Bd, border_R = self._read_backbone(hidden_Bd), rows.border_of_row
+        if self.from_backbone is not None:
+            x = x + self.from_backbone(vectors_Bd)[border_R]
+        if self.memory:
+            band, number_B = rows.memory(self.config.memory), layout.position_of_row
+            turn_R, turn_B = self._turn(number_B[border_R]), self._turn(number_B)
+        for number, layer in enumerate(self.upper):
+            if self.memory:
+                x = self.memory[number](x, vectors_Bd, band, turn_R, turn_B)
+            x = run(number, layer, x)
+        return x
+
+    def _read_backbone(self, hidden_Bd: Tensor) -> Tensor:
+        return hidden_Bd if self.output_norm is None else self.output_norm(hidden_Bd)
+
+    def sentence_vectors(self, batch: Batch) -> Tensor:
+        """[S, d_backbone]: the backbone's output before each sentence. That of a window's first sentence
+        depends on nothing."""
+        x, _ = self._lower(batch)
+        return self._contextualise(x, batch.stack_rows, batch.backbone_layout)[batch.predicting_row_S]
+
+    def forward(self, batch: Batch, want_correct: bool = False, vectors_Sd: Tensor | None = None) -> LossSums:
+        """Next-sentence loss. vectors_Sd: as in `SLLM.forward`; the memory then holds these, too."""
+        config, rows = self.config, batch.stack_rows
+        x, turn = self._lower(batch)
+        if vectors_Sd is None:
+            hidden_Bd = self._contextualise(x, rows, batch.backbone_layout)
+        else:
+            # No row with a target reads the output at its window's last border.
+            hidden_Bd = vectors_Sd.new_zeros(len(rows.border_rows_B), vectors_Sd.shape[1])
+            hidden_Bd = hidden_Bd.index_copy(0, batch.predicting_row_S, vectors_Sd)
+        x = self._upper(
+            x,
+            hidden_Bd,
+            rows,
+            batch.backbone_layout,
+            lambda _, layer, x: layer(x, rows.layout, causal=True, turn=turn),
+        )
+        _, targets = batch.decoder_symbols(config.bos_token_id, config.eos_token_id)
+        objective, nll, correct = self.head(
+            self.final_norm(x[rows.target_rows_N]),
+            targets,
+            config.focal_gamma,
+            want_correct,
+            config.label_smoothing,
+            config.z_loss,
+        )
+        is_end = nll.new_zeros(len(targets)).bool()
+        is_end[batch.decoder_layout.last_rows] = True
+        if vectors_Sd is not None:
+            return LossSums.collect(batch.scored, objective, nll, is_end, correct)
+        stop_logits_S = self._stop_logits(hidden_Bd[batch.predicting_row_S + 1])
+        stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
+        return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
+
+    # Generation: one backbone position per sentence, one position of the token layers per symbol and border.
+
+    def new_state(self, rows: int) -> StackState:
+        """R empty documents: `read` starts them. The backbone's cache grows up to `max_sentences`."""
+        config = self.config
+        vector = torch.zeros(rows, vector_width(config.backbone), dtype=self.dtype, device=self.device)
+        border = torch.zeros(rows, config.hidden_size, dtype=self.dtype, device=self.device)
+        # `sentence_back` takes a sentence's tokens back at most.
+        keep = config.attention_window + config.max_sentence_tokens
+        tokens = TokenState(
+            RollingCache(rows, keep),
+            RollingCache(rows, keep),
+            RollingCache(rows, max(1, config.memory)),
+            vector,
+            border,
+            [None] * rows,
+        )
+        cache = KeyValueCache(rows, most=self.max_sentences + 1)
+        return StackState(cache, torch.zeros_like(vector), tokens)
+
+    def _checked(self, sentences: list[list[int]]) -> list[int]:
+        """Their lengths. Raises: ValueError for an empty or too long sentence."""
+        longest, lengths = self.config.max_sentence_tokens, [len(sentence) for sentence in sentences]
+        for length in lengths:
+            if not 1 <= length <= longest:
+                raise ValueError(f"a sentence has 1 to {longest} tokens, not {length}")
+        return lengths
+
+    @torch.no_grad()
+    def read(
+        self,
+        state: StackState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        ahead: int = FIRST_PLACES,
+    ) -> None:
+        """Start documents in `rows` (int64 [n]) with zero or more sentences each: one packed pass, as in
+        training. `ahead`: number of sentences that will follow, if known.
+
+        Raises: ValueError when a document has more than `max_sentences` sentences, or one is too long.
+        """
+        sentences = [sentence for document in documents for sentence in document]
+        counts_D = np.asarray([len(document) for document in documents])
+        packed = stack_rows(np.asarray(self._checked(sentences), dtype=np.int64), counts_D, self.device)
+        layout, words = packed.layout, state.tokens
+        tokens_T = torch.tensor([t for sentence in sentences for t in sentence], device=self.device)
+        attend = partial(packed_attention, layout=layout, causal=True)
+
+        def cached(cache: RollingCache) -> CachedContext:
+            kept = np.stack(
+                [np.maximum(layout.starts[:-1], layout.starts[1:] - cache.keep), layout.starts[1:]], 1
+            )
+            context = CachedContext(cache, rows, kept, attend)
+            cache.start(rows, layout.lengths)
+            return context
+
+        x = self.embedding(self._inputs(packed, tokens_T.long()), layout.position_of_row)
+        turn = self._turn(layout.position_of_row)
+        lower = cached(words.lower)
+        for number, layer in enumerate(self.lower):
+            x = layer.step(x, number, lower, None, turn)
+        prompt = CachedPrompt(state.cache, rows, counts_D + 1, self.device, min(ahead, FIRST_PLACES))
+        hidden_Bd = self._contextualise(x, packed, prompt)
+        rows_n = torch.from_numpy(rows).to(self.device)
+        last_n = layout.last_rows
+        words.border[rows_n], state.hidden[rows_n] = x[last_n], hidden_Bd[prompt.last_rows]
+        # The last border goes through the upper layers with the first symbol's step.
+        upper = cached(words.upper)
+        words.upper.lengths[rows] -= 1
+        for row in rows:
+            words.fed[row] = None
+        self._upper(
+            x, hidden_Bd, packed, prompt, lambda number, layer, x: layer.step(x, number, upper, None, turn)
+        )
+        vectors_Bd = self._read_backbone(hidden_Bd)
+        words.vector[rows_n] = vectors_Bd[prompt.last_rows]
+        ends = prompt.starts[1:]
+        starts = np.maximum(prompt.starts[:-1], ends - words.memory.keep)
+        words.memory.start(rows, prompt.lengths)
+        for number, part in enumerate(self.memory):
+            keys_values = part.keys_values(vectors_Bd, self._turn(prompt.position_of_row))
+            words.memory.store(number, rows, starts, ends, *keys_values)
+
+    @torch.no_grad()
+    def extend(self, state: StackState, rows: np.ndarray, sentences: list[list[int]]) -> None:
+        """End a sentence in each of `rows` (int64 [n], ascending): its border and one step of the backbone.
+        Tokens that have not been fed are fed first.
+
+        Raises: ValueError when a row has no position left, or a sentence is empty or too long.
+        """
+        if (state.cache.lengths[rows] > self.max_sentences).any():
+            raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
+        self._checked(sentences)
+        self._feed(state.tokens, rows, sentences)
+        words, rows_n = state.tokens, torch.from_numpy(rows).to(self.device)
+        border_n = torch.full((len(rows),), self.config.bos_token_id, device=self.device)
+        x = words.border[rows_n] = self._lower_step(words, rows, border_n)
+        step = CachedStep(state.cache, rows, self.device)
+        hidden = run_packed(self.backbone, step, inputs_embeds=self._into(self.vector_norm(x)))
+        state.hidden[rows_n] = hidden
+        vector = words.vector[rows_n] = self._read_backbone(hidden)
+        for row in rows:
+            words.fed[row] = None
+        turn = self._turn_at(words.memory.positions[rows])
+        words.memory.roll(rows)
+        places = torch.from_numpy(words.memory.lengths[rows]).to(self.device)
+        words.memory.lengths[rows] += 1
+        for number, part in enumerate(self.memory):
+            for stored, new in zip(
+                words.memory.layer(number, x.view(len(x), part.heads, -1)),
+                part.keys_values(vector, turn),
+                strict=True,
+            ):
+                stored[rows_n, :, places] = new
+
+    def _feed(self, words: TokenState, rows: np.ndarray, sentences: list[list[int]]) -> None:
+        """Feed what is missing of each sentence, after taking back what is none of it."""
+        missing: dict[int, list[int]] = {}
+        for row, sentence in zip(rows.tolist(), sentences, strict=True):
+            fed = words.fed[row]
+            if fed is None:
+                missing[row] = [self.config.bos_token_id, *sentence]
+                continue
+            same = 0
+            while same < min(len(fed), len(sentence)) and fed[same] == sentence[same]:
+                same += 1
+            self.sentence_back(words, row, len(fed) - same)
+            missing[row] = list(sentence[same:])
+        while at := [row for row in missing if missing[row]]:
+            self._step(words, np.asarray(at), [missing[row].pop(0) for row in at])
+
+    def _lower_step(self, words: TokenState, rows: np.ndarray, symbols_n: Tensor) -> Tensor:
+        words.lower.roll(rows)
+        x, turn = self.embedding(symbols_n, symbols_n), self._turn_at(words.lower.positions[rows])
+        step = CachedStep(words.lower, rows, self.device)
+        for number, layer in enumerate(self.lower):
+            x = layer.step(x, number, step, None, turn)
+        return x
+
+    def _step(self, words: TokenState, rows: np.ndarray, symbols: list[int]) -> Tensor:
+        """Feed a symbol, or the border, to each of `rows`; returns their states [n, d] after the upper
+        layers."""
+        fed = [words.fed[row] for row in rows]
+        rows_n = torch.from_numpy(rows).to(self.device)
+        inside = np.asarray([tokens is not None for tokens in fed])
+        x = words.border[rows_n]
+        if inside.any():
+            symbols_n = torch.tensor(symbols, device=self.device)
+            inside_n = torch.from_numpy(np.flatnonzero(inside)).to(self.device)
+            x[inside_n] = self._lower_step(words, rows[inside], symbols_n[inside_n])
+        for row, tokens, symbol in zip(rows, fed, symbols, strict=True):
+            words.fed[row] = [] if tokens is None else [*tokens, symbol]
+        words.upper.roll(rows)
+        turn = self._turn_at(words.upper.positions[rows])
+        step = CachedStep(words.upper, rows, self.device)
+        if self.from_backbone is not None:
+            x = x + self.from_backbone(words.vector[rows_n])
+        if self.memory:
+            turn_n = self._turn_at(words.memory.positions[rows] - 1)
+            ends_n = torch.from_numpy(words.memory.lengths[rows]).to(self.device)
+        for number, layer in enumerate(self.upper):
+            if self.memory:
+                part = self.memory[number]
+                q = part.queries(x, turn_n)
+                stored, width = words.memory.layer(number, q), int(min(ends_n.max(), words.memory.keep))
+                x = x + part.out(attend_last(q[:, :, None], stored, rows_n, ends_n, width, None).flatten(1))
+            x = layer.step(x, number, step, None, turn)
+        return x
+
+    def new_decoder(self, state: StackState) -> TokenState:
+        """The token layers' part of a state; `sentence_step` feeds it."""
+        return state.tokens
+
+    def sentence_begin(self, state: StackState, decoder: TokenState, rows: np.ndarray) -> None:
+        """Nothing is left to do: `read` and `extend` have computed the border."""
+
+    @torch.no_grad()
+    def sentence_step(self, decoder: TokenState, rows: np.ndarray, symbols: list[int]) -> Tensor:
+        """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
+        return self.head(self.final_norm(self._step(decoder, rows, symbols)))
+
+    def sentence_back(self, decoder: TokenState, row: int, symbols: int) -> None:
+        """Forget the last symbols fed to a row."""
+        fed = decoder.fed[row]
+        if symbols and fed is not None:
+            decoder.fed[row] = fed[:-symbols]
+            decoder.lower.lengths[row] -= symbols
+            decoder.upper.lengths[row] -= symbols
+
+    def decode_begin(self, state: StackState) -> TokenState:
+        """Start the one document's next sentence; `.logits` float32 [V] predict its first token."""
+        self.decode_step(state.tokens, self.config.bos_token_id)
+        return state.tokens
+
+    def decode_step(self, state: TokenState, token: int) -> None:
+        """Feed one token; `.logits` then predict the next symbol (the sentence end is
+        `config.eos_token_id`)."""
+        state.logits = self.sentence_step(state, FIRST_ROW, [token])[0]
+
+
+AutoConfig.register(StackConfig.model_type, StackConfig)
+AutoModel.register(StackConfig, StackLM)
