@@ -36,8 +36,10 @@ class VaeRecipe(Section):
         "sum", description="how a sentence's token states become its vector"
     )
     vectors: Count = Field(1, description="vectors of a sentence; above 1 needs fusion attention")
-    condition: Literal["cross_attention", "prefix", "none"] = Field(
-        "cross_attention", description="how a vector enters the decoder; none: it does not, as a control"
+    condition: Literal["cross_attention", "prefix", "constant", "none"] = Field(
+        "cross_attention",
+        description="how a vector enters the decoder; as controls: constant (a learned bias of as many "
+        "parameters in its place) and none",
     )
     condition_range: Number = Field(0.0, description="standard deviation of cross-attention's first weights")
     prefix_slots: Count = Field(1, description="rows of the prefix (condition prefix)")
@@ -145,11 +147,11 @@ class Qwen2Recipe(RotaryRecipe):
     )
 
     def problems(self) -> Iterator[str]:
-        given = self.sliding_window is not None, self.max_window_layers is not None
-        if any(given) != bool(self.use_sliding_window) or any(given) != all(given):
-            yield (
-                "model.backbone.use_sliding_window true, sliding_window and max_window_layers belong together"
-            )
+        # Otherwise Hugging Face's config has no window, and says nothing.
+        if self.sliding_window is not None and not self.use_sliding_window:
+            yield "model.backbone.sliding_window needs model.backbone.use_sliding_window true"
+        if self.use_sliding_window and self.max_window_layers is None:
+            yield "model.backbone.use_sliding_window needs model.backbone.max_window_layers (0: all layers)"
 
 
 class Qwen3Recipe(Qwen2Recipe):

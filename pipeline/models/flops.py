@@ -151,6 +151,7 @@ def count_operations(model: nn.Module, rows: dict[str, int], cores: list[Core]) 
 
 def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     """The attention cores of one of our models on one of our batches."""
+    batch = _as_read(model, batch)
     kind, config = model_kind(model), model_config(model)
     dtype = next(model.parameters()).dtype
 
@@ -191,6 +192,10 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
         decoder._replace(needed=spans.needed) if spans else decoder,
     ]
     return cores + (backbone(config.backbone, batch.backbone_layout) if kind == "sllm" else [])
+
+
+def _as_read(model: nn.Module, batch: Batch) -> Batch:
+    return model.as_read(batch) if isinstance(model, TokenLM) else batch
 
 
 def decoder_context(model: nn.Module) -> tuple[int, int]:
@@ -238,7 +243,7 @@ class StepArithmetic:
         # A batch with a different number of rows of each kind shows which kind reaches a layer.
         sizes = np.asarray([2, 2])
         probe = build_batch([Span(np.zeros(4), sizes, True), Span(np.zeros(2), sizes[:1], False)])
-        kinds = {count: kind for kind, count in _rows(probe, self._slots).items()}
+        kinds = {count: kind for kind, count in _rows(_as_read(model, probe), self._slots).items()}
         weights = _linear_weights(model)
         # The random numbers of the run must not change. `bucketed` works on every device.
         with torch.random.fork_rng([]), torch.no_grad(), attention_path("bucketed"):
@@ -258,7 +263,7 @@ class StepArithmetic:
         norms and losses run on real rows only, so only the attention core has padding. A training step does
         three times as much of both, so the share is the same.
         """
-        rows = _rows(batch, self._slots)
+        rows = _rows(_as_read(self._model, batch), self._slots)
         linear = sum(weights * rows[row] for row, weights in self._weights.items())
         padding = computed = 0
         for core in batch_cores(self._model, batch):
