@@ -31,6 +31,9 @@ class VaeRecipe(Section):
     layout: Literal["lean", "paper"] = Field(
         "lean", description="paper: the published layers (docs/sizes.md)"
     )
+    published_inputs: Flag = Field(
+        False, description="layout paper: a BOS before each encoded sentence, no start position (sllm import)"
+    )
     positions: Literal["learned", "rotary"] = Field("learned", description="positions of layout lean")
     fusion: Literal["sum", "mean", "attention", "last"] = Field(
         "sum", description="how a sentence's token states become its vector"
@@ -61,6 +64,8 @@ class VaeRecipe(Section):
                 "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
                 "positions: use lean for anything else"
             )
+        if self.published_inputs and self.layout != "paper":
+            yield "model.vae.published_inputs needs model.vae.layout paper"
         if self.prefix_slots != 1 and self.condition != "prefix":
             slots = f"model.vae.prefix_slots {self.prefix_slots}"
             yield f"{slots} needs model.vae.condition prefix, not {self.condition}"

@@ -137,6 +137,12 @@ class Batch:
         return SegmentLayout(np.diff(self.cu_documents) + 1, self.device)
 
     @cached_property
+    def apart_layout(self) -> SegmentLayout:
+        """The same rows, where no sentence sees the start position, and the first sentence is at place 0."""
+        counts_D = np.diff(self.cu_documents)
+        return SegmentLayout(np.stack([np.ones_like(counts_D), counts_D], 1).reshape(-1), self.device)
+
+    @cached_property
     def token_model_layout(self) -> SegmentLayout:
         """BOS + tokens by window: T+D rows (token-level model)."""
         return SegmentLayout(np.diff(self.cu_sentences[self.cu_documents]) + 1, self.device)

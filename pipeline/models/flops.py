@@ -185,13 +185,15 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     slots, context = decoder_context(model)
     spans = batch.context_spans(slots, context)
     decoder_layout = spans.layout if spans else batch.slotted_layout(slots)
-    sizes = vae.hidden_size, vae.heads
+    sizes, published = (vae.hidden_size, vae.heads), vae.published_inputs
+    encoder_layout = batch.decoder_layout if published else batch.sentence_layout
+    backbone_layout = batch.apart_layout if published else batch.backbone_layout
     decoder = core("decoder", vae.layers, *sizes, decoder_layout, True, dropout)
     cores = [
-        core("encoder", vae.encoder_layers, *sizes, batch.sentence_layout, False, dropout),
+        core("encoder", vae.encoder_layers, *sizes, encoder_layout, False, dropout),
         decoder._replace(needed=spans.needed) if spans else decoder,
     ]
-    return cores + (backbone(config.backbone, batch.backbone_layout) if kind == "sllm" else [])
+    return cores + (backbone(config.backbone, backbone_layout) if kind == "sllm" else [])
 
 
 def _as_read(model: nn.Module, batch: Batch) -> Batch:

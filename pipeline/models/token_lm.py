@@ -2,8 +2,8 @@
 
 Each window is (bos, t1 … tn) with targets (t1 … tn, end of document if the document ends there), conditioned
 on itself only. With `sentence_ends` (in the model's config) an end symbol follows every sentence; a second
-one in a row is the document's end. The wrapper adds packing and the chunked loss; the plain Hugging Face model
-is saved, and `AutoModelForCausalLM.from_pretrained` loads it.
+one in a row is the document's end. The wrapper adds packing and the chunked loss; the plain Hugging Face
+model is saved, and `AutoModelForCausalLM.from_pretrained` loads it.
 """
 
 from __future__ import annotations
