@@ -7,7 +7,7 @@ Their names and shapes are mapped as docs/reproduction.md lists them. Three valu
 - the start vector, which they lack, is zero: their embedding of a masked sentence.
 
 With `published_inputs` the model reads what theirs reads: a BOS before each encoded sentence, and a backbone
-whose first position is the first sentence. The first sentence itself is predicted from the start vector alone.
+whose first position is the first sentence. That sentence itself is predicted from the start vector alone.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, SafetensorError, OSError) as error:
         raise UserError(
-            f"checkpoint {path} cannot be read as tensors alone ({first_line(error)}): save its state_dict as "
-            "safetensors, or by torch.save without anything else"
+            f"checkpoint {path} cannot be read as tensors alone ({first_line(error)}): save its state_dict "
+            "as safetensors, or by torch.save without anything else"
         ) from None
     found = found.get("state_dict", found) if isinstance(found, Mapping) else found
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):

@@ -254,6 +254,15 @@ class StepArithmetic:
         for name, count in rows.items():
             self._weights[kinds[count]] = self._weights.get(kinds[count], 0) + weights[name]
 
+    def _linear(self, batch: Batch) -> int:
+        rows = _rows(_as_read(self._model, batch), self._slots)
+        return sum(weights * rows[row] for row, weights in self._weights.items())
+
+    def needed(self, batch: Batch) -> int:
+        """Multiply-adds that no implementation can skip: linear layers, and needed pairs of attention."""
+        cores = batch_cores(self._model, batch)
+        return self._linear(batch) + sum(2 * core.width * core.layers * core.needed for core in cores)
+
     def count(self, batch: Batch) -> tuple[int, int]:
         """(padding, everything computed), in multiply-adds.
 
@@ -265,14 +274,12 @@ class StepArithmetic:
         norms and losses run on real rows only, so only the attention core has padding. A training step does
         three times as much of both, so the share is the same.
         """
-        rows = _rows(_as_read(self._model, batch), self._slots)
-        linear = sum(weights * rows[row] for row, weights in self._weights.items())
         padding = computed = 0
         for core in batch_cores(self._model, batch):
             each = 2 * core.width * core.layers
             computed += each * core.computed
             padding += each * (core.computed - core.shown)
-        return padding, linear + computed
+        return padding, self._linear(batch) + computed
 
 
 def _rows(batch: Batch, slots: int) -> dict[str, int]:
