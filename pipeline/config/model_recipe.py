@@ -31,13 +31,18 @@ class VaeRecipe(Section):
     layout: Literal["lean", "paper"] = Field(
         "lean", description="paper: the published layers (docs/sizes.md)"
     )
+    published_inputs: Flag = Field(
+        False, description="layout paper: a BOS before each encoded sentence, no start position (sllm import)"
+    )
     positions: Literal["learned", "rotary"] = Field("learned", description="positions of layout lean")
     fusion: Literal["sum", "mean", "attention", "last"] = Field(
         "sum", description="how a sentence's token states become its vector"
     )
     vectors: Count = Field(1, description="vectors of a sentence; above 1 needs fusion attention")
-    condition: Literal["cross_attention", "prefix", "none"] = Field(
-        "cross_attention", description="how a vector enters the decoder; none: it does not, as a control"
+    condition: Literal["cross_attention", "prefix", "constant", "none"] = Field(
+        "cross_attention",
+        description="how a vector enters the decoder; as controls: constant (a learned bias of as many "
+        "parameters in its place) and none",
     )
     condition_range: Number = Field(0.0, description="standard deviation of cross-attention's first weights")
     prefix_slots: Count = Field(1, description="rows of the prefix (condition prefix)")
@@ -59,6 +64,8 @@ class VaeRecipe(Section):
                 "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
                 "positions: use lean for anything else"
             )
+        if self.published_inputs and self.layout != "paper":
+            yield "model.vae.published_inputs needs model.vae.layout paper"
         if self.prefix_slots != 1 and self.condition != "prefix":
             slots = f"model.vae.prefix_slots {self.prefix_slots}"
             yield f"{slots} needs model.vae.condition prefix, not {self.condition}"
@@ -172,11 +179,11 @@ class Qwen2Recipe(GroupedRecipe):
     )
 
     def problems(self) -> Iterator[str]:
-        given = self.sliding_window is not None, self.max_window_layers is not None
-        if any(given) != bool(self.use_sliding_window) or any(given) != all(given):
-            yield (
-                "model.backbone.use_sliding_window true, sliding_window and max_window_layers belong together"
-            )
+        # Otherwise Hugging Face's config has no window, and says nothing.
+        if self.sliding_window is not None and not self.use_sliding_window:
+            yield "model.backbone.sliding_window needs model.backbone.use_sliding_window true"
+        if self.use_sliding_window and self.max_window_layers is None:
+            yield "model.backbone.use_sliding_window needs model.backbone.max_window_layers (0: all layers)"
 
 
 class Qwen3Recipe(Qwen2Recipe):

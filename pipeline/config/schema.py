@@ -55,6 +55,9 @@ class DataRecipe(Section):
     window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
     bin_tokens: Count = Field(8192, description="tokens of a bin at most")
     bins_per_step: Count = Field(1, description="bins of one step, over all ranks")
+    sentence_ends: Flag = Field(
+        False, description="the token model reads and predicts an end symbol after every sentence (lm)"
+    )
 
     def problems(self) -> Iterator[str]:
         if self.window_tokens > self.bin_tokens:
@@ -264,6 +267,8 @@ class Recipe(Section):
         if self.loss.embedding_weight and (self.objective, self.model.layout) != ("sllm", "vae"):
             what = "model.layout stack" if self.objective == "sllm" else self.objective
             yield f"loss.embedding_weight is for objective sllm, not {what}"
+        if self.data.sentence_ends and self.objective != "lm":
+            yield f"data.sentence_ends is for objective lm: {self.objective} has sentence ends always"
         if self.objective == "vae" and self.model.vae.get("path"):
             yield "objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
 

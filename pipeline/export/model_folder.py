@@ -16,13 +16,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.common.errors import UserError, first_line
-from data_prep.text.tokenizer import load_tokenizer
+from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
 from pipeline.checkpoints.zero_shards import Parts
@@ -56,12 +57,7 @@ def export_run(
     found = found or store.find(run_dir)
     if found is None:
         raise UserError(f"{run_dir} holds no complete checkpoint (no checkpoints/latest): train first")
-    if not is_replaceable(output):
-        raise UserError(
-            f"{output} exists and was not written by `sllm export` (no {ORIGIN} of ours in it): "
-            "choose another --output"
-        )
-
+    require_replaceable(output)
     checkpoint, meta = found
     store.require_undamaged(checkpoint, meta)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
@@ -75,9 +71,6 @@ def export_run(
     tensor = parts.tensor if weights == "trained" else averages(parts, meta, model)
     fill(model, parts.shapes(), tensor, f"checkpoint {checkpoint}")
     card = model_card(run_dir, checkpoint.name, meta, parameter_count(model), output.name)
-    aside = output.with_name(f".tmp-{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
     origin = {
         "run_dir": str(run_dir),
         "checkpoint": checkpoint.name,
@@ -87,10 +80,22 @@ def export_run(
         "best": meta.best,
         "recipe": meta.recipe,
     }
+    write_folder(model, tokenizer, output, origin, card)
+    return output
+
+
+def write_folder(
+    model: nn.Module, tokenizer: Tokenizer, output: Path, origin: dict[str, Any], card: str | None = None
+) -> None:
+    """Write a model folder aside and rename it to `output`. Raises: UserError when it cannot be written."""
+    aside = output.with_name(f".tmp-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_model(model, aside, tokenizer)
         (aside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        if card is not None:
+            (aside / "README.md").write_text(card, encoding="utf-8")
         if output.exists():
             shutil.rmtree(output)
         os.replace(aside, output)
@@ -99,12 +104,20 @@ def export_run(
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"{output} cannot be written: {_reason(error)}") from None
         raise
-    return output
 
 
 def _reason(error: Exception) -> str:
     # safetensors passes an error of the system on as text.
     return (isinstance(error, OSError) and error.strerror) or first_line(error)
+
+
+def require_replaceable(output: Path) -> None:
+    """Raise UserError for an output that is there and not ours."""
+    if not is_replaceable(output):
+        raise UserError(
+            f"{output} exists and was not written by `sllm export` (no {ORIGIN} of ours in it): "
+            "choose another --output"
+        )
 
 
 def is_replaceable(output: Path) -> bool:

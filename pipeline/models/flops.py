@@ -152,6 +152,7 @@ def count_operations(model: nn.Module, rows: dict[str, int], cores: list[Core]) 
 
 def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     """The attention cores of one of our models on one of our batches."""
+    batch = _as_read(model, batch)
     kind, config = model_kind(model), model_config(model)
     dtype = next(model.parameters()).dtype
 
@@ -198,13 +199,19 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     slots, context = decoder_context(model)
     spans = batch.context_spans(slots, context)
     decoder_layout = spans.layout if spans else batch.slotted_layout(slots)
-    sizes = vae.hidden_size, vae.heads
+    sizes, published = (vae.hidden_size, vae.heads), vae.published_inputs
+    encoder_layout = batch.decoder_layout if published else batch.sentence_layout
+    backbone_layout = batch.apart_layout if published else batch.backbone_layout
     decoder = core("decoder", vae.layers, *sizes, decoder_layout, True, dropout)
     cores = [
-        core("encoder", vae.encoder_layers, *sizes, batch.sentence_layout, False, dropout),
+        core("encoder", vae.encoder_layers, *sizes, encoder_layout, False, dropout),
         decoder._replace(needed=spans.needed) if spans else decoder,
     ]
-    return cores + (backbone(config.backbone, batch.backbone_layout) if kind == "sllm" else [])
+    return cores + (backbone(config.backbone, backbone_layout) if kind == "sllm" else [])
+
+
+def _as_read(model: nn.Module, batch: Batch) -> Batch:
+    return model.as_read(batch) if isinstance(model, TokenLM) else batch
 
 
 def decoder_context(model: nn.Module) -> tuple[int, int]:
@@ -251,7 +258,7 @@ class StepArithmetic:
         # A batch with a different number of rows of each kind shows which kind reaches a layer.
         sizes = np.asarray([2, 2])
         probe = build_batch([Span(np.zeros(4), sizes, True), Span(np.zeros(2), sizes[:1], False)])
-        kinds = {count: kind for kind, count in _rows(probe, self._slots).items()}
+        kinds = {count: kind for kind, count in _rows(_as_read(model, probe), self._slots).items()}
         weights = _linear_weights(model)
         # The random numbers of the run must not change. `bucketed` works on every device.
         with torch.random.fork_rng([]), torch.no_grad(), attention_path("bucketed"):
@@ -259,6 +266,15 @@ class StepArithmetic:
                 model(probe.to(next(model.parameters()).device))
         for name, count in rows.items():
             self._weights[kinds[count]] = self._weights.get(kinds[count], 0) + weights[name]
+
+    def _linear(self, batch: Batch) -> int:
+        rows = _rows(_as_read(self._model, batch), self._slots)
+        return sum(weights * rows[row] for row, weights in self._weights.items())
+
+    def needed(self, batch: Batch) -> int:
+        """Multiply-adds that no implementation can skip: linear layers, and needed pairs of attention."""
+        cores = batch_cores(self._model, batch)
+        return self._linear(batch) + sum(2 * core.width * core.layers * core.needed for core in cores)
 
     def count(self, batch: Batch) -> tuple[int, int]:
         """(padding, everything computed), in multiply-adds.
@@ -271,14 +287,12 @@ class StepArithmetic:
         norms and losses run on real rows only, so only the attention core has padding. A training step does
         three times as much of both, so the share is the same.
         """
-        rows = _rows(batch, self._slots)
-        linear = sum(weights * rows[row] for row, weights in self._weights.items())
         padding = computed = 0
         for core in batch_cores(self._model, batch):
             each = 2 * core.width * core.layers
             computed += each * core.computed
             padding += each * (core.computed - core.shown)
-        return padding, linear + computed
+        return padding, self._linear(batch) + computed
 
 
 def _rows(batch: Batch, slots: int) -> dict[str, int]:

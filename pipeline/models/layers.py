@@ -97,6 +97,13 @@ class SelfAttention(nn.Module):
         return self.out(step.attend(layer, *self._project(x_Rd, turn), **limit).flatten(1))
 
 
+class LearnedBias(nn.Linear):
+    """A control of `condition`: the same parameters, but the same output whatever the vector is."""
+
+    def forward(self, vector_Sd: Tensor) -> Tensor:
+        return super().forward(torch.ones_like(vector_Sd))
+
+
 class TransformerLayer(nn.Module):
     """x + attention(norm x); then, in the decoder, + condition(vector); then + ffn(norm x).
 

@@ -37,6 +37,11 @@ class SentenceLM(PreTrainedModel):
         return self.get_input_embeddings().weight.device
 
     @property
+    def _start_apart(self) -> bool:
+        """No sentence sees the start position: only in the published model."""
+        return False
+
+    @property
     def max_sentences(self) -> int:
         """The longest context in sentences: the backbone's positions less the start position."""
         return getattr(self.config.backbone, "max_position_embeddings", 1 << 30) - 1
@@ -66,7 +71,7 @@ class SentenceLM(PreTrainedModel):
 
     def stop_probability(self, state: Any) -> float:
         """Probability that the one document ends here. Raises: ValueError before the first sentence."""
-        if state.cache.lengths[0] < 2:
+        if state.cache.lengths[0] < 2 - self._start_apart:
             raise ValueError("no sentence yet: the stop head speaks after a sentence")
         return torch.sigmoid(self.stop_log_odds(state, FIRST_ROW)).item()
 

@@ -244,8 +244,11 @@ def test_recipe_keys_are_keys_of_the_familys_config(family):
         ({"model_type": "qwen3", "word_embed_proj_dim": 3}, "unknown recipe key"),
         ({"model_type": "opt", "num_key_value_heads": 3}, "unknown recipe key"),
         ({"model_type": "llama", "sliding_window": 3}, "unknown recipe key 'model.backbone.sliding_window'"),
-        ({"model_type": "qwen2", "sliding_window": 64}, "use_sliding_window true, sliding_window and"),
-        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64}, "belong together"),
+        ({"model_type": "qwen2", "sliding_window": 64}, "sliding_window needs model.backbone.use_sl"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64},
+            "needs model.backbone.max_window",
+        ),
         (
             {"model_type": "lama"},
             "must be one of opt, llama, mistral, qwen2, qwen3, not 'lama': did you mean llama?",
