@@ -15,6 +15,8 @@ _HOMES = {
     "SentenceVAEConfig": "pipeline.models.sentence_vae",
     "SLLM": "pipeline.models.sllm",
     "SLLMConfig": "pipeline.models.sllm",
+    "StackLM": "pipeline.models.stack",
+    "StackConfig": "pipeline.models.stack",
     "load_model": "pipeline.models.factory",
     "generate": "pipeline.generation.api",
     "generate_many": "pipeline.generation.api",
@@ -26,6 +28,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOMES[name].startswith("pipeline.models"):
-        # Registers both model types, whichever name was asked for.
-        importlib.import_module("pipeline.models.sllm")
+        # Registers all model types, whichever name was asked for.
+        importlib.import_module("pipeline.models.factory")
     return getattr(importlib.import_module(_HOMES[name]), name)

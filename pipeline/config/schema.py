@@ -272,6 +272,13 @@ class Recipe(Section):
         if self.objective == "vae" and self.model.vae.get("path"):
             yield "objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
 
+    @property
+    def reading_part(self) -> dict[str, Any]:
+        """The part of the model that reads tokens: its vocabulary, its longest sentence."""
+        if self.objective == "lm":
+            return self.model.backbone
+        return self.model.tokens if self.model.layout == "stack" else self.model.vae
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the layout of the YAML file."""
         return self.model_dump()

@@ -104,7 +104,7 @@ class SentenceSide:
                 f"recipe {recipe}: its objective is {sized.objective}; only an SLLM writes sentences"
             )
         self.name = find_recipe(recipe).stem
-        vocabulary = Vocabulary(options.vocab_size or sized.model.vae.get("vocab_size", OPT_VOCABULARY))
+        vocabulary = Vocabulary(options.vocab_size or sized.reading_part.get("vocab_size", OPT_VOCABULARY))
         torch.manual_seed(sized.seed)
         text = {"segmenter": "clause", "language": "en", "max_tokens": SENTENCE_ROOM}
         self.model: Any = new_model(sized, vocabulary, text).to(device, DTYPES[options.dtype]).eval()

@@ -244,12 +244,11 @@ def inspect(
     sized = sized_recipe(recipe, vae_recipe)
     tokens = tokens or sized.data.bin_tokens
     window = min(sized.data.window_tokens, tokens)
-    longest = sized.model.vae.get("max_sentence_tokens") or 64
+    longest = sized.reading_part.get("max_sentence_tokens") or 64
     if not 1 <= tokens_per_sentence < math.inf:
         raise UserError(f"--tokens-per-sentence must be at least 1, not {tokens_per_sentence}")
     batch = made_up_batch(window, tokens, tokens_per_sentence, longest)
-    own = (sized.model.backbone if sized.objective == "lm" else sized.model.vae).get("vocab_size")
-    vocab_size = vocab_size or own or Vocabulary().vocab_size
+    vocab_size = vocab_size or sized.reading_part.get("vocab_size") or Vocabulary().vocab_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _converted(new_model(sized, Vocabulary(vocab_size), {}), DTYPES[dtype]).train()
         step = dry_step(model, batch)

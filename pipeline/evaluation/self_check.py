@@ -25,9 +25,11 @@ from pipeline.data.windows import Span
 from pipeline.models.attention import PATHS, attention_path
 from pipeline.models.factory import load_model
 from pipeline.models.folders import model_kind
+from pipeline.models.stack import StackConfig
 
 LONGEST_SENTENCE = 24  # short random sentences, so that a check takes seconds on a large model too
 MOST_SENTENCES = 7
+MOST_BEYOND = 100
 CHANGES_PER_DOCUMENT = 3
 
 # [document][sentence] → float64: its symbols in order, its end, its stop decision.
@@ -71,6 +73,10 @@ class Checker:
         self.rng = np.random.default_rng(seed)
         self.longest, most_sentences, self.ids = _limits(model, self.kind)
         self.spans = [self._document(most_sentences) for _ in range(max(2, documents))]
+        if self.kind == "sllm" and (
+            long := min(_beyond_windows(model.config, self.longest), model.max_sentences)
+        ):
+            self.spans[0] = _span([self._sentence() for _ in range(long)], True)
 
     def _sentence(self) -> np.ndarray:
         return self.rng.choice(self.ids, int(self.rng.integers(1, self.longest + 1)))
@@ -214,6 +220,15 @@ def _limits(model: Any, kind: str) -> tuple[int, int, np.ndarray]:
         most_sentences = min(most_sentences, model.max_sentences)
     special = {config.bos_token_id, config.eos_token_id, config.pad_token_id}
     return longest, most_sentences, np.setdiff1d(np.arange(vocabulary), [i for i in special if i is not None])
+
+
+def _beyond_windows(config: Any, longest: int) -> int:
+    """Sentences of a document beyond a stack's attention windows and memory, so that its caches roll over; 0
+    for another layout."""
+    if not isinstance(config, StackConfig):
+        return 0
+    rows = 3 * config.attention_window + 2 * config.max_sentence_tokens
+    return min(MOST_BEYOND, max(2 * rows // longest, 2 * config.memory + 2))
 
 
 def _span(sentences: list[np.ndarray], document_end: bool) -> Span:

@@ -62,6 +62,7 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
         meta.model_config.get("vae") or {},
         meta.model_config["backbone"],
     )
+    stack = meta.model_config if meta.recipe["model"].get("layout") == "stack" else {}
     card = ModelCard.from_template(
         _card_data(meta, provenance, settings, backbone),
         template_path=str(Path(__file__).with_name("model_card.md.jinja")),
@@ -77,6 +78,7 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
         given=given,
         parameters=parameters,
         vae=vae,
+        stack=stack,
         backbone=backbone,
         epochs=Position.from_json(meta.position).epochs_started,
         precision=next((half for half in ("bf16", "fp16") if deepspeed.get(half, {}).get("enabled")), "fp32"),

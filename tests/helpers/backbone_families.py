@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from helpers.models import IDS, VOCABULARY, _wake, opt_config, post_norm_opt_config, small_sllm
+from helpers.models import IDS, VOCABULARY, _wake, opt_config, post_norm_opt_config, small_sllm, small_stack
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.sllm import SLLM
+from pipeline.models.stack import StackLM
 from pipeline.models.token_lm import TokenLM
 
 
@@ -71,4 +72,8 @@ def family_lm(name: str, **kwargs) -> TokenLM:
     return _wake(TokenLM(model))
 
 
-MAKERS = {"sllm": family_sllm, "lm": family_lm}
+def family_stack(name: str, **kwargs) -> StackLM:
+    return small_stack(backbone=CONFIGS[name](), **kwargs)
+
+
+MAKERS = {"sllm": family_sllm, "stack": family_stack, "lm": family_lm}

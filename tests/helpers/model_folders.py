@@ -22,6 +22,7 @@ BACKBONE = {
     "max_position_embeddings": 300,
     "dropout": 0.0,
 }
+STACK = {"hidden_size": 32, "heads": 4, "attention_window": 9, "memory": 3}
 WINDOW_TOKENS = 200
 
 
@@ -31,12 +32,19 @@ def small_model(
     seed: int = 0,
     noise: float = 0.15,
     vae: dict | None = None,
+    stack: dict | None = None,
     **settings,
 ) -> torch.nn.Module:
     """A model of `vae`, `sllm` or `lm` with weights large enough that every path has an effect."""
     torch.manual_seed(seed)
     model = build_model(
-        objective, {**VAE, **(vae or {})}, BACKBONE, tokenizer, {**SETTINGS, **settings}, WINDOW_TOKENS
+        objective,
+        {} if stack else {**VAE, **(vae or {})},
+        BACKBONE,
+        tokenizer,
+        {**SETTINGS, **settings},
+        WINDOW_TOKENS,
+        stack=stack,
     )
     with torch.no_grad():
         for parameter in model.parameters():

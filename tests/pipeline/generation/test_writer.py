@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.backbone_families import CONFIGS
-from helpers.model_folders import small_model
+from helpers.model_folders import STACK, small_model
 from helpers.models import _wake
 from helpers.prompt_ends import NaiveEnd
 
@@ -60,7 +60,7 @@ def tokenizer(tiny_tokenizer):
 def lively(model, tokenizer):
     """Sentences and documents that end, but not at once."""
     with torch.no_grad():
-        model.vae.head.bias[tokenizer.eos_id] += 3
+        getattr(model, "vae", model).head.bias[tokenizer.eos_id] += 3
         model.stop_head.bias -= 1
     return model.eval()
 
@@ -68,10 +68,14 @@ def lively(model, tokenizer):
 CONTEXT = {"positions": "rotary", "context_sentences": 2, "layers": 2}
 
 
-@pytest.fixture(scope="module", params=[(7, {}), (5, CONTEXT)], ids=["alone", "context"])
+@pytest.fixture(
+    scope="module",
+    params=[(7, {}), (5, {"vae": CONTEXT}), (5, {"stack": STACK})],
+    ids=["alone", "context", "stack"],
+)
 def model(tokenizer, request):
-    seed, vae = request.param
-    return lively(small_model("sllm", tokenizer, seed=seed, max_tokens=12, vae=vae), tokenizer)
+    seed, settings = request.param
+    return lively(small_model("sllm", tokenizer, seed=seed, max_tokens=12, **settings), tokenizer)
 
 
 def family_model(family: str, tokenizer, layers: int):

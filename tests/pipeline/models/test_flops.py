@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from helpers.backbone_families import family_lm, family_sllm
-from helpers.models import opt_config, post_norm_opt_config, random_batch, small_lm, small_sllm, small_vae
+from helpers.models import (
+    opt_config,
+    post_norm_opt_config,
+    random_batch,
+    small_lm,
+    small_sllm,
+    small_stack,
+    small_vae,
+)
 
 from data_prep.shards.reader import ShardSet
 from pipeline.data.batch import build_batch
@@ -39,6 +47,8 @@ MODELS = {
     ),
     "vae-vectors": lambda: small_vae(fusion="attention", vectors=2, condition="prefix"),
     "sllm-qwen3": lambda: family_sllm("qwen3-narrow"),
+    "stack": small_stack,
+    "stack-adapters": lambda: small_stack(backbone=post_norm_opt_config(), memory=0),
     "lm": small_lm,
     "lm-post-norm": lambda: small_lm(config=post_norm_opt_config()),
     "lm-llama": lambda: family_lm("llama"),
