@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
-from pipeline.cli.options import Json, answer, app
-from pipeline.costs.options import GenerationBenchmark, TrainingBenchmark
+from data_prep.common.command_line import Positive
+from pipeline.cli.options import Json, Output, answer, app
+from pipeline.costs.options import GenerationBenchmark, Several, TrainingBenchmark
 
 HELP = """Measure speed and memory on this machine.
 
@@ -46,3 +47,38 @@ def generation(*, options: Annotated[GenerationBenchmark, Parameter(name="*")], 
 
         Path(options.output).with_suffix(".svg").write_text(generation_chart(result), encoding="utf-8")
     answer(result, json, benchmark_generation.format_benchmark)
+
+
+@benchmark.command
+def bound(
+    *,
+    recipe: str,
+    against: str,
+    layers: Several = (8, 12),
+    vocab_size: Several = (2048, 8192, 50265),
+    context: Positive = 2048,
+    sentence_tokens: Positive = 11,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Operations and bytes of a new token by arithmetic, beside a token-level model of the same depth.
+
+    example:
+      sllm benchmark bound --recipe default-stack --against default-lm --layers 8 12
+
+    Args:
+        recipe: recipe of an SLLM, or the name of one that ships with the package
+        against: recipe of a token-level model
+        layers: depths: token layers and backbone together
+        vocab_size: entries of both models
+        context: tokens before the new one
+        sentence_tokens: tokens of every sentence
+        dtype: of weights and caches
+    """
+    from data_prep.common.environment import write_result
+    from pipeline.costs import generation_bound
+
+    result = generation_bound.run(recipe, against, layers, vocab_size, context, sentence_tokens, dtype)
+    write_result(result, output)
+    answer(result, json, generation_bound.format_bound)

@@ -122,7 +122,7 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
         return count
 
     modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in _linear_weights(model)]
+    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in linear_weights(model)]
     try:
         yield rows
     finally:
@@ -130,7 +130,7 @@ def counted_rows(model: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def _linear_weights(model: nn.Module) -> dict[str, int]:
+def linear_weights(model: nn.Module) -> dict[str, int]:
     """Elements of the weight of every linear layer, by module name."""
     linear = ((name, m) for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
     return {name: module.weight.numel() for name, module in linear}
@@ -138,7 +138,7 @@ def _linear_weights(model: nn.Module) -> dict[str, int]:
 
 def count_operations(model: nn.Module, rows: dict[str, int], cores: list[Core]) -> Operations:
     """Sum up `counted_rows` and attention cores."""
-    parts, operations, weights = part_of(model), Operations(), _linear_weights(model)
+    parts, operations, weights = part_of(model), Operations(), linear_weights(model)
     for name, count in rows.items():
         part = parts[name]
         operations.linear[part] = operations.linear.get(part, 0) + weights[name] * count
@@ -259,7 +259,7 @@ class StepArithmetic:
         sizes = np.asarray([2, 2])
         probe = build_batch([Span(np.zeros(4), sizes, True), Span(np.zeros(2), sizes[:1], False)])
         kinds = {count: kind for kind, count in _rows(_as_read(model, probe), self._slots).items()}
-        weights = _linear_weights(model)
+        weights = linear_weights(model)
         # The random numbers of the run must not change. `bucketed` works on every device.
         with torch.random.fork_rng([]), torch.no_grad(), attention_path("bucketed"):
             with counted_rows(model) as rows:

@@ -19,14 +19,21 @@ BACKBONE = {
     "max_position_embeddings": 512,
     "dropout": 0.0,
 }
+STACK = {
+    "layout": "stack",
+    "memory": 2,
+    "tokens": {"hidden_size": 32, "heads": 4, "attention_window": 12},
+    "backbone": BACKBONE,
+}
 MODELS = {"vae": {"vae": VAE}, "sllm": {"vae": VAE, "backbone": BACKBONE}, "lm": {"backbone": BACKBONE}}
 
 
 def write_recipes(folder: Path, shards: Path, validation: Path) -> None:
-    """vae.yaml, sllm.yaml and lm.yaml: six steps of three bins, which two ranks share unequally."""
-    for objective, model in MODELS.items():
+    """vae.yaml, sllm.yaml, lm.yaml and stack.yaml: six steps of three bins, which two ranks share
+    unequally."""
+    for objective, model in {**MODELS, "stack": STACK}.items():
         recipe = {
-            "objective": objective,
+            "objective": "sllm" if objective == "stack" else objective,
             "output_dir": "set by every test",
             "data": {
                 "shards": [str(shards)],

@@ -456,3 +456,27 @@ def test_wrong_losses_are_refused(key, value, says, tmp_path):
     recipe = write(tmp_path, SMALL)
     with pytest.raises(UserError, match=f"loss.{key} {says}"):
         load_recipe(recipe, [f"--loss.{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--model.vae.layers", "1"], "model.layout stack has no SentenceVAE"),
+        (["--objective", "lm"], "model.layout stack is for objective sllm, not lm"),
+        (
+            ["--model.layout", "vae"],
+            "model.tokens, model.memory and model.add_vector are for model.layout stack",
+        ),
+        (["--model.layout", "lean"], "model.layout must be one of vae, stack"),
+        (["--model.memory", "-1"], "model.memory must be a whole number of at least 0"),
+        (["--model.tokens.window", "9"], "did you mean model.tokens.attention_window"),
+        (["--model.tokens.hidden_size", "100"], "no multiple of twice model.tokens.heads"),
+        (
+            ["--loss.embedding_weight", "1"],
+            "loss.embedding_weight is for objective sllm, not model.layout stack",
+        ),
+    ],
+)
+def test_a_stack_refuses_what_it_does_not_have(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(RECIPES[0].with_name("stack-memory.yaml"), overrides)
