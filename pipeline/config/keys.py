@@ -76,11 +76,8 @@ class Section(BaseModel):
 
 
 def keys_of(kind: type[BaseModel], where: str = "") -> dict[str, FieldInfo]:
-    """The keys of a model itself, without those of its sections. where: their prefix."""
-    fields = kind.model_fields.items()
-    return {
-        where + name: field for name, field in fields if not isinstance(field.annotation, type(BaseModel))
-    }
+    """The keys of a model itself, without its sections, which have no description. where: their prefix."""
+    return {where + name: field for name, field in kind.model_fields.items() if field.description}
 
 
 def expected(field: FieldInfo) -> str:

@@ -1,4 +1,4 @@
-"""Layout `stack` from training to export: ZeRO-3 on two ranks, resumed, checked, evaluated, generated, described."""
+"""Layout `stack` from training to export: ZeRO-3, resumed, checked, evaluated, generated, described."""
 
 from __future__ import annotations
 
