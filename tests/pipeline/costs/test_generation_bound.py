@@ -35,7 +35,7 @@ def test_the_bound_is_as_wide_as_the_layout_promises(capsys):
     assert set(rows) == {(depth, v) for depth in (8, 12) for v in (2048, 8192, 50265)}
     for cost in ("multiply_adds", "bytes"):
         assert rows[8, 2048]["ratios"][cost] >= 1.6 and rows[12, 2048]["ratios"][cost] >= 2
-    text = format_bound(run("stack-memory", "default-lm", [8], [2048], 220, 11, "bf16"))
+    text = format_bound(run("memory-stack", "default-lm", [8], [2048], 220, 11, "bf16"))
     assert "a new token behind 220 tokens" in text and "default-lm, window 32" in text
 
 

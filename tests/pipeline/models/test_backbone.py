@@ -140,7 +140,8 @@ def test_backbones_of_another_width_get_adapters(name):
 def test_no_mask_of_all_rows_is_built(name):
     """Hugging Face would build a [rows, rows] mask on every call for positions that restart."""
     model, seen = family_lm(name), []
-    model.model.base_model.layers[0].self_attn.register_forward_pre_hook(
+    parts = dict(model.model.base_model.layers[0].named_children())
+    parts["attention" if name == "gpt_neox" else "self_attn"].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
     )
     model(random_batch(25))
@@ -253,9 +254,9 @@ def test_recipe_keys_are_keys_of_the_familys_config(family):
         ),
         (
             {"model_type": "lama"},
-            "must be one of opt, llama, mistral, qwen2, qwen3, not 'lama': did you mean llama?",
+            "must be one of opt, llama, mistral, qwen2, qwen3, gpt_neox, not 'lama': did you mean llama?",
         ),
-        ({"model_type": "mamba"}, "must be one of opt, llama, mistral, qwen2, qwen3, not 'mamba'"),
+        ({"model_type": "mamba"}, "must be one of opt, llama, mistral, qwen2, qwen3, gpt_neox, not 'mamba'"),
     ],
 )
 def test_recipe_keys_of_another_family_are_refused(backbone, says, tmp_path):
