@@ -82,6 +82,9 @@ class ModelRecipe(Section):
     add_vector: Flag = Field(
         True, description="add the backbone's output to the next sentence's rows (stack)"
     )
+    ends: Literal["predicted", "rule"] = Field(
+        "predicted", description="rule: the segmenter ends sentences, without symbols or bits (stack)"
+    )
     vae: Annotated[Dict[Any], AfterValidator(given_vae)] = {}
     tokens: Annotated[Dict[Any], AfterValidator(given_tokens)] = {}
     backbone: Annotated[Dict[Any], AfterValidator(given_backbone)] = {}
@@ -94,8 +97,9 @@ class ModelRecipe(Section):
     def problems(self) -> Iterator[str]:
         if self.layout == "stack" and self.vae:
             yield "model.layout stack has no SentenceVAE: leave model.vae out, sizes are in model.tokens"
-        if self.layout != "stack" and (self.tokens or self.memory or not self.add_vector):
-            yield "model.tokens, model.memory and model.add_vector are for model.layout stack"
+        others = self.tokens, self.memory, not self.add_vector, self.ends != "predicted"
+        if self.layout != "stack" and any(others):
+            yield "model.tokens, memory, add_vector and ends are for model.layout stack"
         for name, part in (("vae", self.vae), ("backbone", self.backbone)):
             sizes = sorted(set(part) - {"path"})
             if part.get("path") and sizes:
@@ -271,6 +275,11 @@ class Recipe(Section):
             yield f"data.sentence_ends is for objective lm: {self.objective} has sentence ends always"
         if self.objective == "vae" and self.model.vae.get("path"):
             yield "objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
+
+    @property
+    def counted_as(self) -> str:
+        """The objective with the same targets: ends by rule leave those of a token model."""
+        return "lm" if self.model.ends == "rule" else self.objective
 
     @property
     def reading_part(self) -> dict[str, Any]:

@@ -77,7 +77,13 @@ class Bins:
     """Batches of a shard set by number, as in a recipe's training."""
 
     def __init__(self, shards: ShardSet, recipe: Recipe, tokens: int):
-        self._plan = BinPlan([shards], recipe.data.window_tokens, tokens, recipe.seed)
+        self._plan = BinPlan(
+            [shards],
+            recipe.data.window_tokens,
+            tokens,
+            recipe.seed,
+            by_rule=recipe.model.ends == "rule",
+        )
         self._stream, self._bins = self._plan.bins(), list[Bin]()
 
     def __getitem__(self, number: int) -> tuple[Bin, Batch]:
@@ -104,7 +110,7 @@ class RecipeModel:
     def prepare(self, turn: int) -> None:
         bin_, batch = self._bins[turn]
         self._batch = batch.to(self._device)
-        self._targets = bin_.targets(self._recipe.objective, self._recipe.data.sentence_ends)
+        self._targets = bin_.targets(self._recipe.counted_as, self._recipe.data.sentence_ends)
         self.tokens = batch.tokens
 
     def loss(self) -> Tensor:

@@ -57,12 +57,14 @@ class DecoderRows:
 class StackRows:
     """The packed input of layout `stack`: a border before every sentence and one at each window's end.
 
-    A border reads that the sentence before it has ended; a window's first one starts the document.
+    A border reads that the sentence before it has ended; a window's first one starts the document. With ends
+    by rule the first one alone is a row of its own: a sentence's last token is its border, which counts from
+    the next row on.
 
-    layout: one segment per window, R = T+S+D rows. token_rows_T: int64, the rows of tokens. target_rows_N:
-    int64 [T+S], all but each window's last one. border_rows_B: int64 [S+D], the rows of borders, in the order
-    of the backbone's rows. border_of_row_R: int64, host, the number of the last border at or before each row.
-    first_border_R: int64, host, of the row's window.
+    layout: one segment per window, R = T+S+D rows; by rule T+D. token_rows_T: int64, the rows of tokens.
+    target_rows_N: int64 [T+S], all but each window's last one; by rule [T+D], all. border_rows_B: int64
+    [S+D], the rows of borders, in the order of the backbone's rows. border_of_row_R: int64, host, the number
+    of the border whose output each row reads. first_border_R: int64, host, of the row's window.
     """
 
     layout: SegmentLayout
@@ -86,16 +88,33 @@ class StackRows:
         return self._bands[last]
 
 
-def stack_rows(lengths_S: np.ndarray, counts_D: np.ndarray, device: torch.device) -> StackRows:
+def stack_rows(
+    lengths_S: np.ndarray, counts_D: np.ndarray, device: torch.device, by_rule: bool = False
+) -> StackRows:
     """Rows of D windows of `counts_D[d]` sentences, 0 or more, with `lengths_S[s]` tokens each; host."""
     first_D = np.cumsum(counts_D + 1) - (counts_D + 1)
     sizes_B = np.ones(len(lengths_S) + len(counts_D), dtype=np.int64)  # a border and the tokens behind it
     sizes_B[np.arange(len(lengths_S)) + np.repeat(np.arange(len(counts_D)), counts_D)] += lengths_S
+    if by_rule:
+        return _rows_by_rule(sizes_B, first_D, device)
     borders_B = np.cumsum(sizes_B) - sizes_B
     layout = SegmentLayout(np.add.reduceat(sizes_B, first_D), device)
     tokens_T, targets_N = (np.delete(np.arange(layout.rows), x) for x in (borders_B, layout.starts[1:] - 1))
     rows = (torch.from_numpy(x).to(device) for x in (tokens_T, targets_N, borders_B))
     border_of_row_R = np.repeat(np.arange(len(sizes_B)), sizes_B)
+    return StackRows(layout, *rows, border_of_row_R, np.repeat(first_D, layout.lengths))
+
+
+def _rows_by_rule(sizes_B: np.ndarray, first_D: np.ndarray, device: torch.device) -> StackRows:
+    is_first_B = np.zeros(len(sizes_B), dtype=bool)
+    is_first_B[first_D] = True
+    rows_B = sizes_B - ~is_first_B  # rows that read the border's output: BOS and tokens
+    starts_B = np.cumsum(rows_B) - rows_B
+    layout = SegmentLayout(np.add.reduceat(rows_B, first_D), device)
+    tokens_T = np.delete(np.arange(layout.rows), starts_B[first_D])
+    borders_B = np.where(is_first_B, starts_B, starts_B - 1)
+    rows = (torch.from_numpy(x).to(device) for x in (tokens_T, np.arange(layout.rows), borders_B))
+    border_of_row_R = np.repeat(np.arange(len(sizes_B)), rows_B)
     return StackRows(layout, *rows, border_of_row_R, np.repeat(first_D, layout.lengths))
 
 
@@ -131,6 +150,7 @@ class Batch:
     scored: bool = True
     _slotted: dict[int, SegmentLayout] = field(default_factory=dict, init=False, repr=False)
     _context_spans: dict[tuple[int, int], ContextSpans] = field(default_factory=dict, init=False, repr=False)
+    _stack_rows: dict[bool, StackRows] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -249,13 +269,14 @@ class Batch:
 
     # One stack.
 
-    @cached_property
-    def stack_rows(self) -> StackRows:
-        """Borders and tokens by window: T+S+D rows (layout `stack`)."""
-        rows = stack_rows(np.diff(self.cu_sentences), np.diff(self.cu_documents), self.device)
-        # As for decoder_layout: torch.compile must not trace them.
-        _ = rows.layout.segment_of_row, rows.layout.position_of_row
-        return rows
+    def stack_rows(self, by_rule: bool = False) -> StackRows:
+        """Borders and tokens by window (layout `stack`)."""
+        if by_rule not in self._stack_rows:
+            lengths_S, counts_D = np.diff(self.cu_sentences), np.diff(self.cu_documents)
+            rows = self._stack_rows[by_rule] = stack_rows(lengths_S, counts_D, self.device, by_rule)
+            # As for decoder_layout: torch.compile must not trace them.
+            _ = rows.layout.segment_of_row, rows.layout.position_of_row
+        return self._stack_rows[by_rule]
 
     # Backbone: row s + d + 1 holds sentence s of window d; row s + d, just before it, predicts it.
 

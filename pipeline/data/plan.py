@@ -31,7 +31,7 @@ from pipeline.data.windows import WINDOW_DTYPE, Span, cut_documents
 
 if TYPE_CHECKING:
     from data_prep.shards.reader import ShardSet
-
+from data_prep.text.running_ends import RunningEnds
 
 LOOK_AHEAD = 64  # open bins that best-fit chooses among
 PART_WINDOWS = 1 << 15  # packed together; one bin of a part is badly filled
@@ -189,6 +189,7 @@ class BinPlan:
         seed: decides the order, together with the epoch and the weights.
         weights: each shard set's share of the bins, in any unit; None: the sets are one pool.
         shards_at_once: shards whose windows are shuffled together.
+        by_rule: windows have the sentence ends of `RunningEnds` in place of those of the shards.
     Raises: UserError when a source has no text, or a window does not fit a bin.
     """
 
@@ -200,11 +201,14 @@ class BinPlan:
         seed: int,
         weights: Sequence[float] | None = None,
         shards_at_once: int = 16,
+        by_rule: bool = False,
     ):
         if window_tokens > bin_tokens:
             raise UserError(f"window_tokens ({window_tokens}) is larger than bin_tokens ({bin_tokens})")
         self.shard_sets = list(shard_sets)
         self.window_tokens, self.bin_tokens = window_tokens, bin_tokens
+        one = self.shard_sets[0]
+        self.rule = RunningEnds(one.tokenizer(), one.settings) if by_rule else None
         self.seed, self.shards_at_once = seed, shards_at_once
         self._shares = [1.0] if weights is None else [weight / sum(weights) for weight in weights]
         # (shard set, shard) of every source; shards without text would make groups without bins.
@@ -319,7 +323,7 @@ class BinPlan:
                     end,
                 )
             )
-        return spans
+        return spans if self.rule is None else [span.cut_again(self.rule) for span in spans]
 
 
 def pack(sizes: Iterable[int], budget: int) -> Iterator[list[int]]:

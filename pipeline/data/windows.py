@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data_prep.common.errors import UserError
+from data_prep.text.running_ends import RunningEnds
 
 # A window by reference into the shards: document `document` of shard `shard` of the plan's shard set
 # `shard_set`; `document_end`: the window ends its document.
@@ -36,6 +37,10 @@ class Span:
     tokens: np.ndarray
     sentence_lengths: np.ndarray
     document_end: bool
+
+    def cut_again(self, rule: RunningEnds) -> Span:
+        """The same text with sentence ends by a rule."""
+        return replace(self, sentence_lengths=rule.cut(self.tokens))
 
 
 def cut_documents(

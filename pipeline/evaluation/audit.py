@@ -57,7 +57,7 @@ class PlannedSteps:
         return self._last[number - self._made - 1]
 
     def _counts(self, bins: list[Bin]) -> tuple[int, int]:
-        return count(bins, self._recipe.objective, self._recipe.data.sentence_ends)
+        return count(bins, self._recipe.counted_as, self._recipe.data.sentence_ends)
 
     def around(self, number: int) -> list[PlannedStep]:
         """A step and its neighbours."""
@@ -150,7 +150,10 @@ def _plan(recipe: Recipe, folders: list[str], metas: dict[int, Meta]) -> BinPlan
                 "trained on; name those by --data"
             )
     data = recipe.data
-    return BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
+    by_rule = recipe.model.ends == "rule"
+    return BinPlan(
+        shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights, by_rule=by_rule
+    )
 
 
 def _step_records(path: Path, findings: list[str]) -> dict[int, dict[str, Any]]:

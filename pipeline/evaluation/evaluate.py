@@ -11,6 +11,7 @@ The sums are gathered once, at the end, on every rank.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import time
@@ -29,6 +30,7 @@ from data_prep.common.page import render
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
 from data_prep.corpus.finding import find_inputs
 from data_prep.shards.reader import ShardSet
+from data_prep.text.running_ends import RunningEnds
 from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 from pipeline.common.text import FILTERS
@@ -158,11 +160,16 @@ def _record_source(
     return source
 
 
-def _batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[tuple[Batch, list[Window]]]:
-    """Consecutive windows up to `batch_tokens` tokens per batch; a larger window is a batch alone."""
+def _batches(
+    windows: Iterable[Window], batch_tokens: int, rule: RunningEnds | None = None
+) -> Iterator[tuple[Batch, list[Window]]]:
+    """Consecutive windows up to `batch_tokens` tokens per batch; a larger window is a batch alone. rule: cuts
+    them again."""
     group: list[Window] = []
     size = 0
     for window in windows:
+        if rule is not None:
+            window = dataclasses.replace(window, span=window.span.cut_again(rule))
         if group and size + len(window.span.tokens) > batch_tokens:
             yield build_batch([w.span for w in group]), group
             group, size = [], 0
@@ -367,7 +374,10 @@ def score(
     with tqdm(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
-        for batch, group in _batches(windows, batch_tokens):
+        rule = None
+        if getattr(model_config(model), "ends", None) == "rule":
+            rule = RunningEnds(tokenizer, sentence_settings(model))
+        for batch, group in _batches(windows, batch_tokens, rule):
             more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths, ngram)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
             bar.update(batch.tokens)

@@ -128,7 +128,8 @@ class Scores:
         losses = model(batch, want_correct=True) if self.kind == "vae" else model(batch)
         lengths_S = np.diff(batch.cu_sentences)
         symbols_S = lengths_S + 1  # targets of each sentence: its tokens and its end
-        if self.kind == "lm":  # a document has an end, a sentence if the model sees its end
+        # Without stop decisions a document has an end, a sentence if the model sees its end.
+        if self.kind != "vae" and losses.stop_nll_S is None:
             symbols_S = lengths_S + getattr(model, "sentence_ends", False)
             symbols_S[batch.cu_documents[1:] - 1] += batch.document_end_D
         sentence_N = np.repeat(np.arange(batch.sentences), symbols_S)

@@ -91,7 +91,7 @@ class Checker:
         losses = self.model(batch)
         nll_N = losses.target_nll_N.double().cpu().numpy()
         lengths = np.diff(batch.cu_sentences)
-        if self.kind == "lm":
+        if self.kind == "lm" or losses.stop_nll_S is None and self.kind == "sllm":
             return _by_sentence_lm(nll_N, self.model.as_read(batch))
         scores = np.split(nll_N, np.cumsum(lengths + 1)[:-1])
         if losses.stop_nll_S is not None:
@@ -167,12 +167,27 @@ class Checker:
     def _cached_sllm(self, span: Span) -> Iterator[float]:
         state = self.model.begin()
         sentences = _sentences(span)
+        if getattr(self.model.config, "ends", None) == "rule":
+            yield from self._cached_by_rule(state, sentences, span.document_end)
+            return
         for number, sentence in enumerate(sentences, 1):
             yield from self._decoded(self.model, self.model.decode_begin(state), sentence)
             self.model.append(state, sentence.tolist())
             stops = number == len(sentences) and span.document_end
             stop = self.model.stop_probability(state)
             yield float(-np.log(np.maximum(stop if stops else 1 - stop, 1e-30)))
+
+    def _cached_by_rule(self, state: Any, sentences: list[np.ndarray], document_end: bool) -> Iterator[float]:
+        """A sentence's end counts from the first token behind it; the document's is a symbol."""
+        words, end = self.model.decode_begin(state), self.model.config.eos_token_id
+        for number, sentence in enumerate(sentences):
+            for symbol in sentence.tolist():
+                yield float(-words.logits.double().log_softmax(-1)[symbol])
+                self.model.decode_step(words, symbol)
+            if number + 1 < len(sentences):
+                self.model.append(state, sentence.tolist())
+        if document_end:
+            yield float(-words.logits.double().log_softmax(-1)[end])
 
     def _cached_vae(self, span: Span) -> Iterator[float]:
         for sentence in _sentences(span):

@@ -6,8 +6,21 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
+from data_prep.text.running_ends import RunningEnds
 from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
+
+_LOSSY = "the model's tokenizer cannot give this prompt back: change its unusual characters"
+
+
+def split_by_rule(prompt: str, tokenizer: Tokenizer, rule: RunningEnds) -> tuple[list[list[int]], list[int]]:
+    """The same for ends by rule: the last sentence ends with the token behind it, which is not there yet."""
+    try:
+        tokens_T = tokenizer.encode_exactly(prompt, prompt.encode())
+    except LossyTokenization:
+        raise UserError(_LOSSY) from None
+    *sentences, tail = (part.tolist() for part in np.split(tokens_T, np.cumsum(rule.cut(tokens_T))[:-1]))
+    return sentences, tail
 
 
 def split_prompt(prompt: str, tokenizer: Tokenizer, settings: dict) -> tuple[list[list[int]], list[int]]:
@@ -23,9 +36,7 @@ def split_prompt(prompt: str, tokenizer: Tokenizer, settings: dict) -> tuple[lis
     try:
         tokens_T, lengths_S = cut_document(prompt, tokenizer, segmenter, cut)
     except LossyTokenization:
-        raise UserError(
-            "the model's tokenizer cannot give this prompt back: change its unusual characters"
-        ) from None
+        raise UserError(_LOSSY) from None
     *sentences, tail = (part.tolist() for part in np.split(tokens_T, np.cumsum(lengths_S)[:-1]))
     if segmenter.is_complete(prompt):
         space = len(prompt.encode()) - len(prompt.rstrip().encode())

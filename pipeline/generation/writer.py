@@ -21,8 +21,10 @@ import numpy as np
 import torch
 
 from data_prep.common.errors import UserError
+from data_prep.text.running_ends import RunningEnds
+from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
-from pipeline.generation.prompt import split_prompt
+from pipeline.generation.prompt import split_by_rule, split_prompt
 from pipeline.generation.prompt_end import REJECTED, Branch, PromptEnd, find_prompt_end
 from pipeline.generation.protocol import SentenceModel
 from pipeline.generation.results import (
@@ -65,6 +67,7 @@ class _Row:
     pending: list[int] = field(default_factory=list)  # forced tokens not yet fed
     closing: bool = False  # at the token limit: only the end's probability is missing
     ended: bool = False
+    carried: tuple[int, float, bytes] | None = None  # by rule: the next sentence's first `_record`
     text: str = ""
     sentence_log_probability: float = 0.0
     # At the prompt's end:
@@ -99,6 +102,10 @@ class BatchWriter:
             raise UserError(
                 f"sentence_tokens {limits.sentence_tokens}: must be below {self._sentence_tokens}"
             )
+        self._by_rule = getattr(config, "ends", None) == "rule"
+        self._rule: RunningEnds | None = None
+        if self._by_rule and limits.sentence_tokens is None:
+            self._rule = RunningEnds(tokenizer, SentenceSettings(**self.settings))
         # Control symbols have no bytes; embedding rows above the tokenizer's entries are untrained.
         forbidden_V = np.ones(config.vocab_size, dtype=bool)
         forbidden_V[: tokenizer.vocab_size] = tokenizer.byte_lengths == 0
@@ -195,12 +202,16 @@ class BatchWriter:
     def _split(self, prompt: str | list[list[int]]) -> tuple[list[list[int]], list[int], PromptEnd | None]:
         """Complete sentences, tokens of the unfinished one, and what may follow them."""
         end = None
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and self._rule is not None:
+            sentences, tail = split_by_rule(prompt, self._tokenizer, self._rule) if prompt else ([], [])
+        elif isinstance(prompt, str):
             sentences, tail = split_prompt(prompt, self._tokenizer, self.settings)
             if self._limits.sentence_tokens is None:
                 end = find_prompt_end(sentences, tail, self._tokenizer, self._sentence_tokens)
         else:
             sentences, tail = prompt, []
+            if self._by_rule and prompt:
+                *sentences, tail = prompt
         if len(sentences) > self._model.max_sentences:
             raise UserError(
                 f"the prompt has {len(sentences)} complete sentences, but the model's backbone has "
@@ -363,7 +374,7 @@ class BatchWriter:
             uniform_n = torch.tensor(drawn, dtype=torch.float64, device=logits_nV.device)
         symbol_n = sampling.choose(allowed_nV, uniform_n)
         for n, row in enumerate(rows):
-            if row.closing or exactly is not None and len(row.tokens) == exactly:
+            if row.closing or exactly is not None and len(row.tokens) == exactly and not self._by_rule:
                 symbol_n[n] = self._end
         chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
         return symbol_n.tolist(), chosen_n.tolist()
@@ -372,10 +383,17 @@ class BatchWriter:
         """Add the next symbol to a row; `data`: the bytes that it adds to the text."""
         row, limits = self._rows[at], self._limits
         row.sentence_log_probability += log_probability
-        if symbol == self._end:
+        if self._by_rule and symbol == self._end:
+            row.ended = True
+            yield from self._finish(at, DOCUMENT_END)
+            return
+        if ends_before := bool(self._by_rule and row.tokens and self._ends_before(row, symbol)):
+            row.sentence_log_probability -= log_probability
+            row.carried = symbol, log_probability, data
+        if symbol == self._end or ends_before:
             row.ended = not row.closing
             self._writing.remove(at)
-            if len(row.sentences) + 1 == limits.max_sentences:
+            if len(row.sentences) + self._counts(row) == limits.max_sentences:
                 yield from self._finish(at, SENTENCE_LIMIT)
             elif self._state.cache.lengths[at] > self._model.max_sentences:
                 yield from self._finish(at, POSITIONS_EXHAUSTED)
@@ -385,7 +403,7 @@ class BatchWriter:
         row.tokens.append(symbol)
         row.new_tokens += 1
         row.feed = symbol
-        row.closing = len(row.tokens) == self._sentence_tokens
+        row.closing = len(row.tokens) == self._sentence_tokens and not self._by_rule
         if self._seen_RV is not None:
             self._seen_RV[at, symbol] = True
         text = row.stream.push(data)
@@ -395,6 +413,15 @@ class BatchWriter:
             yield from self._finish(at, STOP_STRING)
         elif row.new_tokens == limits.max_tokens:
             yield from self._finish(at, TOKEN_LIMIT)
+
+    def _counts(self, row: _Row) -> bool:
+        """Whether the row's sentence is a new one: by rule the prompt's last one may end with its tokens."""
+        return not self._by_rule or len(row.tokens) > row.forced
+
+    def _ends_before(self, row: _Row, symbol: int) -> bool:
+        if self._rule is None:
+            return len(row.tokens) == self._limits.sentence_tokens
+        return self._rule.before(row.tokens, symbol)
 
     # The end of sentences and texts.
 
@@ -411,8 +438,15 @@ class BatchWriter:
             if ends:
                 yield from self._finish(at, DOCUMENT_END, probability)
             else:
-                yield row.request.number, self._sentence(row, probability)
-                begin.append((at, []))
+                if self._counts(row):
+                    yield row.request.number, self._sentence(row, probability)
+                if row.carried is None:
+                    begin.append((at, []))
+                    continue
+                carried, row.carried = row.carried, None
+                row.begin(self._bos, [])
+                self._writing.add(at)
+                yield from self._record(at, *carried)
         self._begin(begin)
 
     def _document_ends(self, row: _Row, log_odds: float) -> tuple[bool, float]:

@@ -102,7 +102,8 @@ def build_model(
         focal_gamma, label_smoothing, z_loss: the training loss (vocabulary_head.py); all 0 is cross-entropy.
         embedding_weight: weight of the embedding loss (`SLLM.forward`; `sllm` only).
         sentence_ends: the model reads and predicts an end symbol after every sentence (`lm` only).
-        stack: of layout `stack` (`sllm`): sizes of the token layers, `memory` and `add_vector`; no `vae`.
+        stack: of layout `stack` (`sllm`): sizes of the token layers, `memory`, `add_vector`, `ends`; no
+            `vae`.
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
@@ -138,6 +139,7 @@ def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any])
     model, stack = recipe.model, None
     if model.layout == "stack":
         stack = {**model.tokens, "memory": model.memory, "add_vector": model.add_vector}
+        stack["ends"] = model.ends
     return build_model(
         recipe.objective,
         recipe.model.vae,

@@ -182,7 +182,7 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     if kind == "lm":
         return backbone(config, batch.token_model_layout)
     if isinstance(config, StackConfig):
-        rows, sizes = batch.stack_rows, (config.hidden_size, config.heads)
+        rows, sizes = batch.stack_rows(config.by_rule), (config.hidden_size, config.heads)
         settings = *sizes, rows.layout, True, 0.0, config.attention_window
         cores = [
             core("lower layers", config.lower_layers, *settings),

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.batch import ContextSpans
-from pipeline.data.segments import SegmentLayout
-from pipeline.models.attention import packed_attention
+from pipeline.data.segments import Band, SegmentLayout
+from pipeline.models.attention import band_attention, packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, 1, d_head] each
@@ -227,6 +228,35 @@ class PostNormLayer(TransformerLayer):
 
     def _ffn(self, x: Tensor) -> Tensor:
         return self.ffn_out(self.dropout(F.relu(self.ffn_in(x))))
+
+
+class SentenceMemory(nn.Module):
+    """x + attention to backbone outputs, which starts as x. Rotary positions count sentences."""
+
+    def __init__(self, width: int, vector: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(vector, 2 * width)
+        self.out: Any = nn.Linear(width, width)
+        self.out.first_deviation = 0.0
+
+    def keys_values(self, vectors_Bd: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
+        """Keys and values of outputs [B, d_backbone], [B, H, d_head] each."""
+        k, v = self.key_value(vectors_Bd).view(len(vectors_Bd), 2, self.heads, -1).split(1, 1)
+        return rotate(k, turn)[:, 0], v[:, 0]
+
+    def queries(self, x_Rd: Tensor, turn: Rotation) -> Tensor:
+        """[R, H, d_head]."""
+        return rotate(self.query(self.norm(x_Rd)).view(len(x_Rd), 1, self.heads, -1), turn)[:, 0]
+
+    def forward(
+        self, x_Rd: Tensor, vectors_Bd: Tensor, band: Band, turn_R: Rotation, turn_B: Rotation
+    ) -> Tensor:
+        """[R, d] → [R, d]; turns of the rows' and the outputs' sentence numbers."""
+        k, v = self.keys_values(vectors_Bd, turn_B)
+        return x_Rd + self.out(band_attention(self.queries(x_Rd, turn_R), k, v, band).flatten(1))
 
 
 class TokenEmbedding(nn.Module):

@@ -56,7 +56,10 @@ class SentenceLM(PreTrainedModel):
 
     @torch.no_grad()
     def stop_log_odds(self, state: Any, rows: np.ndarray) -> Tensor:
-        """float32 [n], host: log-odds that the documents in `rows` end here."""
+        """float32 [n], host: log-odds that the documents in `rows` end here; without a stop head none does,
+        its end is a symbol."""
+        if self.stop_head is None:
+            return torch.full((len(rows),), -torch.inf)
         return self._stop_logits(state.hidden[torch.from_numpy(rows).to(self.device)]).cpu()
 
     def begin(self) -> Any:

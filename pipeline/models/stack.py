@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from pipeline.config.model_recipe import TokensRecipe, checked_tokens
 from pipeline.data.batch import Batch, StackRows, stack_rows
-from pipeline.data.segments import Band, SegmentLayout
-from pipeline.models.attention import band_attention, packed_attention
+from pipeline.data.segments import SegmentLayout
+from pipeline.models.attention import packed_attention
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.models.kv_cache import (
     FIRST_PLACES,
@@ -36,7 +36,7 @@ from pipeline.models.kv_cache import (
     RollingCache,
     attend_last,
 )
-from pipeline.models.layers import Rotation, TokenEmbedding, TransformerLayer, rotate
+from pipeline.models.layers import Rotation, SentenceMemory, TokenEmbedding, TransformerLayer
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_lm import FIRST_ROW, SentenceLM
 from pipeline.models.vocabulary_head import VocabularyHead
@@ -50,8 +50,9 @@ class StackConfig(PreTrainedConfig):
     """Sizes of the token layers (the keys of `TokensRecipe`), a backbone's config, and the text settings.
 
     memory: backbone outputs that upper layers attend to; 0: none. add_vector: false leaves the memory as the
-    only way from the backbone to the tokens, or none, as a control. focal_gamma, label_smoothing, z_loss: as
-    in `SentenceVAEConfig`."""
+    only way from the backbone to the tokens, or none, as a control. ends: `predicted`, or by `rule`:
+    sentences then end where `data_prep.text.running_ends` says, without borders of their own. focal_gamma,
+    label_smoothing, z_loss: as in `SentenceVAEConfig`."""
 
     model_type = "sllm_stack"
     has_no_defaults_at_init = True
@@ -61,6 +62,7 @@ class StackConfig(PreTrainedConfig):
         backbone: dict | PreTrainedConfig | None = None,
         memory: int = 0,
         add_vector: bool = True,
+        ends: str = "predicted",
         focal_gamma: float = 0.0,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -71,7 +73,7 @@ class StackConfig(PreTrainedConfig):
         self.backbone = (
             backbone if isinstance(backbone, PreTrainedConfig) else backbone_config(backbone or {})
         )
-        self.memory, self.add_vector = memory, add_vector
+        self.memory, self.add_vector, self.ends = memory, add_vector, ends
         self.focal_gamma, self.label_smoothing, self.z_loss = focal_gamma, label_smoothing, z_loss
         self.sentence_settings = sentence_settings or {}
         self.window_tokens = window_tokens
@@ -82,40 +84,15 @@ class StackConfig(PreTrainedConfig):
         kwargs["tie_word_embeddings"] = sizes["tie_word_embeddings"]
         super().__init__(**{"bos_token_id": 2, "pad_token_id": 1, "eos_token_id": 2, **kwargs})
 
+    @property
+    def by_rule(self) -> bool:
+        return self.ends == "rule"
+
     def to_dict(self) -> dict:
         output = super().to_dict()
         output["backbone"] = self.backbone.to_dict()
         output["backbone"].pop("_name_or_path", None)  # the source folder is not part of the model
         return output
-
-
-class SentenceMemory(nn.Module):
-    """x + attention to backbone outputs, which starts as x. Rotary positions count sentences."""
-
-    def __init__(self, width: int, vector: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(vector, 2 * width)
-        self.out: Any = nn.Linear(width, width)
-        self.out.first_deviation = 0.0
-
-    def keys_values(self, vectors_Bd: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
-        """Keys and values of outputs [B, d_backbone], [B, H, d_head] each."""
-        k, v = self.key_value(vectors_Bd).view(len(vectors_Bd), 2, self.heads, -1).split(1, 1)
-        return rotate(k, turn)[:, 0], v[:, 0]
-
-    def queries(self, x_Rd: Tensor, turn: Rotation) -> Tensor:
-        """[R, H, d_head]."""
-        return rotate(self.query(self.norm(x_Rd)).view(len(x_Rd), 1, self.heads, -1), turn)[:, 0]
-
-    def forward(
-        self, x_Rd: Tensor, vectors_Bd: Tensor, band: Band, turn_R: Rotation, turn_B: Rotation
-    ) -> Tensor:
-        """[R, d] → [R, d]; turns of the rows' and the outputs' sentence numbers."""
-        k, v = self.keys_values(vectors_Bd, turn_B)
-        return x_Rd + self.out(band_attention(self.queries(x_Rd, turn_R), k, v, band).flatten(1))
 
 
 @dataclass
@@ -124,7 +101,8 @@ class TokenState:
 
     lower, upper: caches of the token layers. memory: of the backbone's outputs, a place per sentence. vector:
     [R, d_backbone], what the sentence's rows read of the backbone. border: [R, d], the border's row after the
-    lower layers. fed: tokens fed since the border; None: the border has not gone through the upper layers.
+    lower layers. last: [R, d], the last row that was read, after the upper layers (ends by rule). fed: tokens
+    fed since the border; None: the row before them has not given its logits.
     logits: float32 [V], predict the next symbol of a single sentence.
     """
 
@@ -133,6 +111,7 @@ class TokenState:
     memory: RollingCache
     vector: Tensor
     border: Tensor
+    last: Tensor
     fed: list[list[int] | None]
     logits: Tensor | None = None
 
@@ -153,7 +132,8 @@ class StackState:
 
 
 class StackLM(SentenceLM):
-    """`forward` returns `LossSums` over T + S vocabulary targets and S stop decisions, as `SLLM`'s."""
+    """`forward` returns `LossSums` over T + S vocabulary targets and S stop decisions, as `SLLM`'s; with ends
+    by rule over T + E targets, as `TokenLM`'s."""
 
     config_class = StackConfig
     _tied_weights_keys = {"head.weight": "embedding.token.weight"}
@@ -179,7 +159,7 @@ class StackLM(SentenceLM):
         self.memory = nn.ModuleList(SentenceMemory(width, vector, config.heads) for _ in range(memories))
         self.final_norm = nn.LayerNorm(width)
         self.head = VocabularyHead(width, config.vocab_size)
-        self.stop_head = nn.Linear(vector, 1)
+        self.stop_head = None if config.by_rule else nn.Linear(vector, 1)
         self.post_init()
 
     @torch.no_grad()
@@ -214,7 +194,7 @@ class StackLM(SentenceLM):
 
     def _lower(self, batch: Batch) -> tuple[Tensor, Rotation]:
         """The batch's rows [R, d] after the lower layers, and the turn of their positions."""
-        rows = batch.stack_rows
+        rows = batch.stack_rows(self.config.by_rule)
         x = self.embedding(self._inputs(rows, batch.tokens_T), rows.layout.position_of_row)
         turn = self._turn(rows.layout.position_of_row)
         for layer in self.lower:
@@ -251,11 +231,12 @@ class StackLM(SentenceLM):
         """[S, d_backbone]: the backbone's output before each sentence. That of a window's first sentence
         depends on nothing."""
         x, _ = self._lower(batch)
-        return self._contextualise(x, batch.stack_rows, batch.backbone_layout)[batch.predicting_row_S]
+        rows = batch.stack_rows(self.config.by_rule)
+        return self._contextualise(x, rows, batch.backbone_layout)[batch.predicting_row_S]
 
     def forward(self, batch: Batch, want_correct: bool = False, vectors_Sd: Tensor | None = None) -> LossSums:
         """Next-sentence loss. vectors_Sd: as in `SLLM.forward`; the memory then holds these, too."""
-        config, rows = self.config, batch.stack_rows
+        config, rows = self.config, batch.stack_rows(self.config.by_rule)
         x, turn = self._lower(batch)
         if vectors_Sd is None:
             hidden_Bd = self._contextualise(x, rows, batch.backbone_layout)
@@ -270,18 +251,25 @@ class StackLM(SentenceLM):
             batch.backbone_layout,
             lambda _, layer, x: layer(x, rows.layout, causal=True, turn=turn),
         )
-        _, targets = batch.decoder_symbols(config.bos_token_id, config.eos_token_id)
+        symbols, target_rows_N = (config.bos_token_id, config.eos_token_id), rows.target_rows_N
+        if config.by_rule:
+            _, target_rows_N, targets = batch.token_model_symbols(*symbols)
+            last_rows = rows.layout.last_rows
+            is_end = torch.zeros_like(rows.border_of_row, dtype=torch.bool).index_fill_(0, last_rows, True)
+            is_end = is_end[target_rows_N] & (targets == config.eos_token_id)
+        else:
+            _, targets = batch.decoder_symbols(*symbols)
+            is_end = torch.zeros_like(targets, dtype=torch.bool)
+            is_end[batch.decoder_layout.last_rows] = True
         objective, nll, correct = self.head(
-            self.final_norm(x[rows.target_rows_N]),
+            self.final_norm(x[target_rows_N]),
             targets,
             config.focal_gamma,
             want_correct,
             config.label_smoothing,
             config.z_loss,
         )
-        is_end = nll.new_zeros(len(targets)).bool()
-        is_end[batch.decoder_layout.last_rows] = True
-        if vectors_Sd is not None:
+        if vectors_Sd is not None or config.by_rule:
             return LossSums.collect(batch.scored, objective, nll, is_end, correct)
         stop_logits_S = self._stop_logits(hidden_Bd[batch.predicting_row_S + 1])
         stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
@@ -302,6 +290,7 @@ class StackLM(SentenceLM):
             RollingCache(rows, max(1, config.memory)),
             vector,
             border,
+            torch.zeros_like(border),
             [None] * rows,
         )
         cache = KeyValueCache(rows, most=self.max_sentences + 1)
@@ -330,7 +319,8 @@ class StackLM(SentenceLM):
         """
         sentences = [sentence for document in documents for sentence in document]
         counts_D = np.asarray([len(document) for document in documents])
-        packed = stack_rows(np.asarray(self._checked(sentences), dtype=np.int64), counts_D, self.device)
+        lengths = np.asarray(self._checked(sentences), dtype=np.int64)
+        packed = stack_rows(lengths, counts_D, self.device, self.config.by_rule)
         layout, words = packed.layout, state.tokens
         tokens_T = torch.tensor([t for sentence in sentences for t in sentence], device=self.device)
         attend = partial(packed_attention, layout=layout, causal=True)
@@ -353,14 +343,15 @@ class StackLM(SentenceLM):
         rows_n = torch.from_numpy(rows).to(self.device)
         last_n = layout.last_rows
         words.border[rows_n], state.hidden[rows_n] = x[last_n], hidden_Bd[prompt.last_rows]
-        # The last border goes through the upper layers with the first symbol's step.
         upper = cached(words.upper)
-        words.upper.lengths[rows] -= 1
+        if not self.config.by_rule:  # the last border goes through the upper layers with the first step
+            words.upper.lengths[rows] -= 1
         for row in rows:
             words.fed[row] = None
-        self._upper(
+        x = self._upper(
             x, hidden_Bd, packed, prompt, lambda number, layer, x: layer.step(x, number, upper, None, turn)
         )
+        words.last[rows_n] = x[last_n]
         vectors_Bd = self._read_backbone(hidden_Bd)
         words.vector[rows_n] = vectors_Bd[prompt.last_rows]
         ends = prompt.starts[1:]
@@ -382,14 +373,17 @@ class StackLM(SentenceLM):
         self._checked(sentences)
         self._feed(state.tokens, rows, sentences)
         words, rows_n = state.tokens, torch.from_numpy(rows).to(self.device)
-        border_n = torch.full((len(rows),), self.config.bos_token_id, device=self.device)
-        x = words.border[rows_n] = self._lower_step(words, rows, border_n)
+        if self.config.by_rule:
+            x = words.border[rows_n]
+        else:
+            border_n = torch.full((len(rows),), self.config.bos_token_id, device=self.device)
+            x = words.border[rows_n] = self._lower_step(words, rows, border_n)
         step = CachedStep(state.cache, rows, self.device)
         hidden = run_packed(self.backbone, step, inputs_embeds=self._into(self.vector_norm(x)))
         state.hidden[rows_n] = hidden
         vector = words.vector[rows_n] = self._read_backbone(hidden)
         for row in rows:
-            words.fed[row] = None
+            words.fed[row] = [] if self.config.by_rule else None
         turn = self._turn_at(words.memory.positions[rows])
         words.memory.roll(rows)
         places = torch.from_numpy(words.memory.lengths[rows]).to(self.device)
@@ -413,6 +407,8 @@ class StackLM(SentenceLM):
             same = 0
             while same < min(len(fed), len(sentence)) and fed[same] == sentence[same]:
                 same += 1
+            # By rule the last token is the border: one that was taken back to is fed again.
+            same -= self.config.by_rule and same == len(sentence) < len(fed)
             self.sentence_back(words, row, len(fed) - same)
             missing[row] = list(sentence[same:])
         while at := [row for row in missing if missing[row]]:
@@ -430,15 +426,22 @@ class StackLM(SentenceLM):
         """Feed a symbol, or the border, to each of `rows`; returns their states [n, d] after the upper
         layers."""
         fed = [words.fed[row] for row in rows]
-        rows_n = torch.from_numpy(rows).to(self.device)
+        rows_n, by_rule = torch.from_numpy(rows).to(self.device), self.config.by_rule
         inside = np.asarray([tokens is not None for tokens in fed])
-        x = words.border[rows_n]
+        x = (words.last if by_rule else words.border)[rows_n]
         if inside.any():
             symbols_n = torch.tensor(symbols, device=self.device)
             inside_n = torch.from_numpy(np.flatnonzero(inside)).to(self.device)
-            x[inside_n] = self._lower_step(words, rows[inside], symbols_n[inside_n])
+            lower = self._lower_step(words, rows[inside], symbols_n[inside_n])
+            if by_rule:
+                words.border[rows_n[inside_n]] = lower
+            x[inside_n] = self._upper_step(words, rows[inside], lower) if by_rule else lower
         for row, tokens, symbol in zip(rows, fed, symbols, strict=True):
             words.fed[row] = [] if tokens is None else [*tokens, symbol]
+        return x if by_rule else self._upper_step(words, rows, x)
+
+    def _upper_step(self, words: TokenState, rows: np.ndarray, x: Tensor) -> Tensor:
+        rows_n = torch.from_numpy(rows).to(self.device)
         words.upper.roll(rows)
         turn = self._turn_at(words.upper.positions[rows])
         step = CachedStep(words.upper, rows, self.device)
@@ -478,7 +481,8 @@ class StackLM(SentenceLM):
 
     def decode_begin(self, state: StackState) -> TokenState:
         """Start the one document's next sentence; `.logits` float32 [V] predict its first token."""
-        self.decode_step(state.tokens, self.config.bos_token_id)
+        if state.tokens.fed[0] is None:
+            self.decode_step(state.tokens, self.config.bos_token_id)
         return state.tokens
 
     def decode_step(self, state: TokenState, token: int) -> None:

@@ -124,12 +124,17 @@ class TrainingRun:
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
         require_valid(self.config)
         self.engine = Engine(model, recipe, self.config, device)
-        self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
+        by_rule = recipe.model.ends == "rule"
+        self.plan = BinPlan(
+            shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights, by_rule=by_rule
+        )
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
         self._watchdog.heartbeat("building the model")
         self.validation = None
         if validation_sets:
-            sample = BinPlan(validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED)
+            sample = BinPlan(
+                validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED, by_rule=by_rule
+            )
             self.validation = Validation(
                 sample, recipe.training.eval_bins, ranks, self.tokenizer.byte_lengths
             )
@@ -216,7 +221,7 @@ class TrainingRun:
         self._loader = self._open.enter_context(
             StepLoader(
                 self.plan,
-                self.recipe.objective,
+                self.recipe.counted_as,
                 self.recipe.data.bins_per_step,
                 self.ranks,
                 self.tokenizer.byte_lengths,
