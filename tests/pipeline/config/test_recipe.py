@@ -466,7 +466,7 @@ def test_wrong_losses_are_refused(key, value, says, tmp_path):
         (["--objective", "lm"], "model.layout stack is for objective sllm, not lm"),
         (
             ["--model.layout", "vae"],
-            "model.tokens, model.memory and model.add_vector are for model.layout stack",
+            "model.tokens, memory, add_vector and ends are for model.layout stack",
         ),
         (["--model.layout", "lean"], "model.layout must be one of vae, stack"),
         (["--model.memory", "-1"], "model.memory must be a whole number of at least 0"),

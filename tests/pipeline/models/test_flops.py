@@ -48,6 +48,7 @@ MODELS = {
     "vae-vectors": lambda: small_vae(fusion="attention", vectors=2, condition="prefix"),
     "sllm-qwen3": lambda: family_sllm("qwen3-narrow"),
     "stack": small_stack,
+    "stack-rule": lambda: small_stack(ends="rule"),
     "stack-adapters": lambda: small_stack(backbone=post_norm_opt_config(), memory=0),
     "lm": small_lm,
     "lm-post-norm": lambda: small_lm(config=post_norm_opt_config()),

@@ -24,17 +24,21 @@ WAYS = {
     "memory": {"add_vector": False},
     "both": {},
     "none": {"memory": 0, "add_vector": False},
+    "rule": {"ends": "rule"},
 }
 
 
 def by_hand(model, span) -> torch.Tensor:
     """float32 [T+S]: NLL of one window's symbols, row by row, with masks over the whole window."""
     config, bos, end = model.config, IDS["bos_token_id"], IDS["eos_token_id"]
-    symbols, targets, border = [bos], [], [0]
-    for sentence in np.split(span.tokens, np.cumsum(span.sentence_lengths)[:-1]):
-        symbols += [*sentence, bos]
-        targets += [*sentence, end]
-        border += [border[-1]] * len(sentence) + [border[-1] + 1]
+    symbols, targets, border, rows = [bos], [], [0], [0]
+    for number, sentence in enumerate(np.split(span.tokens, np.cumsum(span.sentence_lengths)[:-1])):
+        symbols += [*sentence, *([] if config.by_rule else [bos])]
+        targets += [*sentence, *([] if config.by_rule else [end])]
+        border += [number] * len(sentence) + ([] if config.by_rule else [number + 1])
+        rows.append(len(symbols) - 1)
+    if config.by_rule and span.document_end:
+        targets.append(end)
     at = torch.arange(len(symbols))
     seen = (at[:, None] >= at) & (at[:, None] - at < config.attention_window)
     turn = rotation(at, config.hidden_size // config.heads)
@@ -54,7 +58,6 @@ def by_hand(model, span) -> torch.Tensor:
         x = through(layer, x)
     plain = AutoModel.from_config(config.backbone, attn_implementation="eager").eval()
     plain.load_state_dict(model.backbone.state_dict(), strict=False)
-    rows = [row for row, symbol in enumerate(border) if row == 0 or symbol != border[row - 1]]
     inputs = model._into(model.vector_norm(x[rows]))
     outputs = plain(inputs_embeds=inputs[None]).last_hidden_state[0]
     border = torch.tensor(border)
@@ -72,7 +75,7 @@ def by_hand(model, span) -> torch.Tensor:
             q, k = (rotate(part, turn)[:, 0] for part, turn in zip((q, k), turns, strict=True))
             x = x + part.out(attend(q, k, v[:, 0], there))
         x = through(layer, x)
-    logits = model.head(model.final_norm(x[:-1]))
+    logits = model.head(model.final_norm(x[: len(targets)]))
     return F.cross_entropy(logits, torch.tensor(targets), reduction="none")
 
 
@@ -101,6 +104,16 @@ def test_rows_are_a_border_before_each_sentence_and_one_at_the_end():
     seen = [np.flatnonzero(row).tolist() for row in memory.whole_mask.numpy()]
     assert seen == [[0]] * 3 + [[0, 1]] * 2 + [[1, 2], [3]] + [[4]] * 4 + [[4, 5]]
     assert memory is rows.memory(2) and memory.needed == sum(map(len, seen))
+
+
+def test_by_rule_a_sentences_last_token_is_its_border():
+    rows = stack_rows(np.asarray([2, 1, 3]), np.asarray([2, 0, 1]), torch.device("cpu"), by_rule=True)
+    #        B t t t | B | B t t t
+    assert rows.layout.lengths.tolist() == [4, 1, 4]
+    assert rows.border_rows_B.tolist() == [0, 2, 3, 4, 5, 8]
+    assert rows.token_rows_T.tolist() == [1, 2, 3, 6, 7, 8]
+    # The end counts from the next row on.
+    assert rows.border_of_row_R.tolist() == [0, 0, 0, 1, 3, 4, 4, 4, 4]
 
 
 def test_a_band_in_blocks_is_the_whole_mask():
@@ -141,7 +154,7 @@ def test_replaced_vectors_reach_added_rows_and_memory():
         torch.testing.assert_close(model(batch, vectors_Sd=vectors).target_nll_N, own)
         other = model(batch, vectors_Sd=vectors.roll(1, 0)).target_nll_N
         assert bool((other - own).abs().max() > 1e-2) == (way != "none")
-        starts = vectors[batch.cu_documents[:-1]]
+        starts = vectors[batch.cu_documents[:-1]]  # of each window
         torch.testing.assert_close(starts, starts[:1].expand_as(starts))  # depends on nothing
 
 
@@ -176,9 +189,10 @@ def test_a_rolling_cache_keeps_the_last_places():
 
 
 @torch.no_grad()
-def test_tokens_are_taken_back_across_a_roll_and_sentences_read_in_any_way():
+@pytest.mark.parametrize("ends", ["predicted", "rule"])
+def test_tokens_are_taken_back_across_a_roll_and_sentences_read_in_any_way(ends):
     """A sentence that was fed otherwise, in part, or not at all is the one that `extend` names."""
-    model, span = small_stack(), random_spans(8, documents=1, most_sentences=40)[0]
+    model, span = small_stack(ends=ends), random_spans(8, documents=1, most_sentences=40)[0]
     rng = np.random.default_rng(1)
     sentences = [rng.integers(4, 90, n).tolist() for n in rng.integers(1, 13, 30)]
     first = np.zeros(1, dtype=np.int64)
@@ -193,9 +207,15 @@ def test_tokens_are_taken_back_across_a_roll_and_sentences_read_in_any_way():
         expected = model.new_state(1)
         model.read(expected, first, [sentences[: number + 1]])
         torch.testing.assert_close(state.hidden, expected.hidden, atol=1e-5, rtol=1e-5)
+    if ends == "rule":
+        for one in (state, expected):
+            model.decode_begin(one)
+            model.decode_step(one.tokens, 7)
     logits = [model.decode_begin(one).logits for one in (state, expected)]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
     assert state.tokens.lower.dropped[0] > 0 and span.document_end
+    if ends == "rule":
+        return
     nll, stops = cached_scores(model, span)
     sums = model(build_batch([span]))
     torch.testing.assert_close(nll, sums.target_nll_N, atol=2e-5, rtol=1e-5)
@@ -226,7 +246,7 @@ def test_sound_models_pass_and_their_caches_roll():
         model = small_stack(**settings)
         assert check_model(model, documents=3)["passed"]
         span = Checker(model, documents=3).spans[0]
-        assert len(span.tokens) + len(span.sentence_lengths) > 2 * (9 + 16)
+        assert len(span.tokens) + (not model.config.by_rule) * len(span.sentence_lengths) > 2 * (9 + 16)
 
 
 def test_a_token_layer_without_its_causal_mask_fails(monkeypatch):

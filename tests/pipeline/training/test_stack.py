@@ -9,6 +9,7 @@ import pytest
 from helpers import ranks
 from helpers.runs import arguments, losses, records
 
+from pipeline.evaluation.audit import audit
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.self_check import check_folder
 from pipeline.export.model_folder import export_run
@@ -36,16 +37,20 @@ def test_two_ranks_under_zero3_train_alike(overrides, pool, recipes, plain, tmp_
         assert ours == pytest.approx(theirs, abs=1e-4), name
 
 
-def test_the_export_passes_every_check_and_writes(pool, recipes, tiny_valid_shards, tmp_path) -> None:
+@pytest.mark.parametrize("ends", ["predicted", "rule"])
+def test_the_export_passes_every_check_and_writes(ends, pool, recipes, tiny_valid_shards, tmp_path) -> None:
     run, folder = tmp_path / "run", tmp_path / "model"
-    first = arguments(recipes, "stack", "zero3", run, "--training.max_steps", 4)
+    first = arguments(recipes, "stack", "zero3", run, "--training.max_steps", 4, "--model.ends", ends)
     assert pool.run(2, ranks.train, first) == [0, 0]
-    assert pool.run(1, ranks.train, arguments(recipes, "stack", "zero3", run)) == [0]  # resumed by one rank
+    again = arguments(recipes, "stack", "zero3", run, "--model.ends", ends)
+    assert pool.run(1, ranks.train, again) == [0]  # resumed by one rank
+    assert audit(run)["clean"]
     export_run(run, folder, "last")
     report = check_folder(folder, documents=3)
     assert report["kind"] == "sllm" and report["passed"], report
     result = evaluate(folder, tiny_valid_shards, max_documents=3)
     assert result["bits_per_byte"] > 0 and result["vector_gain"] is not None
+    assert (result["stop_nll_nats"] == 0) == (ends == "rule")
     model, tokenizer = load_for_generation(folder)
     assert isinstance(model, StackLM)
     assert model.generate("The list is", tokenizer, max_sentences=3, temperature=1.0, seed=1)
