@@ -11,7 +11,8 @@ from data_prep.text.tokenizer import load_tokenizer
 
 TEXT = (
     'It is 3.14, e.g. a number. "Is it?" he said; Dr. Smith (of the U.S.) said so: see https://a.b/c.d.\n'
-    "A list:\n- one, two\n- three\n\nThe end came... too late! 他走了，然后回来。再见！\nLast line without a stop"
+    "A list:\n- one, two\n- three\n\nThe end came... too late! 他走了，然后回来。再见！\n"
+    "Last line without a stop"
 )
 
 
