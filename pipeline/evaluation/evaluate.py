@@ -220,6 +220,10 @@ def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
     return window
 
 
+def _by_rule(model: torch.nn.Module) -> bool:
+    return getattr(model_config(model), "ends", None) == "rule"
+
+
 def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> SentenceSettings:
     """How `--text` is cut: as given, else as the model was trained, else by default."""
     own = getattr(model.config, "sentence_settings", None) or {}
@@ -304,6 +308,8 @@ def evaluate(
         if contexts:
             if kind == "vae":
                 raise UserError("--context-curve is for models that predict: a SentenceVAE has no context")
+            if _by_rule(model):
+                raise UserError("--context-curve counts sentences as the text is cut, not by model.ends rule")
             require_room(contexts, source.settings["max_tokens"], window)
         if ngram is not None and not isinstance(ngram, NgramModel):
             ngram = count_shards(ngram, tokenizer, window)
@@ -374,9 +380,7 @@ def score(
     with tqdm(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
-        rule = None
-        if getattr(model_config(model), "ends", None) == "rule":
-            rule = RunningEnds(tokenizer, sentence_settings(model))
+        rule = RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
         for batch, group in _batches(windows, batch_tokens, rule):
             more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths, ngram)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
