@@ -98,7 +98,7 @@ class RollingCache(KeyValueCache):
         return self.dropped + self.lengths
 
     def start(self, rows: np.ndarray, places: np.ndarray) -> None:
-        """Start rows anew that have had `places` (int64 [n]), of which the last `keep` at most are stored."""
+        """Start rows that have had `places` (int64 [n]), of which the last `keep` at most are stored."""
         self.lengths[rows] = np.minimum(places, self.keep)
         self.dropped[rows] = places - self.lengths[rows]
 
