@@ -7,7 +7,7 @@ Nothing is run: the models are made of fake tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,11 +57,11 @@ def run(
             raise UserError(f"--layers {depth}: {recipe} has {shallow} token layers and a backbone")
         for vocabulary in vocab_sizes:
             settings = vocabulary, context, sentence_tokens, torch.finfo(DTYPES[dtype]).bits // 8
-            model = _per_token(ours, depth - shallow, None, *settings)
             window = ours.model.tokens.get("attention_window")
-            other = {"full": _per_token(theirs, depth, None, *settings)}
-            if window:
-                other[f"window {window}"] = _per_token(theirs, depth, window, *settings)
+            [model] = _per_token(ours, depth - shallow, [None], *settings)
+            windows = {"full": None, **({f"window {window}": window} if window else {})}
+            costs = _per_token(theirs, depth, windows.values(), *settings)
+            other = dict(zip(windows, costs, strict=True))
             best = {cost: min(one[cost] for one in other.values()) for cost in COSTS}
             ratios = {cost: best[cost] / model[cost] for cost in COSTS}
             row = {"layers": depth, "vocab_size": vocabulary, "model": model, "against": other}
@@ -78,8 +78,15 @@ def _token_layers(recipe: Recipe) -> int:
 
 
 def _per_token(
-    recipe: Recipe, depth: int, window: int | None, vocabulary: int, context: int, tokens: int, size: int
-) -> dict[str, float]:
+    recipe: Recipe,
+    depth: int,
+    windows: Iterable[int | None],
+    vocabulary: int,
+    context: int,
+    tokens: int,
+    size: int,
+) -> list[dict[str, float]]:
+    """Costs with each of some limits of a token model's attention."""
     recipe = recipe.model_copy(deep=True)
     recipe.data.window_tokens = context
     recipe.model.backbone |= {"num_hidden_layers": depth, "max_position_embeddings": context + 2 * tokens}
@@ -92,19 +99,23 @@ def _per_token(
     backbone = getattr(config, "backbone", config)
     heads = getattr(backbone, "num_attention_heads", 1)
     shared = (getattr(backbone, "num_key_value_heads", None) or heads) / heads
-    operations = read = 0.0
+    linear = read = 0.0
     for name, count in many[0].items():
         rows = (count - few[0].get(name, 0)) / tokens
-        operations += weights[name] * rows
+        linear += weights[name] * rows
         # A sentence is encoded in one call.
         read += weights[name] * (rows / tokens if parts[name] == "encoder" else rows)
-    for (part, wide), pairs in many[1].items():
-        pairs = (pairs - few[1][part, wide]) / tokens
-        if window is not None:
-            pairs = min(pairs, window * config.num_hidden_layers)
-        operations += 2 * wide * pairs
-        read += 2 * wide * pairs * (0 if part == "encoder" else shared if part == "backbone" else 1)
-    return {"multiply_adds": operations, "bytes": read * size}
+    found = []
+    for window in windows:
+        attention = cached = 0.0
+        for (part, wide), pairs in many[1].items():
+            pairs = (pairs - few[1][part, wide]) / tokens
+            if window is not None:
+                pairs = min(pairs, window * config.num_hidden_layers)
+            attention += 2 * wide * pairs
+            cached += 2 * wide * pairs * (0 if part == "encoder" else shared if part == "backbone" else 1)
+        found.append({"multiply_adds": linear + attention, "bytes": (read + cached) * size})
+    return found
 
 
 def _counts(

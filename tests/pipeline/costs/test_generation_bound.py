@@ -30,11 +30,12 @@ def test_the_token_model_costs_its_weights_and_its_context():
 
 
 def test_the_bound_is_as_wide_as_the_layout_promises(capsys):
-    assert main(["benchmark", "bound", "--recipe", DEFAULTS[0], "--against", DEFAULTS[1], "--json"]) == 0
-    rows = {(r["layers"], r["vocab_size"]): r for r in json.loads(capsys.readouterr().out)["rows"]}
-    assert set(rows) == {(depth, v) for depth in (8, 12) for v in (2048, 8192, 50265)}
+    given = ["--recipe", DEFAULTS[0], "--against", DEFAULTS[1], "--vocab-size", "2048", "--json"]
+    assert main(["benchmark", "bound", *given]) == 0
+    shallow, deep = json.loads(capsys.readouterr().out)["rows"]
     for cost in ("multiply_adds", "bytes"):
-        assert rows[8, 2048]["ratios"][cost] >= 1.6 and rows[12, 2048]["ratios"][cost] >= 2
+        assert shallow["layers"] == 8 and shallow["ratios"][cost] >= 1.6
+        assert deep["layers"] == 12 and deep["ratios"][cost] >= 2
     text = format_bound(run("memory-stack", "default-lm", [8], [2048], 220, 11, "bf16"))
     assert "a new token behind 220 tokens" in text and "default-lm, window 32" in text
 
