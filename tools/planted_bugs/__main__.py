@@ -3,7 +3,7 @@
     python -m tools.planted_bugs [AREA …] [--only TEXT …] [--json FILE]
 
 AREA.yaml is a list of bugs: `file`, `old` (occurs once in it), `new`, `tests` (pytest's arguments, run with
--x), `why` (what the bug does). A bug counts as caught if a test fails with it that passes without it.
+-x, without those marked `long`), `why` (what the bug does). A bug counts as caught if a test fails with it that passes without it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _pytest(tree: Path, tests: list[str], out: int) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] in ("data_prep", "pipeline", "tools")]:
         del sys.modules[name]
     sys.modules["__main__"] = pytest
-    sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    sys.exit(pytest.main(["-x", "-q", "-m", "not long", "-p", "no:cacheprovider", *tests]))
 
 
 def try_bug(tree: Path, bug: Bug, timeout: float, passing: dict[str, bool]) -> tuple[str, str]:
