@@ -2,8 +2,9 @@
 
     python -m tools.planted_bugs [AREA …] [--only TEXT …] [--json FILE]
 
-AREA.yaml is a list of bugs: `file`, `old` (occurs once in it), `new`, `tests` (pytest's arguments, run with
--x, without those marked `long`), `why` (what the bug does). A bug counts as caught if a test fails with it that passes without it.
+AREA.yaml is a list of bugs: `file`, `old` (occurs once in it), `new`, `tests` (pytest's arguments; run with
+-x, without tests marked `long`), `why` (what the bug does). A bug counts as caught if a test fails with it
+that passes without it.
 """
 
 from __future__ import annotations
