@@ -79,6 +79,7 @@ def _pytest(tree: Path, tests: Sequence[str], out: int) -> None:
     os.setpgid(0, 0)
     for stream in (1, 2):
         os.dup2(out, stream)
+    sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
     os.chdir(tree)
     os.environ["PYTHONPATH"] = sys.path[0] = str(tree)
     for name in [name for name in sys.modules if name.split(".")[0] in ("data_prep", "pipeline", "tools")]:
