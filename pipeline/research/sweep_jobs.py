@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -245,18 +246,19 @@ def with_budgets(jobs: Sequence[Job], fresh: bool) -> list[Job]:
                 raise UserError(f"{job.key}: nothing of {job.operations:g} operations is left to train with")
             recipe.training.max_tokens, recipe.training.max_steps = int(left / each), None
         held = sum(ShardSet.open(folder).manifest["totals"]["tokens"] for folder in recipe.data.shards)
-        if fresh and (recipe.training.max_tokens or held + 1) > held:
+        tokens = recipe.training.max_tokens or math.inf
+        if fresh and tokens > held:
             raise UserError(
-                f"{job.key}: trains on {recipe.training.max_tokens or 0:,} tokens, but its shards hold {held:,} "
-                "and `fresh` allows each one once: prepare more text, or lower its budget"
+                f"{job.key}: trains on {tokens:,} tokens, but its shards hold {held:,} and `fresh` allows "
+                "each one once: prepare more text, or lower its budget"
             )
         made[job.key] = dataclasses.replace(job, recipe=recipe, after=after)
     return [made[job.key] for job in jobs]
 
 
 def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> float:
-    """Multiply-adds that training needs per token, forward and backward, by the first bins of the run: without
-    padding and without what attention masks.
+    """Multiply-adds that training needs per token, forward and backward, by the first bins of the run:
+    without padding and without what attention masks.
 
     vae: the sizes of a SentenceVAE that is not there yet.
     """
