@@ -26,7 +26,7 @@ from pipeline.export.model_folder import export_run
 from pipeline.models.factory import build_model
 from pipeline.research.scaling import read_points
 from pipeline.research.sweep import format_sweep, run
-from pipeline.research.sweep_jobs import operations_per_token, read_sweep, with_budgets
+from pipeline.research.sweep_jobs import Job, operations_per_token, read_sweep, with_budgets
 from pipeline.training.optimizer import parameter_groups
 
 pytestmark = pytest.mark.launch
@@ -207,7 +207,8 @@ def test_a_cell_of_a_grid_spends_its_budget_and_is_measured_by_context_length(gr
     text = format_sweep(result)
     assert "lost at 4" in text and "Kneser–Ney" in text
     assert (out / "context.svg").read_text().startswith("<svg")
-    short, full = (job.recipe.training.max_tokens for job in with_budgets(read_sweep(path, out), fresh=True))
+    jobs = read_sweep(path, out)
+    short, full = (j.recipe.training.max_tokens for j in with_budgets(jobs, {job.key for job in jobs}))
     assert short == row["recipe"]["training"]["max_tokens"] > 1.02 * full, "a short window buys tokens"
 
 
@@ -216,21 +217,26 @@ def test_a_budget_counts_the_sentence_vae_and_fresh_text_is_enough(recipes: Path
         "vae": {"recipe": str(recipes / "vae.yaml"), "training.max_tokens": 3000},
         "sllm": {"after": "vae", "operations": 2e9},
     }
-    path = write(tmp_path, recipe=str(recipes / "sllm.yaml"), runs=runs)
-    vae, sllm = with_budgets(read_sweep(path, tmp_path / "out"), fresh=False)
+
+    def made() -> list[Job]:
+        path = write(tmp_path, recipe=str(recipes / "sllm.yaml"), runs=runs, fresh=True)
+        return with_budgets(read_sweep(path, tmp_path / "out"), {"vae-s1", "sllm-s1"})
+
+    vae, sllm = made()
     spent = 3000 * operations_per_token(vae.recipe)
     each = operations_per_token(sllm.recipe, vae.recipe.model.vae)
     assert sllm.recipe.training.max_tokens == int((2e9 - spent) / each) and sllm.after is vae
     runs["sllm"]["operations"] = 1e6
     with pytest.raises(UserError, match="sllm-s1: nothing of 1e.06 operations is left"):
-        with_budgets(
-            read_sweep(write(tmp_path, recipe=str(recipes / "sllm.yaml"), runs=runs), tmp_path), False
-        )
+        made()
     runs["sllm"]["operations"] = 1e13
     with pytest.raises(UserError, match="its shards hold [0-9,]+ and `fresh` allows each one once"):
-        with_budgets(
-            read_sweep(write(tmp_path, recipe=str(recipes / "sllm.yaml"), runs=runs), tmp_path), True
-        )
+        made()
+    # A run that is not asked for may lack its shards.
+    path = write(
+        tmp_path, recipe=str(recipes / "sllm.yaml"), runs={"a": {"data.shards": "no", "operations": 1}}
+    )
+    assert with_budgets(read_sweep(path, tmp_path / "out"), set())[0].operations == 1
 
 
 @pytest.mark.parametrize(
