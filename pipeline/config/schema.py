@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that a wrong recipe is refused within
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,8 +49,11 @@ class DataRecipe(Section):
     window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
     bin_tokens: Count = Field(8192, description="tokens of a bin at most")
     bins_per_step: Count = Field(1, description="bins of one step, over all ranks")
+    # Resolved recipes from before this key stay the same.
     sentence_ends: Flag = Field(
-        False, description="the token model reads and predicts an end symbol after every sentence (lm)"
+        False,
+        exclude_if=operator.not_,
+        description="the token model reads and predicts an end symbol after every sentence (lm)",
     )
 
     def problems(self) -> Iterator[str]:
