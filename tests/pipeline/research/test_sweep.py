@@ -194,6 +194,7 @@ def gridded(
     return path, folder / "out", run(path, folder / "out", only=["w8-small"])
 
 
+@pytest.mark.long
 def test_a_cell_of_a_grid_spends_its_budget_and_is_measured_by_context_length(gridded: tuple) -> None:
     path, out, result = gridded
     [row] = result["rows"]
