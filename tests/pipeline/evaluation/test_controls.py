@@ -292,6 +292,12 @@ def test_the_curve_is_that_of_a_model_with_a_known_memory():
     lost = figures["contexts"]["32"]
     assert lost["lost"] * LN2 == pytest.approx(3.5)
     assert lost["lost_interval"] == pytest.approx([3.5 / LN2] * 2)
+    seen = [0] * 4
+    for window in windows:
+        first = int(window.span.sentence_lengths[: window.context].sum())
+        seen[window.document % 4] += sum(range(first, len(window.span.tokens)))
+    means = [one["mean_context"] for one in figures["contexts"].values()]
+    assert means == pytest.approx([total / targets for total in seen])
     for window in windows:  # at least the context, whole sentences, and not much more
         context = contexts[window.document % 4]
         before = int(window.span.sentence_lengths[: window.context].sum())
