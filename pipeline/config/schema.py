@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that a wrong recipe is refused within
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,8 +56,11 @@ class DataRecipe(Section):
     window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
     bin_tokens: Count = Field(8192, description="tokens of a bin at most")
     bins_per_step: Count = Field(1, description="bins of one step, over all ranks")
+    # Resolved recipes from before this key stay the same.
     sentence_ends: Flag = Field(
-        False, description="the token model reads and predicts an end symbol after every sentence (lm)"
+        False,
+        exclude_if=operator.not_,
+        description="the token model reads and predicts an end symbol after every sentence (lm)",
     )
 
     def problems(self) -> Iterator[str]:
@@ -75,18 +79,29 @@ class DataRecipe(Section):
 class ModelRecipe(Section):
     """Dicts of the keys that are given; the model's config has the defaults of the others."""
 
+    # Resolved recipes from before these keys stay the same.
     layout: Literal["vae", "stack"] = Field(
-        "vae", description="stack: token layers of model.tokens run across sentence borders (sllm)"
+        "vae",
+        exclude_if="vae".__eq__,
+        description="stack: token layers of model.tokens run across sentence borders (sllm)",
     )
-    memory: Whole = Field(0, description="backbone outputs that the upper token layers attend to (stack)")
+    memory: Whole = Field(
+        0,
+        exclude_if=operator.not_,
+        description="backbone outputs that the upper token layers attend to (stack)",
+    )
     add_vector: Flag = Field(
-        True, description="add the backbone's output to the next sentence's rows (stack)"
+        True,
+        exclude_if=operator.truth,
+        description="add the backbone's output to the next sentence's rows (stack)",
     )
     ends: Literal["predicted", "rule"] = Field(
-        "predicted", description="rule: the segmenter ends sentences, without symbols or bits (stack)"
+        "predicted",
+        exclude_if="predicted".__eq__,
+        description="rule: the segmenter ends sentences, without symbols or bits (stack)",
     )
     vae: Annotated[Dict[Any], AfterValidator(given_vae)] = {}
-    tokens: Annotated[Dict[Any], AfterValidator(given_tokens)] = {}
+    tokens: Annotated[Dict[Any], AfterValidator(given_tokens)] = Field({}, exclude_if=operator.not_)
     backbone: Annotated[Dict[Any], AfterValidator(given_backbone)] = {}
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from pipeline.data.windows import Span
-from pipeline.evaluation.scores import BYTES, NATS, TOKENS, Scores, Window, interval
+from pipeline.evaluation.scores import BYTES, NATS, SEEN, TOKENS, Scores, Window, interval
 from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.ranks import Ranks
 
@@ -55,8 +55,8 @@ def curve_windows(
 
 
 def curve_figures(scores: Scores, contexts: Sequence[int]) -> dict[str, Any] | None:
-    """Of every context C: `bits_per_byte`; and `lost`, how much more than with the longest one. None if no
-    document is long enough."""
+    """Of every context (ascending): `bits_per_byte`, `lost` (how much more than with the longest one), and the
+    mean number of tokens before a target. None if no document is long enough."""
     if not scores.rows:
         return None
     keys = sorted(scores.rows)
@@ -65,11 +65,12 @@ def curve_figures(scores: Scores, contexts: Sequence[int]) -> dict[str, Any] | N
     ]
     nats_CD = [rows[:, NATS].sum(1) for rows in rows_CD]
     bytes_D, bit = rows_CD[0][:, BYTES], bits_per_byte(1.0, 1.0)
-    best = nats_CD[int(np.argmax(contexts))]
+    best = nats_CD[-1]
     figures: dict[str, Any] = {"bytes": int(bytes_D.sum()), "tokens": int(rows_CD[0][:, TOKENS].sum())}
     figures |= {"documents": len(bytes_D), "contexts": {}}
-    for context, nats_D in sorted(zip(contexts, nats_CD, strict=True), key=lambda pair: pair[0]):
+    for context, rows_D, nats_D in zip(contexts, rows_CD, nats_CD, strict=True):
         figures["contexts"][str(context)] = {
+            "mean_context": float(rows_D[:, SEEN].sum() / rows_D[:, TOKENS].sum()),
             "bits_per_byte": bits_per_byte(float(nats_D.sum()), float(bytes_D.sum())),
             "bits_per_byte_interval": interval(nats_D * bit, bytes_D),
             "lost": bits_per_byte(float((nats_D - best).sum()), float(bytes_D.sum())),

@@ -30,9 +30,10 @@ from pipeline.models.sentence_vae import SentenceVAE
 
 RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
 
-# Columns of a row: nats of tokens, ends, stop decisions; nats of all without sentence vectors; counts; nats
-# of the n-gram model; then, for each of `SHUFFLES`, nats lost, and bytes of the sentences with other vectors.
-TOKEN, END, STOP, WITHOUT, BYTES, TOKENS, SENTENCES, WINDOWS, NGRAM, LOST = range(10)
+# Columns of a row: nats of tokens, ends, stop decisions; nats of all without sentence vectors; counts; tokens
+# before each token in its window, summed; nats of the n-gram model; then, for each of `SHUFFLES`, nats lost,
+# and bytes of the sentences with other vectors.
+TOKEN, END, STOP, WITHOUT, BYTES, TOKENS, SENTENCES, WINDOWS, SEEN, NGRAM, LOST = range(11)
 NATS = slice(TOKEN, STOP + 1)
 GIVEN = LOST + len(SHUFFLES)
 COLUMNS = GIVEN + len(SHUFFLES)
@@ -149,6 +150,8 @@ class Scores:
         token_bytes = byte_lengths[batch.tokens_T.cpu().numpy()]
         sums[:, BYTES] = np.add.reduceat(token_bytes, batch.cu_sentences[:-1])
         sums[:, TOKENS], sums[:, SENTENCES] = lengths_S, 1
+        cuts, first_S = batch.cu_sentences, np.arange(batch.sentences) - batch.place_S
+        sums[:, SEEN] = lengths_S * (cuts[:-1] - cuts[first_S]) + lengths_S * (lengths_S - 1) // 2
         sums[batch.cu_documents[1:] - 1, WINDOWS] = 1
         if self.kind == "sllm" and self.controls:
             own = sums[:, TOKEN] + sums[:, END]

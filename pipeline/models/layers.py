@@ -98,11 +98,15 @@ class SelfAttention(nn.Module):
         return self.out(step.attend(layer, *self._project(x_Rd, turn), **limit).flatten(1))
 
 
-class LearnedBias(nn.Linear):
+class LearnedBias(nn.Module):
     """A control of `condition`: the same parameters, but the same output whatever the vector is."""
 
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
     def forward(self, vector_Sd: Tensor) -> Tensor:
-        return super().forward(torch.ones_like(vector_Sd))
+        return self.linear(torch.ones_like(vector_Sd))
 
 
 class TransformerLayer(nn.Module):

@@ -74,9 +74,9 @@ class SentenceDecoder(nn.Module):
         )
         if conditioned and not paper:
             for layer in self.layers:
-                if config.condition == "constant":
-                    layer.condition = LearnedBias(conditioned, width)
                 layer.condition.first_deviation = config.condition_range
+                if config.condition == "constant":
+                    layer.condition = LearnedBias(layer.condition)
         # Post-norm layers end in a norm.
         self.final_norm = None if paper else nn.LayerNorm(width)
 

@@ -24,7 +24,7 @@ def beyond(row: Row) -> dict[int, dict[str, Any]]:
 
 def table(rows: Iterable[Row]) -> Table | None:
     """A row a run: bits per byte at the longest context, and what is lost with less; a star where that is
-    `WORTH` or more, and the interval does not contain it from below. None for rows without curves."""
+    `WORTH` or more and its interval is above 0. None for rows without curves."""
     measured = [(row, beyond(row)) for row in rows if beyond(row)]
     if not measured:
         return None

@@ -41,7 +41,6 @@ from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.common.figures import exact_matches
 from pipeline.common.text import FILTERS, duration
-from pipeline.config.loading import load_yaml
 from pipeline.config.schema import load_recipe
 from pipeline.evaluation.controls import SHUFFLES
 from pipeline.research import context_table
@@ -221,6 +220,7 @@ def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
         "operations": sum(operations) if len(operations) == len(run.metrics) else None,
         "needed_operations": run.metrics[-1]["tokens"] * figures["operations_per_token"],
         "cell": job.cell,
+        "contexts": list(job.contexts),
         "checkpoint": store.step_name(run.metrics[-1]["step"]),
         "workers": workers,
         "recipe": job.recipe.to_dict(),
@@ -263,16 +263,14 @@ def run(
     path, folder = Path(path), Path(output)
     require_folder(str(result_file) if result_file else None)
     jobs = read_sweep(path, folder, overrides)
-    sweep = load_yaml(path.read_text(encoding="utf-8"))
-    if sweep.get("fresh") or any(job.operations for job in jobs):
-        jobs = with_budgets(jobs, bool(sweep.get("fresh")))
-    if curves := any(job.contexts for job in jobs):
-        charts.require()
     names = {job.name for job in jobs}
     if unknown := sorted(set(only) - names):
         raise UserError(f"--only {unknown[0]}: the sweep has no such run; there are {', '.join(names)}")
     wanted = {job.key for job in jobs if not only or job.name in only}
     wanted |= {job.after.key for job in jobs if job.key in wanted and job.after}
+    jobs = with_budgets(jobs, wanted | {job.key for job in jobs if job.row_file.is_file()})
+    if curves := any(job.contexts for job in jobs):
+        charts.require()
     if any(job.recipe.objective == "vae" for job in jobs):  # refused before hours of training
         import_extra("rapidfuzz", "eval")
     for part in ("recipes", "logs", "models", "rows"):

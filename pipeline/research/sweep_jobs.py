@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Job:
 
     overrides: the recipe keys that this run changes. after: the run of the SentenceVAE that it starts from.
     operations: the multiply-adds that it may need, the SentenceVAE's included; they set its tokens. cell: its
-    place in the grid. contexts: context lengths that are measured.
+    place in the grid. contexts: context lengths that are measured. fresh: it may see no token twice.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Job:
     operations: float | None = None
     cell: dict[str, str] = field(default_factory=dict)
     contexts: tuple[int, ...] = ()
+    fresh: bool = False
 
     @property
     def key(self) -> str:
@@ -79,6 +81,7 @@ class Job:
             row["checkpoint"] == store.step_name(meta.step)
             and meta.shards == [_fingerprint(folder) for folder in data.shards]
             and row["evaluation"]["shards_fingerprint"] == _fingerprint(data.validation)
+            and row.get("contexts", []) == list(self.contexts)
         )
         return row if same else None
 
@@ -179,7 +182,7 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
                 if after and (recipe.objective, after.recipe.objective) != ("sllm", "vae"):
                     raise UserError("`after` is for an SLLM that starts from a SentenceVAE of this sweep")
                 measured = () if recipe.objective == "vae" else tuple(contexts)
-                place = operations, cells[name], measured
+                place = operations, cells[name], measured, bool(sweep.get("fresh"))
                 jobs[name].append(Job(name, seed, folder, recipe, own, after, *place))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -227,14 +230,18 @@ def _in_order(path: Path, runs: dict[Any, Any]) -> Iterator[tuple[str, dict[str,
 # Budgets --------------------------------------------------------------------------------------------------
 
 
-def with_budgets(jobs: Sequence[Job], fresh: bool) -> list[Job]:
-    """The same jobs, with `training.max_tokens` where a budget of operations sets it.
+def with_budgets(jobs: Sequence[Job], wanted: Collection[str]) -> list[Job]:
+    """The same jobs; of those whose key is `wanted`, with `training.max_tokens` where a budget of operations
+    sets it. The others need no shards.
 
-    fresh: refuse (UserError) a run that would see a token of its shards twice.
+    Raises: UserError for a budget that is too small, or one that would show a `fresh` run a token twice.
     """
     made: dict[str, Job] = {}
     for job in sorted(jobs, key=lambda job: job.after is not None):
         after = made[job.after.key] if job.after else None
+        if job.key not in wanted or not (job.operations or job.fresh):
+            made[job.key] = dataclasses.replace(job, after=after)
+            continue
         recipe = job.recipe.model_copy(deep=True)
         if job.operations is not None:
             left = job.operations
@@ -245,18 +252,19 @@ def with_budgets(jobs: Sequence[Job], fresh: bool) -> list[Job]:
                 raise UserError(f"{job.key}: nothing of {job.operations:g} operations is left to train with")
             recipe.training.max_tokens, recipe.training.max_steps = int(left / each), None
         held = sum(ShardSet.open(folder).manifest["totals"]["tokens"] for folder in recipe.data.shards)
-        if fresh and (recipe.training.max_tokens or held + 1) > held:
+        tokens = recipe.training.max_tokens or math.inf
+        if job.fresh and tokens > held:
             raise UserError(
-                f"{job.key}: trains on {recipe.training.max_tokens or 0:,} tokens, but its shards hold {held:,} "
-                "and `fresh` allows each one once: prepare more text, or lower its budget"
+                f"{job.key}: trains on {tokens:,} tokens, but its shards hold {held:,} and `fresh` allows "
+                "each one once: prepare more text, or lower its budget"
             )
         made[job.key] = dataclasses.replace(job, recipe=recipe, after=after)
     return [made[job.key] for job in jobs]
 
 
 def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> float:
-    """Multiply-adds that training needs per token, forward and backward, by the first bins of the run: without
-    padding and without what attention masks.
+    """Multiply-adds that training needs per token, forward and backward, by the first bins of the run:
+    without padding and without what attention masks.
 
     vae: the sizes of a SentenceVAE that is not there yet.
     """

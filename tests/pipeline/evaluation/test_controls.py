@@ -29,6 +29,7 @@ from pipeline.evaluation.scores import Window
 from pipeline.evaluation.self_check import Checker
 from pipeline.models.factory import build_model, load_model
 from pipeline.models.flops import batch_cores, count_operations, counted_rows
+from pipeline.models.inference import to_int8
 from pipeline.models.losses import LossSums
 from pipeline.models.token_lm import TokenLM
 
@@ -157,7 +158,11 @@ def test_a_learned_bias_has_the_parameters_and_operations_of_vectors_and_hears_n
     for finding in Checker(bias, documents=3).run():
         assert finding.passed, finding
     bias.train()(batch).objective.backward()
-    assert bias.vae.decoder.layers[0].condition.weight.grad.abs().max() > 0
+    assert bias.vae.decoder.layers[0].condition.linear.weight.grad.abs().max() > 0
+    to_int8(bias.eval())
+    with torch.no_grad():
+        one, other = (bias(batch, vectors_Sd=torch.randn(batch.sentences, 32)) for _ in range(2))
+    assert torch.equal(one.target_nll_N, other.target_nll_N)
 
 
 # --- a token model that sees sentence ends --------------------------------------------------------
@@ -287,6 +292,12 @@ def test_the_curve_is_that_of_a_model_with_a_known_memory():
     lost = figures["contexts"]["32"]
     assert lost["lost"] * LN2 == pytest.approx(3.5)
     assert lost["lost_interval"] == pytest.approx([3.5 / LN2] * 2)
+    seen = [0] * 4
+    for window in windows:
+        first = int(window.span.sentence_lengths[: window.context].sum())
+        seen[window.document % 4] += sum(range(first, len(window.span.tokens)))
+    means = [one["mean_context"] for one in figures["contexts"].values()]
+    assert means == pytest.approx([total / targets for total in seen])
     for window in windows:  # at least the context, whole sentences, and not much more
         context = contexts[window.document % 4]
         before = int(window.span.sentence_lengths[: window.context].sum())

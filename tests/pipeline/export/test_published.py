@@ -10,6 +10,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,6 +182,14 @@ def test_an_imported_model_keeps_every_guarantee(shape, tmp_path):
     model = load_published(tmp_path / "sllm.safetensors", opt_folder(tmp_path / "opt", config))
     for finding in Checker(model, documents=4, tolerance=1e-5).run():
         assert finding.passed and finding.compared, finding
+    # A prompt that is read at once is one that was written a sentence at a time.
+    document = sentences(random_spans(8, documents=1)[0])
+    one_by_one, at_once = model.begin(), model.new_state(1)
+    for sentence in document:
+        model.append(one_by_one, sentence)
+    model.read(at_once, np.zeros(1, dtype=np.int64), [document])
+    assert at_once.cache.lengths[0] == one_by_one.cache.lengths[0] == len(document)
+    torch.testing.assert_close(at_once.hidden, one_by_one.hidden, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ MODELS = {
     "vae-variational": lambda: small_vae(variational=True, fusion="attention"),
     "sllm": small_sllm,
     "sllm-paper": lambda: small_sllm(layout="paper"),
+    "sllm-published": lambda: small_sllm(layout="paper", published_inputs=True),
     "sllm-adapters": lambda: small_sllm(backbone=post_norm_opt_config()),
     "sllm-variational": lambda: small_sllm(variational=True),
     "sllm-prefix": lambda: small_sllm(
