@@ -407,8 +407,6 @@ class StackLM(SentenceLM):
             same = 0
             while same < min(len(fed), len(sentence)) and fed[same] == sentence[same]:
                 same += 1
-            # By rule the last token is the border: one that was taken back to is fed again.
-            same -= self.config.by_rule and same == len(sentence) < len(fed)
             self.sentence_back(words, row, len(fed) - same)
             missing[row] = list(sentence[same:])
         while at := [row for row in missing if missing[row]]:
@@ -471,13 +469,20 @@ class StackLM(SentenceLM):
         """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
         return self.head(self.final_norm(self._step(decoder, rows, symbols)))
 
+    @torch.no_grad()
     def sentence_back(self, decoder: TokenState, row: int, symbols: int) -> None:
         """Forget the last symbols fed to a row."""
         fed = decoder.fed[row]
-        if symbols and fed is not None:
-            decoder.fed[row] = fed[:-symbols]
-            decoder.lower.lengths[row] -= symbols
-            decoder.upper.lengths[row] -= symbols
+        if not symbols or fed is None:
+            return
+        # By rule the last token is the border: its state is made again.
+        again = fed[-symbols - 1 : -symbols] if self.config.by_rule else []
+        symbols += len(again)
+        decoder.fed[row] = fed[:-symbols]
+        decoder.lower.lengths[row] -= symbols
+        decoder.upper.lengths[row] -= symbols
+        if again:
+            self._step(decoder, np.asarray([row]), again)
 
     def decode_begin(self, state: StackState) -> TokenState:
         """Start the one document's next sentence; `.logits` float32 [V] predict its first token."""
