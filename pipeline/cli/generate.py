@@ -18,6 +18,7 @@ from pipeline.generation.api import Generation, generate_many
 from pipeline.generation.results import Continuation, Limits
 from pipeline.generation.sampling import Sampling
 from pipeline.models.inference import load_for_generation
+from pipeline.parallel.device import DeviceName, DtypeName
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,15 @@ class Settings:
     seed: int | None
     int8: bool = False
     seed_drawn: bool = False  # the user gave no seed: a run that resumes takes the first run's
+    device: DeviceName = "auto"
+    dtype: DtypeName = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         limits = asdict(self.limits)
         del limits["sentence_tokens"]
         more = {"samples": self.samples, "best_of": self.best_of, "seed": self.seed, "int8": self.int8}
+        # Only in outputs whose values depend on it: those of earlier releases are resumed.
+        more |= {"dtype": self.dtype} if self.dtype != "auto" else {}
         return {**asdict(self.sampling), **limits, **more}
 
 
@@ -98,7 +103,7 @@ def generate_prompt(
     log-probabilities, stopped, samples (all texts, as from `record`), seconds (without loading), settings.
     """
     require_text(prompt, "the prompt")
-    model, tokenizer = load_for_generation(folder, how.int8)
+    model, tokenizer = load_for_generation(folder, how.int8, how.device, how.dtype)
     on_text = on_text or (lambda piece: None)
     started = time.perf_counter()
     if how.samples == 1:
@@ -154,7 +159,7 @@ def generate_file(
         counts = {"prompts": len(lines), "resumed": done.lines, "errors": done.errors, "tokens": 0}
         started = time.perf_counter()
         if done.lines < len(lines):
-            model, tokenizer = load_for_generation(folder, how.int8)
+            model, tokenizer = load_for_generation(folder, how.int8, how.device, how.dtype)
             started = time.perf_counter()
             todo = lines[done.lines :]
             first_seed = (how.seed or 0) + done.lines * how.samples
@@ -252,7 +257,7 @@ def converse(
 
     `read` gives a line and raises EOFError at the end; `write` shows text. Yields every continuation.
     """
-    model, tokenizer = load_for_generation(folder, how.int8)
+    model, tokenizer = load_for_generation(folder, how.int8, how.device, how.dtype)
     text, turn = "", 0
     while True:
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Natural, Positive
 from data_prep.common.errors import UserError, log
-from pipeline.cli.options import VAE_RECIPE_HELP, Int8, Json, answer, app, print_json
+from pipeline.cli.options import VAE_RECIPE_HELP, Device, Dtype, Int8, Json, answer, app, print_json
 
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 ONE_PROMPT = Parameter(group=Group("Prompt (at most one)", validator=validators.LimitedChoice(0, 1)))
@@ -38,6 +39,8 @@ def generate(
     seed: Annotated[Natural | None, SAMPLING] = None,
     samples: Annotated[Positive, ONE_COUNT] = 1,
     best_of: Annotated[Positive | None, ONE_COUNT] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     int8: Int8 = False,
     json: Json = False,
 ) -> int:
@@ -69,6 +72,7 @@ def generate(
 
     sampling = (temperature, top_p, top_k, min_p, repetition_penalty)
     how = generation.settings(max_sentences, *sampling, max_tokens, stop, samples, best_of, seed, int8)
+    how = replace(how, device=device, dtype=dtype)
     if (prompts is None) != (output is None):
         raise UserError("--prompts FILE and --output FILE belong together")
     if prompts is not None and output is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from helpers.paths import REPOSITORY
 
 from data_prep.common.errors import UserError
 from pipeline.checkpoints.store import require_same_model_recipe
-from pipeline.config.deepspeed_config import complete_strategy, read_strategy, zero_stage
+from pipeline.config import deepspeed_config
+from pipeline.config.deepspeed_config import complete_strategy, read_strategy, require_compatible, zero_stage
 from pipeline.config.keys import expected
 from pipeline.config.schema import BACKBONES, KEYS, VaeRecipe, load_recipe
 from pipeline.parallel.ranks import Ranks, find_ranks
@@ -389,6 +391,31 @@ def test_wrong_strategies_are_refused(text: str, message: str, tmp_path: Path) -
         read_strategy(write(tmp_path, text, "ds.json"))
     with pytest.raises(UserError, match="does not exist"):
         read_strategy(tmp_path / "none.json")
+
+
+def test_pairs_that_train_wrongly_without_an_error_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, compiled = (load_recipe(DEMO, ["--training.compile", value]) for value in ("false", "true"))
+    strategies = {
+        name: read_strategy(CONFIGS / f"{name}.json") for name in ("zero0", "zero1", "zero2", "zero3")
+    }
+    half = {
+        name: read_strategy(CONFIGS / f"{name}.json", CONFIGS / "fp16.json")
+        for name in ("zero0", "zero1", "zero3")
+    }
+    require_compatible(half["zero1"], plain)
+    require_compatible(half["zero3"], plain)
+    with pytest.raises(UserError, match="fp16 with stage 0 trains with wrong gradients"):
+        require_compatible(half["zero0"], plain)
+    for torch, lost in (("2.6.0", True), ("2.11.0+cu130", True), ("2.13.0+cpu", False), ("3.0.1", False)):
+        monkeypatch.setattr(deepspeed_config, "version", lambda name, torch=torch: torch)
+        for name in ("zero0", "zero1", "zero2"):
+            require_compatible(strategies[name], compiled)
+        require_compatible(strategies["zero3"], plain)
+        if lost:
+            with pytest.raises(UserError, match=rf"loses gradients under torch {re.escape(torch)}"):
+                require_compatible(strategies["zero3"], compiled)
+        else:
+            require_compatible(strategies["zero3"], compiled)
 
 
 SLURM = {
