@@ -80,8 +80,8 @@ def require_compatible(strategy: dict[str, Any], recipe: Recipe) -> None:
     """Raises: UserError for a strategy and recipe that would train wrongly without an error."""
     if zero_stage(strategy) == 0 and (strategy.get("fp16") or {}).get("enabled"):
         raise UserError(
-            "DeepSpeed config: fp16 with stage 0 trains with wrong gradients, because DeepSpeed divides them by "
-            "a loss scale that it never applied: use zero1.json with fp16, or bf16"
+            "DeepSpeed config: fp16 with stage 0 trains with wrong gradients, because DeepSpeed divides them "
+            "by a loss scale that it never applied: use zero1.json with fp16, or bf16"
         )
     torch = version("torch")
     if (
@@ -227,6 +227,8 @@ def complete_strategy(strategy: dict[str, Any], recipe: Recipe, world: int, on_g
         "zero_allow_untested_optimizer": True,  # ours is torch.optim.AdamW, passed in
         "zero_force_ds_cpu_optimizer": False,
     }
+    # It would wait for the GPU twice a micro-batch, for a speed that nobody reads.
+    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     if not on_gpu:
         # bf16 products can be tens of times slower than fp32 on CPUs without instructions for them.
         for half in ("bf16", "fp16"):

@@ -3,8 +3,8 @@
     causal             changing a document from some token on changes no earlier score and no other document
                        (SentenceVAE: changing a sentence changes only that sentence), on every attention path
     packed = single    a document scores the same alone and packed with others, on every attention path
-    paths agree        every attention path gives the same scores; on a GPU also the kernels that it would use,
-                       against the exact path of the same precision
+    paths agree        every attention path gives the same scores; on a GPU also its kernels, against the
+                       exact path of the same precision
     cached = uncached  generation symbol by symbol with caches gives the scores of the packed forward
 
 A score is the NLL in nats of one symbol given those before it, or of one stop decision. Differences are

@@ -33,8 +33,8 @@ def claim_gpu(ranks: Ranks, visible: int, env: MutableMapping[str, str] = os.env
     index = 0 if visible == 1 else ranks.local
     if index >= visible:
         raise UserError(
-            f"rank {ranks.rank} is number {ranks.local} of its machine, which has {visible} GPUs: start as many "
-            "ranks as there are GPUs, or set DS_ACCELERATOR=cpu"
+            f"rank {ranks.rank} is number {ranks.local} of its machine, which has {visible} GPUs: start "
+            "as many ranks as there are GPUs, or set DS_ACCELERATOR=cpu"
         )
     env["LOCAL_RANK"] = str(index)
     if "OMPI_COMM_WORLD_LOCAL_RANK" in env:  # DeepSpeed requires the two to be equal

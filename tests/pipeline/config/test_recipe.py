@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 
 import pytest
+from deepspeed.utils.config import get_timers_config
 from helpers.paths import REPOSITORY
 
 from data_prep.common.errors import UserError
@@ -330,6 +331,7 @@ def test_strategies_are_completed_from_the_recipe(path: Path) -> None:
     recipe = load_recipe(DEMO, ["--data.bins_per_step", "5", "--optimizer.clip", "0.7"])
     config = complete_strategy(read_strategy(path), recipe, world=2, on_gpu=True)
     assert "//" not in config
+    assert get_timers_config(config).enabled is False  # it would wait for a GPU in every micro-batch
     assert config["gradient_accumulation_steps"] == 3 and config["train_batch_size"] == 6
     assert config["gradient_clipping"] == 0.7
     assert config["bf16"] == {"enabled": True}
