@@ -125,7 +125,10 @@ class Batcher:
             self._closing = True
             self._changed.notify()
         self._thread.join(seconds)
+        with self._changed:
+            self._cancelled |= self._generated
         self._fail(Closing())
+        self._thread.join(seconds)
 
     # In the thread.
 
