@@ -53,7 +53,7 @@ def generate(
         model: folder of an exported SLLM
         prompt: text to continue (default: start a document)
         prompts: file of prompts, a line {"prompt": TEXT} each, with --output
-        interactive: type text, and the model continues it; /new starts a new text
+        interactive: as `sllm chat`: type text, and the model continues it
         output: JSON lines, one per prompt; an unfinished file is resumed
         batch: with --prompts: texts generated at once
         max_sentences: stop after this many sentences
@@ -86,7 +86,9 @@ def generate(
     if interactive:
         if how.samples > 1:
             raise UserError("--interactive writes one text: --samples and --best-of are not for it")
-        for _ in generation.converse(model, how, lambda: input("> "), generation.show):
+        from pipeline.cli.chat import converse, line_reader
+
+        for _ in converse(model, how, line_reader(), generation.show):
             pass
         return 0
     result = generation.generate_prompt(model, prompt, how, None if json else generation.show)

@@ -1,4 +1,4 @@
-"""`sllm serve`: a model behind OpenAI's HTTP API."""
+"""`sllm serve`, a model behind OpenAI's HTTP API, and `sllm chat`, a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from data_prep.common.command_line import Positive
+from data_prep.common.command_line import Natural, Positive
 from data_prep.common.extras import import_extra
 from pipeline.cli.options import Device, Dtype, Int8, app
 
@@ -60,3 +60,39 @@ def serve(
     template = find_template(model, chat_template)
     settings = Settings(key, max_body_bytes, max_prompt_tokens, max_tokens, request_seconds, template)
     run(model, host, port, rows, queue, settings, drain_seconds, device, dtype, int8)
+
+
+@app.command(group="Models")
+def chat(
+    *,
+    model: str,
+    max_sentences: Positive = 10,
+    temperature: float = 0.8,
+    top_p: float | None = None,
+    seed: Natural | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    int8: Int8 = False,
+) -> None:
+    """Type text, and the model continues it, in the terminal; /help lists the commands.
+
+    example:
+      sllm chat --model demo/models/sllm --temperature 0.7
+
+    Args:
+        model: folder of an exported SLLM
+        max_sentences: most sentences of an answer
+        temperature: 0: greedy
+        top_p: sample from the smallest set of this mass
+        seed: makes sampling repeatable (default: drawn)
+    """
+    from dataclasses import replace
+
+    from pipeline.cli.chat import converse, line_reader
+    from pipeline.cli.generate import settings, show
+
+    how = replace(
+        settings(max_sentences, temperature, top_p, seed=seed), device=device, dtype=dtype, int8=int8
+    )
+    for _ in converse(model, how, line_reader(), show):
+        pass

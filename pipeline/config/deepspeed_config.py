@@ -227,7 +227,7 @@ def complete_strategy(strategy: dict[str, Any], recipe: Recipe, world: int, on_g
         "zero_allow_untested_optimizer": True,  # ours is torch.optim.AdamW, passed in
         "zero_force_ds_cpu_optimizer": False,
     }
-    # It would wait for the GPU twice a micro-batch, for a speed that nobody reads.
+    # It would wait for the GPU twice a micro-batch, for a speed that no part of this project reads.
     config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     if not on_gpu:
         # bf16 products can be tens of times slower than fp32 on CPUs without instructions for them.

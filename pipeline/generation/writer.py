@@ -42,7 +42,6 @@ from pipeline.generation.results import (
 from pipeline.generation.row import Row
 from pipeline.generation.sampling import Sampling
 
-NO_MORE = object()  # what a finished iterator of requests gives
 READ_TOKENS = 16_384  # of prompts read in one pass, unless one prompt is longer
 
 
@@ -147,9 +146,12 @@ class BatchWriter:
         taken: dict[int, list[list[int]]] = {}
         tokens = 0
         while free:
-            request = next(requests, NO_MORE)
-            self._more = request is not NO_MORE
-            if request is None or request is NO_MORE:
+            try:
+                request = next(requests)
+            except StopIteration:
+                self._more = False
+                break
+            if request is None:
                 break
             try:
                 sentences, tail, end = self._split(request.prompt)

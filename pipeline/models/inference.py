@@ -95,12 +95,12 @@ def load_for_generation(
     Raises: UserError for another kind of model, and as `choose_device`.
     """
     place, precision = choose_device(device, dtype, int8)
-    model = load_model(folder)
+    model: nn.Module = load_model(folder)
     if not isinstance(model, SLLM):
         vae = isinstance(model, SentenceVAE)
         what = "a SentenceVAE rebuilds sentences and" if vae else "a token-level model"
         raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
-    model.to(place, precision)
+    nn.Module.to(model, place, precision)
     (to_int8 if int8 else lay_out)(model)
     return model, load_model_tokenizer(folder)
 

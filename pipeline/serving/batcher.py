@@ -93,7 +93,7 @@ class Batcher:
         return numbers
 
     def cancel(self, numbers: list[int]) -> None:
-        """Free the rows of texts that nobody waits for any more."""
+        """Free the rows of texts whose client has gone."""
         with self._changed:
             gone = {number for number in numbers if self._callers.pop(number, None)}
             self._waiting = deque(request for request in self._waiting if request.number not in gone)
