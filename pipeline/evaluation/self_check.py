@@ -105,7 +105,7 @@ class Checker:
         nll_N = losses.target_nll_N.double().cpu().numpy()
         lengths = np.diff(batch.cu_sentences)
         if self.kind == "lm" or losses.stop_nll_S is None and self.kind == "sllm":
-            return _by_sentence_lm(nll_N, self.model.as_read(batch))
+            return _by_sentence_lm(nll_N, self.model.as_read(batch) if self.kind == "lm" else batch)
         scores = np.split(nll_N, np.cumsum(lengths + 1)[:-1])
         if losses.stop_nll_S is not None:
             stop_nll_S = losses.stop_nll_S.double().cpu().numpy()
