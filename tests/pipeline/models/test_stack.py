@@ -15,7 +15,7 @@ import pipeline.models.stack
 from pipeline.data.batch import StackRows, build_batch, stack_rows
 from pipeline.data.segments import Band
 from pipeline.evaluation.self_check import Checker, check_model
-from pipeline.models.attention import PATHS, attention_path, packed_attention
+from pipeline.models.attention import PATHS, attention_path, band_attention, packed_attention
 from pipeline.models.kv_cache import RollingCache, attend_last
 from pipeline.models.layers import rotate, rotation
 
@@ -125,7 +125,7 @@ def test_a_band_in_blocks_is_the_whole_mask():
         found = []
         for path in PATHS:
             with attention_path(path):
-                found.append(pipeline.models.stack.band_attention(q, k, v, band))
+                found.append(band_attention(q, k, v, band))
         torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
         assert band.mask.numel() == band.computed_pairs(False)[1]
 
