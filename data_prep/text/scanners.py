@@ -50,6 +50,8 @@ def scanner(segmenter: str, rules: Rules, far: bool = False) -> re.Pattern:
         sure = _sure_english(clause, rules) + sure
         sure = wide + sure if rules.chinese else sure + wide
         passed += _passed_english(clause)
+        if not clause:  # one look at a comma instead of several
+            sure = [rf"(?<=[.!?。！？．])(?:{'|'.join(sure)})"]
     else:
         sure += _SURE_PAUSES if clause else []
         passed += _passed_elsewhere(clause)

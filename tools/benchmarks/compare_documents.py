@@ -174,11 +174,11 @@ def _memory_of_datasketch(documents: int) -> int:
 
     rng = np.random.default_rng(0)
     lsh = MinHashLSH(near_duplicates.jaccard(SIMILARITY), num_perm=near_duplicates.VALUES)
-    kept, shared = {}, MinHash(near_duplicates.VALUES).permutations
+    kept, empty = {}, MinHash(near_duplicates.VALUES)
     before = memory_field("RssAnon")
     for number in range(documents):
-        values = rng.integers(0, 1 << 32, near_duplicates.VALUES, np.uint64)
-        kept[number] = MinHash(near_duplicates.VALUES, hashvalues=values, permutations=shared)
+        kept[number] = empty.copy()
+        kept[number].hashvalues = rng.integers(0, 1 << 32, near_duplicates.VALUES, np.uint64)
         lsh.insert(number, kept[number])
     return memory_field("RssAnon") - before
 
