@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import logging
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable
@@ -29,12 +28,6 @@ def _skip_teardown() -> None:
         os._exit(INTERRUPTED)
 
 
-_ONE = re.compile(
-    r"(?<![\w.,])(?<!→ )1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt"
-    r"|rank|record|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
-)
-
-
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it, in one line."""
 
@@ -43,7 +36,7 @@ def say(text: str) -> None:
     """Print a line to standard output at once. Once that fails (`| head` has gone, a full disk), this line
     and all later ones are dropped: training continues without a reader."""
     try:
-        print(singular(text), flush=True)
+        print(text, flush=True)
     except OSError:
         _drop(sys.stdout)
 
@@ -58,12 +51,12 @@ def print_result(text: str) -> None:
 
 def log(text: str) -> None:
     """Print a line of progress to standard error, apart from a command's result."""
-    print(singular(text), file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
-def singular(text: str) -> str:
-    """A line of output in which "1 sentences" is "1 sentence"."""
-    return _ONE.sub(r"1 \1", text)
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 shard`, `2,000 shards`. many: the plural, where it is not `one` and an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def first_line(error: BaseException) -> str:
@@ -157,7 +150,7 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
 
 
 def _refuse(prog: str, message: str) -> int:
-    print(f"{prog}: error: {singular(' '.join(message.split()))}", file=sys.stderr)
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

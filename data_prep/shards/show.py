@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data_prep.common.errors import counted
 from data_prep.corpus.compression import MARKS
 from data_prep.shards.layout import Document
 from data_prep.shards.reader import ShardSet
@@ -28,8 +29,8 @@ def show(folder: str | Path, count: int, number: int = 0, key: str | None = None
         marks = "".join(f", {name}" for bit, name in MARKS.items() if document.mark & bit)
         yield (
             f"── {json.dumps(document.id)} ({document.language}{confidence}, {document.source}{marks}): "
-            f"{document.sentence_lengths.size} sentences, "
-            f"{document.tokens.size} tokens, {document.bytes} bytes"
+            f"{counted(document.sentence_lengths.size, 'sentence')}, "
+            f"{counted(document.tokens.size, 'token')}, {counted(document.bytes, 'byte')}"
         )
         for place, tokens in enumerate(document.sentences(), start=1):
             yield f"{place:5d} [{tokens.size:3d}] {json.dumps(tokenizer.decode(tokens), ensure_ascii=False)}"

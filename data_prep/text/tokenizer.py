@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.files import write_atomically
 from data_prep.text.fast_encoder import FastEncoder, fast_encoder, unproven
 from data_prep.text.tokenizer_files import CONFIG_FILE, END_SYMBOLS, convert_slow_files, read_config
@@ -365,13 +365,14 @@ def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: in
     except (RuntimeError, OSError) as error:
         reason = str(error).split("] ")[-1].strip()  # without SentencePiece's source line and condition
         raise UserError(
-            f"cannot train {vocab_size} tokens on this sample: {reason} "
+            f"cannot train {counted(vocab_size, 'token')} on this sample: {reason} "
             "Choose another --vocab-size or give more text"
         ) from error
     got = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
     if got != vocab_size:
         raise UserError(
-            f"the sample gives only {got} tokens, not {vocab_size}: give more text or lower --vocab-size"
+            f"the sample gives only {counted(got, 'token')}, not {vocab_size:,}: "
+            "give more text or lower --vocab-size"
         )
     config = {"tokenizer_type": "sentencepiece", "vocab_size": vocab_size}
     SentencePieceTokenizer(Path(folder), model.getvalue(), config).save(folder)

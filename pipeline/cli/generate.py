@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import write_atomically
 from pipeline.generation.api import Generation, generate_many
 from pipeline.generation.results import Continuation, Limits
@@ -171,6 +171,15 @@ def generate_file(
                 out.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 out.flush()
     return {**counts, "seconds": round(time.perf_counter() - started, 4), "output": str(output)}
+
+
+def format_counts(result: dict[str, Any]) -> str:
+    """The result of `generate_file` as one line."""
+    return (
+        f"{counted(result['prompts'], 'prompt')} ({result['resumed']} there before), "
+        f"{result['errors']} refused, "
+        f"{counted(result['tokens'], 'new token')} in {result['seconds']:.2f} s: {result['output']}"
+    )
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from typing import Any
 import yaml
 
 from data_prep.common.environment import header, require_folder
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.extras import import_extra
 from data_prep.common.files import json_bytes, read_json, write_atomically
 from data_prep.common.page import to_plain
@@ -417,7 +417,7 @@ def run(
             if job.key in wanted:
                 job.require_same()
         todo = [job for job in jobs if job.key in wanted and job.row() is None]
-        log(f"{folder}: {len(wanted) - len(todo)} of {len(wanted)} runs are done")
+        log(f"{folder}: {len(wanted) - len(todo)} of {counted(len(wanted), 'run is', 'runs are')} done")
         failed = Workers(min(workers, len(todo)), lock).run(todo) if todo else {}
         rows = {job.key: job.row() for job in jobs}
         result = {
