@@ -56,7 +56,7 @@ def table(result: dict[str, Any]) -> Table:
         ("  without sentence vectors", measured("bits_per_byte_without_vectors"), ""),
         ("  vector gain", measured("vector_gain"), ""),
         ("  gap recovered", "gap_recovered.share", percent),
-        ("new tokens/s", "generation.tokens_per_second", ",.1f"),
+        ("new tokens per second", "generation.tokens_per_second", ",.1f"),
         ("  seconds to the first sentence", "generation.first_sentence", ".3f"),
         ("  memory at the peak (GB)", "generation.peak_bytes", lambda n: f"{n / 1e9:.3f}"),
         ("  cached bytes per token", "generation.cached_bytes_per_token", ",.0f"),
@@ -118,5 +118,5 @@ def speed_plot(result: dict[str, Any]) -> tuple[str, Lines] | None:
     return (
         f"{'The whole text' if whole else 'The last validation'}; batch {how['batch']}, "
         f"{counted(how['context'], 'token')} of context, {how['dtype']}, {where}",
-        Lines(lines, "new tokens/s", "bits per byte", x_from=0),
+        Lines(lines, "new tokens per second", "bits per byte", x_from=0),
     )

@@ -129,6 +129,12 @@ def test_long_and_odd_lines_are_learned_from(tmp_path: Path):
     tokenizer = train_sentencepiece(lines, tmp_path, 300)
     assert tokenizer.encode("zebra").size <= 2
     assert tokenizer.encode("quokka").size <= 2
+    end = "wombat" * 300  # behind the place where a line is cut
+    whole = train_sentencepiece(["a b c d e " * 200 + end], tmp_path / "whole", 280)
+    assert (
+        whole.fingerprint
+        == train_sentencepiece(["a b c d e " * 200, end], tmp_path / "parts", 280).fingerprint
+    )
 
 
 @pytest.mark.parametrize(("size", "said"), [(5000, "too high"), (100, "smaller than")])
