@@ -8,12 +8,12 @@ import shlex
 import pytest
 from helpers.paths import REPOSITORY
 
-from data_prep import cli as data_prep_cli
+from data_prep.cli.commands import app as data_prep_app
 from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError
 from pipeline.cli.main import app as sllm_app
 
-APPS = {"sllm": sllm_app, "data-prep": data_prep_cli.app}
+APPS = {"sllm": sllm_app, "data-prep": data_prep_app}
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```|^((?: {4}\S.*\n(?: {4}.*\n)*))", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")

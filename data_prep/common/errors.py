@@ -6,10 +6,15 @@ import atexit
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 NO_PATH = "cannot read or write"  # in place of a path that an error does not name
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -125,14 +130,32 @@ def prepare_streams() -> None:
 
 def run_main(prog: str, main: Callable[[], int | None]) -> int:
     """Run `main`; the process's exit status: 0, its own, 2 for `UserError` and `OSError`, 130 for Ctrl-C."""
-    prepare_streams()
+
+    def interrupt(_number: int, frame: FrameType | None) -> None:
+        # In an import there is nothing to undo, and Python may swallow the exception there.
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                print(f"{prog}: interrupted", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    _interrupted.clear()
+    # Not where Ctrl-C is ignored, or another thread's.
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
+        if ours:
+            signal.signal(signal.SIGINT, interrupt)
+        prepare_streams()
         status = main()
         sys.stdout.flush()
         return status or 0
     except UserError as error:
         return _refuse(prog, str(error))
     except KeyboardInterrupt:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
         print(f"{prog}: interrupted", file=sys.stderr)
         _interrupted.set()
         return INTERRUPTED
@@ -147,6 +170,23 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         except OSError:  # standard output itself is what cannot be written
             _drop(sys.stdout)
         return status
+    finally:
+        if ours and not _interrupted.is_set():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def in_thread(function: Callable[[], T]) -> T:
+    """The result of a long call into a library that looks at no signals: Ctrl-C does not wait for its end."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(function())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result()
 
 
 def _refuse(prog: str, message: str) -> int:

@@ -402,7 +402,8 @@ def test_demo_corpus(tiny_corpus: Path, tmp_path: Path):
 
 
 def test_help_is_quick_and_has_examples():
-    code = "import sys, data_prep.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    code = "import sys, data_prep.cli.commands\n"
+    code += "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True).stdout
     assert out.strip() == b"[]"
     for name in ("segment", "shard", "verify", "split", "stats", "show", "tokenizer", "demo-corpus"):

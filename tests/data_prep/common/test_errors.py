@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
+import pytest
 from helpers.paths import REPOSITORY
 
-from data_prep.common.errors import counted
+from data_prep.common.errors import counted, in_thread
 
 COMMAND = """
 import atexit, sys, time
@@ -32,22 +35,88 @@ sys.exit(run_main("prog", main))
 """
 
 
-def test_an_interrupted_command_ends_within_a_second() -> None:
+def interrupted(code: str, times: int = 1, **options: Any) -> tuple[int, str, str, float]:
+    """Run code and send Ctrl-C each time it prints "busy"; status, further output and seconds."""
     with subprocess.Popen(
-        [sys.executable, "-c", COMMAND],
+        [sys.executable, "-c", code],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A suite that a script runs in the background has Ctrl-C ignored, and would hand that on.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
     ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "busy\n"
-        os.kill(process.pid, signal.SIGINT)
+        for _ in range(times):
+            assert process.stdout is not None and process.stdout.readline() == "busy\n"
+            time.sleep(0.05)
+            os.kill(process.pid, signal.SIGINT)
         sent = time.monotonic()
         out, err = process.communicate()
-        assert time.monotonic() - sent < 5  # a loaded machine's second
-        assert (process.returncode, out, err) == (130, "cleaned up\n", "prog: interrupted\n")
+    return process.returncode, out, err, time.monotonic() - sent
+
+
+LOADED = 5  # seconds: a second, on a loaded machine
+
+
+def test_an_interrupted_command_ends_within_a_second() -> None:
+    *found, seconds = interrupted(COMMAND)
+    assert found == [130, "cleaned up\n", "prog: interrupted\n"] and seconds < LOADED
+
+
+SWALLOWED = """
+import time
+print("busy", flush=True)
+try:
+    time.sleep(20)
+except KeyboardInterrupt:  # as in a callback of the import system
+    pass
+time.sleep(20)
+"""
+IN_MAIN = """
+import hashlib, time
+from data_prep.common.errors import in_thread, run_main
+def main():
+    %s
+raise SystemExit(run_main("prog", main))
+"""
+LONG_CALL = 'print("busy", flush=True); in_thread(lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9))'
+
+
+def test_ctrl_c_ends_an_import_that_swallows_it(tmp_path: Path) -> None:
+    (tmp_path / "swallows.py").write_text(SWALLOWED)
+    path = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)])}
+    *found, seconds = interrupted(IN_MAIN % "import swallows", env=os.environ | path)
+    assert found == [130, "", "prog: interrupted\n"] and seconds < LOADED
+
+
+def test_ctrl_c_does_not_wait_for_a_library() -> None:
+    *found, seconds = interrupted(IN_MAIN % LONG_CALL)
+    assert found == [130, "", "prog: interrupted\n"] and seconds < LOADED
+
+
+def test_a_call_in_a_thread_gives_its_result_or_error() -> None:
+    assert in_thread(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        in_thread(lambda: 1 // 0)
+
+
+CLEANS_UP = """
+    try:
+        print("busy", flush=True)
+        time.sleep(20)
+    finally:
+        print("busy", flush=True)
+        time.sleep(20)
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_clean_up() -> None:
+    *found, seconds = interrupted(IN_MAIN % CLEANS_UP.strip(), 2)
+    assert found == [130, "", "prog: interrupted\n"] and seconds < LOADED
+    at_exit = 'import atexit; atexit.register(lambda: (print("busy", flush=True), time.sleep(20))); '
+    *found, seconds = interrupted(IN_MAIN % (at_exit + 'print("busy", flush=True); time.sleep(20)'), 2)
+    assert found == [-signal.SIGINT, "", "prog: interrupted\n"] and seconds < LOADED
 
 
 def test_a_count_has_its_noun_in_the_right_number() -> None:

@@ -64,7 +64,7 @@ def assert_one_line(status: int, out: str, err: str, *words: str) -> None:
 
 
 def test_help_needs_no_torch():
-    code = "import sys; sys.argv = ['sllm', '--help']\nfrom pipeline.cli.main import console\n"
+    code = "import sys; sys.argv = ['sllm', '--help']\nfrom pipeline.cli import console\n"
     code += "try:\n    console()\nfinally:\n    print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip().endswith("False False")

@@ -27,7 +27,6 @@ from data_prep.common.errors import (
     describe,
     log,
     print_result,
-    run_main,
 )
 from data_prep.common.remote import is_url
 from data_prep.corpus.filters import Filters
@@ -78,15 +77,10 @@ app = make_app(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Run the command that `argv` (default: the process's arguments) asks for; returns its exit status."""
     words = sys.argv[1:] if argv is None else argv
     return run_app(app, [STANDARD_INPUT if word == "-" else word for word in words])
-
-
-def console() -> int:
-    """Entry point of the installed command; returns the exit status."""
-    return run_main("data-prep", main)
 
 
 @app.command(group="Corpus")
@@ -489,7 +483,3 @@ def demo_corpus(*, output: str) -> None:
         print_result(
             f"{part}: {counted(counts['documents'], 'document')}, {counted(counts['bytes'], 'byte')}"
         )
-
-
-if __name__ == "__main__":
-    sys.exit(console())
