@@ -418,7 +418,9 @@ def stats(folder: Folder, /, *, html: str | None = None, json: Json = False) -> 
 
 
 @app.command(group="Shards")
-def show(folder: Folder, /, *, count: Positive = 1, number: int = 0, id: str | None = None) -> None:
+def show(
+    folder: Folder, /, *, count: Positive = 1, number: int = 0, id: str | None = None, json: Json = False
+) -> None:
     """Print documents sentence by sentence.
 
     example: data-prep show shards --count 3
@@ -427,10 +429,11 @@ def show(folder: Folder, /, *, count: Positive = 1, number: int = 0, id: str | N
         count: documents to print
         number: the first one to print, from 0
         id: print the documents with this id
+        json: print a JSON object per document
     """
     from data_prep.shards import show as showing
 
-    for line in showing.show(folder, count, number, id):
+    for line in showing.show(folder, count, number, id, json):
         print(line)
 
 
@@ -442,6 +445,7 @@ def tokenizer(
     vocab_size: Positive,
     sample_mb: Megabytes = 20.0,
     rules: Rules = NO_RULES,
+    json: Json = False,
 ) -> None:
     """Train a SentencePiece tokenizer that loses no text.
 
@@ -463,13 +467,13 @@ def tokenizer(
         log(f"data-prep: {line}")
     sample = sample_lines(found.files, int(sample_mb * 1e6), rules)
     made = train_sentencepiece(sample, output, vocab_size)
-    print_result(
-        f"{output}: {counted(made.vocab_size, 'entry', 'entries')}, fingerprint {made.fingerprint[:16]}"
-    )
+    facts = {"output": output, "entries": made.vocab_size, "fingerprint": made.fingerprint}
+    text = f"{output}: {counted(made.vocab_size, 'entry', 'entries')}, fingerprint {made.fingerprint[:16]}"
+    print_result(jsonlib.dumps(facts) if json else text)
 
 
 @app.command(group="Corpus")
-def demo_corpus(*, output: str) -> None:
+def demo_corpus(*, output: str, json: Json = False) -> None:
     """Write a small English corpus in WanJuan format from Python's own documentation. Needs no download.
 
     example: data-prep demo-corpus --output demo/corpus
@@ -479,7 +483,9 @@ def demo_corpus(*, output: str) -> None:
     """
     from data_prep.corpus.demo_corpus import write_demo_corpus
 
-    for part, counts in write_demo_corpus(output).items():
-        print_result(
-            f"{part}: {counted(counts['documents'], 'document')}, {counted(counts['bytes'], 'byte')}"
-        )
+    written = write_demo_corpus(output)
+    lines = (
+        f"{part}: {counted(counts['documents'], 'document')}, {counted(counts['bytes'], 'byte')} of text"
+        for part, counts in written.items()
+    )
+    print_result(jsonlib.dumps(written) if json else "\n".join(lines))

@@ -401,13 +401,11 @@ def test_demo_corpus(tiny_corpus: Path, tmp_path: Path):
 # The command itself ------------------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_has_examples():
+def test_help_is_quick_and_has_an_example():
     code = "import sys, data_prep.cli.commands\n"
     code += "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True).stdout
     assert out.strip() == b"[]"
-    for name in ("segment", "shard", "verify", "split", "stats", "show", "tokenizer", "demo-corpus"):
-        assert f"example: data-prep {name} ".encode() in b" ".join(run(name, "--help").stdout.split())
     assert b"example: data-prep shard" in run("--help").stdout
 
 
