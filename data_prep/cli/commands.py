@@ -169,7 +169,6 @@ def shard(
     from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
 
-    _check_output(output)
     if unit_mb is not None and unit_mb < LEAST_UNIT_MB:
         raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {unit_mb:g}")
     if salvage and strict:
@@ -281,12 +280,6 @@ def _language(lang: str) -> str:
     return lang if lang in ("auto", "other") else require_language(lang, "--lang")
 
 
-def _check_output(output: str) -> None:
-    """Raises `UserError` on a URL: output is written to this machine's file systems only."""
-    if "://" in output:
-        raise UserError(f"--output {output} is a URL; name a folder, and copy it from there when it is done")
-
-
 @contextmanager
 def _writing(output: str) -> Iterator[None]:
     """Errors without a path (a full disk, met by a file that is open already) name the output folder."""
@@ -380,7 +373,6 @@ def split(
     """
     from data_prep.shards import split as splitting
 
-    _check_output(output)
     shares = splitting.parse_parts(list(parts))
     with _writing(output):
         result = splitting.split(folder, output, shares, by=by, seed=seed)
@@ -460,7 +452,6 @@ def tokenizer(
     from data_prep.corpus.finding import survey
     from data_prep.text.tokenizer import train_sentencepiece
 
-    _check_output(output)
     _say_how_languages_are_told(rules)
     found = survey(list(input), output)
     for line in found.lines():

@@ -365,7 +365,7 @@ def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: in
             minloglevel=2,
         )
         in_thread(train)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).split("] ")[-1].strip()  # without SentencePiece's source line and condition
         raise UserError(
             f"cannot train {counted(vocab_size, 'token')} on this sample: {reason} "

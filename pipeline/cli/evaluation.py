@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
-from data_prep.common.command_line import Many, Natural, Positive
+from data_prep.common.command_line import Amount, Many, Natural, Positive
 from data_prep.common.errors import log
 from pipeline.cli.options import Int8, Json, Output, answer, app
 
@@ -191,7 +191,7 @@ def robustness(
 
 @app.command(group="Evaluate")
 def check(
-    *, model: str, documents: Positive = 6, seed: Natural = 0, tolerance: float = 1e-5, json: Json = False
+    *, model: str, documents: Positive = 6, seed: Natural = 0, tolerance: Amount = 1e-5, json: Json = False
 ) -> int:
     """Prove on a model folder: causal, cached = uncached, packed = one by one. Status 1 if a check fails.
 

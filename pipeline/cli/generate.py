@@ -219,6 +219,8 @@ def resume(output: Path, prompts: list[dict[str, Any]], how: Settings, folder: s
 
     Raises: UserError when the output was made with other settings or prompts.
     """
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name a file")
     sidecar = output.with_name(output.name + ".settings.json")
     wanted = json.loads(json.dumps({**how.to_dict(), "model": folder}))  # as read from a file
     if not sidecar.exists():

@@ -423,6 +423,9 @@ def test_help_is_quick_and_has_an_example():
         ("shard --input a --output= --tokenizer c", "--output has no value"),
         ("tokenizer --input= --output b --vocab-size 9", "--input has no value"),
         ("shard --input a --output b --tokenizer c --unit-mb 0", "Must be > 0"),
+        ("demo-corpus --output http://host/x", "--output http://host/x is a URL"),
+        ("stage shards --to s3://bucket/x", "--to s3://bucket/x is a URL"),
+        ("stats shards --html=s3://bucket/x.html", "--html s3://bucket/x.html is a URL"),
     ],
 )
 def test_impossible_arguments_are_refused(words: str, message: str, capsys: pytest.CaptureFixture):

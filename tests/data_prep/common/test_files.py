@@ -24,6 +24,14 @@ def test_a_file_gets_its_name_once_its_bytes_are_on_the_disk(
     assert done == ["fsync", "replace"] and (tmp_path / "one").read_bytes() == b"data"
 
 
+def test_a_folder_is_no_place_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "..", "/", str(tmp_path)):
+        with pytest.raises(IsADirectoryError):
+            write_atomically(Path(place), b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_json_object_is_read_or_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     with pytest.raises(UserError, match=r"one\.json does not exist$"):

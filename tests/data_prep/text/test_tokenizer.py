@@ -137,7 +137,9 @@ def test_long_and_odd_lines_are_learned_from(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize(("size", "said"), [(5000, "too high"), (100, "smaller than")])
+@pytest.mark.parametrize(
+    ("size", "said"), [(5000, "too high"), (100, "smaller than"), (10**10, "cannot train")]
+)
 def test_a_size_that_does_not_suit_the_sample(tmp_path: Path, size: int, said: str):
     with pytest.raises(UserError, match=said):
         train_sentencepiece(tokenizer_folders.LINES[:3], tmp_path, size)

@@ -190,6 +190,13 @@ def test_bad_input_files_are_refused_in_one_line(folders, tmp_path, run):
         ("evaluate --modle x --data y", "Did you mean --model instead of --modle?"),
         ("ngram --train a --data b --order 1000", "--order 1000: must be from 1 to 20"),
         ("ngram --train a --data b --order 0", "Must be >= 1"),
+        ("ngram --train a --data b --output .", "--output .: is a folder; name a file"),
+        ("check --model x --tolerance -1", "Must be >= 0"),
+        ("check --model x --tolerance nan", "for --tolerance"),
+        ("doctor --free-gb -1", "Must be >= 0"),
+        ("doctor --timeout nan", "for --timeout"),
+        ("benchmark generation --recipe sllm-125m-h1 --vocab-size 1", "Must be >= 5"),
+        ("export run --output s3://bucket/m", "--output s3://bucket/m is a URL"),
     ],
 )
 def test_impossible_arguments_are_refused(words, message, run):
