@@ -275,7 +275,7 @@ class Workers:
                         took, bits = duration(row["seconds"]), row["bits_per_byte"]
                         log(f"{keys[done]}: {took} of training, {bits:.4f} bits per byte")
             except BaseException:
-                log("stopping; trainings save first")
+                log("stopping; trainings save first (Ctrl-C again: at once)")
                 self._stop()
                 raise
         return failed
@@ -330,10 +330,13 @@ class Workers:
             processes = list(self._processes.values())
         for process in processes:
             process.terminate()
-        for process in processes:
-            try:
+        try:
+            for process in processes:
                 process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # a second Ctrl-C, too
+            for process in processes:
                 process.kill()
 
 
