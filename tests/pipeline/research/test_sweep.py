@@ -150,7 +150,8 @@ def test_a_lost_row_is_measured_again_and_another_recipe_is_refused(
 
 
 def test_a_second_ctrl_c_ends_trainings_that_are_still_saving(tmp_path: Path) -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)"
+    deaf += "; time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)
     process.stdout.readline()
     workers = Workers(1, -1)
