@@ -152,7 +152,7 @@ def _files(aside: Path, written: dict[str, list[Any]]) -> dict[str, list[Any]]:
         size, sha256 = written.get(str(path)) or (path.stat().st_size, None)
         if path.stat().st_size != size:
             found = counted(path.stat().st_size, "byte")
-            raise OSError(None, f"has {found}, not the {size:,} that were written", str(path))
+            raise OSError(None, f"has {found}, {size:,} were written", str(path))
         if sha256 is None:
             flush_to_disk(path)
             sha256 = file_sha256(path)

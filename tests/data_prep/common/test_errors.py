@@ -35,8 +35,10 @@ sys.exit(run_main("prog", main))
 """
 
 
-def interrupted(code: str, times: int = 1, **options: Any) -> tuple[int, str, str, float]:
-    """Run code and send Ctrl-C each time it prints "busy"; status, further output and seconds."""
+def interrupted(
+    code: str, times: int = 1, after: float = 0.05, **options: Any
+) -> tuple[int, str, str, float]:
+    """Run code and send Ctrl-C each time `after` it prints "busy"; status, further output and seconds."""
     with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
@@ -49,7 +51,7 @@ def interrupted(code: str, times: int = 1, **options: Any) -> tuple[int, str, st
     ) as process:
         for _ in range(times):
             assert process.stdout is not None and process.stdout.readline() == "busy\n"
-            time.sleep(0.05)
+            time.sleep(after)
             os.kill(process.pid, signal.SIGINT)
         sent = time.monotonic()
         out, err = process.communicate()
@@ -88,6 +90,25 @@ def test_ctrl_c_ends_an_import_that_swallows_it(tmp_path: Path) -> None:
     path = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)])}
     *found, seconds = interrupted(IN_MAIN % "import swallows", env=os.environ | path)
     assert found == [130, "", "prog: interrupted\n"] and seconds < LOADED
+
+
+PROGRAM = """
+import sys, %(module)s
+sys.argv = %(words)r
+print("busy", flush=True)
+raise SystemExit(%(module)s.console())
+"""
+
+
+@pytest.mark.parametrize("after", [0.1, 0.2, 0.4])
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [("data_prep.cli", ["data-prep", "segment"]), ("pipeline.cli", ["sllm", "check", "--model", "nowhere"])],
+)
+def test_ctrl_c_while_a_program_starts_is_one_line(module: str, words: list[str], after: float) -> None:
+    code = PROGRAM % {"module": module, "words": words}
+    *found, seconds = interrupted(code, after=after, stdin=subprocess.PIPE)  # which never ends
+    assert found == [130, "", f"{words[0]}: interrupted\n"] and seconds < LOADED
 
 
 def test_ctrl_c_does_not_wait_for_a_library() -> None:
