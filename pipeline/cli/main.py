@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from data_prep.common.command_line import run_app
 
 # Importing a module registers its commands.
-from pipeline.cli import benchmark, evaluation, models, runs  # noqa: F401
+from pipeline.cli import benchmark, evaluation, models, runs, serving  # noqa: F401
 from pipeline.cli.options import app
 
 # Imported for this command alone: its help lists the keys of a recipe.
