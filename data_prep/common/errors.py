@@ -135,7 +135,8 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         # In an import there is nothing to undo, and Python may swallow the exception there.
         while frame is not None:
             if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-                print(f"{prog}: interrupted", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{prog}: interrupted\n".encode())  # `print` may be what is interrupted
                 os._exit(INTERRUPTED)
             frame = frame.f_back
         raise KeyboardInterrupt
