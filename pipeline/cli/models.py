@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Natural, Positive
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from pipeline.cli.options import VAE_RECIPE_HELP, Device, Dtype, Int8, Json, answer, app, print_json
 
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
@@ -77,11 +77,7 @@ def generate(
         raise UserError("--prompts FILE and --output FILE belong together")
     if prompts is not None and output is not None:
         result = generation.generate_file(model, prompts, output, how, batch)
-        text = (
-            "{prompts} prompts ({resumed} were there), {errors} refused, {tokens} new tokens in "
-            "{seconds:.2f} s: {output}"
-        )
-        answer(result, json, text.format_map)
+        answer(result, json, generation.format_counts)
         return 1 if result["errors"] else 0
     if interactive:
         if how.samples > 1:
@@ -98,7 +94,8 @@ def generate(
     print(flush=True)
     sampled = f"sampled at temperature {result['temperature']:g}, seed {result['seed']}"
     log(
-        f"[{len(result['sentences'])} sentences, {result['tokens']} tokens in {result['seconds']:.2f} s; "
+        f"[{counted(len(result['sentences']), 'sentence')}, {counted(result['tokens'], 'token')} in "
+        f"{result['seconds']:.2f} s; "
         f"stopped: {result['stopped']}; {sampled if result['temperature'] else 'greedy'}]"
     )
     return 0
