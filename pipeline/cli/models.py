@@ -161,8 +161,20 @@ def inspect(
     """
     from pipeline.costs import inspect as inspection
 
+    if recipe is None and (cluster or fit):
+        raise UserError("--all prints sizes alone: give --recipe for a cluster or --fit")
+    if fit is not None and (tokens or (cluster and cluster.accumulation)):
+        raise UserError("--fit chooses bins and micro-batches: leave out --tokens and --accumulation")
     if recipe is None:
         answer(inspection.inspect_all(vocab_size), json, inspection.format_all)
+        return
+    if fit is not None:
+        from pipeline.costs import fit as fitting
+
+        found = fitting.fit(
+            recipe, vae_recipe, vocab_size, tokens_per_sentence, dtype, fit, cluster or Cluster()
+        )
+        answer(found, json, fitting.format_fit)
         return
     model = (recipe, vae_recipe, vocab_size, tokens, tokens_per_sentence, world, dtype)
     result = inspection.inspect(*model, cluster)

@@ -142,8 +142,8 @@ class _Memory(TorchDispatchMode):
 class DryStep:
     """Costs of one step. Bytes at the peak: `activations` without weights and gradients; `logits` those of
     them in rows as wide as the vocabulary; `peak` of weights, gradients and activations together (one
-    process, no ZeRO). calls: of the model's submodules (`zero.with_backward`). training: multiply-adds of forward
-    and backward, recomputed ones included."""
+    process, no ZeRO). calls: of the model's submodules (`zero.with_backward`). training: multiply-adds of
+    forward and backward, recomputed ones included."""
 
     operations: flops.Operations
     training: int
@@ -207,7 +207,10 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 class DryRun:
-    """Steps of a recipe's model without memory. vocab_size: of the tokenizer (default: the recipe's, else OPT's)."""
+    """Steps of a recipe's model without memory.
+
+    vocab_size: of the tokenizer (default: the recipe's, else OPT's).
+    """
 
     def __init__(
         self,
@@ -216,6 +219,8 @@ class DryRun:
         dtype: str,
         tokens_per_sentence: float = TOKENS_PER_SENTENCE,
     ):
+        if not 1 <= tokens_per_sentence < math.inf:
+            raise UserError(f"--tokens-per-sentence must be at least 1, not {tokens_per_sentence}")
         own = (recipe.model.backbone if recipe.objective == "lm" else recipe.model.vae).get("vocab_size")
         self.recipe, self.dtype, self.tokens_per_sentence = recipe, dtype, tokens_per_sentence
         self.vocabulary = Vocabulary(vocab_size or own or Vocabulary().vocab_size)
@@ -256,8 +261,6 @@ def inspect(
     Raises: UserError for a recipe that does not build a model.
     """
     sized = sized_recipe(recipe, vae_recipe)
-    if not 1 <= tokens_per_sentence < math.inf:
-        raise UserError(f"--tokens-per-sentence must be at least 1, not {tokens_per_sentence}")
     run = DryRun(sized, vocab_size, dtype, tokens_per_sentence)
     strategies = {name: Strategy.read(name) for name in (cluster.strategy if cluster else ()) or STRATEGIES}
     model, batch, step = run.step(tokens or sized.data.bin_tokens, sized.training.activation_checkpointing)

@@ -1,6 +1,6 @@
 """What one rank holds and sends in a step under DeepSpeed's ZeRO, and the time that sending takes.
 
-Bytes sent are those that one rank of a ring sends: of a tensor of n bytes, 2n·(N-1)/N in an all-reduce of N ranks,
+Bytes sent are those of one rank of a ring of N: of a tensor of n bytes, 2n·(N-1)/N in an all-reduce,
 n·(N-1)/N in a reduce-scatter or all-gather. What DeepSpeed 0.19 calls, in steady state (the first step of
 stage 3 gathers more):
 
@@ -34,9 +34,8 @@ Calls = list[tuple[nn.Module, bool]]  # a module is entered (True) or left
 class Strategy:
     """What costs depend on in a file of `ds_configs/`. Counts of elements; the defaults are DeepSpeed's.
 
-    bucket: of a communication buffer. live, reuse: of weights that stage 3 may hold, and may traverse before
-    it uses one again, for which it keeps that one. prefetch: that it gathers ahead. persistent: of the largest
-    weight that it never splits.
+    bucket: of a communication buffer. live: that stage 3 may gather ahead in all, prefetch: at once. reuse: a
+    weight is kept if it is used again before so many others. persistent: of the largest weight never split.
     """
 
     name: str
@@ -109,7 +108,7 @@ def with_backward(forward: Calls, again: Calls, recomputed: Sequence[nn.Module])
 
 class Weights(NamedTuple):
     """Elements of a model: all; those that are trained; those that stage 3 gathers once a step (`persistent`)
-    and in each micro-batch (`gathered`, those gathered again included); the most it holds gathered (`live`)."""
+    and in each micro-batch (`gathered`, every time counts); the most it holds gathered (`live`)."""
 
     all: int
     trained: int
@@ -183,8 +182,8 @@ def states_memory(
     """Bytes of weights, gradients and AdamW on one rank.
 
     Per parameter: weights 4 (bf16 2), optimizer 8 for the two moments, 4 for a running average (`ema`), and 4
-    for fp32 master weights, which ZeRO keeps in fp32 too. Gradients 4; bf16: 2 as torch makes them, from stage
-    1 on their sum in fp32 (4). Stage 1 divides the optimizer by `world`, 2 also the summed gradients, 3 also
+    for fp32 master weights, which ZeRO keeps in fp32 too. Gradients 4; bf16: 2 as torch makes them, and from
+    stage 1 on 4 for their sum in fp32. Stage 1 divides the optimizer by `world`, 2 also the summed gradients, 3 also
     the weights. Frozen weights have neither gradients nor optimizer.
 
     gathered: the most that stage 3 holds gathered. buckets: communication buffers of fixed size. update:

@@ -1,6 +1,6 @@
-"""One rank of a training on made-up batches: what its steps send, how long they take, how much memory they need.
+"""One rank of a training on made-up batches: what its steps send, how long they take, what memory they need.
 
-`job` of `python -m tools.benchmarks.measured_steps JOB OUT` is a file with the fields of `Job`.
+JOB of `python -m tools.benchmarks.measured_steps JOB OUT` is a file with the fields of `Job`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pipeline.models.factory import new_model
 from pipeline.parallel.ranks import find_ranks, join, leave
 from pipeline.training.engine import Engine
 
-# A collective by its name in torch.distributed: what a rank of a ring sends, as a multiple of the bytes of the
-# whole tensor (for n ranks), and the place of that tensor among the arguments.
+# A collective by its name in torch.distributed: what a rank of a ring of n sends, by the bytes of the whole
+# tensor, and the place of that tensor among the arguments.
 RING: dict[str, tuple[Callable[[int], float], int]] = {
     "all_reduce": (lambda n: 2 * (n - 1) / n, 0),
     "all_gather_into_tensor": (lambda n: (n - 1) / n, 0),
@@ -39,8 +39,8 @@ OTHERS = ("all_gather", "reduce_scatter", "reduce", "all_to_all", "all_to_all_si
 
 @dataclasses.dataclass
 class Job:
-    """What is to be run. zero: changes of the strategy's `zero_optimization`; config: of its other keys. dtype: bf16
-    as on GPUs, or fp32."""
+    """What is to be run. zero: changes of the strategy's `zero_optimization`; config: of its other keys.
+    dtype: bf16 as on GPUs, or fp32."""
 
     recipe: str
     strategy: Sequence[str]
@@ -94,7 +94,7 @@ def measure(job: Job) -> list[dict[str, Any]]:
 
 
 def _count_collectives(sent: Counter[str], world: int) -> None:
-    """Let every collective of torch.distributed add what it sends. Others than those of `RING` are refused."""
+    """Let every collective of torch.distributed add what it sends; those that are not in `RING` fail."""
     for name, (share, place) in RING.items():
         setattr(dist, name, _counted(getattr(dist, name), name, share(world), place, sent))
     for name in OTHERS:
