@@ -1,12 +1,12 @@
-"""`sllm inspect --fit 80GB`: with which strategy, bins and checkpointing a recipe trains fastest in that memory.
+"""`sllm inspect --fit 80GB`: strategy, bins and checkpointing with which a recipe trains fastest there.
 
-The step keeps the recipe's tokens. Bins are its own, halved and doubled; activations grow with a bin's tokens
-along a line, which two dry runs give. A candidate fits if its peak is within `USABLE` of the memory: the rest
-is for CUDA, NCCL and holes between blocks.
+The step keeps the recipe's tokens. Bins are its own, halved and doubled, with a dry run of each. A candidate
+fits if its peak is within `USABLE` of the memory: the rest is for CUDA, NCCL and holes between blocks.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def bin_sizes(recipe: Recipe) -> list[int]:
     """Tokens of a bin: the recipe's own, halved and doubled, that divide its step and hold a window."""
     data = recipe.data
     step = data.bin_tokens * data.bins_per_step
-    sizes = {data.bin_tokens << n for n in range(8)} | {data.bin_tokens >> n for n in range(12)}
+    sizes = {data.bin_tokens << n for n in range(4)} | {data.bin_tokens >> n for n in range(5)}
     return sorted(n for n in sizes if data.window_tokens <= n <= step and step % n == 0)
 
 
@@ -66,34 +66,26 @@ def fit(
     run = DryRun(recipe, vocab_size, dtype, tokens_per_sentence)
     strategies = [Strategy.read(one) for one in cluster.strategy or STRATEGIES]
     step_tokens = recipe.data.bin_tokens * recipe.data.bins_per_step
-    sizes = bin_sizes(recipe)
-    window = recipe.data.window_tokens
     candidates = []
-    for checkpointing in (False, True):
-        _, _, low = run.step(window, checkpointing)
-        model, _, high = run.step(4 * window, checkpointing)
+    for checkpointing, tokens in itertools.product((False, True), bin_sizes(recipe)):
+        model, _, step = run.step(tokens, checkpointing)
+        bins = step_tokens // tokens
+        count = micro_batches(bins, cluster.world)
         for strategy in strategies:
-            for tokens in sizes:
-                bins = step_tokens // tokens
-                count = micro_batches(bins, cluster.world)
-                weights = gathered_weights(model, high.calls, strategy, count)
-                states = states_memory(
-                    weights, strategy, cluster.world, run.dtype, recipe.training.ema is not None
-                )
-                activations = round(_line(tokens / window, low.activations, high.activations))
-                operations = _line(tokens / window, low.training, high.training)
-                head = min(high.logits, activations)
-                candidates.append(
-                    {
-                        "strategy": strategy.name,
-                        "bin_tokens": tokens,
-                        "bins_per_step": bins,
-                        "activation_checkpointing": checkpointing,
-                        **step_costs(strategy, weights, operations, cluster, count, run.dtype),
-                        "memory": {**states, "activations": activations - head, "head": head},
-                        "peak": peak_memory(states, activations),
-                    }
-                )
+            weights = gathered_weights(model, step.calls, strategy, count)
+            states = states_memory(weights, strategy, cluster.world, dtype, recipe.training.ema is not None)
+            head = min(step.logits, step.activations)
+            candidates.append(
+                {
+                    "strategy": strategy.name,
+                    "bin_tokens": tokens,
+                    "bins_per_step": bins,
+                    "activation_checkpointing": checkpointing,
+                    **step_costs(strategy, weights, step.training, cluster, count, dtype),
+                    "memory": {**states, "activations": step.activations - head, "head": head},
+                    "peak": peak_memory(states, step.activations),
+                }
+            )
     fitting = [one for one in candidates if one["peak"] <= usable]
     if not fitting:
         least = min(candidates, key=lambda one: one["peak"])
@@ -118,11 +110,6 @@ def fit(
         "candidates": sorted(shown, key=lambda one: (one["peak"] > usable, one["step_seconds"])),
         "chosen": best(fitting),
     }
-
-
-def _line(windows: float, one: float, four: float) -> float:
-    """The value for a bin of so many windows, from those of one and of four."""
-    return one + (four - one) * (windows - 1) / 3
 
 
 def best(fitting: list[dict[str, Any]]) -> dict[str, Any] | None:

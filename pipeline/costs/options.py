@@ -21,8 +21,8 @@ class Cluster:
     Args:
         nodes: machines
         gpus: GPUs of each
-        bandwidth: Gbit/s of the slowest link of a ring through all GPUs: of a machine's network, or of one GPU
-            if there is one machine (default: 400, or 3600)
+        bandwidth: Gbit/s of the slowest link of a ring through all GPUs: of a machine's network, or of one
+            GPU if there is one machine (default: 400, or 3600)
         tflops: 10^12 operations per second that a GPU reaches (400: 40 % of an H100's bf16 peak)
         strategy: files of ds_configs/ (default: every ZeRO stage)
         accumulation: micro-batches of a step (default: what the recipe's data.bins_per_step asks for)

@@ -183,8 +183,8 @@ def states_memory(
 
     Per parameter: weights 4 (bf16 2), optimizer 8 for the two moments, 4 for a running average (`ema`), and 4
     for fp32 master weights, which ZeRO keeps in fp32 too. Gradients 4; bf16: 2 as torch makes them, and from
-    stage 1 on 4 for their sum in fp32. Stage 1 divides the optimizer by `world`, 2 also the summed gradients, 3 also
-    the weights. Frozen weights have neither gradients nor optimizer.
+    stage 1 on 4 for their sum in fp32. Stage 1 divides the optimizer by `world`, 2 also the summed gradients,
+    3 also the weights. Frozen weights have neither gradients nor optimizer.
 
     gathered: the most that stage 3 holds gathered. buckets: communication buffers of fixed size. update:
     temporary memory of the update, after the activations are freed (fp32 copies of the gradients; on GPUs

@@ -1,8 +1,8 @@
 """Predictions of `sllm inspect` beside real training steps on CPUs.
 
-`traffic` runs one rank in each of several network namespaces, whose links `tc` limits. It needs root. gloo has
-no reduce-scatter of its own: it runs an all-reduce, which sends twice as much, and the predictions here count
-it so. A step's time is predicted from its time without a limit and the bytes it sends.
+`traffic-and-time` runs one rank in each of several network namespaces, whose links `tc` limits. It needs root.
+gloo runs an all-reduce for a reduce-scatter, which sends twice as much: `wire_bytes` counts it so. A step's
+time is predicted from its time without a limit and the bytes it sends.
 
 `memory` compares the highest resident memory of a step with the prediction, above what the process had before
 the model was made.
@@ -181,7 +181,7 @@ def memory(
     rows = []
     for number, recipe in enumerate(recipes):
         name = strategies[number % len(strategies)]
-        job = Job(recipe, [name], tokens=tokens, vocab_size=vocab_size, checkpointing=checkpointing)
+        job = Job(recipe, [name], 1, "fp32", tokens, 2, vocab_size, checkpointing)
         job.zero = SMALL_BUCKETS
         sized = sized_recipe(recipe)
         model, _, step = DryRun(sized, vocab_size, "fp32").step(tokens, checkpointing)

@@ -1,4 +1,4 @@
-"""The share of a long run's time that ends in its weights (goodput), by the interval between saves: a simulation.
+"""Goodput of a long run, the share of its time that its weights keep, by the interval of its saves: simulated.
 
 Machines fail independently at a constant rate; any failure stops the job. It restarts after `restart` seconds
 (a failure meanwhile starts them again) and repeats what no complete save holds. A save stops training for

@@ -23,6 +23,7 @@ from pipeline.costs.benchmark import reset_peak, resident
 from pipeline.costs.inspect import made_up_batch
 from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
 from pipeline.data.loader import Step
+from pipeline.data.plan import Position
 from pipeline.models.factory import new_model
 from pipeline.parallel.ranks import find_ranks, join, leave
 from pipeline.training.engine import Engine
@@ -83,7 +84,7 @@ def measure(job: Job) -> list[dict[str, Any]]:
         wire, began = _wire_bytes(), time.perf_counter()
         count = job.accumulation
         targets = ranks.world * count * (batch.tokens + batch.sentences)
-        engine.compute(Step([batch] * count, [1] * count, 0, 0, targets, 0, [], None))  # type: ignore[arg-type]
+        engine.compute(Step([batch] * count, [1] * count, 0, 0, targets, 0, [], Position((), ())))
         engine.update(1.0)
         dist.barrier()
         seconds = time.perf_counter() - began

@@ -167,7 +167,7 @@ def train(
 
 
 def run_ranks(what: str, commands: Sequence[list[str]], folder: Path, environment: dict[str, str]) -> None:
-    """Run one command for each rank and wait for all. Raises: UserError with the last line of one that fails."""
+    """Run one command for each rank, and wait. Raises: UserError with the last line of one that fails."""
     logs = [folder / f"rank-{rank}.log" for rank in range(len(commands))]
     started: list[subprocess.Popen[str]] = []
     try:
