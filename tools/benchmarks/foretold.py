@@ -1,8 +1,8 @@
 """Predictions of `sllm inspect` beside real training steps on CPUs.
 
-`traffic-and-time` runs one rank in each of several network namespaces, whose links `tc` limits. It needs root.
-gloo runs an all-reduce for a reduce-scatter, which sends twice as much: `wire_bytes` counts it so. A step's
-time is predicted from its time without a limit and the bytes it sends.
+`traffic-and-time` runs each rank in a network namespace, whose link `tc` limits. It needs root. gloo runs an
+all-reduce for a reduce-scatter, which sends twice as much: `wire_bytes` counts it so. A step's time is
+predicted from its time without a limit and the bytes it sends.
 
 `memory` compares the highest resident memory of a step with the prediction, above what the process had before
 the model was made.

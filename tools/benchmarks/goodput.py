@@ -1,4 +1,4 @@
-"""Goodput of a long run, the share of its time that its weights keep, by the interval of its saves: simulated.
+"""Simulates the goodput of a long run, the share of its time that its weights keep, by the interval of saves.
 
 Machines fail independently at a constant rate; any failure stops the job. It restarts after `restart` seconds
 (a failure meanwhile starts them again) and repeats what no complete save holds. A save stops training for
