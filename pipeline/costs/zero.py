@@ -211,9 +211,10 @@ def states_memory(
         gathered = low * (weights.live + weights.persistent)
         held |= {"weights": low * -(-weights.all // world), "gathered": gathered}
         held |= {"gradients": 4 * share, "buckets": bucket}
-    if strategy.stage == 3 and strategy.offload:
-        host = held["weights"] + held["gradients"] + held["optimizer"]
-        held |= {"weights": 0, "gradients": 0, "optimizer": 0, "update": 0, "host": host}
+    if strategy.offload:
+        moved = ["gradients", "optimizer", *(["weights"] if strategy.stage == 3 else [])]
+        held["host"] = sum(held[what] for what in moved)
+        held |= dict.fromkeys([*moved, "update"], 0)
     return held
 
 

@@ -93,7 +93,7 @@ def simulate(
     Args:
         gpus: GPUs of the job
         days: length of the run
-        restart: seconds from a failure until training goes on: Slurm's 300 s until it notices a dead machine,
+        restart: seconds from a failure until training resumes: Slurm's 300 s until it notices a dead machine,
             and 300 s to start and to load
         minutes: training between two saves
         runs: simulated runs, averaged

@@ -13,7 +13,15 @@ from helpers.recipes import write_recipe
 from data_prep.common.errors import UserError
 from pipeline.costs.inspect import DryRun
 from pipeline.costs.sized_recipe import sized_recipe
-from pipeline.costs.zero import Strategy, Traffic, Weights, exposed_seconds, gathered_weights, traffic
+from pipeline.costs.zero import (
+    Strategy,
+    Traffic,
+    Weights,
+    exposed_seconds,
+    gathered_weights,
+    states_memory,
+    traffic,
+)
 from tools.benchmarks.measured_steps import Job, measure
 
 pytestmark = pytest.mark.launch
@@ -116,3 +124,28 @@ def test_strategies_are_read_from_their_files(tmp_path):
         Strategy.read("zero3-plusplus")
     with pytest.raises(UserError, match="DeepSpeed config zero9: does not exist"):
         Strategy.read("zero9")
+
+
+def test_frozen_weights_a_running_average_and_offloading_count():
+    two, half = Strategy.read("zero2"), Weights(1000, 500)
+    plain = states_memory(Weights(1000, 1000), two, 2, "bf16")
+    frozen = states_memory(half, two, 2, "bf16")
+    assert frozen["weights"] == plain["weights"] and frozen["optimizer"] == plain["optimizer"] / 2
+    assert states_memory(half, two, 2, "bf16", ema=True)["optimizer"] == frozen["optimizer"] + 4 * 250
+    assert traffic(two, half, 2, 1, "bf16").sent == 0.5 * 2 * (2 + 1) * 500
+    offloaded = states_memory(half, Strategy.read("zero2-offload"), 2, "bf16")
+    assert offloaded["host"] == frozen["optimizer"] + frozen["gradients"]
+    assert offloaded["weights"] == frozen["weights"] and offloaded["optimizer"] == 0
+
+
+def test_a_recipe_that_recomputes_or_freezes_costs_accordingly(tmp_path):
+    recipe = sized_recipe(write_recipe(tmp_path, "lm", **SIZES))
+    _, _, plain = DryRun(recipe, VOCABULARY, "fp32").step(1024, False)
+    _, _, again = DryRun(recipe, VOCABULARY, "fp32").step(1024, True)
+    assert again.activations < plain.activations
+    assert again.training == plain.training + plain.operations.by_part()["backbone"]
+    recipe.optimizer.parts = {"model.model.decoder.layers": {"freeze": True}}
+    model, _, step = DryRun(recipe, VOCABULARY, "fp32").step(1024, False)
+    weights = gathered_weights(model, step.calls, Strategy.read("zero1"), 1)
+    layers = sum(p.numel() for p in model.model.model.decoder.layers.parameters())
+    assert weights.trained == weights.all - layers
