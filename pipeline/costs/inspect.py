@@ -234,6 +234,9 @@ class DryRun:
             model = new_model(self.recipe, self.vocabulary, {})
             parameter_groups(model, self.recipe.optimizer)  # freezes what the recipe freezes
             model = _converted(model, DTYPES[self.dtype]).train()
+            for module in model.modules():
+                # Older transformers draw a number for each layer even at 0, and a fake tensor has no value.
+                module.training &= not hasattr(module, "layerdrop")
             return model, batch, dry_step(model, batch, checkpointing)
 
 

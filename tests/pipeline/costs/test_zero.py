@@ -122,7 +122,7 @@ def test_strategies_are_read_from_their_files(tmp_path):
     assert Strategy.read("zero2+fp16").stage == 2
     with pytest.raises(UserError, match=r"--strategy zero3-plusplus: ZeRO\+\+ has no estimate"):
         Strategy.read("zero3-plusplus")
-    with pytest.raises(UserError, match="DeepSpeed config zero9: does not exist"):
+    with pytest.raises(UserError, match="DeepSpeed config zero9 does not exist"):
         Strategy.read("zero9")
 
 
