@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Many, Natural, Positive
 from data_prep.common.errors import log
-from pipeline.cli.options import Int8, Json, Output, answer, app
+from pipeline.cli.options import Int8, Json, Output, Overrides, answer, app
 
 SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
 CUT = Parameter(group=Group("With --text"))
@@ -209,3 +209,19 @@ def check(
     report = check_folder(model, documents, seed, tolerance)
     answer(report, json, format_report)
     return 0 if report["passed"] else 1
+
+
+@app.command(name="lm-eval", group="Evaluate")
+def lm_eval(*words: Overrides, model: str) -> None:
+    """Evaluate on the tasks of lm-evaluation-harness; all other arguments are those of its command
+    (docs/evaluation.md).
+
+    example:
+      sllm lm-eval --model demo/models/sllm --tasks sllm_cloze,sllm_next_sentence,sllm_sentence_order
+
+    Args:
+        model: exported SLLM, or the folder of a token-level model
+    """
+    from pipeline.interop import harness
+
+    harness.run(model, words)

@@ -52,22 +52,25 @@ from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.losses import LossSums
 from pipeline.models.sllm import SLLM, SLLMConfig
 
-# Settings of `generate` that a sentence-level model cannot follow, and the values that ask for nothing.
+# Settings of `generate` that a sentence-level model cannot follow, and values that ask for nothing (None does).
 REFUSED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
-    "use_cache": (None, True),
-    "penalty_alpha": (None,),
-    "dola_layers": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "cache_implementation": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "watermarking_config": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "token_healing": (None, False),  # always done, by the writer
-    "output_scores": (None, False),
-    "output_logits": (None, False),
-    "output_attentions": (None, False),
-    "output_hidden_states": (None, False),
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "constraints": (),
+    "force_words_ids": (),
+    "use_cache": (True,),
+    "penalty_alpha": (),
+    "dola_layers": (),
+    "prompt_lookup_num_tokens": (),
+    "cache_implementation": (),
+    "guidance_scale": (1,),
+    "watermarking_config": (),
+    "exponential_decay_length_penalty": (),
+    "token_healing": (False,),  # always done, by the writer
+    "output_scores": (False,),
+    "output_logits": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
 }
 # Arguments of `generate` that do not come with the settings.
 REFUSED_INPUTS = (
@@ -182,6 +185,7 @@ class SentenceGenerationMixin(GenerationMixin):
 
     text_tokenizer: Tokenizer | None = None
     config: Any
+    _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Continue token ids as every causal LM does, or a text (`SLLM.generate`).
@@ -196,22 +200,18 @@ class SentenceGenerationMixin(GenerationMixin):
         if isinstance(inputs, str) or "prompt" in kwargs:
             prompt = kwargs.pop("prompt", inputs)
             return super(GenerationMixin, self).generate(prompt, *args, **kwargs)  # type: ignore[misc]
-        for name in REFUSED_INPUTS:
-            if kwargs.get(name) is not None:
-                raise UserError(f"generate: {name} has no meaning for a sentence-level model: leave it out")
+        settings = kwargs.get("generation_config") or next(iter(args), None) or self.generation_config
+        given = {name: kwargs.get(name, getattr(settings, name, None)) for name in REFUSED}
+        given |= {name: kwargs.get(name) for name in REFUSED_INPUTS}
+        for name, value in given.items():
+            if value is not None and value not in REFUSED.get(name, ()):
+                value = f"={value!r}" if name in REFUSED else ""
+                raise UserError(f"generate: {name}{value} has no meaning for a sentence-level model")
         return super().generate(inputs, *args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         model_kwargs.pop("seed", None)
         super()._validate_model_kwargs(model_kwargs)
-
-    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, given: dict[str, Any]) -> None:
-        for name, allowed in REFUSED.items():
-            if (value := getattr(config, name, None)) not in allowed:
-                raise UserError(f"generate: {name}={value!r} has no meaning for a sentence-level model")
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise UserError(f"generate: {mode.value} has no meaning for a sentence-level model")
-        super()._validate_generation_mode(mode, config, given)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """The writer keeps its own cache."""

@@ -49,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     tokenizers = {"bpe": byte_level(root / "bpe-tokenizer"), "pieces": sentence_piece(root / "sp-tokenizer")}
     for name, tokenizer in tokenizers.items():
-        sllm: Any = small_model("sllm", load_tokenizer(tokenizer), noise=0.4)
+        sllm: Any = small_model("sllm", load_tokenizer(tokenizer), noise=0.4, max_tokens=12)
         sllm.stop_head.bias.data.fill_(0.5)  # documents end early and late
         sllm.stop_head.weight.data.mul_(0.2)
         save(sllm, root / f"sllm-{name}", tokenizer)

@@ -1,0 +1,41 @@
+"""`sllm lm-eval`: lm-evaluation-harness's own command line with a model folder and the local tasks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.common.errors import UserError, first_line
+from data_prep.common.extras import import_extra
+
+TASKS = Path(__file__).with_name("tasks")
+
+
+def run(model: str, words: Sequence[str]) -> None:
+    """Evaluate a model folder; `words` are the harness's own arguments.
+
+    Raises: UserError for a folder that cannot be evaluated, and for what the harness refuses.
+    """
+    import_extra("lm_eval", "lm-eval")
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    # Importing it registers the model.
+    from pipeline.interop import lm_eval_model  # noqa: F401
+
+    setup_logging()
+    cli = HarnessCLI()
+    if not words or words[0] not in ("run", "ls", "validate"):
+        words = ("run", *words)
+    sys.argv = ["sllm lm-eval", *words]
+    arguments = cli.parse_args()
+    if arguments.command == "run":
+        arguments.model = "sllm"
+        arguments.model_args = {**(arguments.model_args or {}), "pretrained": model}
+        theirs = arguments.include_path
+        arguments.include_path = [str(TASKS), *([theirs] if theirs else [])]
+    try:
+        cli.execute(arguments)
+    except ValueError as error:
+        raise UserError(f"lm_eval: {first_line(error)}") from error
