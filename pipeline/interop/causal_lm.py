@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -52,7 +51,7 @@ from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.losses import LossSums
 from pipeline.models.sllm import SLLM, SLLMConfig
 
-# Settings of `generate` that a sentence-level model cannot follow, and values that ask for nothing (None does).
+# Settings of `generate` that a sentence-level model cannot follow, and values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),

@@ -41,7 +41,7 @@ def cloze(text: str | None = None, **_: Any) -> DatasetDict:
 
 
 def next_sentence(text: str | None = None, **_: Any) -> DatasetDict:
-    """Which of four sentences comes next: `context`, `choices`, `label`. The others are of other documents."""
+    """Which of four sentences comes next: `context`, `choices`, `label`. Three are of other documents."""
     documents = [sentences for sentences in _documents(text) if len(sentences) > CONTEXT]
     items, rng = [], random.Random(0)
     for number, sentences in enumerate(documents):
