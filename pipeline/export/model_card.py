@@ -121,8 +121,8 @@ def _given_results(run_dir: Path, ours: dict[str, Any]) -> dict[str, dict[str, A
         same = all(origin.get(key) == ours.get(key) for key in _WEIGHTS)
         if result["kind"] != ours["recipe"]["objective"] or not same:
             raise UserError(
-                f"{path} measured {result['model']}, which does not hold {ours['checkpoint']} of this run as exported "
-                f"here: remove it, or measure that export again and rerun the export"
+                f"{path} measured {result['model']}, which does not hold {ours['checkpoint']} of this run as "
+                "exported here: remove it, or measure that export again and rerun the export"
             )
         found[path.stem] = result
     return found

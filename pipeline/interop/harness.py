@@ -22,11 +22,15 @@ def run(model: str, words: Sequence[str]) -> None:
     from lm_eval.utils import setup_logging
 
     # Importing it registers the model.
-    from pipeline.interop import lm_eval_model  # noqa: F401
+    from pipeline.interop.lm_eval_model import require_predictions
 
+    # Before the harness reads its thousands of tasks.
+    require_predictions(model)
+    if not words:
+        raise UserError("--tasks is missing: `sllm lm-eval --model DIR ls tasks` lists the tasks")
     setup_logging()
     cli = HarnessCLI()
-    if not words or words[0] not in ("run", "ls", "validate"):
+    if words[0] not in ("run", "ls", "validate"):
         words = ("run", *words)
     sys.argv = ["sllm lm-eval", *words]
     arguments = cli.parse_args()

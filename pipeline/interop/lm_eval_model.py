@@ -8,9 +8,11 @@ ends inside a sentence or a token.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from data_prep.common.errors import UserError, log
 from data_prep.common.language import detect_language
+from data_prep.text.hugging_face import write_hugging_face
 from pipeline.data.windows import document_spans
 from pipeline.evaluation.evaluate import batches, load, score, sentence_settings, window_limit
 from pipeline.evaluation.scores import STOP, Window, document_windows
@@ -29,6 +32,7 @@ from pipeline.generation.api import generate_many
 from pipeline.generation.results import Limits
 from pipeline.generation.sampling import Sampling
 from pipeline.interop.texts import cut_text
+from pipeline.models.folders import KINDS, read_config
 from pipeline.models.inference import lay_out
 
 DEFAULT_BATCH = 8  # texts generated at once
@@ -225,10 +229,22 @@ class FolderLM(LM):
     def _hugging_face(self) -> Any:
         """The harness's own model, of the same folder."""
         from lm_eval.models.huggingface import HFLM
+        from transformers import AutoTokenizer
 
+        folder, tokenizer = self._loaded.folder, self._loaded.tokenizer
         device = str(next(self._model.parameters()).device)
-        folder = self._loaded.folder
-        return HFLM(folder, tokenizer=self.tokenizer_name, device=device, batch_size=self._batch_size)
+        own = None
+        if tokenizer.folder != Path(folder):  # folders of earlier releases have no tokenizer at the root
+            with tempfile.TemporaryDirectory() as made:
+                write_hugging_face(tokenizer, made)
+                own = AutoTokenizer.from_pretrained(made)
+        return HFLM(folder, tokenizer=own, device=device, batch_size=self._batch_size)
+
+
+def require_predictions(folder: str | Path) -> None:
+    """Raises: UserError for a folder whose model predicts no text."""
+    if KINDS.get(read_config(folder).get("model_type", "")) == "vae":
+        raise UserError(f"model folder {folder}: a SentenceVAE rebuilds sentences and predicts no text")
 
 
 def _settings(given: dict[str, Any]) -> tuple[Sampling, Limits]:

@@ -35,7 +35,7 @@ def cloze(text: str | None = None, **_: Any) -> DatasetDict:
         words = last.rstrip(" .!?").split(" ")
         if len(before) >= CONTEXT and len(words) > 3 and WORDS.fullmatch(words[-1]):
             context = "".join(before[-CONTEXT:]) + last[: last.rindex(words[-1])].rstrip()
-            if words[-1] in context.split():
+            if words[-1] in WORDS.findall(context):
                 items.append({"context": context, "answer": " " + words[-1]})
     return _as_test_split(items)
 
