@@ -1,8 +1,9 @@
 """An SLLM as `AutoModelForCausalLM` gives it: token ids in, token ids out.
 
 `generate` of ids takes what Hugging Face documents for every causal LM. Transformers prepares lengths, logits
-processors, stopping criteria and the streamer; our own loop (`generation.writer`) chooses the ids. A sentence
-end is no id: processors neither see it nor forbid it. The end-of-text id stands for the document's end.
+processors, stopping criteria and the streamer; our own loop (`generation.writer`) chooses the ids. The
+end-of-text id is the document's end. A sentence end is no id: logits processors see it in the column of the
+end-of-text id and cannot forbid it.
 
 `generate("text")` is the text API of `SLLM.generate`: the type of the first argument decides.
 """
@@ -39,6 +40,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import keep_umask
+from data_prep.text.hugging_face import write_hugging_face
 from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.batch import Batch, build_batch
@@ -120,7 +122,11 @@ class IdGuide:
         if not self._processors[number]:
             return logits_V
         adjusted_V = self._process(number, logits_V.clone()).clone()
-        adjusted_V[self._end] = logits_V[self._end]
+        if adjusted_V[self._end].isneginf():
+            # The id is forbidden, not the sentence end: it keeps its distance from the likeliest id.
+            best = adjusted_V.argmax()
+            shift = adjusted_V[best] - logits_V[best]
+            adjusted_V[self._end] = logits_V[self._end] + (shift if shift.isfinite() else 0.0)
         if adjusted_V.isneginf().all():
             raise UserError("generate: the logits processors leave no id to choose")
         return adjusted_V
@@ -308,6 +314,8 @@ class SentenceGenerationMixin(GenerationMixin):
             ends = len(ids) > 1 and int(ids[-1]) == self.config.eos_token_id
             ids, counts = ids[: len(ids) - ends], counts[: len(ids) - ends].cpu().numpy()
             text = decode_ids(ids, f"row {row} of input_ids", tokenizer)
+            if not text:
+                continue
             tokens_T, lengths_S = cut_text(text, tokenizer, cut)
             # The text's own tokens may differ from the ids given: a token counts where its last byte does.
             id_of_T = np.searchsorted(
@@ -317,6 +325,8 @@ class SentenceGenerationMixin(GenerationMixin):
             counted_T.append(counts[id_of_T])
             *inner, last = document_spans(tokens_T, lengths_S, self.config.window_tokens)
             spans += [*inner, replace(last, document_end=ends)]
+        if not spans:
+            raise UserError("forward: input_ids hold no text")
         losses = self(build_batch(spans).to(input_ids.device))
         is_counted_T = torch.from_numpy(np.concatenate(counted_T)).to(input_ids.device)
         tokens = int(is_counted_T.sum())
@@ -335,9 +345,13 @@ class SentenceGenerationMixin(GenerationMixin):
         return (loss,) if return_dict is False else CausalLMOutput(loss=loss)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As Hugging Face's; the files keep the umask."""
+        """As Hugging Face's, with the exact tokenizer; the files keep the umask."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         keep_umask(Path(save_directory))
+        if self.text_tokenizer is not None or self.name_or_path:
+            tokenizer = self._exact_tokenizer()
+            tokenizer.save(Path(save_directory) / "tokenizer")
+            write_hugging_face(tokenizer, save_directory)
 
 
 class SLLMForCausalLM(SentenceGenerationMixin, SLLM):  # type: ignore[misc]

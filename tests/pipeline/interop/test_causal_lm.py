@@ -200,6 +200,20 @@ def test_documented_processors(lm: Loaded) -> None:
     assert len(set(twice)) == len(twice)
 
 
+@pytest.mark.parametrize("shifted", [lambda x: x.log_softmax(-1), lambda x: x + 7])
+def test_processors_that_move_all_scores_change_nothing(lm: Loaded, shifted: Any) -> None:
+    class Move(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return shifted(scores)
+
+    kept = LogitsProcessorList([Move()])
+    # Prompts whose last tokens are kept with and without a processor.
+    for prompt in ("It was a bright cold day in April.", "It ends here."):
+        for more in ({}, {"bad_words_ids": [[lm.tokenizer.eos_token_id]]}):
+            free = lm(prompt, max_new_tokens=20, **more)
+            assert torch.equal(lm(prompt, max_new_tokens=20, logits_processor=kept, **more), free)
+
+
 class AfterThree(StoppingCriteria):
     def __init__(self, length: int):
         self.length = length
@@ -257,7 +271,6 @@ def test_generation_config(lm: Loaded, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "generation_config.json").read_text())
     (tmp_path / "generation_config.json").write_text(json.dumps({**config, "max_new_tokens": 3}))
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-    again.text_tokenizer = getattr(lm.model, "text_tokenizer", None)
     out = again.generate(**given, eos_token_id=-1)
     assert out.shape[1] == given["input_ids"].shape[1] + 3
 
