@@ -43,8 +43,8 @@ def decode_ids(ids: Tensor, where: str, tokenizer: Tokenizer) -> str:
     if not has_text[first:].all():
         place = first + int(has_text[first:].argmin())
         raise UserError(
-            f"{where}: control symbol {numbers[place]} at place {place}, inside the text: give one document "
-            "that goes on, and an attention_mask of 0 where it is padded"
+            f"{where}: control symbol {numbers[place]} at place {place}, inside the text: give one "
+            "unfinished document, and an attention_mask of 0 where it is padded"
         )
     try:
         return tokenizer.decode_bytes(numbers[first:]).decode("utf-8")
