@@ -88,15 +88,16 @@ def test_a_token_model_scores_as_the_harness_does(folders: dict[str, Path], name
         assert mine[0] == pytest.approx(other[0], rel=1e-4) and mine[1] == other[1]
     contexts = [(text, {"until": ["e"], "max_gen_toks": 5}) for text, _ in PAIRS if text]
     assert written(ours, *contexts) == written(theirs, *contexts)
-    # Theirs leaves the end of the document out.
+    # Theirs leaves the end of the document out, and would score a start symbol of the tokenizer's.
+    theirs = HFLM(str(folders[name]), device="cpu", add_bos_token=False)
     model: Any = theirs.model
+    start, end = theirs.tokenizer.bos_token_id, theirs.tokenizer.eos_token_id
     for text, mine, other in zip(
         TEXTS[:3], rolled(ours, *TEXTS[:3]), rolled(theirs, *TEXTS[:3]), strict=True
     ):
         with torch.no_grad():
-            logits = model(torch.tensor([theirs.tok_encode(text)])).logits[0, -1]
-        end = logits.log_softmax(-1)[theirs.tokenizer.eos_token_id].item()
-        assert mine == pytest.approx(other + end, rel=1e-4)
+            logits = model(torch.tensor([[start, *theirs.tok_encode(text)]])).logits[0, -1]
+        assert mine == pytest.approx(other + logits.log_softmax(-1)[end].item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -166,9 +167,8 @@ def test_local_tasks_are_made_from_documents(tmp_path: Path) -> None:
     cloze = local_tasks.cloze(text)["test"]
     assert {(row["context"][-6:], row["answer"]) for row in cloze} >= {("to the", " house")}
     for row in local_tasks.next_sentence(text)["test"]:
-        (document,) = (d for d in documents if d.startswith(row["context"]))
-        assert len(row["choices"]) == 4
-        assert document.startswith(f"{row['context']} {row['choices'][row['label']]}")
+        (document,) = (d for d in documents if row["context"] in d)
+        assert len(row["choices"]) == 4 and f"{row['context']} {row['choices'][row['label']]}" in document
     for row in local_tasks.sentence_order(text)["test"]:
         assert any(f"{row['context']} {row['choices'][row['label']]}" in document for document in documents)
     assert local_tasks.cloze(text)["test"].to_list() == cloze.to_list()
