@@ -32,13 +32,15 @@ def run(model: str, words: Sequence[str]) -> None:
     cli = HarnessCLI()
     if words[0] not in ("run", "ls", "validate"):
         words = ("run", *words)
-    sys.argv = ["sllm lm-eval", *words]
-    arguments = cli.parse_args()
+    ours, sys.argv = sys.argv, ["sllm lm-eval", *words]
+    try:
+        arguments = cli.parse_args()
+    finally:
+        sys.argv = ours
+    arguments.include_path = [str(TASKS), *filter(None, [arguments.include_path])]
     if arguments.command == "run":
         arguments.model = "sllm"
         arguments.model_args = {**(arguments.model_args or {}), "pretrained": model}
-        theirs = arguments.include_path
-        arguments.include_path = [str(TASKS), *([theirs] if theirs else [])]
     try:
         cli.execute(arguments)
     except ValueError as error:
