@@ -74,11 +74,10 @@ class FolderLM(LM):
         super().__init__()
         if others:
             raise UserError(f"--model_args {next(iter(others))}: unknown to the models of this project")
+        require_predictions(pretrained)
         self._loaded = load(str(pretrained), int8)
-        if self._loaded.kind == "vae":
-            raise UserError(
-                f"model folder {pretrained}: a SentenceVAE rebuilds sentences and predicts no text"
-            )
+        if device and device.startswith("cuda") and not torch.cuda.is_available():  # the harness's default
+            device = None
         self._model = self._loaded.model if device is None else self._loaded.model.to(device)
         self._batch_size = int(batch_size) if str(batch_size).isdigit() else DEFAULT_BATCH
         self._batch_tokens = int(batch_tokens)
