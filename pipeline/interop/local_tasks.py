@@ -28,15 +28,14 @@ WORDS = re.compile(r"[^\W\d_]{3,}")
 
 
 def cloze(text: str | None = None, **_: Any) -> DatasetDict:
-    """The last word of a paragraph that has the word before: `context`, `answer`."""
+    """The last word of a sentence that stands before it, too: `context`, `answer`."""
     items = []
     for sentences in _documents(text):
-        *before, last = sentences
-        words = last.rstrip(" .!?").split(" ")
-        if len(before) >= CONTEXT and len(words) > 3 and WORDS.fullmatch(words[-1]):
-            context = "".join(before[-CONTEXT:]) + last[: last.rindex(words[-1])].rstrip()
-            if words[-1] in WORDS.findall(context):
-                items.append({"context": context, "answer": " " + words[-1]})
+        for at in range(CONTEXT, len(sentences)):
+            words = sentences[at].rstrip(" .!?").split(" ")
+            before = "".join(sentences[at - CONTEXT : at]) + " ".join(words[:-1])
+            if len(words) > 3 and WORDS.fullmatch(words[-1]) and words[-1] in WORDS.findall(before):
+                items.append({"context": before.rstrip(), "answer": f" {words[-1]}"})
     return _as_test_split(items)
 
 
@@ -45,32 +44,31 @@ def next_sentence(text: str | None = None, **_: Any) -> DatasetDict:
     documents = [sentences for sentences in _documents(text) if len(sentences) > CONTEXT]
     items, rng = [], random.Random(0)
     for number, sentences in enumerate(documents):
-        at = rng.randrange(CONTEXT, len(sentences))
-        right = sentences[at].strip()
         others = [n for n in range(len(documents)) if n != number]
-        wrong = [rng.choice(documents[n]).strip() for n in rng.sample(others, min(len(others), CHOICES - 1))]
-        choices = [right, *wrong]
-        if len({*choices}) == CHOICES:
-            rng.shuffle(choices)
-            context = "".join(sentences[at - CONTEXT : at]).rstrip()
-            items.append({"context": context, "choices": choices, "label": choices.index(right)})
-    return _as_test_split(items)
+        for at in range(CONTEXT, len(sentences), CONTEXT + 1):
+            drawn = rng.sample(others, min(len(others), CHOICES - 1))
+            wrong = [rng.choice(documents[n][1:]).strip() for n in drawn]
+            items.append(_choice(sentences, at, sentences[at].strip(), wrong, rng))
+    return _as_test_split([item for item in items if len({*item["choices"]}) == CHOICES])
 
 
 def sentence_order(text: str | None = None, **_: Any) -> DatasetDict:
-    """Whether two sentences are in their order: `context`, `choices` (both orders), `label`."""
+    """Which order of two sentences is the right one: `context`, `choices`, `label`."""
     items, rng = [], random.Random(0)
     for sentences in _documents(text):
-        if len(sentences) > CONTEXT + 1:
-            at = rng.randrange(CONTEXT, len(sentences) - 1)
+        for at in range(CONTEXT, len(sentences) - 1, CONTEXT + 2):
             first, second = sentences[at].strip(), sentences[at + 1].strip()
-            if first != second:
-                choices = [f"{first} {second}", f"{second} {first}"]
-                label = rng.randrange(2)
-                choices = choices if label == 0 else choices[::-1]
-                context = "".join(sentences[at - CONTEXT : at]).rstrip()
-                items.append({"context": context, "choices": choices, "label": label})
-    return _as_test_split(items)
+            items.append(_choice(sentences, at, f"{first} {second}", [f"{second} {first}"], rng))
+    return _as_test_split([item for item in items if len({*item["choices"]}) == 2])
+
+
+def _choice(
+    sentences: list[str], at: int, right: str, wrong: list[str], rng: random.Random
+) -> dict[str, Any]:
+    choices = [right, *wrong]
+    rng.shuffle(choices)
+    context = "".join(sentences[at - CONTEXT : at]).strip()
+    return {"context": context, "choices": choices, "label": choices.index(right)}
 
 
 def _as_test_split(items: list[dict[str, Any]]) -> DatasetDict:
