@@ -160,7 +160,7 @@ def test_texts_are_those_of_sllm_generate(folders: dict[str, Path]) -> None:
 
 def test_local_tasks_are_made_from_documents(tmp_path: Path) -> None:
     documents = [
-        f"The {w} is here. It stands near a wall. Many see it. Most like the {w}. Then all go to the {w}."
+        f"The {w} is here. A {w} stands still. Many see the {w}. Most like the {w}. Then all go to the {w}."
         for w in ("house", "tower", "river", "garden", "street")
     ]
     text = write_jsonl(tmp_path / "documents.jsonl", documents)
