@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -144,7 +145,7 @@ def _mean(all_parts: list[Parts]) -> Callable[[str], Tensor]:
         tensor = newest.tensor(name)
         if not tensor.is_floating_point():
             return tensor
-        return sum(parts.tensor(name).double() for parts in all_parts) / len(all_parts)
+        return torch.stack([parts.tensor(name).double() for parts in all_parts]).mean(0)
 
     return mean
 

@@ -190,6 +190,8 @@ class SentenceGenerationMixin(GenerationMixin):
 
     text_tokenizer: Tokenizer | None = None
     config: Any
+    name_or_path: str
+    training: bool
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
     def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -212,11 +214,11 @@ class SentenceGenerationMixin(GenerationMixin):
             if value is not None and value not in REFUSED.get(name, ()):
                 value = f"={value!r}" if name in REFUSED else ""
                 raise UserError(f"generate: {name}{value} has no meaning for a sentence-level model")
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         model_kwargs.pop("seed", None)
-        super()._validate_model_kwargs(model_kwargs)
+        super()._validate_model_kwargs(model_kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """The writer keeps its own cache."""
@@ -271,7 +273,7 @@ class SentenceGenerationMixin(GenerationMixin):
         for row, ids in enumerate(new):
             sequences[row, width : width + len(ids)] = ids
         if generation_config.return_dict_in_generate:
-            return GenerateDecoderOnlyOutput(sequences=sequences)
+            return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
         return sequences
 
     def _exact_tokenizer(self) -> Tokenizer:
@@ -312,7 +314,7 @@ class SentenceGenerationMixin(GenerationMixin):
         rows = zip(unpadded(input_ids, attention_mask), unpadded(counted, attention_mask), strict=True)
         for row, (ids, counts) in enumerate(rows):
             ends = len(ids) > 1 and int(ids[-1]) == self.config.eos_token_id
-            ids, counts = ids[: len(ids) - ends], counts[: len(ids) - ends].cpu().numpy()
+            ids = ids[: len(ids) - ends]
             text = decode_ids(ids, f"row {row} of input_ids", tokenizer)
             if not text:
                 continue
@@ -322,12 +324,12 @@ class SentenceGenerationMixin(GenerationMixin):
                 np.cumsum(tokenizer.byte_lengths[ids.cpu().numpy()]),
                 np.cumsum(tokenizer.byte_lengths[tokens_T]),
             )
-            counted_T.append(counts[id_of_T])
+            counted_T.append(counts.cpu().numpy()[id_of_T])
             *inner, last = document_spans(tokens_T, lengths_S, self.config.window_tokens)
             spans += [*inner, replace(last, document_end=ends)]
         if not spans:
             raise UserError("forward: input_ids hold no text")
-        losses = self(build_batch(spans).to(input_ids.device))
+        losses: Any = self.forward(build_batch(spans).to(input_ids.device))
         is_counted_T = torch.from_numpy(np.concatenate(counted_T)).to(input_ids.device)
         tokens = int(is_counted_T.sum())
         if self.training and torch.is_grad_enabled():
