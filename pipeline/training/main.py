@@ -155,7 +155,7 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
             if run.evaluation_due:
                 run.evaluate()
             if run.save_due or sums.stop:
-                run.save()
+                run.save(wait=run.finished or bool(sums.stop))
             if sums.stop and not run.finished:
                 run.log.say(
                     f"stopped by a signal after step {run.state.step}, saved: start the same command again"

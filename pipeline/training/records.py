@@ -23,6 +23,7 @@ class StepSums:
     bins: float  # scored batches
     bins_digest: float  # the sum of their digests; exact, because it is whole and below 2^53
     stop: float  # ranks that were asked to stop
+    saving: float  # ranks whose thread still writes a checkpoint
     unwritten: float  # ranks that could not write their records or trace
     wait_seconds: list[float]  # by rank
     operation_seconds: list[float]  # by rank: seconds per multiply-add in the step before; 0: unknown

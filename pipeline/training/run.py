@@ -22,7 +22,8 @@ import torch
 
 from data_prep.common.errors import say
 from data_prep.common.files import read_json, write_atomically
-from pipeline.checkpoints import loading, saving, store
+from pipeline.checkpoints import loading, store
+from pipeline.checkpoints.saving import Saver
 from pipeline.checkpoints.store import Meta
 from pipeline.config.deepspeed_config import (
     COMMS,
@@ -124,6 +125,8 @@ class TrainingRun:
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
         require_valid(self.config)
         self.engine = Engine(model, recipe, self.config, device)
+        background, on_gpu = recipe.checkpoints.background, device.type == "cuda"
+        self._saver = Saver(self.run_dir, recipe.training.keep, background, on_gpu, self._published)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
         self._watchdog.heartbeat("building the model")
@@ -258,10 +261,11 @@ class TrainingRun:
         return self._loader.next_step()
 
     def compute(self, step: Step, stop_wanted: bool) -> StepSums:
-        """Forward and backward, then the step's one all-reduce of figures, of the request to stop and of
-        write errors. Every rank gets the same sums, by name.
+        """Forward and backward, then the step's one all-reduce of figures, of the request to stop, of write
+        errors and of checkpoints in flight. Every rank gets the same sums, by name.
 
-        Raises AgreedError on every rank when one could not write its records or trace of the step before.
+        Raises AgreedError on every rank when one could not write its records or trace of the step before, or
+        its part of a checkpoint.
         """
         nats = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
@@ -275,6 +279,7 @@ class TrainingRun:
             "bins": len(scored),
             "bins_digest": step.digest,
             "stop": stop_wanted,
+            "saving": self._saver.busy,
             "unwritten": self._unwritten is not None,
         }
         by_rank = {"wait_seconds": step.wait_seconds, "operation_seconds": self._seconds_per_operation}
@@ -282,7 +287,10 @@ class TrainingRun:
         if sums.unwritten:  # every rank knows that there is an error; `agree` says whose and which
             says = f"after step {self.state.step}: rank {{rank}} cannot write its log or trace: {{message}}; "
             says += "checkpoints are whole: make room and start the same command again"
+            self._saver.finish()
             agree(self._unwritten, says=says)
+        if self._saver.in_flight and not sums.saving:
+            self._saver.proceed()
         seconds = self.engine.own_seconds()
         self._seconds_per_operation = seconds / computed if seconds and computed else 0.0
         return sums
@@ -325,6 +333,7 @@ class TrainingRun:
     def _diverged(self, why: str) -> AgreedError:
         """The error that ends a run whose weights are bad. It names the last checkpoint from before them: a
         later step was accepted, or its own evaluation was finite."""
+        self._saver.finish()
         state, steps = self.state, store.steps_of_whole(self.run_dir)
         best = state.best["step"] if state.best else None
         good = [step for step in steps if step < state.step - state.guard.in_row or step == best]
@@ -389,24 +398,24 @@ class TrainingRun:
         self._watchdog.heartbeat("an evaluation")
         self._clock = time.perf_counter()  # not part of the next step's time
 
-    def save(self) -> None:
-        """Write a checkpoint, make it current, remove the oldest.
+    def save(self, wait: bool) -> None:
+        """Start a checkpoint, which will become current; then the oldest is removed. wait: until then.
 
-        Raises AgreedError on every rank when the weights are not finite.
+        Raises AgreedError on every rank when the weights are not finite, or one cannot write.
         """
         if not all(agree(None, self.engine.weights_are_finite())):
             raise self._diverged("the weights are not finite, nothing is saved")
         if self.finished and self._unmeasured:
             raise self._diverged("the validation loss is not finite, nothing is saved")
-        before = time.perf_counter()
-        keep = self.recipe.training.keep
-        saving.save(
-            self.engine.deepspeed, self.run_dir, self._meta(), keep, self.log.flush_to_disk, self._abandoned
-        )
+        self._saver.save(self.engine.deepspeed, self._meta(), self.log.flush_to_disk, self._abandoned)
         self._abandoned.discard(store.step_name(self.state.step))
-        self.log.save({"step": self.state.step, "save_seconds": time.perf_counter() - before})
+        if wait:
+            self._saver.finish()
         self._watchdog.heartbeat("a save")
         self._clock = time.perf_counter()
+
+    def _published(self, step: int, stall: float, seconds: float) -> None:
+        self.log.save({"step": step, "save_seconds": stall, "write_seconds": seconds})
 
     def _meta(self) -> Meta:
         return Meta(

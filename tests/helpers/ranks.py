@@ -227,6 +227,22 @@ def train_and_look(arguments: list[str]) -> tuple[int | str, bool, int]:
     return train(arguments), torch.distributed.is_initialized(), sum(read)
 
 
+def train_with_slow_writes(arguments: list[str], seconds: float, absent: int | None = None) -> Any:
+    """As `train_unless`, with a disk that takes `seconds` more for every file of a checkpoint."""
+    import time
+
+    from pipeline.checkpoints import saving
+
+    write_file = saving._Writer._write_file
+
+    def write_slowly(writer: Any, state_dict: Any, path: str) -> None:
+        time.sleep(seconds)
+        write_file(writer, state_dict, path)
+
+    _patch(saving._Writer, "_write_file", write_slowly)
+    return train_unless(arguments, absent)
+
+
 def train_in_folders(arguments: list[str], folders: list[str]) -> int | str:
     """As `train`, every rank in another working folder: with a relative --output_dir they share no disk."""
     os.chdir(folders[int(os.environ["RANK"])])
