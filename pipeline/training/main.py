@@ -25,6 +25,8 @@ from pipeline.parallel.ranks import Ranks, find_ranks
 from pipeline.parallel.signals import Stopped, StopSignals
 from pipeline.training.changes import changed_keys
 
+STOPPED_UPLOAD_SECONDS = 60.0  # after a signal: the time limit is two minutes away
+
 EXAMPLE = """\
 example:
   deepspeed --num_gpus 2 pipeline/train.py --config pipeline/recipes/demo-vae.yaml \\
@@ -160,8 +162,10 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
                 run.log.say(
                     f"stopped by a signal after step {run.state.step}, saved: start the same command again"
                 )
+                run.finish_uploads(STOPPED_UPLOAD_SECONDS)
                 stop.ignore()
                 return REQUEUE
+        run.finish_uploads()
     return 0
 
 

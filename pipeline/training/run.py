@@ -23,6 +23,7 @@ import torch
 from data_prep.common.errors import say
 from data_prep.common.files import read_json, write_atomically
 from pipeline.checkpoints import loading, store
+from pipeline.checkpoints.mirror import Mirror
 from pipeline.checkpoints.saving import Saver
 from pipeline.checkpoints.store import Meta
 from pipeline.config.deepspeed_config import (
@@ -106,6 +107,9 @@ class TrainingRun:
         joined()
         self._open.callback(leave)
         do_and_agree(lambda: self._open.enter_context(locked(self.run_dir)) if ranks.rank == 0 else None)
+        self._mirror: Mirror | None = None  # rank 0's
+        if recipe.checkpoints.upload:
+            do_and_agree(lambda: self._open_mirror() if ranks.rank == 0 else None)
         self._watchdog.heartbeat("the process group's start")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
@@ -126,7 +130,8 @@ class TrainingRun:
         require_valid(self.config)
         self.engine = Engine(model, recipe, self.config, device)
         background, on_gpu = recipe.checkpoints.background, device.type == "cuda"
-        self._saver = Saver(self.run_dir, recipe.training.keep, background, on_gpu, self._published)
+        held = self._mirror.held if self._mirror else tuple
+        self._saver = Saver(self.run_dir, recipe.training.keep, background, on_gpu, self._published, held)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
         self._watchdog.heartbeat("building the model")
@@ -136,6 +141,13 @@ class TrainingRun:
             self.validation = Validation(
                 sample, recipe.training.eval_bins, ranks, self.tokenizer.byte_lengths
             )
+
+    def _open_mirror(self) -> None:
+        self._mirror = Mirror(
+            self.recipe.checkpoints.upload, self.run_dir, lambda text: self.log.say(text)
+        )
+        if line := self._mirror.fetch():
+            say(line)
 
     def __enter__(self) -> TrainingRun:
         return self
@@ -416,6 +428,19 @@ class TrainingRun:
 
     def _published(self, step: int, stall: float, seconds: float) -> None:
         self.log.save({"step": step, "save_seconds": stall, "write_seconds": seconds})
+        if self._mirror:
+            self._mirror.add(store.step_name(step))
+
+    def finish_uploads(self, seconds: float = math.inf) -> None:
+        """Wait until the checkpoints are uploaded, and log which are not. A collective."""
+        end = time.monotonic() + seconds
+        while self.recipe.checkpoints.upload:
+            done = self._mirror is None or self._mirror.wait(5.0) or time.monotonic() > end
+            self._watchdog.heartbeat("a look at the uploads")
+            if all(agree(None, done)):
+                break
+        if self._mirror and (line := self._mirror.missing()):
+            self.log.say(line)
 
     def _meta(self) -> Meta:
         return Meta(

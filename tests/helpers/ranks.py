@@ -243,6 +243,34 @@ def train_with_slow_writes(arguments: list[str], seconds: float, absent: int | N
     return train_unless(arguments, absent)
 
 
+def train_with_dead_network(arguments: list[str], after_step: int) -> tuple[int | str, str]:
+    """As `train_and_listen`, with a store behind file:// that cannot be reached from a step's save on."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    from data_prep.common import remote
+    from pipeline.checkpoints.mirror import Mirror
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    def cut(*_: Any) -> None:
+        for name in ("put_file", "pipe_file", "ls", "rm", "cat_file", "info"):
+            _patch(LocalFileSystem, name, fail)
+
+    add = Mirror.add
+
+    def add_and_cut(mirror: Any, name: str) -> None:
+        if int(name.removeprefix("step-")) >= after_step:
+            cut()
+        add(mirror, name)
+
+    _patch(remote, "WAITS", (0.01, 0.01))
+    _patch(Mirror, "add", add_and_cut)
+    if not after_step:
+        cut()
+    return train_and_listen(arguments)
+
+
 def train_in_folders(arguments: list[str], folders: list[str]) -> int | str:
     """As `train`, every rank in another working folder: with a relative --output_dir they share no disk."""
     os.chdir(folders[int(os.environ["RANK"])])
