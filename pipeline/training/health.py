@@ -17,7 +17,8 @@ from pipeline.config.schema import HealthRecipe
 MEMORY = 50  # accepted steps that a spike is measured against
 FEWEST = 10  # accepted steps before a median is meaningful
 SPEED_STEPS = 20  # steps over which a rank must be slow
-SLOW = 1.3  # times the median
+SLOW = 1.25  # times the median: one that takes 1.3 times as long is named in spite of noise
+NOTABLE_WAIT = 0.1  # share of its time that a slow rank waits for data
 
 
 @dataclass
@@ -70,27 +71,36 @@ def _limit(recent: list[float], factor: float | None) -> float:
 class Speeds:
     """Finds a rank that is consistently slower than the others.
 
-    It compares each rank's own time (`Engine.own_seconds`, which excludes waiting) per multiply-add of its
-    bins, because ranks may hold different numbers of bins.
+    It compares each rank's own time, which excludes waiting for others, both as it is and per multiply-add,
+    and takes the smaller ratio: ranks may hold different numbers of bins, and part of the time is the same
+    for any number.
     """
 
     def __init__(self, hosts: list[str]):
         self._hosts = hosts
         self._recent: list[deque[float]] = [deque(maxlen=SPEED_STEPS) for _ in hosts]
+        self._data_waits: list[deque[float]] = [deque(maxlen=SPEED_STEPS) for _ in hosts]
         self._steps_to_silence = 0
 
-    def note(self, times: list[float]) -> tuple[int, float] | None:
-        """Record every rank's time per multiply-add of one step, 0 where unknown. Returns the slowest rank
-        and its time divided by the median; None when fewer than two are known."""
-        known = [time for time in times if time > 0]
+    def note(
+        self, seconds: list[float], operations: list[float], data_waits: list[float]
+    ) -> tuple[int, float] | None:
+        """Record one step: by rank its own seconds, its multiply-adds (0: it had none), and the seconds of
+        those that it waited for data. Returns the slowest rank and its time divided by the median, with two
+        ranks by the other's; None when fewer than two are known."""
+        known = [rank for rank, count in enumerate(operations) if count > 0 and seconds[rank] > 0]
         if len(known) < 2:
             return None
-        middle = statistics.median_low(known)
-        for recent, time_ in zip(self._recent, times, strict=True):
-            if time_ > 0:
-                recent.append(time_ / middle)
-        slowest = max(range(len(times)), key=times.__getitem__)
-        return slowest, times[slowest] / middle
+        middle = statistics.median_low(seconds[rank] for rank in known)
+        middle_rate = statistics.median_low(seconds[rank] / operations[rank] for rank in known)
+        ratios = {}
+        for rank in known:
+            rate = seconds[rank] / operations[rank]
+            ratios[rank] = min(seconds[rank] / middle, rate / middle_rate)
+            self._recent[rank].append(ratios[rank])
+            self._data_waits[rank].append(data_waits[rank] / seconds[rank])
+        slowest = max(known, key=ratios.__getitem__)
+        return slowest, ratios[slowest]
 
     def warning(self) -> str | None:
         """A line about the slowest rank when it has been slow for `SPEED_STEPS` steps; rarely repeated."""
@@ -99,10 +109,12 @@ class Speeds:
             return None
         usual = [statistics.median(r) if len(r) == SPEED_STEPS else 0.0 for r in self._recent]
         slowest = max(range(len(usual)), key=usual.__getitem__)
-        if usual[slowest] <= SLOW:
+        if usual[slowest] < SLOW:
             return None
         self._steps_to_silence = 10 * SPEED_STEPS
+        waits = statistics.median(self._data_waits[slowest])
+        data = f", {waits:.0%} of it waiting for data" if waits >= NOTABLE_WAIT else ""
         return (
             f"rank {slowest} ({self._hosts[slowest]}) takes {usual[slowest]:.1f} times the median rank's "
-            f"time for the same work, over the last {SPEED_STEPS} steps: all others wait for it"
+            f"time for the same work{data}, over the last {SPEED_STEPS} steps: all others wait for it"
         )

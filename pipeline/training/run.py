@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -56,6 +57,7 @@ from pipeline.training.validation import Validation
 from pipeline.training.warm_start import initialise
 from pipeline.training.watchdog import STACKS, STACKS_BEFORE, Watchdog
 
+SPEEDS = ("own_seconds", "own_operations", "communication_seconds")  # of each rank's step
 VALIDATION_SEED = 0  # all runs share the same sample of a validation set
 
 
@@ -114,7 +116,7 @@ class TrainingRun:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
         hosts = require_agreement(facts(recipe.to_dict(), strategy, self.provenance))
-        self._speeds, self._seconds_per_operation = Speeds(hosts), 0.0
+        self._speeds, self._last_step = Speeds(hosts), dict.fromkeys(SPEEDS, 0.0)
         torch.manual_seed(recipe.seed)
         model = new_model(recipe, self.tokenizer, shard_sets[0].settings.to_dict())
         if recipe.init_from:
@@ -294,7 +296,7 @@ class TrainingRun:
             "saving": self._saver.busy,
             "unwritten": self._unwritten is not None,
         }
-        by_rank = {"wait_seconds": step.wait_seconds, "operation_seconds": self._seconds_per_operation}
+        by_rank = {"wait_seconds": step.wait_seconds, **self._last_step}
         sums = StepSums(**sum_over_ranks(self.ranks, NATS, nats, figures, by_rank))
         if sums.unwritten:  # every rank knows that there is an error; `agree` says whose and which
             says = f"after step {self.state.step}: rank {{rank}} cannot write its log or trace: {{message}}; "
@@ -303,8 +305,9 @@ class TrainingRun:
             agree(self._unwritten, says=says)
         if self._saver.in_flight and not sums.saving:
             self._saver.proceed()
-        seconds = self.engine.own_seconds()
-        self._seconds_per_operation = seconds / computed if seconds and computed else 0.0
+        seconds = step.wait_seconds + self.engine.own_seconds()
+        figures_of_step = seconds, float(computed), self.engine.collectives.take()
+        self._last_step = dict(zip(SPEEDS, figures_of_step, strict=True))
         return sums
 
     def update(self, step: Step, sums: StepSums) -> None:
@@ -330,12 +333,13 @@ class TrainingRun:
         state.position = step.position
         state.consumed.add(step.bins_all)
         before, self._clock = self._clock, time.perf_counter()
-        self.log.step(self._step_record(step, sums, loss, update, self._clock - before))
+        record = self._step_record(step, sums, loss, update, self._clock - before)
+        self.log.step(record)
         if self._profiler:
             self._profiler.end(state.step)
         self._watchdog.heartbeat(f"step {state.step}")
-        if warning := self._speeds.warning():
-            self.log.say(warning)
+        if record.slow:
+            self.log.say(record.slow)
         if update.skipped and not rescaled:
             self.log.say(f"step {state.step:>7}  skipped on all ranks: {update.skipped}")
             if state.guard.in_row >= health.max_skips:
@@ -363,7 +367,20 @@ class TrainingRun:
     ) -> StepRecord:
         needed = TRAINING_FACTOR * (sums.computed - sums.padding) / self.ranks.world  # of one device
         waits = sums.wait_seconds
-        slowest_rank, slowest_ratio = self._speeds.note(sums.operation_seconds) or (None, None)
+        speeds: dict[str, Any] = {}
+        own, communication = sums.own_seconds, sums.communication_seconds
+        if found := self._speeds.note(own, sums.own_operations, waits):
+            slowest, ratio = found
+            speeds = {
+                "own_seconds": statistics.median(own),
+                "slowest_rank": slowest,
+                "slowest_seconds": own[slowest],
+                "slowest_ratio": ratio,
+                "slow": self._speeds.warning(),
+                "communication_seconds": statistics.median(communication),
+                "communication_max_seconds": max(communication),
+                "communication_rank": communication.index(max(communication)),
+            }
         return StepRecord(
             step=self.state.step,
             epoch=max(place.epoch for place in self.state.position.places),
@@ -383,8 +400,7 @@ class TrainingRun:
             data_wait_seconds=sum(waits) / len(waits),
             data_wait_max_seconds=max(waits),
             data_wait_rank=waits.index(max(waits)),
-            slowest_rank=slowest_rank,
-            slowest_ratio=slowest_ratio,
+            **speeds,
             grad_norm=update.grad_norm,
             lr=update.lr,
             skips=self.state.guard.skips,
@@ -408,6 +424,7 @@ class TrainingRun:
         seconds = time.perf_counter() - self._clock
         self.log.evaluation({"step": self.state.step, **figures, "best": is_best, "seconds": seconds})
         self._watchdog.heartbeat("an evaluation")
+        self.engine.collectives.take()  # of no step
         self._clock = time.perf_counter()  # not part of the next step's time
 
     def save(self, wait: bool) -> None:
@@ -424,6 +441,7 @@ class TrainingRun:
         if wait:
             self._saver.finish()
         self._watchdog.heartbeat("a save")
+        self.engine.collectives.take()
         self._clock = time.perf_counter()
 
     def _published(self, step: int, stall: float, seconds: float) -> None:

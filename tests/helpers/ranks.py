@@ -519,6 +519,46 @@ def train_with_a_slow_rank(arguments: list[str], rank: int) -> tuple[int | str, 
     return train_and_listen(arguments)
 
 
+def train_slowed(arguments: list[str], rank: int, more: float, where: str) -> tuple[int | str, str]:
+    """As `train_and_listen`, but `rank` sleeps `more` times its usual own time of a step, in the forward pass
+    or while it waits for data."""
+    import statistics
+    import time
+
+    from pipeline.data.loader import StepLoader
+    from pipeline.training.engine import Engine
+
+    compute, next_step, usual, slept = Engine.compute, StepLoader.next_step, [], [0.0]
+
+    def sleep() -> None:
+        slept[0] = more * statistics.median(usual[-15:] or [0.0])
+        time.sleep(slept[0])
+
+    def compute_slowly(engine: Any, step: Any) -> Any:
+        hook = engine.deepspeed.module.register_forward_pre_hook(lambda *_: sleep())
+        nats = compute(engine, step)
+        hook.remove()
+        usual.append(engine.own_seconds() - slept[0])
+        return nats
+
+    def compute_and_look(engine: Any, step: Any) -> Any:
+        nats = compute(engine, step)
+        usual.append(engine.own_seconds())
+        return nats
+
+    def wait_longer(loader: Any) -> Any:
+        step = next_step(loader)
+        sleep()
+        step.wait_seconds += slept[0]
+        return step
+
+    if os.environ["RANK"] == str(rank):
+        _patch(Engine, "compute", compute_slowly if where == "forward" else compute_and_look)
+        if where == "data":
+            _patch(StepLoader, "next_step", wait_longer)
+    return train_and_listen(arguments)
+
+
 def signal_twice_in_a_collective(folder: str) -> None:
     """Rank 0 waits in a barrier for rank 1, which sends it TERM twice and never joins."""
     import signal

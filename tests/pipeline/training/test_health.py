@@ -60,19 +60,56 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> 
         load_recipe("demo-vae", [f"--health.{key}={value}" for key, value in settings.items()])
 
 
+def note(speeds: Speeds, seconds: list[float], operations: list[float] | None = None) -> str | None:
+    speeds.note(seconds, operations or [1.0] * len(seconds), [0.0] * len(seconds))
+    return speeds.warning()
+
+
 def test_only_a_rank_that_stays_slow_is_named() -> None:
     speeds = Speeds(["a", "b", "c"])
     for step in range(100):
         slow = step % 3  # another one each time: noise
-        assert speeds.note([2.0 if rank == slow else 1.0 for rank in range(3)]) == (slow, 2.0)
+        seconds = [2.0 if rank == slow else 1.0 for rank in range(3)]
+        assert speeds.note(seconds, [1.0] * 3, [0.0] * 3) == (slow, 2.0)
         assert speeds.warning() is None
-    assert speeds.note([1.0, 0.0, 0.0]) is None  # a rank without bins has no figure
-    said = []
-    for _ in range(SPEED_STEPS + 5):
-        speeds.note([1.0, 1.0, 1.5])
-        said += [speeds.warning()]
+    assert speeds.note([1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0] * 3) is None  # ranks without bins
+    said = [note(speeds, [1.0, 1.0, 1.5]) for _ in range(SPEED_STEPS + 5)]
     [line] = [line for line in said if line]
-    assert line.startswith("rank 2 (c) takes 1.5 times the median rank's time")
+    assert line.startswith("rank 2 (c) takes 1.5 times the median rank's time for the same work, over")
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_of_two_ranks_each_is_compared_with_the_other(slow: int) -> None:
+    speeds = Speeds(["a", "b"])
+    lines = [note(speeds, [1.3 if rank == slow else 1.0 for rank in range(2)]) for _ in range(SPEED_STEPS)]
+    assert lines[:-1] == [None] * (SPEED_STEPS - 1)
+    assert lines[-1] is not None and lines[-1].startswith(f"rank {slow} (")
+
+
+def test_a_rank_with_more_bins_is_not_slow_and_one_with_fewer_neither() -> None:
+    speeds = Speeds(["a", "b", "c"])
+    for _ in range(3 * SPEED_STEPS):  # a tenth of a second for any number of bins
+        assert note(speeds, [2.1, 2.1, 1.1], [2.0, 2.0, 1.0]) is None
+    lines = [note(speeds, [2.1, 2.8, 1.1], [2.0, 2.0, 1.0]) for _ in range(2 * SPEED_STEPS)]
+    assert any(line and line.startswith("rank 1 (b) takes 1.3 times") for line in lines)
+
+
+def test_a_rank_that_waits_for_its_data_is_named_with_the_reason() -> None:
+    speeds = Speeds(["a", "b"])
+    for _ in range(SPEED_STEPS):
+        speeds.note([1.0, 1.5], [1.0, 1.0], [0.01, 0.5])
+    assert "the same work, 33% of it waiting for data, over the last" in (speeds.warning() or "")
+
+
+def test_no_rank_is_named_in_a_thousand_even_steps() -> None:
+    """Steps of two equal ranks on a machine with four times as many other processes as cores."""
+    series = json.loads((Path(__file__).parents[2] / "data" / "even-steps.json").read_text())
+    for more in (1.0, 1.3):
+        speeds = Speeds(["a", "b"])
+        lines = [note(speeds, [first, more * second], counts) for first, second, *counts in series]
+        assert len(lines) >= 1000
+        named = [step for step, line in enumerate(lines) if line]
+        assert not named if more == 1.0 else named[0] < 50
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("zero0", 1), ("zero2", 2), ("zero3", 2)])
