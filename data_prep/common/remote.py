@@ -56,9 +56,8 @@ def retry(url: str, action: Callable[[], T], verb: str = "read") -> T:
         except Exception as error:  # each library for remote files raises other errors
             reason = first_line(error)
             if wait is None:
-                raise UserError(
-                    f"cannot {verb} {shown}: {reason}; given up after {len(WAITS) + 1} tries in {sum(WAITS)} s"
-                ) from error
+                tries = f"{len(WAITS) + 1} tries in {sum(WAITS)} s"
+                raise UserError(f"cannot {verb} {shown}: {reason}; given up after {tries}") from error
         log(f"cannot {verb} {shown} ({reason}); next try in {wait} s")
         time.sleep(wait)
     raise AssertionError

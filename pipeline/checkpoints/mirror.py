@@ -154,7 +154,9 @@ class Mirror:
         meta_bytes = self._try(f"{there}/{store.META}", self._files.cat_file)
         for file in json.loads(meta_bytes)["files"]:
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
-            self._try(f"{there}/{file}", lambda path, file=file: self._files.get_file(path, str(aside / file)))
+            self._try(
+                f"{there}/{file}", lambda path, file=file: self._files.get_file(path, str(aside / file))
+            )
         (aside / store.META).write_bytes(meta_bytes)
         meta = store.read_meta(aside)
         store.require_undamaged(aside, meta)

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from pipeline.parallel.agreement import AgreedError
 
-
 COLLECTIVES = (
     *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor"),
     *("broadcast", "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all_single"),

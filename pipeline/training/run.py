@@ -145,9 +145,7 @@ class TrainingRun:
             )
 
     def _open_mirror(self) -> None:
-        self._mirror = Mirror(
-            self.recipe.checkpoints.upload, self.run_dir, lambda text: self.log.say(text)
-        )
+        self._mirror = Mirror(self.recipe.checkpoints.upload, self.run_dir, lambda text: self.log.say(text))
         if line := self._mirror.fetch():
             say(line)
 
