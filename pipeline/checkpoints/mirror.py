@@ -5,6 +5,7 @@ A checkpoint there is complete or absent, too: its meta.json is removed first an
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import threading
@@ -39,7 +40,8 @@ class Mirror:
         except (ImportError, ValueError) as error:
             raise UserError(f"checkpoints.upload {self._url}: {first_line(error)}") from None
         self._root = root.rstrip("/")
-        self._lock, self._task = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._task: Task | None = None
         self._waiting: set[str] = set()  # published and not uploaded
         self._current = self._newest = ""  # being uploaded; uploaded
 
@@ -93,7 +95,7 @@ class Mirror:
         meta = store.read_meta(folder)
         self._remove(f"{there}/{store.META}")
         for file, (size, _) in meta.files.items():
-            self._try(f"{there}/{file}", lambda path, file=file: self._files.put_file(folder / file, path))
+            self._try(f"{there}/{file}", functools.partial(self._files.put_file, str(folder / file)))
             self._files.invalidate_cache()
             if self._try(f"{there}/{file}", self._files.info)["size"] != size:
                 raise UserError(f"{there}/{file} has another size there")
@@ -154,9 +156,8 @@ class Mirror:
         meta_bytes = self._try(f"{there}/{store.META}", self._files.cat_file)
         for file in json.loads(meta_bytes)["files"]:
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
-            self._try(
-                f"{there}/{file}", lambda path, file=file: self._files.get_file(path, str(aside / file))
-            )
+            get = functools.partial(self._files.get_file, lpath=str(aside / file))
+            self._try(f"{there}/{file}", get)
         (aside / store.META).write_bytes(meta_bytes)
         meta = store.read_meta(aside)
         store.require_undamaged(aside, meta)

@@ -99,8 +99,8 @@ class Saver:
         flush_records: Callable[[], None],
         abandoned: Collection[str] = (),
     ) -> None:
-        """Start a checkpoint, which becomes `latest`; then all but the last `keep` whole ones and the best one
-        are removed. Waits for the one before. A collective.
+        """Start a checkpoint, which becomes `latest`; then all but the last `keep` whole ones and the best
+        one are removed. Waits for the one before. A collective.
 
         Args:
             meta: `meta.best["step"]` names the best checkpoint.
@@ -174,7 +174,7 @@ class Saver:
 
 
 class _Stager(StateDictStager):
-    """torch's copier of states into host memory. It keeps its buffers, pinned for a GPU, from save to save."""
+    """torch's copier of states into host memory. It keeps its buffers, pinned for GPUs, from save to save."""
 
     def _offload_tensor(self, x: Any, memo: Any, non_blocking: bool = False) -> Any:
         copied = super()._offload_tensor(x, memo, non_blocking)

@@ -11,11 +11,14 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.config.schema import HealthRecipe
+from pipeline.training.records import StepSums
 
 MEMORY = 50  # accepted steps that a spike is measured against
 FEWEST = 10  # accepted steps before a median is meaningful
+SPEEDS = ("own_seconds", "own_operations", "communication_seconds")  # of a rank's step
 SPEED_STEPS = 20  # steps over which a rank must be slow
 SLOW = 1.25  # times the median: one that takes 1.3 times as long is named in spite of noise
 NOTABLE_WAIT = 0.1  # share of its time that a slow rank waits for data
@@ -101,6 +104,24 @@ class Speeds:
             self._data_waits[rank].append(data_waits[rank] / seconds[rank])
         slowest = max(known, key=ratios.__getitem__)
         return slowest, ratios[slowest]
+
+    def figures(self, sums: StepSums) -> dict[str, Any]:
+        """Record one step; what is known of it by the names of `StepRecord`."""
+        own, communication = sums.own_seconds, sums.communication_seconds
+        found = self.note(own, sums.own_operations, sums.wait_seconds)
+        if found is None:
+            return {}
+        slowest, ratio = found
+        return {
+            "own_seconds": statistics.median(own),
+            "slowest_rank": slowest,
+            "slowest_seconds": own[slowest],
+            "slowest_ratio": ratio,
+            "slow": self.warning(),
+            "communication_seconds": statistics.median(communication),
+            "communication_max_seconds": max(communication),
+            "communication_rank": communication.index(max(communication)),
+        }
 
     def warning(self) -> str | None:
         """A line about the slowest rank when it has been slow for `SPEED_STEPS` steps; rarely repeated."""

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import shutil
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -47,7 +46,7 @@ from pipeline.parallel.ranks import Ranks, join, leave
 from pipeline.parallel.reduction import sum_over_ranks
 from pipeline.training.changes import changed_keys, changes, rate_jump
 from pipeline.training.engine import NATS, Engine, Update
-from pipeline.training.health import Guard, Speeds
+from pipeline.training.health import SPEEDS, Guard, Speeds
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.provenance import PROVENANCE, provenance
 from pipeline.training.records import StepRecord, StepSums
@@ -57,7 +56,6 @@ from pipeline.training.validation import Validation
 from pipeline.training.warm_start import initialise
 from pipeline.training.watchdog import STACKS, STACKS_BEFORE, Watchdog
 
-SPEEDS = ("own_seconds", "own_operations", "communication_seconds")  # of each rank's step
 VALIDATION_SEED = 0  # all runs share the same sample of a validation set
 
 
@@ -303,9 +301,11 @@ class TrainingRun:
             agree(self._unwritten, says=says)
         if self._saver.in_flight and not sums.saving:
             self._saver.proceed()
-        seconds = step.wait_seconds + self.engine.own_seconds()
-        figures_of_step = seconds, float(computed), self.engine.collectives.take()
-        self._last_step = dict(zip(SPEEDS, figures_of_step, strict=True))
+        self._last_step = {
+            "own_seconds": step.wait_seconds + self.engine.own_seconds(),
+            "own_operations": float(computed),
+            "communication_seconds": self.engine.collectives.take(),
+        }
         return sums
 
     def update(self, step: Step, sums: StepSums) -> None:
@@ -365,20 +365,6 @@ class TrainingRun:
     ) -> StepRecord:
         needed = TRAINING_FACTOR * (sums.computed - sums.padding) / self.ranks.world  # of one device
         waits = sums.wait_seconds
-        speeds: dict[str, Any] = {}
-        own, communication = sums.own_seconds, sums.communication_seconds
-        if found := self._speeds.note(own, sums.own_operations, waits):
-            slowest, ratio = found
-            speeds = {
-                "own_seconds": statistics.median(own),
-                "slowest_rank": slowest,
-                "slowest_seconds": own[slowest],
-                "slowest_ratio": ratio,
-                "slow": self._speeds.warning(),
-                "communication_seconds": statistics.median(communication),
-                "communication_max_seconds": max(communication),
-                "communication_rank": communication.index(max(communication)),
-            }
         return StepRecord(
             step=self.state.step,
             epoch=max(place.epoch for place in self.state.position.places),
@@ -398,7 +384,7 @@ class TrainingRun:
             data_wait_seconds=sum(waits) / len(waits),
             data_wait_max_seconds=max(waits),
             data_wait_rank=waits.index(max(waits)),
-            **speeds,
+            **self._speeds.figures(sums),
             grad_norm=update.grad_norm,
             lr=update.lr,
             skips=self.state.guard.skips,

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import ranks
+from helpers import faulty_ranks, ranks
 from helpers.runs import arguments, losses, records
 
 from pipeline.checkpoints import store
@@ -32,7 +32,9 @@ def test_the_bytes_are_those_of_the_saved_step(
     for name, background in (("beside", "true"), ("between", "false")):
         settings = arguments(recipes, objective, strategy, tmp_path / name, *options)
         settings += ["--checkpoints.background", background]
-        assert pool.run(2, ranks.train_with_slow_writes, settings, SLOW if name == "beside" else 0) == [0, 0]
+        assert pool.run(
+            2, faulty_ranks.train_with_slow_writes, settings, SLOW if name == "beside" else 0
+        ) == [0, 0]
     beside, between = files(tmp_path / "beside"), files(tmp_path / "between")
     assert len(beside) == 2 * len({Path(name).name for name in beside}) and beside == between
     assert losses(tmp_path / "beside") == losses(tmp_path / "between")
@@ -90,14 +92,14 @@ def test_a_network_that_is_down_stops_no_training_but_a_start_from_nothing(
     (tmp_path / "bucket").mkdir()
     settings = arguments(recipes, "lm", "zero1", tmp_path / "run", *options)
     settings += ["--checkpoints.upload", f"file://{tmp_path}/bucket"]
-    [(status, said)] = pool.run(1, ranks.train_with_dead_network, settings, 3)
+    [(status, said)] = pool.run(1, faulty_ranks.train_with_dead_network, settings, 3)
     assert status == 0
     assert f"step-00000003 is not uploaded to file://{tmp_path}/bucket (" in said
     assert f"\nnot uploaded to file://{tmp_path}/bucket: step-00000003, step-00000006\n" in said
     assert len(losses(tmp_path / "run")) == 6 and store.find(tmp_path / "run")[1].step == 6
 
     settings[settings.index("--output_dir") + 1] = str(tmp_path / "other")
-    [(message, _)] = pool.run(1, ranks.train_with_dead_network, settings, 0)
+    [(message, _)] = pool.run(1, faulty_ranks.train_with_dead_network, settings, 0)
     assert message.startswith(f"cannot reach file://{tmp_path}/bucket/checkpoints") and "\n" not in message
     assert not (tmp_path / "other").exists() or not list((tmp_path / "other").glob("*.jsonl"))
 
