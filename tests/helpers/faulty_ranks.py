@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from helpers.ranks import _patch, train_and_listen, train_unless
+from helpers.ranks import _patch, train, train_and_listen, train_into_log, train_with_signal
 
 
-def train_with_slow_writes(arguments: list[str], seconds: float, absent: int | None = None) -> Any:
-    """As `train_unless`, with a disk that takes `seconds` more for every file of a checkpoint."""
+def _slow_down_writes(seconds: float) -> None:
     import time
 
     from pipeline.checkpoints import saving
@@ -21,7 +20,24 @@ def train_with_slow_writes(arguments: list[str], seconds: float, absent: int | N
         write_file(writer, state_dict, path)
 
     _patch(saving._Writer, "_write_file", write_slowly)
-    return train_unless(arguments, absent)
+
+
+def train_with_slow_writes(arguments: list[str], seconds: float) -> int | str:
+    """As `train`, with a disk that takes `seconds` more for every file of a checkpoint."""
+    _slow_down_writes(seconds)
+    return train(arguments)
+
+
+def train_slowly_with_signal(arguments: list[str], seconds: float, *signal: int) -> int | str:
+    """As `train_with_signal`, with the disk of `train_with_slow_writes`."""
+    _slow_down_writes(seconds)
+    return train_with_signal(arguments, *signal)
+
+
+def train_into_log_slowly(arguments: list[str], folder: str, seconds: float) -> Any:
+    """As `train_into_log`, with the disk of `train_with_slow_writes`."""
+    _slow_down_writes(seconds)
+    return train_into_log(arguments, folder)
 
 
 def train_with_dead_network(arguments: list[str], after_step: int) -> tuple[int | str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import faulty_ranks, ranks
 from helpers.runs import arguments, losses, records
+from soak import soak
 
 from pipeline.checkpoints import store
 
@@ -117,3 +118,25 @@ def test_a_url_that_is_none_is_refused(
     settings = arguments(recipes, "lm", "zero1", tmp_path / "run", "--checkpoints.upload", url)
     [message] = pool.run(1, ranks.train, settings)
     assert words in message and "\n" not in message
+
+
+def test_a_stop_waits_for_the_checkpoint_in_flight(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    options = ("--training.max_steps", 40, "--training.save_every", 3, "--data.validation", "null")
+    settings = arguments(recipes, "lm", "zero2", tmp_path, *options)
+    statuses = pool.run(2, faulty_ranks.train_slowly_with_signal, settings, SLOW, signal.SIGUSR1, 1, 4)
+    assert statuses == [75, 75]
+    reached = len(losses(tmp_path))
+    assert reached < 40 and store.find(tmp_path)[1].step == reached
+    assert [save["step"] for save in records(tmp_path, "saves")][-1] == reached
+    assert not list((tmp_path / "checkpoints").glob(f"{store.TMP}*"))
+
+
+@pytest.mark.long
+def test_kills_during_the_write_leave_the_checkpoint_before(
+    pool: ranks.RankPool, tiny_shards: Path, tiny_valid_shards: Path, tmp_path: Path
+) -> None:
+    """`python tests/soak.py --kills 20 --slow 0.3` kills more often."""
+    result = soak(pool, tiny_shards, tiny_valid_shards, tmp_path, 4, 1, "zero3", SLOW)
+    assert result["passed"], result
