@@ -76,7 +76,7 @@ class Saver:
         held: Callable[[], Collection[str]] = tuple,
     ):
         self._folder, self._keep, self._background = store.checkpoints_folder(run_dir), keep, background
-        self._published, self._held = published, held
+        self._published, self._held, self._on_gpu = published, held, on_gpu
         self._first = torch.distributed.get_rank() == 0
         self._stager = _Stager(pin_memory=on_gpu) if background or on_gpu else None
         self._stages: Iterator[Task] = iter(())
@@ -149,7 +149,7 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
         with saving_through(engine, writer):
             engine.save_checkpoint(str(self._folder), tag=aside.name, save_latest=False)
-        if torch.cuda.is_available():
+        if self._on_gpu:
             torch.cuda.synchronize()  # the copies are there
         if self._first:
             writer.attempt(flush_records)
