@@ -128,7 +128,7 @@ class Speeds:
         if self._steps_to_silence:
             self._steps_to_silence -= 1
             return None
-        usual = [statistics.median(r) if len(r) == SPEED_STEPS else 0.0 for r in self._recent]
+        usual = [statistics.median_low(r) if len(r) == SPEED_STEPS else 0.0 for r in self._recent]
         slowest = max(range(len(usual)), key=usual.__getitem__)
         if usual[slowest] < SLOW:
             return None
