@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import signal
 from pathlib import Path
@@ -39,6 +40,11 @@ def test_the_bytes_are_those_of_the_saved_step(
     beside, between = files(tmp_path / "beside"), files(tmp_path / "between")
     assert len(beside) == 2 * len({Path(name).name for name in beside}) and beside == between
     assert losses(tmp_path / "beside") == losses(tmp_path / "between")
+
+    for step in (12, 24):
+        folders = (tmp_path / name / "checkpoints" / store.step_name(step) for name in ("beside", "between"))
+        metas = [dataclasses.asdict(store.read_meta(folder)) for folder in folders]
+        assert all(meta.pop("recipe") for meta in metas) and metas[0] == metas[1]
 
     saves, others = (records(tmp_path / name, "saves") for name in ("beside", "between"))
     assert [save["step"] for save in saves] == [save["step"] for save in others] == [12, 24]
