@@ -156,8 +156,7 @@ class Mirror:
         meta_bytes = self._try(f"{there}/{store.META}", self._files.cat_file)
         for file in json.loads(meta_bytes)["files"]:
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
-            get = functools.partial(self._files.get_file, lpath=str(aside / file))
-            self._try(f"{there}/{file}", get)
+            self._read(f"{there}/{file}", aside / file)
         (aside / store.META).write_bytes(meta_bytes)
         meta = store.read_meta(aside)
         store.require_undamaged(aside, meta)
@@ -176,6 +175,9 @@ class Mirror:
 
     def _write(self, file: str, data: bytes) -> None:
         self._try(file, lambda path: self._files.pipe_file(path, data))
+
+    def _read(self, file: str, to: Path) -> None:
+        self._try(file, lambda path: self._files.get_file(path, str(to)))
 
     def _remove(self, file: str) -> None:
         try:
