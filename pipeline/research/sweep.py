@@ -47,6 +47,7 @@ from pipeline.common.text import FILTERS, duration
 from pipeline.config.library import find_recipe
 from pipeline.config.loading import load_yaml, parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
+from pipeline.parallel.device import uses_gpu
 from pipeline.training.run_files import read_runs
 
 STRATEGY = "zero0"
@@ -250,7 +251,7 @@ class Workers:
             self._slots.put(slot)
         self._processes: dict[str, subprocess.Popen] = {}
         self._guard, self._stopped = threading.Lock(), False
-        gpus = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
+        gpus = torch.cuda.device_count() if uses_gpu() else 0
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         self._gpus = chosen.split(",") if gpus else []
 
