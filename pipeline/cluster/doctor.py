@@ -27,7 +27,8 @@ from pipeline.cluster.rendezvous import Meeting, ServerLost
 from pipeline.parallel.ranks import Ranks, find_ranks, free_port
 
 CLOCK_LIMIT = 2.0  # seconds between any machine's clock and the first one's
-SLOW_PAIR = 0.25  # of the median pair
+SLOW_PAIR = 0.25  # of the median pair, and of the median disk
+SLOW_RANK = 0.8  # of the median rank's speed
 LONG = 24 * 3600.0  # seconds that reading every shard may take
 QUICK = 300.0  # seconds that a look at one machine may take: longer, and a disk hangs
 
@@ -111,6 +112,13 @@ def examine(meeting: Meeting, checks: Checks) -> dict[str, Any]:
             if disk["write"] and disk["write"] < doctor_machine.SLOW_DISK
         ],
     }
+    for disks in zip(*(facts[rank]["disks"] for rank in leaders), strict=True):
+        speeds = {rank: disk["write"] for rank, disk in zip(leaders, disks, strict=True)}
+        report["warnings"] += [
+            f"{hosts[rank]}: writes {speeds[rank] / 1e6:.1f} MB/s to {disks[0]['folder']}, "
+            f"others {usual / 1e6:.1f}"
+            for rank, usual in _slow(speeds, SLOW_PAIR)
+        ]
     problems = different + list(_machine_problems(facts, hosts))
     problems += _differences({hosts[rank]: _gpu_kinds(facts[rank]["gpus"]["gpus"]) for rank in leaders})
     for n, folder in enumerate(checks.data):
@@ -125,6 +133,11 @@ def examine(meeting: Meeting, checks: Checks) -> dict[str, Any]:
     if network:
         for host, seen in zip(hosts, network, strict=True):
             problems += [f"{host}: {line}" for line in seen["problems"]]
+        speeds = {rank: seen["gflops"] for rank, seen in enumerate(network)}
+        report["warnings"] += [
+            f"{hosts[rank]}: rank {rank} computes {speeds[rank]:,.0f} GFLOP/s, others {usual:,.0f}"
+            for rank, usual in _slow(speeds, SLOW_RANK)
+        ]
         slow, warnings = _slow_pairs(report["network"]["pairs"], checks.min_gbps)
         problems += slow
         report["warnings"] += warnings
@@ -232,8 +245,17 @@ def _network(network: list[dict[str, Any]], hosts: list[str]) -> dict[str, Any]:
     return {
         "backend": network[0]["backend"],
         "all_reduce_gbps": min(reduced, default=None),
+        "gflops": [seen["gflops"] for seen in network],
         "pairs": [{"between": list(pair), "gbps": gbps} for pair, gbps in pairs.items()],
     }
+
+
+def _slow(speeds: dict[int, float | None], share: float) -> list[tuple[int, float]]:
+    """Ranks whose speed is below `share` of the median, each with the median; of two ranks it is the faster
+    one's."""
+    known = {rank: speed for rank, speed in speeds.items() if speed}
+    usual = statistics.median_high(known.values()) if known else 0.0
+    return [(rank, usual) for rank, speed in known.items() if speed < share * usual]
 
 
 def _slow_pairs(pairs: list[dict[str, Any]], least: float) -> tuple[list[str], list[str]]:
@@ -277,6 +299,8 @@ def format_report(report: dict[str, Any]) -> str:
     rows.append(("GPUs", _gpu_kinds(report["gpus"][hosts[0]])["GPUs:"] or "none seen"))
     if offsets := report["clock_offsets"].values():
         rows.append(("clocks", f"within {max(map(abs, offsets)):.3f} s"))
+    if network and (speeds := [speed for speed in network["gflops"] if speed]):
+        rows.append(("compute", f"{min(speeds):,.0f} to {max(speeds):,.0f} GFLOP/s a rank"))
     if network and network["all_reduce_gbps"]:
         rows.append(("all-reduce", f"{network['backend']}: {network['all_reduce_gbps']:.2f} Gbit/s a rank"))
     if network and network["pairs"]:

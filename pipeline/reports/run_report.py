@@ -114,6 +114,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "save_share": saving / seconds if run.saves else None,
         "save_seconds_longest": max((row["save_seconds"] for row in run.saves), default=None),
         "saves": len(run.saves),
+        "slow_ranks": sum("slow" in row for row in steps),
         "memory_bytes": max(run.values("memory_bytes"), default=None),
         "restarts": max(0, len(run.starts) - 1),
         "lost_steps": sum(start.get("lost_steps", 0) for start in run.starts),
@@ -203,6 +204,7 @@ def compose(runs: Sequence[Run]) -> list[Block]:
         "runs": runs,
         "cautions": cautions(runs) if len(runs) > 1 else [],
         "skips": [(run, step, why) for run in runs for step, why in run.skipped()[:MOST_SKIPS]],
+        "slow": [(run, row["step"], row["slow"]) for run in runs for row in run.metrics if row.get("slow")],
         "most_skips": MOST_SKIPS,
         "differing": differences(parts),
     }
@@ -256,6 +258,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
         ("waiting for data", "data_wait_share", percent),
         ("standing still to save", "save_share", percent),
         ("longest save", "save_seconds_longest", duration),
+        ("slow ranks named", "slow_ranks", ","),
         ("peak memory of rank 0 (GB)", "memory_bytes", gigabytes),
         ("restarts", "restarts", ","),
         ("steps computed again after kills", "lost_steps", ","),
