@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -77,6 +78,8 @@ def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None
 
     aside: the folder, on the same file system, for the file while it is incomplete; else beside `path`.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = partial_name((aside or path.parent) / path.name)
     try:
         partial.write_bytes(data)

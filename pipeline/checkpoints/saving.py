@@ -20,7 +20,7 @@ import torch.distributed
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError, counted, first_line
 from data_prep.common.files import file_sha256, flush_to_disk, write_atomically
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
@@ -276,7 +276,8 @@ def _files(aside: Path, written: dict[str, list[Any]]) -> dict[str, list[Any]]:
             raise OSError(None, reason, str(path))
         size, sha256 = written.get(str(path)) or (path.stat().st_size, None)
         if path.stat().st_size != size:
-            raise OSError(None, f"has {path.stat().st_size} bytes, {size} were written", str(path))
+            found = counted(path.stat().st_size, "byte")
+            raise OSError(None, f"has {found}, {size:,} were written", str(path))
         if sha256 is None:
             flush_to_disk(path)
             sha256 = file_sha256(path)

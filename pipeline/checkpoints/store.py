@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
 from pipeline.config.schema import LossRecipe, ModelRecipe
 
@@ -167,7 +167,8 @@ def read_meta(checkpoint: Path) -> Meta:
             raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {name} is missing")
         if file.stat().st_size != size:
             raise DamagedCheckpoint(
-                f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes, not {size}"
+                f"checkpoint {checkpoint} is damaged: "
+                f"{name} has {counted(file.stat().st_size, 'byte')}, not {size:,}"
             )
     return meta
 

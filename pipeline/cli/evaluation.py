@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
-from data_prep.common.command_line import Many, Natural, Positive
-from data_prep.common.errors import log
+from data_prep.common.command_line import Amount, Many, Natural, Positive
+from data_prep.common.errors import in_thread, log
 from pipeline.cli.options import Device, Dtype, Int8, Json, Output, answer, app
 
 SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
@@ -158,7 +158,8 @@ def ngram(
     from pipeline.evaluation import ngram as counting
 
     require_folder(output)
-    result = counting.run(train, data, order, window_tokens, train_tokens)
+    # Sorts of hundreds of millions of n-grams look at no signal.
+    result = in_thread(lambda: counting.run(train, data, order, window_tokens, train_tokens))
     write_result(result, output)
     answer(result, json, counting.format_result)
 
@@ -199,7 +200,7 @@ def check(
     model: str,
     documents: Positive = 6,
     seed: Natural = 0,
-    tolerance: float | None = None,
+    tolerance: Amount | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,

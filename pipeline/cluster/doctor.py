@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.errors import REQUEUE, UserError, describe
+from data_prep.common.errors import REQUEUE, UserError, counted, describe
 from pipeline.cluster import machine as doctor_machine
 from pipeline.cluster import network as doctor_network
 from pipeline.cluster.options import Checks
@@ -282,10 +282,14 @@ def _slow_pairs(pairs: list[dict[str, Any]], least: float) -> tuple[list[str], l
 def format_report(report: dict[str, Any]) -> str:
     """What a reader needs of a report; its problems are printed apart."""
     hosts, network = report["hosts"], report["network"]
-    rows = [("machines", f"{len(hosts)} with {report['ranks']} ranks: {', '.join(hosts)}")]
+    rows = [("machines", f"{len(hosts)} with {counted(report['ranks'], 'rank')}: {', '.join(hosts)}")]
     rows.append(("versions", ", ".join(f"{name} {v}" for name, v in report["versions"].items() if v)))
     for one in report["shards"]:
-        counts = f"{one['shards']} shards, {one['verified']} verified" if one["shards"] else "not readable"
+        counts = (
+            f"{counted(one['shards'], 'shard')}, {one['verified']} verified"
+            if one["shards"]
+            else "not readable"
+        )
         rows.append(("shards", f"{one['folder']}: {counts}"))
     for n, disk in enumerate(report["disks"][hosts[0]]):
         written = [disks[n]["write"] for disks in report["disks"].values() if disks[n]["write"]]
@@ -303,7 +307,7 @@ def format_report(report: dict[str, Any]) -> str:
         speeds = [pair["gbps"] for pair in network["pairs"]]
         rows.append(("pairs", f"{len(speeds)}, {min(speeds):.2f} to {max(speeds):.2f} Gbit/s each way"))
     rows += [("warning", line) for line in report["warnings"]]
-    rows.append(("verdict", "fit" if report["ok"] else f"{len(report['problems'])} problems"))
+    rows.append(("verdict", "fit" if report["ok"] else counted(len(report["problems"]), "problem")))
     return "\n".join(f"{name:<11}{text}" for name, text in rows)
 
 

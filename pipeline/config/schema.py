@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.remote import is_url
 from pipeline.config.keys import (
     SECTION,
@@ -58,8 +58,8 @@ class DataRecipe(Section):
             )
         if self.weights is not None and len(self.weights) != len(self.shards):
             yield (
-                f"data.weights has {len(self.weights)} numbers for {len(self.shards)} shard sets: "
-                "give one for each of data.shards"
+                f"data.weights has {counted(len(self.weights), 'number')} for "
+                f"{counted(len(self.shards), 'shard set')}: give one for each of data.shards"
             )
 
 

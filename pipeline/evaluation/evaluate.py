@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.extras import import_extra
 from data_prep.common.page import render
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
@@ -194,7 +194,8 @@ def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
     window = wanted or getattr(config, "window_tokens", None) or min(DEFAULT_WINDOW_TOKENS, most)
     if window > most:
         raise UserError(
-            f"windows of {window} tokens, but the model has positions for {most}: lower --window-tokens"
+            f"windows of {counted(window, 'token')}, but the model has positions for {most:,}: "
+            "lower --window-tokens"
         )
     return window
 
@@ -213,12 +214,12 @@ def _check_fits(model: torch.nn.Module, kind: str, tokenizer: Tokenizer, setting
     config = config.vae if kind == "sllm" else config
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model folder {folder}: {config.vocab_size} vocabulary entries, "
-            f"but its tokenizer has {tokenizer.vocab_size}"
+            f"model folder {folder}: a vocabulary of {config.vocab_size:,}, "
+            f"but its tokenizer has {tokenizer.vocab_size:,}"
         )
     if kind != "lm" and settings["max_tokens"] > config.max_sentence_tokens:
         raise UserError(
-            f"sentences of up to {settings['max_tokens']} tokens, but the model takes "
+            f"sentences of up to {counted(settings['max_tokens'], 'token')}, but the model takes "
             f"{config.max_sentence_tokens}: cut them with a smaller --max-tokens"
         )
 

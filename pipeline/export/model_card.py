@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import read_json, write_atomically
 from pipeline.checkpoints.store import Meta, checkpoints_folder, read_meta
 from pipeline.data.plan import Position
@@ -83,6 +83,7 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
         provenance=provenance,
         sentence_settings=settings,
         number=_number,
+        counted=counted,
     )
     return f"{card}\n"
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.prompt import split_prompt
 from pipeline.generation.prompt_end import REJECTED, Branch, PromptEnd, find_prompt_end
@@ -190,8 +190,8 @@ class BatchWriter:
             sentences, tail = prompt, []
         if len(sentences) > self._model.max_sentences:
             raise UserError(
-                f"the prompt has {len(sentences)} complete sentences, but the model's backbone has "
-                f"positions for {self._model.max_sentences}: shorten the prompt, for example to its last "
+                f"the prompt has {counted(len(sentences), 'complete sentence')}, but the model's backbone "
+                f"has positions for {self._model.max_sentences}: shorten the prompt, for example to its last "
                 "sentences"
             )
         return sentences, tail, end

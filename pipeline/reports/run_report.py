@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.common.charts import Line, Lines, Mark, colours, running_mean, thinned
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import write_atomically
 from data_prep.common.page import Block, Chart, Choice, Show, Table, Text, columns, from_template, to_html
 from pipeline.common.text import NOTHING, duration, gigabytes, percent
@@ -320,9 +320,10 @@ def format_report(result: dict[str, Any]) -> str:
     for one in result["runs"]:
         best = one["best_validation_bits_per_byte"]
         lines.append(
-            f"{one['run']}: {one['steps']:,} steps, {one['tokens']:,} tokens, {duration(one['seconds'])}, "
+            f"{one['run']}: {counted(one['steps'], 'step')}, {counted(one['tokens'], 'token')}, "
+            f"{duration(one['seconds'])}, "
             f"best validation bits/byte {NOTHING if best is None else format(best, '.4f')}, "
-            f"{one['restarts']} restarts, {one['skipped_steps']} skipped steps"
+            f"{counted(one['restarts'], 'restart')}, {counted(one['skipped_steps'], 'skipped step')}"
         )
     lines += [f"not all figures can be compared: {reason}" for reason in result["not_comparable"]]
     return "\n".join(lines)

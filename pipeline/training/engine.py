@@ -7,7 +7,6 @@ is multiplied by both first, so that the update does not depend on the number of
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import resource
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import deepspeed
 import deepspeed.comm as dist
 import torch
-import torch.utils.checkpoint
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ from pipeline.config.schema import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Step
 from pipeline.models.folders import parameter_count
-from pipeline.models.layers import TransformerLayer
+from pipeline.models.layers import checkpoint_layers, transformer_layers
 from pipeline.models.losses import LossSums
 from pipeline.parallel.deepspeed_compat import norm_before_step, silence_timers
 from pipeline.parallel.waiting import Collectives, clock
@@ -216,22 +214,6 @@ def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
     if stage == 3:
         set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda t: t.__name__))
     return layers
-
-
-def transformer_layers(model: nn.Module) -> list[nn.Module]:
-    """All layers of encoder, decoder and backbone."""
-    backbone = getattr(model, "backbone", None) or getattr(model, "model", None)
-    kinds = set(getattr(backbone, "_no_split_modules", None) or ())
-    return [m for m in model.modules() if isinstance(m, TransformerLayer) or type(m).__name__ in kinds]
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Activation checkpointing: keep only the input of each transformer layer for the backward pass, which
-    recomputes the rest with the same dropout."""
-    for layer in transformer_layers(model):
-        layer.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
-        )
 
 
 def _nats(losses: LossSums) -> Tensor:

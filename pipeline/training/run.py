@@ -20,7 +20,7 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
-from data_prep.common.errors import say
+from data_prep.common.errors import counted, say
 from data_prep.common.files import read_json, write_atomically
 from pipeline.checkpoints import loading, store
 from pipeline.checkpoints.mirror import Mirror
@@ -188,8 +188,9 @@ class TrainingRun:
                     say(line)
             if (saved.world, saved.zero_stage) != (ours.world, ours.zero_stage):
                 say(
-                    f"{checkpoint.name} was written by {saved.world} rank(s) with ZeRO {saved.zero_stage}: "
-                    f"its parts are regrouped for {ours.world} rank(s) with ZeRO {ours.zero_stage}"
+                    f"{checkpoint.name} was written by {counted(saved.world, 'rank')} with ZeRO "
+                    f"{saved.zero_stage}: "
+                    f"its parts are regrouped for {counted(ours.world, 'rank')} with ZeRO {ours.zero_stage}"
                 )
         # It was read by the first start; recipe.yaml claims nothing else.
         self.recipe = self.recipe.model_copy(update={"init_from": saved.recipe.get("init_from")})
@@ -341,7 +342,8 @@ class TrainingRun:
         if update.skipped and not rescaled:
             self.log.say(f"step {state.step:>7}  skipped on all ranks: {update.skipped}")
             if state.guard.in_row >= health.max_skips:
-                skips = f"{state.guard.in_row} steps in a row were skipped (health.max_skips)"
+                skips = counted(state.guard.in_row, "step in a row was", "steps in a row were")
+                skips += " skipped (health.max_skips)"
                 raise self._diverged(f"{update.skipped}; {skips}")
 
     def _diverged(self, why: str) -> AgreedError:
@@ -495,6 +497,7 @@ class TrainingRun:
         where = f"resuming at step {state.step}" if state.step else "new run"
         return (
             f"{self.run_dir}: {self.recipe.objective}, {self.engine.parameters / 1e6:.1f}M parameters, "
-            f"{where}; {self.ranks.world} rank(s) on {self.engine.device.type}, {half}, "
-            f"ZeRO {zero_stage(self.config)}, {data.bins_per_step} bins of {data.bin_tokens} tokens a step"
+            f"{where}; {counted(self.ranks.world, 'rank')} on {self.engine.device.type}, {half}, "
+            f"ZeRO {zero_stage(self.config)}, {counted(data.bins_per_step, 'bin')} of "
+            f"{counted(data.bin_tokens, 'token')} a step"
         )

@@ -279,7 +279,7 @@ def test_sick_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", fail(pynvml.NVML_ERROR_GPU_IS_LOST))
     problems = doctor_machine.gpus(1)["problems"]
-    assert problems == ["GPU 0 fails: GPU is lost", "0 GPUs for 1 tasks"]
+    assert problems == ["GPU 0 fails: GPU is lost", "0 GPUs for 1 task"]
     monkeypatch.setattr(pynvml, "nvmlInit", fail(pynvml.NVML_ERROR_DRIVER_NOT_LOADED))
     assert doctor_machine.gpus(1)["problems"] == ["the NVIDIA driver fails: Driver Not Loaded"]
     monkeypatch.setattr(pynvml, "nvmlInit", fail(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))

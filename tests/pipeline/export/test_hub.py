@@ -452,7 +452,7 @@ def test_what_the_shards_left_out_by_comparison_is_on_the_card(run, tmp_path, ti
     left_out = shards.manifest["rejected"]["shares words with a test text"]
     assert left_out and f"  - {left_out} left out: shares words with a test text\n" in card
     digest = shards.manifest["settings"]["decontaminate"]["sha256"]
-    assert f"  - checked against 1 test texts (sha256 `{digest[:16]}`), 13 words in a row\n" in card
+    assert f"  - checked against 1 test text (sha256 `{digest[:16]}`), 13 words in a row\n" in card
 
 
 @one_objective
