@@ -92,6 +92,18 @@ def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None
         raise
 
 
+def keep_umask(folder: Path) -> None:
+    """Give the files of a folder the mode of any new file: safetensors writes 0600, which no other user of a
+    cluster can read."""
+    probe = partial_name(folder / "mode")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
+
+
 def partial_name(path: Path) -> Path:
     """Where this process writes a file that will be `path`."""
     return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.partial")

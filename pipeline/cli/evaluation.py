@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Amount, Many, Natural, Positive
 from data_prep.common.errors import in_thread, log
-from pipeline.cli.options import Device, Dtype, Int8, Json, Output, answer, app
+from pipeline.cli.options import Device, Dtype, Int8, Json, Output, Overrides, answer, app
 
 SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
 CUT = Parameter(group=Group("With --text"))
@@ -222,3 +222,19 @@ def check(
     report = check_folder(model, documents, seed, tolerance, device, dtype)
     answer(report, json, format_report)
     return 0 if report["passed"] else 1
+
+
+@app.command(name="lm-eval", group="Evaluate")
+def lm_eval(*words: Overrides, model: str) -> None:
+    """Evaluate on the tasks of lm-evaluation-harness; all other arguments are those of its command
+    (docs/evaluation.md).
+
+    example:
+      sllm lm-eval --model demo/models/sllm --tasks sllm_cloze,sllm_next_sentence,sllm_sentence_order
+
+    Args:
+        model: exported SLLM, or the folder of a token-level model
+    """
+    from pipeline.interop import harness
+
+    harness.run(model, words)

@@ -108,8 +108,9 @@ def export(
     /,
     *,
     output: str,
-    which: Literal["best", "last"] = "best",
+    which: Literal["best", "last"] | None = None,
     weights: Literal["trained", "ema"] = "trained",
+    average: Positive | None = None,
     json: Json = False,
 ) -> None:
     """Make a model folder (safetensors, config, tokenizer) of a training run; from_pretrained loads it.
@@ -120,13 +121,15 @@ def export(
     Args:
         run_dir: run directory of a training
         output: model folder to write
-        which: best by validation bits per byte, or the last checkpoint
+        which: best by validation bits per byte (default), or the last checkpoint
         weights: the trained weights, or their running average (training.ema)
+        average: the mean of so many last checkpoints, for runs of constant rate or before a WSD decay
     """
     from pipeline.export.model_folder import export_run
 
-    export_run(run_dir, output, which, weights)
-    result = {"run_dir": run_dir, "output": output, "which": which}
+    export_run(run_dir, output, which, weights, average)
+    what = which or ("best" if average is None else f"mean of the last {average}")
+    result = {"run_dir": run_dir, "output": output, "which": what}
     answer(result, json, "exported {which} of {run_dir} to {output}".format_map)
 
 

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import UserError, counted, first_line
+from data_prep.common.files import keep_umask
+from data_prep.text.hugging_face import write_hugging_face
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import backbone_config, load_backbone, load_packable
@@ -200,11 +202,13 @@ def save_model(
     model: nn.Module, folder: str | Path, tokenizer: Tokenizer, max_shard_size: str = "5GB"
 ) -> None:
     """Write safetensors (several files and an index above `max_shard_size`), config.json and tokenizer/; a
-    `TokenLM` is saved as the Hugging Face model it wraps."""
+    `TokenLM` is saved as the Hugging Face model it wraps. `AutoTokenizer` loads the folder too."""
     inner = model.model if isinstance(model, TokenLM) else model
     assert isinstance(inner, PreTrainedModel)
     inner.save_pretrained(folder, max_shard_size=max_shard_size)
+    keep_umask(Path(folder))
     tokenizer.save(Path(folder) / "tokenizer")
+    write_hugging_face(tokenizer, folder)
 
 
 def load_model(folder: str | Path) -> nn.Module:
