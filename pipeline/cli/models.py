@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Natural, Positive
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from pipeline.cli.options import VAE_RECIPE_HELP, Device, Dtype, Int8, Json, answer, app, print_json
 from pipeline.costs.options import Cluster
 
@@ -78,11 +78,7 @@ def generate(
         raise UserError("--prompts FILE and --output FILE belong together")
     if prompts is not None and output is not None:
         result = generation.generate_file(model, prompts, output, how, batch)
-        text = (
-            "{prompts} prompts ({resumed} were there), {errors} refused, {tokens} new tokens in "
-            "{seconds:.2f} s: {output}"
-        )
-        answer(result, json, text.format_map)
+        answer(result, json, generation.format_counts)
         return 1 if result["errors"] else 0
     if interactive:
         if how.samples > 1:
@@ -99,7 +95,8 @@ def generate(
     print(flush=True)
     sampled = f"sampled at temperature {result['temperature']:g}, seed {result['seed']}"
     log(
-        f"[{len(result['sentences'])} sentences, {result['tokens']} tokens in {result['seconds']:.2f} s; "
+        f"[{counted(len(result['sentences']), 'sentence')}, {counted(result['tokens'], 'token')} in "
+        f"{result['seconds']:.2f} s; "
         f"stopped: {result['stopped']}; {sampled if result['temperature'] else 'greedy'}]"
     )
     return 0
@@ -111,8 +108,9 @@ def export(
     /,
     *,
     output: str,
-    which: Literal["best", "last"] = "best",
+    which: Literal["best", "last"] | None = None,
     weights: Literal["trained", "ema"] = "trained",
+    average: Positive | None = None,
     json: Json = False,
 ) -> None:
     """Make a model folder (safetensors, config, tokenizer) of a training run; from_pretrained loads it.
@@ -123,13 +121,15 @@ def export(
     Args:
         run_dir: run directory of a training
         output: model folder to write
-        which: best by validation bits per byte, or the last checkpoint
+        which: best by validation bits per byte (default), or the last checkpoint
         weights: the trained weights, or their running average (training.ema)
+        average: the mean of so many last checkpoints, for runs of constant rate or before a WSD decay
     """
     from pipeline.export.model_folder import export_run
 
-    export_run(run_dir, output, which, weights)
-    result = {"run_dir": run_dir, "output": output, "which": which}
+    export_run(run_dir, output, which, weights, average)
+    what = which or ("best" if average is None else f"mean of the last {average}")
+    result = {"run_dir": run_dir, "output": output, "which": what}
     answer(result, json, "exported {which} of {run_dir} to {output}".format_map)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
 
-from data_prep.common.command_line import Positive
+from data_prep.common.command_line import Positive, whole_number
 
 SIDES = ("model", "against")  # what is measured, and what it is compared with
 Several = Annotated[Sequence[Positive], Parameter(consume_multiple=1)]
@@ -101,7 +101,7 @@ class GenerationBenchmark(Benchmark):
     """
 
     against: str | None = None
-    vocab_size: Positive | None = None
+    vocab_size: Annotated[int, whole_number(5)] | None = None
     batch: Several = (1,)
     context: Several = (256,)
     sentence_tokens: Positive = 11

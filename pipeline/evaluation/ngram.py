@@ -21,7 +21,7 @@ from itertools import chain
 import numpy as np
 
 from data_prep.common.environment import header
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.shards.reader import ShardSet
 from pipeline.data.plan import BinPlan
 from pipeline.data.windows import Span, document_spans
@@ -188,9 +188,9 @@ def run(
 def format_result(result: dict) -> str:
     """The result as one line."""
     return (
-        f"Kneser–Ney, order {result['order']}, counted on {result['trained_tokens']:,} tokens: "
+        f"Kneser–Ney, order {result['order']}, counted on {counted(result['trained_tokens'], 'token')}: "
         f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['ppl']:.4g} on "
-        f"{result['tokens']:,} tokens of {result['data']} ({result['seconds']:.0f} s)"
+        f"{counted(result['tokens'], 'token')} of {result['data']} ({result['seconds']:.0f} s)"
     )
 
 
