@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.text.running_ends import RunningEnds
 
 # A window by reference into the shards: document `document` of shard `shard` of the plan's shard set
@@ -65,7 +65,7 @@ def cut_documents(
         if (end == first).any():
             longest = int(sentence_lengths[first[end == first][0]])
             raise UserError(
-                f"a sentence of {longest} tokens does not fit a window of {window_tokens}; "
+                f"a sentence of {counted(longest, 'token')} does not fit a window of {window_tokens}; "
                 "raise window_tokens or shard with a smaller --max-tokens"
             )
         found.append((live, first, end))

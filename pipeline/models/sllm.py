@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
@@ -186,7 +186,7 @@ class SLLM(SentenceLM):
         longest = self.config.vae.max_sentence_tokens
         for length in lengths:
             if not 1 <= length <= longest:
-                raise ValueError(f"a sentence has 1 to {longest} tokens, not {length}")
+                raise ValueError(f"a sentence has 1 to {counted(longest, 'token')}, not {length}")
         tokens_T = torch.from_numpy(np.concatenate(sentences).astype(np.int64)).to(self.device)
         return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device))
 
@@ -228,7 +228,9 @@ class SLLM(SentenceLM):
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
         if (state.cache.lengths[rows] > self.max_sentences).any():
-            raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
+            raise ValueError(
+                f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
+            )
         x = self._into(self._encode(sentences))
         layout = CachedStep(state.cache, rows, self.device)
         rows_n = torch.from_numpy(rows).to(self.device)
