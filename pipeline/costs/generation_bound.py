@@ -108,8 +108,8 @@ def _per_token(
     found = []
     for window in windows:
         attention = cached = 0.0
-        for (part, wide), pairs in many[1].items():
-            pairs = (pairs - few[1][part, wide]) / tokens
+        for (part, wide), count in many[1].items():
+            pairs = (count - few[1][part, wide]) / tokens
             if window is not None:
                 pairs = min(pairs, window * config.num_hidden_layers)
             attention += 2 * wide * pairs

@@ -30,7 +30,16 @@ TRAINING_FACTOR = 3  # forward 1, gradient of the inputs 1, gradient of the weig
 # Dense bf16 peak of one device in FLOP/s, by a part of its name; the first match counts.
 _BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
 IN_LAYERS = ("encoder", "decoder", "lower layers", "upper layers", "backbone")  # transformer layers alone
-PARTS = ("embedding", "encoder", "decoder", "lower layers", "upper layers", "memory", "head", "backbone")
+PARTS: tuple[str, ...] = (
+    "embedding",
+    "encoder",
+    "decoder",
+    "lower layers",
+    "upper layers",
+    "memory",
+    "head",
+    "backbone",
+)
 PARTS += ("adapters", "start vector", "stop head")
 _PART_OF = {"to_backbone": "adapters", "from_backbone": "adapters", "vector_norm": "adapters"}
 _PART_OF |= {"output_norm": "adapters", "start": "start vector", "lower": "lower layers"}

@@ -241,11 +241,17 @@ class CachedStep:
             out = self.attend_masked(q, keys, values, scale)
         return out.reshape(shape)
 
-    def attend_masked(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    def attend_masked(
+        self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
         """q [n, H_kv, queries, d_head] over ragged rows of the storage → as q."""
         k, v = (x[self._rows_n, :, : self.longest] for x in (keys, values))
         # Places behind a row's end may hold anything, even NaN, which neither a score of -inf nor a weight of
         # 0 removes.
         behind = ~self._mask[:, 0, 0, None, :, None].expand(-1, 1, -1, 1)
         k, v = k.masked_fill(behind, 0), v.masked_fill(behind, 0)
-        return F.scaled_dot_product_attention(q, k, v, self._mask, scale=scale)
+        mask = self._mask
+        if window is not None and window < self.longest:
+            places = torch.arange(self.longest, device=q.device)
+            mask = mask & (places > self.position_of_row[:, None] - window)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)

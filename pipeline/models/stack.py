@@ -136,6 +136,9 @@ class StackLM(SentenceLM):
     by rule over T + E targets, as `TokenLM`'s."""
 
     config_class = StackConfig
+    lower: Any
+    upper: Any
+    memory: Any
     _tied_weights_keys = {"head.weight": "embedding.token.weight"}
 
     def __init__(self, config: StackConfig):
@@ -207,7 +210,7 @@ class StackLM(SentenceLM):
         hidden_Bd: Tensor,
         rows: StackRows,
         layout: SegmentLayout,
-        run: Callable[[int, nn.Module, Tensor], Tensor],
+        run: Callable[[int, Any, Tensor], Tensor],
     ) -> Tensor:
         """The rows [R, d] after the upper layers, which read the backbone's outputs.
 
