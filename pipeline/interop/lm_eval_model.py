@@ -22,7 +22,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.language import detect_language
 from data_prep.text.hugging_face import write_hugging_face
 from pipeline.data.windows import document_spans
@@ -161,7 +161,9 @@ class FolderLM(LM):
 
     def _report_shortened(self, count: int) -> None:
         if count:
-            log(f"lm-eval: {count} contexts lost their first sentences: {self._window} tokens are the most")
+            log(
+                f"lm-eval: {counted(count, 'context')} cut at the front: {counted(self._window, 'token')} at most"
+            )
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each text, with its end, in the windows of `sllm evaluate`."""
