@@ -161,9 +161,8 @@ class FolderLM(LM):
 
     def _report_shortened(self, count: int) -> None:
         if count:
-            log(
-                f"lm-eval: {counted(count, 'context')} cut at the front: {counted(self._window, 'token')} at most"
-            )
+            lost = counted(count, "context lost its first sentences", "contexts lost their first sentences")
+            log(f"lm-eval: {lost}: {counted(self._window, 'token is', 'tokens are')} the most")
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each text, with its end, in the windows of `sllm evaluate`."""
