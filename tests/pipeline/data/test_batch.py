@@ -1,10 +1,14 @@
-"""The digest of a batch, by which `sllm audit` compares what runs have read."""
+"""What a batch tells the models to read and to predict, and its digest, which `sllm audit` compares."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections import defaultdict
 
-from pipeline.data.batch import build_batch
+import numpy as np
+import pytest
+from helpers.models import random_spans
+
+from pipeline.data.batch import build_batch, empty_batch
 from pipeline.data.windows import Span
 
 
@@ -33,3 +37,85 @@ def test_the_digest_covers_everything_that_a_model_reads() -> None:
     digests = [build_batch(one).digest() for one in spans]
     assert len(set(digests)) == len(spans)
     assert build_batch(spans[0]).digest() == digests[0]
+
+
+BOS, END = 1, 2
+
+
+def looped(spans: list[Span], slots: int, context: int) -> dict[str, list]:
+    """What a batch's index arrays mean, one row after another."""
+    found: dict[str, list] = defaultdict(list)
+    sentences = 0  # of the windows before
+    for one in spans:
+        start = len(found["backbone_source"])  # the window's first row in the backbone
+        found["backbone_source"].append(0)
+        parts = np.split(one.tokens, np.cumsum(one.sentence_lengths)[:-1])
+        first_row = len(found["positions"])
+        for number, part in enumerate(parts):
+            found["backbone_source"].append(1 + sentences + number)
+            found["predicting"].append(start + number)
+            found["start"].append(start)
+            found["stop"].append(float(one.document_end and number == len(parts) - 1))
+            found["inputs"] += [BOS, *part]
+            found["targets"] += [*part, END]
+            rows = slots + 1 + len(part)
+            at = len(found["symbols"])
+            found["symbols"] += [BOS] * slots + [BOS, *part]
+            found["own_rows"] += range(at + slots, at + rows)
+            found["slot_rows"] += range(at, at + slots)
+            found["positions"] += [r - (first_row if context else at) for r in range(at, at + rows)]
+            seen = [len(other) + 1 + slots for other in parts[max(0, number - context) : number]]
+            found["wide"] += range(at - sum(seen), at + rows)
+            found["own_places"] += range(len(found["wide"]) - rows, len(found["wide"]))
+            found["span_lengths"].append(sum(seen) + rows)
+        found["lm_inputs"] += [BOS, *one.tokens]
+        rows = len(found["lm_inputs"]) - len(one.tokens) - 1 + np.arange(len(one.tokens) + one.document_end)
+        found["lm_rows"] += rows.tolist()
+        found["lm_targets"] += [*one.tokens, *[END] * one.document_end]
+        sentences += len(parts)
+    return found
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("context", [0, 1, 3])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_indices_are_those_of_loops_over_windows_and_sentences(slots, context, seed) -> None:
+    """Windows that end their document and others, some of one sentence, in one batch."""
+    spans = [*random_spans(seed, documents=5), *random_spans(seed + 9, documents=3, most_sentences=1)]
+    batch, expected = build_batch(spans), looped(spans, slots, context)
+    inputs, targets = batch.decoder_symbols(BOS, END)
+    rows = batch.decoder_rows(inputs, BOS, slots, context)
+    lm_inputs, lm_rows, lm_targets = batch.token_model_symbols(BOS, END)
+    found = {
+        "backbone_source": batch.backbone_source,
+        "predicting": batch.predicting_row_S,
+        "start": batch.start_row_S,
+        "stop": batch.stop_label_S,
+        "inputs": inputs,
+        "targets": targets,
+        "symbols": rows.symbols_R,
+        "positions": rows.positions_R,
+        "lm_inputs": lm_inputs,
+        "lm_rows": lm_rows,
+        "lm_targets": lm_targets,
+    }
+    if slots:
+        found |= {"own_rows": rows.own_rows, "slot_rows": rows.slot_rows}
+    if context:
+        spans_of = rows.spans
+        found |= {
+            "wide": spans_of.source,
+            "own_places": spans_of.own,
+            "span_lengths": spans_of.layout.lengths,
+        }
+        own = np.diff([0, *np.cumsum(rows.layout.lengths)])
+        before = spans_of.layout.lengths - own
+        assert spans_of.needed == sum(n * b + n * (n + 1) // 2 for n, b in zip(own, before, strict=True))
+    for name, values in found.items():
+        assert values.tolist() == expected[name], name
+
+
+def test_the_empty_batch_is_one_unscored_token() -> None:
+    batch = empty_batch()
+    assert not batch.scored and (batch.tokens, batch.sentences, batch.documents) == (1, 1, 1)
+    assert build_batch([span([5], [1])]).scored

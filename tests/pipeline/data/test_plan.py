@@ -169,6 +169,30 @@ def test_the_order_is_a_function_of_seed_epoch_and_source(shards):
     assert first(1, 0) != first(1, 0, source=1)
 
 
+def test_other_shards_share_a_group_in_every_epoch(many_shards):
+    made = plan(many_shards, shards_at_once=2)
+    groups = []
+    for epoch in range(3):
+        together: dict[int, set] = {}
+        for b in made.epoch(epoch):
+            together.setdefault(b.place.group, set()).update(b.of["shard"].tolist())
+        groups.append([sorted(one) for one in together.values()])
+        assert sorted(sum(groups[-1], [])) == list(range(len(many_shards)))
+    assert groups[0] != groups[1] != groups[2] != groups[0]
+
+
+def test_a_document_as_long_as_a_window_is_one(shards):
+    sizes = np.unique(shards.shard(0).index["tokens"])
+    size = int(sizes[len(sizes) // 2])
+    totals = shards.manifest["totals"]
+    for window_tokens in (size - 1, size, size + 1):
+        bins = list(plan(shards, window_tokens=window_tokens, bin_tokens=2 * size).epoch())
+        assert sum(b.tokens for b in bins) == totals["tokens"]
+        assert sum(b.document_ends for b in bins) == totals["documents"]
+        whole = [w for b in bins for w in b.windows if w["tokens"] == size and w["document_end"]]
+        assert bool(len([w for w in whole if w["first_sentence"] == 0])) == (window_tokens >= size)
+
+
 def test_the_stream_goes_on_from_any_position(many_shards, small_parts):
     def made():
         return BinPlan([many_shards, many_shards], 128, 1024, 1, weights=[3, 1], shards_at_once=2)

@@ -1,11 +1,13 @@
-"""The key/value cache keeps what was stored when it grows."""
+"""The caches keep what was stored, and a new place sees its own row up to itself."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from pipeline.models.kv_cache import KeyValueCache
+from pipeline.models import kv_cache
+from pipeline.models.kv_cache import CachedPrompt, CachedStep, KeyValueCache
 
 
 def test_a_growing_cache_keeps_every_place() -> None:
@@ -22,3 +24,55 @@ def test_a_growing_cache_keeps_every_place() -> None:
             for stored, given in ((keys, k), (values, v)):
                 found = stored[:, :, :3].transpose(1, 2).flatten(0, 1)
                 assert torch.equal(found, given + layer)
+
+
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """q [H, d] over k and v [places, H_kv, d], in float64."""
+    groups = q.shape[0] // k.shape[1]
+    k, v = (x.double().repeat_interleave(groups, 1) for x in (k, v))
+    scores = torch.einsum("hd,phd->hp", q.double(), k) * (scale or q.shape[1] ** -0.5)
+    return torch.einsum("hp,phd->hd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("short", [True, False])  # ragged rows in one block, or one call per row
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("some", [[0, 1, 2, 3], [1, 3], [1, 2], [2]])
+def test_a_step_sees_its_own_row_up_to_itself(
+    some: list[int], scale: float | None, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of other lengths, then steps of some rows; what is not stored yet is NaN."""
+    monkeypatch.setattr(kv_cache, "SHORT_ROW", 128 if short else 0)
+    torch.manual_seed(0)
+    lengths, rows, layer = np.array([3, 1, 1, 5]), np.arange(4), 7
+    cache = KeyValueCache(4, most=40, places=8)
+    for stored in cache.layer(layer, torch.empty(1, 2, 8)):
+        stored.fill_(torch.nan)
+    q, (k, v) = torch.randn(10, 4, 8), torch.randn(2, 10, 2, 8)
+    prompt = CachedPrompt(cache, rows, lengths, torch.device("cpu"), 0)
+    found = prompt.attend(layer, q, k, v, scale)
+    seen = [
+        list(zip(k[a:b], v[a:b], strict=True)) for a, b in zip(prompt.starts, prompt.starts[1:], strict=False)
+    ]
+    for row, start in enumerate(prompt.starts[:-1]):
+        for place in range(lengths[row]):
+            keys, values = (torch.stack(x) for x in zip(*seen[row][: place + 1], strict=True))
+            expected = by_hand(q[start + place], keys, values, scale)
+            torch.testing.assert_close(found[start + place].double(), expected, atol=1e-5, rtol=1e-4)
+    for _ in range(6):  # the storage grows in between
+        q, (k, v) = torch.randn(len(some), 4, 8), torch.randn(2, len(some), 2, 8)
+        step = CachedStep(cache, np.asarray(some), torch.device("cpu"))
+        assert step.position_of_row.tolist() == [len(seen[row]) for row in some]
+        found = step.attend(layer, q, k, v, scale)
+        for n, row in enumerate(some):
+            seen[row].append((k[n], v[n]))
+            keys, values = (torch.stack(x) for x in zip(*seen[row], strict=True))
+            expected = by_hand(q[n], keys, values, scale)
+            torch.testing.assert_close(found[n].double(), expected, atol=1e-5, rtol=1e-4)
+    assert cache.lengths.tolist() == [len(places) for places in seen]
+
+
+def test_a_row_beyond_its_most_places_is_refused() -> None:
+    cache = KeyValueCache(1, most=4)
+    cache.reserve(4)
+    with pytest.raises(ValueError, match="5 places, but the model has 4"):
+        cache.reserve(5)

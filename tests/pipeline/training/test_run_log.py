@@ -15,7 +15,7 @@ from helpers.paths import REPOSITORY
 from data_prep.common.errors import UserError
 from pipeline.config.schema import Recipe, load_recipe
 from pipeline.training.records import StepRecord
-from pipeline.training.run_log import RunLog, read_records
+from pipeline.training.run_log import EVALUATIONS, METRICS, SAVES, STARTS, RunLog, read_records
 
 RECIPES = REPOSITORY / "pipeline" / "recipes"
 EVALUATION = {"step": 1, "bits_per_byte": 2.0, "ppl": 9.0, "best": True}
@@ -89,3 +89,17 @@ def test_a_step_s_record_has_its_optional_fields_only_where_they_are_known(tmp_p
 def test_the_docs_name_every_field_of_a_step() -> None:
     page = (REPOSITORY / "docs" / "training.md").read_text()
     assert [field.name for field in dataclasses.fields(StepRecord) if f"`{field.name}`" not in page] == []
+
+
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_a_resume_keeps_the_records_up_to_its_checkpoint(step: int, tmp_path: Path) -> None:
+    """The later ones are written again, and counted as lost."""
+    for name in (METRICS, EVALUATIONS, SAVES):
+        (tmp_path / name).write_text("".join(f'{{"step": {n}}}\n' for n in range(1, 6)) + '{"ste')
+    with RunLog(tmp_path, recipe(tmp_path, wandb=False), 0, step) as log:
+        log.start({"step": step})
+        log.save({"step": step + 1, "save_seconds": 0.5})
+    for name in (METRICS, EVALUATIONS, SAVES):
+        found = [record["step"] for record in read_records(tmp_path / name)]
+        assert found == [*range(1, step + 1), *[step + 1] * (name == SAVES)]
+    assert read_records(tmp_path / STARTS) == [{"step": step, "lost_steps": 5 - step}]

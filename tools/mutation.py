@@ -1,0 +1,179 @@
+"""Mutation testing of the core modules: do the tests notice when an operator or a number is another one?
+
+    pip install cosmic-ray && python -m tools.mutation [MODULE …] [--minutes 60] [--seed 1] [--json FILE]
+
+cosmic-ray makes the mutants; the copy of the tree and pytest are those of `tools.planted_bugs`, so a mutant
+costs its tests and no imports. At most one mutant for each place of the code is drawn, and the modules take
+turns until the time is over. Mutants of annotations are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from data_prep import __version__
+from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
+from data_prep.common.environment import header, require_folder, write_result
+from data_prep.common.errors import UserError, log, print_result, run_main
+from data_prep.common.extras import import_extra
+from tools.planted_bugs.trees import REPOSITORY, changed, copied_tree, run_tests
+
+MODELS, GENERATION = "tests/pipeline/models", "tests/pipeline/generation"
+# The tests of each module, quick ones first: pytest ends at the first failure.
+MODULES: dict[str, Sequence[str]] = {
+    "pipeline/models/losses.py": [
+        f"{MODELS}/test_models.py::test_loss_of_a_packed_batch_is_the_loss_of_its_documents",
+        f"{MODELS}/test_models.py::test_every_parameter_gets_a_gradient_also_from_the_empty_batch",
+        f"{MODELS}/test_vae_options.py::test_the_variational_mode_is_the_textbooks",
+        "tests/pipeline/evaluation/test_scores.py",
+    ],
+    "pipeline/models/vocabulary_head.py": [f"{MODELS}/test_vocabulary_head.py"],
+    "pipeline/data/batch.py": ["tests/pipeline/data/test_batch.py", f"{MODELS}/test_models.py"],
+    "pipeline/data/windows.py": ["tests/pipeline/data/test_plan.py"],
+    "pipeline/data/plan.py": ["tests/pipeline/data/test_plan.py", "tests/pipeline/data/test_loader.py"],
+    "pipeline/data/loader.py": ["tests/pipeline/data/test_loader.py"],
+    "pipeline/data/segments.py": [f"{MODELS}/test_attention.py"],
+    "pipeline/models/attention.py": [f"{MODELS}/test_attention.py"],
+    "pipeline/models/kv_cache.py": [f"{MODELS}/test_kv_cache.py", f"{MODELS}/test_sentence_decoder.py"],
+    "pipeline/checkpoints/store.py": [
+        "tests/pipeline/checkpoints/test_store.py",
+        "tests/pipeline/checkpoints",
+    ],
+    "pipeline/checkpoints/saving.py": [
+        "tests/pipeline/checkpoints/test_store.py",
+        "tests/pipeline/checkpoints",
+    ],
+    "pipeline/checkpoints/zero_shards.py": ["tests/pipeline/checkpoints/test_elastic.py"],
+    "pipeline/evaluation/scores.py": [
+        "tests/pipeline/evaluation/test_scores.py",
+        "tests/pipeline/evaluation",
+    ],
+    "pipeline/generation/sampling.py": [f"{GENERATION}/test_api.py"],
+    "data_prep/text/sentences.py": ["tests/data_prep/text/test_sentences.py"],
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """outcome: killed, survived, or broken (nothing can be imported with it)."""
+
+    module: str
+    line: int
+    operator: str
+    before: str
+    after: str
+    outcome: str = ""
+    by: str = ""
+
+
+def mutants(module: str, rng: random.Random) -> Iterator[tuple[Mutant, str]]:
+    """Mutants of a module with their source, one for each place of it, in random order."""
+    nodes_of = import_extra("cosmic_ray.ast", "mutation")
+    plugins, mutating = (import_extra(f"cosmic_ray.{name}", "mutation") for name in ("plugins", "mutating"))
+    source = (REPOSITORY / module).read_text(encoding="utf-8")
+    # Shifts and bits of what are no bits end in a TypeError, whatever is tested.
+    bits = ("LShift", "RShift", "BitOr", "BitAnd", "BitXor")
+    plain, nodes = _without_annotations(source), list(nodes_of.ast_nodes(nodes_of.get_ast(source)))
+    found = []
+    for name in sorted(plugins.operator_names()):
+        if plugins.get_operator(name).arguments() or name.endswith(bits):
+            continue
+        operator = plugins.get_operator(name)()
+        places = [place for node in nodes for place, _ in operator.mutation_positions(node)]
+        found += [(place, name, occurrence) for occurrence, place in enumerate(places)]
+    rng.shuffle(found)
+    seen = set()
+    for place, name, occurrence in found:
+        if place in seen:
+            continue
+        text = mutating.mutate_code(source, plugins.get_operator(name)(), occurrence)
+        if text is None or _without_annotations(text) == plain:
+            continue
+        seen.add(place)
+        lines = zip_longest(source.split("\n"), text.split("\n"), fillvalue="")
+        number, before, after = next((n, a, b) for n, (a, b) in enumerate(lines, 1) if a != b)
+        yield Mutant(module, number, name.removeprefix("core/"), before.strip(), after.strip()), text
+
+
+def _without_annotations(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def run(
+    modules: Many = (),
+    /,
+    *,
+    minutes: Annotated[Positive, Parameter(help="time after which no further mutant is tried")] = 60,
+    seed: Natural = 1,
+    timeout: Annotated[Positive, Parameter(help="seconds for one mutant's tests")] = 300,
+    json_file: Annotated[str | None, Parameter(name="--json", help="also write the mutants there")] = None,
+) -> None:
+    """Try mutants of the core modules until the time is over, and say which ones no test notices.
+
+    Args:
+        modules: those to change, by a part of their path; without any, all
+        seed: of the sample
+    """
+    require_folder(json_file)
+    chosen = [name for name in MODULES if not modules or any(part in name for part in modules)]
+    if not chosen:
+        raise UserError(f"no module fits {', '.join(modules)}; there are {', '.join(MODULES)}")
+    until, tried = time.monotonic() + 60 * minutes, []
+    turns = zip_longest(*(mutants(name, random.Random(f"{seed} {name}")) for name in chosen))
+    with copied_tree() as tree:
+        for mutant, text in filter(None, chain.from_iterable(turns)):
+            if time.monotonic() > until:
+                break
+            with changed(tree / mutant.module, text):
+                status, failed = run_tests(tree, ["-x", *MODULES[mutant.module]], timeout)
+            outcome = {0: "survived", 1: "killed", None: "killed"}.get(status, "broken")
+            by = "" if status == 0 else (failed or ["out of time"])[0]
+            tried.append(Mutant(**asdict(mutant) | {"outcome": outcome, "by": by}))
+            log(f"{outcome:8} {mutant.module}:{mutant.line}: {mutant.before}  ->  {mutant.after}  {by}")
+    print_result(table(tried))
+    if json_file:
+        made = {**header(("cosmic-ray", "torch", "pytest")), "seed": seed, "minutes": minutes}
+        write_result({**made, "mutants": [asdict(mutant) for mutant in tried]}, json_file)
+
+
+def table(tried: Sequence[Mutant]) -> str:
+    """Killed and surviving mutants of every module, as Markdown."""
+    lines = ["| module | mutants | killed | rate |", "| --- | ---: | ---: | ---: |"]
+    for name in [*dict.fromkeys(mutant.module for mutant in tried), "all"]:
+        counts = Counter(mutant.outcome for mutant in tried if name in (mutant.module, "all"))
+        total = counts["killed"] + counts["survived"]
+        rate = f"{100 * counts['killed'] / total:.0f} %" if total else "–"
+        lines.append(f"| {name} | {total} | {counts['killed']} | {rate} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    app = make_app(
+        "python -m tools.mutation",
+        __version__,
+        "Mutation testing of the core modules, with cosmic-ray.",
+        "python -m tools.mutation losses batch --minutes 15",
+    )
+    app.default(run)
+    return run_app(app)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main("mutation", main))

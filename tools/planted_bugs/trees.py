@@ -1,0 +1,88 @@
+"""A copy of the tree in which a file is changed and pytest is run, with libraries that are imported once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+# They take longer to import than most tests to run, and read the environment then.
+LIBRARIES = ("torch", "transformers", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+@contextlib.contextmanager
+def copied_tree() -> Iterator[Path]:
+    """A temporary copy of every file that git tracks or would add."""
+    os.environ.update(ENVIRONMENT)
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory(prefix="planted-bugs-") as folder:
+        for name in filter(None, listed.split("\0")):
+            if (REPOSITORY / name).is_file():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(REPOSITORY / name, Path(folder) / name)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def changed(path: Path, text: str) -> Iterator[None]:
+    """The file with another text, inside the `with` block."""
+    before = path.read_text(encoding="utf-8")
+    try:
+        _write(path, text)
+        yield
+    finally:
+        _write(path, before)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    # Its bytecode would count as new: two changes in a second, of one size.
+    Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+
+
+def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> tuple[int | None, list[str]]:
+    """pytest's status in a tree (None: out of time) and what failed: tests, or else its last line."""
+    with tempfile.TemporaryFile() as out:
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=_pytest, args=(tree, tests, out.fileno()))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            return None, []
+        out.seek(0)
+        output = out.read().decode(errors="replace")
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    return process.exitcode, failed or output.strip().splitlines()[-1:]
+
+
+def _pytest(tree: Path, tests: Sequence[str], out: int) -> None:
+    """Become `python -m pytest` in a tree, with the libraries of this process but none of our modules."""
+    os.setpgid(0, 0)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+    sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = sys.path[0] = str(tree)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("data_prep", "pipeline", "tools")]:
+        del sys.modules[name]
+    sys.modules["__main__"] = pytest
+    sys.exit(pytest.main(["-q", "-m", "not long", "-p", "no:cacheprovider", *tests]))
