@@ -10,7 +10,7 @@ from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Many, Natural, Positive
 from data_prep.common.errors import UserError, log
-from pipeline.cli.options import Int8, Json, Output, answer, app
+from pipeline.cli.options import Device, Dtype, Int8, Json, Output, answer, app
 
 SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
 CUT = Parameter(group=Group("With --text"))
@@ -32,6 +32,8 @@ def evaluate(
     context_curve: str | None = None,
     ngram: str | None = None,
     record: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     int8: Int8 = False,
     json: Json = False,
 ) -> int:
@@ -84,6 +86,8 @@ def evaluate(
             int8=int8,
             context_curve=_numbers(context_curve),
             ngram=ngram,
+            device=device,
+            dtype=dtype,
             progress=ranks.rank == 0,
             ranks=ranks,
         )
@@ -205,7 +209,14 @@ def robustness(
 
 @app.command(group="Evaluate")
 def check(
-    *, model: str, documents: Positive = 6, seed: Natural = 0, tolerance: float = 1e-5, json: Json = False
+    *,
+    model: str,
+    documents: Positive = 6,
+    seed: Natural = 0,
+    tolerance: float | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = False,
 ) -> int:
     """Prove on a model folder: causal, cached = uncached, packed = one by one. Status 1 if a check fails.
 
@@ -216,10 +227,11 @@ def check(
         model: SLLM, SentenceVAE or token-level model folder
         documents: random documents to try
         seed: seed of the random documents
-        tolerance: largest accepted difference
+        tolerance: largest accepted difference (default: 1e-5 in fp32, 0.05 in bf16)
+        dtype: precision; auto checks in fp32, and the GPU's own attention kernels in bf16
     """
     from pipeline.evaluation.self_check import check_folder, format_report
 
-    report = check_folder(model, documents, seed, tolerance)
+    report = check_folder(model, documents, seed, tolerance, device, dtype)
     answer(report, json, format_report)
     return 0 if report["passed"] else 1

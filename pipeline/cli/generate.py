@@ -18,6 +18,7 @@ from pipeline.generation.api import Generation, generate_many
 from pipeline.generation.results import Continuation, Limits
 from pipeline.generation.sampling import Sampling
 from pipeline.models.inference import load_for_generation
+from pipeline.parallel.device import DeviceName, DtypeName
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,20 @@ class Settings:
     seed: int | None
     int8: bool = False
     seed_drawn: bool = False  # the user gave no seed: a run that resumes takes the first run's
+    device: DeviceName = "auto"
+    dtype: DtypeName = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         limits = asdict(self.limits)
         del limits["sentence_tokens"]
-        more = {"samples": self.samples, "best_of": self.best_of, "seed": self.seed, "int8": self.int8}
+        more: dict[str, Any] = {
+            "samples": self.samples,
+            "best_of": self.best_of,
+            "seed": self.seed,
+            "int8": self.int8,
+        }
+        # Only in outputs whose values depend on it: those of earlier releases are resumed.
+        more |= {"dtype": self.dtype} if self.dtype != "auto" else {}
         return {**asdict(self.sampling), **limits, **more}
 
 
@@ -98,7 +108,7 @@ def generate_prompt(
     log-probabilities, stopped, samples (all texts, as from `record`), seconds (without loading), settings.
     """
     require_text(prompt, "the prompt")
-    model, tokenizer = load_for_generation(folder, how.int8)
+    model, tokenizer = load_for_generation(folder, how.int8, how.device, how.dtype)
     on_text = on_text or (lambda piece: None)
     started = time.perf_counter()
     if how.samples == 1:
@@ -154,7 +164,7 @@ def generate_file(
         counts = {"prompts": len(lines), "resumed": done.lines, "errors": done.errors, "tokens": 0}
         started = time.perf_counter()
         if done.lines < len(lines):
-            model, tokenizer = load_for_generation(folder, how.int8)
+            model, tokenizer = load_for_generation(folder, how.int8, how.device, how.dtype)
             started = time.perf_counter()
             todo = lines[done.lines :]
             first_seed = (how.seed or 0) + done.lines * how.samples
@@ -242,38 +252,6 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: was changed by something else; name another output")
     return value
-
-
-def converse(
-    folder: str | Path, how: Settings, read: Callable[[], str], write: Callable[[str], None]
-) -> Iterator[Continuation]:
-    """A conversation in the terminal: the model continues the text and what is typed. An empty line adds
-    nothing, `/new` starts a new text, the end of the input ends the conversation.
-
-    `read` gives a line and raises EOFError at the end; `write` shows text. Yields every continuation.
-    """
-    model, tokenizer = load_for_generation(folder, how.int8)
-    text, turn = "", 0
-    while True:
-        try:
-            line = read()
-        except EOFError:
-            return
-        if line.strip() == "/new":
-            text = ""
-            continue
-        prompt = text + line
-        try:
-            require_text(line, "the line")
-            run = Generation(model, tokenizer, prompt, how.sampling, how.limits, (how.seed or 0) + turn)
-            for piece in run.pieces():
-                write(piece.text)
-        except UserError as error:
-            write(f"[{error}]\n")
-            continue
-        write(f"\n[{run.result.stopped}]\n")
-        text, turn = prompt + run.result.text, turn + 1
-        yield run.result
 
 
 def require_text(text: str, what: str) -> None:

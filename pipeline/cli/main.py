@@ -14,7 +14,7 @@ from data_prep.common.command_line import run_app
 from data_prep.common.errors import run_main
 
 # Importing a module registers its commands.
-from pipeline.cli import benchmark, evaluation, models, runs  # noqa: F401
+from pipeline.cli import benchmark, evaluation, models, runs, serving  # noqa: F401
 from pipeline.cli.options import app
 
 # Imported for this command alone: its help lists the keys of a recipe.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Natural, Positive
 from data_prep.common.errors import UserError, log
-from pipeline.cli.options import VAE_RECIPE_HELP, Int8, Json, answer, app, print_json
+from pipeline.cli.options import VAE_RECIPE_HELP, Device, Dtype, Int8, Json, answer, app, print_json
 
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 ONE_PROMPT = Parameter(group=Group("Prompt (at most one)", validator=validators.LimitedChoice(0, 1)))
@@ -38,6 +39,8 @@ def generate(
     seed: Annotated[Natural | None, SAMPLING] = None,
     samples: Annotated[Positive, ONE_COUNT] = 1,
     best_of: Annotated[Positive | None, ONE_COUNT] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     int8: Int8 = False,
     json: Json = False,
 ) -> int:
@@ -50,7 +53,7 @@ def generate(
         model: folder of an exported SLLM
         prompt: text to continue (default: start a document)
         prompts: file of prompts, a line {"prompt": TEXT} each, with --output
-        interactive: type text, and the model continues it; /new starts a new text
+        interactive: as `sllm chat`: type text, and the model continues it
         output: JSON lines, one per prompt; an unfinished file is resumed
         batch: with --prompts: texts generated at once
         max_sentences: stop after this many sentences
@@ -69,6 +72,7 @@ def generate(
 
     sampling = (temperature, top_p, top_k, min_p, repetition_penalty)
     how = generation.settings(max_sentences, *sampling, max_tokens, stop, samples, best_of, seed, int8)
+    how = replace(how, device=device, dtype=dtype)
     if (prompts is None) != (output is None):
         raise UserError("--prompts FILE and --output FILE belong together")
     if prompts is not None and output is not None:
@@ -82,7 +86,9 @@ def generate(
     if interactive:
         if how.samples > 1:
             raise UserError("--interactive writes one text: --samples and --best-of are not for it")
-        for _ in generation.converse(model, how, lambda: input("> "), generation.show):
+        from pipeline.cli.chat import converse, line_reader
+
+        for _ in converse(model, how, line_reader(), generation.show):
             pass
         return 0
     result = generation.generate_prompt(model, prompt, how, None if json else generation.show)

@@ -11,6 +11,7 @@ from cyclopts import Parameter
 import pipeline
 from data_prep.common.command_line import make_app
 from data_prep.common.errors import singular
+from pipeline.parallel.device import DeviceName, DtypeName
 
 VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
 
@@ -19,6 +20,8 @@ Int8 = Annotated[
     bool,
     Parameter(help="weights in 8 bits (CPU): faster generation, slightly higher loss (docs/generation.md)"),
 ]
+Device = Annotated[DeviceName, Parameter(help="where to compute (auto: the GPU if there is one)")]
+Dtype = Annotated[DtypeName, Parameter(help="precision (auto: bf16 on a GPU that has it, else fp32)")]
 # Recipe keys as --section.key VALUE: every word that is no option of the command.
 Overrides = Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]
 Output = Annotated[str | None, Parameter(help="also write the figures to this file, as JSON")]

@@ -69,12 +69,12 @@ def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: 
     if is_launched():
         raise UserError("--ranks: this process is a rank of a launcher already; start it without --ranks")
     from data_prep.shards.reader import ShardSet
-    from pipeline.config.deepspeed_config import read_strategy
+    from pipeline.config.deepspeed_config import read_strategy, require_compatible
     from pipeline.config.schema import load_recipe
 
-    data = load_recipe(recipe, list(overrides)).data
-    read_strategy(*deepspeed_config)
-    for folder in (*data.shards, *filter(None, [data.validation])):
+    checked = load_recipe(recipe, list(overrides))
+    require_compatible(read_strategy(*deepspeed_config), checked)
+    for folder in (*checked.data.shards, *filter(None, [checked.data.validation])):
         ShardSet.open(folder)
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     module = ["--num_gpus", str(ranks), *address, "--module", "pipeline.train"]

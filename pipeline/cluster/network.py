@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from data_prep.common.errors import first_line
+from pipeline.parallel.device import claim_gpu, uses_gpu
 from pipeline.parallel.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeo
     import torch
     import torch.distributed as dist
 
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    on_gpu = uses_gpu()
     backend, device = ("nccl", torch.device("cuda")) if on_gpu else ("gloo", torch.device("cpu"))
     facts: dict[str, Any] = {"backend": backend, "gbps": None, "pairs": {}, "problems": []}
     doing = "joining the process group"
     try:
         if on_gpu:
-            torch.cuda.set_device(ranks.local % torch.cuda.device_count())
+            torch.cuda.set_device(claim_gpu(ranks, torch.cuda.device_count()))
         dist.init_process_group(
             backend,
             init_method=f"tcp://{os.environ['MASTER_ADDR']}:{port}",

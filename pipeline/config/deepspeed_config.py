@@ -12,6 +12,7 @@ import json
 import math
 import operator
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ RECIPE_DECIDES = {
 WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
 WORDS |= {"array": "a list", "object": "a mapping"}
 
+FIRST_TORCH_WITH_COMPILED_ZERO3 = (2, 13)
+
 # Parts of zero_optimization (ZeRO++) that are CUDA kernels.
 _NEEDS_CUDA = ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
 
@@ -71,6 +74,30 @@ def read_strategy(*paths: str | Path) -> dict[str, Any]:
             f"DeepSpeed config {paths[0]}: stage 0 knows no data_types (use stage 1, 2 or 3, or remove it)"
         )
     return strategy
+
+
+def require_compatible(strategy: dict[str, Any], recipe: Recipe) -> None:
+    """Raises: UserError for a strategy and recipe that would train wrongly without an error."""
+    if zero_stage(strategy) == 0 and (strategy.get("fp16") or {}).get("enabled"):
+        raise UserError(
+            "DeepSpeed config: fp16 with stage 0 trains with wrong gradients, because DeepSpeed divides them "
+            "by a loss scale that it never applied: use zero1.json with fp16, or bf16"
+        )
+    torch = version("torch")
+    if (
+        zero_stage(strategy) == 3
+        and recipe.training.compile
+        and _numbers(torch) < FIRST_TORCH_WITH_COMPILED_ZERO3
+    ):
+        raise UserError(
+            f"training.compile with ZeRO-3 loses gradients under torch {torch}: use torch 2.13 or newer, "
+            "another stage, or training.compile false"
+        )
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """`2.11.0+cu130` → (2, 11)."""
+    return tuple(int(number) for number in release.split(".")[:2])
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> None:
@@ -200,6 +227,8 @@ def complete_strategy(strategy: dict[str, Any], recipe: Recipe, world: int, on_g
         "zero_allow_untested_optimizer": True,  # ours is torch.optim.AdamW, passed in
         "zero_force_ds_cpu_optimizer": False,
     }
+    # It would wait for the GPU twice a micro-batch, for a speed that no part of this project reads.
+    config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     if not on_gpu:
         # bf16 products can be tens of times slower than fp32 on CPUs without instructions for them.
         for half in ("bf16", "fp16"):

@@ -253,6 +253,9 @@ def inspect(
     vocab_size = vocab_size or own or Vocabulary().vocab_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _converted(new_model(sized, Vocabulary(vocab_size), {}), DTYPES[dtype]).train()
+        for module in model.modules():
+            # Older transformers draw a number for each layer even at 0, and a fake tensor has no value.
+            module.training &= not hasattr(module, "layerdrop")
         step = dry_step(model, batch)
     parameters = parameter_count(model)
     memory = []

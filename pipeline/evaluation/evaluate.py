@@ -51,6 +51,7 @@ from pipeline.models.foreign_lm import load_plain_lm
 from pipeline.models.inference import to_int8
 from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.agreement import agree
+from pipeline.parallel.device import DeviceName, DtypeName, choose_device
 from pipeline.parallel.ranks import Ranks
 
 DEFAULT_WINDOW_TOKENS = 1024
@@ -183,13 +184,19 @@ class Loaded:
     parameters: int
     int8: bool
 
+    def placed(self) -> dict[str, str]:
+        """Where and in which precision it computes."""
+        weight = next(self.model.parameters())
+        return {"device": weight.device.type, "dtype": str(weight.dtype).removeprefix("torch.")}
 
-def load(folder: str, int8: bool = False) -> Loaded:
+
+def load(folder: str, int8: bool = False, device: DeviceName = "auto", dtype: DtypeName = "auto") -> Loaded:
     """The model of any folder; a token-level model not trained by this project runs its own forward."""
+    place, precision = choose_device(device, dtype, int8)
     config, tokenizer = read_config(folder), load_model_tokenizer(folder)
     foreign = config.get("model_type") not in KINDS and "sentence_settings" not in config
     model = load_plain_lm(folder, tokenizer) if foreign else load_model(folder)
-    model, parameters = model.to("cuda" if torch.cuda.is_available() else "cpu"), parameter_count(model)
+    model, parameters = model.to(place, precision), parameter_count(model)
     if int8:
         to_int8(model)
     return Loaded(folder, model, model_kind(model), tokenizer, parameters, int8)
@@ -254,6 +261,8 @@ def evaluate(
     generated: str | Path | None = None,
     context_curve: Sequence[int] = (),
     ngram: str | Path | NgramModel | None = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
 ) -> dict:
     """Score a model folder of any kind on shards (`data`) or WanJuan documents (`text`): exactly one of them,
     or `generated`, an output of `sllm generate`, for which cut agreement is measured too.
@@ -281,7 +290,7 @@ def evaluate(
         shards = ShardSet.open(data) if data is not None else None
         if shards is None and documents is None:
             find_inputs([text])  # refuses a missing file before a model is loaded
-        loaded = folder if isinstance(folder, Loaded) else load(str(folder), int8)
+        loaded = folder if isinstance(folder, Loaded) else load(str(folder), int8, device, dtype)
         model, kind, tokenizer = loaded.model, loaded.kind, loaded.tokenizer
         if shards is None:
             cut = sentence_settings(model, **given)
@@ -333,6 +342,7 @@ def evaluate(
         "kind": loaded.kind,
         "parameters": loaded.parameters,
         "int8": loaded.int8,
+        **loaded.placed(),
         "data": source.path,
         "data_fingerprint": source.digest.hexdigest(),
         "shards_fingerprint": source.shards_fingerprint,

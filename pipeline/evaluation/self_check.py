@@ -3,7 +3,8 @@
     causal             changing a document from some token on changes no earlier score and no other document
                        (SentenceVAE: changing a sentence changes only that sentence), on every attention path
     packed = single    a document scores the same alone and packed with others, on every attention path
-    paths agree        every attention path gives the same scores
+    paths agree        every attention path gives the same scores; on a GPU also its kernels, against the
+                       exact path of the same precision
     cached = uncached  generation symbol by symbol with caches gives the scores of the packed forward
 
 A score is the NLL in nats of one symbol given those before it, or of one stop decision. Differences are
@@ -12,7 +13,7 @@ absolute, relative for scores above 1 nat. The report holds the largest differen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.common.errors import UserError
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.windows import Span
-from pipeline.models.attention import PATHS, attention_path
+from pipeline.models.attention import KERNELS, PATHS, attention_path
 from pipeline.models.factory import load_model
 from pipeline.models.folders import model_kind
+from pipeline.parallel.device import DeviceName, DtypeName, choose_device
 
 LONGEST_SENTENCE = 24  # short random sentences, so that a check takes seconds on a large model too
 MOST_SENTENCES = 7
 CHANGES_PER_DOCUMENT = 3
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}  # largest accepted difference
 
 # [document][sentence] → float64: its symbols in order, its end, its stop decision.
 Scores = list[list[np.ndarray]]
@@ -63,14 +67,23 @@ def _difference(expected: np.ndarray, found: np.ndarray) -> float:
 
 
 class Checker:
-    """Runs the checks on one model (in eval mode, fp32) with documents made from `seed`."""
+    """Runs the checks on one model (in eval mode) with documents made from `seed`."""
 
-    def __init__(self, model: torch.nn.Module, documents: int = 6, seed: int = 0, tolerance: float = 1e-5):
+    def __init__(
+        self, model: torch.nn.Module, documents: int = 6, seed: int = 0, tolerance: float | None = None
+    ):
         self.model: Any = model
-        self.kind, self.tolerance = model_kind(model), tolerance
+        self._given = tolerance
+        self.not_checked: dict[str, str] = {}  # attention kernel → why it cannot run the model here
+        self.kind = model_kind(model)
         self.rng = np.random.default_rng(seed)
         self.longest, most_sentences, self.ids = _limits(model, self.kind)
         self.spans = [self._document(most_sentences) for _ in range(max(2, documents))]
+
+    @property
+    def tolerance(self) -> float:
+        """As given, or by the model's precision."""
+        return TOLERANCE[next(self.model.parameters()).dtype] if self._given is None else self._given
 
     def _sentence(self) -> np.ndarray:
         return self.rng.choice(self.ids, int(self.rng.integers(1, self.longest + 1)))
@@ -139,16 +152,27 @@ class Checker:
             finding.compare(np.concatenate(packed), np.concatenate(single))
         return finding
 
-    def paths_agree(self) -> Finding:
+    def paths_agree(self, paths: Sequence[str]) -> Finding:
         """The first attention path against every other one."""
-        finding = Finding("paths agree", " = ".join(PATHS), self.tolerance)
+        finding = Finding("paths agree", " = ".join(paths), self.tolerance)
         results = []
-        for path in PATHS:
+        for path in paths:
             with attention_path(path):
                 results.append(np.concatenate([s for document in self.scores(self.spans) for s in document]))
         for other in results[1:]:
             finding.compare(results[0], other)
         return finding
+
+    def _usable_kernels(self) -> list[str]:
+        usable = []
+        for path in KERNELS:
+            with attention_path(path):
+                try:
+                    self.scores(self.spans[:1])
+                    usable.append(path)
+                except UserError as error:
+                    self.not_checked[path] = str(error).partition("here: ")[2] or str(error)
+        return usable
 
     def cached_is_uncached(self) -> Finding:
         """Teacher-forced generation with caches against the packed forward."""
@@ -194,11 +218,21 @@ class Checker:
     @torch.inference_mode()
     def run(self) -> list[Finding]:
         """All checks, in the order of the module's docstring."""
+        findings = self._on_paths(PATHS)
+        return [*findings, self.paths_agree(PATHS), self.cached_is_uncached()]
+
+    @torch.inference_mode()
+    def run_kernels(self) -> list[Finding]:
+        """The checks of a forward on the attention kernels that can run this model here."""
+        usable = self._usable_kernels()
+        return [*self._on_paths(usable), self.paths_agree([PATHS[0], *usable])] if usable else []
+
+    def _on_paths(self, paths: Sequence[str]) -> list[Finding]:
         findings = []
-        for path in PATHS:
+        for path in paths:
             with attention_path(path):
                 findings += [self.causal(path), self.packed_is_single(path)]
-        return [*findings, self.paths_agree(), self.cached_is_uncached()]
+        return findings
 
 
 def _limits(model: Any, kind: str) -> tuple[int, int, np.ndarray]:
@@ -240,26 +274,52 @@ def _by_sentence_lm(nll_N: np.ndarray, batch: Batch) -> Scores:
     return scores
 
 
-def check_model(model: torch.nn.Module, documents: int = 6, seed: int = 0, tolerance: float = 1e-5) -> dict:
-    """Run all checks on a loaded model; returns the report (`kind`, `passed`, `tolerance`, `checks`)."""
+def check_model(
+    model: torch.nn.Module,
+    documents: int = 6,
+    seed: int = 0,
+    tolerance: float | None = None,
+    half_kernels: bool = False,
+) -> dict:
+    """Run all checks on a loaded model.
+
+    half_kernels: the kernels are checked in bf16, which is what they take on a GPU; the model stays in it.
+    Returns: the report (`kind`, `passed`, `tolerance`, `checks`, `not_checked`: kernels, and why).
+    """
     checker = Checker(model.eval(), documents, seed, tolerance)
+    used = checker.tolerance
     findings = checker.run()
+    if checker.model.device.type == "cuda":
+        if half_kernels:
+            checker.model.to(torch.bfloat16)
+        findings += checker.run_kernels()
     return {
         "kind": checker.kind,
         "passed": all(finding.passed for finding in findings),
-        "tolerance": tolerance,
+        "tolerance": used,
+        "not_checked": checker.not_checked,
         "documents": len(checker.spans),
         "seed": seed,
         "checks": [{**asdict(finding), "passed": finding.passed} for finding in findings],
     }
 
 
-def check_folder(folder: str | Path, documents: int = 6, seed: int = 0, tolerance: float = 1e-5) -> dict:
-    """The report of `check_model` with the folder's name.
+def check_folder(
+    folder: str | Path,
+    documents: int = 6,
+    seed: int = 0,
+    tolerance: float | None = None,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+) -> dict:
+    """The report of `check_model` with the folder's name. By default in fp32, and a GPU's kernels in bf16.
 
-    Raises: UserError for a folder without a model.
+    Raises: UserError for a folder without a model, and as `choose_device`.
     """
-    return {"model": str(folder), **check_model(load_model(folder), documents, seed, tolerance)}
+    place, precision = choose_device(device, "fp32" if dtype == "auto" else dtype)
+    model = load_model(folder).to(place, precision)
+    half_kernels = dtype == "auto" and place.type == "cuda" and torch.cuda.is_bf16_supported()
+    return {"model": str(folder), **check_model(model, documents, seed, tolerance, half_kernels)}
 
 
 def format_report(report: dict) -> str:
@@ -274,5 +334,6 @@ def format_report(report: dict) -> str:
             f"{verdict} {check['check']:<18} {check['path']:<18} "
             f"largest difference {difference} in {check['compared']} scores"
         )
+    lines += [f"     not checked: {path}: {why}" for path, why in report["not_checked"].items()]
     lines.append("all checks passed" if report["passed"] else f"FAILED (tolerance {report['tolerance']:g})")
     return "\n".join(lines)

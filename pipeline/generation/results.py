@@ -6,6 +6,7 @@ import codecs
 from dataclasses import dataclass
 
 from data_prep.common.errors import UserError
+from pipeline.generation.sampling import Sampling
 
 DOCUMENT_END = "document end"
 SENTENCE_LIMIT = "sentence limit"
@@ -28,6 +29,11 @@ class Limits:
     stop: tuple[str, ...] = ()
     sentence_tokens: int | None = None
 
+    @property
+    def most_sentences(self) -> int:
+        """Sentences that can follow: each has at least one token."""
+        return min(self.max_sentences, self.max_tokens or self.max_sentences)
+
     def __post_init__(self) -> None:
         for name in ("max_sentences", "max_tokens", "sentence_tokens"):
             value = getattr(self, name)
@@ -39,20 +45,26 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """A text to generate. Its events carry `number`; `prompt`: text, or complete sentences (token ids)."""
+    """A text to generate. Its events carry `number`; `prompt`: text, or complete sentences (token ids).
+
+    sampling, limits: its own, in place of the writer's.
+    """
 
     number: int
     prompt: str | list[list[int]]
     seed: int = 0
+    sampling: Sampling | None = None
+    limits: Limits | None = None
 
 
 @dataclass(frozen=True)
 class Piece:
     """The text of one token: whole characters only, without what may become a stop string. `token` is None
-    for text that was held back until the end."""
+    for text that was held back until the end. log_probability: of the token, nats, without temperature."""
 
     text: str
     token: int | None
+    log_probability: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ that.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,48 +39,10 @@ from pipeline.generation.results import (
     Sentence,
     TextStream,
 )
+from pipeline.generation.row import Row
 from pipeline.generation.sampling import Sampling
 
 READ_TOKENS = 16_384  # of prompts read in one pass, unless one prompt is longer
-
-
-@dataclass
-class _Row:
-    """The state of one text."""
-
-    request: Request
-    stream: TextStream
-    unfinished: bool  # the prompt ends inside a sentence
-    tail: list[int]  # the tokens of that sentence that are certain
-    end: PromptEnd | None  # while new tokens may change those of the prompt's end
-    sentences: list[Sentence] = field(default_factory=list)
-    new_tokens: int = 0
-    log_probability: float = 0.0
-    prompt_stop_probability: float | None = None
-    # Of the sentence being generated (`started`: there is one):
-    started: bool = False
-    tokens: list[int] = field(default_factory=list)
-    forced: int = 0
-    feed: int = 0  # the symbol to feed next
-    pending: list[int] = field(default_factory=list)  # forced tokens not yet fed
-    closing: bool = False  # at the token limit: only the end's probability is missing
-    ended: bool = False
-    text: str = ""
-    sentence_log_probability: float = 0.0
-    # At the prompt's end:
-    branches: list[Branch] = field(default_factory=list)  # whose logits are still to be computed
-    fed: list[int] = field(default_factory=list)  # tokens in the cache behind the certain ones
-
-    def __post_init__(self) -> None:
-        self.rng = torch.Generator().manual_seed(self.request.seed)
-        # So that a text does not depend on how many tokens of its prompt were taken back. torch's generator
-        # for CPUs reads the low 32 bits of a seed only.
-        self.end_rng = torch.Generator().manual_seed(self.request.seed ^ 0x9E3779B9)
-
-    def begin(self, bos: int, forced: list[int]) -> None:
-        self.tokens, self.forced, self.pending, self.feed = list(forced), len(forced), list(forced), bos
-        self.started, self.closing, self.ended = True, False, False
-        self.text, self.sentence_log_probability = "", 0.0
 
 
 class BatchWriter:
@@ -90,7 +52,7 @@ class BatchWriter:
         self, model: SentenceModel, tokenizer: Tokenizer, sampling: Sampling, limits: Limits, rows: int = 1
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._limits = model, tokenizer, sampling, limits
-        self._rows: list[_Row | None] = [None] * rows
+        self._rows: list[Row | None] = [None] * rows
         config, vae = model.config, model.config.vae
         self._bos, self._end = config.bos_token_id, config.eos_token_id
         self._sentence_tokens = min(config.sentence_settings["max_tokens"], vae.max_sentence_tokens)
@@ -108,18 +70,25 @@ class BatchWriter:
         self._bias_V = bias_V.masked_fill(torch.from_numpy(forbidden_V).to(model.device), -torch.inf)
         self._endless_V = self._bias_V.clone()
         self._endless_V[self._end] = -torch.inf
-        self._seen_RV = None
-        if sampling.repetition_penalty != 1:
-            self._seen_RV = torch.zeros(rows, vae.vocab_size, dtype=torch.bool, device=model.device)
+        self._seen_RV: torch.Tensor | None = None  # made for the first row with a repetition penalty
         self._state: Any = None
         self._decoder: Any = None
         self._more = True  # requests may be left
         self._writing: set[int] = set()
         self._waiting: set[int] = set()
+        self._cancelled: set[int] = set()
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+    def cancel(self, number: int) -> None:
+        """Drop the text of a request before the next step; no event of it follows."""
+        self._cancelled.add(number)
+
+    def run(self, requests: Iterable[Request | None]) -> Iterator[Event]:
         """Process the requests in order; yields (number, event) as events happen: `Piece`, `Sentence`,
-        `Continuation`, or the `UserError` of a refused prompt."""
+        `Continuation`, or the `UserError` of a refused prompt.
+
+        None in place of a request: there is none now, ask again after the next step (a server's texts join
+        while others are being generated).
+        """
         steps = self._run(iter(requests))
         while True:
             with torch.inference_mode():
@@ -143,10 +112,12 @@ class BatchWriter:
         """Allocated bytes of the decoder's cache: a sentence and its context sentences for every row."""
         return self._decoder.cache.bytes
 
-    def _run(self, requests: Iterator[Request]) -> Iterator[Event]:
+    def _run(self, requests: Iterator[Request | None]) -> Iterator[Event]:
         self._state = self._model.new_state(len(self._rows))
         self._decoder = self._model.new_decoder(self._state)
         while True:
+            if self._cancelled:
+                self._drop_cancelled()
             if self._more:
                 yield from self._take(requests)
             if not any(self._rows):
@@ -159,16 +130,28 @@ class BatchWriter:
             if self._waiting and (not self._writing or 4 * len(self._waiting) >= occupied):
                 yield from self._advance()
 
+    def _drop_cancelled(self) -> None:
+        cancelled, self._cancelled = self._cancelled, set()
+        for at, row in enumerate(self._rows):
+            if row is not None and row.request.number in cancelled:
+                self._rows[at] = None
+                self._writing.discard(at)
+                self._waiting.discard(at)
+
     # Prompts.
 
-    def _take(self, requests: Iterator[Request]) -> Iterator[Event]:
+    def _take(self, requests: Iterator[Request | None]) -> Iterator[Event]:
         """Give free rows a prompt each, and read these prompts together."""
         free = [at for at, row in enumerate(self._rows) if row is None]
         taken: dict[int, list[list[int]]] = {}
         tokens = 0
         while free:
-            if (request := next(requests, None)) is None:
+            try:
+                request = next(requests)
+            except StopIteration:
                 self._more = False
+                break
+            if request is None:
                 break
             try:
                 sentences, tail, end = self._split(request.prompt)
@@ -176,11 +159,16 @@ class BatchWriter:
                 yield request.number, error
                 continue
             at = free.pop(0)
-            row = self._rows[at] = _Row(request, TextStream(self._limits.stop), bool(tail), tail, end)
+            sampling, limits = request.sampling or self._sampling, request.limits or self._limits
+            stream = TextStream(limits.stop)
+            row = self._rows[at] = Row(request, sampling, limits, stream, bool(tail), tail, end)
             if end is not None and tail:
                 row.tail, row.branches = end.certain, [end.root, *end.root.below()]
             taken[at] = sentences
-            if self._seen_RV is not None:
+            if sampling.repetition_penalty != 1:
+                if self._seen_RV is None:
+                    size = len(self._rows), len(self._bias_V)
+                    self._seen_RV = torch.zeros(size, dtype=torch.bool, device=self._model.device)
                 self._seen_RV[at] = False
                 seen = [token for sentence in (*sentences, row.tail) for token in sentence]
                 self._seen_RV[at, torch.tensor(seen, dtype=torch.long)] = True
@@ -211,7 +199,8 @@ class BatchWriter:
     def _read(self, taken: dict[int, list[list[int]]]) -> Iterator[Event]:
         rows = np.asarray(sorted(taken))
         documents = [taken[at] for at in rows]
-        self._model.read(self._state, rows, documents, self._limits.max_sentences)
+        ahead = max(self._rows[at].limits.most_sentences for at in rows)
+        self._model.read(self._state, rows, documents, ahead)
         begin: list[tuple[int, list[int]]] = []
         for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
             row = self._rows[at]
@@ -292,7 +281,7 @@ class BatchWriter:
             if self._accepts(row, last, path):
                 break
         row.forced = len(row.tokens)
-        if self._seen_RV is not None:
+        if row.sampling.repetition_penalty != 1:
             self._seen_RV[at, torch.tensor(path[:-1], dtype=torch.long)] = True
         added = row.end.beyond(path)
         self._follow(row, path)
@@ -312,7 +301,7 @@ class BatchWriter:
         (symbol,), (log_probability,) = self._choose(np.asarray([at]), logits_1V, bias_V, rng)
         return symbol, log_probability
 
-    def _accepts(self, row: _Row, branch: Branch, path: list[int]) -> bool:
+    def _accepts(self, row: Row, branch: Branch, path: list[int]) -> bool:
         """Whether a document may have the chosen tokens; if not, the last one is banned behind its branch."""
         if path[-1] == self._end or row.end.permits(path):
             return True
@@ -323,7 +312,7 @@ class BatchWriter:
             return len(branch.banned) == len(usable)
         return False
 
-    def _follow(self, row: _Row, symbols: list[int]) -> None:
+    def _follow(self, row: Row, symbols: list[int]) -> None:
         """Note what was chosen; `end` is dropped when nothing can change the tokens at the prompt's end."""
         if symbols[-1] == self._end:
             symbols = symbols[:-1]
@@ -341,10 +330,30 @@ class BatchWriter:
     ) -> tuple[list[int], list[float]]:
         """One symbol per row, and its log-probability without temperature. `bias_V`: added to the logits;
         `rng`: in place of the rows' own."""
-        rows = [self._rows[at] for at in at_n]
-        sampling, exactly = self._sampling, self._limits.sentence_tokens
+        groups: dict[Sampling, list[int]] = defaultdict(list)
+        for n, at in enumerate(at_n.tolist()):
+            groups[self._rows[at].sampling].append(n)
+        if len(groups) == 1:
+            return self._choose_alike(at_n, logits_nV, next(iter(groups)), bias_V, rng)
+        symbol_n, log_probability_n = [0] * len(at_n), [0.0] * len(at_n)
+        for sampling, members in groups.items():
+            chosen = self._choose_alike(at_n[members], logits_nV[members], sampling, bias_V, rng)
+            for n, symbol, log_probability in zip(members, *chosen, strict=True):
+                symbol_n[n], log_probability_n[n] = symbol, log_probability
+        return symbol_n, log_probability_n
+
+    def _choose_alike(
+        self,
+        at_n: np.ndarray,
+        logits_nV: torch.Tensor,
+        sampling: Sampling,
+        bias_V: torch.Tensor | None,
+        rng: torch.Generator | None,
+    ) -> tuple[list[int], list[float]]:
+        """`_choose` for rows of one `sampling`."""
+        rows, exactly = [self._rows[at] for at in at_n], self._limits.sentence_tokens
         allowed_nV = logits_nV
-        if self._seen_RV is not None:
+        if sampling.repetition_penalty != 1:
             allowed_nV = sampling.penalise(logits_nV, self._seen_RV[torch.from_numpy(at_n)])
         if bias_V is not None:
             allowed_nV = allowed_nV + bias_V
@@ -369,7 +378,8 @@ class BatchWriter:
 
     def _record(self, at: int, symbol: int, log_probability: float, data: bytes) -> Iterator[Event]:
         """Add the next symbol to a row; `data`: the bytes that it adds to the text."""
-        row, limits = self._rows[at], self._limits
+        row = self._rows[at]
+        limits = row.limits
         row.sentence_log_probability += log_probability
         if symbol == self._end:
             row.ended = not row.closing
@@ -385,11 +395,11 @@ class BatchWriter:
         row.new_tokens += 1
         row.feed = symbol
         row.closing = len(row.tokens) == self._sentence_tokens
-        if self._seen_RV is not None:
+        if row.sampling.repetition_penalty != 1:
             self._seen_RV[at, symbol] = True
         text = row.stream.push(data)
         row.text += text
-        yield row.request.number, Piece(text, symbol)
+        yield row.request.number, Piece(text, symbol, log_probability)
         if row.stream.stopped:
             yield from self._finish(at, STOP_STRING)
         elif row.new_tokens == limits.max_tokens:
@@ -414,20 +424,20 @@ class BatchWriter:
                 begin.append((at, []))
         self._begin(begin)
 
-    def _document_ends(self, row: _Row, log_odds: float) -> tuple[bool, float]:
+    def _document_ends(self, row: Row, log_odds: float) -> tuple[bool, float]:
         """Whether the document ends here, and the probability of that. Adds the decision to the text's
         log-probability."""
         probability = 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0
         if self._limits.sentence_tokens is not None:
             ends = False
-        elif self._sampling.greedy:
+        elif row.sampling.greedy:
             ends = probability > 0.5
         else:
             ends = float(torch.rand((), generator=row.rng)) < probability
         row.log_probability -= float(np.logaddexp(0, -log_odds if ends else log_odds))
         return ends, probability
 
-    def _sentence(self, row: _Row, stop_probability: float | None) -> Sentence:
+    def _sentence(self, row: Row, stop_probability: float | None) -> Sentence:
         sentence = Sentence(
             row.text,
             tuple(row.tokens[row.forced :]),

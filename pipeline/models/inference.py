@@ -24,6 +24,7 @@ from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.sentence_vae import SentenceVAE
 from pipeline.models.sllm import SLLM
 from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
+from pipeline.parallel.device import DeviceName, DtypeName, choose_device
 
 
 class Int8Linear(nn.Module):
@@ -86,16 +87,20 @@ def to_int8(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_for_generation(folder: str | Path, int8: bool = False) -> tuple[SLLM, Tokenizer]:
+def load_for_generation(
+    folder: str | Path, int8: bool = False, device: DeviceName = "auto", dtype: DtypeName = "auto"
+) -> tuple[SLLM, Tokenizer]:
     """A model folder's SLLM, laid out for generation or in int8, and its tokenizer.
 
-    Raises: UserError for another kind of model.
+    Raises: UserError for another kind of model, and as `choose_device`.
     """
-    model = load_model(folder)
+    place, precision = choose_device(device, dtype, int8)
+    model: nn.Module = load_model(folder)
     if not isinstance(model, SLLM):
         vae = isinstance(model, SentenceVAE)
         what = "a SentenceVAE rebuilds sentences and" if vae else "a token-level model"
         raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
+    nn.Module.to(model, place, precision)
     (to_int8 if int8 else lay_out)(model)
     return model, load_model_tokenizer(folder)
 

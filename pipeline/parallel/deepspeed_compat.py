@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
+import torch.distributed.distributed_c10d as c10d
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from pydantic import ValidationError
@@ -21,6 +23,12 @@ from pipeline.parallel.agreement import AgreedError
 def skip_shared_memory_op() -> None:
     """Keep `init_distributed` from compiling gloo's shared-memory op: it takes a minute and a compiler."""
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
+
+def set_timeout(timeout: timedelta) -> None:
+    """How long a collective waits for other ranks, in every group made from now on: DeepSpeed makes groups of
+    its own and gives them torch's default."""
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
 
 
 def require_valid(config: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from data_prep.common.errors import UserError, first_line, log
@@ -125,25 +126,28 @@ def _find_master(env: MutableMapping[str, str]) -> None:
         )
 
 
-def join(ranks: Ranks) -> torch.device:
+def join(ranks: Ranks, hang_seconds: float | None = None) -> torch.device:
     """Join the process group of all ranks and return this rank's device. Call `leave` at the end.
 
     Python's signal handlers run while it waits for other ranks, and after a few seconds it says for whom.
-    Raises: UserError for a port in use, or when not all ranks come.
+    hang_seconds: a collective waits for longer, so that the watchdog acts first.
+    Raises: UserError for a port in use, when not all ranks come, or for a rank without a GPU.
     """
     import deepspeed
     import torch
     from deepspeed.constants import default_pg_timeout
 
-    from pipeline.parallel.deepspeed_compat import skip_shared_memory_op
+    from pipeline.parallel.deepspeed_compat import set_timeout, skip_shared_memory_op
+    from pipeline.parallel.device import claim_gpu, uses_gpu
 
     _silence(deepspeed.utils.logger)
     deepspeed.utils.logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
     skip_shared_memory_op()
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    timeout = max(default_pg_timeout, timedelta(seconds=2 * (hang_seconds or 0)))
+    set_timeout(timeout)
+    on_gpu = uses_gpu()
     if on_gpu:
-        # With one visible GPU per task (`--gpus-per-task`) the local rank is not an index.
-        device = torch.device("cuda", ranks.local % torch.cuda.device_count())
+        device = torch.device("cuda", claim_gpu(ranks, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -153,7 +157,7 @@ def join(ranks: Ranks) -> torch.device:
         store=_meet(ranks),
         rank=ranks.rank,
         world_size=ranks.world,
-        timeout=default_pg_timeout,
+        timeout=timeout,
         # As DeepSpeed does: it lets NCCL connect at once.
         device_id=device if on_gpu and ranks.world > 1 else None,
     )

@@ -43,6 +43,7 @@ from pipeline.common.figures import exact_matches
 from pipeline.common.text import FILTERS, duration
 from pipeline.config.schema import load_recipe
 from pipeline.evaluation.controls import SHUFFLES
+from pipeline.parallel.device import uses_gpu
 from pipeline.research import context_table
 from pipeline.research.sweep_jobs import Job, operations_per_token, read_sweep, with_budgets
 from pipeline.training.run_files import read_runs
@@ -94,7 +95,7 @@ class Workers:
             self._slots.put(slot)
         self._processes: dict[str, subprocess.Popen] = {}
         self._guard, self._stopped = threading.Lock(), False
-        gpus = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" else 0
+        gpus = torch.cuda.device_count() if uses_gpu() else 0
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
         self._gpus = chosen.split(",") if gpus else []
 

@@ -64,7 +64,7 @@ class Engine:
             betas=tuple(recipe.optimizer.betas),
             eps=recipe.optimizer.eps,
             ema=recipe.training.ema,
-            fused=True if device.type == "cpu" else None,  # None: torch's choice for a GPU
+            fused=True,
         )
         # DeepSpeed starts its backward pass (timers, swapping from disks) by hooks on output tensors, which
         # it finds in dicts but not in dataclasses.

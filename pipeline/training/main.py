@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from data_prep.common.errors import REQUEUE, UserError, run_main, say
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
-from pipeline.config.deepspeed_config import read_strategy, zero_stage
+from pipeline.config.deepspeed_config import read_strategy, require_compatible, zero_stage
 from pipeline.config.keys import as_text
 from pipeline.config.schema import KEYS, Recipe, load_recipe
 from pipeline.parallel.agreement import AgreedError, agree
@@ -100,6 +100,7 @@ def check_and_train(
     try:
         recipe = load_recipe(recipe_name, list(overrides))
         strategy = read_strategy(*deepspeed_config)
+        require_compatible(strategy, recipe)
     except UserError:
         if ranks.local == 0:  # all ranks read the same files: one line per machine is enough
             raise

@@ -39,6 +39,7 @@ class AdamW(torch.optim.AdamW):
         moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         first_weights = {p: p.clone() for p in moving if self.ema is not None and EMA not in self.state[p]}
         if not self.veto():
+            self._place_counters()
             answer = super().step(closure)
             for p, weight in first_weights.items():
                 self.state[p][EMA] = weight
@@ -46,12 +47,23 @@ class AdamW(torch.optim.AdamW):
                 self.state[p][EMA].lerp_(p, 1 - self.ema)
             return answer
         # DeepSpeed reads the moments after its first step, applied or not.
-        for p in moving:
-            if not self.state[p]:
-                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                average = {EMA: first_weights[p]} if p in first_weights else {}
-                self.state[p] = {"step": torch.tensor(0.0), **moments, **average}
+        for group in self.param_groups:
+            on_device = group["fused"] or group["capturable"]
+            for p in group["params"]:
+                if p.grad is not None and not self.state[p]:
+                    step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+                    moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                    average = {EMA: first_weights[p]} if p in first_weights else {}
+                    self.state[p] = {"step": step, **moments, **average}
         return None
+
+    def _place_counters(self) -> None:
+        """The fused update needs the step counter beside the weight, and a checkpoint may give it back on
+        the CPU."""
+        for group in self.param_groups:
+            for p in group["params"] if group["fused"] else ():
+                if "step" in self.state[p] and self.state[p]["step"].device != p.device:
+                    self.state[p]["step"] = self.state[p]["step"].to(p.device)
 
 
 def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ class TrainingRun:
         self._watchdog = self._open.enter_context(
             Watchdog(self.run_dir, ranks.rank, recipe.health.hang_seconds)
         )
-        device = join(ranks)
+        device = join(ranks, recipe.health.hang_seconds)
         joined()
         self._open.callback(leave)
         do_and_agree(lambda: self._open.enter_context(locked(self.run_dir)) if ranks.rank == 0 else None)

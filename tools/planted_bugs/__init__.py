@@ -1,1 +1,1 @@
-"""Faults to plant one at a time, one YAML file per area: do the tests notice?"""
+"""Faults to plant one at a time, one YAML file per area, to see whether the tests notice."""

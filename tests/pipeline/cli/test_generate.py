@@ -14,7 +14,8 @@ from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.cli import generate as generate_command
 from pipeline.cli import main as cli
-from pipeline.cli.generate import converse, generate_file, generate_prompt, settings
+from pipeline.cli.chat import converse
+from pipeline.cli.generate import generate_file, generate_prompt, settings
 from pipeline.generation.api import generate
 from pipeline.models.sllm import SLLM
 
@@ -180,10 +181,13 @@ def test_a_conversation_goes_on_from_what_is_there(folder, tokenizer):
 
     how = settings(2, temperature=1.0, seed=3)
     first, more, new = converse(folder, how, read, shown.append)
-    assert more.prompt == "The list" + first.text and new.prompt == "One is set. "
-    assert first.text + f"\n[{first.stopped}]\n" in "".join(shown) and "not valid" in shown[-1]
-    run = generate(SLLM.from_pretrained(folder), tokenizer, "The list", 2, 1.0, seed=3)
-    assert "".join(s.text for s in run) == first.text
+    assert "not valid" in shown[-1]
+    model = SLLM.from_pretrained(folder)
+    prompts = ["The list", "The list" + first, "One is set. "]
+    for turn, (prompt, text) in enumerate(zip(prompts, (first, more, new), strict=True)):
+        run = generate(model, tokenizer, prompt, 2, 1.0, seed=3 + turn)
+        assert "".join(s.text for s in run) == text
+        assert f"{text}\n[{run.stopped}]\n" in "".join(shown)
 
 
 def test_live_text_in_the_terminal(folder, monkeypatch, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import types
 from pathlib import Path
 
 import pytest
+from deepspeed.utils.config import get_timers_config
 from helpers.paths import REPOSITORY
 
 from data_prep.common.errors import UserError
 from pipeline.checkpoints.store import first_difference, require_same_model_recipe
-from pipeline.config.deepspeed_config import complete_strategy, read_strategy, zero_stage
+from pipeline.config import deepspeed_config
+from pipeline.config.deepspeed_config import complete_strategy, read_strategy, require_compatible, zero_stage
 from pipeline.config.keys import expected
 from pipeline.config.schema import BACKBONES, KEYS, VaeRecipe, load_recipe
 from pipeline.parallel.ranks import Ranks, find_ranks
@@ -350,6 +353,7 @@ def test_strategies_are_completed_from_the_recipe(path: Path) -> None:
     recipe = load_recipe(DEMO, ["--data.bins_per_step", "5", "--optimizer.clip", "0.7"])
     config = complete_strategy(read_strategy(path), recipe, world=2, on_gpu=True)
     assert "//" not in config
+    assert get_timers_config(config).enabled is False  # it would wait for a GPU in every micro-batch
     assert config["gradient_accumulation_steps"] == 3 and config["train_batch_size"] == 6
     assert config["gradient_clipping"] == 0.7
     assert config["bf16"] == {"enabled": True}
@@ -411,6 +415,31 @@ def test_wrong_strategies_are_refused(text: str, message: str, tmp_path: Path) -
         read_strategy(write(tmp_path, text, "ds.json"))
     with pytest.raises(UserError, match="does not exist"):
         read_strategy(tmp_path / "none.json")
+
+
+def test_pairs_that_train_wrongly_without_an_error_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, compiled = (load_recipe(DEMO, ["--training.compile", value]) for value in ("false", "true"))
+    strategies = {
+        name: read_strategy(CONFIGS / f"{name}.json") for name in ("zero0", "zero1", "zero2", "zero3")
+    }
+    half = {
+        name: read_strategy(CONFIGS / f"{name}.json", CONFIGS / "fp16.json")
+        for name in ("zero0", "zero1", "zero3")
+    }
+    require_compatible(half["zero1"], plain)
+    require_compatible(half["zero3"], plain)
+    with pytest.raises(UserError, match="fp16 with stage 0 trains with wrong gradients"):
+        require_compatible(half["zero0"], plain)
+    for torch, lost in (("2.6.0", True), ("2.11.0+cu130", True), ("2.13.0+cpu", False), ("3.0.1", False)):
+        monkeypatch.setattr(deepspeed_config, "version", lambda name, torch=torch: torch)
+        for name in ("zero0", "zero1", "zero2"):
+            require_compatible(strategies[name], compiled)
+        require_compatible(strategies["zero3"], plain)
+        if lost:
+            with pytest.raises(UserError, match=rf"loses gradients under torch {re.escape(torch)}"):
+                require_compatible(strategies["zero3"], compiled)
+        else:
+            require_compatible(strategies["zero3"], compiled)
 
 
 SLURM = {

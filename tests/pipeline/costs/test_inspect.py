@@ -15,6 +15,7 @@ from helpers import ranks
 from helpers.paths import REPOSITORY
 from helpers.recipes import BACKBONE, write_recipe
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from data_prep.common.errors import UserError, run_main
 from pipeline.cli import main as cli
@@ -300,6 +301,20 @@ def test_the_published_sizes(run):
         if row["paper_millions"]:
             assert row["parameters"]["paper"] / 1e6 == pytest.approx(row["paper_millions"], rel=0.005)
     assert "sllm-1.3b-h1" in inspection.format_all(json.loads(out))
+
+
+def test_a_release_that_draws_layerdrop_at_0_is_inspected(tmp_path, monkeypatch):
+    forward = OPTDecoder.forward
+
+    def of_transformers_5_17(self, *args, **kwargs):
+        if self.training and torch.rand([]) < self.layerdrop:
+            raise AssertionError
+        return forward(self, *args, **kwargs)
+
+    recipe = write_recipe(tmp_path, "sllm", model={"backbone": BACKBONE})
+    expected = inspect(str(recipe))
+    monkeypatch.setattr(OPTDecoder, "forward", of_transformers_5_17)
+    assert inspect(str(recipe)) == expected
 
 
 def test_the_largest_size_is_inspected_without_memory():

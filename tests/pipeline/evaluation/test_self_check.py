@@ -13,7 +13,7 @@ import pipeline.models.layers
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.evaluation.self_check import Checker, check_folder, check_model, format_report
-from pipeline.models.attention import PATHS, packed_attention
+from pipeline.models.attention import PATHS, forced_path, packed_attention
 from pipeline.models.losses import LossSums
 
 KINDS = ("sllm", "vae", "lm")
@@ -44,6 +44,29 @@ def test_sound_models_pass(kind, models, tokenizer, tmp_path):
         assert check["max_difference"] <= 1e-5 and check["compared"] > 50
     # The changes do change what comes after them: the check compares live scores, not constants.
     assert all(check["changed"] > 1e-2 for check in causal)
+
+
+def test_kernels_that_run_here_are_checked_and_the_others_named(models, monkeypatch):
+    checker = Checker(models["sllm"], documents=2)
+    findings = checker.run_kernels()  # on CPUs flex alone
+    assert {finding.path for finding in findings} == {"flex", "bucketed = flex"}
+    assert all(finding.passed and finding.compared for finding in findings)
+    assert set(checker.not_checked) == {"varlen", "flash_attn"}
+    assert "CUDA devices only" in checker.not_checked["varlen"]
+
+    def leaky(q, k, v, layout, causal, *args, **kwargs):
+        return packed_attention(q, k, v, layout, causal and forced_path() != "flex", *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.models.attention, "packed_attention", leaky)
+    assert not all(finding.passed for finding in checker.run_kernels())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sound_models_pass_in_bf16(kind, tokenizer, tmp_path):
+    folder = save(small_model(kind, tokenizer), tmp_path / kind, tokenizer)
+    report = check_folder(folder, documents=2, device="cpu", dtype="bf16")
+    assert report["passed"] and report["tolerance"] == 0.05, format_report(report)
+    assert max(check["max_difference"] for check in report["checks"]) > 1e-5  # it did compute in bf16
 
 
 def test_post_norm_backbone_passes(tokenizer, monkeypatch):

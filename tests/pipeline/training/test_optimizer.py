@@ -31,6 +31,28 @@ def test_embeddings_norms_and_biases_do_not_decay(model) -> None:
     assert all(decay[id(w)] == 0.1 for w in matrices if id(w) not in tied)
 
 
+@pytest.mark.parametrize("on_device", ["fused", "capturable", None])
+def test_the_step_counter_of_a_vetoed_step_is_where_torch_wants_it(on_device: str | None) -> None:
+    weight = nn.Parameter(torch.ones(3, device="meta"))
+    weight.grad = torch.ones_like(weight)
+    optimizer = AdamW([weight], lr=0.1, ema=0.9)
+    if on_device:
+        optimizer.param_groups[0][on_device] = True  # torch builds no fused optimizer for meta tensors
+    optimizer.veto = lambda: True
+    optimizer.step()
+    assert optimizer.state[weight]["step"].device.type == ("meta" if on_device else "cpu")
+    assert set(optimizer.state[weight]) == {"step", "exp_avg", "exp_avg_sq", "ema"}
+
+
+def test_a_step_counter_that_a_checkpoint_gave_back_on_the_cpu_is_moved() -> None:
+    weight = nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = AdamW([weight], lr=0.1)
+    optimizer.param_groups[0]["fused"] = True
+    optimizer.state[weight]["step"] = torch.tensor(4.0)
+    optimizer._place_counters()
+    assert optimizer.state[weight]["step"].device.type == "meta"
+
+
 class PlainEngine:
     """DeepSpeed's engine without ZeRO, as far as `Engine.update` uses it."""
 
