@@ -1,8 +1,8 @@
 """Sentence shards → SentenceVAE → SLLM: models, training, evaluation and generation.
 
-`from pipeline import SLLM` (or any name below) registers our model folders with Hugging Face's `AutoConfig`
-and `AutoModel`. Names are imported at first use: `import pipeline` alone loads neither torch nor
-transformers, so that a wrong recipe key is refused within a second.
+`from pipeline import SLLM` (or any name below) registers our model folders with Hugging Face's `AutoConfig`,
+`AutoModel` and `AutoModelForCausalLM` (`pipeline.interop`). Names are imported at first use, so `import
+pipeline` alone loads neither torch nor transformers, so that a wrong recipe key is refused within a second.
 """
 
 import importlib
@@ -26,6 +26,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if _HOMES[name].startswith("pipeline.models"):
-        # Registers both model types, whichever name was asked for.
-        importlib.import_module("pipeline.models.sllm")
+        # Registers our model types, whichever name was asked for.
+        importlib.import_module("pipeline.interop")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -2,6 +2,7 @@
 
     make soak                                   30 kills, docs/results/soak.json
     python tests/soak.py --kills 6 --seed 2     fewer, other moments
+    python tests/soak.py --kills 20 --slow 0.3  all while a checkpoint is written beside the training
 
 Two series, each against a run that nothing interrupts. In the first every start has two ranks: losses,
 weights and Adam's moments must be equal bit for bit. In the second the ranks go 2 → 1 → 2 → 3 from start to
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers import ranks, run_checks, runs
+from helpers import faulty_ranks, ranks, run_checks, runs
 
 SAVE_EVERY = 3
 LONGEST_LIFE = 7  # steps between two kills, at the most
@@ -35,14 +36,22 @@ KINDS = ("start", "step", "save")  # while starting, some steps later, in the mi
 
 
 def soak(
-    pool: ranks.RankPool, shards: Path, validation: Path, folder: Path, kills: int, seed: int, strategy: str
+    pool: ranks.RankPool,
+    shards: Path,
+    validation: Path,
+    folder: Path,
+    kills: int,
+    seed: int,
+    strategy: str,
+    slow: float = 0.0,
 ) -> dict[str, Any]:
-    """Run both series with `kills` kills in all; figures, and `passed`."""
+    """Run both series with `kills` kills in all; figures, and `passed`. slow: seconds more for every file of
+    a checkpoint; then all kills are at random moments of a save."""
     runs.write_recipes(folder, shards, validation)
     series = {"same": (kills - kills // 2, [2]), "elastic": (kills // 2, [2, 1, 2, 3])}
     result: dict[str, Any] = {"kills": kills, "seed": seed, "strategy": strategy}
     for name, (count, worlds) in series.items():
-        result[name] = _series(pool, folder, folder / name, count, worlds, f"{seed} {name}", strategy)
+        result[name] = _series(pool, folder, folder / name, count, worlds, f"{seed} {name}", strategy, slow)
     same, elastic = result["same"], result["elastic"]
     result["passed"] = (
         same["bit_equal"]
@@ -55,7 +64,14 @@ def soak(
 
 
 def _series(
-    pool: ranks.RankPool, recipes: Path, folder: Path, kills: int, worlds: list[int], seed: str, strategy: str
+    pool: ranks.RankPool,
+    recipes: Path,
+    folder: Path,
+    kills: int,
+    worlds: list[int],
+    seed: str,
+    strategy: str,
+    slow: float,
 ) -> dict[str, Any]:
     from pipeline.evaluation.audit import audit
 
@@ -78,7 +94,7 @@ def _series(
     turns = itertools.cycle(worlds)
     table = []
     while len(table) < kills:
-        kill = _kill_once(pool, next(turns), cut, folder, rng)
+        kill = _kill_once(pool, next(turns), cut, folder, rng, slow)
         if kill is None:  # finished before its moment came
             break
         table.append(kill)
@@ -112,15 +128,15 @@ def _series(
 
 
 def _kill_once(
-    pool: ranks.RankPool, world: int, settings: list[str], folder: Path, rng: random.Random
+    pool: ranks.RankPool, world: int, settings: list[str], folder: Path, rng: random.Random, slow: float
 ) -> dict[str, Any] | None:
     """Start the run, kill one rank or all at a random moment, wait for the others to end."""
-    kind, everyone = rng.choice(KINDS), rng.random() < 0.5
+    kind, everyone = "save" if slow else rng.choice(KINDS), rng.random() < 0.5
     chosen, more, delay = rng.randrange(world), rng.randrange(1, LONGEST_LIFE), rng.random()
     run = folder / "cut"
     began = time.monotonic()
     before, starts = _saved_step(run), _starts(run)
-    started = pool.start(world, ranks.train_into_log, settings, str(folder))
+    started = pool.start(world, faulty_ranks.train_into_log_slowly, settings, str(folder), slow)
 
     def reached() -> bool:
         if kind == "start" and time.monotonic() - began > 3 * delay:
@@ -128,7 +144,7 @@ def _kill_once(
         if _starts(run) == starts:  # what is in the folder is from the start before
             return False
         steps = _last_step(run) - before
-        if kind == "save" and steps < LONGEST_LIFE - 1:
+        if kind == "save" and (slow or steps < LONGEST_LIFE - 1):
             return any((run / "checkpoints").glob(".tmp-*"))
         return steps >= more
 
@@ -138,7 +154,7 @@ def _kill_once(
         if time.monotonic() - began > LIMIT_SECONDS:
             break
         time.sleep(0.001)
-    time.sleep(0.02 * delay)
+    time.sleep(delay * (3 * slow or 0.02))
     victims = [p for n, (p, _) in enumerate(started) if (everyone or n == chosen) and p.is_alive()]
     for process in victims:
         os.kill(process.pid, signal.SIGKILL)
@@ -195,6 +211,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--strategy", default="zero3", help="names of files of ds_configs/")
+    parser.add_argument("--slow", type=float, default=0.0, help="seconds more for every file of a checkpoint")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     pool = ranks.RankPool()
@@ -203,9 +220,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="soak-") as name:
             folder = Path(name)
             shards, validation = _make_shards(folder)
-            result = soak(
-                pool, shards, validation, folder, arguments.kills, arguments.seed, arguments.strategy
-            )
+            how = arguments.kills, arguments.seed, arguments.strategy, arguments.slow
+            result = soak(pool, shards, validation, folder, *how)
     finally:
         pool.close()
     result["seconds"] = round(time.monotonic() - began, 1)

@@ -6,14 +6,15 @@ import re
 import shlex
 
 import pytest
+from cyclopts import App
 from helpers.paths import REPOSITORY
 
-from data_prep import cli as data_prep_cli
+from data_prep.cli.commands import app as data_prep_app
 from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError
 from pipeline.cli.main import app as sllm_app
 
-APPS = {"sllm": sllm_app, "data-prep": data_prep_cli.app}
+APPS = {"sllm": sllm_app, "data-prep": data_prep_app}
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```|^((?: {4}\S.*\n(?: {4}.*\n)*))", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
@@ -63,3 +64,23 @@ def test_a_documented_command_is_accepted(page: str, command: str, complete: boo
         parse(APPS[program], words)
     except UserError as error:
         assert not complete and INCOMPLETE.search(str(error)), error
+
+
+def leaves(app: App, *words: str) -> list[tuple[str, ...]]:
+    """Every command of a program, in words."""
+    names = [name for name in app if not name.startswith("-")]
+    return [leaf for name in names for leaf in leaves(app[name], *words, name)] or [words]
+
+
+LEAVES = [(program, *words) for program, app in APPS.items() for words in leaves(app)]
+WITHOUT_JSON = ("segment", "stage", "serve", "chat", "train")  # lines for machines; conversations; files
+
+
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_the_help_of_every_command_has_its_example(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
+    parse(APPS[words[0]], [*words[1:], "--help"])()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{' '.join(words)} " in said.partition("example: ")[2]
+    assert ("--json" in said) == (words[1] not in WITHOUT_JSON)

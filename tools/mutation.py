@@ -27,37 +27,45 @@ from data_prep.common.errors import UserError, log, print_result, run_main
 from data_prep.common.extras import import_extra
 from tools.planted_bugs.trees import REPOSITORY, changed, copied_tree, run_tests
 
-MODELS, GENERATION = "tests/pipeline/models", "tests/pipeline/generation"
-# The tests of each module, quick ones first: pytest ends at the first failure.
+TESTS = {
+    name: f"tests/pipeline/{name}" for name in ("checkpoints", "data", "evaluation", "generation", "models")
+}
+MODELS, CONTROLS = f"{TESTS['models']}/test_models.py::test", f"{TESTS['generation']}/test_api.py::test"
+# The tests of each module that take seconds: of all tests there are, fewer mutants survive.
 MODULES: dict[str, Sequence[str]] = {
     "pipeline/models/losses.py": [
-        f"{MODELS}/test_models.py::test_loss_of_a_packed_batch_is_the_loss_of_its_documents",
-        f"{MODELS}/test_models.py::test_every_parameter_gets_a_gradient_also_from_the_empty_batch",
-        f"{MODELS}/test_vae_options.py::test_the_variational_mode_is_the_textbooks",
-        "tests/pipeline/evaluation/test_scores.py",
+        f"{MODELS}_loss_of_a_packed_batch_is_the_loss_of_its_documents",
+        f"{MODELS}_every_parameter_gets_a_gradient_also_from_the_empty_batch",
+        f"{TESTS['models']}/test_vae_options.py::test_the_variational_mode_is_the_textbooks",
+        f"{TESTS['evaluation']}/test_scores.py",
     ],
-    "pipeline/models/vocabulary_head.py": [f"{MODELS}/test_vocabulary_head.py"],
-    "pipeline/data/batch.py": ["tests/pipeline/data/test_batch.py", f"{MODELS}/test_models.py"],
-    "pipeline/data/windows.py": ["tests/pipeline/data/test_plan.py"],
-    "pipeline/data/plan.py": ["tests/pipeline/data/test_plan.py", "tests/pipeline/data/test_loader.py"],
-    "pipeline/data/loader.py": ["tests/pipeline/data/test_loader.py"],
-    "pipeline/data/segments.py": [f"{MODELS}/test_attention.py"],
-    "pipeline/models/attention.py": [f"{MODELS}/test_attention.py"],
-    "pipeline/models/kv_cache.py": [f"{MODELS}/test_kv_cache.py", f"{MODELS}/test_sentence_decoder.py"],
-    "pipeline/checkpoints/store.py": [
-        "tests/pipeline/checkpoints/test_store.py",
-        "tests/pipeline/checkpoints",
+    "pipeline/models/vocabulary_head.py": [f"{TESTS['models']}/test_vocabulary_head.py"],
+    "pipeline/data/batch.py": [
+        f"{TESTS['data']}/test_batch.py",
+        f"{MODELS}_loss_of_a_packed_batch_is_the_loss_of_its_documents",
+        f"{MODELS}_cached_steps_equal_the_uncached_forward",
     ],
-    "pipeline/checkpoints/saving.py": [
-        "tests/pipeline/checkpoints/test_store.py",
-        "tests/pipeline/checkpoints",
+    "pipeline/data/windows.py": [f"{TESTS['data']}/test_plan.py"],
+    "pipeline/data/plan.py": [f"{TESTS['data']}/test_plan.py", f"{TESTS['data']}/test_loader.py"],
+    "pipeline/data/loader.py": [f"{TESTS['data']}/test_loader.py"],
+    "pipeline/data/segments.py": [f"{TESTS['models']}/test_attention.py"],
+    "pipeline/models/attention.py": [f"{TESTS['models']}/test_attention.py"],
+    "pipeline/models/kv_cache.py": [
+        f"{TESTS['models']}/test_kv_cache.py",
+        f"{TESTS['models']}/test_sentence_decoder.py",
     ],
-    "pipeline/checkpoints/zero_shards.py": ["tests/pipeline/checkpoints/test_elastic.py"],
+    "pipeline/checkpoints/store.py": [TESTS["checkpoints"], "-m", "not launch and not long"],
+    "pipeline/checkpoints/saving.py": [TESTS["checkpoints"], "-m", "not launch and not long"],
     "pipeline/evaluation/scores.py": [
-        "tests/pipeline/evaluation/test_scores.py",
-        "tests/pipeline/evaluation",
+        f"{TESTS['evaluation']}/test_scores.py",
+        f"{TESTS['evaluation']}/test_digests.py",
     ],
-    "pipeline/generation/sampling.py": [f"{GENERATION}/test_api.py"],
+    "pipeline/generation/sampling.py": [
+        f"{CONTROLS}_sampling_follows_temperature_top_k_top_p_and_min_p",
+        f"{CONTROLS}_top_p_is_the_same_where_the_nucleus_is_larger_than_the_first_look",
+        f"{CONTROLS}_the_repetition_penalty_lowers_what_was_seen",
+        f"{CONTROLS}_senseless_settings_are_refused",
+    ],
     "data_prep/text/sentences.py": ["tests/data_prep/text/test_sentences.py"],
 }
 

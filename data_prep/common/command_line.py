@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,18 +16,9 @@ from data_prep.common.errors import UserError
 NARROWEST = 10  # columns
 Many = Annotated[Sequence[str], Parameter(consume_multiple=1)]  # `--shards A B`, or the option several times
 LARGEST = 2**63 - 1
-# Options that name a file or folder.
-PATHS = (
-    "--input",
-    "--output",
-    "--output_dir",
-    "--tokenizer",
-    "--to",
-    "--html",
-    "--shards",
-    "--model",
-    "--run",
-)
+# Options that name a file or folder; those that are written.
+WRITTEN = ("--output", "--output-dir", "--output_dir", "--to", "--html", "--result")
+PATHS = (*WRITTEN, "--input", "--tokenizer", "--shards", "--model", "--run")
 
 
 def _whole(_: Any, tokens: Sequence[Token]) -> int:
@@ -37,12 +29,13 @@ def _whole(_: Any, tokens: Sequence[Token]) -> int:
         raise ValueError(f"must be a whole number, not {tokens[0].value!r}") from None
 
 
-def _whole_number(least: int) -> Parameter:
+def whole_number(least: int) -> Parameter:
     return Parameter(converter=_whole, validator=validators.Number(gte=least, lte=LARGEST))
 
 
-Positive = Annotated[int, _whole_number(1)]
-Natural = Annotated[int, _whole_number(0)]
+Positive = Annotated[int, whole_number(1)]
+Natural = Annotated[int, whole_number(0)]
+Amount = Annotated[float, Parameter(validator=validators.Number(gte=0, lt=math.inf))]
 
 
 def make_app(name: str, version: str, summary: str, example: str) -> App:
@@ -73,8 +66,13 @@ def parse(app: App, argv: Sequence[str] | None = None) -> Callable[[], int | Non
     words = list(sys.argv[1:] if argv is None else argv)
     for word, following in zip(words, [*words[1:], None], strict=False):
         name, sign, value = word.partition("=")
-        if name in PATHS and (value if sign else following) == "":
+        value = value if sign else following
+        if name in PATHS and value == "":
             raise UserError(f"{name} has no value: an empty path would be the current folder")
+        if name in WRITTEN and "://" in (value or ""):
+            raise UserError(
+                f"{name} {value} is a URL; name a path here, and copy it from there when it is done"
+            )
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns) < NARROWEST:
         del os.environ["COLUMNS"]  # rich loops for ever on a terminal of no width

@@ -44,11 +44,12 @@ def run_by(
     """Run tasks by any executor; returns those that failed with `killed`. Other errors are raised."""
     lost, futures = [], {}
     try:
-        for task in tasks:
-            try:
-                futures[executor.submit(function, task)] = task
-            except killed:
-                lost.append(task)
+        with _ctrl_c_later():
+            for task in tasks:
+                try:
+                    futures[executor.submit(function, task)] = task
+                except killed:
+                    lost.append(task)
         pending = set(futures)
         while pending:
             done, pending = wait(pending, WATCH_SECONDS, FIRST_EXCEPTION)
@@ -63,6 +64,17 @@ def run_by(
             future.cancel()
         raise
     return lost
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Processes that are started meanwhile inherit that Ctrl-C is blocked, from their first moment on: it
+    reaches the whole process group, and only the parent reports it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refuse_killers(killers: Sequence[Task]) -> None:
@@ -134,8 +146,6 @@ class ProcessPool:
 
 
 def _start_worker(parent: int) -> None:
-    # Ctrl-C reaches the whole process group; only the parent reports it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomically
 
 
 def header(packages: Iterable[str]) -> dict[str, Any]:
@@ -83,9 +84,11 @@ def require_folder(output: str | None) -> None:
     """Refuse (UserError) a result file that could not be written, before anything is measured for it."""
     if output and not Path(output).absolute().parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist")
+    if output and Path(output).is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
 
 
 def write_result(result: dict[str, Any], output: str | Path | None) -> None:
     """The result as JSON, where a file was asked for."""
     if output:
-        Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_atomically(Path(output), (json.dumps(result, indent=1) + "\n").encode())

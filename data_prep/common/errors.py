@@ -6,11 +6,15 @@ import atexit
 import contextlib
 import logging
 import os
-import re
+import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 NO_PATH = "cannot read or write"  # in place of a path that an error does not name
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -29,12 +33,6 @@ def _skip_teardown() -> None:
         os._exit(INTERRUPTED)
 
 
-_ONE = re.compile(
-    r"(?<![\w.,])(?<!→ )1 ((?:new |complete )?(?:byte|checkpoint|core|document|finding|model|process|prompt"
-    r"|rank|record|run|sentence|shard|step|text|token|unit|window|worker|bin))(?:s|(?<=process)es)\b(?!/)"
-)
-
-
 class UserError(Exception):
     """Bad input: the message says what is wrong, where, and what to do about it, in one line."""
 
@@ -43,7 +41,7 @@ def say(text: str) -> None:
     """Print a line to standard output at once. Once that fails (`| head` has gone, a full disk), this line
     and all later ones are dropped: training continues without a reader."""
     try:
-        print(singular(text), flush=True)
+        print(text, flush=True)
     except OSError:
         _drop(sys.stdout)
 
@@ -58,12 +56,12 @@ def print_result(text: str) -> None:
 
 def log(text: str) -> None:
     """Print a line of progress to standard error, apart from a command's result."""
-    print(singular(text), file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
-def singular(text: str) -> str:
-    """A line of output in which "1 sentences" is "1 sentence"."""
-    return _ONE.sub(r"1 \1", text)
+def counted(number: int, one: str, many: str = "") -> str:
+    """`1 shard`, `2,000 shards`. many: the plural, where it is not `one` and an s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def first_line(error: BaseException) -> str:
@@ -132,14 +130,33 @@ def prepare_streams() -> None:
 
 def run_main(prog: str, main: Callable[[], int | None]) -> int:
     """Run `main`; the process's exit status: 0, its own, 2 for `UserError` and `OSError`, 130 for Ctrl-C."""
-    prepare_streams()
+
+    def interrupt(_number: int, frame: FrameType | None) -> None:
+        # In an import there is nothing to undo, and Python may swallow the exception there.
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{prog}: interrupted\n".encode())  # `print` may be what is interrupted
+                os._exit(INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    _interrupted.clear()
+    # Not where Ctrl-C is ignored, or another thread's.
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     try:
+        if ours:
+            signal.signal(signal.SIGINT, interrupt)
+        prepare_streams()
         status = main()
         sys.stdout.flush()
         return status or 0
     except UserError as error:
         return _refuse(prog, str(error))
     except KeyboardInterrupt:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends the process at once
         print(f"{prog}: interrupted", file=sys.stderr)
         _interrupted.set()
         return INTERRUPTED
@@ -154,10 +171,27 @@ def run_main(prog: str, main: Callable[[], int | None]) -> int:
         except OSError:  # standard output itself is what cannot be written
             _drop(sys.stdout)
         return status
+    finally:
+        if ours and not _interrupted.is_set():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def in_thread(function: Callable[[], T]) -> T:
+    """The result of a long call into a library that looks at no signals: Ctrl-C does not wait for its end."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(function())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result()
 
 
 def _refuse(prog: str, message: str) -> int:
-    print(f"{prog}: error: {singular(' '.join(message.split()))}", file=sys.stderr)
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -77,6 +78,8 @@ def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None
 
     aside: the folder, on the same file system, for the file while it is incomplete; else beside `path`.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = partial_name((aside or path.parent) / path.name)
     try:
         partial.write_bytes(data)
@@ -87,6 +90,18 @@ def write_atomically(path: Path, data: bytes, aside: Path | None = None) -> None
         if isinstance(error, OSError):  # of a full disk: it knows no path, or that of the part
             error.filename = str(path)
         raise
+
+
+def keep_umask(folder: Path) -> None:
+    """Give the files of a folder the mode of any new file: safetensors writes 0600, which no other user of a
+    cluster can read."""
+    probe = partial_name(folder / "mode")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def partial_name(path: Path) -> Path:

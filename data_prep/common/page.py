@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common import charts
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 
 NOTHING = "–"  # in a table's cell
 LONGEST_QUOTE = 600  # characters shown of one sentence
@@ -157,9 +157,11 @@ def _environment(**options: Any) -> Any:
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, **options
     )
+    environment.filters["counted"] = counted
+    return environment
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:

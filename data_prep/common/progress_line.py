@@ -6,6 +6,8 @@ import os
 import time
 from typing import Any, TextIO
 
+from data_prep.common.errors import counted
+
 LOG_SECONDS = 10.0
 LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
@@ -36,7 +38,7 @@ class ProgressLine:
                 bar_format=None if live else LOG_FORMAT,
             )
         self._bar.total = progress.total
-        counts = f"{progress.documents:,} documents ({progress.documents_rate:,.0f}/s)"
+        counts = f"{counted(progress.documents, 'document')} ({progress.documents_rate:,.0f}/s)"
         self._bar.set_postfix_str(f"{counts}, {progress.rejected:,} rejected", refresh=False)
         self._bar.update(progress.done - self._bar.n)
         if not live and time.monotonic() - self._printed >= LOG_SECONDS:

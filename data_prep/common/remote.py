@@ -40,8 +40,9 @@ def without_login(url: str) -> str:
     return _LOGIN.sub("", url)
 
 
-def retry(url: str, action: Callable[[], T]) -> T:
+def retry(url: str, action: Callable[[], T], verb: str = "read") -> T:
     """The action's result, tried again after errors that may pass: of the network, of a server that restarts.
+    verb: what cannot be done, for messages.
 
     Raises:
         UserError: it fails every time.
@@ -55,10 +56,9 @@ def retry(url: str, action: Callable[[], T]) -> T:
         except Exception as error:  # each library for remote files raises other errors
             reason = first_line(error)
             if wait is None:
-                raise UserError(
-                    f"cannot read {shown}: {reason}; given up after {len(WAITS) + 1} tries in {sum(WAITS)} s"
-                ) from error
-        log(f"cannot read {shown} ({reason}); next try in {wait} s")
+                tries = f"{len(WAITS) + 1} tries in {sum(WAITS)} s"
+                raise UserError(f"cannot {verb} {shown}: {reason}; given up after {tries}") from error
+        log(f"cannot {verb} {shown} ({reason}); next try in {wait} s")
         time.sleep(wait)
     raise AssertionError
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter, validators
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.identify import identifier, identify, labels
 from data_prep.common.language import detect_language
 from data_prep.common.language_codes import normal_language, require_language
@@ -156,7 +156,7 @@ class Filters:
             raise UserError(f"normal form {self.normal_form!r} is unknown; use NFC or NFKC")
         if self.min_chars < 0 or self.max_chars < 0 or 0 < self.max_chars < self.min_chars:
             raise UserError(
-                f"no text has at least {self.min_chars} and at most {self.max_chars} characters; "
+                f"no text has at least {self.min_chars} and at most {counted(self.max_chars, 'character')}; "
                 "check --min-chars and --max-chars"
             )
         if self.text_field == "":

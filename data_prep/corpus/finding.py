@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.language_codes import normal_language
 from data_prep.common.remote import URL, is_url, retry, stamp_of
 from data_prep.corpus.inputs import DATASET, ENDINGS, InputFile, dataset_input, kind_of, user_errors
@@ -66,12 +66,15 @@ class Survey:
         """One line for each kind of thing that is not read."""
         if self.not_read:
             advice = "unpack what is packed otherwise (zip: zip://**::FILE), name text files one by one"
-            yield f"not read: {_counted(self.not_read, 'file')} passed over: {_some(self.not_read)}; {advice}"
+            count = counted(len(self.not_read), "file")
+            yield f"not read: {count} passed over: {_some(self.not_read)}; {advice}"
         if self.lost:
-            yield f"warning: {_counted(self.lost, 'name')} below the input cannot be read: {_some(self.lost)}"
+            count = counted(len(self.lost), "name")
+            yield f"warning: {count} below the input cannot be read: {_some(self.lost)}"
         if self.passed_over:
-            counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.passed_over.items()))
-            yield f"passed over: {counts}"
+            # The kinds are in manifests, with their plural in brackets.
+            found = ((n, kind.replace("(s)", "s" * (n > 1))) for kind, n in sorted(self.passed_over.items()))
+            yield "passed over: " + ", ".join(f"{n:,} {kind}" for n, kind in found)
 
 
 def survey(paths: Iterable[str | Path], output: str | Path | None = None) -> Survey:
@@ -404,10 +407,6 @@ def _shown(parts: Iterable[str]) -> str:
 
 def _split(path: str) -> list[str]:
     return [part for part in path.split("/") if part]
-
-
-def _counted(names: list[str], what: str) -> str:
-    return f"{len(names):,} {what}{'s' if len(names) > 1 else ''}"
 
 
 def _some(names: list[str], shown: int = 5) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.corpus.filters import ASKED_FOR
 
 UNVERIFIED_TEXT = "its text has no checksum (`zstd --check` writes one)"
@@ -48,6 +48,7 @@ class Limits:
         if count > self.max_rejected * records:
             reasons = ", ".join(f"{n:,} × {reason}" for reason, n in sorted(unusable.items()))
             raise TooManyRejected(
-                f"{where}: {count:,} of {records:,} records are rejected ({reasons}), a larger share than "
-                f"--max-rejected {self.max_rejected:g}; mend the input, or allow more"
+                f"{where}: {count:,} of {counted(records, 'record is', 'records are')} rejected "
+                f"({reasons}), a larger share "
+                f"than --max-rejected {self.max_rejected:g}; mend the input, or allow more"
             )

@@ -113,6 +113,7 @@ def restore_shards(job: Job, work: WorkFolder, heartbeat: Callable[[], None], fo
     for unit, record in zip(job.only, _complete_records(work, job.only), strict=True):
         shards = [entry for entry in manifest["shards"] if entry["unit"] == unit]
         if [part["sha256"] for part in record["parts"]] != [entry["sha256"] for entry in shards]:
+            shutil.rmtree(job.work, ignore_errors=True)  # the set is as it was
             raise UserError(
                 f"{job.output}: its input gives other shards now; delete the folder and run again"
             )

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.files import json_bytes, partial_name, write_atomically
 from data_prep.corpus.finding import survey
 from data_prep.corpus.inputs import Piece, plan_units, text_bytes, unit_size
@@ -81,7 +81,7 @@ def idle_workers(job: Job, workers: int) -> str | None:
         return None
     return (
         f"{file.name} cannot be split and is {most / total:.0%} of the input: about {-(-total // most)} of "
-        f"{workers} workers are busy; more need smaller or unpacked files"
+        f"{counted(workers, 'worker is', 'workers are')} busy; more need smaller or unpacked files"
     )
 
 

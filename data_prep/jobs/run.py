@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.common.engines import Engine, ProcessPool, dask_engine, mpi_engine, run_here
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.progress import Progress, Report
 from data_prep.common.results import Incomplete
 from data_prep.corpus.limits import Limits
@@ -100,7 +100,9 @@ def run_job(
         if (left := set(wanted) - work.done(phase)) and not work.is_finished():
             if count == 1:
                 raise Incomplete
-            raise Unfinished(f"{len(left)} of {len(wanted)} units of other tasks are missing")
+            raise Unfinished(
+                f"{counted(len(left), 'unit of other tasks is', 'units of other tasks are')} missing"
+            )
 
     while not work.is_finished():
         try:

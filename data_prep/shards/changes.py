@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
+from data_prep.common.errors import counted
 from data_prep.common.results import RECORD, WorkFolder
 from data_prep.corpus.inputs import Piece
 
@@ -28,7 +29,7 @@ def describe_inputs(old: Iterable[tuple[str, int]], new: Iterable[tuple[str, int
     before, now = dict(old), dict(new)
     found = [f"{name} is missing" for name in before if name not in now]
     found += [f"{name} is new" for name in now if name not in before]
-    found += [f"{name} had {size:,} bytes" for name, size in old if now.get(name, size) != size]
+    found += [f"{name} had {counted(size, 'byte')}" for name, size in old if now.get(name, size) != size]
     return f"other input: {_listed(found or ['another order of the files'])}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import file_sha256
 from data_prep.common.remote import is_url
 from data_prep.shards.layout import (
@@ -74,7 +74,7 @@ class Shard:
         ends = self.index["sentences_at"] + 2 * self.index["sentences"]
         if not self._zstd and self.index.size and self._bytes.size < int(ends.max()):
             raise UserError(
-                f"shard {tar_path} is cut short ({self._bytes.size} bytes); "
+                f"shard {tar_path} is cut short ({counted(self._bytes.size, 'byte')}); "
                 "restore it or make the shards again"
             )
         self._all_members: list[Member] | None = None

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, first_line
 from data_prep.common.files import file_sha256
 from data_prep.common.remote import is_url, open_remote, without_login
 from data_prep.shards.layout import MANIFEST
@@ -114,4 +114,4 @@ def _open(source: str) -> BinaryIO:
     try:
         return open_remote(source)
     except OSError as error:
-        raise UserError(f"cannot read {without_login(source)}: {error}") from error
+        raise UserError(f"cannot read {without_login(source)}: {first_line(error)}") from error

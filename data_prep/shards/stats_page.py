@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.charts import BarsAcross, Line, Lines, Mark
+from data_prep.common.errors import counted
 from data_prep.common.page import (
     Block,
     Chart,
@@ -61,7 +62,7 @@ def stats_page(result: dict[str, Any]) -> str:
         "padding": [Chart("Tokens and padding", BarsAcross(shares))],
         "samples": [block for name in drawn for block in _samples(result, name)],
     }
-    filters: Filters = {"count": _count, "f": format, "size": _size, "percent": percent, "visible": visible}
+    filters: Filters = {"f": format, "size": _size, "percent": percent, "visible": visible}
     blocks = from_template(Path(__file__).with_name("stats.md.jinja"), values, parts, filters)
     return to_html(f"Shards: {visible(folder)}", blocks)
 
@@ -78,7 +79,7 @@ def _lengths(result: dict[str, Any], drawn: Sequence[str]) -> list[Block]:
         sums = [(length, share * sum(counts[: length + 1])) for length in range(limit + 1)]
         up_to.append(Line(visible(name), sums, f"other-{n}"))
     unit = "% of the language’s sentences"
-    per = f"{unit}, per {step} tokens" if step > 1 else unit
+    per = f"{unit}, per {counted(step, 'token')}" if step > 1 else unit
 
     def each(key: str) -> str:
         return ", ".join(f"{visible(name)} {percent(result['languages'][name][key])}" for name in drawn)
@@ -139,15 +140,11 @@ def _samples(result: dict[str, Any], language: str) -> list[Block]:
     blocks: list[Block] = [Heading(visible(language), 3)]
     for band in result["samples"][language]:
         first, last = band["from"], band["to"]
-        span = f"{first}" if first == last else f"{first}–{last}"
+        span = counted(first, "token") if first == last else f"{first}–{counted(last, 'token')}"
         limit = " (the limit)" if last == result["settings"]["max_tokens"] else ""
         texts = [one["text"] for one in band["sentences"]]
-        blocks.append(Quotes(f"{span} tokens{limit}", texts, language))
+        blocks.append(Quotes(f"{span}{limit}", texts, language))
     return blocks
-
-
-def _count(count: int, one: str, many: str | None = None) -> str:
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def _size(size: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import file_sha256
 from data_prep.corpus.documents import DocumentReader, RawDocument
 from data_prep.corpus.filters import Filters
@@ -79,7 +79,7 @@ def _remedy(shards: ShardSet, entry: dict) -> str:
             if piece["unit"] == entry["unit"]:
                 whole = len(source["pieces"]) == 1
                 pieces.append(source["file"] + ("" if whole else f" [{piece['start']}:{piece['end']}]"))
-    shown = ", ".join(pieces[:3]) + (f" and {len(pieces) - 3} more" if len(pieces) > 3 else "")
+    shown = ", ".join(pieces[:3]) + (f" and {len(pieces) - 3:,} more" if len(pieces) > 3 else "")
     return (
         f"it was made from {shown}: delete it and run the same `data-prep shard` again, "
         "which reads only that input again"
@@ -205,7 +205,8 @@ def _originals(shards: ShardSet, inputs: list[str]) -> Iterator[RawDocument]:
     )
     if good != explained:
         raise UserError(
-            f"{shards.folder}: the input has {good} good documents, the shards explain {explained}; {REMEDY}"
+            f"{shards.folder}: the input has {counted(good, 'good document')}, the shards explain "
+            f"{explained:,}; {REMEDY}"
         )
 
 

@@ -18,6 +18,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import parent_process
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, in_thread, log
 from data_prep.common.files import write_atomically
 from data_prep.text.fast_encoder import FastEncoder, fast_encoder, unproven
 from data_prep.text.tokenizer_files import CONFIG_FILE, END_SYMBOLS, convert_slow_files, read_config
@@ -342,7 +343,8 @@ def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: in
 
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        train = partial(
+            sentencepiece.SentencePieceTrainer.train,
             sentence_iterator=_training_lines(lines),
             model_writer=model,
             model_type="bpe",  # trains in seconds; unigram takes a minute on Chinese for 1–3 % fewer tokens
@@ -362,16 +364,18 @@ def train_sentencepiece(lines: Iterable[str], folder: str | Path, vocab_size: in
             num_threads=1,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+        in_thread(train)
+    except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).split("] ")[-1].strip()  # without SentencePiece's source line and condition
         raise UserError(
-            f"cannot train {vocab_size} tokens on this sample: {reason} "
+            f"cannot train {counted(vocab_size, 'token')} on this sample: {reason} "
             "Choose another --vocab-size or give more text"
         ) from error
     got = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
     if got != vocab_size:
         raise UserError(
-            f"the sample gives only {got} tokens, not {vocab_size}: give more text or lower --vocab-size"
+            f"the sample gives only {counted(got, 'token')}, not {vocab_size:,}: "
+            "give more text or lower --vocab-size"
         )
     config = {"tokenizer_type": "sentencepiece", "vocab_size": vocab_size}
     SentencePieceTokenizer(Path(folder), model.getvalue(), config).save(folder)

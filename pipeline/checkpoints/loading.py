@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError, counted, first_line
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
 from pipeline.checkpoints.zero_shards import WEIGHT, Parts
@@ -58,7 +58,8 @@ def restore(engine: Any, checkpoint: Path, meta: Meta, world: int, zero_stage: i
     as_written = zero_stage == 0 or (world, zero_stage) == (meta.world, meta.zero_stage)
     if not as_written and engine.zero_nvme_offload_optimizer():
         raise AgreedError(
-            f"checkpoint {checkpoint} was written by {meta.world} rank(s) with ZeRO {meta.zero_stage}: its "
+            f"checkpoint {checkpoint} was written by {counted(meta.world, 'rank')} with ZeRO "
+            f"{meta.zero_stage}: its "
             "optimizer state on NVMe cannot be redistributed: start with those, or without NVMe offload"
         )
     settings = [{**group, "params": ()} for group in engine.optimizer.param_groups]

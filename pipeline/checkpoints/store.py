@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import file_sha256, json_bytes, write_atomically
 from pipeline.config.schema import LossRecipe, ModelRecipe
 
@@ -167,7 +167,8 @@ def read_meta(checkpoint: Path) -> Meta:
             raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {name} is missing")
         if file.stat().st_size != size:
             raise DamagedCheckpoint(
-                f"checkpoint {checkpoint} is damaged: {name} has {file.stat().st_size} bytes, not {size}"
+                f"checkpoint {checkpoint} is damaged: "
+                f"{name} has {counted(file.stat().st_size, 'byte')}, not {size:,}"
             )
     return meta
 
@@ -295,8 +296,16 @@ def beyond(run_dir: str | Path, checkpoint: Path) -> set[str]:
     return {path.name for path in checkpoints_folder(run_dir).glob("step-*") if path.name > checkpoint.name}
 
 
-def prune(folder: Path, latest: str, best: str | None, keep: int, abandoned: Collection[str] = ()) -> None:
-    """Remove all checkpoints up to `latest` except the last `keep` whole ones and the best (rank 0 only).
+def prune(
+    folder: Path,
+    latest: str,
+    best: str | None,
+    keep: int,
+    abandoned: Collection[str] = (),
+    held: Collection[str] = (),
+) -> None:
+    """Remove all checkpoints up to `latest` except the last `keep` whole ones, the best and those `held`
+    (rank 0 only).
 
     Checks names, sizes and `meta.json`. Damaged and `abandoned` ones (`beyond` the checkpoint that this run
     resumed from, and not written again) do not count, so that they cannot displace a good one.
@@ -304,7 +313,7 @@ def prune(folder: Path, latest: str, best: str | None, keep: int, abandoned: Col
     older = sorted(path.name for path in folder.glob("step-*") if path.is_dir() and path.name <= latest)
     whole = [name for name in older if name not in abandoned and _seems_whole(folder / name)]
     for name in older:
-        if name not in whole[-keep:] and name != best:
+        if name not in whole[-keep:] and name != best and name not in held:
             shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -1,5 +1,5 @@
 """`python -m pipeline.cli`: the `sllm` command."""
 
-from pipeline.cli.main import console
+from pipeline.cli import console
 
 raise SystemExit(console())

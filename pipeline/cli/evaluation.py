@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
 
-from data_prep.common.command_line import Many, Natural, Positive
-from data_prep.common.errors import UserError, log
-from pipeline.cli.options import Device, Dtype, Int8, Json, Output, answer, app
+from data_prep.common.command_line import Amount, Many, Natural, Positive
+from data_prep.common.errors import UserError, in_thread, log
+from pipeline.cli.options import Device, Dtype, Int8, Json, Output, Overrides, answer, app
 
 SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
 CUT = Parameter(group=Group("With --text"))
@@ -172,7 +172,8 @@ def ngram(
     from pipeline.evaluation import ngram as counting
 
     require_folder(output)
-    result = counting.run(train, data, order, window_tokens, train_tokens)
+    # Sorts of hundreds of millions of n-grams look at no signal.
+    result = in_thread(lambda: counting.run(train, data, order, window_tokens, train_tokens))
     write_result(result, output)
     answer(result, json, counting.format_result)
 
@@ -213,7 +214,7 @@ def check(
     model: str,
     documents: Positive = 6,
     seed: Natural = 0,
-    tolerance: float | None = None,
+    tolerance: Amount | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = False,
@@ -235,3 +236,19 @@ def check(
     report = check_folder(model, documents, seed, tolerance, device, dtype)
     answer(report, json, format_report)
     return 0 if report["passed"] else 1
+
+
+@app.command(name="lm-eval", group="Evaluate")
+def lm_eval(*words: Overrides, model: str) -> None:
+    """Evaluate on the tasks of lm-evaluation-harness; all other arguments are those of its command
+    (docs/evaluation.md).
+
+    example:
+      sllm lm-eval --model demo/models/sllm --tasks sllm_cloze,sllm_next_sentence,sllm_sentence_order
+
+    Args:
+        model: exported SLLM, or the folder of a token-level model
+    """
+    from pipeline.interop import harness
+
+    harness.run(model, words)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import write_atomically
 from pipeline.generation.api import Generation, generate_many
 from pipeline.generation.results import Continuation, Limits
@@ -183,6 +183,15 @@ def generate_file(
     return {**counts, "seconds": round(time.perf_counter() - started, 4), "output": str(output)}
 
 
+def format_counts(result: dict[str, Any]) -> str:
+    """The result of `generate_file` as one line."""
+    return (
+        f"{counted(result['prompts'], 'prompt')} ({result['resumed']} there before), "
+        f"{result['errors']} refused, "
+        f"{counted(result['tokens'], 'new token')} in {result['seconds']:.2f} s: {result['output']}"
+    )
+
+
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a file of prompts. Raises: UserError that names the first bad line."""
     lines = []
@@ -220,6 +229,8 @@ def resume(output: Path, prompts: list[dict[str, Any]], how: Settings, folder: s
 
     Raises: UserError when the output was made with other settings or prompts.
     """
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; name a file")
     sidecar = output.with_name(output.name + ".settings.json")
     wanted = json.loads(json.dumps({**how.to_dict(), "model": folder}))  # as read from a file
     if not sidecar.exists():

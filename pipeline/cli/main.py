@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 
 from data_prep.common.command_line import run_app
-from data_prep.common.errors import run_main
 
 # Importing a module registers its commands.
 from pipeline.cli import benchmark, evaluation, models, runs, serving  # noqa: F401
@@ -35,8 +34,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return run_app(app, argv)
-
-
-def console() -> int:
-    """Entry point of the `sllm` console script and of `python -m pipeline.cli`."""
-    return run_main("sllm", main)

@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Natural, Positive
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from pipeline.cli.options import VAE_RECIPE_HELP, Device, Dtype, Int8, Json, answer, app, print_json
+from pipeline.costs.options import Cluster
 
 Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
 ONE_PROMPT = Parameter(group=Group("Prompt (at most one)", validator=validators.LimitedChoice(0, 1)))
@@ -77,11 +78,7 @@ def generate(
         raise UserError("--prompts FILE and --output FILE belong together")
     if prompts is not None and output is not None:
         result = generation.generate_file(model, prompts, output, how, batch)
-        text = (
-            "{prompts} prompts ({resumed} were there), {errors} refused, {tokens} new tokens in "
-            "{seconds:.2f} s: {output}"
-        )
-        answer(result, json, text.format_map)
+        answer(result, json, generation.format_counts)
         return 1 if result["errors"] else 0
     if interactive:
         if how.samples > 1:
@@ -98,7 +95,8 @@ def generate(
     print(flush=True)
     sampled = f"sampled at temperature {result['temperature']:g}, seed {result['seed']}"
     log(
-        f"[{len(result['sentences'])} sentences, {result['tokens']} tokens in {result['seconds']:.2f} s; "
+        f"[{counted(len(result['sentences']), 'sentence')}, {counted(result['tokens'], 'token')} in "
+        f"{result['seconds']:.2f} s; "
         f"stopped: {result['stopped']}; {sampled if result['temperature'] else 'greedy'}]"
     )
     return 0
@@ -110,8 +108,9 @@ def export(
     /,
     *,
     output: str,
-    which: Literal["best", "last"] = "best",
+    which: Literal["best", "last"] | None = None,
     weights: Literal["trained", "ema"] = "trained",
+    average: Positive | None = None,
     json: Json = False,
 ) -> None:
     """Make a model folder (safetensors, config, tokenizer) of a training run; from_pretrained loads it.
@@ -122,13 +121,15 @@ def export(
     Args:
         run_dir: run directory of a training
         output: model folder to write
-        which: best by validation bits per byte, or the last checkpoint
+        which: best by validation bits per byte (default), or the last checkpoint
         weights: the trained weights, or their running average (training.ema)
+        average: the mean of so many last checkpoints, for runs of constant rate or before a WSD decay
     """
     from pipeline.export.model_folder import export_run
 
-    export_run(run_dir, output, which, weights)
-    result = {"run_dir": run_dir, "output": output, "which": which}
+    export_run(run_dir, output, which, weights, average)
+    what = which or ("best" if average is None else f"mean of the last {average}")
+    result = {"run_dir": run_dir, "output": output, "which": what}
     answer(result, json, "exported {which} of {run_dir} to {output}".format_map)
 
 
@@ -164,12 +165,17 @@ def inspect(
     tokens_per_sentence: float = 10.9,
     world: Annotated[Sequence[Positive], Parameter(consume_multiple=1)] = (1, 8, 64),
     dtype: Literal["bf16", "fp32"] = "bf16",
+    cluster: Annotated[Cluster | None, Parameter(name="*", group="Cluster (in place of --world)")] = None,
+    fit: str | None = None,
     json: Json = False,
 ) -> None:
-    """Parameters, operations per token and memory per GPU of a recipe's model; nothing is allocated.
+    """Parameters, operations per token and memory per GPU of a recipe's model; with a cluster, what each GPU
+    sends in a step, and the step's time. Nothing is allocated.
 
     example:
       sllm inspect --recipe sllm-1.3b-h1 --world 8 64
+      sllm inspect --recipe sllm-1.3b-h1 --nodes 8 --bandwidth 400 --strategy zero1 zero3
+      sllm inspect --recipe sllm-1.3b-h1 --fit 80GB --gpus 8
 
     Args:
         recipe: recipe file, or the name of one that ships with the package
@@ -178,11 +184,25 @@ def inspect(
         tokens: tokens of a bin (default: the recipe's data.bin_tokens)
         tokens_per_sentence: mean of the text
         world: numbers of GPUs
+        fit: choose strategy, bins and checkpointing for GPUs with this much memory (80GB)
     """
     from pipeline.costs import inspect as inspection
 
+    if recipe is None and (cluster or fit):
+        raise UserError("--all prints sizes alone: give --recipe for a cluster or --fit")
+    if fit is not None and (tokens or (cluster and cluster.accumulation)):
+        raise UserError("--fit chooses bins and micro-batches: leave out --tokens and --accumulation")
     if recipe is None:
         answer(inspection.inspect_all(vocab_size), json, inspection.format_all)
         return
-    result = inspection.inspect(recipe, vae_recipe, vocab_size, tokens, tokens_per_sentence, world, dtype)
+    if fit is not None:
+        from pipeline.costs import fit as fitting
+
+        found = fitting.fit(
+            recipe, vae_recipe, vocab_size, tokens_per_sentence, dtype, fit, cluster or Cluster()
+        )
+        answer(found, json, fitting.format_fit)
+        return
+    model = (recipe, vae_recipe, vocab_size, tokens, tokens_per_sentence, world, dtype)
+    result = inspection.inspect(*model, cluster)
     answer(result, json, inspection.format_inspection)

@@ -10,7 +10,6 @@ from cyclopts import Parameter
 
 import pipeline
 from data_prep.common.command_line import make_app
-from data_prep.common.errors import singular
 from pipeline.parallel.device import DeviceName, DtypeName
 
 VAE_RECIPE_HELP = "recipe of the SentenceVAE where model.vae.path does not exist (default: by its name)"
@@ -44,4 +43,4 @@ def answer(result: dict[str, Any], json: bool, text: Callable[[dict[str, Any]], 
     if json:
         print_json(result)
     else:
-        print(singular(text(result)))
+        print(text(result))

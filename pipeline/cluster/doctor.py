@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.errors import REQUEUE, UserError, describe
+from data_prep.common.errors import REQUEUE, UserError, counted, describe
 from pipeline.cluster import machine as doctor_machine
 from pipeline.cluster import network as doctor_network
 from pipeline.cluster.options import Checks
@@ -27,7 +27,8 @@ from pipeline.cluster.rendezvous import Meeting, ServerLost
 from pipeline.parallel.ranks import Ranks, find_ranks, free_port
 
 CLOCK_LIMIT = 2.0  # seconds between any machine's clock and the first one's
-SLOW_PAIR = 0.25  # of the median pair
+SLOW_PAIR = 0.25  # of the median pair, and of the median disk
+SLOW_RANK = 0.8  # of the median rank's speed
 LONG = 24 * 3600.0  # seconds that reading every shard may take
 QUICK = 300.0  # seconds that a look at one machine may take: longer, and a disk hangs
 
@@ -111,6 +112,13 @@ def examine(meeting: Meeting, checks: Checks) -> dict[str, Any]:
             if disk["write"] and disk["write"] < doctor_machine.SLOW_DISK
         ],
     }
+    for disks in zip(*(facts[rank]["disks"] for rank in leaders), strict=True):
+        speeds = {rank: disk["write"] for rank, disk in zip(leaders, disks, strict=True)}
+        report["warnings"] += [
+            f"{hosts[rank]}: writes {speeds[rank] / 1e6:.1f} MB/s to {disks[0]['folder']}, "
+            f"others {usual / 1e6:.1f}"
+            for rank, usual in _slow(speeds, SLOW_PAIR)
+        ]
     problems = different + list(_machine_problems(facts, hosts))
     problems += _differences({hosts[rank]: _gpu_kinds(facts[rank]["gpus"]["gpus"]) for rank in leaders})
     for n, folder in enumerate(checks.data):
@@ -125,6 +133,11 @@ def examine(meeting: Meeting, checks: Checks) -> dict[str, Any]:
     if network:
         for host, seen in zip(hosts, network, strict=True):
             problems += [f"{host}: {line}" for line in seen["problems"]]
+        speeds = {rank: seen["gflops"] for rank, seen in enumerate(network)}
+        report["warnings"] += [
+            f"{hosts[rank]}: rank {rank} computes {speeds[rank]:,.0f} GFLOP/s, others {usual:,.0f}"
+            for rank, usual in _slow(speeds, SLOW_RANK)
+        ]
         slow, warnings = _slow_pairs(report["network"]["pairs"], checks.min_gbps)
         problems += slow
         report["warnings"] += warnings
@@ -232,8 +245,17 @@ def _network(network: list[dict[str, Any]], hosts: list[str]) -> dict[str, Any]:
     return {
         "backend": network[0]["backend"],
         "all_reduce_gbps": min(reduced, default=None),
+        "gflops": [seen["gflops"] for seen in network],
         "pairs": [{"between": list(pair), "gbps": gbps} for pair, gbps in pairs.items()],
     }
+
+
+def _slow(speeds: dict[int, float | None], share: float) -> list[tuple[int, float]]:
+    """Ranks whose speed is below `share` of the median, each with the median; of two ranks it is the faster
+    one's."""
+    known = {rank: speed for rank, speed in speeds.items() if speed}
+    usual = statistics.median_high(known.values()) if known else 0.0
+    return [(rank, usual) for rank, speed in known.items() if speed < share * usual]
 
 
 def _slow_pairs(pairs: list[dict[str, Any]], least: float) -> tuple[list[str], list[str]]:
@@ -260,10 +282,14 @@ def _slow_pairs(pairs: list[dict[str, Any]], least: float) -> tuple[list[str], l
 def format_report(report: dict[str, Any]) -> str:
     """What a reader needs of a report; its problems are printed apart."""
     hosts, network = report["hosts"], report["network"]
-    rows = [("machines", f"{len(hosts)} with {report['ranks']} ranks: {', '.join(hosts)}")]
+    rows = [("machines", f"{len(hosts)} with {counted(report['ranks'], 'rank')}: {', '.join(hosts)}")]
     rows.append(("versions", ", ".join(f"{name} {v}" for name, v in report["versions"].items() if v)))
     for one in report["shards"]:
-        counts = f"{one['shards']} shards, {one['verified']} verified" if one["shards"] else "not readable"
+        counts = (
+            f"{counted(one['shards'], 'shard')}, {one['verified']} verified"
+            if one["shards"]
+            else "not readable"
+        )
         rows.append(("shards", f"{one['folder']}: {counts}"))
     for n, disk in enumerate(report["disks"][hosts[0]]):
         written = [disks[n]["write"] for disks in report["disks"].values() if disks[n]["write"]]
@@ -273,13 +299,15 @@ def format_report(report: dict[str, Any]) -> str:
     rows.append(("GPUs", _gpu_kinds(report["gpus"][hosts[0]])["GPUs:"] or "none seen"))
     if offsets := report["clock_offsets"].values():
         rows.append(("clocks", f"within {max(map(abs, offsets)):.3f} s"))
+    if network and (speeds := [speed for speed in network["gflops"] if speed]):
+        rows.append(("compute", f"{min(speeds):,.0f} to {max(speeds):,.0f} GFLOP/s a rank"))
     if network and network["all_reduce_gbps"]:
         rows.append(("all-reduce", f"{network['backend']}: {network['all_reduce_gbps']:.2f} Gbit/s a rank"))
     if network and network["pairs"]:
         speeds = [pair["gbps"] for pair in network["pairs"]]
         rows.append(("pairs", f"{len(speeds)}, {min(speeds):.2f} to {max(speeds):.2f} Gbit/s each way"))
     rows += [("warning", line) for line in report["warnings"]]
-    rows.append(("verdict", "fit" if report["ok"] else f"{len(report['problems'])} problems"))
+    rows.append(("verdict", "fit" if report["ok"] else counted(len(report["problems"]), "problem")))
     return "\n".join(f"{name:<11}{text}" for name, text in rows)
 
 

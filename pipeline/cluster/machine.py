@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.errors import UserError, describe
+from data_prep.common.errors import UserError, counted, describe
 
 PACKAGES = (
     "sentence-llm",
@@ -87,7 +87,7 @@ def _read_ends(path: Path, size: int | None) -> None:
     with open(path, "rb") as stream:
         found = os.fstat(stream.fileno()).st_size
         if size is not None and found != size:
-            raise UserError(f"{path} has {found} bytes, the manifest says {size}")
+            raise UserError(f"{path} has {counted(found, 'byte')}, the manifest says {size:,}")
         stream.read(4096)
         stream.seek(max(0, found - 4096))
         stream.read(4096)
@@ -169,7 +169,7 @@ def gpus(tasks: int) -> dict[str, Any]:
     finally:
         pynvml.nvmlShutdown()
     if os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and len(facts["gpus"]) < tasks:
-        facts["problems"].append(f"{len(facts['gpus'])} GPUs for {tasks} tasks")
+        facts["problems"].append(f"{counted(len(facts['gpus']), 'GPU')} for {counted(tasks, 'task')}")
     return facts
 
 

@@ -1,4 +1,5 @@
-"""What `sllm doctor` measures between ranks: all-reduce and every pair of machines, by the real backend."""
+"""What `sllm doctor` measures of ranks: how fast each computes; all-reduce and every pair of machines, by the
+real backend."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 REPEATS = 3
 BYTES = {"gloo": 8 << 20, "nccl": 256 << 20}  # of one tensor
+COMPUTE_SECONDS = 0.5  # of products of matrices
 
 
 def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeout: float) -> dict[str, Any]:
@@ -26,7 +28,8 @@ def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeo
         leaders: the first rank of every machine.
         port: a free one on rank 0.
         timeout: seconds for each operation.
-    Returns: {"backend", "gbps" of the all-reduce (bus bandwidth), "pairs": {peer: gbps}, "problems"}.
+    Returns: {"backend", "gflops", "gbps" of the all-reduce (bus bandwidth), "pairs": {peer: gbps},
+        "problems"}.
     """
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a time-out is an exception, not an abort
     import torch
@@ -34,7 +37,7 @@ def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeo
 
     on_gpu = uses_gpu()
     backend, device = ("nccl", torch.device("cuda")) if on_gpu else ("gloo", torch.device("cpu"))
-    facts: dict[str, Any] = {"backend": backend, "gbps": None, "pairs": {}, "problems": []}
+    facts: dict[str, Any] = {"backend": backend, "gflops": None, "gbps": None, "pairs": {}, "problems": []}
     doing = "joining the process group"
     try:
         if on_gpu:
@@ -46,6 +49,8 @@ def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeo
             world_size=ranks.world,
             timeout=timedelta(seconds=timeout),
         )
+        doing = "computing"
+        facts["gflops"] = compute_speed(device)
         doing = "all-reduce"
         base = torch.arange(BYTES[backend] // 4, device=device).remainder_(251).float()
         facts["gbps"] = _all_reduce(base, ranks, facts["problems"])
@@ -60,6 +65,20 @@ def measure(ranks: Ranks, hosts: list[str], leaders: list[int], port: int, timeo
         if dist.is_initialized():
             dist.destroy_process_group()
     return facts
+
+
+def compute_speed(device: torch.device) -> float:
+    """10⁹ floating-point operations a second of products of matrices; the fastest, because the moments in
+    which something else ran say nothing about the processor."""
+    import torch
+
+    size, kind = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    one = torch.ones(size, size, dtype=kind, device=device)
+    fastest, end = float("inf"), time.perf_counter() + COMPUTE_SECONDS
+    while (began := _now(one)) < end:
+        torch.mm(one, one)
+        fastest = min(fastest, _now(one) - began)
+    return 2 * size**3 / 1e9 / fastest
 
 
 def weight(rank: int) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from data_prep.common.command_line import Many
+from data_prep.common.command_line import Amount, Many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Checks:
     data: Annotated[Many, Parameter(alias="--shards")] = ()
     output_dir: Annotated[str | None, Parameter(alias="--output_dir")] = None
     local_dir: Annotated[str | None, Parameter(alias="--local_dir")] = None
-    free_gb: Annotated[float, Parameter(alias="--free_gb")] = 1.0
-    min_gbps: Annotated[float, Parameter(alias="--min_gbps")] = 0.0
-    timeout: float = 120.0
+    free_gb: Annotated[Amount, Parameter(alias="--free_gb")] = 1.0
+    min_gbps: Annotated[Amount, Parameter(alias="--min_gbps")] = 0.0
+    timeout: Amount = 120.0
     deep: bool = False

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError, counted, first_line
 from pipeline.parallel.ranks import Ranks
 
 PINGS = 5
@@ -94,8 +94,8 @@ class Meeting:
         silent = [rank for rank in range(world) if rank not in values]
         if silent and self._round == 1:
             raise UserError(
-                f"{len(silent)} of {world} ranks did not reach {value}:{self._port} within {limit:.0f} s: "
-                f"{_some(silent)}; here are {_some(sorted(set(values.values())))}"
+                f"{len(silent)} of {counted(world, 'rank')} did not reach {value}:{self._port} "
+                f"within {limit:.0f} s: {_some(silent)}; here are {_some(sorted(set(values.values())))}"
             )
         if silent:
             raise self._no_answer(silent)

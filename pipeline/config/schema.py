@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
+from data_prep.common.remote import is_url
 from pipeline.config.keys import (
     SECTION,
     Above1,
@@ -64,8 +65,8 @@ class DataRecipe(Section):
             )
         if self.weights is not None and len(self.weights) != len(self.shards):
             yield (
-                f"data.weights has {len(self.weights)} numbers for {len(self.shards)} shard sets: "
-                "give one for each of data.shards"
+                f"data.weights has {counted(len(self.weights), 'number')} for "
+                f"{counted(len(self.shards), 'shard set')}: give one for each of data.shards"
             )
 
 
@@ -190,6 +191,19 @@ class TrainingRecipe(Section):
         return min(1.0, max(shares))
 
 
+class CheckpointsRecipe(Section):
+    """How checkpoints are written; when, and how many stay, is in `training`."""
+
+    background: Flag = Field(True, description="copy the state and write while training continues")
+    upload: str | None = Field(
+        None, description="URL (s3://bucket/run) of a copy of the run, from which fresh machines resume"
+    )
+
+    def problems(self) -> Iterator[str]:
+        if self.upload is not None and not is_url(self.upload):
+            yield f"checkpoints.upload must be a URL such as s3://bucket/run, not {self.upload!r}"
+
+
 class HealthRecipe(Section):
     """When a step is skipped, and when a diverging or hung run ends."""
 
@@ -232,6 +246,7 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = SECTION
     schedule: ScheduleRecipe = SECTION
     training: TrainingRecipe = SECTION
+    checkpoints: CheckpointsRecipe = SECTION
     health: HealthRecipe = SECTION
     log: LogRecipe = SECTION
 
@@ -267,6 +282,7 @@ SECTIONS: dict[str, list[type[Section]]] = {
     "optimizer.": [OptimizerRecipe],
     "schedule.": [ScheduleRecipe],
     "training.": [TrainingRecipe],
+    "checkpoints.": [CheckpointsRecipe],
     "health.": [HealthRecipe],
     "log.": [LogRecipe],
 }

@@ -29,7 +29,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from data_prep.common import charts
 from data_prep.common.environment import write_result
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.measuring import in_new_process, memory_field, spread
 from data_prep.common.page import NOTHING, Table, to_text
 from pipeline.config.library import find_recipe
@@ -116,7 +116,7 @@ class SentenceSide:
         """Why a case cannot be measured; None if it can."""
         sentences = -(-case.context // case.sentence_tokens) + case.sentences
         room = self.model.max_sentences + 1
-        return f"{sentences} sentences, {room} positions" if sentences > room else None
+        return f"{counted(sentences, 'sentence')}, {counted(room, 'position')}" if sentences > room else None
 
     def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
         """One run; `at_end` is called while its caches still live."""
@@ -136,7 +136,7 @@ class SentenceSide:
                 if written[number] == case.sentence_tokens and written.min() == case.sentence_tokens:
                     first = last
         if written.tolist() != [case.new_tokens] * case.batch:
-            raise RuntimeError(f"{case}: wrote {written.tolist()} tokens")
+            raise RuntimeError(f"{case}: tokens written: {written.tolist()}")
         at_end()
         tokens = case.batch * (case.new_tokens - case.sentence_tokens)
         # A start position and all sentences but the last one, which is not fed back.
@@ -176,7 +176,7 @@ class TokenSide:
     def limit(self, case: Case) -> str | None:
         room = self.model.config.max_position_embeddings
         needed = case.context + case.new_tokens
-        return f"{needed} tokens, {room} positions" if needed > room else None
+        return f"{counted(needed, 'token')}, {counted(room, 'position')}" if needed > room else None
 
     def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
         """One run; `at_end` is called while its caches still live."""
@@ -195,7 +195,7 @@ class TokenSide:
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
         if out.sequences.shape[1] != case.context + case.new_tokens:
-            raise RuntimeError(f"{case}: wrote {out.sequences.shape[1] - case.context} tokens")
+            raise RuntimeError(f"{case}: tokens written: {out.sequences.shape[1] - case.context}")
         at_end()
         first, last = clock.times[case.sentence_tokens - 1], clock.times[-1]
         cache = out.past_key_values
@@ -366,7 +366,7 @@ def _figures(turns: list[Turn]) -> dict[str, Any]:
 
 def format_benchmark(result: dict[str, Any]) -> str:
     """The result of `run` as text."""
-    where = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
+    where = result["gpu"] or f"{result['cpu']}, {counted(result['threads'], 'thread')}"
     sides = [side for side in SIDES if side in result]
     names = [result[side]["name"] for side in sides]
     header = ["batch", "context"]
@@ -390,8 +390,9 @@ def format_benchmark(result: dict[str, Any]) -> str:
         rows.append(row)
     header += ["× tokens/s", "cached bytes a token", "× peak"] if len(names) == 2 else []
     lines = [
-        f"{' beside '.join(names)}: {result['dtype']}, {result['sentence_tokens']} tokens a sentence, "
-        f"{where}; medians of {result['runs']} runs",
+        f"{' beside '.join(names)}: {result['dtype']}, "
+        f"{counted(result['sentence_tokens'], 'token')} a sentence, "
+        f"{where}; medians of {counted(result['runs'], 'run')}",
         "",
         to_text(Table(header, rows)),
     ]

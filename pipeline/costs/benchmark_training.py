@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from data_prep.common.environment import write_result
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.measuring import in_new_process, memory_field, spread
 from data_prep.common.page import Show, columns, to_text
 from data_prep.shards.reader import ShardSet
@@ -172,7 +172,7 @@ def make_side(side: str, options: TrainingBenchmark, settings: Settings) -> Side
     if model.config.vocab_size < vocabulary:
         raise UserError(
             f"--against {against}: vocabulary of {model.config.vocab_size}, but the shards' tokenizer has "
-            f"{vocabulary} entries"
+            f"{counted(vocabulary, 'entry', 'entries')}"
         )
     return PlainModel(model, Path(against).name, settings)
 
@@ -403,14 +403,14 @@ def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
 def format_benchmark(result: dict[str, Any]) -> str:
     """The result of `run` as text."""
     sides = [result[name] for name in SIDES if name in result]
-    where = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
+    where = result["gpu"] or f"{result['cpu']}, {counted(result['threads'], 'thread')}"
     work = "forward, backward and AdamW" if result["with_update"] else "forward and backward"
     rows: list[tuple[str, str, Show]] = [
         ("parameters", "parameters", ","),
-        ("real tokens per second", "tokens_per_second.median", ",.1f"),
+        ("real tokens/s", "tokens_per_second.median", ",.1f"),
         ("multiply-adds per token, forward", "multiply_adds_per_token.forward", millions),
         *((f"  {part}", f"multiply_adds_per_token.by_part.{part}", millions) for part in flops.PARTS),
-        ("limit, tokens per second", "limit_tokens_per_second", ",.1f"),
+        ("limit, tokens/s", "limit_tokens_per_second", ",.1f"),
         ("share of the limit reached", "share_of_limit", ".1%"),
         ("padding, share of operations", "padding_share", ".2%"),
         ("MFU", "mfu", ".1%"),
@@ -418,17 +418,18 @@ def format_benchmark(result: dict[str, Any]) -> str:
         ("  beyond what was there before", "memory_bytes.step", gigabytes),
     ]
     lines = [
-        f"{work}, {result['dtype']}, {result['tokens']:,} tokens a step, "
+        f"{work}, {result['dtype']}, {counted(result['tokens'], 'token')} a step, "
         f"{result['shards']['tokens_per_sentence']:.1f} a sentence, {where}; "
-        f"medians of {result['runs']} runs; best matrix product {result['peak_gflops']:.1f} GFLOP/s",
+        f"medians of {counted(result['runs'], 'run')}; "
+        f"best matrix product {result['peak_gflops']:.1f} GFLOP/s",
         "",
         to_text(columns([side["name"] for side in sides], sides, rows)),
     ]
     if ratios := result.get("ratios"):
         turns, allowed = ratios["by_turn"], ratios["limit"]
         line = (
-            f"{sides[0]['name']} by {sides[1]['name']}: {ratios['tokens_per_second']:.2f} × the tokens per "
-            f"second (turn by turn {min(turns):.2f} to {max(turns):.2f}; arithmetic allows {allowed:.2f})"
+            f"{sides[0]['name']} by {sides[1]['name']}: {ratios['tokens_per_second']:.2f} × the "
+            f"tokens/s (turn by turn {min(turns):.2f} to {max(turns):.2f}; arithmetic allows {allowed:.2f})"
         )
         if "memory_peak" in ratios:
             peak, step = ratios["memory_peak"], ratios["memory_step"]

@@ -12,6 +12,7 @@ The synthetic bin has windows of `data.window_tokens` that fill `data.bin_tokens
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import weakref
 from collections.abc import Sequence
@@ -29,22 +30,35 @@ from torch.utils.weak import WeakIdKeyDictionary
 from data_prep.common.errors import UserError
 from data_prep.common.page import to_plain
 from pipeline.common.text import FILTERS
+from pipeline.config.deepspeed_config import micro_batches
 from pipeline.config.library import RECIPES, find_recipe
+from pipeline.config.schema import Recipe
+from pipeline.costs.options import Cluster
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
+from pipeline.costs.zero import (
+    Calls,
+    Strategy,
+    Weights,
+    exposed_seconds,
+    gathered_weights,
+    peak_memory,
+    recorded_calls,
+    states_memory,
+    traffic,
+    with_backward,
+)
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.windows import Span
 from pipeline.models import flops
 from pipeline.models.factory import new_model
 from pipeline.models.folders import model_config, parameter_count
+from pipeline.models.layers import checkpoint_layers, transformer_layers
+from pipeline.training.optimizer import parameter_groups
 
 TOKENS_PER_SENTENCE = 10.9
 WORLDS = (1, 8, 64)
 
-# DeepSpeed's defaults, as in ds_configs/: elements of one communication buffer; gathered weights that stage 3
-# may hold at once (both limits, live and reuse distance).
-BUCKET_ELEMENTS = 500_000_000
-LIVE_ELEMENTS = 1_000_000_000
-STAGES = ("0", "1", "2", "3", "3-offload")
+STRATEGIES = ("zero0", "zero1", "zero2", "zero3", "zero3-offload")
 
 # Millions, from the paper's main table (arXiv 2408.00655), which has no 1.3B-H4 and no SentenceVAE alone.
 PUBLISHED = {
@@ -128,12 +142,15 @@ class _Memory(TorchDispatchMode):
 class DryStep:
     """Costs of one step. Bytes at the peak: `activations` without weights and gradients; `logits` those of
     them in rows as wide as the vocabulary; `peak` of weights, gradients and activations together (one
-    process, no ZeRO)."""
+    process, no ZeRO). calls: of the model's submodules (`zero.with_backward`). training: multiply-adds of
+    forward and backward, recomputed ones included."""
 
     operations: flops.Operations
+    training: int
     activations: int
     logits: int
     peak: int
+    calls: Calls
 
 
 def made_up_batch(window_tokens: int, bin_tokens: int, tokens_per_sentence: float, longest: int) -> Batch:
@@ -146,21 +163,30 @@ def made_up_batch(window_tokens: int, bin_tokens: int, tokens_per_sentence: floa
     return build_batch(spans)
 
 
-def dry_step(model: nn.Module, batch: Batch) -> DryStep:
+def dry_step(model: nn.Module, batch: Batch, checkpointing: bool = False) -> DryStep:
     """Run forward and backward of a model made under a `FakeTensorMode`, inside that mode."""
     memory = _Memory()
     weights = {memory.see(parameter) for parameter in model.parameters()}
     weights |= {memory.see(buffer) for buffer in model.buffers()}
-    with flops.counted_rows(model) as rows, memory:
-        model(batch).objective.backward()
+    if checkpointing:
+        checkpoint_layers(model)
+    with memory, recorded_calls(model) as calls:
+        with flops.counted_rows(model) as rows:
+            objective = model(batch).objective
+        forward = calls.copy()
+        objective.backward()
     gradients = {memory.see(p.grad) for p in model.parameters() if p.grad is not None}
     vocabulary = _vocabulary(model)
     logits = {key for key, width in memory.widths.items() if width == vocabulary}
+    operations = flops.count_operations(model, rows, flops.batch_cores(model, batch))
+    again = sum(operations.by_part().get(part, 0) for part in flops.IN_LAYERS) if checkpointing else 0
     return DryStep(
-        flops.count_operations(model, rows, flops.batch_cores(model, batch)),
+        operations,
+        flops.TRAINING_FACTOR * operations.needed + again,
         memory.peak(weights | gradients),
         memory.peak(weights | gradients, only=logits),
         memory.peak(set()),
+        with_backward(forward, calls[len(forward) :], transformer_layers(model)),
     )
 
 
@@ -180,45 +206,38 @@ def _vocabulary(model: nn.Module) -> int:
     return getattr(config, "vae", config).vocab_size
 
 
-# Memory of a rank ------------------------------------------------------------------------------------------
+class DryRun:
+    """Steps of a recipe's model without memory.
 
-
-def states_memory(parameters: int, stage: str, world: int, dtype: str) -> dict[str, int]:
-    """Bytes of weights, gradients and AdamW on one rank under a file of `ds_configs/`.
-
-    Per parameter: weights 4 (bf16 2), optimizer 8 for the two moments, and 4 for fp32 master weights, which
-    ZeRO keeps in fp32 too. Gradients 4; bf16: 2 as torch makes them, from stage 1 on their sum in fp32 (4).
-    Stage 1 divides the optimizer by `world`, 2 also the summed gradients, 3 also the weights.
-
-    gathered: the most that stage 3 gathers for use; below a billion parameters it frees nothing.
-    buckets: communication buffers of fixed size. update: temporary memory of the update, after the
-    activations are freed (fp32 copies of the gradients; on GPUs PyTorch's AdamW takes 4 more per parameter).
-    host: host memory under offloading.
+    vocab_size: of the tokenizer (default: the recipe's, else OPT's).
     """
-    low = 2 if dtype == "bf16" else 4
-    share = -(-parameters // world)
-    bucket = BUCKET_ELEMENTS * low
-    held = {
-        "weights": low * parameters,
-        "gathered": 0,
-        "gradients": low * parameters,
-        "optimizer": 12 * share,
-    }
-    held |= {"buckets": 0, "update": 8 * share, "host": 0}
-    if stage == "0":
-        master = 4 if low == 2 else 0
-        held |= {"optimizer": (8 + master) * parameters, "update": (4 + master) * parameters}
-    elif stage == "1" and low == 2:
-        held |= {"gradients": 6 * parameters, "update": 4 * share}
-    elif stage == "2":
-        held |= {"gradients": 4 * share, "buckets": 2 * bucket}
-    elif stage.startswith("3"):
-        gathered = low * min(parameters, LIVE_ELEMENTS)
-        held |= {"weights": low * share, "gathered": gathered, "gradients": 4 * share, "buckets": bucket}
-    if stage == "3-offload":
-        host = held["weights"] + held["gradients"] + held["optimizer"]
-        held |= {"weights": 0, "gradients": 0, "optimizer": 0, "update": 0, "host": host}
-    return held
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        vocab_size: int | None,
+        dtype: str,
+        tokens_per_sentence: float = TOKENS_PER_SENTENCE,
+    ):
+        if not 1 <= tokens_per_sentence < math.inf:
+            raise UserError(f"--tokens-per-sentence must be at least 1, not {tokens_per_sentence}")
+        own = (recipe.model.backbone if recipe.objective == "lm" else recipe.model.vae).get("vocab_size")
+        self.recipe, self.dtype, self.tokens_per_sentence = recipe, dtype, tokens_per_sentence
+        self.vocabulary = Vocabulary(vocab_size or own or Vocabulary().vocab_size)
+
+    def step(self, tokens: int, checkpointing: bool) -> tuple[nn.Module, Batch, DryStep]:
+        """A step of one bin of `tokens`, and the model and batch it ran."""
+        longest = self.recipe.model.vae.get("max_sentence_tokens") or 64
+        window = min(self.recipe.data.window_tokens, tokens)
+        batch = made_up_batch(window, tokens, self.tokens_per_sentence, longest)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = new_model(self.recipe, self.vocabulary, {})
+            parameter_groups(model, self.recipe.optimizer)  # freezes what the recipe freezes
+            model = _converted(model, DTYPES[self.dtype]).train()
+            for module in model.modules():
+                # Older transformers draw a number for each layer even at 0, and a fake tensor has no value.
+                module.training &= not hasattr(module, "layerdrop")
+            return model, batch, dry_step(model, batch, checkpointing)
 
 
 # The command -----------------------------------------------------------------------------------------------
@@ -232,6 +251,7 @@ def inspect(
     tokens_per_sentence: float = TOKENS_PER_SENTENCE,
     worlds: Sequence[int] = WORLDS,
     dtype: str = "bf16",
+    cluster: Cluster | None = None,
 ) -> dict[str, Any]:
     """Parameters, operations and memory of a recipe's model, as plain JSON (docs/performance.md).
 
@@ -240,33 +260,26 @@ def inspect(
         vocab_size: of the tokenizer (default: the recipe's, else OPT's 50,272).
         tokens: bin size (default: the recipe's `data.bin_tokens`).
         dtype: of weights and activations: `bf16` (GPUs) or `fp32` (CPUs).
+        cluster: in place of `worlds`: also the traffic and time of a step there.
     Raises: UserError for a recipe that does not build a model.
     """
     sized = sized_recipe(recipe, vae_recipe)
-    tokens = tokens or sized.data.bin_tokens
-    window = min(sized.data.window_tokens, tokens)
-    longest = sized.model.vae.get("max_sentence_tokens") or 64
-    if not 1 <= tokens_per_sentence < math.inf:
-        raise UserError(f"--tokens-per-sentence must be at least 1, not {tokens_per_sentence}")
-    batch = made_up_batch(window, tokens, tokens_per_sentence, longest)
-    own = (sized.model.backbone if sized.objective == "lm" else sized.model.vae).get("vocab_size")
-    vocab_size = vocab_size or own or Vocabulary().vocab_size
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _converted(new_model(sized, Vocabulary(vocab_size), {}), DTYPES[dtype]).train()
-        for module in model.modules():
-            # Older transformers draw a number for each layer even at 0, and a fake tensor has no value.
-            module.training &= not hasattr(module, "layerdrop")
-        step = dry_step(model, batch)
-    parameters = parameter_count(model)
+    run = DryRun(sized, vocab_size, dtype, tokens_per_sentence)
+    strategies = {name: Strategy.read(name) for name in (cluster.strategy if cluster else ()) or STRATEGIES}
+    model, batch, step = run.step(tokens or sized.data.bin_tokens, sized.training.activation_checkpointing)
+    usual = micro_batches(sized.data.bins_per_step, cluster.world if cluster else 1)
+
+    def weights(strategy: Strategy, accumulation: int = usual) -> Weights:
+        return gathered_weights(model, step.calls, strategy, accumulation)
+
     memory = []
-    for stage in STAGES:
-        for world in worlds:
-            states = states_memory(parameters, stage, world, dtype)
-            # The update runs after the activations are freed.
-            held = sum(states.values()) - states["host"] - states["update"]
-            total = held + max(states["update"], step.activations)
-            row = {"stage": stage, "world": world, **states, "activations": step.activations, "total": total}
-            memory.append(row)
+    for (name, strategy), world in itertools.product(
+        strategies.items(), [cluster.world] if cluster else worlds
+    ):
+        states = states_memory(weights(strategy), strategy, world, dtype, sized.training.ema is not None)
+        total = peak_memory(states, step.activations)
+        row = {"stage": name.removeprefix("zero"), "world": world, **states}
+        memory.append({**row, "activations": step.activations, "total": total})
     operations = step.operations
     return {
         "recipe": find_recipe(recipe).stem,
@@ -274,7 +287,7 @@ def inspect(
         "dtype": dtype,
         "bin": {"tokens": batch.tokens, "sentences": batch.sentences, "windows": batch.documents},
         "vocab_size": _vocabulary(model),
-        "parameters": {"total": parameters, "by_part": parameters_by_part(model)},
+        "parameters": {"total": parameter_count(model), "by_part": parameters_by_part(model)},
         "multiply_adds_per_token": {
             "by_part": {part: count / batch.tokens for part, count in operations.by_part().items()},
             "forward": operations.needed / batch.tokens,
@@ -288,6 +301,46 @@ def inspect(
             "peak_one_process": step.peak,
         },
         "memory_per_gpu": memory,
+        "traffic": [
+            {
+                "strategy": name,
+                **step_costs(strategy, weights(strategy, count), step.training, cluster, count, dtype),
+            }
+            for name, strategy in strategies.items()
+            for count in cluster.accumulation or [usual]
+        ]
+        if cluster
+        else [],
+    }
+
+
+def step_costs(
+    strategy: Strategy,
+    weights: Weights,
+    multiply_adds: float,
+    cluster: Cluster,
+    accumulation: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """Bytes that a rank sends in a step of `accumulation` micro-batches, and the step's seconds.
+
+    Args:
+        multiply_adds: of forward and backward of one micro-batch.
+    """
+    sent = traffic(strategy, weights, cluster.world, accumulation, dtype)
+    compute = 2 * multiply_adds * accumulation / (cluster.tflops * 1e12)
+    exposed = exposed_seconds(sent, strategy, weights, compute, cluster.link)
+    return {
+        "world": cluster.world,
+        "accumulation": accumulation,
+        "gradient_bytes": round(sent.gradients),
+        "weight_bytes": round(sent.weights),
+        "sent_bytes": round(sent.sent),
+        "compute_seconds": compute,
+        "network_seconds": sent.sent * 8 / cluster.link / 1e9,
+        "exposed_seconds": exposed,
+        "step_seconds": compute + exposed,
+        "efficiency": compute / (compute + exposed),
     }
 
 

@@ -6,12 +6,43 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
-from data_prep.common.command_line import Positive
+from data_prep.common.command_line import Positive, whole_number
 
 SIDES = ("model", "against")  # what is measured, and what it is compared with
 Several = Annotated[Sequence[Positive], Parameter(consume_multiple=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Where a model is to be trained.
+
+    Args:
+        nodes: machines
+        gpus: GPUs of each
+        bandwidth: Gbit/s of the slowest link of a ring through all GPUs: of a machine's network, or of one
+            GPU if there is one machine (default: 400, or 3600)
+        tflops: 10^12 operations per second that a GPU reaches (400: 40 % of an H100's bf16 peak)
+        strategy: files of ds_configs/ (default: every ZeRO stage)
+        accumulation: micro-batches of a step (default: what the recipe's data.bins_per_step asks for)
+    """
+
+    nodes: Positive = 1
+    gpus: Positive = 8
+    bandwidth: Annotated[float | None, Parameter(validator=validators.Number(gt=0))] = None
+    tflops: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 400
+    strategy: Annotated[Sequence[str], Parameter(alias="--deepspeed-config", consume_multiple=1)] = ()
+    accumulation: Several = ()
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.gpus
+
+    @property
+    def link(self) -> float:
+        """Gbit/s of the slowest link of the ring."""
+        return self.bandwidth or (400 if self.nodes > 1 else 3600)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +101,7 @@ class GenerationBenchmark(Benchmark):
     """
 
     against: str | None = None
-    vocab_size: Positive | None = None
+    vocab_size: Annotated[int, whole_number(5)] | None = None
     batch: Several = (1,)
     context: Several = (256,)
     sentence_tokens: Positive = 11

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 
 # A window by reference into the shards: document `document` of shard `shard` of the plan's shard set
 # `shard_set`; `document_end`: the window ends its document.
@@ -60,7 +60,7 @@ def cut_documents(
         if (end == first).any():
             longest = int(sentence_lengths[first[end == first][0]])
             raise UserError(
-                f"a sentence of {longest} tokens does not fit a window of {window_tokens}; "
+                f"a sentence of {counted(longest, 'token')} does not fit a window of {window_tokens}; "
                 "raise window_tokens or shard with a smaller --max-tokens"
             )
         found.append((live, first, end))

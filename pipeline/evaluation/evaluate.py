@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.extras import import_extra
 from data_prep.common.page import render
 from data_prep.corpus.documents import DocumentReader, RawDocument, Reject
@@ -159,7 +159,7 @@ def _record_source(
     return source
 
 
-def _batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[tuple[Batch, list[Window]]]:
+def batches(windows: Iterable[Window], batch_tokens: int) -> Iterator[tuple[Batch, list[Window]]]:
     """Consecutive windows up to `batch_tokens` tokens per batch; a larger window is a batch alone."""
     group: list[Window] = []
     size = 0
@@ -202,7 +202,7 @@ def load(folder: str, int8: bool = False, device: DeviceName = "auto", dtype: Dt
     return Loaded(folder, model, model_kind(model), tokenizer, parameters, int8)
 
 
-def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
+def window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
     """W: as wanted, else the model's own, else 1024 or what its positions allow.
 
     Raises: UserError when too long.
@@ -215,7 +215,8 @@ def _window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
     window = wanted or getattr(config, "window_tokens", None) or min(DEFAULT_WINDOW_TOKENS, most)
     if window > most:
         raise UserError(
-            f"windows of {window} tokens, but the model has positions for {most}: lower --window-tokens"
+            f"windows of {counted(window, 'token')}, but the model has positions for {most:,}: "
+            "lower --window-tokens"
         )
     return window
 
@@ -234,12 +235,12 @@ def _check_fits(model: torch.nn.Module, kind: str, tokenizer: Tokenizer, setting
     config = config.vae if kind == "sllm" else config
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"model folder {folder}: {config.vocab_size} vocabulary entries, "
-            f"but its tokenizer has {tokenizer.vocab_size}"
+            f"model folder {folder}: a vocabulary of {config.vocab_size:,}, "
+            f"but its tokenizer has {tokenizer.vocab_size:,}"
         )
     if kind != "lm" and settings["max_tokens"] > config.max_sentence_tokens:
         raise UserError(
-            f"sentences of up to {settings['max_tokens']} tokens, but the model takes "
+            f"sentences of up to {counted(settings['max_tokens'], 'token')}, but the model takes "
             f"{config.max_sentence_tokens}: cut them with a smaller --max-tokens"
         )
 
@@ -303,7 +304,7 @@ def evaluate(
 
         source = opened()
         _check_fits(model, kind, tokenizer, source.settings, loaded.folder)
-        window = _window_limit(model, kind, window_tokens)
+        window = window_limit(model, kind, window_tokens)
         if contexts:
             if kind == "vae":
                 raise UserError("--context-curve is for models that predict: a SentenceVAE has no context")
@@ -378,7 +379,7 @@ def score(
     with tqdm(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
-        for batch, group in _batches(windows, batch_tokens):
+        for batch, group in batches(windows, batch_tokens):
             more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths, ngram)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
             bar.update(batch.tokens)

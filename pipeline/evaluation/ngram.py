@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.common.environment import header
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.plan import BinPlan
@@ -209,9 +209,9 @@ def run(
 def format_result(result: dict) -> str:
     """The result as one line."""
     return (
-        f"Kneser–Ney, order {result['order']}, counted on {result['trained_tokens']:,} tokens: "
+        f"Kneser–Ney, order {result['order']}, counted on {counted(result['trained_tokens'], 'token')}: "
         f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['ppl']:.4g} on "
-        f"{result['tokens']:,} tokens of {result['data']} ({result['seconds']:.0f} s)"
+        f"{counted(result['tokens'], 'token')} of {result['data']} ({result['seconds']:.0f} s)"
     )
 
 

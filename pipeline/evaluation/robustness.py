@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.environment import header, require_folder, write_result
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.page import NOTHING, Table, to_text
 from data_prep.corpus.documents import RawDocument, Reject
 from data_prep.corpus.finding import find_inputs
@@ -271,7 +271,9 @@ def format_result(result: dict) -> str:
     ]
     heads = ("variant", "model", "bits per byte", "change", "vector gain", "tokens/sentence", "at limit")
     table = to_text(Table(heads, rows, left=(0, 1)))
-    notes = [f"{result['documents']:,} documents of {result['text']}, seed {result['seed']}; {BYTES_NOTE}"]
+    notes = [
+        f"{counted(result['documents'], 'document')} of {result['text']}, seed {result['seed']}; {BYTES_NOTE}"
+    ]
     notes += [f"left out: {name} ({reason})" for name, reason in result["skipped"].items()]
     if any(model["measures"] == "reconstruction" for model in result["models"]):
         notes.append("a SentenceVAE rebuilds what it has read: its figures compare with no language model's")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import read_json, write_atomically
 from pipeline.checkpoints.store import Meta, checkpoints_folder, read_meta
 from pipeline.data.plan import Position
@@ -21,6 +21,7 @@ from pipeline.training.run_files import Run
 
 ORIGIN = "training.json"  # where a folder's weights come from; its presence says that we wrote the folder
 RESULTS = "results"  # of a run: outputs of `sllm evaluate --json` that the user wants on the card
+_WEIGHTS = ("checkpoint", "tokens", "recipe", "weights", "averaged")  # keys of ORIGIN that name the weights
 _EVALUATION_COLUMNS = ("step", "bits_per_byte", "ppl", "tokens", "bytes")
 _RESULT_COLUMNS = (
     "bits_per_byte",
@@ -36,12 +37,14 @@ _RESULT_COLUMNS = (
 )
 
 
-def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int, folder_name: str) -> str:
+def model_card(
+    run_dir: str | Path, origin: dict[str, Any], meta: Meta, parameters: int, folder_name: str
+) -> str:
     """The card's text.
 
     Args:
         run_dir: the run directory.
-        checkpoint: name of the exported checkpoint.
+        origin: what the export's `ORIGIN` says: checkpoint, weights, averaged checkpoints.
         meta: that checkpoint's `meta.json`.
         parameters: of the exported model, shared ones counted once.
         folder_name: of the export, for the example.
@@ -54,7 +57,7 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
     if evaluations:
         best = min(evaluations, key=lambda row: (_finite(row["bits_per_byte"]), row["step"]))
         evaluations = [{"evaluation": "best", **best}, {"evaluation": "last", **evaluations[-1]}]
-    given = _given_results(run_dir, checkpoint, meta)
+    given = _given_results(run_dir, origin)
     results = [{"result": name, **row} for name, row in given.items()]
     columns = [name for name in _RESULT_COLUMNS if any(row.get(name) is not None for row in results)]
     settings = meta.model_config.get("sentence_settings") or {}
@@ -69,7 +72,7 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
         name=run_dir.resolve().name,
         folder=folder_name,
         objective=meta.objective,
-        checkpoint=checkpoint,
+        origin=origin,
         meta=meta,
         recipe=meta.recipe,
         recipe_yaml=yaml.safe_dump(meta.recipe, sort_keys=False, allow_unicode=True),
@@ -84,6 +87,7 @@ def model_card(run_dir: str | Path, checkpoint: str, meta: Meta, parameters: int
         provenance=provenance,
         sentence_settings=settings,
         number=_number,
+        counted=counted,
     )
     return f"{card}\n"
 
@@ -105,9 +109,9 @@ def _card_data(
     )
 
 
-def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> dict[str, dict[str, Any]]:
+def _given_results(run_dir: Path, ours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The files of `results/` by name. The `training.json` of the folder that each one measured must name the
-    exported checkpoint."""
+    exported weights."""
     found = {}
     for path in sorted((run_dir / RESULTS).glob("*.json")):
         result = read_json(path)
@@ -116,11 +120,11 @@ def _given_results(run_dir: Path, checkpoint: str, meta: Meta) -> dict[str, dict
                 f"{path} is no output of `sllm evaluate --json`: remove it from {run_dir / RESULTS}"
             )
         origin = read_json(Path(result["model"]) / ORIGIN, default={})
-        same = origin.get("checkpoint") == checkpoint and origin.get("tokens") == meta.tokens
-        if result["kind"] != meta.objective or not same or origin.get("recipe") != meta.recipe:
+        same = all(origin.get(key) == ours.get(key) for key in _WEIGHTS)
+        if result["kind"] != ours["recipe"]["objective"] or not same:
             raise UserError(
-                f"{path} measured {result['model']}, which does not hold {checkpoint} of this run: "
-                f"remove it, or measure that export again and rerun the export"
+                f"{path} measured {result['model']}, which does not hold {ours['checkpoint']} of this run as "
+                "exported here: remove it, or measure that export again and rerun the export"
             )
         found[path.stem] = result
     return found

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,16 +41,29 @@ from pipeline.training.warm_start import fill
 
 
 def export_run(
-    run_dir: str | Path, output: str | Path, which: str = "best", weights: str = "trained"
+    run_dir: str | Path,
+    output: str | Path,
+    which: str | None = None,
+    weights: str = "trained",
+    average: int | None = None,
 ) -> Path:
-    """Write the `best` (by validation bits per byte) or `last` weights of a run to the folder `output`.
+    """Write the weights of a run to the folder `output`.
 
-    A run without validation has no best checkpoint: its last one is taken. An older export at `output` is
-    replaced, anything else there is refused, model folders of other origin too. weights: `trained`, or `ema`,
-    their running average (`training.ema`). Raises UserError for a
-    missing, unfinished or damaged run.
+    An older export at `output` is replaced, anything else there is refused, other model folders too.
+
+    Args:
+        which: `best` by validation bits per byte (default), or `last`. A run without validation has no best
+            checkpoint: its last one is taken.
+        weights: `trained`, or `ema`, their running average (`training.ema`).
+        average: the mean of the weights of so many last checkpoints, in place of one checkpoint's.
+    Raises: UserError for a missing, unfinished or damaged run.
     """
     run_dir, output = Path(run_dir), Path(output)
+    if average is not None and (which == "best" or weights != "trained"):
+        raise UserError(
+            "--average is of the trained weights of the last checkpoints: leave --which and --weights out"
+        )
+    which = which or ("best" if average is None else "last")
     if not run_dir.is_dir():
         raise UserError(f"run directory {run_dir} does not exist")
     found = store.find(run_dir, "best") if which == "best" else None
@@ -58,7 +72,9 @@ def export_run(
         raise UserError(f"{run_dir} holds no complete checkpoint (no checkpoints/latest): train first")
     require_replaceable(output)
     checkpoint, meta = found
-    store.require_undamaged(checkpoint, meta)
+    averaged = _last_checkpoints(run_dir, meta, average) if average else [found]
+    for one in averaged:
+        store.require_undamaged(*one)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     if tokenizer.fingerprint != meta.tokenizer:
         raise UserError(
@@ -67,18 +83,22 @@ def export_run(
         )
     model = model_from_config(meta)
     parts = Parts(checkpoint, meta)
-    tensor = parts.tensor if weights == "trained" else averages(parts, meta, model)
+    if average:
+        tensor = _mean([parts, *(Parts(*one) for one in averaged[1:])])
+    else:
+        tensor = parts.tensor if weights == "trained" else averages(parts, meta, model)
     fill(model, parts.shapes(), tensor, f"checkpoint {checkpoint}")
-    card = model_card(run_dir, checkpoint.name, meta, parameter_count(model), output.name)
     origin = {
         "run_dir": str(run_dir),
         "checkpoint": checkpoint.name,
         "step": meta.step,
         "tokens": meta.tokens,
         "weights": weights,
+        **({"averaged": [path.name for path, _ in averaged]} if average else {}),
         "best": meta.best,
         "recipe": meta.recipe,
     }
+    card = model_card(run_dir, origin, meta, parameter_count(model), output.name)
     write_folder(model, tokenizer, output, origin, card)
     return output
 
@@ -103,6 +123,35 @@ def write_folder(
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"{output} cannot be written: {_reason(error)}") from None
         raise
+
+
+def _last_checkpoints(run_dir: Path, meta: Meta, count: int) -> list[tuple[Path, Meta]]:
+    """So many checkpoints, newest first. An older one that is kept as the best is none of the last."""
+    paths = store.listed(run_dir)[0][: meta.recipe["training"]["keep"]]
+    if len(paths) < count:
+        raise UserError(
+            f"--average {count}: {run_dir} keeps its last {len(paths)} checkpoints: average fewer, or "
+            "train with a larger training.keep"
+        )
+    return [(path, store.read_meta(path)) for path in paths[:count]]
+
+
+def _mean(all_parts: list[Parts]) -> Callable[[str], Tensor]:
+    """Name → mean of that weight; what is no floating-point number as in the newest checkpoint."""
+    newest = all_parts[0]
+    for parts in all_parts[1:]:
+        if parts.shapes() != newest.shapes():
+            raise UserError(
+                f"{parts.checkpoint}: has other weights than {newest.checkpoint.name}: average fewer"
+            )
+
+    def mean(name: str) -> Tensor:
+        tensor = newest.tensor(name)
+        if not tensor.is_floating_point():
+            return tensor
+        return torch.stack([parts.tensor(name).double() for parts in all_parts]).mean(0)
+
+    return mean
 
 
 def _reason(error: Exception) -> str:

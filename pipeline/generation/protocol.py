@@ -47,3 +47,19 @@ class SentenceModel(Protocol):
 
     def sentence_back(self, decoder: Any, row: int, symbols: int) -> None:
         """Forget the last symbols fed to a row."""
+
+
+class Guide(Protocol):
+    """A caller's say in the choices of a text, named by its request's number. With a guide the prompt's last
+    tokens are not taken back if `keeps_prompt`."""
+
+    keeps_prompt: bool
+
+    def adjust(self, number: int, logits_V: torch.Tensor) -> torch.Tensor:
+        """Logits for the next choice, before temperature and filters."""
+
+    def ends(self, number: int) -> bool | None:
+        """Whether the document ends after a sentence; None leaves it to the model."""
+
+    def stops(self, number: int, token: int, data: bytes) -> bool:
+        """Take the next token and the bytes that it adds to the text; True stops the text there."""

@@ -12,6 +12,7 @@ DOCUMENT_END = "document end"
 SENTENCE_LIMIT = "sentence limit"
 TOKEN_LIMIT = "token limit"
 STOP_STRING = "stop string"
+STOPPED_BY_CALLER = "stopped by the caller"
 POSITIONS_EXHAUSTED = "no positions left in the backbone"
 
 

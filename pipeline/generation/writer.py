@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.prompt import split_prompt
 from pipeline.generation.prompt_end import REJECTED, Branch, PromptEnd, find_prompt_end
-from pipeline.generation.protocol import SentenceModel
+from pipeline.generation.protocol import Guide, SentenceModel
 from pipeline.generation.results import (
     DOCUMENT_END,
     POSITIONS_EXHAUSTED,
     SENTENCE_LIMIT,
     STOP_STRING,
+    STOPPED_BY_CALLER,
     TOKEN_LIMIT,
     Continuation,
     Event,
@@ -49,8 +50,15 @@ class BatchWriter:
     """Generates up to `rows` texts at a time; `run` may be called once."""
 
     def __init__(
-        self, model: SentenceModel, tokenizer: Tokenizer, sampling: Sampling, limits: Limits, rows: int = 1
+        self,
+        model: SentenceModel,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        limits: Limits,
+        rows: int = 1,
+        guide: Guide | None = None,
     ) -> None:
+        self._guide = guide
         self._model, self._tokenizer, self._sampling, self._limits = model, tokenizer, sampling, limits
         self._rows: list[Row | None] = [None] * rows
         config, vae = model.config, model.config.vae
@@ -184,14 +192,14 @@ class BatchWriter:
         end = None
         if isinstance(prompt, str):
             sentences, tail = split_prompt(prompt, self._tokenizer, self.settings)
-            if self._limits.sentence_tokens is None:
+            if self._limits.sentence_tokens is None and not (self._guide and self._guide.keeps_prompt):
                 end = find_prompt_end(sentences, tail, self._tokenizer, self._sentence_tokens)
         else:
             sentences, tail = prompt, []
         if len(sentences) > self._model.max_sentences:
             raise UserError(
-                f"the prompt has {len(sentences)} complete sentences, but the model's backbone has "
-                f"positions for {self._model.max_sentences}: shorten the prompt, for example to its last "
+                f"the prompt has {counted(len(sentences), 'complete sentence')}, but the model's backbone "
+                f"has positions for {self._model.max_sentences}: shorten the prompt, for example to its last "
                 "sentences"
             )
         return sentences, tail, end
@@ -362,6 +370,10 @@ class BatchWriter:
         allowed_nV = allowed_nV + (self._endless_V if len(endless) == len(rows) else self._bias_V)
         if 0 < len(endless) < len(rows):
             allowed_nV[endless, self._end] = -torch.inf
+        if self._guide is not None:
+            pairs = zip(rows, allowed_nV, strict=True)
+            adjusted = [x if row.closing else self._guide.adjust(row.request.number, x) for row, x in pairs]
+            allowed_nV = torch.stack(adjusted)
         uniform_n = None
         if not sampling.greedy:
             drawn = [
@@ -402,6 +414,8 @@ class BatchWriter:
         yield row.request.number, Piece(text, symbol, log_probability)
         if row.stream.stopped:
             yield from self._finish(at, STOP_STRING)
+        elif self._guide and self._guide.stops(row.request.number, symbol, data):
+            yield from self._finish(at, STOPPED_BY_CALLER)
         elif row.new_tokens == limits.max_tokens:
             yield from self._finish(at, TOKEN_LIMIT)
 
@@ -428,8 +442,11 @@ class BatchWriter:
         """Whether the document ends here, and the probability of that. Adds the decision to the text's
         log-probability."""
         probability = 1 / (1 + math.exp(-log_odds)) if log_odds > -700 else 0.0
+        decided = None if self._guide is None else self._guide.ends(row.request.number)
         if self._limits.sentence_tokens is not None:
             ends = False
+        elif decided is not None:
+            ends = decided
         elif row.sampling.greedy:
             ends = probability > 0.5
         else:

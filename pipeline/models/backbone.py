@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from pipeline.config.model_recipe import BACKBONES
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import HF_ATTENTION
@@ -132,7 +132,8 @@ def run_packed(model: nn.Module, layout: SegmentLayout | CachedStep, **inputs: T
     longest = layout.longest
     if limit is not None and longest > limit:
         raise UserError(
-            f"a window of {longest} positions is longer than the model's {limit}; lower window_tokens"
+            f"a window of {counted(longest, 'position')} is longer than the model's {limit:,}; "
+            "lower window_tokens"
         )
     inputs = {name: value[None] for name, value in inputs.items()}
     positions = layout.position_of_row[None]

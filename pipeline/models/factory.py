@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError, counted, first_line
+from data_prep.common.files import keep_umask
+from data_prep.text.hugging_face import write_hugging_face
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import backbone_config, load_backbone, load_packable
@@ -40,7 +42,7 @@ def _vae_config(settings: dict, text: dict, tokenizer: Tokenizer) -> SentenceVAE
     if settings["vocab_size"] < tokenizer.vocab_size:
         raise UserError(
             f"model.vae.vocab_size is {settings['vocab_size']}, but the shards' tokenizer has "
-            f"{tokenizer.vocab_size} entries"
+            f"{counted(tokenizer.vocab_size, 'entry', 'entries')}"
         )
     settings.setdefault("max_sentence_tokens", text["sentence_settings"].get("max_tokens", 64))
     config = SentenceVAEConfig(**settings, **text)
@@ -52,7 +54,7 @@ def _require_sentence_room(config: SentenceVAEConfig, text: dict) -> None:
     longest = text["sentence_settings"].get("max_tokens", 0)
     if longest > config.max_sentence_tokens:
         raise UserError(
-            f"the shards hold sentences of up to {longest} tokens, but the SentenceVAE takes "
+            f"the shards hold sentences of up to {counted(longest, 'token')}, but the SentenceVAE takes "
             f"{config.max_sentence_tokens} (model.vae.max_sentence_tokens)"
         )
 
@@ -63,7 +65,8 @@ def _require_room(config: PreTrainedConfig, window_tokens: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and window_tokens + 1 > positions:
         raise UserError(
-            f"data.window_tokens {window_tokens} and a start position need {window_tokens + 1} positions, "
+            f"data.window_tokens {window_tokens} and a start position need "
+            f"{counted(window_tokens + 1, 'position')}, "
             f"but the backbone has {positions}; lower data.window_tokens or raise "
             "model.backbone.max_position_embeddings"
         )
@@ -177,7 +180,7 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTra
         if model.config.vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"model.backbone.path {backbone['path']}: vocabulary of {model.config.vocab_size}, but "
-                f"the shards' tokenizer has {tokenizer.vocab_size} entries"
+                f"the shards' tokenizer has {counted(tokenizer.vocab_size, 'entry', 'entries')}"
             )
     else:
         vocab_size = backbone.get("vocab_size") or tokenizer.vocab_size
@@ -204,11 +207,13 @@ def save_model(
     model: nn.Module, folder: str | Path, tokenizer: Tokenizer, max_shard_size: str = "5GB"
 ) -> None:
     """Write safetensors (several files and an index above `max_shard_size`), config.json and tokenizer/; a
-    `TokenLM` is saved as the Hugging Face model it wraps."""
+    `TokenLM` is saved as the Hugging Face model it wraps. `AutoTokenizer` loads the folder too."""
     inner = model.model if isinstance(model, TokenLM) else model
     assert isinstance(inner, PreTrainedModel)
     inner.save_pretrained(folder, max_shard_size=max_shard_size)
+    keep_umask(Path(folder))
     tokenizer.save(Path(folder) / "tokenizer")
+    write_hugging_face(tokenizer, folder)
 
 
 def load_model(folder: str | Path) -> nn.Module:

@@ -28,6 +28,7 @@ from pipeline.models.token_lm import TokenLM
 TRAINING_FACTOR = 3  # forward 1, gradient of the inputs 1, gradient of the weights 1
 # Dense bf16 peak of one device in FLOP/s, by a part of its name; the first match counts.
 _BF16_PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12, "H100": 989e12, "A100": 312e12}
+IN_LAYERS = ("encoder", "decoder", "backbone")  # parts that are transformer layers alone
 PARTS = ("embedding", "encoder", "decoder", "head", "backbone", "adapters", "start vector", "stop head")
 
 

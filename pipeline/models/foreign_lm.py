@@ -39,24 +39,28 @@ class PlainLM(nn.Module):
     def device(self):
         return self.model.device
 
-    def forward(self, batch: Batch) -> LossSums:
+    def forward(self, batch: Batch, want_correct: bool = False) -> LossSums:
         """Next-token loss over N = T + E targets, window by window (E document ends)."""
         starts = batch.cu_sentences[batch.cu_documents]
-        nlls, ends = [], []
+        nlls, corrects, ends = [], [], []
         for d, document_end in enumerate(batch.document_end_D):
             tokens = batch.tokens_T[int(starts[d]) : int(starts[d + 1])]
             end = tokens.new_full((int(document_end),), self.end)
             symbols = torch.cat([tokens.new_full((1,), self.bos), tokens, end])
-            nlls.append(self._nll(symbols))
+            nll, correct = self._nll(symbols)
+            nlls.append(nll)
+            corrects.append(correct)
             ends.append(torch.arange(1, len(symbols), device=symbols.device) > len(tokens))
-        nll_N = torch.cat(nlls)
-        return LossSums.collect(batch.scored, nll_N.sum(), nll_N, torch.cat(ends))
+        nll_N, correct_N = torch.cat(nlls), torch.cat(corrects) if want_correct else None
+        return LossSums.collect(batch.scored, nll_N.sum(), nll_N, torch.cat(ends), correct_N)
 
-    def _nll(self, symbols: Tensor) -> Tensor:
-        """int64 [n+1] → float32 [n]: nats of every symbol after the first."""
+    def _nll(self, symbols: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [n+1] → nats of every symbol after the first float32 [n], and whether it is the likeliest."""
         logits = self.model(input_ids=symbols[None, :-1], use_cache=False).logits[0]
         rows = zip(logits.split(ROWS_AT_ONCE), symbols[1:].split(ROWS_AT_ONCE), strict=True)
-        return torch.cat([F.cross_entropy(x.float(), target, reduction="none") for x, target in rows])
+        parts = [(F.cross_entropy(x.float(), y, reduction="none"), x.argmax(-1) == y) for x, y in rows]
+        nll, correct = zip(*parts, strict=True)
+        return torch.cat(nll), torch.cat(correct)
 
 
 def load_plain_lm(folder: str | Path, tokenizer: Tokenizer) -> PlainLM:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data_prep.common.errors import counted
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import packed_attention, repeat_heads
 
@@ -42,7 +43,9 @@ class KeyValueCache:
 
         Raises: ValueError when `places` is above `most`."""
         if places > self.most:
-            raise ValueError(f"a row of {places} places, but the model has {self.most} positions")
+            raise ValueError(
+                f"a row of {counted(places, 'place')}, but the model has {counted(self.most, 'position')}"
+            )
         if places <= self._places:
             return
         wanted = max(places, 2 * self._places) if ahead is None else places + ahead

@@ -7,11 +7,13 @@ on one new row of each of many sentences with cached keys and values (generation
 
 from __future__ import annotations
 
+import functools
 import math
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from pipeline.data.batch import ContextSpans
@@ -269,3 +271,19 @@ def sinusoids(positions: int, width: int, device: torch.device | str = "cpu") ->
     rates = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
     angles = torch.arange(positions, device=device)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
+
+
+def transformer_layers(model: nn.Module) -> list[nn.Module]:
+    """All layers of a model's encoder, decoder and backbone."""
+    backbone = getattr(model, "backbone", None) or getattr(model, "model", None)
+    kinds = set(getattr(backbone, "_no_split_modules", None) or ())
+    return [m for m in model.modules() if isinstance(m, TransformerLayer) or type(m).__name__ in kinds]
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Activation checkpointing: keep only the input of each transformer layer for the backward pass, which
+    recomputes the rest with the same dropout."""
+    for layer in transformer_layers(model):
+        layer.forward = functools.partial(
+            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
+        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from pipeline.config.model_recipe import VaeRecipe, checked_vae
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
@@ -149,8 +149,9 @@ class SentenceVAE(PreTrainedModel):
             )
         if len(source) < rows:
             raise UserError(
-                f"model.vae.init_embeddings_from {name}: it has {len(source)} entries, this vocabulary "
-                f"{rows}: name a model with the shards' tokenizer"
+                f"model.vae.init_embeddings_from {name}: it has "
+                f"{counted(len(source), 'entry', 'entries')}, this "
+                f"vocabulary {rows:,}: name a model with the shards' tokenizer"
             )
         head = model.get_output_embeddings()
         # The head first: if it is tied, the embedding wins, as in the token model.

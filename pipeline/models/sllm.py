@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
@@ -199,7 +199,7 @@ class SLLM(PreTrainedModel):
         longest = self.config.vae.max_sentence_tokens
         for length in lengths:
             if not 1 <= length <= longest:
-                raise ValueError(f"a sentence has 1 to {longest} tokens, not {length}")
+                raise ValueError(f"a sentence has 1 to {counted(longest, 'token')}, not {length}")
         tokens_T = torch.from_numpy(np.concatenate(sentences).astype(np.int64)).to(self.device)
         return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device))
 
@@ -241,7 +241,9 @@ class SLLM(PreTrainedModel):
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
         if (state.cache.lengths[rows] > self.max_sentences).any():
-            raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
+            raise ValueError(
+                f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
+            )
         x = self._into(self._encode(sentences))
         layout = CachedStep(state.cache, rows, self.device)
         rows_n = torch.from_numpy(rows).to(self.device)

@@ -7,7 +7,7 @@ has changed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +18,18 @@ from deepspeed.utils.timer import SynchronizedWallClockTimer
 from pydantic import ValidationError
 
 from pipeline.parallel.agreement import AgreedError
+
+COLLECTIVES = (
+    *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor"),
+    *("broadcast", "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_to_all_single"),
+)
+
+
+def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace each collective of DeepSpeed's backend by `wrap` of it; a later call replaces the wrappers."""
+    backend = deepspeed.comm.comm.cdb
+    for name in COLLECTIVES:
+        setattr(backend, name, wrap(getattr(type(backend), name).__get__(backend)))
 
 
 def skip_shared_memory_op() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.common.charts import Line, Lines, Mark, colours, running_mean, thinned
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import write_atomically
 from data_prep.common.page import Block, Chart, Choice, Show, Table, Text, columns, from_template, to_html
 from pipeline.common.text import NOTHING, duration, gigabytes, percent
@@ -114,6 +114,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "save_share": saving / seconds if run.saves else None,
         "save_seconds_longest": max((row["save_seconds"] for row in run.saves), default=None),
         "saves": len(run.saves),
+        "slow_ranks": sum("slow" in row for row in steps),
         "memory_bytes": max(run.values("memory_bytes"), default=None),
         "restarts": max(0, len(run.starts) - 1),
         "lost_steps": sum(start.get("lost_steps", 0) for start in run.starts),
@@ -203,6 +204,7 @@ def compose(runs: Sequence[Run]) -> list[Block]:
         "runs": runs,
         "cautions": cautions(runs) if len(runs) > 1 else [],
         "skips": [(run, step, why) for run in runs for step, why in run.skipped()[:MOST_SKIPS]],
+        "slow": [(run, row["step"], row["slow"]) for run in runs for row in run.metrics if row.get("slow")],
         "most_skips": MOST_SKIPS,
         "differing": differences(parts),
     }
@@ -256,6 +258,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
         ("waiting for data", "data_wait_share", percent),
         ("standing still to save", "save_share", percent),
         ("longest save", "save_seconds_longest", duration),
+        ("slow ranks named", "slow_ranks", ","),
         ("peak memory of rank 0 (GB)", "memory_bytes", gigabytes),
         ("restarts", "restarts", ","),
         ("steps computed again after kills", "lost_steps", ","),
@@ -317,9 +320,10 @@ def format_report(result: dict[str, Any]) -> str:
     for one in result["runs"]:
         best = one["best_validation_bits_per_byte"]
         lines.append(
-            f"{one['run']}: {one['steps']:,} steps, {one['tokens']:,} tokens, {duration(one['seconds'])}, "
+            f"{one['run']}: {counted(one['steps'], 'step')}, {counted(one['tokens'], 'token')}, "
+            f"{duration(one['seconds'])}, "
             f"best validation bits/byte {NOTHING if best is None else format(best, '.4f')}, "
-            f"{one['restarts']} restarts, {one['skipped_steps']} skipped steps"
+            f"{counted(one['restarts'], 'restart')}, {counted(one['skipped_steps'], 'skipped step')}"
         )
     lines += [f"not all figures can be compared: {reason}" for reason in result["not_comparable"]]
     return "\n".join(lines)

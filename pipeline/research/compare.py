@@ -22,7 +22,7 @@ import numpy as np
 
 from data_prep.common import charts
 from data_prep.common.environment import require_folder
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import read_json, write_atomically
 from data_prep.common.page import to_html, to_text
 from pipeline.common.text import duration
@@ -380,7 +380,8 @@ def _notes(
                 )
         if evaluated and speed and evaluated["parameters"] != speed["parameters"]:
             yield (
-                f"speed of {name}: measured on {speed['name']} with {speed['parameters']:,} parameters; "
+                f"speed of {name}: measured on {speed['name']} with "
+                f"{counted(speed['parameters'], 'parameter')}; "
                 f"the model trained here has {evaluated['parameters']:,}"
             )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from data_prep.common.charts import Line, Lines, colours, thinned
+from data_prep.common.errors import counted
 from data_prep.common.page import Block, Chart, Choice, Heading, Show, Table, Text, columns
 from pipeline.common.text import duration, grouped, percent, with_interval
 
@@ -113,9 +114,9 @@ def speed_plot(result: dict[str, Any]) -> tuple[str, Lines] | None:
         ends = quality.get("bits_per_byte_interval")
         lines.append(Line(name, [place], styles[name][0], "points", interval=[tuple(ends)] if ends else None))
     how = result["generation"]
-    where = how["gpu"] or f"{how['cpu']}, {how['threads']} threads"
+    where = how["gpu"] or f"{how['cpu']}, {counted(how['threads'], 'thread')}"
     return (
         f"{'The whole text' if whole else 'The last validation'}; batch {how['batch']}, "
-        f"{how['context']:,} tokens of context, {how['dtype']}, {where}",
+        f"{counted(how['context'], 'token')} of context, {how['dtype']}, {where}",
         Lines(lines, "new tokens per second", "bits per byte", x_from=0),
     )

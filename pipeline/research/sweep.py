@@ -32,7 +32,7 @@ from typing import Any
 
 from data_prep.common import charts
 from data_prep.common.environment import header, require_folder
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.extras import import_extra
 from data_prep.common.files import json_bytes, read_json, write_atomically
 from data_prep.common.page import to_plain, to_text
@@ -120,7 +120,7 @@ class Workers:
                         took, bits = duration(row["seconds"]), row["bits_per_byte"]
                         log(f"{keys[done]}: {took} of training, {bits:.4f} bits per byte")
             except BaseException:
-                log("stopping; trainings save first")
+                log("stopping; trainings save first (Ctrl-C again: at once)")
                 self._stop()
                 raise
         return failed
@@ -176,10 +176,13 @@ class Workers:
             processes = list(self._processes.values())
         for process in processes:
             process.terminate()
-        for process in processes:
-            try:
+        try:
+            for process in processes:
                 process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # a second Ctrl-C, too
+            for process in processes:
                 process.kill()
 
 
@@ -281,7 +284,7 @@ def run(
             if job.key in wanted:
                 job.require_same()
         todo = [job for job in jobs if job.key in wanted and job.row() is None]
-        log(f"{folder}: {len(wanted) - len(todo)} of {len(wanted)} runs are done")
+        log(f"{folder}: {len(wanted) - len(todo)} of {counted(len(wanted), 'run is', 'runs are')} done")
         failed = Workers(min(workers, len(todo)), lock).run(todo) if todo else {}
         rows = {job.key: job.row() for job in jobs}
         result = {

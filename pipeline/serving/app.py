@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from data_prep.common.errors import UserError, first_line, log
+from data_prep.common.errors import UserError, counted, first_line, log
 from pipeline.generation.results import Continuation, Piece, Request
 from pipeline.serving.batcher import Batcher, Busy, Closing
 from pipeline.serving.metrics import Metrics
@@ -201,7 +201,7 @@ class Server:
         async for chunk in request.stream():
             data += chunk
             if len(data) > most:
-                raise ApiError(413, f"the body is longer than {most} bytes")
+                raise ApiError(413, f"the body is longer than {counted(most, 'byte')}")
         return bytes(data)
 
     # Texts.
@@ -219,7 +219,8 @@ class Server:
         if max(lengths) > settings.prompt_tokens:
             raise ApiError(
                 400,
-                f"the prompt has {max(lengths)} tokens; this server takes {settings.prompt_tokens}",
+                f"the prompt has {counted(max(lengths), 'token')}; "
+                f"this server takes {settings.prompt_tokens}",
                 "prompt",
                 "context_length_exceeded",
             )

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from pipeline.generation.results import DOCUMENT_END, STOP_STRING, Continuation, Limits, Request
 from pipeline.generation.sampling import Sampling
 
@@ -90,7 +90,9 @@ class Generating(_Strict):
         temperature = 1.0 if self.temperature is None else self.temperature
         n = self.n or 1
         if n * len(prompts) > MOST_TEXTS:
-            raise ApiError(400, f"{n * len(prompts)} texts: a request has at most {MOST_TEXTS}", "n")
+            raise ApiError(
+                400, f"{counted(n * len(prompts), 'text')}: a request has at most {MOST_TEXTS}", "n"
+            )
         try:
             sampling = Sampling(
                 temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty or 1.0

@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from pipeline.models.inference import load_for_generation
 from pipeline.parallel.device import DeviceName, DtypeName
 from pipeline.serving.app import Server, Settings
@@ -100,7 +100,8 @@ async def _run(
 
     async def drain() -> None:
         await stopping.wait()
-        log(f"shutting down: {batcher.generating + batcher.waiting} texts are finished first")
+        open_texts = counted(batcher.generating + batcher.waiting, "text is", "texts are")
+        log(f"shutting down: {open_texts} finished first")
         await asyncio.to_thread(batcher.close, drain_seconds)
         server.should_exit = True
 

@@ -7,18 +7,16 @@ is multiplied by both first, so that the update does not depend on the number of
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import resource
 import shutil
-import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
-import torch.utils.checkpoint
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -28,9 +26,10 @@ from pipeline.config.schema import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Step
 from pipeline.models.folders import parameter_count
-from pipeline.models.layers import TransformerLayer
+from pipeline.models.layers import checkpoint_layers, transformer_layers
 from pipeline.models.losses import LossSums
 from pipeline.parallel.deepspeed_compat import norm_before_step, silence_timers
+from pipeline.parallel.waiting import Collectives, clock
 from pipeline.training.optimizer import EMA, AdamW, parameter_groups
 
 COMPILE_BACKEND = "inductor"  # of torch.compile
@@ -74,10 +73,14 @@ class Engine:
         layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self._optimizer = optimizer
+        self.collectives = Collectives(device)
         self._forwards: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._processor_seconds = 0.0
+        self._own_seconds = 0.0
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
+        if device.type == "cuda":
+            for module in _timed_modules(model, zero_stage(config), layers):
+                module.forward = self._timed(module.forward)
         if recipe.training.activation_checkpointing:
             checkpoint_layers(model)
 
@@ -88,42 +91,42 @@ class Engine:
         """
         self.deepspeed.train()
         self._forwards.clear()
-        began = time.process_time()
+        began, waited = clock(), self.collectives.seconds
         scale = dist.get_world_size() * len(step.batches) / step.targets_all
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for number, (batch, seed) in enumerate(zip(step.batches, step.seeds, strict=True)):
             batch = step.batches[number] = batch.to(self.device)
             # Dropout depends on the bin alone, so that resumed runs and other world sizes agree.
             torch.manual_seed(seed)
-            losses = LossSums(**self._timed_forward(batch))
+            losses = LossSums(**self.deepspeed(batch))
             self.deepspeed.backward(losses.objective * scale)
             sums += _nats(losses)
             if number + 1 < len(step.batches):
                 self.deepspeed.step()  # not a boundary: DeepSpeed only counts the micro-batch
-        self._processor_seconds = time.process_time() - began
+        self._own_seconds = clock() - began - (self.collectives.seconds - waited)
         return sums
 
-    def _timed_forward(self, batch: Batch) -> dict[str, Tensor]:
-        if self.device.type != "cuda":
-            return self.deepspeed(batch)
-        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
-        losses = self.deepspeed(batch)
-        events[1].record()
-        self._forwards.append(events)
-        return losses
+    def _timed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            answer = forward(*arguments, **options)
+            events[1].record()
+            if torch.is_grad_enabled():
+                self._forwards.append(events)
+            return answer
 
-    def own_seconds(self) -> float | None:
+        return call
+
+    def own_seconds(self) -> float:
         """Seconds that the last `compute` took on this rank, without waiting for others. Call it after the
         device has finished.
 
-        On CPUs the process's processor time. On a GPU the time of the forward passes, which hold no
-        collective up to ZeRO-2; None under ZeRO-3, where every layer waits for all ranks.
+        On CPUs all but the collectives. On a GPU the forward passes of the modules that hold no collective
+        (`_timed_modules`).
         """
         if self.device.type != "cuda":
-            return self._processor_seconds
-        if zero_stage(self.config) == 3:
-            return None
+            return self._own_seconds
         return sum(start.elapsed_time(end) for start, end in self._forwards) / 1000
 
     def update(self, lr_factor: float, skip: str | None = None, norm_limit: float = math.inf) -> Update:
@@ -182,6 +185,17 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _timed_modules(model: nn.Module, stage: int, compiled: list[nn.Module]) -> list[nn.Module]:
+    """Modules whose forward passes show how fast a GPU is: the model; under ZeRO-3, which gathers weights
+    between modules, the compiled layers, or all modules with weights and without children."""
+    if stage != 3:
+        return [model]
+    if compiled:
+        return compiled
+    leaves = (module for module in model.modules() if not any(module.children()))
+    return [module for module in leaves if any(True for _ in module.parameters())]
+
+
 def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
     """The transformer layers of a model, prepared for DeepSpeed; call it before `deepspeed.initialize`.
 
@@ -200,22 +214,6 @@ def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
     if stage == 3:
         set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda t: t.__name__))
     return layers
-
-
-def transformer_layers(model: nn.Module) -> list[nn.Module]:
-    """All layers of encoder, decoder and backbone."""
-    backbone = getattr(model, "backbone", None) or getattr(model, "model", None)
-    kinds = set(getattr(backbone, "_no_split_modules", None) or ())
-    return [m for m in model.modules() if isinstance(m, TransformerLayer) or type(m).__name__ in kinds]
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Activation checkpointing: keep only the input of each transformer layer for the backward pass, which
-    recomputes the rest with the same dropout."""
-    for layer in transformer_layers(model):
-        layer.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
-        )
 
 
 def _nats(losses: LossSums) -> Tensor:

@@ -25,6 +25,8 @@ from pipeline.parallel.ranks import Ranks, find_ranks
 from pipeline.parallel.signals import Stopped, StopSignals
 from pipeline.training.changes import changed_keys
 
+STOPPED_UPLOAD_SECONDS = 60.0  # after a signal: the time limit is two minutes away
+
 EXAMPLE = """\
 example:
   deepspeed --num_gpus 2 pipeline/train.py --config pipeline/recipes/demo-vae.yaml \\
@@ -156,13 +158,15 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
             if run.evaluation_due:
                 run.evaluate()
             if run.save_due or sums.stop:
-                run.save()
+                run.save(wait=run.finished or bool(sums.stop))
             if sums.stop and not run.finished:
                 run.log.say(
                     f"stopped by a signal after step {run.state.step}, saved: start the same command again"
                 )
+                run.finish_uploads(STOPPED_UPLOAD_SECONDS)
                 stop.ignore()
                 return REQUEUE
+        run.finish_uploads()
     return 0
 
 

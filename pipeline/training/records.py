@@ -23,9 +23,14 @@ class StepSums:
     bins: float  # scored batches
     bins_digest: float  # the sum of their digests; exact, because it is whole and below 2^53
     stop: float  # ranks that were asked to stop
+    saving: float  # ranks whose thread still writes a checkpoint
     unwritten: float  # ranks that could not write their records or trace
     wait_seconds: list[float]  # by rank
-    operation_seconds: list[float]  # by rank: seconds per multiply-add in the step before; 0: unknown
+    # By rank, of the step before: seconds without waiting for other ranks, multiply-adds of one forward pass,
+    # seconds in collectives.
+    own_seconds: list[float]
+    own_operations: list[float]
+    communication_seconds: list[float]
 
     @property
     def nats(self) -> float:
@@ -56,8 +61,16 @@ class StepRecord:
     data_wait_seconds: float  # mean over ranks
     data_wait_max_seconds: float
     data_wait_rank: int  # the rank that waited longest
+    # Of the step before, without waiting for other ranks: the median rank, and the slowest.
+    own_seconds: float | None = None
     slowest_rank: int | None = None
-    slowest_ratio: float | None = None  # its time per multiply-add, divided by the median rank's
+    slowest_seconds: float | None = None
+    slowest_ratio: float | None = None  # its time for the same work, divided by the median rank's
+    slow: str | None = None  # a rank that has been slow for many steps
+    # In collectives, in the step before: the median rank, and the one that waited longest.
+    communication_seconds: float | None = None
+    communication_max_seconds: float | None = None
+    communication_rank: int | None = None
     grad_norm: float  # before clipping
     lr: float
     skips: int  # steps skipped so far

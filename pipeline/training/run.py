@@ -20,9 +20,11 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
-from data_prep.common.errors import say
+from data_prep.common.errors import counted, say
 from data_prep.common.files import read_json, write_atomically
-from pipeline.checkpoints import loading, saving, store
+from pipeline.checkpoints import loading, store
+from pipeline.checkpoints.mirror import Mirror
+from pipeline.checkpoints.saving import Saver
 from pipeline.checkpoints.store import Meta
 from pipeline.config.deepspeed_config import (
     COMMS,
@@ -44,7 +46,7 @@ from pipeline.parallel.ranks import Ranks, join, leave
 from pipeline.parallel.reduction import sum_over_ranks
 from pipeline.training.changes import changed_keys, changes, rate_jump
 from pipeline.training.engine import NATS, Engine, Update
-from pipeline.training.health import Guard, Speeds
+from pipeline.training.health import SPEEDS, Guard, Speeds
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.provenance import PROVENANCE, provenance
 from pipeline.training.records import StepRecord, StepSums
@@ -105,11 +107,14 @@ class TrainingRun:
         joined()
         self._open.callback(leave)
         do_and_agree(lambda: self._open.enter_context(locked(self.run_dir)) if ranks.rank == 0 else None)
+        self._mirror: Mirror | None = None  # rank 0's
+        if recipe.checkpoints.upload:
+            do_and_agree(lambda: self._open_mirror() if ranks.rank == 0 else None)
         self._watchdog.heartbeat("the process group's start")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.provenance = provenance(shard_sets, validation_sets, name)
         hosts = require_agreement(facts(recipe.to_dict(), strategy, self.provenance))
-        self._speeds, self._seconds_per_operation = Speeds(hosts), 0.0
+        self._speeds, self._last_step = Speeds(hosts), dict.fromkeys(SPEEDS, 0.0)
         torch.manual_seed(recipe.seed)
         model = new_model(recipe, self.tokenizer, shard_sets[0].settings.to_dict())
         if recipe.init_from:
@@ -124,6 +129,9 @@ class TrainingRun:
         self.config = complete_strategy(strategy, recipe, ranks.world, on_gpu=device.type == "cuda")
         require_valid(self.config)
         self.engine = Engine(model, recipe, self.config, device)
+        background, on_gpu = recipe.checkpoints.background, device.type == "cuda"
+        held = self._mirror.held if self._mirror else tuple
+        self._saver = Saver(self.run_dir, recipe.training.keep, background, on_gpu, self._published, held)
         self.plan = BinPlan(shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
         self._watchdog.heartbeat("building the model")
@@ -133,6 +141,11 @@ class TrainingRun:
             self.validation = Validation(
                 sample, recipe.training.eval_bins, ranks, self.tokenizer.byte_lengths
             )
+
+    def _open_mirror(self) -> None:
+        self._mirror = Mirror(self.recipe.checkpoints.upload, self.run_dir, lambda text: self.log.say(text))
+        if line := self._mirror.fetch():
+            say(line)
 
     def __enter__(self) -> TrainingRun:
         return self
@@ -175,8 +188,9 @@ class TrainingRun:
                     say(line)
             if (saved.world, saved.zero_stage) != (ours.world, ours.zero_stage):
                 say(
-                    f"{checkpoint.name} was written by {saved.world} rank(s) with ZeRO {saved.zero_stage}: "
-                    f"its parts are regrouped for {ours.world} rank(s) with ZeRO {ours.zero_stage}"
+                    f"{checkpoint.name} was written by {counted(saved.world, 'rank')} with ZeRO "
+                    f"{saved.zero_stage}: "
+                    f"its parts are regrouped for {counted(ours.world, 'rank')} with ZeRO {ours.zero_stage}"
                 )
         # It was read by the first start; recipe.yaml claims nothing else.
         self.recipe = self.recipe.model_copy(update={"init_from": saved.recipe.get("init_from")})
@@ -259,10 +273,11 @@ class TrainingRun:
         return self._loader.next_step()
 
     def compute(self, step: Step, stop_wanted: bool) -> StepSums:
-        """Forward and backward, then the step's one all-reduce of figures, of the request to stop and of
-        write errors. Every rank gets the same sums, by name.
+        """Forward and backward, then the step's one all-reduce of figures, of the request to stop, of write
+        errors and of checkpoints in flight. Every rank gets the same sums, by name.
 
-        Raises AgreedError on every rank when one could not write its records or trace of the step before.
+        Raises AgreedError on every rank when one could not write its records or trace of the step before, or
+        its part of a checkpoint.
         """
         nats = self.engine.compute(step)
         scored = [batch for batch in step.batches if batch.scored]
@@ -276,16 +291,23 @@ class TrainingRun:
             "bins": len(scored),
             "bins_digest": step.digest,
             "stop": stop_wanted,
+            "saving": self._saver.busy,
             "unwritten": self._unwritten is not None,
         }
-        by_rank = {"wait_seconds": step.wait_seconds, "operation_seconds": self._seconds_per_operation}
+        by_rank = {"wait_seconds": step.wait_seconds, **self._last_step}
         sums = StepSums(**sum_over_ranks(self.ranks, NATS, nats, figures, by_rank))
         if sums.unwritten:  # every rank knows that there is an error; `agree` says whose and which
             says = f"after step {self.state.step}: rank {{rank}} cannot write its log or trace: {{message}}; "
             says += "checkpoints are whole: make room and start the same command again"
+            self._saver.finish()
             agree(self._unwritten, says=says)
-        seconds = self.engine.own_seconds()
-        self._seconds_per_operation = seconds / computed if seconds and computed else 0.0
+        if self._saver.in_flight and not sums.saving:
+            self._saver.proceed()
+        self._last_step = {
+            "own_seconds": step.wait_seconds + self.engine.own_seconds(),
+            "own_operations": float(computed),
+            "communication_seconds": self.engine.collectives.take(),
+        }
         return sums
 
     def update(self, step: Step, sums: StepSums) -> None:
@@ -311,21 +333,24 @@ class TrainingRun:
         state.position = step.position
         state.consumed.add(step.bins_all)
         before, self._clock = self._clock, time.perf_counter()
-        self.log.step(self._step_record(step, sums, loss, update, self._clock - before))
+        record = self._step_record(step, sums, loss, update, self._clock - before)
+        self.log.step(record)
         if self._profiler:
             self._profiler.end(state.step)
         self._watchdog.heartbeat(f"step {state.step}")
-        if warning := self._speeds.warning():
-            self.log.say(warning)
+        if record.slow:
+            self.log.say(record.slow)
         if update.skipped and not rescaled:
             self.log.say(f"step {state.step:>7}  skipped on all ranks: {update.skipped}")
             if state.guard.in_row >= health.max_skips:
-                skips = f"{state.guard.in_row} steps in a row were skipped (health.max_skips)"
+                skips = counted(state.guard.in_row, "step in a row was", "steps in a row were")
+                skips += " skipped (health.max_skips)"
                 raise self._diverged(f"{update.skipped}; {skips}")
 
     def _diverged(self, why: str) -> AgreedError:
         """The error that ends a run whose weights are bad. It names the last checkpoint from before them: a
         later step was accepted, or its own evaluation was finite."""
+        self._saver.finish()
         state, steps = self.state, store.steps_of_whole(self.run_dir)
         best = state.best["step"] if state.best else None
         good = [step for step in steps if step < state.step - state.guard.in_row or step == best]
@@ -343,7 +368,6 @@ class TrainingRun:
     ) -> StepRecord:
         needed = TRAINING_FACTOR * (sums.computed - sums.padding) / self.ranks.world  # of one device
         waits = sums.wait_seconds
-        slowest_rank, slowest_ratio = self._speeds.note(sums.operation_seconds) or (None, None)
         return StepRecord(
             step=self.state.step,
             epoch=max(place.epoch for place in self.state.position.places),
@@ -363,8 +387,7 @@ class TrainingRun:
             data_wait_seconds=sum(waits) / len(waits),
             data_wait_max_seconds=max(waits),
             data_wait_rank=waits.index(max(waits)),
-            slowest_rank=slowest_rank,
-            slowest_ratio=slowest_ratio,
+            **self._speeds.figures(sums),
             grad_norm=update.grad_norm,
             lr=update.lr,
             skips=self.state.guard.skips,
@@ -388,26 +411,41 @@ class TrainingRun:
         seconds = time.perf_counter() - self._clock
         self.log.evaluation({"step": self.state.step, **figures, "best": is_best, "seconds": seconds})
         self._watchdog.heartbeat("an evaluation")
+        self.engine.collectives.take()  # of no step
         self._clock = time.perf_counter()  # not part of the next step's time
 
-    def save(self) -> None:
-        """Write a checkpoint, make it current, remove the oldest.
+    def save(self, wait: bool) -> None:
+        """Start a checkpoint, which will become current; then the oldest is removed. wait: until then.
 
-        Raises AgreedError on every rank when the weights are not finite.
+        Raises AgreedError on every rank when the weights are not finite, or one cannot write.
         """
         if not all(agree(None, self.engine.weights_are_finite())):
             raise self._diverged("the weights are not finite, nothing is saved")
         if self.finished and self._unmeasured:
             raise self._diverged("the validation loss is not finite, nothing is saved")
-        before = time.perf_counter()
-        keep = self.recipe.training.keep
-        saving.save(
-            self.engine.deepspeed, self.run_dir, self._meta(), keep, self.log.flush_to_disk, self._abandoned
-        )
+        self._saver.save(self.engine.deepspeed, self._meta(), self.log.flush_to_disk, self._abandoned)
         self._abandoned.discard(store.step_name(self.state.step))
-        self.log.save({"step": self.state.step, "save_seconds": time.perf_counter() - before})
+        if wait:
+            self._saver.finish()
         self._watchdog.heartbeat("a save")
+        self.engine.collectives.take()
         self._clock = time.perf_counter()
+
+    def _published(self, step: int, stall: float, seconds: float) -> None:
+        self.log.save({"step": step, "save_seconds": stall, "write_seconds": seconds})
+        if self._mirror:
+            self._mirror.add(store.step_name(step))
+
+    def finish_uploads(self, seconds: float = math.inf) -> None:
+        """Wait until the checkpoints are uploaded, and log which are not. A collective."""
+        end = time.monotonic() + seconds
+        while self.recipe.checkpoints.upload:
+            done = self._mirror is None or self._mirror.wait(5.0) or time.monotonic() > end
+            self._watchdog.heartbeat("a look at the uploads")
+            if all(agree(None, done)):
+                break
+        if self._mirror and (line := self._mirror.missing()):
+            self.log.say(line)
 
     def _meta(self) -> Meta:
         return Meta(
@@ -460,6 +498,7 @@ class TrainingRun:
         where = f"resuming at step {state.step}" if state.step else "new run"
         return (
             f"{self.run_dir}: {self.recipe.objective}, {self.engine.parameters / 1e6:.1f}M parameters, "
-            f"{where}; {self.ranks.world} rank(s) on {self.engine.device.type}, {half}, "
-            f"ZeRO {zero_stage(self.config)}, {data.bins_per_step} bins of {data.bin_tokens} tokens a step"
+            f"{where}; {counted(self.ranks.world, 'rank')} on {self.engine.device.type}, {half}, "
+            f"ZeRO {zero_stage(self.config)}, {counted(data.bins_per_step, 'bin')} of "
+            f"{counted(data.bin_tokens, 'token')} a step"
         )

@@ -150,7 +150,7 @@ class RunLog:
         if self._bar is not None:
             with self._on_terminal():
                 self._bar.n = step.tokens if self._training.max_tokens else step.step
-                self._bar.set_postfix(loss=f"{step.loss:.3f}", tok_s=f"{step.tokens_per_second:.0f}")
+                self._bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s")
         elif step.step % self._every == 0 or progress >= 1 or step.step == 1:
             say(
                 f"step {step.step:>7}  {progress:6.1%}  loss {step.loss:.4f}  "

@@ -401,12 +401,11 @@ def test_demo_corpus(tiny_corpus: Path, tmp_path: Path):
 # The command itself ------------------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_has_examples():
-    code = "import sys, data_prep.cli; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+def test_help_is_quick_and_has_an_example():
+    code = "import sys, data_prep.cli.commands\n"
+    code += "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True).stdout
     assert out.strip() == b"[]"
-    for name in ("segment", "shard", "verify", "split", "stats", "show", "tokenizer", "demo-corpus"):
-        assert f"example: data-prep {name} ".encode() in b" ".join(run(name, "--help").stdout.split())
     assert b"example: data-prep shard" in run("--help").stdout
 
 
@@ -424,6 +423,9 @@ def test_help_is_quick_and_has_examples():
         ("shard --input a --output= --tokenizer c", "--output has no value"),
         ("tokenizer --input= --output b --vocab-size 9", "--input has no value"),
         ("shard --input a --output b --tokenizer c --unit-mb 0", "Must be > 0"),
+        ("demo-corpus --output http://host/x", "--output http://host/x is a URL"),
+        ("stage shards --to s3://bucket/x", "--to s3://bucket/x is a URL"),
+        ("stats shards --html=s3://bucket/x.html", "--html s3://bucket/x.html is a URL"),
     ],
 )
 def test_impossible_arguments_are_refused(words: str, message: str, capsys: pytest.CaptureFixture):

@@ -114,7 +114,7 @@ def export_average(run_dir: str, output: str, decay: float) -> tuple[float, floa
 
 def bytes_kept_for_backward(recipe_file: str) -> tuple[int, int]:
     """Bytes of activations kept by a forward pass, without and with activation checkpointing."""
-    from pipeline.training.engine import checkpoint_layers
+    from pipeline.models.layers import checkpoint_layers
 
     recipe = load_recipe(recipe_file)
     shards, data = ShardSet.open(recipe.data.shards[0]), recipe.data

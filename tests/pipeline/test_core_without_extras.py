@@ -12,7 +12,7 @@ from helpers.paths import REPOSITORY
 from helpers.runs import arguments, write_recipes
 
 # Packages of the extras in setup.cfg. No module of theirs can be found in the process below.
-EXTRAS = ("scipy", "matplotlib", "rapidfuzz", "gigatoken", "mpi4py", "wandb")
+EXTRAS = ("scipy", "matplotlib", "rapidfuzz", "gigatoken", "mpi4py", "wandb", "lm_eval", "sklearn", "peft")
 
 SCRIPT = """
 import json, sys
@@ -35,6 +35,7 @@ from pipeline import SLLM
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.reconstruction import edit_distances
 from pipeline.export.model_folder import export_run
+from pipeline.interop import harness
 from pipeline.research.scaling import fit_power
 from pipeline.training.main import main
 
@@ -52,6 +53,7 @@ result = {
     "text": SLLM.from_pretrained(model).generate("The list is", max_sentences=2),
     "edit distance": refused(edit_distances, [numpy.arange(2)], [numpy.arange(3)]),
     "offset": refused(fit_power, numpy.arange(1.0, 5.0), numpy.arange(4.0, 0.0, -1.0), True),
+    "tasks": refused(harness.run, model, ["--tasks", "sllm_cloze"]),
     "loaded": sorted({name.partition(".")[0] for name in sys.modules} & set(extras)),
 }
 print(json.dumps(result))
@@ -75,4 +77,5 @@ def test_train_evaluate_and_generate(tiny_shards: Path, tiny_valid_shards: Path,
     assert result["text"]
     assert result["edit distance"] == "this needs rapidfuzz: pip install 'sentence-llm[eval]'"
     assert result["offset"] == "this needs scipy: pip install 'sentence-llm[research]'"
+    assert result["tasks"] == "this needs lm_eval: pip install 'sentence-llm[lm-eval]'"
     assert result["loaded"] == []

@@ -157,27 +157,30 @@ def train(
         environment = os.environ | {
             "DS_ACCELERATOR": device,
             "OMP_NUM_THREADS": str(threads),
-            "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
         }
-        logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
-        started: list[subprocess.Popen[str]] = []
-        try:
-            for rank, file in enumerate(logs):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                started.append(start_logged(command, file, env=environment | own))
-            statuses = [process.wait() for process in started]
-        finally:
-            for process in started:
-                process.kill()  # does nothing to one that has ended
-                process.wait()
-        what = "+".join(path.stem for path in strategy)
-        for rank, (file, status) in enumerate(zip(logs, statuses, strict=True)):
-            require_success(status, file.read_text(errors="replace"), f"{what}: rank {rank}")
+        run_ranks("+".join(path.stem for path in strategy), [command] * ranks, folder, environment)
         rows = read_records(folder / "run" / METRICS)
-    log(f"{what}: {_median(rows):.3f} s per step")
+    log(f"{'+'.join(path.stem for path in strategy)}: {_median(rows):.3f} s per step")
     return rows
+
+
+def run_ranks(what: str, commands: Sequence[list[str]], folder: Path, environment: dict[str, str]) -> None:
+    """Run one command for each rank, and wait. Raises: UserError with the last line of one that fails."""
+    logs = [folder / f"rank-{rank}.log" for rank in range(len(commands))]
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for rank, (command, file) in enumerate(zip(commands, logs, strict=True)):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands))}
+            started.append(start_logged(command, file, env=environment | own))
+        statuses = [process.wait() for process in started]
+    finally:
+        for process in started:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
+    for rank, (file, status) in enumerate(zip(logs, statuses, strict=True)):
+        require_success(status, file.read_text(errors="replace"), f"{what}: rank {rank}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Other tables are templates in `templates/`. FILE is a path below docs/results.
                              each language
     segment-quality FILE     result of `tools.benchmarks.segment_quality`
     identify-quality FILE N  result of `tools.benchmarks.identify_quality`: its table N, from 0
+    goodput FILE             result of `tools.benchmarks.goodput`, with its chart as a picture
     generation-chart FILE    the picture of a result of `sllm benchmark generation`
 """
 
@@ -37,7 +38,7 @@ from pipeline.common.text import duration, with_interval
 from pipeline.evaluation.controls import SHIFTS
 from pipeline.reports.charts import generation_plots
 from pipeline.research import compare_page, context_table, scaling
-from tools.benchmarks import identify_quality, segment_quality
+from tools.benchmarks import goodput, identify_quality, segment_quality
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -237,6 +238,14 @@ def identify_quality_table(results: Results, file: str, number: str) -> list[str
     return markdown_table(identify_quality.tables(results.read(file))[int(number)])
 
 
+def goodput_table(results: Results, file: str) -> list[str]:
+    found = results.read(file)
+    caption = f"Goodput of {found['gpus']:,} GPUs in {found['days']} days, by the interval between saves"
+    return markdown_table(goodput.table(found)) + results.draw(
+        f"{file.removesuffix('.json')}.svg", goodput.plots(found), caption
+    )
+
+
 def generation_chart(results: Results, file: str) -> list[str]:
     found = results.read(file)
     caption = f"New tokens per second and memory: {found['model']['name']} beside {found['against']['name']}"
@@ -271,6 +280,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "comparison": compared,
     "segment-quality": segment_quality_table,
     "identify-quality": identify_quality_table,
+    "goodput": goodput_table,
     "generation-chart": generation_chart,
     **{path.name.split(".")[0]: of_template(path) for path in sorted(TEMPLATES.glob("*.md.jinja"))},
 }

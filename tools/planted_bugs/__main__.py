@@ -39,8 +39,8 @@ class Bug:
 
 @dataclass(frozen=True)
 class Outcome:
-    """outcome: caught or missed, or why it says nothing: stale (`old` is not there once), broken (nothing can
-    be imported), hung (the tests ran out of time) or unsure (the test fails without the bug too)."""
+    """outcome: caught or missed, or why it says nothing: stale (`old` is not there once), broken (an import
+    fails), hung (the tests ran out of time) or unsure (the test fails without the bug too)."""
 
     area: str
     why: str

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import read_json, read_json_lines
+from data_prep.common.files import read_json, read_json_lines, write_atomically
 from data_prep.common.processes import run_command, start_logged
+
+
+def test_a_file_gets_its_name_once_its_bytes_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("fsync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    write_atomically(tmp_path / "one", b"data")
+    assert done == ["fsync", "replace"] and (tmp_path / "one").read_bytes() == b"data"
+
+
+def test_a_folder_is_no_place_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in (".", "..", "/", str(tmp_path)):
+        with pytest.raises(IsADirectoryError):
+            write_atomically(Path(place), b"data")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_json_object_is_read_or_refused_by_name(tmp_path: Path) -> None:

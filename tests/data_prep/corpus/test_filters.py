@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import cli
+from data_prep.cli.commands import app
 from data_prep.common.command_line import parse
 from data_prep.common.errors import UserError
 from data_prep.common.language import detect_language
@@ -204,7 +204,7 @@ def test_settings_tell_rules_apart_and_travel():
 def test_arguments():
     def rules(*flags: str) -> Filters:
         needed = ["--input", "x", "--output", "y", "--tokenizer", "z"]
-        return parse(cli.app, ["shard", *needed, *flags]).keywords["rules"]
+        return parse(app, ["shard", *needed, *flags]).keywords["rules"]
 
     assert rules() == Filters()
     flags = "--text-field a.b --filter x<1 --filter y>2 --strip-control --white-space --normal-form NFC"

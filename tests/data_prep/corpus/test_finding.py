@@ -52,7 +52,7 @@ def test_hidden_names_and_leftovers_are_passed_over_and_counted(tmp_path: Path):
     names = ["b/_data.jsonl", "_other/x.jsonl", "in/part.jsonl"]
     assert [file.name for file in found.files] == names
     assert found.passed_over == {"hidden name(s)": 5, "leftover(s) of other programs": 4}
-    assert list(found.lines()) == ["passed over: 5 hidden name(s), 4 leftover(s) of other programs"]
+    assert list(found.lines()) == ["passed over: 5 hidden names, 4 leftovers of other programs"]
     # What is named is meant.
     for given in ("._part.jsonl", ".cache", ".ca*/dl", "_temporary/0/task/part.jsonl"):
         assert len(find_inputs([tmp_path / "in" / given])) == 1

@@ -87,6 +87,16 @@ def test_the_result_is_the_same_however_documents_are_cut_into_units(tmp_path: P
     assert not set(orders[200].values()) & set(orders[200])
 
 
+def test_of_two_that_a_document_resembles_the_earlier_is_named(tmp_path: Path) -> None:
+    """Also where a band of the later one is compared first."""
+    last, first, both = np.random.default_rng(3).integers(1 << 32, size=(3, near_duplicates.VALUES))
+    half = near_duplicates.VALUES // 2
+    first[:half], last[half:] = both[:half], both[half:]
+    near_duplicates.write_signatures(tmp_path, np.stack([last, first, both]))
+    (tmp_path / near_duplicates.IDS).write_text('"last"\n"first"\n"both"')
+    assert list(find([tmp_path], 0.6)) == [{2: "last"}]
+
+
 def test_texts_without_words_and_empty_units_are_kept(tmp_path: Path) -> None:
     assert _found(tmp_path / "a", [["...", "", "!!!"], [], ["one", "one", "two"]], 0.8) == {"2.1": "2.0"}
     assert _found(tmp_path / "b", [[]], 0.8) == {}

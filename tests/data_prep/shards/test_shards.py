@@ -32,7 +32,7 @@ from data_prep.shards.layout import (
 )
 from data_prep.shards.reader import Shard, ShardSet, zstd_handler
 from data_prep.shards.verify import verify, verify_deep
-from data_prep.shards.writer import ShardWriter
+from data_prep.shards.writer import ShardSeries, ShardWriter
 from data_prep.text.segmenter import get_segmenter
 from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import load_tokenizer
@@ -119,6 +119,43 @@ def test_large_documents_make_small_groups(tmp_path: Path):
     documents = [Document(str(n), "en", "x", tokens, lengths, 1, n) for n in range(5)]
     tar, index, _ = write(tmp_path, documents, 500)
     assert Shard(tar, index, token_dtype(500)).index["group"].tolist() == [0, 0, 1, 1, 2]  # 306 kB each
+
+
+@pytest.mark.parametrize(("vocab_size", "in_each"), [(500, [5, 4]), (1 << 17, [3, 3, 3])])
+def test_a_shard_is_full_by_the_bytes_that_are_stored(tmp_path: Path, vocab_size: int, in_each: list[int]):
+    series = ShardSeries(tmp_path / "shard-", 6, token_dtype(vocab_size), "none", 10_000, 0)
+    for n in range(9):  # 1,000 tokens of 2 or 4 bytes, 10 lengths of 2
+        tokens, lengths = np.zeros(1000, np.uint32), np.full(10, 100, np.uint16)
+        series.add(Document(str(n), "en", "x", tokens, lengths, 1, n))
+    series.close()
+    assert [entry["documents"] for entry in series.entries] == in_each
+
+
+def test_a_bit_that_changes_in_a_compressed_member_gives_no_other_text(tmp_path: Path):
+    documents = made_documents(20, 500)
+    tar, index, _ = write(tmp_path, documents, 500, "zstd")
+    member = next(member for member in tar_members(tar) if "documents.json" in member.name)
+    for at in range(member.data_at, member.data_at + member.size):
+        whole = tar.read_bytes()
+        flip(tar, at)
+        shard = Shard(tar, index, token_dtype(500), "zstd")
+        try:
+            assert [shard.document(n).id for n in range(20)] == [document.id for document in documents], at
+        except UserError as error:
+            assert "000000.documents.json.zst is damaged" in str(error)
+        tar.write_bytes(whole)
+
+
+def test_lengths_that_change_places_are_noticed(tmp_path: Path):
+    lengths = np.array([3, 5, 2], np.uint16)
+    document = Document("a", "en", "x", np.arange(10, dtype=np.uint32), lengths, 1, 1)
+    tar, index, _ = write(tmp_path, [document], 500)
+    at = int(np.load(index)["sentences_at"][0])
+    data = bytearray(tar.read_bytes())
+    data[at : at + 4] = data[at + 2 : at + 4] + data[at : at + 2]  # the sum stays
+    tar.write_bytes(data)
+    with pytest.raises(UserError, match="document 0 is damaged"):
+        Shard(tar, index, token_dtype(500)).sentence_lengths(0)
 
 
 def test_a_writer_that_is_not_closed_leaves_no_shard(tmp_path: Path):
@@ -220,6 +257,19 @@ def test_documents_by_number_and_by_key(shard_set: Path):
         shards.find("x")
 
 
+def test_documents_of_one_id_are_found_in_their_order(tmp_path: Path, folders: dict[str, Path]):
+    lines = [json.dumps({"id": "ab"[n % 2], "content": f"Text {n}."}) for n in range(60)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    settings = ShardSettings(SentenceSettings("clause", "en", 64), shard_documents=25)
+    make_shards([tmp_path / "x.jsonl"], tmp_path / "set", folders["byte-level"], settings)
+    shards = ShardSet.open(tmp_path / "set")
+    tokenizer = shards.tokenizer()
+    assert [tokenizer.decode(found.tokens) for found in shards.find_all("b")] == [
+        f"Text {n}." for n in range(1, 60, 2)
+    ]
+    assert tokenizer.decode(shards.find("a").tokens) == "Text 0."
+
+
 def test_a_key_hash_shared_by_two_ids_is_told_apart(shard_set: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("data_prep.shards.reader.hash64", lambda data: 7)
     shards = ShardSet.open(shard_set)
@@ -250,6 +300,18 @@ def test_deep_verification_finds_another_input(shard_set: Path, tmp_path: Path):
             verify_deep(shard_set, [tmp_path / "corpus/EN"])
     with pytest.raises(UserError, match="made from other files"):
         verify_deep(shard_set, [path])
+
+
+def test_deep_verification_finds_documents_that_are_not_in_the_set(tmp_path: Path, folders: dict[str, Path]):
+    first, more, last = (json.dumps({"id": str(n), "content": f"Text {n}."}) + "\n" for n in range(3))
+    path = tmp_path / "x.jsonl"
+    path.write_text(first + " " * (len(more) - 1) + "\n" + last)
+    settings = ShardSettings(SentenceSettings("clause", "en", 64))
+    make_shards([path], tmp_path / "set", folders["byte-level"], settings)
+    assert verify_deep(tmp_path / "set", [path])["compared"] == 2
+    path.write_text(first + more + last)  # of the same size
+    with pytest.raises(UserError, match="the input has 3 good documents, the shards explain 2"):
+        verify_deep(tmp_path / "set", [path])
 
 
 def flip(path: Path, at: int) -> None:

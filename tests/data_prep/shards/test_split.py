@@ -70,6 +70,14 @@ def test_a_split_killed_while_it_moves_parts_goes_on(
     assert list(split(shards, tmp_path / "out", PARTS)) == list(PARTS)  # all there
 
 
+def test_parts_keep_the_limits_of_the_set(shards: Path, tmp_path: Path):
+    totals = split(shards, tmp_path / "out", PARTS)
+    for name, counts in totals.items():
+        found = [entry["documents"] for entry in ShardSet.open(tmp_path / "out" / name).manifest["shards"]]
+        whole, rest = divmod(counts["documents"], 30)  # --shard-documents of the set
+        assert found == [30] * whole + [rest] * (rest > 0)
+
+
 def test_parts_of_another_split_are_not_taken(shards: Path, tmp_path: Path):
     split(shards, tmp_path / "out", PARTS)
     shutil.rmtree(tmp_path / "out/test")

@@ -147,6 +147,7 @@ def test_a_row_of_characters_without_a_place_to_cut(folders: dict[str, Path]):
     sentences = check_cut(text, tokenizer, get_segmenter("clause", "en"), 16)
     assert sentences[0] == "a,"
     assert all(len(sentence) >= 7 for sentence in sentences[1:-1])
+    assert len(check_cut("é" * 50, tokenizer, get_segmenter("clause", "en"), 16)) > 3  # from the start on
 
 
 def test_a_segmenter_that_loses_text_is_noticed(tokenizer: Tokenizer):

@@ -129,9 +129,17 @@ def test_long_and_odd_lines_are_learned_from(tmp_path: Path):
     tokenizer = train_sentencepiece(lines, tmp_path, 300)
     assert tokenizer.encode("zebra").size <= 2
     assert tokenizer.encode("quokka").size <= 2
+    end = "wombat" * 300  # behind the place where a line is cut
+    whole = train_sentencepiece(["a b c d e " * 200 + end], tmp_path / "whole", 280)
+    assert (
+        whole.fingerprint
+        == train_sentencepiece(["a b c d e " * 200, end], tmp_path / "parts", 280).fingerprint
+    )
 
 
-@pytest.mark.parametrize(("size", "said"), [(5000, "too high"), (100, "smaller than")])
+@pytest.mark.parametrize(
+    ("size", "said"), [(5000, "too high"), (100, "smaller than"), (10**10, "cannot train")]
+)
 def test_a_size_that_does_not_suit_the_sample(tmp_path: Path, size: int, said: str):
     with pytest.raises(UserError, match=said):
         train_sentencepiece(tokenizer_folders.LINES[:3], tmp_path, size)

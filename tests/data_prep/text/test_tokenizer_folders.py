@@ -58,6 +58,12 @@ def test_the_end_symbol_is_found(tmp_path: Path, files: dict):
     assert json.loads((tmp_path / "copy/tokenizer_config.json").read_text())["eos_token"]
 
 
+def test_control_symbols_are_part_of_the_fingerprint(tmp_path: Path):
+    symbols = [{"eos_token": END}, {"eos_token": END, "pad_token": "r"}, {"eos_token": END, "bos_token": "r"}]
+    made = [folder(tmp_path / str(n), tokenizer_config=config) for n, config in enumerate(symbols)]
+    assert len({load_tokenizer(one).fingerprint for one in made}) == 3
+
+
 def test_vocabulary_and_merges_alone(tmp_path: Path):
     whole = folder(tmp_path / "whole")
     model = json.loads((whole / "tokenizer.json").read_text())["model"]

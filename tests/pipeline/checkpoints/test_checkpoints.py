@@ -89,7 +89,7 @@ def test_records_on_a_full_disk_end_all_ranks_with_one_line(
     run: Path, pool: ranks.RankPool, recipes: Path, tmp_path: Path
 ) -> None:
     settings = arguments(recipes, "sllm", "zero3", tmp_path / "run", "--training.save_every", 2)
-    settings += ["--training.eval_every", "100"]
+    settings += ["--training.eval_every", "100", "--checkpoints.background", "false"]
     message, status = pool.run(2, ranks.train_with_full_log, settings, 2)
     assert status == 2 and "\n" not in message
     assert message.startswith("after step 3: ") and "metrics.jsonl: File too large" in message

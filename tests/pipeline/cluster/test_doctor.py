@@ -108,6 +108,26 @@ def test_bad_machines_are_named(pool: ranks.RankPool, tiny_shards: Path, tmp_pat
     assert "all-reduce" in answers[0][1]
 
 
+def test_a_slow_processor_and_a_slow_disk_are_named(pool: ranks.RankPool, tmp_path: Path) -> None:
+    hosts = names(*MACHINES)
+    hosts[1]["SLOW"] = "yes"
+    arguments = ["--output_dir", str(tmp_path / "run"), "--free_gb", "0", "--json"]
+    answers = pool.run(3, ranks.doctor, arguments, hosts)
+    report = json.loads(answers[0][1])
+    assert report["ok"], "slow is no reason not to start"
+    compute = [line for line in report["warnings"] if "GFLOP/s" in line]
+    disk = [line for line in report["warnings"] if "writes " in line and ", others " in line]
+    assert len(compute) == 1 and compute[0].startswith("node2: rank 1 computes "), report
+    assert len(disk) == 1 and disk[0].startswith("node2: writes "), report
+
+
+def test_slow_ranks_are_compared_with_the_median() -> None:
+    assert doctor._slow({0: 100.0, 1: 75.0}, 0.8) == [(1, 100.0)]
+    assert doctor._slow({0: 100.0, 1: 85.0, 2: None}, 0.8) == []
+    assert doctor._slow({0: 100.0, 1: 101.0, 2: 70.0, 3: 99.0}, 0.8) == [(2, 100.0)]
+    assert doctor._slow({0: None}, 0.8) == []
+
+
 def test_full_and_separate_disks(tmp_path: Path) -> None:
     facts = doctor_machine.disk(str(tmp_path), 1e18)
     assert "are needed" in facts["problems"][0] and str(tmp_path) in facts["problems"][0]
@@ -259,7 +279,7 @@ def test_sick_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", fail(pynvml.NVML_ERROR_GPU_IS_LOST))
     problems = doctor_machine.gpus(1)["problems"]
-    assert problems == ["GPU 0 fails: GPU is lost", "0 GPUs for 1 tasks"]
+    assert problems == ["GPU 0 fails: GPU is lost", "0 GPUs for 1 task"]
     monkeypatch.setattr(pynvml, "nvmlInit", fail(pynvml.NVML_ERROR_DRIVER_NOT_LOADED))
     assert doctor_machine.gpus(1)["problems"] == ["the NVIDIA driver fails: Driver Not Loaded"]
     monkeypatch.setattr(pynvml, "nvmlInit", fail(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND))

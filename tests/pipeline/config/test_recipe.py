@@ -116,7 +116,7 @@ def test_a_path_replaces_the_sizes_of_a_model_part() -> None:
         ("--objective gan", "objective must be one of vae, sllm, lm"),
         ("--objective sllm", "objective sllm needs model.backbone"),
         ("--data.window_tokens 9000", "a window must fit into a bin"),
-        ("--data.weights 0.7 0.3", "has 2 numbers for 1 shard sets: give one for each"),
+        ("--data.weights 0.7 0.3", "has 2 numbers for 1 shard set: give one for each"),
         (
             "--data.shards a b --data.weights 1 0",
             "data.weights must be null or a list, each a number above 0, not 0",

@@ -21,8 +21,9 @@ from data_prep.common.errors import UserError, run_main
 from pipeline.cli import main as cli
 from pipeline.config.schema import load_recipe
 from pipeline.costs import inspect as inspection
-from pipeline.costs.inspect import inspect, made_up_batch, new_model, states_memory
+from pipeline.costs.inspect import inspect, made_up_batch, new_model
 from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
+from pipeline.costs.zero import Strategy, Weights, states_memory
 from pipeline.models.flops import batch_cores, count_operations, counted_rows
 from pipeline.models.folders import parameter_count
 
@@ -236,7 +237,7 @@ def test_deepspeed_holds_what_is_predicted():
     assert done.returncode == 0, done.stderr
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("held ")]
     for stage, dtype, measured in found:
-        states = states_memory(10**6, stage, 1, dtype)
+        states = states_memory(Weights(10**6, 10**6), Strategy.read(f"zero{stage}"), 1, dtype)
         predicted = sum(states[name] for name in ("weights", "gradients", "optimizer")) / 10**6
         assert float(measured) == pytest.approx(predicted, abs=0.2), (stage, dtype)
     assert len(found) == 8
@@ -246,7 +247,7 @@ def test_the_stages_divide_what_they_say():
     n = 1_000_000
 
     def states(stage: str, world: int, dtype: str = "bf16") -> dict[str, int]:
-        return states_memory(n, stage, world, dtype)
+        return states_memory(Weights(n, n, live=n), Strategy.read(f"zero{stage}"), world, dtype)
 
     assert states("0", 8) == states("0", 1)
     assert states("0", 8)["optimizer"] == 12 * n and states("0", 8, "fp32")["optimizer"] == 8 * n

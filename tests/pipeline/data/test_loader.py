@@ -83,7 +83,7 @@ def test_a_bin_s_seed_depends_on_its_whole_place_and_on_nothing_else() -> None:
 
     others = [seed(2), seed(source=1), *(seed(place=row) for row in np.eye(4, dtype=int).tolist())]
     assert len({seed(), *others}) == 7
-    assert seed() == seed() and 0 <= seed() < 1 << 63
+    assert seed() == seed() and all(0 <= one < 1 << 63 for one in (seed(), *others))
 
 
 def test_an_error_of_the_loader_s_thread_reaches_the_training(plan: BinPlan, monkeypatch) -> None:

@@ -64,8 +64,8 @@ def test_a_good_run_is_clean(good_run: Path, capsys: pytest.CaptureFixture) -> N
     assert cli.main(["audit", str(good_run)]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"{good_run}: clean: 6 steps trained on 18 bins (")
-    assert "1 restarts, 1 of them with another number of ranks" in text
-    assert "from step 5 on: 2 → 1 ranks" in text
+    assert "1 restart, 1 of them with another number of ranks" in text
+    assert "from step 5 on: 2 → 1 rank" in text
 
 
 def test_what_is_in_the_metrics_is_counted_over_all_ranks(good_run: Path) -> None:

@@ -416,6 +416,56 @@ def test_results_of_evaluate_enter_the_card(run, tmp_path, tiny_valid_shards):
     assert (model / "README.md").read_text() == card, "a refused export leaves the old one alone"
 
 
+@every_objective
+def test_the_mean_of_the_last_checkpoints(run, tmp_path):
+    from pipeline.checkpoints import store as checkpoints
+    from pipeline.checkpoints.zero_shards import Parts
+
+    model = export_run(run, tmp_path / "mean", average=2)
+    paths = checkpoints.listed(run)[0]
+    parts = [Parts(path, checkpoints.read_meta(path)) for path in paths]
+    assert [path.name for path in paths] == ["step-00000004", "step-00000002"]
+    found = load_model(model).state_dict()
+    for name, tensor in found.items():
+        each = [part.tensor(name).double() for part in parts]
+        torch.testing.assert_close(tensor.double(), (each[0] + each[1]) / 2, rtol=0, atol=1e-6)
+    assert any((found[name] - parts[0].tensor(name)).abs().max() > 1e-5 for name in found)
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert "| weights | mean of the last 2 checkpoints: step-00000004, step-00000002 |" in card
+    assert json.loads((model / "training.json").read_text())["averaged"] == [path.name for path in paths]
+    one = load_model(export_run(run, tmp_path / "one", average=1)).state_dict()
+    last = load_model(export_run(run, tmp_path / "last", "last")).state_dict()
+    assert all(torch.equal(one[name], last[name]) for name in last)
+
+
+@one_objective
+def test_a_mean_that_cannot_be_made_is_refused(run, tmp_path, tiny_valid_shards):
+    from pipeline.evaluation.evaluate import evaluate
+
+    for given, message in (
+        ({"average": 3}, "--average 3: .* keeps its last 2 checkpoints"),
+        ({"average": 2, "which": "best"}, "leave --which and --weights out"),
+        ({"average": 2, "weights": "ema"}, "leave --which and --weights out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_run(run, tmp_path / "model", **given)
+    # An older checkpoint that is kept as the best is none of the last.
+    shutil.copytree(run / "checkpoints" / "step-00000002", run / "checkpoints" / "step-00000001")
+    with pytest.raises(UserError, match="--average 3: .* keeps its last 2 checkpoints"):
+        export_run(run, tmp_path / "model", average=3)
+    # Figures of one checkpoint are not those of the mean.
+    result = evaluate(export_run(run, tmp_path / "last", "last"), data=tiny_valid_shards, max_documents=1)
+    (run / RESULTS).mkdir()
+    (run / RESULTS / "valid.json").write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(UserError, match="valid.json measured .* which does not hold step-00000004"):
+        export_run(run, tmp_path / "model", average=2)
+    with open(run / "checkpoints" / "step-00000002" / "mp_rank_00_model_states.pt", "r+b") as file:
+        file.seek(2000)
+        file.write(b"damage")
+    with pytest.raises(UserError, match="step-00000002"):
+        export_run(run, tmp_path / "model", average=2)
+
+
 @one_objective
 def test_evaluate_records_its_result_for_the_card(run, tmp_path, tiny_valid_shards, capsys):
     from pipeline.cli.main import main
@@ -452,7 +502,7 @@ def test_what_the_shards_left_out_by_comparison_is_on_the_card(run, tmp_path, ti
     left_out = shards.manifest["rejected"]["shares words with a test text"]
     assert left_out and f"  - {left_out} left out: shares words with a test text\n" in card
     digest = shards.manifest["settings"]["decontaminate"]["sha256"]
-    assert f"  - checked against 1 test texts (sha256 `{digest[:16]}`), 13 words in a row\n" in card
+    assert f"  - checked against 1 test text (sha256 `{digest[:16]}`), 13 words in a row\n" in card
 
 
 @one_objective

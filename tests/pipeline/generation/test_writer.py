@@ -49,7 +49,7 @@ CONTROLS = {
     "penalty": {"repetition_penalty": 1.3},
     "penalty-sampled": {"temperature": 1.0, "repetition_penalty": 1.3},
 }
-LIMITS = {"max_sentences": 6, "max_tokens": 40, "stop": ("es", "\n\n")}
+LIMITS = {"max_sentences": 6, "max_tokens": 22, "stop": ("es", "\n\n")}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_batched_is_single_under_every_control(controls, rows, model, tokenizer)
         assert_same(batched, alone(model, tokenizer, PROMPTS[number], 3 + number, settings))
         stopped.add(batched.stopped)
     assert number == len(PROMPTS) - 1
-    assert len(stopped) > 1 or controls == "penalty"  # greedy texts may all reach the limit
+    assert len(stopped) > 1
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -23,6 +23,7 @@ LENGTHS = {
     "clauses": np.random.default_rng(0).integers(1, 25, 40),
     "long": np.random.default_rng(1).integers(1, 150, 12),
     "mixed": [1, 200, 3, 3, 90, 128, 1, 129],
+    "at the borders of tiles": [127, 1, 128, 1, 127, 129, 127],
 }
 
 

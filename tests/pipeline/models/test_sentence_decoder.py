@@ -41,7 +41,7 @@ def written(decoder, vector_d, context, symbols) -> torch.Tensor:
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_sentences_of_a_batch_are_sentences_alone(name: str) -> None:
-    """Rows with none to many earlier sentences; some go on while others start again with another context."""
+    """Rows with none to many earlier sentences; some continue while others start a new one."""
     decoder, rng = small_vae(**OPTIONS[name]).decoder, np.random.default_rng(4)
     width, rows = 32, 5
     vectors = torch.from_numpy(rng.normal(size=(rows, width))).float()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 import torch
-from deepspeed.comm.torch import build_shm_op
+from deepspeed.comm.torch import TorchBackend, build_shm_op
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3, stage_1_and_2
@@ -33,6 +33,22 @@ def test_compatible_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deepspeed.ops, "__compatible_ops__", {})
     compat.skip_shared_memory_op()
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+def test_collectives_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "cdb" in vars(deepspeed.comm.comm), changed("comm.comm.cdb")
+    for name in compat.COLLECTIVES:
+        assert callable(getattr(TorchBackend, name, None)), changed(f"TorchBackend.{name}")
+
+    class Backend:
+        pass
+
+    for name in compat.COLLECTIVES:
+        setattr(Backend, name, lambda _self, given: given)
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", Backend())
+    for more in (1, 2):  # the second replaces the first
+        compat.wrap_collectives(lambda collective, more=more: lambda given: collective(given) + more)
+        assert deepspeed.comm.comm.cdb.all_reduce(10) == 10 + more
 
 
 def test_wall_clock_timer_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

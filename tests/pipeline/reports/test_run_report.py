@@ -32,6 +32,7 @@ def test_a_runs_summary_is_what_its_files_say(tmp_path: Path) -> None:
     assert found["padding_share"] == pytest.approx(0.02)
     assert found["data_wait_share"] == pytest.approx(0.01)
     assert found["save_share"] == pytest.approx(5 / 27)
+    assert found["slow_ranks"] == 1
     assert (found["restarts"], found["lost_steps"], found["skipped_steps"]) == (1, 4, 1)
     assert (found["worlds"], found["zero_stages"], found["mfu"]) == ([2, 1], [3], None)
     # The end of step 31: thirty-one steps, two evaluations and both saves.
@@ -54,6 +55,7 @@ def test_the_page_shows_curves_marks_and_differences(tmp_path: Path) -> None:
     assert page.rows["seed"] == ["–", "2"]
     assert "output_dir" not in page.rows and "the loss is <nan>" in page.text
     assert "Slowest rank by the median one" in page.text
+    assert page.text.count("rank 1 (node7) takes 1.4 times the median rank's time") == 2
     assert "MFU (median)" not in page.rows and "Model FLOPs" not in page.text  # no run knows it
     for axis in ("steps", "tokens", "time", "operations"):
         loss = re.search(rf'by-{axis}">(<svg.*?</svg>)', text, re.S).group(1)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.export.model_folder import export_run
 from pipeline.models.factory import build_model
 from pipeline.research.scaling import read_points
-from pipeline.research.sweep import format_sweep, run
+from pipeline.research.sweep import Workers, format_sweep, run
 from pipeline.research.sweep_jobs import Job, operations_per_token, read_sweep, with_budgets
 from pipeline.training.optimizer import parameter_groups
 
@@ -147,6 +148,19 @@ def test_a_lost_row_is_measured_again_and_another_recipe_is_refused(
         UserError, match="from-vae-s3 is of another sweep .it started from another run of vae"
     ):
         run(path, ours, only=["from-vae"], overrides=["--training.eval_bins", "2"])
+
+
+def test_a_second_ctrl_c_ends_trainings_that_are_still_saving(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)"
+    deaf += "; time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    workers = Workers(1, -1)
+    workers._processes["long"] = process
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        workers._stop()
+    assert process.wait(timeout=5) == -signal.SIGKILL
 
 
 def test_a_stopped_sweep_saves_and_goes_on(recipes: Path, tmp_path: Path) -> None:

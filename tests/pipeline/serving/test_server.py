@@ -235,7 +235,7 @@ def test_bad_requests_are_answered_in_openai_s_format(server: Serving, body: Any
 def test_a_long_body_is_refused(folder: str) -> None:
     with serving(folder, Settings(body_bytes=1000)) as server:
         status, answer = post(f"{server.url}/v1/completions", b" " * 1001)
-        assert status == 413 and "longer than 1000 bytes" in answer["error"]["message"]
+        assert status == 413 and "longer than 1,000 bytes" in answer["error"]["message"]
 
 
 def test_unknown_routes_and_methods(server: Serving) -> None:

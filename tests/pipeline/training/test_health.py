@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from helpers.runs import arguments
 
 from data_prep.common.errors import UserError
 from pipeline.config.schema import HealthRecipe, load_recipe
-from pipeline.training.health import FEWEST, MEMORY, SPEED_STEPS, Guard, Speeds
+from pipeline.training.health import FEWEST, MEMORY, SLOW_STEPS, SPEED_STEPS, Guard, Speeds
 
 
 def test_only_what_is_not_finite_is_bad_by_default() -> None:
@@ -60,19 +62,74 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> 
         load_recipe("demo-vae", [f"--health.{key}={value}" for key, value in settings.items()])
 
 
+WAIT = SPEED_STEPS + SLOW_STEPS - 1  # steps until a slow rank is named
+
+
+def note(speeds: Speeds, seconds: list[float], operations: list[float] | None = None) -> str | None:
+    speeds.note(seconds, operations or [1.0] * len(seconds), [0.0] * len(seconds))
+    return speeds.warning()
+
+
 def test_only_a_rank_that_stays_slow_is_named() -> None:
     speeds = Speeds(["a", "b", "c"])
     for step in range(100):
         slow = step % 3  # another one each time: noise
-        assert speeds.note([2.0 if rank == slow else 1.0 for rank in range(3)]) == (slow, 2.0)
+        seconds = [2.0 if rank == slow else 1.0 for rank in range(3)]
+        assert speeds.note(seconds, [1.0] * 3, [0.0] * 3) == (slow, 2.0)
         assert speeds.warning() is None
-    assert speeds.note([1.0, 0.0, 0.0]) is None  # a rank without bins has no figure
-    said = []
-    for _ in range(SPEED_STEPS + 5):
-        speeds.note([1.0, 1.0, 1.5])
-        said += [speeds.warning()]
+    assert speeds.note([1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0] * 3) is None  # ranks without bins
+    said = [note(speeds, [1.0, 1.0, 1.5]) for _ in range(SPEED_STEPS + SLOW_STEPS)]
     [line] = [line for line in said if line]
-    assert line.startswith("rank 2 (c) takes 1.5 times the median rank's time")
+    assert line.startswith("rank 2 (c) takes 1.5 times the median rank's time for the same work, over")
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_of_two_ranks_each_is_compared_with_the_other(slow: int) -> None:
+    speeds = Speeds(["a", "b"])
+    lines = [note(speeds, [1.3 if rank == slow else 1.0 for rank in range(2)]) for _ in range(WAIT)]
+    assert lines[:-1] == [None] * (WAIT - 1)
+    assert lines[-1] is not None and lines[-1].startswith(f"rank {slow} (")
+
+
+def test_a_rank_with_more_bins_is_not_slow_and_one_with_fewer_neither() -> None:
+    speeds = Speeds(["a", "b", "c"])
+    for _ in range(3 * SPEED_STEPS):  # a tenth of a second for any number of bins
+        assert note(speeds, [2.1, 2.1, 1.1], [2.0, 2.0, 1.0]) is None
+    lines = [note(speeds, [2.1, 2.8, 1.1], [2.0, 2.0, 1.0]) for _ in range(2 * SPEED_STEPS)]
+    assert any(line and line.startswith("rank 1 (b) takes 1.3 times") for line in lines)
+
+
+def test_a_rank_that_waits_for_its_data_is_named_with_the_reason() -> None:
+    speeds = Speeds(["a", "b"])
+    lines = []
+    for _ in range(WAIT):
+        speeds.note([1.0, 1.5], [1.0, 1.0], [0.01, 0.5])
+        lines += [speeds.warning()]
+    assert "the same work, 33% of it waiting for data, over the last" in (lines[-1] or "")
+
+
+def noisy(rng: random.Random, world: int, steps: int) -> Iterator[list[float]]:
+    """Steps of equal ranks: 8 % noise, single steps of three times the length, and bursts of a neighbour that
+    last for up to eleven steps."""
+    burst = [0] * world
+    for _ in range(steps):
+        seconds = []
+        for rank in range(world):
+            burst[rank] = rng.randrange(1, 12) if rng.random() < 0.003 else max(0, burst[rank] - 1)
+            single = 3 if rng.random() < 0.03 else 1
+            seconds.append(rng.lognormvariate(0, 0.08) * single * (1.5 if burst[rank] else 1))
+        yield seconds
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_no_rank_is_named_in_a_thousand_even_steps_and_a_slow_one_within_fifty(world: int) -> None:
+    for seed in range(8):
+        speeds, hosts = Speeds(["host"] * world), ["host"] * world
+        assert not any(note(speeds, one) for one in noisy(random.Random(seed), world, 1000)), seed
+        speeds = Speeds(hosts)
+        slowed = ([one[0], 1.3 * one[1], *one[2:]] for one in noisy(random.Random(seed + 100), world, 50))
+        first = next((line for seconds in slowed if (line := note(speeds, seconds))), "")
+        assert first.startswith("rank 1 (host) takes 1."), seed
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("zero0", 1), ("zero2", 2), ("zero3", 2)])

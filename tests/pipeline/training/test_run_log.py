@@ -69,8 +69,7 @@ def test_a_board_that_fails_later_is_left_alone(
 
 def test_a_step_s_record_has_its_optional_fields_only_where_they_are_known(tmp_path: Path) -> None:
     figures: dict = {field.name: 1 for field in dataclasses.fields(StepRecord)}
-    for optional in ("kl", "slowest_rank", "slowest_ratio", "skipped"):
-        figures[optional] = None
+    figures |= {f.name: None for f in dataclasses.fields(StepRecord) if f.default is None}
     figures |= {"mfu": None, "loss": math.nan}
     with RunLog(tmp_path, recipe(tmp_path, wandb=False), 0, 0) as run_log:
         run_log.step(StepRecord(**figures))

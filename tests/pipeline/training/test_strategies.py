@@ -10,6 +10,8 @@ import pytest
 from helpers import ranks, run_checks
 from helpers.runs import STRATEGIES, arguments, losses, records
 
+from pipeline.config.schema import load_recipe
+
 
 @pytest.mark.parametrize(
     ("objective", "strategy", "world"),
@@ -86,6 +88,18 @@ def test_a_run_continues_when_no_process_reads_its_output(
     assert pool.run(1, ranks.train_without_reader, arguments(recipes, "vae", "zero0", tmp_path)) == [0]
     assert losses(tmp_path) == losses(reference["vae"])
     assert not (tmp_path / "stacks").exists() and (tmp_path / "stacks-before" / "rank-7.txt").exists()
+
+
+def test_the_rate_of_a_step_is_that_of_its_end(reference: dict[str, Path]) -> None:
+    """By the tokens and steps that are done when it is applied: no step has a rate of 0."""
+    for run in reference.values():
+        recipe = load_recipe(run / "recipe.yaml")
+        rates = [
+            recipe.optimizer.lr * recipe.schedule.factor(recipe.training.progress(one["step"], one["tokens"]))
+            for one in records(run)
+        ]
+        assert [one["lr"] for one in records(run)] == pytest.approx(rates, rel=1e-12)
+        assert all(rate > 0 for rate in rates) and len(set(rates)) > 3
 
 
 @pytest.mark.parametrize("strategy", ["zero0", "zero3"])

@@ -7,12 +7,13 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ranks, run_checks
+from helpers import faulty_ranks, ranks, run_checks
 from helpers.paths import REPOSITORY
 from helpers.runs import arguments, losses, records
 
@@ -451,8 +452,32 @@ def test_a_rank_that_never_comes_is_not_waited_for_without_end(
     assert "in join" in (tmp_path / "stacks" / "rank-0.txt").read_text()
 
 
+@pytest.mark.parametrize(("where", "strategy"), [("forward", "zero3"), ("data", "zero1")])
+def test_a_rank_that_is_slowed_by_a_third_is_named(
+    where: str, strategy: str, pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "lm", strategy, tmp_path, "--training.max_steps", 50)
+    settings += ["--training.eval_every", "100", "--training.save_every", "100", "--data.bins_per_step", "2"]
+    (status, said), other = pool.run(2, faulty_ranks.train_slowed, settings, 1, 0.3, where)
+    assert (status, other[0]) == (0, 0)
+    lines = [line for line in said.splitlines() if "times the median rank's time" in line]
+    assert lines and all(line.startswith("rank 1 (") for line in lines)
+    assert ("waiting for data" in lines[0]) == (where == "data")
+    metrics = records(tmp_path)
+    assert lines == [r["slow"] for r in metrics if "slow" in r]
+    assert "slowest_rank" not in metrics[0]
+    usual = [statistics.median(r[key] for r in metrics[5:]) for key in ("own_seconds", "slowest_seconds")]
+    assert 0 < usual[0] < usual[1]
+    assert all(r["slowest_seconds"] <= r["seconds"] * 2 for r in metrics[5:])
+    # The other rank waits for it, in collectives.
+    waiting = [r["communication_rank"] for r in metrics[5:]]
+    assert waiting.count(0) > len(waiting) / 2
+    assert all(r["communication_max_seconds"] >= r["communication_seconds"] > 0 for r in metrics[1:])
+    assert all(r["data_wait_max_seconds"] >= r["data_wait_seconds"] >= 0 for r in metrics)
+
+
 def test_a_rank_that_is_always_slow_is_named(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
-    settings = arguments(recipes, "vae", "zero3", tmp_path, "--training.max_steps", 24)
+    settings = arguments(recipes, "vae", "zero3", tmp_path, "--training.max_steps", 36)
     settings += ["--training.eval_every", "100", "--training.save_every", "100"]
     (status, said), other = pool.run(2, ranks.train_with_a_slow_rank, settings, 1)
     assert (status, other[0]) == (0, 0)
@@ -460,7 +485,7 @@ def test_a_rank_that_is_always_slow_is_named(pool: ranks.RankPool, recipes: Path
     assert line.startswith("rank 1 (")
     lines = records(tmp_path)
     assert "slowest_rank" not in lines[0]
-    assert [r["slowest_rank"] for r in lines[2:]] == [1] * 22
+    assert [r["slowest_rank"] for r in lines[2:]] == [1] * 34
     assert all(r["data_wait_max_seconds"] >= r["data_wait_seconds"] >= 0 for r in lines)
 
 

@@ -23,11 +23,10 @@ from data_prep.common.errors import (
     NO_PATH,
     REQUEUE,
     UserError,
+    counted,
     describe,
     log,
     print_result,
-    run_main,
-    singular,
 )
 from data_prep.common.remote import is_url
 from data_prep.corpus.filters import Filters
@@ -78,15 +77,10 @@ app = make_app(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Run the command that `argv` (default: the process's arguments) asks for; returns its exit status."""
     words = sys.argv[1:] if argv is None else argv
     return run_app(app, [STANDARD_INPUT if word == "-" else word for word in words])
-
-
-def console() -> int:
-    """Entry point of the installed command; returns the exit status."""
-    return run_main("data-prep", main)
 
 
 @app.command(group="Corpus")
@@ -175,7 +169,6 @@ def shard(
     from data_prep.jobs.run import Unfinished, choose_backend, make_shards
     from data_prep.text.sentences import SentenceSettings
 
-    _check_output(output)
     if unit_mb is not None and unit_mb < LEAST_UNIT_MB:
         raise UserError(f"--unit-mb must be at least {LEAST_UNIT_MB}, not {unit_mb:g}")
     if salvage and strict:
@@ -223,7 +216,7 @@ def shard(
     for line in _damage_lines(manifest):
         log(f"data-prep: warning: {line}")
     summary = _shard_summary(output, manifest, found, time.monotonic() - started)
-    print_result(jsonlib.dumps(summary) if json else singular(_shard_text(summary)))
+    print_result(jsonlib.dumps(summary) if json else _shard_text(summary))
     return DAMAGED if manifest["damaged"] or manifest.get("lost") else 0
 
 
@@ -235,15 +228,16 @@ def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
         place = f" (from byte {one['offset']:,})" if one.get("offset") else ""
         yield f"{one['file']}: {one['damage']}{place}"
     if len(damaged) > SHOWN:
-        yield f"{len(damaged) - SHOWN:,} more damaged parts, see `damaged` in the manifest"
+        yield f"{counted(len(damaged) - SHOWN, 'more damaged part')}, see `damaged` in the manifest"
     if damaged:
         left_out = "damaged parts were left out (--salvage takes what parses)"
-        salvaged = f"{marked.get('salvaged', 0):,} documents were salvaged from damaged parts"
+        salvaged = counted(marked.get("salvaged", 0), "document was", "documents were")
+        salvaged += " salvaged from damaged parts"
         yield f"{salvaged if salvage else left_out}; exit status {DAMAGED}"
     if "unverified" in marked:
         files = sum("unverified" in entry for entry in manifest["inputs"])
-        count = f"{marked['unverified']:,} documents from {files:,} file{'s' * (files > 1)}"
-        yield f"{count} cannot be verified: they are packed without a checksum (`zstd --check` writes one)"
+        count = f"{counted(marked['unverified'], 'document')} from {counted(files, 'file')}"
+        yield f"{count} cannot be verified: packed without a checksum (`zstd --check` writes one)"
 
 
 def _say_how_languages_are_told(rules: Filters) -> None:
@@ -272,11 +266,11 @@ def _shard_summary(output: str, manifest: dict[str, Any], found: bool, seconds: 
 def _shard_text(summary: dict[str, Any]) -> str:
     found, rejected = summary["already_there"], sum(summary["rejected"].values())
     return (
-        f"{summary['output']}: {'already there: ' if found else ''}{summary['shards']} shards, "
-        f"{summary['documents']:,} documents, {summary['sentences']:,} sentences, "
-        f"{summary['tokens']:,} tokens, {summary['bytes'] / 1e6:.1f} MB of text"
+        f"{summary['output']}: {'already there: ' if found else ''}{counted(summary['shards'], 'shard')}, "
+        + ", ".join(counted(summary[f"{one}s"], one) for one in ("document", "sentence", "token"))
+        + f", {summary['bytes'] / 1e6:.1f} MB of text"
         + ("" if found else f" in {summary['seconds']:.1f} s ({summary['mb_per_second']:.2f} MB/s)")
-        + (f"; {rejected:,} records rejected, see quarantine.jsonl" if rejected else "")
+        + (f"; {counted(rejected, 'record')} rejected, see quarantine.jsonl" if rejected else "")
     )
 
 
@@ -284,12 +278,6 @@ def _language(lang: str) -> str:
     from data_prep.common.language_codes import require_language
 
     return lang if lang in ("auto", "other") else require_language(lang, "--lang")
-
-
-def _check_output(output: str) -> None:
-    """Raises `UserError` on a URL: output is written to this machine's file systems only."""
-    if "://" in output:
-        raise UserError(f"--output {output} is a URL; name a folder, and copy it from there when it is done")
 
 
 @contextmanager
@@ -322,13 +310,16 @@ def verify(folder: Folder, /, *, deep: bool = False, input: Inputs = (), json: J
     if input and not deep:
         raise UserError("--input is for --deep: give both")
     result = verification.verify(folder)
-    text = f"{folder}: {result['shards']} shards with {result['documents']:,} documents are whole"
+    whole = "is whole" if result["shards"] == 1 else "are whole"
+    counts = f"{counted(result['shards'], 'shard')} with {counted(result['documents'], 'document')}"
+    text = f"{folder}: {counts} {whole}"
     if deep:
         result |= verification.verify_deep(folder, list(input) or None)
         text += "; every text comes back from its tokens, and from its sentences"
         if input:
-            text += f"; {result['compared']:,} documents are the input's, byte for byte"
-    print_result(jsonlib.dumps(result) if json else singular(text))
+            same = counted(result["compared"], "document is", "documents are")
+            text += f"; {same} the input's, byte for byte"
+    print_result(jsonlib.dumps(result) if json else text)
 
 
 @app.command(group="Shards")
@@ -382,7 +373,6 @@ def split(
     """
     from data_prep.shards import split as splitting
 
-    _check_output(output)
     shares = splitting.parse_parts(list(parts))
     with _writing(output):
         result = splitting.split(folder, output, shares, by=by, seed=seed)
@@ -391,8 +381,8 @@ def split(
         return
     for name, totals in result.items():
         print(
-            f"{Path(output) / name}: {totals['shards']} shards, {totals['documents']:,} documents, "
-            f"{totals['tokens']:,} tokens"
+            f"{Path(output) / name}: "
+            + ", ".join(counted(totals[f"{one}s"], one) for one in ("shard", "document", "token"))
         )
 
 
@@ -416,11 +406,13 @@ def stats(folder: Folder, /, *, html: str | None = None, json: Json = False) -> 
         from data_prep.shards.stats_page import stats_page
 
         write_atomically(Path(html), stats_page(result).encode("utf-8"))
-    print_result(jsonlib.dumps(result) if json else singular(statistics.stats_text(result)))
+    print_result(jsonlib.dumps(result) if json else statistics.stats_text(result))
 
 
 @app.command(group="Shards")
-def show(folder: Folder, /, *, count: Positive = 1, number: int = 0, id: str | None = None) -> None:
+def show(
+    folder: Folder, /, *, count: Positive = 1, number: int = 0, id: str | None = None, json: Json = False
+) -> None:
     """Print documents sentence by sentence.
 
     example: data-prep show shards --count 3
@@ -429,10 +421,11 @@ def show(folder: Folder, /, *, count: Positive = 1, number: int = 0, id: str | N
         count: documents to print
         number: the first one to print, from 0
         id: print the documents with this id
+        json: print a JSON object per document
     """
     from data_prep.shards import show as showing
 
-    for line in showing.show(folder, count, number, id):
+    for line in showing.show(folder, count, number, id, json):
         print(line)
 
 
@@ -444,6 +437,7 @@ def tokenizer(
     vocab_size: Positive,
     sample_mb: Megabytes = 20.0,
     rules: Rules = NO_RULES,
+    json: Json = False,
 ) -> None:
     """Train a SentencePiece tokenizer that loses no text.
 
@@ -458,18 +452,19 @@ def tokenizer(
     from data_prep.corpus.finding import survey
     from data_prep.text.tokenizer import train_sentencepiece
 
-    _check_output(output)
     _say_how_languages_are_told(rules)
     found = survey(list(input), output)
     for line in found.lines():
         log(f"data-prep: {line}")
     sample = sample_lines(found.files, int(sample_mb * 1e6), rules)
     made = train_sentencepiece(sample, output, vocab_size)
-    print_result(f"{output}: {made.vocab_size:,} entries, fingerprint {made.fingerprint[:16]}")
+    facts = {"output": output, "entries": made.vocab_size, "fingerprint": made.fingerprint}
+    text = f"{output}: {counted(made.vocab_size, 'entry', 'entries')}, fingerprint {made.fingerprint[:16]}"
+    print_result(jsonlib.dumps(facts) if json else text)
 
 
 @app.command(group="Corpus")
-def demo_corpus(*, output: str) -> None:
+def demo_corpus(*, output: str, json: Json = False) -> None:
     """Write a small English corpus in WanJuan format from Python's own documentation. Needs no download.
 
     example: data-prep demo-corpus --output demo/corpus
@@ -479,9 +474,9 @@ def demo_corpus(*, output: str) -> None:
     """
     from data_prep.corpus.demo_corpus import write_demo_corpus
 
-    for part, counts in write_demo_corpus(output).items():
-        print_result(f"{part}: {counts['documents']:,} documents, {counts['bytes']:,} bytes of text")
-
-
-if __name__ == "__main__":
-    sys.exit(console())
+    written = write_demo_corpus(output)
+    lines = (
+        f"{part}: {counted(counts['documents'], 'document')}, {counted(counts['bytes'], 'byte')} of text"
+        for part, counts in written.items()
+    )
+    print_result(jsonlib.dumps(written) if json else "\n".join(lines))

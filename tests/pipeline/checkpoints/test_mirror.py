@@ -1,0 +1,115 @@
+"""The copy of a run in object storage: complete or absent, and no more than the run's folder has."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+from helpers.s3_server import BUCKET, serving
+
+from data_prep.common import remote
+from data_prep.common.errors import UserError
+from pipeline.checkpoints import store
+from pipeline.checkpoints.mirror import Mirror
+
+
+def save(run: Path, step: int, best: int | None = None) -> str:
+    """A checkpoint of two files, and the run's records."""
+    name = store.step_name(step)
+    folder = run / "checkpoints" / name
+    (folder / "deep").mkdir(parents=True)
+    files = {}
+    for file in ("model.pt", "deep/optimizer.pt"):
+        content = f"{file} {step}".encode() * 1000
+        (folder / file).write_bytes(content)
+        files[file] = [len(content), hashlib.sha256(content).hexdigest()]
+    named = {"best": {"step": best, "bits_per_byte": 1.0} if best else None, "files": files}
+    fixed = {"objective": "lm", "step": step, "position": [], "consumed": [], "tokens": step, "world": 1}
+    fixed |= {"zero_stage": 1, "shards": [], "validation": None, "tokenizer": "", "model_config": {}}
+    store.write_meta(folder, store.Meta(**fixed, recipe={}, **named))
+    (run / "checkpoints/latest").write_text(f"{name}\n")
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, step + 1)))
+    return name
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def upload(url: str, run: Path, *names: str) -> list[str]:
+    said: list[str] = []
+    mirror = Mirror(url, run, said.append)
+    for name in names:
+        mirror.add(name)
+        assert mirror.wait(60)
+    return [*said, mirror.missing()]
+
+
+def fetch(url: str, run: Path) -> str:
+    return Mirror(url, run, print).fetch()
+
+
+def test_the_copy_is_whole_or_absent(tmp_path: Path) -> None:
+    url, run = "memory://bucket/whole", tmp_path / "run"
+    assert fetch(url, tmp_path / "none") == ""
+    assert upload(url, run, save(run, 10), save(run, 20, best=10)) == [""]
+    assert fetch(url, tmp_path / "a") == f"step-00000020 was copied from {url}"
+    assert contents(tmp_path / "a") == contents(run)
+    assert fetch(url, tmp_path / "a") == "", "what is there counts"
+
+    files = fsspec.filesystem("memory")
+    meta = files.cat_file("/bucket/whole/checkpoints/step-00000020/meta.json")
+    files.rm_file("/bucket/whole/checkpoints/step-00000020/meta.json")
+    line = fetch(url, tmp_path / "b")
+    assert line.startswith("step-00000020 is not whole there (FileNotFoundError")
+    assert line.endswith(f"; step-00000010 was copied from {url}")
+    assert (tmp_path / "b/checkpoints/latest").read_text() == "step-00000010\n"
+    assert store.find(tmp_path / "b")[1].step == 10
+    files.pipe_file("/bucket/whole/checkpoints/step-00000020/meta.json", meta)
+    for name in ("step-00000010", "step-00000020"):
+        files.pipe_file(f"/bucket/whole/checkpoints/{name}/model.pt", b"short")
+    with pytest.raises(UserError, match="bucket/whole has no whole checkpoint: step-00000020 is not whole"):
+        fetch(url, tmp_path / "c")
+
+
+def test_the_copy_loses_what_the_run_has_removed(tmp_path: Path) -> None:
+    url, run = "memory://bucket/pruned", tmp_path / "run"
+    names = [save(run, step) for step in (10, 20, 30)]
+    assert upload(url, run, *names) == [""]
+    # Back to 20: 30 is gone, and the run trains on from there.
+    shutil.rmtree(run / "checkpoints" / names[2])
+    assert upload(url, run, last := save(run, 25), names[1]) == [""]
+    assert fetch(url, tmp_path / "a") == f"step-00000025 was copied from {url}"
+    there = fsspec.filesystem("memory").ls("/bucket/pruned/checkpoints", detail=False)
+    assert sorted(path.rpartition("/")[2] for path in there) == ["latest", *names[:2], last]
+
+
+def test_a_server_that_is_away_costs_a_line_and_the_next_checkpoint_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "WAITS", (0.01,))
+    url, run, said = f"s3://{BUCKET}/a/run", tmp_path / "run", []
+    (tmp_path / "served").mkdir()
+    with serving(tmp_path / "served") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        mirror = Mirror(url, run, said.append)
+        assert mirror.fetch() == ""
+        for step in (10, 20):
+            mirror.add(save(run, step, best=10))
+            assert mirror.wait(60)
+        assert said == [] and mirror.missing() == ""
+        assert fetch(url, tmp_path / "a") == f"step-00000020 was copied from {url}"
+        assert contents(tmp_path / "a") == contents(run)
+    mirror.add(save(run, 30))
+    assert mirror.wait(60)
+    [line] = said
+    assert line.startswith(f"step-00000030 is not uploaded to {url} (cannot reach {url}/checkpoints/step-")
+    assert line.endswith("training continues, and the next checkpoint tries again") and "\n" not in line
+    assert mirror.missing() == f"not uploaded to {url}: step-00000030"
+    with pytest.raises(UserError, match=f"cannot reach {url}/checkpoints/latest: "):
+        fetch(url, tmp_path / "b")
