@@ -35,7 +35,8 @@ PACKINGS = {".gz": "gz", ".gzip": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "x
 TARS = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
 ENDINGS = ".jsonl, .json, .csv, .tsv, .txt, .md, .tar (each also .gz, .zst, .xz, .bz2), .parquet or .arrow"
 DATASET = "hf:"
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 17
+BATCH_BYTES = 1 << 20  # of a table that are converted at once
 ROWS = 64  # of a table, in memory at once
 UNPACKED = 3  # approximate bytes of text per stored byte of a packed file
 UNITS, LEAST_UNIT, MOST_UNIT = 256, 8_000_000, 256_000_000  # bytes of text
@@ -297,7 +298,7 @@ def hash_rows(found, batch) -> None:
 
 def records(batch) -> Iterator[dict | None]:
     """The rows of an arrow batch or table; None for one with a string that is not UTF-8."""
-    if batch.nbytes <= CHUNK_BYTES:  # else row by row, so that large rows are in memory only once
+    if batch.nbytes <= BATCH_BYTES:  # else row by row, so that large rows are in memory only once
         try:
             yield from batch.to_pylist()
             return

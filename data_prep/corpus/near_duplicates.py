@@ -166,12 +166,17 @@ def _compare(
 def _resolve(signatures: _Signatures, first: np.ndarray, least: float) -> None:
     """Make every dropped document name one that stays, or keep it."""
     later_ones = np.flatnonzero(first != np.arange(len(first)))
+    moved = later_ones[first[first[later_ones]] != first[later_ones]]
+    expected = first[first[moved]]
+    alike = signatures.alike(expected, moved, least)
     # One that stays does so to the end.
-    for later in later_ones[first[first[later_ones]] != first[later_ones]]:
+    for number, later in enumerate(moved):
         earlier = first[first[later]]
         if earlier != first[later]:
-            one, two = np.array([earlier]), np.array([later])
-            first[later] = earlier if signatures.alike(one, two, least)[0] else later
+            same = alike[number]
+            if earlier != expected[number]:
+                same = signatures.alike(np.array([earlier]), np.array([later]), least)[0]
+            first[later] = earlier if same else later
 
 
 class _Signatures:
@@ -198,8 +203,9 @@ class _Signatures:
     def alike(self, earlier: np.ndarray, later: np.ndarray, least: float) -> np.ndarray:
         """bool [pairs]: whether the signatures agree in at least the share `least` of their values."""
         result = np.empty(len(earlier), bool)
+        order = np.argsort(earlier, kind="stable")  # so that a batch is from few files
         for start in range(0, len(earlier), BATCH_WORDS // VALUES):
-            part = slice(start, start + BATCH_WORDS // VALUES)
+            part = order[start : start + BATCH_WORDS // VALUES]
             one, two = self._rows(earlier[part]), self._rows(later[part])
             # A document without words has the same values as any other such document.
             result[part] = ((one == two).mean(axis=1) >= least) & ~(one == one[:, :1]).all(axis=1)
@@ -208,9 +214,12 @@ class _Signatures:
     def _rows(self, documents: np.ndarray) -> np.ndarray:
         """uint32 [n, VALUES]: the signatures of some documents."""
         found = np.empty((len(documents), VALUES), np.uint32)
-        units = np.searchsorted(self.starts, documents, side="right") - 1
-        for unit in np.unique(units):
-            chosen = units == unit
+        order = np.argsort(documents, kind="stable")
+        units, begins = np.unique(
+            np.searchsorted(self.starts, documents[order], side="right") - 1, return_index=True
+        )
+        for unit, begin, end in zip(units, begins, [*begins[1:], len(order)], strict=True):
+            chosen = order[begin:end]
             stored = np.memmap(self.folders[unit] / SIGNATURES, "<u4", "r").reshape(-1, VALUES)
             found[chosen] = stored[documents[chosen] - self.starts[unit]]
         return found

@@ -89,7 +89,8 @@ class ShardWriter:
         rows["text_hash"] = [document.text_hash for document in group]
         rows["key_hash"] = [hash64(document.id.encode("utf-8")) for document in group]
         rows["group"], rows["row"] = self._groups, np.arange(len(group))
-        tokens = np.concatenate([document.tokens for document in group]).astype(self._dtype)
+        parts = [document.tokens for document in group]
+        tokens = np.concatenate(parts, dtype=self._dtype, casting="unsafe")  # the ids fit
         lengths = np.concatenate([document.sentence_lengths for document in group]).astype(LENGTH_DTYPE)
         facts = [document.facts() for document in group]
         tokens_at = self._add_array("tokens.npy", tokens)
@@ -98,11 +99,11 @@ class ShardWriter:
         self._add_member("documents.json", json.dumps(facts, separators=(",", ":")).encode("ascii"))
         rows["tokens_at"] = tokens_at + _starts(rows["tokens"]) * self._dtype.itemsize
         rows["sentences_at"] = lengths_at + _starts(rows["sentences"]) * LENGTH_DTYPE.itemsize
-        parts = (
+        pairs = (
             np.split(array, ends[:-1])
             for array, ends in ((tokens, np.cumsum(rows["tokens"])), (lengths, np.cumsum(rows["sentences"])))
         )
-        rows["checksum"] = [_checksum(*pair) for pair in zip(*parts, strict=True)]
+        rows["checksum"] = [_checksum(*pair) for pair in zip(*pairs, strict=True)]
         self._rows.append(rows)
         self._groups += 1
 

@@ -116,8 +116,12 @@ def _read(code: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _by_script() -> tuple[Rules, ...]:
-    return tuple(rules for rules in map(rules_for, CODES) if rules.chosen_by_script and rules.script)
+def _by_script() -> dict[str, re.Pattern]:
+    """The scripts by which lines are chosen, by language."""
+    values = {code: _read(code) for code in CODES}
+    return {
+        code: re.compile(f"[{one['script']}]") for code, one in values.items() if one.get("chosen_by_script")
+    }
 
 
 def line_rules(language: str, text: str, begin: int, end: int, kana: bool = True) -> tuple[Rules, bool]:
@@ -141,7 +145,5 @@ def line_rules(language: str, text: str, begin: int, end: int, kana: bool = True
     if not far or sum(map(len, far)) <= sum(map(len, LATIN_LETTERS.findall(text, begin, end))):
         return rules_for(latin), False
     letter = max(far, key=len)[0]
-    for rules in _by_script():
-        if rules.script.match(letter):
-            return rules, False
-    return rules_for("other"), False
+    code = next((code for code, script in _by_script().items() if script.match(letter)), "other")
+    return rules_for(code), False

@@ -71,14 +71,17 @@ NOTES = (
 )
 
 WORD_CHARACTER = re.compile(r"[^\W_]")
-EAST_ASIAN = re.compile(r"[\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff]")
+_EAST_ASIAN = r"\u2e80-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
+EAST_ASIAN = re.compile(f"[{_EAST_ASIAN}]")
 KANA = re.compile(r"[\u3041-\u3096\u30a1-\u30fa]")
 _LATIN = r"A-Za-zªºÀ-ÖØ-öø-\u02b8\u1d00-\u1dbf\u1e00-\u1eff\u2c60-\u2c7f\ua720-\ua7ff\uab30-\uab6f"
 LATIN_LETTERS = re.compile(f"[{_LATIN}]+")
-FAR_LETTERS = re.compile(  # letters of other scripts
-    r"[\u0370-\u1cff\u1f00-\u1fff\u2c00-\u2c5f\u2c80-\u2dff\ua000-\ua71f\ua800-\uab2f\uab70-\ud7ff"
-    r"\ufb13-\ufdff\ufe70-\ufefc\U00010000-\U0001efff]+"
+_FAR = (
+    r"\u0370-\u1cff\u1f00-\u1fff\u2c00-\u2c5f\u2c80-\u2dff\ua000-\ua71f\ua800-\uab2f\uab70-\ud7ff"
+    r"\ufb13-\ufdff\ufe70-\ufefc\U00010000-\U0001efff"
 )
+FAR_LETTERS = re.compile(f"[{_FAR}]+")  # letters of other scripts
+FOREIGN = re.compile(f"[{_FAR}{_EAST_ASIAN}]")
 
 # Sets for expressions: small and capital letters; letters of scripts without case, with the marks on them.
 _LETTERS = [chr(code) for first, last in ((0x41, 0x530), (0x1E00, 0x2000)) for code in range(first, last)]

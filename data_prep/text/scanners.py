@@ -50,6 +50,8 @@ def scanner(segmenter: str, rules: Rules, far: bool = False) -> re.Pattern:
         sure = _sure_english(clause, rules) + sure
         sure = wide + sure if rules.chinese else sure + wide
         passed += _passed_english(clause)
+        if not clause:  # one look at a comma instead of several
+            sure = [rf"(?<=[.!?。！？．])(?:{'|'.join(sure)})"]
     else:
         sure += _SURE_PAUSES if clause else []
         passed += _passed_elsewhere(clause)
@@ -138,9 +140,12 @@ def _sure_english(clause: bool, rules: Rules) -> list[str]:
     names = _names(rules)
     if not clause:
         return [rf"(?<=[^\W\d_][!?])(?=\s[“‘\"(]?[A-Z0-9]){names}"]
+    # A dash after a second word.
+    second = "|".join(rf"(?<=[A-Za-z] [A-Za-z]{{{length}}}—)" for length in range(1, 11))
     return [
         r"(?<=[^\W\d_][,;:])[”’\"']*(?=\s[“‘\"(]?[^\W_])",
         rf"(?<=[^\W\d_][!?]){names}[”’\"']*(?=\s[“‘\"(]?[^\W_])",
+        rf"(?<=—)(?=[A-Za-z])(?:{second})",
     ]
 
 
@@ -148,15 +153,19 @@ def _sure_wide(clause: bool, rules: Rules) -> list[str]:
     """East Asian marks after a character that is no digit."""
     names, han = _names(rules), _HAN + _KANA if rules.japanese else _HAN
     continues = r"(?=[^\W_¹²³⁰⁴-⁹]|[“‘「『（]|\s[^.])"
+    # Not before a particle, or words that may say who spoke.
+    going_on = "的之这這一二两兩三四几幾为為云然就便而又也并並却卻才再接随隨と-をがにでっだ"
+    speaker = "" if clause else r"(?![\u4e00-\u9fff]{1,4}[说說道問问喊叫答]道?[。，！])"
+    stops = rf"(?<=[{han}A-Za-z][。！？]){names}(?:[”’」』]+(?![{going_on}]){speaker})?{continues}"
+    # Beside Chinese characters alone, because it may also be a decimal point.
+    full = [rf"(?<=[{han}]．)(?=[{han}][^)])"] if rules.chinese else []
     if not clause:
-        return [rf"(?<=[{han}A-Za-z][。！？]){names}{continues}"]
-    closed = (
-        r"(?:[”’」』]+(?![的之这這一二两兩三四几幾为為云然就便而又也并並却卻才再接随隨と-をがにでっだ]))?"
-    )
+        return [stops, *full]
     return [
         rf"(?<=[{han}A-Za-z][，；：]){continues}",
-        rf"(?<=[{han}]、)(?<![一二三四五六七八九十]、){continues}",
-        rf"(?<=[{han}A-Za-z][。！？]){names}{closed}{continues}",
+        rf"(?<=[{han}A-Za-z]、)(?<![一二三四五六七八九十]、){continues}",
+        stops,
+        *full,
     ]
 
 
@@ -164,11 +173,13 @@ def _passed_english(clause: bool) -> list[str]:
     """Certainly no cut: Mr. Fox, well-known, 3.14, 12:30; for `sentence` a pause before more of the line, and
     “Go!” he said."""
     titled = r"(?<=\.)(?:(?<=[\s“‘(—][MD]r\.)|(?<=[\s“‘(—]Mrs\.))\s[^.]"
+    inside = r"(?<=[A-Za-z]\.)[A-Za-z]"
     if clause:
-        return [titled, r"(?<=-)[^\W_]", r"(?<=\d[.,:])\d"]
+        return [titled, r"(?<=-)[^\W_]", r"(?<=\d[.,:])\d", inside]
     return [
         rf"(?:(?<=[{re.escape(PAUSES)}])[{CLOSE}]*|(?<=[{DASHES}-]))(?:[^\W_]|[“‘「『]|\s[^.])",
         titled,
         r"(?<=[!?])[”’\"']*\s[a-z]",
         r"(?<=\d\.)\d",
+        inside,
     ]

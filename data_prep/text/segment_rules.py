@@ -28,7 +28,9 @@ from data_prep.text.marks import (
 )
 
 # Raise it whenever any text could be cut differently: shards made by different rules must not be mixed.
-VERSION = 3
+VERSION = 4
+
+LONGEST_QUOTATION = 400  # characters
 
 # 。——然后 and 、-b: the dash or minus opens what follows.
 _BEFORE_DASH = re.compile(
@@ -50,7 +52,7 @@ _NOT_TOKEN = re.compile(
 _ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.-?)+[^\W\d_]{1,3}\Z")
 _ENUMERATOR = re.compile(r"(?:\d{1,3}(?:\.\d{1,2})*|[^\W\d_]|[ivxlIVXL]{2,6})\Z")
 _WIDE_ENUMERATOR = re.compile(r"(?:\d{1,3}|[一二三四五六七八九十]{1,3}|[①-⑳⑴-⑽])\Z")
-_ROMAN = re.compile(r"[IVXLCM]+\Z")
+_ROMAN, _SMALL_ROMAN = re.compile(r"[IVXLCM]+\Z"), re.compile(r"[ivx]+\Z")
 _DATE = re.compile(r"\d{1,2}\.|\d{4}\b")
 _NEXT_ITEM = re.compile(r"(?:\d{1,3}|[^\W\d_])\)")
 _YEAR = re.compile(r" ?\d{4}\b")
@@ -87,7 +89,7 @@ _QUOTED_TERM = re.compile(
 
 # In Japanese a particle before anything but kana (or と, って, など) continues: 「行くよ。」と彼は言った。
 _PARTICLE = re.compile(
-    r"[をのがはにへもで](?![\u3041-\u3096])|を|の(?=よう|中|前|後)|と(?![てこにりきなも])|って|という|など|です|だ[。、っとよ]"
+    r"[をのがはにへもでや](?![\u3041-\u3096])|を|の(?=よう|中|前|後)|と(?![てこにりきなも])|って|という|など|です|だ[。、っとよ]"
 )
 
 # “好。”然后走了: the subject of the sentence around the quotation continues.
@@ -181,6 +183,10 @@ class Judge:
             self._counted = quote
             if not self._quoted:
                 return quote
+        if self.rules.japanese and (quote := text.find("'", first + 1, cut)) >= 0:  # 。'gdb' が
+            opened = text.count("'", max(self.start, quote - LONGEST_QUOTATION), quote) % 2
+            if text[quote - 1] in _WIDE_STOPS and not opened:
+                return quote
         if not self.english:
             for at in range(first + 1, cut):
                 if text[at] in TWO_WAY_QUOTES:
@@ -262,9 +268,12 @@ class Judge:
         next_at = _SKIP.match(text, cut, self.end).end()
         next_character = text[next_at : min(next_at + 1, self.end)]
         opened = next_at > cut and text[next_at - 1] in OPENERS
-        if marks[-1] in ELLIPSES or marks[-2:] in ("..", "…."):
-            if clause:
-                return True
+        ellipsis = marks[-1] in ELLIPSES or marks[-2:] in ("..", "….")
+        if ellipsis and clause:
+            return True
+        if (ellipsis or marks == ".") and self._continues_in_kana(before, next_at):
+            return False
+        if ellipsis:
             if not spaced and _is_east_asian(before):
                 return quoted or opened
             # "Well... I think" continues; with a further full stop (four dots, ".…") the sentence has ended.
@@ -292,6 +301,11 @@ class Judge:
             return False  # 1) Open it. 2) Close it.
         return not self._is_abbreviation(first, next_at, opened)
 
+    def _continues_in_kana(self, before: str, next_at: int) -> bool:
+        """Whether a particle follows marks that are not after Japanese: “.”で始まる, 2. の場合, 1;...は"""
+        kana = "\u3040" < self.text[next_at : next_at + 1] < "\u3100" and not _is_east_asian(before)
+        return kana and _PARTICLE.match(self.text, next_at, self.end) is not None
+
     def _ends_at_wide_stop(self, cut: int, marks: str, quoted: bool) -> bool:
         text, clause = self.text, self.clause
         if text[cut - 1] in ")）" and marks[-1] not in "。｡":
@@ -318,7 +332,7 @@ class Judge:
         token, rules = self._token(stop), self.rules
         # Unlisted abbreviations are short or end before a vowel.
         plain = _PLAIN_WORD if rules.shortened else _LONG_WORD
-        if not plain.match(token):
+        if not plain.match(token) or _SMALL_ROMAN.match(token):
             return False
         lists = (rules.never_last, rules.sometimes_last, rules.numbered, rules.shortened)
         return not any(token in words for words in lists)

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.text.language_rules import CODES, Rules, line_rules, rules_for
-from data_prep.text.marks import WORD_CHARACTER
+from data_prep.text.marks import FOREIGN, WORD_CHARACTER
 from data_prep.text.scanners import has_far_stops, judging_scanner, scanner
 from data_prep.text.segment_rules import VERSION, Judge, unit_signs
 from data_prep.text.spaces import spaced_cuts
@@ -54,19 +54,25 @@ class Segmenter:
         cuts: list[int] = []
         rules, chinese = _fixed_rules(self.language)
         varied = kana = rules.script is not None
-        if self.language in ("auto", "other"):
+        plain = rules, False  # of lines without far letters
+        if by_line := self.language in ("auto", "other"):
             varied, kana = _far_letters(text)
         judge = Judge(text, self.name == "clause")
         far = not rules.english and has_far_stops(text)
         found = current = opening = None
         signs: dict[Rules, list[str]] = {}  # of units, in lines of a language
+        foreign = -1  # place of the next letter that may decide about the language of its line
         for begin, end in _lines(text):
-            if not WORD_CHARACTER.search(text, begin, end):
+            if not (text[begin].isalnum() or WORD_CHARACTER.search(text, begin, end)):
                 if cuts:  # marks alone belong to the sentence before, with their line break
                     cuts[-1] = end
                 continue
             if varied:
-                rules, chinese = line_rules(self.language, text, begin, end, kana)
+                if by_line and foreign < begin:
+                    letter = FOREIGN.search(text, begin)
+                    foreign = letter.start() if letter else len(text)
+                language = self.language
+                rules, chinese = line_rules(language, text, begin, end, kana) if foreign < end else plain
             if rules is not current:
                 current = rules
                 found = judging_scanner(rules, far) if self.judge_all else scanner(self.name, rules, far)
@@ -94,8 +100,10 @@ class Segmenter:
                     cuts.append(cut)
             if rules.spaces:
                 cuts[before:] = spaced_cuts(text, begin, end, rules, cuts[before:])
-            if len(cuts) > before and not WORD_CHARACTER.search(text, cuts[-1], end):
-                cuts.pop()
+            # Most lines end in a letter and a stop.
+            if len(cuts) > before and not (cuts[-1] < end - 1 and text[end - 2].isalnum()):
+                if not WORD_CHARACTER.search(text, cuts[-1], end):
+                    cuts.pop()
             cuts.append(end)
         if text:
             cuts[-1:] = [len(text)]

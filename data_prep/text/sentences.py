@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 
 import numpy as np
-import regex
 
 from data_prep.common.errors import UserError
 from data_prep.text.segmenter import LANGUAGES, Segmenter, get_segmenter
@@ -28,10 +27,8 @@ SHORTEST = 4  # one character may need four tokens and is never split
 JUDGED_BY_LINE = ("en", "zh", "", "auto", "und")  # document languages that the `auto` segmenter handles
 
 _BLOCK = 1 << 20  # elements, where a whole array in int64 would be large
-_CLUSTER = regex.compile(r"\X")
-_WORD_END = regex.compile(
-    r"(?w)\b"
-)  # by Unicode's rules: between any two Chinese characters, not in a Latin word
+# By Unicode's rules: between any two Chinese characters, not in a Latin word.
+_CLUSTER, _WORD_END = r"\X", r"(?w)\b"
 _BREAK_AHEAD = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
@@ -213,9 +210,11 @@ def _last_place(
         character = at[index - first]
         if text[character].isspace() and text[character - 1 : character + 1] != "\r\n":
             return int(places[index])
+    import regex  # few texts need it
+
     window = text[begin : at[-1] + 32]  # a cluster or word may continue behind the last place
-    clusters = {begin + match.start() for match in _CLUSTER.finditer(window)}
-    words = {begin + match.start() for match in _WORD_END.finditer(window)}
+    clusters = {begin + match.start() for match in regex.finditer(_CLUSTER, window)}
+    words = {begin + match.start() for match in regex.finditer(_WORD_END, window)}
     for allowed, lowest in ((clusters & words, later), (clusters, first)):
         for index in range(last - 1, lowest - 1, -1):
             if at[index - first] in allowed:

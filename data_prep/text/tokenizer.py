@@ -196,6 +196,7 @@ class ByteLevelTokenizer(Tokenizer):
         spec["post_processor"] = None
         plain = json.dumps(spec).encode("ascii")
         reason = unproven(spec)
+        del spec  # ten times the file's size, before the next engine is built
 
         def build() -> Any:
             if reason:

@@ -22,7 +22,7 @@ FEWEST = 10  # accepted steps before a median is meaningful
 SPEEDS = ("own_seconds", "own_operations", "communication_seconds")  # of a rank's step
 SPEED_STEPS = 20  # steps over which a rank must be slow
 SLOW = 1.2  # times the median: one that takes 1.3 times as long is named in spite of noise
-SLOW_STEPS = 10  # steps in a row for which the last `SPEED_STEPS` must say so
+SLOW_STEPS = 10  # steps in a row for which the last `SPEED_STEPS` must be that slow
 NOTABLE_WAIT = 0.1  # share of its time that a slow rank waits for data
 
 

@@ -303,11 +303,8 @@ class TrainingRun:
             agree(self._unwritten, says=says)
         if self._saver.in_flight and not sums.saving:
             self._saver.proceed()
-        self._last_step = {
-            "own_seconds": step.wait_seconds + self.engine.own_seconds(),
-            "own_operations": float(computed),
-            "communication_seconds": self.engine.collectives.take(),
-        }
+        own = step.wait_seconds + self.engine.own_seconds()
+        self._last_step = dict(zip(SPEEDS, (own, computed, self.engine.collectives.take()), strict=True))
         return sums
 
     def update(self, step: Step, sums: StepSums) -> None:
