@@ -267,7 +267,9 @@ def _identity(meta: Meta) -> dict[str, Any]:
 def first_difference(was: Any, now: Any, where: str = "") -> str | None:
     if isinstance(was, dict) and isinstance(now, dict):
         for key in [*was, *(key for key in now if key not in was)]:
-            if key in ("transformers_version", "_name_or_path"):
+            # A key that one of two releases does not have, at the value that changes nothing.
+            neutral = (key not in was or key not in now) and not (was.get(key) or now.get(key))
+            if neutral or key in ("transformers_version", "_name_or_path"):
                 continue
             found = first_difference(was.get(key), now.get(key), f"{where}.{key}" if where else key)
             if found:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Amount, Many, Natural, Positive
-from data_prep.common.errors import in_thread, log
+from data_prep.common.errors import UserError, in_thread, log
 from pipeline.cli.options import Device, Dtype, Int8, Json, Output, Overrides, answer, app
 
 SOURCE = Parameter(group=Group("Text (one of them)", validator=validators.LimitedChoice(1, 1)))
@@ -29,6 +29,8 @@ def evaluate(
     segmenter: Annotated[Literal["clause", "sentence"] | None, CUT] = None,
     lang: Annotated[Literal["en", "zh", "auto"] | None, CUT] = None,
     max_tokens: Annotated[Positive | None, CUT] = None,
+    context_curve: str | None = None,
+    ngram: str | None = None,
     record: str | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -51,6 +53,8 @@ def evaluate(
         segmenter: how sentences are cut (default: as the model was trained, else clause)
         lang: language (default: as trained, else auto)
         max_tokens: longest sentence in tokens (default: as trained, else 64)
+        context_curve: context lengths, such as 16,64,256: adds the loss of the same sentences at each
+        ngram: shard folder of the training text: adds the bits per byte of a Kneser-Ney model counted on it
         record: run directory that the model was exported from: keep the result for its model card
     """
     from pipeline.evaluation import evaluate as evaluation
@@ -80,6 +84,8 @@ def evaluate(
             language=lang,
             max_tokens=max_tokens,
             int8=int8,
+            context_curve=_numbers(context_curve),
+            ngram=ngram,
             device=device,
             dtype=dtype,
             progress=ranks.rank == 0,
@@ -97,6 +103,14 @@ def evaluate(
             log(f"recorded in {path}: the next `sllm export {record}` puts it on the model card")
         answer(result, json, evaluation.format_result)
     return 0
+
+
+def _numbers(text: str | None) -> list[int]:
+    """`16,64` → [16, 64]. Raises: UserError for anything else."""
+    parts = text.split(",") if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--context-curve {text}: must be numbers of tokens above 0, such as 16,64,256")
+    return [int(part) for part in parts]
 
 
 @app.command(group="Evaluate")

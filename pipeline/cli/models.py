@@ -133,6 +133,27 @@ def export(
     answer(result, json, "exported {which} of {run_dir} to {output}".format_map)
 
 
+@app.command(name="import", group="Models")
+def import_published(checkpoint: str, /, *, opt: str, output: str, json: Json = False) -> None:
+    """Make a model folder of a checkpoint of the paper's own code (docs/reproduction.md).
+
+    example:
+      sllm import exp/SentenceVAE-sllm_125m_h1_all/best.pth --opt model_repo/opt-125m --output models/theirs
+
+    Args:
+        checkpoint: file of torch that holds tensors alone, or .safetensors
+        opt: folder of the OPT that it was trained with: config and tokenizer
+        output: model folder to write
+    """
+    from pipeline.export import published
+    from pipeline.models.folders import model_kind, parameter_count
+
+    model = published.import_published(checkpoint, opt, output)
+    kind, count = model_kind(model), parameter_count(model)
+    result = {"checkpoint": checkpoint, "output": output, "kind": kind, "parameters": count}
+    answer(result, json, "imported {checkpoint} as {kind} of {parameters:,} parameters: {output}".format_map)
+
+
 @app.command(group="Cost and speed")
 def inspect(
     *,

@@ -31,13 +31,18 @@ class VaeRecipe(Section):
     layout: Literal["lean", "paper"] = Field(
         "lean", description="paper: the published layers (docs/sizes.md)"
     )
+    published_inputs: Flag = Field(
+        False, description="layout paper: a BOS before each encoded sentence, no start position (sllm import)"
+    )
     positions: Literal["learned", "rotary"] = Field("learned", description="positions of layout lean")
     fusion: Literal["sum", "mean", "attention", "last"] = Field(
         "sum", description="how a sentence's token states become its vector"
     )
     vectors: Count = Field(1, description="vectors of a sentence; above 1 needs fusion attention")
-    condition: Literal["cross_attention", "prefix", "none"] = Field(
-        "cross_attention", description="how a vector enters the decoder; none: it does not, as a control"
+    condition: Literal["cross_attention", "prefix", "constant", "none"] = Field(
+        "cross_attention",
+        description="how a vector enters the decoder; as controls: constant (a learned bias of as many "
+        "parameters in its place) and none",
     )
     condition_range: Number = Field(0.0, description="standard deviation of cross-attention's first weights")
     prefix_slots: Count = Field(1, description="rows of the prefix (condition prefix)")
@@ -59,6 +64,8 @@ class VaeRecipe(Section):
                 "model.vae.layout paper has one vector, cross_attention, no context_sentences and sinusoidal "
                 "positions: use lean for anything else"
             )
+        if self.published_inputs and self.layout != "paper":
+            yield "model.vae.published_inputs needs model.vae.layout paper"
         if self.prefix_slots != 1 and self.condition != "prefix":
             slots = f"model.vae.prefix_slots {self.prefix_slots}"
             yield f"{slots} needs model.vae.condition prefix, not {self.condition}"
@@ -83,7 +90,7 @@ class BackboneRecipe(Section):
     """
 
     path: str | None = Field(None, description=PATH)
-    model_type: str = Field("opt", description="family: opt, llama, qwen2 or qwen3")
+    model_type: str = Field("opt", description="family: opt, llama, mistral, qwen2 or qwen3")
     vocab_size: Count | None = Field(None, description="entries of the vocabulary (token model)")
     hidden_size: Count | None = Field(None, description="width of the layers")
     num_hidden_layers: Count | None = Field(None, description="layers")
@@ -91,6 +98,10 @@ class BackboneRecipe(Section):
     max_position_embeddings: Count | None = Field(None, description="longest input, in positions")
     attention_dropout: Share | None = Field(None, description="dropout of attention weights")
     tie_word_embeddings: Flag | None = Field(None, description="embedding and head share one matrix")
+
+
+HEAD_DIM = "width of a head (Llama, Mistral, Qwen3)"
+WINDOW = "rows back that a layer sees, its own included; null: 4,096 (Mistral, Qwen)"
 
 
 class OptRecipe(BackboneRecipe):
@@ -123,17 +134,33 @@ class RotaryRecipe(BackboneRecipe):
 
 
 class LlamaRecipe(RotaryRecipe):
-    head_dim: Count | None = Field(None, description="width of a head (Llama, Qwen3)")
+    head_dim: Count | None = Field(None, description=HEAD_DIM)
     attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
     mlp_bias: Flag | None = Field(None, description="the feed-forward has biases (Llama)")
 
 
+class MistralRecipe(RotaryRecipe):
+    head_dim: Count | None = Field(None, description=HEAD_DIM)
+    sliding_window: Count | None = Field(None, description=WINDOW)
+
+
 class Qwen2Recipe(RotaryRecipe):
-    use_sliding_window: Flag | None = Field(None, description="must be false (Qwen)")
+    sliding_window: Count | None = Field(None, description=WINDOW)
+    use_sliding_window: Flag | None = Field(None, description="some layers have the window (Qwen)")
+    max_window_layers: Whole | None = Field(
+        None, description="layers from this number on have the window; 0: all (Qwen)"
+    )
+
+    def problems(self) -> Iterator[str]:
+        # Otherwise Hugging Face's config has no window, and says nothing.
+        if self.sliding_window is not None and not self.use_sliding_window:
+            yield "model.backbone.sliding_window needs model.backbone.use_sliding_window true"
+        if self.use_sliding_window and self.max_window_layers is None:
+            yield "model.backbone.use_sliding_window needs model.backbone.max_window_layers (0: all layers)"
 
 
 class Qwen3Recipe(Qwen2Recipe):
-    head_dim: Count | None = Field(None, description="width of a head (Llama, Qwen3)")
+    head_dim: Count | None = Field(None, description=HEAD_DIM)
     attention_bias: Flag | None = Field(None, description="attention has biases (Llama, Qwen3)")
 
 
@@ -141,6 +168,7 @@ class Qwen3Recipe(Qwen2Recipe):
 BACKBONES: dict[str, type[BackboneRecipe]] = {
     "opt": OptRecipe,
     "llama": LlamaRecipe,
+    "mistral": MistralRecipe,
     "qwen2": Qwen2Recipe,
     "qwen3": Qwen3Recipe,
 }

@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that a wrong recipe is refused within
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,6 +50,12 @@ class DataRecipe(Section):
     window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
     bin_tokens: Count = Field(8192, description="tokens of a bin at most")
     bins_per_step: Count = Field(1, description="bins of one step, over all ranks")
+    # Resolved recipes from before this key stay the same.
+    sentence_ends: Flag = Field(
+        False,
+        exclude_if=operator.not_,
+        description="the token model reads and predicts an end symbol after every sentence (lm)",
+    )
 
     def problems(self) -> Iterator[str]:
         if self.window_tokens > self.bin_tokens:
@@ -251,6 +258,8 @@ class Recipe(Section):
                 yield f"objective {self.objective} needs model.{name} (sizes, or a path)"
         if self.loss.embedding_weight and self.objective != "sllm":
             yield f"loss.embedding_weight is for objective sllm, not {self.objective}"
+        if self.data.sentence_ends and self.objective != "lm":
+            yield f"data.sentence_ends is for objective lm: {self.objective} has sentence ends always"
         if self.objective == "vae" and self.model.vae.get("path"):
             yield "objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
 

@@ -95,7 +95,7 @@ class RecipeModel:
     """
 
     def __init__(self, recipe: Recipe, name: str, settings: Settings):
-        self.name, self._objective, self._device = name, recipe.objective, settings.device
+        self.name, self._recipe, self._device = name, recipe, settings.device
         torch.manual_seed(recipe.seed)
         model = new_model(recipe, settings.shards.tokenizer(), settings.shards.settings.to_dict())
         self.model = _placed(model, settings)
@@ -103,7 +103,8 @@ class RecipeModel:
 
     def prepare(self, turn: int) -> None:
         bin_, batch = self._bins[turn]
-        self._batch, self._targets = batch.to(self._device), bin_.targets(self._objective)
+        self._batch = batch.to(self._device)
+        self._targets = bin_.targets(self._recipe.objective, self._recipe.data.sentence_ends)
         self.tokens = batch.tokens
 
     def loss(self) -> Tensor:

@@ -137,6 +137,12 @@ class Batch:
         return SegmentLayout(np.diff(self.cu_documents) + 1, self.device)
 
     @cached_property
+    def apart_layout(self) -> SegmentLayout:
+        """The same rows, where no sentence sees the start position, and the first sentence is at place 0."""
+        counts_D = np.diff(self.cu_documents)
+        return SegmentLayout(np.stack([np.ones_like(counts_D), counts_D], 1).reshape(-1), self.device)
+
+    @cached_property
     def token_model_layout(self) -> SegmentLayout:
         """BOS + tokens by window: T+D rows (token-level model)."""
         return SegmentLayout(np.diff(self.cu_sentences[self.cu_documents]) + 1, self.device)
@@ -214,10 +220,9 @@ class Batch:
         return self._index(np.arange(self.sentences) + self._window_of_sentence)
 
     @cached_property
-    def start_row_S(self) -> Tensor:
-        """int64 [S]: the start row of each sentence's window (to measure the vector gain)."""
-        window = self._window_of_sentence
-        return self._index((self.cu_documents[:-1] + np.arange(self.documents))[window])
+    def place_S(self) -> np.ndarray:
+        """int64 [S], host: the number of sentences before each one in its window."""
+        return np.arange(self.sentences) - self.cu_documents[self._window_of_sentence]
 
     @cached_property
     def stop_label_S(self) -> Tensor:
@@ -227,6 +232,15 @@ class Batch:
         return self._index(labels)
 
     # Token-level model.
+
+    def with_sentence_ends(self, end: int) -> Batch:
+        """The same batch with an end symbol as the last token of every sentence."""
+        lengths = np.diff(self.cu_sentences)
+        rows_T = self._index(np.arange(self.tokens) + np.repeat(np.arange(self.sentences), lengths))
+        tokens = torch.full((self.tokens + self.sentences,), end, dtype=torch.long, device=self.device)
+        cu_sentences = self.cu_sentences + np.arange(self.sentences + 1)
+        tokens_T = tokens.index_copy_(0, rows_T, self.tokens_T)
+        return dataclasses.replace(self, tokens_T=tokens_T, cu_sentences=cu_sentences)
 
     def token_model_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end

@@ -72,8 +72,10 @@ class StepLoader:
         byte_lengths: np.ndarray,
         position: Position,
         ahead: int = 2,
+        sentence_ends: bool = False,
     ):
-        self._plan, self._objective, self._bins_per_step = plan, objective, bins_per_step
+        self._plan, self._bins_per_step = plan, bins_per_step
+        self._objective, self._sentence_ends = objective, sentence_ends
         self._ranks, self._byte_lengths, self._position = ranks, byte_lengths, position
         self._ready: queue.Queue[Step | BaseException] = queue.Queue(ahead)
         self._closed = threading.Event()
@@ -119,7 +121,7 @@ class StepLoader:
             bins = list(itertools.islice(stream, self._bins_per_step))
             mine = assign(bins, self._ranks)
             batches, text_bytes = build(self._plan, mine, self._byte_lengths)
-            tokens, targets = count(bins, self._objective)
+            tokens, targets = count(bins, self._objective, self._sentence_ends)
             position = position.after(bins)
             yield Step(
                 batches=batches,

@@ -86,19 +86,21 @@ class Bin:
     def document_ends(self) -> int:
         return int(self.of["document_end"][self.rows].sum())
 
-    def targets(self, objective: str) -> int:
+    def targets(self, objective: str, sentence_ends: bool = False) -> int:
         """Vocabulary targets of the bin: tokens + sentence ends (`vae`, `sllm`), tokens + document ends
-        (`lm`)."""
-        return self.tokens + (self.document_ends if objective == "lm" else self.sentences)
+        (`lm`), or with both kinds of ends (`lm` with `sentence_ends`)."""
+        return count([self], objective, sentence_ends)[1]
 
 
-def count(bins: Sequence[Bin], objective: str) -> tuple[int, int]:
+def count(bins: Sequence[Bin], objective: str, sentence_ends: bool = False) -> tuple[int, int]:
     """Tokens and targets (`Bin.targets`) of many bins at once."""
+    ends = ["document_end"] if objective == "lm" else ["sentences"]
+    ends += ["sentences"] if sentence_ends else []
     tokens = targets = 0
     for of in {id(bin_.of): bin_.of for bin_ in bins}.values():
         windows = of[np.concatenate([bin_.rows for bin_ in bins if bin_.of is of])]
         tokens += int(windows["tokens"].sum(dtype=np.int64))
-        targets += int(windows["document_end" if objective == "lm" else "sentences"].sum(dtype=np.int64))
+        targets += sum(int(windows[name].sum(dtype=np.int64)) for name in ends)
     return tokens, tokens + targets
 
 

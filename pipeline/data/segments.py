@@ -12,6 +12,7 @@ from torch import Tensor
 
 _PAIRS_OF_A_BLOCK = 2048  # query-key pairs that cost as much as a block's kernel calls, at width 128
 _FLEX_BLOCK = 128
+_SHORTEST_BAND = 16  # rows of a block under an attention window
 
 
 def _bucket_edges(longest: int) -> np.ndarray:
@@ -44,6 +45,19 @@ class BlockPlan:
         return len(self.source)
 
 
+@dataclass(frozen=True)
+class BandPlan:
+    """How causal attention within `window` rows runs on blocks of equal length.
+
+    plan: one block after the other, each a piece of a segment. A block's queries see its own keys and those
+    of the `back` blocks before it. mask: bool [n, 1, L, (back + 1) · L], the keys that they may see.
+    """
+
+    plan: BlockPlan
+    back: int
+    mask: Tensor
+
+
 class SegmentLayout:
     """Lengths of consecutive segments of one packed row, with the plans of the attention paths.
 
@@ -60,7 +74,8 @@ class SegmentLayout:
         self.rows = int(self.starts[-1])
         self.longest = int(self.lengths.max())
         self.device = torch.device(device)
-        self._flex_masks: dict[bool, Any] = {}
+        self._flex_masks: dict[tuple[bool, int | None], Any] = {}
+        self._bands: dict[int, BandPlan] = {}
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
@@ -139,18 +154,71 @@ class SegmentLayout:
             masks,
         )
 
+    def limits(self, window: int | None) -> bool:
+        """Whether an attention window of so many rows, the row itself included, hides anything."""
+        return window is not None and window < self.longest
+
+    def _band_blocks(self, window: int) -> tuple[int, int, np.ndarray]:
+        """Length of a block, blocks that it sees before itself, and blocks of every segment."""
+        length = max(_SHORTEST_BAND, -(-window // 2))
+        return length, -(-(window - 1) // length), -(-self.lengths // length)
+
+    def bands(self, window: int) -> BandPlan:
+        """The plan of the bucketed path for causal attention within `window` rows."""
+        if window not in self._bands:
+            self._bands[window] = self._make_bands(window)
+        return self._bands[window]
+
+    def _make_bands(self, window: int) -> BandPlan:
+        length, back, blocks = self._band_blocks(window)
+        number = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)  # in its segment
+        starts = np.repeat(self.starts[:-1], blocks) + number * length
+        ends = np.minimum(starts + length, np.repeat(self.starts[1:], blocks))
+        source = np.minimum(starts[:, None] + np.arange(length), ends[:, None] - 1)
+        real = np.arange(length) < (ends - starts)[:, None]
+        plan = BlockPlan(
+            [source.shape],
+            self._to_device(source.reshape(-1)),
+            self._to_device(np.flatnonzero(real)),
+            self._to_device(np.flatnonzero(~real)),
+            [None],
+        )
+        keys = np.arange(-back * length, length)
+        distance = np.arange(length)[:, None] - keys
+        # No real row sees a padded one, which comes after all of its segment.
+        there = keys // length >= -number[:, None]
+        mask = ((distance >= 0) & (distance < window)) & there[:, None]
+        return BandPlan(plan, back, self._to_device(mask[:, None]))
+
     # What attention costs, in pairs of a query and a key.
+
+    def needed_pairs(self, causal: bool, window: int | None = None) -> int:
+        """Pairs that attention needs: all within segments, or each row's past, up to `window` rows."""
+        if not causal:
+            return self.pairs
+        seen = np.minimum(self.lengths, window or self.longest)
+        return int((seen * (seen + 1) // 2 + (self.lengths - seen) * seen).sum())
 
     @property
     def pairs(self) -> int:
         """Pairs within segments, Σ length²; a causal path may skip half of them."""
         return int((self.lengths**2).sum())
 
-    def computed_pairs(self, path: str) -> int:
-        """Pairs that a path computes, including padding but not the padding inside a GPU kernel's tiles."""
-        if path == "bucketed":
-            return sum(len(members) * int(self.lengths[members].max()) ** 2 for members in self._buckets)
-        return self.rows**2 if path == "masked" else self.pairs
+    def computed_pairs(self, path: str, window: int | None = None) -> tuple[int, int]:
+        """Pairs that a path computes for real rows, and with padding, but without that inside a GPU kernel's
+        tiles."""
+        if window is not None and self.limits(window):
+            length, back, blocks = self._band_blocks(window)
+            shown = (back + 1) * length if path == "bucketed" else 0
+            real = self.rows * shown or self.needed_pairs(True, window)
+            computed = int(blocks.sum()) * length * shown or real
+        else:
+            real = computed = self.pairs
+            if path == "bucketed":
+                computed = sum(
+                    len(members) * int(self.lengths[members].max()) ** 2 for members in self._buckets
+                )
+        return real, self.rows**2 if path == "masked" else computed
 
     # The masked and the flex path.
 
@@ -159,27 +227,32 @@ class SegmentLayout:
         """bool [T, T]: row i and row j are in one segment."""
         return self.segment_of_row[:, None] == self.segment_of_row[None, :]
 
-    def flex_mask(self, causal: bool) -> Any:
+    def flex_mask(self, causal: bool, window: int | None = None) -> Any:
         """flex attention's `BlockMask` [1, 1, T, T]: the tiles with a pair of one segment, and the rule
         inside them."""
-        if causal not in self._flex_masks:
-            self._flex_masks[causal] = self._make_flex_mask(causal)
-        return self._flex_masks[causal]
+        key = causal, window if self.limits(window) else None
+        if key not in self._flex_masks:
+            self._flex_masks[key] = self._make_flex_mask(*key)
+        return self._flex_masks[key]
 
-    def _make_flex_mask(self, causal: bool) -> Any:
+    def _make_flex_mask(self, causal: bool, window: int | None) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
         segment = self.segment_of_row
 
         def allowed(batch, head, query, key):
-            same = segment[query] == segment[key]
-            return same & (query >= key) if causal else same
+            seen = segment[query] == segment[key]
+            seen = seen & (query >= key) if causal else seen
+            return seen if window is None else seen & (query - key < window)
 
         # Rows of a segment are contiguous, so the tiles that a tile of queries needs are contiguous too.
         tiles = -(-self.rows // _FLEX_BLOCK)
         first_row = np.arange(tiles) * _FLEX_BLOCK
         last_row = np.minimum(first_row + _FLEX_BLOCK, self.rows) - 1
-        first = self.starts[self._segment_of_row[first_row]] // _FLEX_BLOCK
+        first = self.starts[self._segment_of_row[first_row]]
+        if window is not None:
+            first = np.maximum(first, first_row - window + 1)
+        first = first // _FLEX_BLOCK
         end = (self.starts[self._segment_of_row[last_row] + 1] - 1) // _FLEX_BLOCK + 1
         if causal:
             end = np.arange(tiles) + 1

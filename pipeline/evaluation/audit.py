@@ -52,9 +52,12 @@ class PlannedSteps:
         while self._made < number:
             bins = list(itertools.islice(self._stream, self._recipe.data.bins_per_step))
             digests = [build_batch(self._plan.spans(bin_)).digest() for bin_ in bins]
-            self._last.append(PlannedStep(bins, digests, *count(bins, self._recipe.objective)))
+            self._last.append(PlannedStep(bins, digests, *self._counts(bins)))
             self._made += 1
         return self._last[number - self._made - 1]
+
+    def _counts(self, bins: list[Bin]) -> tuple[int, int]:
+        return count(bins, self._recipe.objective, self._recipe.data.sentence_ends)
 
     def around(self, number: int) -> list[PlannedStep]:
         """A step and its neighbours."""

@@ -33,7 +33,10 @@ from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 from pipeline.common.text import FILTERS
 from pipeline.data.batch import Batch, build_batch
+from pipeline.data.windows import document_spans
+from pipeline.evaluation.context_curve import curve_figures, curve_windows, require_room
 from pipeline.evaluation.generated import cut_agreement, read_generated
+from pipeline.evaluation.ngram import NgramModel, count_shards
 from pipeline.evaluation.scores import Scores, Window, document_windows
 from pipeline.models.factory import load_model
 from pipeline.models.folders import (
@@ -56,14 +59,17 @@ ALONE = Ranks(0, 1, 0)
 DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
 
 
+# Tokens [T], sentence lengths [S], sub-corpus, language.
+Document = tuple[np.ndarray, np.ndarray, str, str]
+
+
 @dataclass
 class Source:
     """Documents to score, in corpus order, and their origin."""
 
     path: str
     settings: dict  # segmenter, language, max_tokens
-    # Of each document: tokens [T], sentence lengths [S], sub-corpus, language.
-    documents: Iterator[tuple[np.ndarray, np.ndarray, str, str]]
+    documents: Iterator[Document]
     tokens: int | None = None  # expected, for the progress display
     shards_fingerprint: str | None = None
     rejected: dict[str, int] = field(default_factory=dict)  # reason → records left out
@@ -75,12 +81,25 @@ class Source:
         """The windows of this rank's documents out of the first `limit`. The digest covers the text of all,
         each preceded by its length so that borders count.
         """
-        for number, document in enumerate(itertools.islice(self.documents, limit)):
-            tokens_T, lengths_S, source, language = document
+        pairs = _with_donors(itertools.islice(self.documents, limit))
+        for number, ((tokens_T, lengths_S, source, language), donor) in enumerate(pairs):
             text = tokenizer.decode_bytes(tokens_T)
             self.digest.update(len(text).to_bytes(8, "little") + text)
             if number % ranks.world == ranks.rank:
-                yield from document_windows(tokens_T, lengths_S, window_tokens, number, source, language)
+                donors = [None] if donor is None else [*document_spans(*donor[:2], window_tokens)]
+                place = number, source, language
+                yield from document_windows(tokens_T, lengths_S, window_tokens, *place, donors)
+
+
+def _with_donors(documents: Iterator[Document]) -> Iterator[tuple[Document, Document | None]]:
+    """Each document with the one before it (the first with the second), whose vectors it will be given."""
+    first, second = next(documents, None), next(documents, None)
+    if first is None:
+        return
+    yield first, second
+    for document in itertools.chain([] if second is None else [second], documents):
+        yield document, first
+        first = document
 
 
 def _shard_source(shards: ShardSet, tokenizer: Tokenizer, model_folder: str) -> Source:
@@ -91,7 +110,7 @@ def _shard_source(shards: ShardSet, tokenizer: Tokenizer, model_folder: str) -> 
             "model's tokenizer, or give the documents themselves with --text"
         )
 
-    def documents() -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
+    def documents() -> Iterator[Document]:
         for document in shards.documents():
             if int(tokenizer.byte_lengths[document.tokens].sum()) != document.bytes:
                 raise UserError(
@@ -121,7 +140,7 @@ def _record_source(
 ) -> Source:
     source = Source(path, cut.to_dict(), iter(()))
 
-    def documents() -> Iterator[tuple[np.ndarray, np.ndarray, str, str]]:
+    def documents() -> Iterator[Document]:
         for record in records:
             if isinstance(record, Reject):
                 reason = record.reason
@@ -191,6 +210,8 @@ def window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
     config = model_config(model)
     positions = getattr(config, "max_position_embeddings", None) if kind == "lm" else None
     most = positions - 1 if positions else 1 << 30  # the start symbol takes one
+    if getattr(model, "sentence_ends", False):  # in the worst case as many as tokens
+        most = most // 2
     window = wanted or getattr(config, "window_tokens", None) or min(DEFAULT_WINDOW_TOKENS, most)
     if window > most:
         raise UserError(
@@ -239,6 +260,8 @@ def evaluate(
     ranks: Ranks = ALONE,
     documents: Sequence[RawDocument | Reject] | None = None,
     generated: str | Path | None = None,
+    context_curve: Sequence[int] = (),
+    ngram: str | Path | NgramModel | None = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
 ) -> dict:
@@ -250,6 +273,8 @@ def evaluate(
         segmenter, language, max_tokens: how `text` is cut into sentences.
         ranks: all of them must call this alike, inside a process group.
         documents: scored in place of those in the file `text`, which then only names them.
+        context_curve: context lengths in tokens whose loss is measured (`context_curve.py`).
+        ngram: shards to count an n-gram model on, or that model, scored on the same windows.
     Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
     """
@@ -259,36 +284,52 @@ def evaluate(
         text, (documents, ends) = generated, read_generated(generated)
     if data is not None and any(given.values()):
         raise UserError("--segmenter, --lang and --max-tokens are for --text: shards are cut already")
-    loaded = source = window = cut = scores = error = None
+    loaded = source = window = cut = scored = error = None
     started = 0.0
+    contexts = sorted(set(context_curve))
     try:
         shards = ShardSet.open(data) if data is not None else None
         if shards is None and documents is None:
             find_inputs([text])  # refuses a missing file before a model is loaded
         loaded = folder if isinstance(folder, Loaded) else load(str(folder), int8, device, dtype)
         model, kind, tokenizer = loaded.model, loaded.kind, loaded.tokenizer
-        if shards is not None:
-            source = _shard_source(shards, tokenizer, loaded.folder)
-        else:
+        if shards is None:
             cut = sentence_settings(model, **given)
+
+        def opened() -> Source:
+            if shards is not None:
+                return _shard_source(shards, tokenizer, loaded.folder)
             records = read_records(str(text), cut.language) if documents is None else documents
-            source = _record_source(str(text), records, tokenizer, cut)
+            return _record_source(str(text), records, tokenizer, cut)
+
+        source = opened()
         _check_fits(model, kind, tokenizer, source.settings, loaded.folder)
         window = window_limit(model, kind, window_tokens)
+        if contexts:
+            if kind == "vae":
+                raise UserError("--context-curve is for models that predict: a SentenceVAE has no context")
+            require_room(contexts, source.settings["max_tokens"], window)
+        if ngram is not None and not isinstance(ngram, NgramModel):
+            ngram = count_shards(ngram, tokenizer, window)
         windows = source.windows(tokenizer, window, max_documents, ranks)
         expected = None if max_documents or source.tokens is None else source.tokens // ranks.world
         started = time.perf_counter()
-        scores = score(model, kind, tokenizer, windows, batch_tokens, expected, progress)
+        how = model, kind, tokenizer
+        scored = [score(*how, windows, batch_tokens, expected, progress, ngram=ngram)]
+        if contexts:
+            curve = curve_windows(itertools.islice(opened().documents, max_documents), contexts, ranks)
+            scored.append(score(*how, curve, batch_tokens, controls=False))
     except (UserError, OSError) as problem:
         if ranks.world == 1:
             raise
         error = problem
     if ranks.world > 1:
-        everyone = agree(error, scores)
-        whole = Scores(loaded.kind)
+        everyone = agree(error, scored)
+        scored = [Scores(loaded.kind, controls=part == 0) for part in range(len(scored))]
         for theirs in everyone:
-            whole.merge(theirs)
-        scores = whole
+            for whole, part in zip(scored, theirs, strict=True):
+                whole.merge(part)
+    scores = scored[0]
     if not scores.rows:
         reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
         left_out = f" (left out: {reasons})" if reasons else ""
@@ -311,6 +352,8 @@ def evaluate(
         "window_tokens": window,
         "ranks": ranks.world,
         **scores.figures(),
+        **({"context_curve": curve_figures(scored[1], contexts)} if contexts else {}),
+        **({"ngram_trained_tokens": ngram.tokens} if isinstance(ngram, NgramModel) else {}),
         **agreement,
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -324,17 +367,20 @@ def score(
     batch_tokens: int,
     expected_tokens: int | None = None,
     progress: bool = False,
+    controls: bool = True,
+    ngram: NgramModel | None = None,
 ) -> Scores:
-    """Sums over all windows. `model` in eval mode; `kind`: sllm, vae or lm."""
+    """Sums over all windows. `model` in eval mode; `kind`: sllm, vae or lm; `controls`: also with other
+    sentence vectors (sllm)."""
     if kind == "vae":  # refused before the work, not at the first sentence that differs
         import_extra("rapidfuzz", "eval")
-    scores, nats, text_bytes, device = Scores(kind), 0.0, 0, next(model.parameters()).device
+    scores, nats, text_bytes, device = Scores(kind, controls), 0.0, 0, next(model.parameters()).device
     # disable=None: shown on a terminal only.
     with tqdm(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
         for batch, group in batches(windows, batch_tokens):
-            more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths)
+            more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths, ngram)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
             bar.update(batch.tokens)
             bar.set_postfix_str(f"{bits_per_byte(nats, max(1, text_bytes)):.4f} bits/byte", refresh=False)

@@ -17,12 +17,14 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 
 from data_prep.common.environment import header
 from data_prep.common.errors import UserError, counted
 from data_prep.shards.reader import ShardSet
+from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.plan import BinPlan
 from pipeline.data.windows import Span, document_spans
 from pipeline.models.losses import bits_per_byte, perplexity
@@ -137,6 +139,27 @@ class NgramModel:
         return p[1:]
 
 
+def count_shards(
+    shards: str | Path, tokenizer: Tokenizer, window_tokens: int, tokens: int | None = None, order: int = 5
+) -> NgramModel:
+    """The model of a shard set's windows, of all or the first `tokens` in training order.
+
+    Raises: UserError for shards made with another tokenizer.
+    """
+    shard_set = ShardSet.open(shards)
+    if shard_set.tokenizer().fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{shards}: made with another tokenizer than that of the scored text")
+    return count_plan(
+        BinPlan([shard_set], window_tokens, max(window_tokens, BIN_TOKENS), SEED), tokens, order
+    )
+
+
+def count_plan(plan: BinPlan, tokens: int | None = None, order: int = 5) -> NgramModel:
+    """The model of one epoch of a run's windows, or of the first `tokens` tokens."""
+    drawn = (span for one in plan.epoch() for span in plan.spans(one))
+    return NgramModel(_first(drawn, tokens), plan.shard_sets[0].tokenizer().vocab_size, order)
+
+
 def run(
     shards: str, validation: str, order: int, window_tokens: int, train_tokens: int | None = None
 ) -> dict[str, object]:
@@ -152,9 +175,7 @@ def run(
     tokenizer = ours.tokenizer()
     if tokenizer.fingerprint != theirs.tokenizer().fingerprint:
         raise UserError(f"{validation}: made with another tokenizer than {shards}: shard it with the same")
-    plan = BinPlan([ours], window_tokens, max(window_tokens, BIN_TOKENS), SEED)
-    drawn = (span for one in plan.epoch() for span in plan.spans(one))
-    model = NgramModel(_first(drawn, train_tokens), tokenizer.vocab_size, order)
+    model = count_shards(shards, tokenizer, window_tokens, train_tokens, order)
     token_nats = end_nats = 0.0
     text_bytes = tokens = documents = 0
     scored = (document_spans(d.tokens, d.sentence_lengths, window_tokens) for d in theirs.documents())

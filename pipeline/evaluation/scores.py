@@ -1,6 +1,6 @@
 """Sums per document and per group, and the figures made of them (docs/evaluation.md).
 
-There is one row of eight sums (nats in float64, and counts) per document and per group of sentences (by
+There is one row of sums (nats in float64, and counts) per document and per group of sentences (by
 length, by position in the document). Every figure is a ratio of such sums, divided once. Rows of several
 ranks are merged by document number and added in that order, so the split over ranks changes nothing but the
 rounding inside the model (other packing: relative 1e-6).
@@ -15,40 +15,59 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.data.batch import Batch
 from pipeline.data.windows import Span, document_spans
+from pipeline.evaluation.controls import SHUFFLES, replacements
+from pipeline.evaluation.ngram import NgramModel
 from pipeline.evaluation.reconstruction import edit_distances, rebuild
 from pipeline.models.losses import bits_per_byte, perplexity
 from pipeline.models.sentence_vae import SentenceVAE
 
 RESAMPLES, SEED, LEVEL = 1000, 0, 0.95
 
-# Columns of a row: nats of tokens, ends, stop decisions; nats of all without sentence vectors; counts.
-TOKEN, END, STOP, WITHOUT, BYTES, TOKENS, SENTENCES, WINDOWS = range(8)
+# Columns of a row: nats of tokens, ends, stop decisions; nats of all without sentence vectors; counts; tokens
+# before each token in its window, summed; nats of the n-gram model; then, for each of `SHUFFLES`, nats lost,
+# and bytes of the sentences with other vectors.
+TOKEN, END, STOP, WITHOUT, BYTES, TOKENS, SENTENCES, WINDOWS, SEEN, NGRAM, LOST = range(11)
+NATS = slice(TOKEN, STOP + 1)
+GIVEN = LOST + len(SHUFFLES)
+COLUMNS = GIVEN + len(SHUFFLES)
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a document: content, the document's number, and the number of sentences before it."""
+    """A window of a document: content, the document's number, and the number of sentences before it.
+
+    donor: a window of another document (`controls`). context: leading sentences that are not scored.
+    """
 
     span: Span
     document: int = 0
     first_sentence: int = 0
     source: str = ""
     language: str = ""
+    donor: Span | None = None
+    context: int = 0
 
 
 def document_windows(
-    tokens_T: np.ndarray, lengths_S: np.ndarray, window_tokens: int, document: int, source: str, language: str
+    tokens_T: np.ndarray,
+    lengths_S: np.ndarray,
+    window_tokens: int,
+    document: int,
+    source: str,
+    language: str,
+    donors: Sequence[Span | None] = (None,),
 ) -> Iterable[Window]:
-    """A whole document's windows, in order."""
+    """A whole document's windows, in order. donors: the windows of another document."""
     first = 0
-    for span in document_spans(tokens_T, lengths_S, window_tokens):
-        yield Window(span, document, first, source, language)
+    for number, span in enumerate(document_spans(tokens_T, lengths_S, window_tokens)):
+        yield Window(span, document, first, source, language, donors[number % len(donors)])
         first += len(span.sentence_lengths)
 
 
@@ -61,7 +80,7 @@ def bucket(number: int) -> str:
 def interval(numerator_D: np.ndarray, denominator_D: np.ndarray) -> list[float] | None:
     """[low, high] of Σ numerator / Σ denominator by document bootstrap; None for fewer than two documents."""
     count = len(numerator_D)
-    if count < 2:
+    if count < 2 or not denominator_D.any():
         return None
     rng = np.random.default_rng(SEED)
     ratios = np.empty(RESAMPLES)
@@ -71,14 +90,26 @@ def interval(numerator_D: np.ndarray, denominator_D: np.ndarray) -> list[float] 
     return np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
 
 
+def _per_byte(nats: float, text_bytes: float) -> float | None:
+    return bits_per_byte(float(nats), float(text_bytes)) if text_bytes else None
+
+
+def _ngram_nats(ngram: NgramModel, span: Span) -> np.ndarray:
+    """float64 [S]: an n-gram model's nats of every sentence, a document's end in its last one."""
+    nats_N = -np.log(ngram.probabilities(span))
+    lengths_S = span.sentence_lengths.astype(np.int64)
+    return np.add.reduceat(nats_N, np.cumsum(lengths_S) - lengths_S)
+
+
 @dataclass
 class Scores:
     """Sums over documents: `add` batches, `merge` other ranks, then `figures`."""
 
     kind: str  # sllm | vae | lm
-    rows: dict[int, np.ndarray] = field(default_factory=dict)  # document → float64 [8]
+    controls: bool = True  # also score with other sentence vectors (sllm)
+    rows: dict[int, np.ndarray] = field(default_factory=dict)  # document → float64 [COLUMNS]
     labels: dict[int, tuple[str, str]] = field(default_factory=dict)  # document → sub-corpus, language
-    by_length: dict[str, np.ndarray] = field(default_factory=dict)  # group → float64 [8]
+    by_length: dict[str, np.ndarray] = field(default_factory=dict)  # group → float64 [COLUMNS]
     by_position: dict[str, np.ndarray] = field(default_factory=dict)
     sentences_of_length: Counter[int] = field(default_factory=Counter)  # vae
     exact_of_length: Counter[int] = field(default_factory=Counter)
@@ -86,15 +117,20 @@ class Scores:
 
     @torch.inference_mode()
     def add(
-        self, model: torch.nn.Module, batch: Batch, windows: Sequence[Window], byte_lengths: np.ndarray
+        self,
+        model: torch.nn.Module,
+        batch: Batch,
+        windows: Sequence[Window],
+        byte_lengths: np.ndarray,
+        ngram: NgramModel | None = None,
     ) -> tuple[float, int]:
         """Score one batch, made of `windows`; returns its nats and bytes. `byte_lengths`: int [V], the
         tokenizer's UTF-8 bytes per token."""
         losses = model(batch, want_correct=True) if self.kind == "vae" else model(batch)
         lengths_S = np.diff(batch.cu_sentences)
         symbols_S = lengths_S + 1  # targets of each sentence: its tokens and its end
-        if self.kind == "lm":  # only a document's last sentence has an end
-            symbols_S = lengths_S.copy()
+        if self.kind == "lm":  # a document has an end, a sentence if the model sees its end
+            symbols_S = lengths_S + getattr(model, "sentence_ends", False)
             symbols_S[batch.cu_documents[1:] - 1] += batch.document_end_D
         sentence_N = np.repeat(np.arange(batch.sentences), symbols_S)
 
@@ -105,27 +141,40 @@ class Scores:
             return np.bincount(sentence_N, nll, batch.sentences)
 
         is_end_N = losses.is_end_N.cpu().numpy()
-        sums = np.zeros((batch.sentences, 8))
+        sums = np.zeros((batch.sentences, COLUMNS))
         sums[:, TOKEN] = per_sentence(losses.target_nll_N, ~is_end_N)
         sums[:, END] = per_sentence(losses.target_nll_N, is_end_N)
         if losses.stop_nll_S is not None:
             sums[:, STOP] = losses.stop_nll_S.double().cpu().numpy()
-        if self.kind == "sllm":
-            without = model(batch, start_vector_only=True)
-            # Stop decisions do not involve the decoder, so they are the same without vectors.
-            sums[:, WITHOUT] = per_sentence(without.target_nll_N) + sums[:, STOP]
         token_bytes = byte_lengths[batch.tokens_T.cpu().numpy()]
         sums[:, BYTES] = np.add.reduceat(token_bytes, batch.cu_sentences[:-1])
         sums[:, TOKENS], sums[:, SENTENCES] = lengths_S, 1
-        sums[batch.cu_documents[:-1], WINDOWS] = 1
+        cuts, first_S = batch.cu_sentences, np.arange(batch.sentences) - batch.place_S
+        sums[:, SEEN] = lengths_S * (cuts[:-1] - cuts[first_S]) + lengths_S * (lengths_S - 1) // 2
+        sums[batch.cu_documents[1:] - 1, WINDOWS] = 1
+        if self.kind == "sllm" and self.controls:
+            own = sums[:, TOKEN] + sums[:, END]
+            given = replacements(model, batch, [window.donor for window in windows])
+            for column, (vectors, there_S) in enumerate(given, start=-1):
+                nats = per_sentence(model(batch, vectors_Sd=vectors).target_nll_N) if there_S.any() else own
+                if column < 0:
+                    # Stop decisions do not involve the decoder, so they are the same without vectors.
+                    sums[:, WITHOUT] = nats + sums[:, STOP]
+                else:
+                    sums[:, LOST + column] = np.where(there_S, nats - own, 0)
+                    sums[:, GIVEN + column] = np.where(there_S, sums[:, BYTES], 0)
+        if ngram is not None:
+            sums[:, NGRAM] = np.concatenate([_ngram_nats(ngram, window.span) for window in windows])
+        unscored = batch.place_S < np.repeat([w.context for w in windows], np.diff(batch.cu_documents))
+        sums[unscored] = 0
         self._file(sums, batch, windows, lengths_S)
         if self.kind == "vae":
             self._count_exact(model, batch, losses.target_correct_N, lengths_S)
-        return float(sums[:, : STOP + 1].sum()), int(sums[:, BYTES].sum())
+        return float(sums[:, NATS].sum()), int(sums[:, BYTES].sum())
 
     def _file(self, sums: np.ndarray, batch: Batch, windows: Sequence[Window], lengths_S: np.ndarray) -> None:
         for window, first, end in zip(windows, batch.cu_documents, batch.cu_documents[1:], strict=False):
-            row = self.rows.setdefault(window.document, np.zeros(8))
+            row = self.rows.setdefault(window.document, np.zeros(COLUMNS))
             row += sums[first:end].sum(0)
             self.labels[window.document] = (window.source, window.language)
         # A new group starts after every power of two.
@@ -133,7 +182,7 @@ class Scores:
         for groups, number_S in ((self.by_length, lengths_S), (self.by_position, np.concatenate(places))):
             group_S = np.ceil(np.log2(number_S)).astype(int)
             for group in np.unique(group_S):
-                row = groups.setdefault(bucket(1 << int(group)), np.zeros(8))
+                row = groups.setdefault(bucket(1 << int(group)), np.zeros(COLUMNS))
                 row += sums[group_S == group].sum(0)
 
     def _count_exact(
@@ -174,7 +223,7 @@ class Scores:
         numbers = sorted(self.rows)
         rows_D = np.stack([self.rows[number] for number in numbers])
         total = rows_D.sum(0)
-        nats = float(total[: STOP + 1].sum())
+        nats = float(total[NATS].sum())
         figures = {
             "measures": "reconstruction" if self.kind == "vae" else "prediction",
             **self._of(total),
@@ -206,25 +255,31 @@ class Scores:
 
     def _of(self, row: np.ndarray) -> dict:
         """Figures of one row of sums; None if a group has no bytes."""
-        nats = float(row[: STOP + 1].sum())
+        nats = float(row[NATS].sum())
         counts = {"bytes": int(row[BYTES]), "tokens": int(row[TOKENS]), "sentences": int(row[SENTENCES])}
-        per_byte = {"bits_per_byte": nats}
-        if self.kind == "sllm":
-            without = float(row[WITHOUT])
-            per_byte |= {"bits_per_byte_without_vectors": without, "vector_gain": without - nats}
-        figures = {
-            name: bits_per_byte(value, row[BYTES]) if row[BYTES] else None for name, value in per_byte.items()
-        }
+        figures = {name: _per_byte(*pair) for name, pair in self._ratios(row).items()}
         return {**figures, "ppl": perplexity(nats, row[TOKENS]), **counts}
 
+    def _ratios(self, rows: np.ndarray) -> dict[str, tuple[Any, Any]]:
+        """Figures in bits per byte as (nats, bytes), of one row or of many [D, COLUMNS]."""
+        nats, size = rows[..., NATS].sum(-1), rows[..., BYTES]
+        found = {"bits_per_byte": (nats, size)}
+        if rows[..., NGRAM].any():
+            found["ngram_bits_per_byte"] = rows[..., NGRAM], size
+        if self.kind == "sllm" and self.controls:
+            without = rows[..., WITHOUT]
+            found |= {"bits_per_byte_without_vectors": (without, size), "vector_gain": (without - nats, size)}
+            for n, name in enumerate(SHUFFLES):
+                found[f"{name}_gain"] = rows[..., LOST + n], rows[..., GIVEN + n]
+        return found
+
     def _intervals(self, rows_D: np.ndarray) -> dict:
-        nats_D = rows_D[:, : STOP + 1].sum(1)
         bits = bits_per_byte(1.0, 1.0)
-        figures = {"bits_per_byte_interval": interval(nats_D * bits, rows_D[:, BYTES])}
-        if self.kind == "sllm":
-            gain_D = (rows_D[:, WITHOUT] - nats_D) * bits
-            figures["vector_gain_interval"] = interval(gain_D, rows_D[:, BYTES])
-        return figures
+        return {
+            f"{name}_interval": interval(nats_D * bits, bytes_D)
+            for name, (nats_D, bytes_D) in self._ratios(rows_D).items()
+            if name != "bits_per_byte_without_vectors"
+        }
 
     def _rebuilt(self, nats: float, total: np.ndarray) -> dict:
         by_length = {

@@ -99,7 +99,7 @@ class Checker:
         nll_N = losses.target_nll_N.double().cpu().numpy()
         lengths = np.diff(batch.cu_sentences)
         if self.kind == "lm":
-            return _by_sentence_lm(nll_N, batch)
+            return _by_sentence_lm(nll_N, self.model.as_read(batch))
         scores = np.split(nll_N, np.cumsum(lengths + 1)[:-1])
         if losses.stop_nll_S is not None:
             stop_nll_S = losses.stop_nll_S.double().cpu().numpy()
@@ -206,7 +206,8 @@ class Checker:
 
     def _cached_lm(self, span: Span) -> Iterator[float]:
         config = self.model.config
-        symbols = [*span.tokens.tolist(), *([config.eos_token_id] if span.document_end else [])]
+        tokens = self.model.as_read(build_batch([span])).tokens_T.tolist()
+        symbols = [*tokens, *([config.eos_token_id] if span.document_end else [])]
         cache, last = None, config.bos_token_id
         for symbol in symbols:
             ids = torch.tensor([[last]], device=self.model.device)
@@ -239,7 +240,7 @@ def _limits(model: Any, kind: str) -> tuple[int, int, np.ndarray]:
     config, most_sentences, longest = model.config, MOST_SENTENCES, LONGEST_SENTENCE
     if kind == "lm":
         positions = getattr(config, "max_position_embeddings", None) or 1 << 30
-        longest = max(2, min(longest, (positions - 1) // most_sentences))
+        longest = max(2, min(longest, (positions - 1) // most_sentences - model.sentence_ends))
         vocabulary = config.vocab_size
     else:
         vae = config.vae if kind == "sllm" else config

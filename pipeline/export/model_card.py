@@ -27,6 +27,7 @@ _RESULT_COLUMNS = (
     "bits_per_byte",
     "ppl",
     "vector_gain",
+    "shuffle_gain",
     "cross_entropy",
     "exact_match",
     "tokens",

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.common.errors import UserError, counted, first_line
-from data_prep.text.tokenizer import load_tokenizer
+from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
 from pipeline.checkpoints.zero_shards import Parts
@@ -69,12 +70,7 @@ def export_run(
     found = found or store.find(run_dir)
     if found is None:
         raise UserError(f"{run_dir} holds no complete checkpoint (no checkpoints/latest): train first")
-    if not is_replaceable(output):
-        raise UserError(
-            f"{output} exists and was not written by `sllm export` (no {ORIGIN} of ours in it): "
-            "choose another --output"
-        )
-
+    require_replaceable(output)
     checkpoint, meta = found
     averaged = _last_checkpoints(run_dir, meta, average) if average else [found]
     for one in averaged:
@@ -92,9 +88,6 @@ def export_run(
     else:
         tensor = parts.tensor if weights == "trained" else averages(parts, meta, model)
     fill(model, parts.shapes(), tensor, f"checkpoint {checkpoint}")
-    aside = output.with_name(f".tmp-{output.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
     origin = {
         "run_dir": str(run_dir),
         "checkpoint": checkpoint.name,
@@ -106,10 +99,22 @@ def export_run(
         "recipe": meta.recipe,
     }
     card = model_card(run_dir, origin, meta, parameter_count(model), output.name)
+    write_folder(model, tokenizer, output, origin, card)
+    return output
+
+
+def write_folder(
+    model: nn.Module, tokenizer: Tokenizer, output: Path, origin: dict[str, Any], card: str | None = None
+) -> None:
+    """Write a model folder aside and rename it to `output`. Raises: UserError when it cannot be written."""
+    aside = output.with_name(f".tmp-{output.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
     try:
         save_model(model, aside, tokenizer)
         (aside / ORIGIN).write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-        (aside / "README.md").write_text(card, encoding="utf-8")
+        if card is not None:
+            (aside / "README.md").write_text(card, encoding="utf-8")
         if output.exists():
             shutil.rmtree(output)
         os.replace(aside, output)
@@ -118,7 +123,6 @@ def export_run(
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"{output} cannot be written: {_reason(error)}") from None
         raise
-    return output
 
 
 def _last_checkpoints(run_dir: Path, meta: Meta, count: int) -> list[tuple[Path, Meta]]:
@@ -154,6 +158,15 @@ def _mean(all_parts: list[Parts]) -> Callable[[str], Tensor]:
 def _reason(error: Exception) -> str:
     # safetensors passes an error of the system on as text.
     return (isinstance(error, OSError) and error.strerror) or first_line(error)
+
+
+def require_replaceable(output: Path) -> None:
+    """Raise UserError for an output that is there and not ours."""
+    if not is_replaceable(output):
+        raise UserError(
+            f"{output} exists and was not written by `sllm export` (no {ORIGIN} of ours in it): "
+            "choose another --output"
+        )
 
 
 def is_replaceable(output: Path) -> bool:

@@ -169,6 +169,7 @@ def packed_attention(
     causal: bool,
     scale: float | None = None,
     dropout: float = 0.0,
+    window: int | None = None,
 ) -> Tensor:
     """Scaled dot-product attention within the layout's segments, on the path that `choose_path` gives.
 
@@ -177,23 +178,33 @@ def packed_attention(
         causal: rows see only rows of their segment up to themselves.
         scale: factor of q·k; None is 1/sqrt(d_head).
         dropout: of attention weights.
+        window: with `causal`, a row sees the last `window` rows only, itself included (Hugging Face's
+            `sliding_window`).
     Returns: [T, H, d_head].
     Raises: UserError when a forced path cannot be used.
     """
+    if not layout.limits(window):
+        window = None
+    elif not causal:
+        raise ValueError("an attention window needs causal attention")
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     path = choose_path(q.device, q.dtype, q.shape[-1], requires_grad, dropout)
-    return _COMPUTE[path](q, k, v, layout, causal, scale, dropout)
+    return _COMPUTE[path](q, k, v, layout, causal, scale, dropout, window)
 
 
-def _masked(q, k, v, layout, causal, scale, dropout):
+def _masked(q, k, v, layout, causal, scale, dropout, window=None):
     mask = layout.block_mask
     if causal:
         mask = mask & torch.ones_like(mask).tril()
+    if window:
+        mask = mask & torch.ones_like(mask).triu(1 - window)
     rows = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(*rows, mask, dropout, scale=scale)[0].transpose(0, 1)
 
 
-def _bucketed(q, k, v, layout, causal, scale, dropout):
+def _bucketed(q, k, v, layout, causal, scale, dropout, window=None):
+    if window:
+        return _banded(q, k, v, layout.bands(window), scale, dropout)
     if len(layout.lengths) == 1:  # one block as it stands: nothing to gather
         block = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(*block, None, dropout, is_causal=causal, scale=scale)
@@ -210,6 +221,16 @@ def _bucketed(q, k, v, layout, causal, scale, dropout):
         out = F.scaled_dot_product_attention(*blocks, key_mask, dropout, is_causal=causal, scale=scale)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return _OutOfBlocks.apply(torch.cat(outs), plan)
+
+
+def _banded(q, k, v, band, scale, dropout):
+    n, length = band.plan.shapes[0]
+    q, k, v = (_IntoBlocks.apply(x, band.plan).view(n, length, *x.shape[1:]) for x in (q, k, v))
+    # The blocks before each one; those of another segment are masked.
+    k, v = (torch.cat([x.roll(j, 0) for j in range(band.back, -1, -1)], 1) for x in (k, v))
+    blocks = (x.transpose(1, 2) for x in (q, k, v))  # [n, H, L, d_head]
+    out = F.scaled_dot_product_attention(*blocks, band.mask, dropout, scale=scale)
+    return _OutOfBlocks.apply(out.transpose(1, 2).flatten(0, 1), band.plan)
 
 
 class _IntoBlocks(torch.autograd.Function):
@@ -243,23 +264,24 @@ class _OutOfBlocks(torch.autograd.Function):
         return grad.index_fill_(0, ctx.plan.padded, 0), None
 
 
-def _varlen(q, k, v, layout, causal, scale, dropout):
-    window = (-1, 0) if causal else (-1, -1)
+def _varlen(q, k, v, layout, causal, scale, dropout, window=None):
+    seen = (window - 1 if window else -1, 0 if causal else -1)
     cu, longest = layout.cu_rows, layout.longest
-    return _torch_varlen()(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window)
+    return _torch_varlen()(q, k, v, cu, cu, longest, longest, scale=scale, window_size=seen)
 
 
-def _flash_attn(q, k, v, layout, causal, scale, dropout):
+def _flash_attn(q, k, v, layout, causal, scale, dropout, window=None):
     cu, longest = layout.cu_rows, layout.longest
-    return _flash_attn_varlen()(
-        q, k, v, cu, cu, longest, longest, dropout_p=dropout, softmax_scale=scale, causal=causal
-    )
+    settings = {"dropout_p": dropout, "softmax_scale": scale, "causal": causal}
+    if window:
+        settings["window_size"] = (window - 1, 0)
+    return _flash_attn_varlen()(q, k, v, cu, cu, longest, longest, **settings)
 
 
-def _flex(q, k, v, layout, causal, scale, dropout):
+def _flex(q, k, v, layout, causal, scale, dropout, window=None):
     rows = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, d_head]
     attend = _flex_attention(q.device.type == "cuda")
-    return attend(*rows, block_mask=layout.flex_mask(causal), scale=scale)[0].transpose(0, 1)
+    return attend(*rows, block_mask=layout.flex_mask(causal, window), scale=scale)[0].transpose(0, 1)
 
 
 _COMPUTE = {
@@ -275,12 +297,21 @@ HF_ATTENTION = "sllm_packed"
 
 
 def _hf_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    dropout=0.0,
+    layout=None,
+    sliding_window=None,
+    **kwargs,
 ):
     """Hugging Face's attention interface: q, k, v [1, H, T, d_head] → ([1, T, H, d_head], None).
 
     `layout`: a `SegmentLayout` or a layout with a cache (kv_cache.py). Without one (a model called by itself)
-    this is Hugging Face's own SDPA.
+    this is Hugging Face's own SDPA, whose mask has the window.
     """
     if layout is None:
         return sdpa_attention_forward(
@@ -288,9 +319,10 @@ def _hf_attention(
         )
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if hasattr(layout, "attend"):
-        return layout.attend(module.layer_idx, q, k, v, scaling)[None], None
+        return layout.attend(module.layer_idx, q, k, v, scaling, sliding_window)[None], None
     k, v = repeat_heads(k, v, q.shape[1])
-    return packed_attention(q, k, v, layout, causal=True, scale=scaling, dropout=dropout)[None], None
+    out = packed_attention(q, k, v, layout, True, scaling, dropout, sliding_window)
+    return out[None], None
 
 
 def repeat_heads(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """The backbone: a Hugging Face decoder-only model over sentence embeddings (paper section 3.2).
 
 It is built through Hugging Face's own classes, so positions, norms and projections are as the model defines
-them (OPT-350M: post-norm, 512-wide embedding; the other OPTs: pre-norm with a final norm; Llama and Qwen:
-rotary positions, grouped queries), without the token embedding. Settings under which packed rows would give
-other results than single documents are refused (`require_supported`).
+them (OPT-350M: post-norm, 512-wide embedding; the other OPTs: pre-norm with a final norm; Llama, Mistral and
+Qwen: rotary positions, grouped queries, attention windows), without the token embedding. Settings under which
+packed rows would give other results than single documents are refused (`require_supported`).
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def require_family(model_type: str | None, where: str) -> None:
 def require_supported(config: PreTrainedConfig, where: str) -> None:
     """Raise UserError for settings under which a packed batch would differ from single documents.
 
-    Sliding windows: the packed attention sees a whole window. Rotary positions that rescale with the longest
+    Rotary positions that rescale with the longest
     input: a document's results would depend on its neighbours. LayerDrop: ranks would call different layers,
     and ZeRO-3 would hang.
     """
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    if other := next((kind for kind in kinds if kind != "full_attention"), None):
+    if other := next((kind for kind in kinds if kind not in ("full_attention", "sliding_attention")), None):
         raise UserError(
-            f"{where}: {other.replace('_', ' ')} is not supported, only full attention: "
-            "set use_sliding_window to false"
+            f"{where}: layers of {other.replace('_', ' ')} are not supported, only those of full and of "
+            "sliding attention"
         )
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):

@@ -83,6 +83,7 @@ def build_model(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     embedding_weight: float = 0.0,
+    sentence_ends: bool = False,
 ) -> nn.Module:
     """A new model for one training run, fp32 on the CPU.
 
@@ -97,6 +98,7 @@ def build_model(
         window_tokens: longest window, kept in the config; must fit the backbone's positions.
         focal_gamma, label_smoothing, z_loss: the training loss (vocabulary_head.py); all 0 is cross-entropy.
         embedding_weight: weight of the embedding loss (`SLLM.forward`; `sllm` only).
+        sentence_ends: the model reads and predicts an end symbol after every sentence (`lm` only).
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
@@ -105,6 +107,7 @@ def build_model(
     embeddings = vae.pop("init_embeddings_from", None)  # used once: not part of the model's config
     try:
         if objective == "lm":
+            text |= {"sentence_ends": True} if sentence_ends else {}
             return TokenLM(_build_causal_lm(backbone, text, tokenizer), **loss)
         model: SentenceVAE | SLLM
         if objective == "vae":
@@ -135,6 +138,7 @@ def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any])
         recipe.data.window_tokens,
         **recipe.loss.head_settings(),
         embedding_weight=recipe.loss.embedding_weight,
+        sentence_ends=recipe.data.sentence_ends,
     )
 
 
@@ -182,7 +186,8 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTra
         vocab_size = backbone.get("vocab_size") or tokenizer.vocab_size
         config = backbone_config({**backbone, **text, "vocab_size": vocab_size})
         model = AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION)
-    _require_room(model.config, text["window_tokens"])
+    # A sentence may be one token and its end.
+    _require_room(model.config, text["window_tokens"] * (2 if text.get("sentence_ends") else 1))
     # Batches have no padding, and the family's default pad id may be a real symbol of this tokenizer: its
     # embedding would never be trained.
     model.get_input_embeddings().padding_idx = None

@@ -7,6 +7,7 @@ Forward and backward cost three times the forward: each product has two gradient
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,20 +66,18 @@ def part_of(model: nn.Module) -> dict[str, str]:
 
 
 class Core(NamedTuple):
-    """The attention cores of one part: `layers` times q·k and weights·v over `lengths` (one per segment).
+    """The attention cores of one part: `layers` times q·k and weights·v, width heads · d_head.
 
-    width: heads · d_head. causal: a row needs only the rows up to itself. computed: pairs of rows that the
-    attention path computes, padding included. needed: pairs that are needed, if some rows of the segments
-    have no query.
+    needed: pairs of rows that are needed. shown: those that the attention path computes for real rows, some
+    of them masked. computed: the same with padding.
     """
 
     part: str
     layers: int
     width: int
-    lengths: np.ndarray
-    causal: bool
+    needed: int
+    shown: int
     computed: int
-    needed: int | None = None
 
 
 @dataclass
@@ -86,8 +85,8 @@ class Operations:
     """Multiply-adds of one forward pass by part.
 
     linear: linear layers, by the rows that reached them. attention: cores, needed pairs (a causal row's
-    past). masked: pairs in a row's future, which a kernel may skip or not, and pairs of unused queries
-    (`ContextSpans`). padding: pairs with a padded slot.
+    past). masked: pairs in a row's future or before its window, which a kernel may skip or not, and pairs of
+    unused queries (`ContextSpans`). padding: pairs with a padded slot.
     """
 
     linear: dict[str, int] = field(default_factory=dict)
@@ -144,50 +143,62 @@ def count_operations(model: nn.Module, rows: dict[str, int], cores: list[Core]) 
         part = parts[name]
         operations.linear[part] = operations.linear.get(part, 0) + weights[name] * count
     for core in cores:
-        square = int((core.lengths**2).sum())
-        needed = int((core.lengths * (core.lengths + 1) // 2).sum()) if core.causal else square
-        needed = needed if core.needed is None else core.needed
         each = 2 * core.width * core.layers  # q·k and weights·v
-        operations.attention[core.part] = operations.attention.get(core.part, 0) + each * needed
-        operations.masked += each * (square - needed)
-        operations.padding += each * (core.computed - square)
+        operations.attention[core.part] = operations.attention.get(core.part, 0) + each * core.needed
+        operations.masked += each * (core.shown - core.needed)
+        operations.padding += each * (core.computed - core.shown)
     return operations
 
 
 def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
     """The attention cores of one of our models on one of our batches."""
+    batch = _as_read(model, batch)
     kind, config = model_kind(model), model_config(model)
     dtype = next(model.parameters()).dtype
 
     def core(
-        part: str, layers: int, width: int, heads: int, layout: SegmentLayout, causal: bool, dropout: float
+        part: str,
+        layers: int,
+        width: int,
+        heads: int,
+        layout: SegmentLayout,
+        causal: bool,
+        dropout: float,
+        window: int | None = None,
     ) -> Core:
         dropout = dropout if model.training else 0.0  # of attention weights: not all kernels support it
         path = choose_path(batch.device, dtype, width // heads, requires_grad=True, dropout=dropout)
-        return Core(part, layers, width, layout.lengths, causal, layout.computed_pairs(path))
+        shown, computed = layout.computed_pairs(path, window)
+        return Core(part, layers, width, layout.needed_pairs(causal, window), shown, computed)
+
+    def backbone(config: Any, layout: SegmentLayout) -> list[Core]:
+        width, heads = _attention_width(config)
+        dropout = getattr(config, "attention_dropout", 0.0)
+        return [
+            core("backbone", layers, width, heads, layout, True, dropout, window)
+            for window, layers in _windows(config).items()
+        ]
 
     if kind == "lm":
-        dropout = getattr(config, "attention_dropout", 0.0)
-        return [core("backbone", *_backbone_sizes(config), batch.token_model_layout, True, dropout)]
+        return backbone(config, batch.token_model_layout)
     vae = config.vae if kind == "sllm" else config
     dropout = vae.dropout if vae.layout == "paper" else 0.0
     slots, context = decoder_context(model)
     spans = batch.context_spans(slots, context)
     decoder_layout = spans.layout if spans else batch.slotted_layout(slots)
+    sizes, published = (vae.hidden_size, vae.heads), vae.published_inputs
+    encoder_layout = batch.decoder_layout if published else batch.sentence_layout
+    backbone_layout = batch.apart_layout if published else batch.backbone_layout
+    decoder = core("decoder", vae.layers, *sizes, decoder_layout, True, dropout)
     cores = [
-        core(
-            "encoder", vae.encoder_layers, vae.hidden_size, vae.heads, batch.sentence_layout, False, dropout
-        ),
-        core("decoder", vae.layers, vae.hidden_size, vae.heads, decoder_layout, True, dropout)._replace(
-            needed=spans.needed if spans else None
-        ),
+        core("encoder", vae.encoder_layers, *sizes, encoder_layout, False, dropout),
+        decoder._replace(needed=spans.needed) if spans else decoder,
     ]
-    if kind == "sllm":
-        dropout = getattr(config.backbone, "attention_dropout", 0.0)
-        cores.append(
-            core("backbone", *_backbone_sizes(config.backbone), batch.backbone_layout, True, dropout)
-        )
-    return cores
+    return cores + (backbone(config.backbone, backbone_layout) if kind == "sllm" else [])
+
+
+def _as_read(model: nn.Module, batch: Batch) -> Batch:
+    return model.as_read(batch) if isinstance(model, TokenLM) else batch
 
 
 def decoder_context(model: nn.Module) -> tuple[int, int]:
@@ -202,16 +213,27 @@ def decoder_context(model: nn.Module) -> tuple[int, int]:
 
 def row_cores(model: nn.Module, rows: int, length: int) -> list[Core]:
     """The attention cores of a token-level model on `rows` full rows of `length` tokens."""
-    layers, width, _ = _backbone_sizes(model_config(model))
-    lengths = np.full(rows, length, dtype=np.int64)
-    return [Core("backbone", layers, width, lengths, True, int((lengths**2).sum()))]
+    config, layout = model_config(model), SegmentLayout(np.full(rows, length))
+    width, _ = _attention_width(config)
+    return [
+        Core("backbone", layers, width, layout.needed_pairs(True, window), layout.pairs, layout.pairs)
+        for window, layers in _windows(config).items()
+    ]
 
 
-def _backbone_sizes(config) -> tuple[int, int, int]:
-    """(layers, heads · d_head, heads) of a Hugging Face decoder."""
+def _attention_width(config) -> tuple[int, int]:
+    """(heads · d_head, heads) of a Hugging Face decoder."""
     heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return config.num_hidden_layers, width, heads
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads), heads
+
+
+def _windows(config) -> Counter[int | None]:
+    """How many layers of a Hugging Face decoder have which attention window."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return Counter({window: config.num_hidden_layers})
+    return Counter(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 class StepArithmetic:
@@ -224,7 +246,7 @@ class StepArithmetic:
         # A batch with a different number of rows of each kind shows which kind reaches a layer.
         sizes = np.asarray([2, 2])
         probe = build_batch([Span(np.zeros(4), sizes, True), Span(np.zeros(2), sizes[:1], False)])
-        kinds = {count: kind for kind, count in _rows(probe, self._slots).items()}
+        kinds = {count: kind for kind, count in _rows(_as_read(model, probe), self._slots).items()}
         weights = _linear_weights(model)
         # The random numbers of the run must not change. `bucketed` works on every device.
         with torch.random.fork_rng([]), torch.no_grad(), attention_path("bucketed"):
@@ -233,25 +255,32 @@ class StepArithmetic:
         for name, count in rows.items():
             self._weights[kinds[count]] = self._weights.get(kinds[count], 0) + weights[name]
 
+    def _linear(self, batch: Batch) -> int:
+        rows = _rows(_as_read(self._model, batch), self._slots)
+        return sum(weights * rows[row] for row, weights in self._weights.items())
+
+    def needed(self, batch: Batch) -> int:
+        """Multiply-adds that no implementation can skip: linear layers, and needed pairs of attention."""
+        cores = batch_cores(self._model, batch)
+        return self._linear(batch) + sum(2 * core.width * core.layers * core.needed for core in cores)
+
     def count(self, batch: Batch) -> tuple[int, int]:
         """(padding, everything computed), in multiply-adds.
 
         everything = Σ over linear layers: weights · rows that reach the layer
                    + Σ over attention layers: 2 · width · pairs that the attention path computes
-        padding    = Σ over attention layers: 2 · width · (pairs computed − pairs within segments)
+        padding    = Σ over attention layers: 2 · width · (pairs computed − pairs of real rows)
 
         A pair is a query slot and a key slot; 2 · width are q·k and weight·v over all heads. Linear layers,
         norms and losses run on real rows only, so only the attention core has padding. A training step does
         three times as much of both, so the share is the same.
         """
-        rows = _rows(batch, self._slots)
-        linear = sum(weights * rows[row] for row, weights in self._weights.items())
         padding = computed = 0
         for core in batch_cores(self._model, batch):
             each = 2 * core.width * core.layers
             computed += each * core.computed
-            padding += each * (core.computed - int((core.lengths**2).sum()))
-        return padding, linear + computed
+            padding += each * (core.computed - core.shown)
+        return padding, self._linear(batch) + computed
 
 
 def _rows(batch: Batch, slots: int) -> dict[str, int]:

@@ -97,11 +97,19 @@ class CachedPrompt(SegmentLayout):
         cache.reserve(self.longest, ahead)
         cache.lengths[rows] = lengths
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
         """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
         self._cache.store(layer, self._rows, self.starts[:-1], self.starts[1:], k, v)
         k, v = repeat_heads(k, v, q.shape[1])
-        return packed_attention(q, k, v, self, causal=True, scale=scale)
+        return packed_attention(q, k, v, self, causal=True, scale=scale, window=window)
 
 
 class CachedContext:
@@ -152,16 +160,27 @@ class CachedStep:
             places = torch.arange(self.longest, device=device)
             self._mask = (places <= self.position_of_row[:, None])[:, None, None]  # [n, 1, 1, longest]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """q [n, H, d_head], k and v [n, H_kv, d_head] → [n, H, d_head]."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """q [n, H, d_head], k and v [n, H_kv, d_head] → [n, H, d_head]; with a window only its last places
+        are seen."""
         keys, values = self._cache.layer(layer, k)
+        window = min(window or self.longest, self.longest)
         shape = q.shape
         # Query heads that share a key head become queries of that head, so keys are not repeated.
         q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
         if self._block is not None:
             keys[self._block, :, self.longest - 1] = k
             values[self._block, :, self.longest - 1] = v
-            k, v = (x[self._block, :, : self.longest] for x in (keys, values))
+            seen = slice(max(0, self.longest - window), self.longest)
+            k, v = (x[self._block, :, seen] for x in (keys, values))
             return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(shape)
         # The indexed dimensions are not adjacent, so torch puts them first: [n, H_kv, d_head], as k and v
         # are.
@@ -170,18 +189,24 @@ class CachedStep:
         if q.device.type == "cpu" and self.longest > SHORT_ROW:
             outs = []
             for n, (row, at) in enumerate(zip(self._rows, self.lengths, strict=True)):
-                k, v = (x[row, None, :, : at + 1] for x in (keys, values))
+                k, v = (x[row, None, :, max(0, at + 1 - window) : at + 1] for x in (keys, values))
                 outs.append(F.scaled_dot_product_attention(q[n : n + 1], k, v, scale=scale))
             out = torch.cat(outs)
         else:
-            out = self.attend_masked(q, keys, values, scale)
+            out = self.attend_masked(q, keys, values, scale, window)
         return out.reshape(shape)
 
-    def attend_masked(self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
+    def attend_masked(
+        self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None = None
+    ) -> Tensor:
         """q [n, H_kv, queries, d_head] over ragged rows of the storage → as q."""
         k, v = (x[self._rows_n, :, : self.longest] for x in (keys, values))
         # Places behind a row's end may hold anything, even NaN, which neither a score of -inf nor a weight of
         # 0 removes.
         behind = ~self._mask[:, 0, 0, None, :, None].expand(-1, 1, -1, 1)
         k, v = k.masked_fill(behind, 0), v.masked_fill(behind, 0)
-        return F.scaled_dot_product_attention(q, k, v, self._mask, scale=scale)
+        mask = self._mask
+        if window is not None and window < self.longest:
+            places = torch.arange(self.longest, device=q.device)
+            mask = mask & (places > self.position_of_row[:, None] - window)[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)

@@ -95,6 +95,17 @@ class SelfAttention(nn.Module):
         return self.out(step.attend(layer, *self._project(x_Rd, turn)).flatten(1))
 
 
+class LearnedBias(nn.Module):
+    """A control of `condition`: the same parameters, but the same output whatever the vector is."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, vector_Sd: Tensor) -> Tensor:
+        return self.linear(torch.ones_like(vector_Sd))
+
+
 class TransformerLayer(nn.Module):
     """x + attention(norm x); then, in the decoder, + condition(vector); then + ffn(norm x).
 

@@ -20,7 +20,7 @@ from pipeline.data.batch import DecoderRows, context_spans
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache
-from pipeline.models.layers import PostNormLayer, TokenEmbedding, TransformerLayer, attend_across
+from pipeline.models.layers import LearnedBias, PostNormLayer, TokenEmbedding, TransformerLayer, attend_across
 
 DecodedSentence = tuple[list[int], Tensor]  # an earlier sentence: its tokens, its vector [vector_size]
 
@@ -62,7 +62,7 @@ class SentenceDecoder(nn.Module):
             config.vocab_size, config.embedding_size, width, rows, config.position_kind
         )
         self.slots = nn.Linear(config.vector_size, self.slot_count * width) if self.slot_count else None
-        conditioned = config.vector_size if config.condition == "cross_attention" else None
+        conditioned = config.vector_size if config.condition in ("cross_attention", "constant") else None
         self.layers = nn.ModuleList(
             layer(width, config.heads, config.ffn_size, config.dropout, conditioned)
             for _ in range(config.layers)
@@ -70,6 +70,8 @@ class SentenceDecoder(nn.Module):
         if conditioned and not paper:
             for layer in self.layers:
                 layer.condition.first_deviation = config.condition_range
+                if config.condition == "constant":
+                    layer.condition = LearnedBias(layer.condition)
         # Post-norm layers end in a norm.
         self.final_norm = None if paper else nn.LayerNorm(width)
 

@@ -60,8 +60,9 @@ class SentenceEncoder(nn.Module):
         layer = PostNormLayer if paper else TransformerLayer
         self.fusion = config.fusion
         self.heads = config.heads
+        positions = config.max_sentence_tokens + config.published_inputs  # BOS
         self.embedding = TokenEmbedding(
-            config.vocab_size, config.embedding_size, width, config.max_sentence_tokens, config.position_kind
+            config.vocab_size, config.embedding_size, width, positions, config.position_kind
         )
         self.layers = nn.ModuleList(
             layer(width, config.heads, config.ffn_size, config.dropout) for _ in range(config.encoder_layers)

@@ -162,7 +162,16 @@ class SentenceVAE(PreTrainedModel):
 
     def embed(self, tokens_T: Tensor, layout: SegmentLayout) -> Tensor:
         """int64 [T] in S segments → sentence embeddings [S, d], without noise."""
-        return self.encoder(tokens_T, layout)
+        return self.encoder(*self._encoder_rows(tokens_T, layout))
+
+    def _encoder_rows(self, tokens_T: Tensor, layout: SegmentLayout) -> tuple[Tensor, SegmentLayout]:
+        """The encoder's symbols and their layout: tokens, after a BOS each sentence with published inputs."""
+        if not self.config.published_inputs:
+            return tokens_T, layout
+        rows_T = torch.arange(layout.rows, device=layout.device) + layout.segment_of_row + 1
+        wide = SegmentLayout(layout.lengths + 1, layout.device)
+        symbols = tokens_T.new_full((wide.rows,), self.config.bos_token_id)
+        return symbols.index_copy_(0, rows_T, tokens_T), wide
 
     def encode(self, batch: Batch) -> Tensor:
         """Sentence embeddings [S, d] of a batch, without noise."""
@@ -176,7 +185,8 @@ class SentenceVAE(PreTrainedModel):
             if self.training and config.latent_noise:
                 vector_Sd = vector_Sd + config.latent_noise * torch.randn_like(vector_Sd)
             return vector_Sd, None
-        mean_Sd, log_variance_Sd = self.encoder(batch.tokens_T, batch.sentence_layout, with_variance=True)
+        rows = self._encoder_rows(batch.tokens_T, batch.sentence_layout)
+        mean_Sd, log_variance_Sd = self.encoder(*rows, with_variance=True)
         mean, log_variance = mean_Sd.float(), log_variance_Sd.float()
         kl_Sd = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance)
         if self.training:

@@ -138,6 +138,11 @@ class SLLM(PreTrainedModel):
     def _out_of(self, x: Tensor) -> Tensor:
         return x if self.from_backbone is None else self.from_backbone(x)
 
+    @property
+    def _start_apart(self) -> bool:
+        """No sentence sees the start position: the published model has none."""
+        return self.config.vae.published_inputs
+
     def contextualise(self, batch: Batch, embeddings_Sd: Tensor | None = None) -> Tensor:
         """Backbone outputs [S+D, d_backbone]: each window's start position, then its sentences; embeddings
         [S, d] are computed if not given."""
@@ -145,23 +150,31 @@ class SLLM(PreTrainedModel):
             embeddings_Sd = self.vae.encode(batch)
         start_1d = self.start(torch.zeros(1, dtype=torch.long, device=batch.device))
         x = torch.cat([start_1d, embeddings_Sd])[batch.backbone_source]
-        return run_packed(self.backbone, batch.backbone_layout, inputs_embeds=self._into(x))
+        layout = batch.apart_layout if self._start_apart else batch.backbone_layout
+        return run_packed(self.backbone, layout, inputs_embeds=self._into(x))
 
-    def forward(self, batch: Batch, want_correct: bool = False, start_vector_only: bool = False) -> LossSums:
+    def sentence_vectors(self, batch: Batch) -> Tensor:
+        """[S, d]: the vector that each sentence of the batch is decoded from. That of a window's first
+        sentence depends on nothing."""
+        return self._out_of(self.contextualise(batch)[batch.predicting_row_S])
+
+    def forward(self, batch: Batch, want_correct: bool = False, vectors_Sd: Tensor | None = None) -> LossSums:
         """Next-sentence loss.
 
-        start_vector_only: decode every sentence from its window's start output; the decoder then knows only
-        its `context_sentences`. The bits per byte lost are the *vector gain*.
+        vectors_Sd: decode the sentences from these vectors in place of `sentence_vectors`, without stop
+        decisions. The loss that others bring says what the vectors are worth (`evaluation.controls`).
 
         The embedding loss, `embedding_weight` · Σ 1 − cos(vector, embedding of the sentence it predicts),
         pulls each vector towards the one that a SentenceVAE's decoder would decode the sentence from.
         """
+        context = self.config.vae.context_sentences
+        if vectors_Sd is not None:
+            objective, nll, is_end, correct = self.vae.decode_loss(batch, vectors_Sd, want_correct, context)
+            return LossSums.collect(batch.scored, objective, nll, is_end, correct)
         embeddings_Sd = self.vae.encode(batch)
         hidden = self.contextualise(batch, embeddings_Sd)
-        vectors_Sd = self._out_of(hidden[batch.start_row_S if start_vector_only else batch.predicting_row_S])
-        objective, nll, is_end, correct = self.vae.decode_loss(
-            batch, vectors_Sd, want_correct, self.config.vae.context_sentences
-        )
+        vectors_Sd = self._out_of(hidden[batch.predicting_row_S])
+        objective, nll, is_end, correct = self.vae.decode_loss(batch, vectors_Sd, want_correct, context)
         if self.config.embedding_weight:
             # Detached: embeddings that move towards what is easy to predict would collapse.
             similar_S = F.cosine_similarity(vectors_Sd.float(), embeddings_Sd.detach().float())
@@ -204,13 +217,16 @@ class SLLM(PreTrainedModel):
         Raises: ValueError when a document has more than `max_sentences` sentences, or one is too long.
         """
         start_1d = self.start.weight
+        before = start_1d[:0] if self._start_apart else start_1d
         parts = [
-            torch.cat([start_1d, self._encode(document)]) if document else start_1d for document in documents
+            torch.cat([before, self._encode(document)]) if document else start_1d for document in documents
         ]
         lengths = np.asarray([len(part) for part in parts])
         layout = CachedPrompt(state.cache, rows, lengths, self.device, min(ahead, FIRST_PLACES))
         out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
         state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
+        if self._start_apart:
+            state.cache.lengths[rows] = [len(document) for document in documents]
         if keep := self.vae.decoder.remembers:
             vectors = self._out_of(out)
             for row, document, start in zip(rows, documents, layout.starts, strict=False):
@@ -275,7 +291,7 @@ class SLLM(PreTrainedModel):
 
     def stop_probability(self, state: BackboneState) -> float:
         """Probability that the one document ends here. Raises: ValueError before the first sentence."""
-        if state.cache.lengths[0] < 2:
+        if state.cache.lengths[0] < 2 - self.config.vae.published_inputs:
             raise ValueError("no sentence yet: the stop head speaks after a sentence")
         return torch.sigmoid(self.stop_log_odds(state, FIRST_ROW)).item()
 

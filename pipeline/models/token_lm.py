@@ -1,8 +1,9 @@
 """The token-level baseline: a Hugging Face causal LM on the same tokens, windows and bins as the SLLM.
 
 Each window is (bos, t1 … tn) with targets (t1 … tn, end of document if the document ends there), conditioned
-on itself only. The wrapper adds packing and the chunked loss; the plain Hugging Face model is saved, and
-`AutoModelForCausalLM.from_pretrained` loads it.
+on itself only. With `sentence_ends` (in the model's config) an end symbol follows every sentence; a second
+one in a row is the document's end. The wrapper adds packing and the chunked loss; the plain Hugging Face
+model is saved, and `AutoModelForCausalLM.from_pretrained` loads it.
 """
 
 from __future__ import annotations
@@ -43,18 +44,30 @@ class TokenLM(nn.Module):
     def device(self):
         return self.model.device
 
+    @property
+    def sentence_ends(self) -> bool:
+        """Whether the model reads and predicts an end symbol after every sentence."""
+        return bool(getattr(self.config, "sentence_ends", False))
+
+    def as_read(self, batch: Batch) -> Batch:
+        """The batch with the symbols that the model reads as tokens."""
+        return batch.with_sentence_ends(self.config.eos_token_id) if self.sentence_ends else batch
+
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Final hidden states of the rows with a target [N, d], their targets [N], and which of them are
-        document ends [N]."""
+        ends [N]."""
+        batch = self.as_read(batch)
         inputs, rows, targets = batch.token_model_symbols(self.config.bos_token_id, self.config.eos_token_id)
         layout = batch.token_model_layout
         is_end = targets.new_zeros(layout.rows).bool()
         is_end[layout.last_rows] = True
-        hidden = run_packed(self.model.base_model, layout, input_ids=inputs)
-        return hidden[rows], targets, is_end[rows]
+        hidden, is_end = run_packed(self.model.base_model, layout, input_ids=inputs), is_end[rows]
+        if self.sentence_ends:
+            is_end |= targets == self.config.eos_token_id
+        return hidden[rows], targets, is_end
 
     def forward(self, batch: Batch, want_correct: bool = False) -> LossSums:
-        """Next-token loss over N = T + E targets (E document ends)."""
+        """Next-token loss over N = T + E targets (E ends)."""
         hidden, targets, is_end = self.hidden(batch)
         head = self.model.get_output_embeddings()
         objective, nll, correct = head(

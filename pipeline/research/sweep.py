@@ -7,6 +7,7 @@ The output folder holds:
     recipes/ logs/ models/         per run: its recipe, its output, its exported model
     rows/NAME-sSEED.json           its figures, written when the run is done
     results.json                   machine, the sweep's text, and all rows in order
+    context.svg                    the loss by context length, if the sweep measures it
 
 Several runs train at once, one per core where there are enough. Rerun the command to resume: runs that are
 done are kept, others resume at their last checkpoint. A run directory of another recipe is refused, never
@@ -17,45 +18,42 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import json
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from data_prep.common import charts
 from data_prep.common.environment import header, require_folder
 from data_prep.common.errors import UserError, counted, log
 from data_prep.common.extras import import_extra
 from data_prep.common.files import json_bytes, read_json, write_atomically
-from data_prep.common.page import to_plain
+from data_prep.common.page import to_plain, to_text
 from data_prep.common.processes import last_line, start_logged
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.common.figures import exact_matches
 from pipeline.common.text import FILTERS, duration
-from pipeline.config.library import find_recipe
-from pipeline.config.loading import load_yaml, parse_overrides
-from pipeline.config.schema import Recipe, load_recipe
+from pipeline.config.schema import load_recipe
+from pipeline.evaluation.controls import SHUFFLES
 from pipeline.parallel.device import uses_gpu
+from pipeline.research import context_table
+from pipeline.research.sweep_jobs import Job, operations_per_token, read_sweep, with_budgets
 from pipeline.training.run_files import read_runs
 
 STRATEGY = "zero0"
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 RESULTS = "results.json"
-KEYS = ("about", "recipe", "seeds", "overrides", "runs")
-OURS = ("seed", "output_dir")  # recipe keys that the sweep itself sets
-COSTS = ("tokens", "seconds", "operations")
+CHART = "context.svg"
+COSTS = ("tokens", "seconds", "operations", "needed_operations")
+NGRAM_TOKENS = 20_000_000  # of a run's training text that an n-gram model is counted on, at most
 # Figures of `sllm evaluate` that are columns of a row; the others are in its `evaluation`.
 FIGURES = (
     "parameters",
@@ -64,171 +62,17 @@ FIGURES = (
     "bits_per_byte_interval",
     "vector_gain",
     "vector_gain_interval",
+    *(f"{name}_gain{end}" for name in SHUFFLES for end in ("", "_interval")),
+    "ngram_bits_per_byte",
+    "ngram_bits_per_byte_interval",
+    "ngram_trained_tokens",
+    "context_curve",
     "ppl",
     "exact_match",
     "window_tokens",
 )
 SHORT = 8  # tokens: `exact_match_to_8`
 STOP_SECONDS = 60.0  # for a stopped training to save
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep with one seed.
-
-    overrides: the recipe keys that this run changes. after: the run of the SentenceVAE that it starts from.
-    """
-
-    name: str
-    seed: int
-    folder: Path
-    recipe: Recipe
-    overrides: dict[str, Any]
-    after: Job | None = None
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}-s{self.seed}"
-
-    @property
-    def run_dir(self) -> Path:
-        return self.folder / self.key
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "models" / self.key
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "logs" / f"{self.key}.log"
-
-    @property
-    def row_file(self) -> Path:
-        return self.folder / "rows" / f"{self.key}.json"
-
-    def row(self) -> dict[str, Any] | None:
-        """Its row, if it is done: trained to the end on these shards, and evaluated on this text."""
-        meta = self.trained()
-        if meta is None or not self.row_file.is_file():
-            return None
-        row = read_json(self.row_file)
-        data = self.recipe.data
-        same = (
-            row["checkpoint"] == store.step_name(meta.step)
-            and meta.shards == [_fingerprint(folder) for folder in data.shards]
-            and row["evaluation"]["shards_fingerprint"] == _fingerprint(data.validation)
-        )
-        return row if same else None
-
-    def trained(self) -> store.Meta | None:
-        """The checkpoint at the run's end, if there is one."""
-        found = store.newest_whole(self.run_dir)
-        meta = found[1] if found else None
-        return meta if meta and self.recipe.training.progress(meta.step, meta.tokens) >= 1 else None
-
-    def require_same(self) -> None:
-        """Refuse (UserError) a run directory of another recipe, or of another SentenceVAE."""
-        before = self.run_dir / "recipe.yaml"
-        if not before.is_file():
-            return
-        was, now = (_what_is_trained(self, recipe) for recipe in (load_recipe(before), self.recipe))
-        wrong = store.first_difference(was, now)
-        if not wrong and self.after and not self.after.trained():
-            wrong = f"it started from another run of {self.after.key}"
-        if wrong:
-            raise UserError(
-                f"{self.run_dir} is of another sweep ({wrong}): remove it, or choose another --output"
-            )
-
-
-def _what_is_trained(job: Job, recipe: Recipe) -> dict[str, Any]:
-    """A recipe without what may change between two calls. Shards are compared by content in `Job.row`."""
-    values = recipe.to_dict()
-    for key in ("output_dir", "log"):
-        del values[key]
-    for key in ("shards", "validation"):
-        del values["data"][key]
-    if job.after:
-        values["model"].pop("vae")
-    return values
-
-
-@functools.cache
-def _fingerprint(folder: str) -> str:
-    return ShardSet.open(folder).fingerprint
-
-
-# From a sweep file to jobs --------------------------------------------------------------------------------
-
-
-def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[Job]:
-    """The jobs of a sweep file in its order, with checked recipes. overrides: from the command line, for all
-    runs; they take precedence.
-
-    Raises: UserError for a wrong file, key or recipe, with the run's name.
-    """
-    try:
-        sweep = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"sweep {path} cannot be read: {error}") from None
-    if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), dict) or not sweep["runs"]:
-        raise UserError(f"sweep {path}: needs `runs`, a mapping of names to changed recipe keys")
-    if unknown := [key for key in sweep if key not in KEYS]:
-        raise UserError(f"sweep {path}: unknown key {unknown[0]!r}: known keys are {', '.join(KEYS)}")
-    seeds = sweep.get("seeds")
-    if seeds is not None and not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
-        raise UserError(f"sweep {path}: seeds must be a list of whole numbers, not {seeds!r}")
-    for key, _ in parse_overrides(list(overrides)):
-        if key in OURS:
-            raise UserError(f"--{key}: the sweep sets it itself (`seeds` in {path}, --output)")
-    if sorted(set(seeds or ())) != sorted(seeds or ()):
-        raise UserError(f"sweep {path}: {seeds} has a seed twice")
-
-    jobs: dict[str, list[Job]] = {}
-    runs = {name: settings or {} for name, settings in sweep["runs"].items()}
-    for name, settings in _in_order(path, runs):
-        where = f"sweep {path}, run {name}"
-        own = {key: value for key, value in settings.items() if key not in ("recipe", "after")}
-        common = sweep.get("overrides") or {}
-        file = settings.get("recipe", sweep.get("recipe"))
-        if file is None:
-            raise UserError(f"{where}: neither it nor the sweep names a recipe")
-        if mine := [key for key in OURS if key in {**common, **own}]:
-            raise UserError(f"{where}: {mine[0]} is set by the sweep itself (`seeds`, --output)")
-        texts = [f"--{key}={json.dumps(value)}" for key, value in {**common, **own}.items()] + [*overrides]
-        before = {job.seed: job for job in jobs[settings["after"]]} if "after" in settings else {}
-        try:
-            jobs[name] = []
-            for seed in seeds or [load_recipe(find_recipe(file, path.parent), texts).seed]:
-                if before and seed not in before:
-                    raise UserError(f"{settings['after']} has another seed: name `seeds` in the sweep")
-                after = before.get(seed)
-                fixed = [f"--seed={seed}", f"--output_dir={folder / f'{name}-s{seed}'}"]
-                fixed += [f"--model.vae.path={after.model}"] if after else []
-                recipe = load_recipe(find_recipe(file, path.parent), texts + fixed)
-                if not recipe.data.validation:
-                    raise UserError("needs validation shards: --data.validation SHARDS")
-                if after and (recipe.objective, after.recipe.objective) != ("sllm", "vae"):
-                    raise UserError("`after` is for an SLLM that starts from a SentenceVAE of this sweep")
-                jobs[name].append(Job(name, seed, folder, recipe, own, after))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    return [job for name in runs for job in jobs[name]]
-
-
-def _in_order(path: Path, runs: dict[Any, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and settings; runs that others start from come first."""
-    for name, settings in runs.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise UserError(f"sweep {path}: run {name!r}: a name is text of letters, digits, '.', '_', '-'")
-        if not isinstance(settings, dict):
-            raise UserError(f"sweep {path}, run {name}: must be a mapping of recipe keys to values")
-        before = settings.get("after")
-        if before is not None and (before not in runs or "after" in runs[before]):
-            raise UserError(
-                f"sweep {path}, run {name}: after {before!r} names no run of this sweep that starts by itself"
-            )
-    yield from sorted(runs.items(), key=lambda item: "after" in item[1])
 
 
 # The jobs' work -------------------------------------------------------------------------------------------
@@ -292,7 +136,8 @@ class Workers:
         slot = self._slots.get()
         try:
             self._execute(job, slot, [*train, "--deepspeed_config", STRATEGY])
-            printed = self._execute(job, slot, [*measure, job.recipe.data.validation], capture=True)
+            measure += [job.recipe.data.validation, ",".join(map(str, job.contexts))]
+            printed = self._execute(job, slot, measure, capture=True)
         finally:
             self._slots.put(slot)
         row = make_row(job, json.loads(printed), self.number)
@@ -341,15 +186,27 @@ class Workers:
                 process.kill()
 
 
-def measure(run_dir: str, model: str, data: str) -> dict[str, Any]:
-    """Export a run's last checkpoint and score it; the figures of `sllm evaluate`, and `body_parameters`."""
+def measure(run_dir: str, model: str, data: str, contexts: str = "") -> dict[str, Any]:
+    """Export a run's last checkpoint and score it; the figures of `sllm evaluate`, beside an n-gram model of
+    the run's own training text, `body_parameters`, and `operations_per_token`."""
     from pipeline.costs.inspect import body_parameters
+    from pipeline.data.plan import BinPlan
     from pipeline.evaluation.evaluate import evaluate
+    from pipeline.evaluation.ngram import count_plan
     from pipeline.export.model_folder import export_run
     from pipeline.models.factory import load_model
 
     export_run(run_dir, model, "last")
-    return {**evaluate(model, data=data), "body_parameters": body_parameters(load_model(model))}
+    recipe, [run] = load_recipe(Path(run_dir) / "recipe.yaml"), read_runs([run_dir])
+    ngram, text = None, recipe.data
+    if recipe.objective != "vae":
+        sets = [ShardSet.open(folder) for folder in text.shards]
+        plan = BinPlan(sets, text.window_tokens, text.bin_tokens, recipe.seed, text.weights)
+        ngram = count_plan(plan, min(run.metrics[-1]["tokens"], NGRAM_TOKENS))
+    curve = [int(length) for length in contexts.split(",") if length]
+    figures = evaluate(model, data=data, ngram=ngram, context_curve=curve)
+    figures["operations_per_token"] = operations_per_token(recipe)
+    return {**figures, "body_parameters": body_parameters(load_model(model))}
 
 
 def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
@@ -365,6 +222,9 @@ def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
         "tokens": run.metrics[-1]["tokens"],
         "seconds": sum(run.values("seconds")),
         "operations": sum(operations) if len(operations) == len(run.metrics) else None,
+        "needed_operations": run.metrics[-1]["tokens"] * figures["operations_per_token"],
+        "cell": job.cell,
+        "contexts": list(job.contexts),
         "checkpoint": store.step_name(run.metrics[-1]["step"]),
         "workers": workers,
         "recipe": job.recipe.to_dict(),
@@ -373,7 +233,7 @@ def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
     row["tokens_per_second"] = row["tokens"] / row["seconds"]
     if job.after:
         vae = read_json(job.after.row_file)
-        row |= {f"{cost}_with_vae": _sum(row[cost], vae[cost]) for cost in COSTS}
+        row |= {f"{cost}_with_vae": _sum(row[cost], vae.get(cost)) for cost in COSTS}
     if job.recipe.objective == "vae":
         _, row[f"exact_match_to_{SHORT}"] = exact_matches(figures["exact_match_by_length"], 1, SHORT)
     left_out = {*FIGURES, "by_sentence_position"}
@@ -412,6 +272,9 @@ def run(
         raise UserError(f"--only {unknown[0]}: the sweep has no such run; there are {', '.join(names)}")
     wanted = {job.key for job in jobs if not only or job.name in only}
     wanted |= {job.after.key for job in jobs if job.key in wanted and job.after}
+    jobs = with_budgets(jobs, wanted | {job.key for job in jobs if job.row_file.is_file()})
+    if curves := any(job.contexts for job in jobs):
+        charts.require()
     if any(job.recipe.objective == "vae" for job in jobs):  # refused before hours of training
         import_extra("rapidfuzz", "eval")
     for part in ("recipes", "logs", "models", "rows"):
@@ -436,6 +299,9 @@ def run(
         write_atomically(
             Path(result_file or folder / RESULTS), (json.dumps(result, indent=1) + "\n").encode()
         )
+        if curves and (plots := context_table.plots(result["rows"])):
+            chart = charts.svg(plots, context_table.CAPTION)
+            write_atomically(folder / CHART, chart.encode())
     return result
 
 
@@ -463,7 +329,9 @@ def _only_one(folder: Path) -> Iterator[int]:
 def format_sweep(result: dict[str, Any]) -> str:
     """The result of `run` as a table. A SentenceVAE's bits per byte are in another column: they measure
     reconstruction, not prediction."""
-    return to_plain(Path(__file__).with_name("sweep.md.jinja"), result, FILTERS)
+    text = to_plain(Path(__file__).with_name("sweep.md.jinja"), {**result, "shuffles": SHUFFLES}, FILTERS)
+    found = context_table.table(result["rows"])
+    return text if found is None else f"{text}\n\n{to_text(found)}"
 
 
 if __name__ == "__main__":

@@ -235,6 +235,7 @@ class TrainingRun:
                 self.ranks,
                 self.tokenizer.byte_lengths,
                 self.state.position,
+                sentence_ends=self.recipe.data.sentence_ends,
             )
         )
         self._open.push(self._write_comms)

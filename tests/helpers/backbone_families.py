@@ -39,6 +39,11 @@ CONFIGS = {
     "qwen2": lambda: rotary_config("qwen2", num_key_value_heads=1, tie_word_embeddings=True),
     "qwen2-wide": lambda: rotary_config("qwen2", hidden_size=48),
     "qwen3": lambda: rotary_config("qwen3"),
+    # Attention windows in all layers, and in the second one only.
+    "mistral": lambda: rotary_config("mistral", sliding_window=4),
+    "qwen3_window": lambda: rotary_config(
+        "qwen3", use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
     "qwen3-narrow": lambda: rotary_config("qwen3", hidden_size=24),
 }
 ROTARY = [name for name in CONFIGS if not name.startswith("opt")]

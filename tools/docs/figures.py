@@ -7,6 +7,7 @@ Other tables are templates in `templates/`. FILE is a path below docs/results.
                              of the seeds. COLUMNS are keys of the rows; by default those of `USUAL` that
                              are there
     robustness FILE          result of `sllm robustness`: a line for each variant of the text and model
+    context FILE             the same file's loss by context length: where context pays, with its chart
     exact-by-length FILE     the same file's SentenceVAEs: sentences rebuilt exactly, by length
     scaling FILE             result of `sllm scaling fit --json`, with its chart as a picture
     comparison FILE          result of `sllm compare --json`, with its charts as pictures
@@ -34,8 +35,9 @@ from data_prep.common.files import read_json
 from data_prep.common.page import NOTHING, Table, markdown_table, render
 from pipeline.common.figures import exact_matches
 from pipeline.common.text import duration, with_interval
+from pipeline.evaluation.controls import SHIFTS
 from pipeline.reports.charts import generation_plots
-from pipeline.research import compare_page, scaling
+from pipeline.research import compare_page, context_table, scaling
 from tools.benchmarks import goodput, identify_quality, segment_quality
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -101,6 +103,10 @@ COLUMNS = {
     "body_parameters": Column("without embeddings and head (M)", 1e6, ".2f", spread=False),
     "bits_per_byte": Column("bits per byte"),
     "vector_gain": Column("vector gain"),
+    "shuffle_gain": Column("shuffle gain"),
+    **{f"shift_{n}_gain": Column(f"shifted by {n}") for n in SHIFTS},
+    "ngram_bits_per_byte": Column("Kneser–Ney", spread=False),
+    "needed_operations": Column("needed multiply-adds (10¹²)", 1e12, ",.2f", spread=False),
     "ppl": Column("ppl", form=".1f"),
     "tokens": Column("tokens (M)", 1e6, ".2f", spread=False),
     "tokens_with_vae": Column("with the SentenceVAE's (M)", 1e6, ".2f", spread=False),
@@ -215,6 +221,15 @@ def fitted(results: Results, file: str) -> list[str]:
     return lines + results.draw(f"{file.removesuffix('.json')}.svg", [scaling.plot(found)], caption)
 
 
+def context(results: Results, file: str) -> list[str]:
+    rows = results.read(file)["rows"]
+    found = context_table.table(rows)
+    if found is None:
+        raise UserError(f"docs/results/{file} has no run with a context_curve")
+    name, caption = f"{file.removesuffix('.json')}.svg", context_table.CAPTION
+    return markdown_table(found) + results.draw(name, context_table.plots(rows), caption)
+
+
 def segment_quality_table(results: Results, file: str) -> list[str]:
     return markdown_table(segment_quality.table(results.read(file)))
 
@@ -260,6 +275,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "typed": typed,
     "sweep": sweep,
     "exact-by-length": exact_by_length,
+    "context": context,
     "scaling": fitted,
     "comparison": compared,
     "segment-quality": segment_quality_table,

@@ -17,7 +17,7 @@ from deepspeed.utils.config import get_timers_config
 from helpers.paths import REPOSITORY
 
 from data_prep.common.errors import UserError
-from pipeline.checkpoints.store import require_same_model_recipe
+from pipeline.checkpoints.store import first_difference, require_same_model_recipe
 from pipeline.config import deepspeed_config
 from pipeline.config.deepspeed_config import complete_strategy, read_strategy, require_compatible, zero_stage
 from pipeline.config.keys import expected
@@ -245,6 +245,28 @@ def test_numbers_that_old_checkpoints_kept_as_text_are_the_same_model(tmp_path: 
     old["model"]["vae"]["kl_weight"] = "1e-3"
     with pytest.raises(UserError, match="is of another model"):
         require_same_model_recipe(meta, tmp_path, recipe)
+
+
+def test_keys_that_an_older_release_did_not_have_are_no_difference_at_their_neutral_value() -> None:
+    before, now = {"layout": "paper"}, {"layout": "paper", "published_inputs": False, "path": None}
+    assert first_difference(before, now) is None
+    assert first_difference(now, before) is None
+    assert first_difference(before, now | {"published_inputs": True}) == (
+        "published_inputs is None there and True here"
+    )
+    assert first_difference(before, now | {"slots": 1}) == "slots is None there and 1 here"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("--data.sentence_ends=true", "data.sentence_ends is for objective lm: vae has sentence ends"),
+        ("--model.vae.published_inputs=true", "published_inputs needs model.vae.layout paper"),
+    ],
+)
+def test_controls_are_refused_where_they_mean_nothing(override: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        load_recipe(write(tmp_path, SMALL), [override])
 
 
 def test_a_merged_mapping_is_no_duplicate(tmp_path: Path) -> None:

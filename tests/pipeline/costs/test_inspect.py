@@ -91,6 +91,28 @@ def test_attention_pairs_are_counted_by_hand(tmp_path):
     assert operations.padding == 0 == operations.padding_share
 
 
+def test_attention_windows_are_counted_by_what_each_row_sees(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4, "max_position_embeddings": 300, "vocab_size": 500}
+    recipe = {"objective": "lm", "output_dir": "x", "data": {"shards": ["a"], "window_tokens": 200}}
+    recipe |= {"training": {"max_steps": 1}}
+    cores = {}
+    for name, keys in (
+        ("llama", {}),
+        ("mistral", {"sliding_window": 32}),
+        ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}),
+    ):
+        recipe["model"] = {"backbone": {"model_type": name, **sizes, **keys}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        found = inspect(tmp_path / f"{name}.yaml", tokens=400, dtype="fp32")["multiply_adds_per_token"]
+        cores[name] = found["attention_cores"] * 400
+    full, seen = 201 * 202 // 2, 32 * 33 // 2 + (201 - 32) * 32
+    each = 2 * 64 * 2  # q·k and weights·v, width 64, two windows of 200 tokens and BOS
+    assert cores["llama"] == pytest.approx(3 * each * full)
+    assert cores["mistral"] == pytest.approx(3 * each * seen)
+    assert cores["qwen2"] == pytest.approx(each * (2 * full + seen))
+
+
 def test_padding_is_weighed_by_operations(tmp_path):
     from pipeline.data.batch import build_batch
     from pipeline.data.windows import Span

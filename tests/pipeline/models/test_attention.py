@@ -27,19 +27,30 @@ LENGTHS = {
 }
 
 
-def by_hand(q, k, v, lengths, causal, scale=None):
+def by_hand(q, k, v, lengths, causal, scale=None, window=None):
     """Softmax attention, segment by segment, written out: [T, H, d] in float64."""
     outs = []
     for qs, ks, vs in zip(*(x.double().split(list(map(int, lengths))) for x in (q, k, v)), strict=True):
         scores = torch.einsum("qhd,khd->hqk", qs, ks) * (scale or q.shape[-1] ** -0.5)
         if causal:
             scores = scores.masked_fill(torch.ones(len(qs), len(qs)).triu(1).bool(), -torch.inf)
+        if window:
+            scores = scores.masked_fill(torch.ones(len(qs), len(qs)).tril(-window).bool(), -torch.inf)
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), vs))
     return torch.cat(outs)
 
 
 def run(
-    path, lengths, causal, scale=None, device="cpu", dtype=torch.float32, heads=4, width=16, rounded=None
+    path,
+    lengths,
+    causal,
+    scale=None,
+    device="cpu",
+    dtype=torch.float32,
+    heads=4,
+    width=16,
+    rounded=None,
+    window=None,
 ):
     """(output, dq, dk, dv) on `path`, for inputs and an output gradient that depend on the lengths only
     (`rounded`: the inputs take the values that this dtype has)."""
@@ -48,10 +59,10 @@ def run(
     q, k, v, weight = (torch.randn(layout.rows, heads, width, generator=draw) for _ in range(4))
     q, k, v = (x.to(device, rounded or dtype).to(dtype).requires_grad_() for x in (q, k, v))
     if path == "by hand":
-        out = by_hand(q, k, v, lengths, causal, scale)
+        out = by_hand(q, k, v, lengths, causal, scale, window)
     else:
         with attention_path(path):
-            out = packed_attention(q, k, v, layout, causal, scale)
+            out = packed_attention(q, k, v, layout, causal, scale, window=window)
     (out * weight.to(device)).sum().backward()
     return [x.detach().float().cpu() for x in (out, q.grad, k.grad, v.grad)]
 
@@ -64,6 +75,42 @@ def test_a_path_gives_the_values_and_gradients_of_attention_by_hand(path, name, 
         expected = run("by hand", LENGTHS[name], causal, scale)
         for a, b in zip(run(path, LENGTHS[name], causal, scale), expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+WINDOWS = (1, 5, 16, 37, 64, 199, 200)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_window_hides_what_is_further_back(path, window):
+    for lengths in LENGTHS.values():
+        expected = run("by hand", lengths, True, window=window)
+        for a, b in zip(run(path, lengths, True, window=window), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [5, 64, 300])
+def test_flex_attention_has_windows_and_only_their_tiles(window):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    layout = SegmentLayout([300, 20, 520, 1])
+    q, k, v = torch.randn(3, layout.rows, 2, 16, generator=torch.Generator().manual_seed(0))
+    with attention_path("flex"):
+        out = packed_attention(q, k, v, layout, True, window=window)
+    expected = by_hand(q, k, v, layout.lengths, True, window=window)
+    torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-5)
+    ours = layout.flex_mask(True, window)
+    theirs = create_block_mask(ours.mask_mod, None, None, layout.rows, layout.rows, device="cpu")
+    # Contiguous tiles: one that lies before a window may be among them, none may be missing.
+    assert (ours.to_dense() >= theirs.to_dense()).all()
+    assert ours.to_dense().sum() <= theirs.to_dense().sum() + 3
+
+
+def test_a_window_needs_causal_attention():
+    q = torch.randn(9, 2, 16)
+    with pytest.raises(ValueError, match="needs causal"):
+        packed_attention(q, q, q, SegmentLayout([9]), False, window=3)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -102,10 +149,14 @@ def test_cuda_kernels_agree_with_the_masked_path(dtype, name, causal):
     assert "varlen" in paths, "torch on CUDA should bring varlen attention"
     for scale in (None, 0.2):
         settings = {"scale": scale, "device": "cuda", "heads": 12, "width": 64}
-        expected = run("masked", LENGTHS[name], causal, rounded=dtype, **settings)  # computed in float32
-        for path in [*PATHS, *paths]:
-            for a, b in zip(run(path, LENGTHS[name], causal, dtype=dtype, **settings), expected, strict=True):
-                torch.testing.assert_close(a, b, atol=4e-2, rtol=4e-2)
+        for window in (None, 37) if causal else (None,):
+            how = LENGTHS[name], causal
+            # Computed in float32.
+            expected = run("masked", *how, rounded=dtype, window=window, **settings)
+            for path in [*PATHS, *paths]:
+                found = run(path, *how, dtype=dtype, window=window, **settings)
+                for a, b in zip(found, expected, strict=True):
+                    torch.testing.assert_close(a, b, atol=4e-2, rtol=4e-2)
 
 
 @pytest.mark.cuda
@@ -207,13 +258,25 @@ def test_pairs_are_counted_with_and_without_padding():
     layout = SegmentLayout([3, 3, 131, 132, 133])  # two blocks: the short ones, and the others
     assert layout.pairs == 9 + 9 + 131**2 + 132**2 + 133**2
     blocks = {path: layout.computed_pairs(path) for path in PATHS + KERNELS}
-    assert blocks == {
+    assert {real for real, _ in blocks.values()} == {layout.pairs}
+    assert {path: computed for path, (_, computed) in blocks.items()} == {
         "bucketed": 2 * 9 + 3 * 133**2,
         "masked": 402**2,
         "varlen": layout.pairs,
         "flash_attn": layout.pairs,
         "flex": layout.pairs,
     }
+
+
+def test_pairs_under_a_window_are_counted_one_by_one():
+    layout = SegmentLayout([3, 70, 131])
+    for window in (1, 2, 40, 70, 130, 131, 500):
+        seen = sum(min(row + 1, window) for length in layout.lengths for row in range(length))
+        assert layout.needed_pairs(True, window) == seen
+        assert layout.computed_pairs("varlen", window)[1] == (seen if window < 131 else layout.pairs)
+    # Blocks of 20 rows see 60: 1 + 4 + 7 of them.
+    assert layout.computed_pairs("bucketed", 40) == (204 * 60, 12 * 20 * 60)
+    assert layout.bands(40).mask.shape == (12, 1, 20, 60)
 
 
 def test_varlen_offsets_are_int32_as_the_kernels_want_them():
@@ -305,8 +368,9 @@ def test_kernels_of_cuda_are_called_for_what_the_layout_says(path, causal, monke
     torch.manual_seed(0)
     lengths = np.array([5, 1, 9])
     q, k, v = torch.randn(3, 15, 2, 8)
-    out = attention._COMPUTE[path](q, k, v, SegmentLayout(lengths, CPU), causal, 0.3, 0.0)
-    torch.testing.assert_close(out, by_hand(q, k, v, lengths, causal, 0.3))
+    for window in (None, 4) if causal else (None,):
+        out = attention._COMPUTE[path](q, k, v, SegmentLayout(lengths, CPU), causal, 0.3, 0.0, window)
+        torch.testing.assert_close(out, by_hand(q, k, v, lengths, causal, 0.3, window))
 
 
 def test_torchs_kernel_has_the_arguments_that_we_give():

@@ -25,8 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
+    GemmaConfig,
     OPTForCausalLM,
 )
 
@@ -191,14 +190,13 @@ def test_positions_are_a_limit_in_every_family(family, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}, "sliding attention"),
-        ({"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1}, "sliding attention"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 32}, "layers of chunked attention"),
         (
             {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             "rope_type dynamic",
         ),
         ({"model_type": "opt", "layerdrop": 0.1}, "layerdrop 0.1 is not supported"),
-        ({"model_type": "mistral"}, "model_type 'mistral' is not one of opt, llama, qwen2, qwen3"),
+        ({"model_type": "gemma"}, "model_type 'gemma' is not one of opt, llama, mistral, qwen2, qwen3"),
         ({"model_type": "bloom"}, "model_type 'bloom' is not one of"),
     ],
 )
@@ -214,17 +212,18 @@ def test_a_sliding_window_that_is_off_or_never_reached_is_accepted():
 
 
 def test_folders_of_untested_families_are_refused(tmp_path):
-    config = MistralConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
-    sliding = rotary_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    AutoModelForCausalLM.from_config(sliding).save_pretrained(tmp_path / "sliding")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = GemmaConfig(vocab_size=50, num_key_value_heads=1, head_dim=8, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")
+    chunked = rotary_config("qwen2", layer_types=["chunked_attention", "full_attention"])
+    model = AutoModelForCausalLM.from_config(rotary_config("qwen2"))
+    model.save_pretrained(tmp_path / "chunked")
+    chunked.save_pretrained(tmp_path / "chunked")
     for load in (load_backbone, load_model):
-        with pytest.raises(UserError, match="mistral.* is not one of"):
-            load(tmp_path / "mistral")
-        with pytest.raises(UserError, match="sliding attention is not supported"):
-            load(tmp_path / "sliding")
+        with pytest.raises(UserError, match="gemma.* is not one of"):
+            load(tmp_path / "gemma")
+        with pytest.raises(UserError, match="layers of chunked attention are not supported"):
+            load(tmp_path / "chunked")
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -244,8 +243,17 @@ def test_recipe_keys_are_keys_of_the_familys_config(family):
         ({"model_type": "qwen2", "num_kv_heads": 3}, "did you mean 'model.backbone.num_key_value_heads'?"),
         ({"model_type": "qwen3", "word_embed_proj_dim": 3}, "unknown recipe key"),
         ({"model_type": "opt", "num_key_value_heads": 3}, "unknown recipe key"),
-        ({"model_type": "lama"}, "must be one of opt, llama, qwen2, qwen3, not 'lama': did you mean llama?"),
-        ({"model_type": "mamba"}, "must be one of opt, llama, qwen2, qwen3, not 'mamba'"),
+        ({"model_type": "llama", "sliding_window": 3}, "unknown recipe key 'model.backbone.sliding_window'"),
+        ({"model_type": "qwen2", "sliding_window": 64}, "sliding_window needs model.backbone.use_sl"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64},
+            "needs model.backbone.max_window",
+        ),
+        (
+            {"model_type": "lama"},
+            "must be one of opt, llama, mistral, qwen2, qwen3, not 'lama': did you mean llama?",
+        ),
+        ({"model_type": "mamba"}, "must be one of opt, llama, mistral, qwen2, qwen3, not 'mamba'"),
     ],
 )
 def test_recipe_keys_of_another_family_are_refused(backbone, says, tmp_path):

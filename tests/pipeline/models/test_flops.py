@@ -13,7 +13,14 @@ from pipeline.data.batch import build_batch
 from pipeline.data.plan import BinPlan
 from pipeline.data.windows import Span
 from pipeline.models.attention import KERNELS, attention_path, choose_path
-from pipeline.models.flops import StepArithmetic, batch_cores, count_operations, counted_rows, utilisation
+from pipeline.models.flops import (
+    StepArithmetic,
+    batch_cores,
+    count_operations,
+    counted_rows,
+    row_cores,
+    utilisation,
+)
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
 
@@ -25,6 +32,7 @@ MODELS = {
     "vae-variational": lambda: small_vae(variational=True, fusion="attention"),
     "sllm": small_sllm,
     "sllm-paper": lambda: small_sllm(layout="paper"),
+    "sllm-published": lambda: small_sllm(layout="paper", published_inputs=True),
     "sllm-adapters": lambda: small_sllm(backbone=post_norm_opt_config()),
     "sllm-variational": lambda: small_sllm(variational=True),
     "sllm-prefix": lambda: small_sllm(
@@ -35,6 +43,8 @@ MODELS = {
     "lm": small_lm,
     "lm-post-norm": lambda: small_lm(config=post_norm_opt_config()),
     "lm-llama": lambda: family_lm("llama"),
+    "lm-window": lambda: family_lm("mistral"),
+    "sllm-window": lambda: family_sllm("qwen3_window"),
 }
 
 
@@ -68,6 +78,18 @@ def test_padding_is_what_the_formula_says():
     layer = 32 * 96 + 32 * 32 + 2 * 32 * 64
     linear = layer * 9 + layer * 11 + 32 * 32 * 2 + 32 * 97 * 11
     assert computed == linear + each * (81 + 121)
+
+
+def test_a_window_costs_what_each_row_sees():
+    """One window of 100 tokens and BOS; layers of full attention, of 3 rows, and of 3 in the second only."""
+    batch = build_batch([Span(np.full(100, 5), np.asarray([10] * 10), False)])
+    full, three = 101 * 102 // 2, 1 + 2 + 99 * 3
+    for name, pairs in (("qwen3", 2 * full), ("qwen3_window", full + three)):
+        operations = count_operations(family_lm(name), {}, batch_cores(family_lm(name), batch))
+        assert operations.attention == {"backbone": 2 * 48 * pairs}, name
+    model = family_lm("mistral", sliding_window=3)
+    assert count_operations(model, {}, batch_cores(model, batch)).needed == 2 * 32 * 2 * three
+    assert count_operations(model, {}, row_cores(model, 4, 101)).needed == 4 * 2 * 32 * 2 * three
 
 
 def test_an_8k_bin_of_real_clauses_costs_a_125m_model_hardly_any_padding(tiny_shards):

@@ -41,6 +41,7 @@ VARIANTS = {
     "attention": {"fusion": "attention"},
     "paper": {"layout": "paper"},
     "paper-narrow": {"layout": "paper", "embedding_size": 16, "fusion": "attention"},
+    "published": {"layout": "paper", "published_inputs": True},
     "variational": {"variational": True, "kl_weight": 0.5, "free_bits": 0.1},
     "noise": {"latent_noise": 0.3},
     "last": {"fusion": "last", "encoder_layers": 1},

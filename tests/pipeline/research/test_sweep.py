@@ -26,7 +26,8 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.export.model_folder import export_run
 from pipeline.models.factory import build_model
 from pipeline.research.scaling import read_points
-from pipeline.research.sweep import Workers, read_sweep, run
+from pipeline.research.sweep import Workers, format_sweep, run
+from pipeline.research.sweep_jobs import Job, operations_per_token, read_sweep, with_budgets
 from pipeline.training.optimizer import parameter_groups
 
 pytestmark = pytest.mark.launch
@@ -123,7 +124,7 @@ def test_what_is_done_is_not_repeated(
     assert cli.main(again) == 0
     lines = capsys.readouterr().out.splitlines()
     sllm, vae = lines[1:3]
-    assert (sllm.count("–"), vae.count("–")) == (2, 3)  # a reconstruction is in no column of predictions
+    assert (sllm.count("–"), vae.count("–")) == (3, 9)  # a reconstruction is in no column of predictions
     assert f"{result['rows'][1]['exact_match']:.2%}" in vae and vae.split()[1:3] == ["3", "vae"]
     assert lines[-1] == "not done: lost-s3"
 
@@ -183,9 +184,84 @@ def test_a_stopped_sweep_saves_and_goes_on(recipes: Path, tmp_path: Path) -> Non
         run(path, out, overrides=[*long[:1], "5", *long[2:]])
 
 
+@pytest.fixture(scope="module")
+def gridded(
+    tiny_shards: Path, tiny_valid_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, dict]:
+    """A grid of two attention windows with one budget, and the loss by context length."""
+    folder = tmp_path_factory.mktemp("grid")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "model_type": "mistral"}
+    data = {"shards": [str(tiny_shards)], "validation": str(tiny_valid_shards), "window_tokens": 256}
+    windows = {f"w{size}": {"model.backbone.sliding_window": size} for size in (8, 512)}
+    path = write(
+        folder,
+        recipe="default-lm",
+        overrides={
+            **{f"model.backbone.{key}": value for key, value in sizes.items()},
+            **{f"data.{key}": value for key, value in data.items()},
+            **{"training.eval_bins": 1, "log.tensorboard": False, "data.sentence_ends": True},
+        },
+        context_curve=[4, 16],
+        fresh=True,
+        grid={"window": windows, "budget": {"small": {"operations": "1.5e9"}}},
+    )
+    return path, folder / "out", run(path, folder / "out", only=["w8-small"])
+
+
+@pytest.mark.long
+def test_a_cell_of_a_grid_spends_its_budget_and_is_measured_by_context_length(gridded: tuple) -> None:
+    path, out, result = gridded
+    [row] = result["rows"]
+    assert result["missing"] == ["w512-small-s1"] and row["cell"] == {"window": "w8", "budget": "small"}
+    # A run ends with the step that reaches its tokens.
+    most = row["recipe"]["data"]["bin_tokens"] / row["tokens"]
+    assert 1 <= row["needed_operations"] / 1.5e9 < 1 + most
+    lost = row["context_curve"]["contexts"]
+    assert lost["16"]["lost"] == 0 and lost["4"]["lost"] != 0 and row["vector_gain"] is None
+    assert row["ngram_bits_per_byte"] > 0 and row["ngram_trained_tokens"] >= row["tokens"]
+    text = format_sweep(result)
+    assert "lost at 4" in text and "Kneser–Ney" in text
+    assert (out / "context.svg").read_text().startswith("<svg")
+    jobs = read_sweep(path, out)
+    short, full = (j.recipe.training.max_tokens for j in with_budgets(jobs, {job.key for job in jobs}))
+    assert short == row["recipe"]["training"]["max_tokens"] > 1.02 * full, "a short window buys tokens"
+
+
+def test_a_budget_counts_the_sentence_vae_and_fresh_text_is_enough(recipes: Path, tmp_path: Path) -> None:
+    runs = {
+        "vae": {"recipe": str(recipes / "vae.yaml"), "training.max_tokens": 3000},
+        "sllm": {"after": "vae", "operations": 2e9},
+    }
+
+    def made() -> list[Job]:
+        path = write(tmp_path, recipe=str(recipes / "sllm.yaml"), runs=runs, fresh=True)
+        return with_budgets(read_sweep(path, tmp_path / "out"), {"vae-s1", "sllm-s1"})
+
+    vae, sllm = made()
+    spent = 3000 * operations_per_token(vae.recipe)
+    each = operations_per_token(sllm.recipe, vae.recipe.model.vae)
+    assert sllm.recipe.training.max_tokens == int((2e9 - spent) / each) and sllm.after is vae
+    runs["sllm"]["operations"] = 1e6
+    with pytest.raises(UserError, match="sllm-s1: nothing of 1e.06 operations is left"):
+        made()
+    runs["sllm"]["operations"] = 1e13
+    with pytest.raises(UserError, match="its shards hold [0-9,]+ and `fresh` allows each one once"):
+        made()
+    # A run that is not asked for may lack its shards.
+    path = write(
+        tmp_path, recipe=str(recipes / "sllm.yaml"), runs={"a": {"data.shards": "no", "operations": 1}}
+    )
+    assert with_budgets(read_sweep(path, tmp_path / "out"), set())[0].operations == 1
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
+        ({"runs": {"a": {"operations": -1}}}, "run a: operations must be a number above 0, not -1"),
+        ({"runs": {"a": {}}, "context_curve": [0]}, "context_curve must be a list of numbers of tokens"),
+        ({"grid": {"depth": {"d2": 2}}}, "grid must map axes to labels"),
+        ({"grid": {"depth": [2, 4]}}, "grid must map axes to labels"),
+        ({"grid": {"x": {"a b": {}}}}, "run 'a b': a name is text"),
         ({"runs": {}}, "needs `runs`"),
         ({"runs": {"a": {}}, "seed": 1}, "unknown key 'seed'"),
         ({"runs": {"a": {}}, "seeds": "1"}, "seeds must be a list"),

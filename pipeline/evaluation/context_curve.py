@@ -1,0 +1,79 @@
+"""`sllm evaluate --context-curve`: the loss of the same sentences, given more and more tokens before them.
+
+The targets are all sentences with the longest context before them in their document. For a context of C
+tokens they are scored in blocks of at most C/4 tokens, or one sentence, each block in a window of its own
+after the fewest whole sentences that have C tokens. So every target has at least C tokens before it, and at
+most C/4 and two sentences more. The differences between contexts are of the same targets, by document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.common.errors import UserError
+from pipeline.data.windows import Span
+from pipeline.evaluation.scores import BYTES, NATS, SEEN, TOKENS, Scores, Window, interval
+from pipeline.models.losses import bits_per_byte
+from pipeline.parallel.ranks import Ranks
+
+
+def require_room(contexts: Sequence[int], longest_sentence: int, window_tokens: int) -> None:
+    """Raise UserError for a context that the model's windows of `window_tokens` do not hold."""
+    for context in contexts:
+        needed = context + longest_sentence + max(context // 4, longest_sentence)
+        if needed > window_tokens:
+            raise UserError(
+                f"--context-curve {context}: needs windows of up to {needed} tokens, but the model's are of "
+                f"{window_tokens}: leave it out, or evaluate with a larger --window-tokens"
+            )
+
+
+def curve_windows(
+    documents: Iterable[tuple[np.ndarray, np.ndarray, str, str]], contexts: Sequence[int], ranks: Ranks
+) -> Iterator[Window]:
+    """The windows of all contexts, of this rank's documents. Their `document` is the document's number ·
+    contexts + the context's index."""
+    for number, (tokens_T, lengths_S, source, language) in enumerate(documents):
+        if number % ranks.world != ranks.rank:
+            continue
+        ends = np.concatenate([[0], np.cumsum(lengths_S, dtype=np.int64)])
+        begin = int(np.searchsorted(ends, max(contexts)))
+        for index, context in enumerate(contexts):
+            first = begin
+            while first < len(lengths_S):
+                most = ends[first] + max(context // 4, lengths_S[first])
+                end = int(np.searchsorted(ends, most, side="right")) - 1
+                before = int(np.searchsorted(ends, ends[first] - context, side="right")) - 1
+                tokens = tokens_T[ends[before] : ends[end]]
+                span = Span(tokens, lengths_S[before:end], end == len(lengths_S))
+                key = number * len(contexts) + index
+                yield Window(span, key, before, source, language, context=first - before)
+                first = end
+
+
+def curve_figures(scores: Scores, contexts: Sequence[int]) -> dict[str, Any] | None:
+    """Of every context (ascending): `bits_per_byte`, `lost` (how much more than with the longest one), and
+    the mean number of tokens before a target. None if no document is long enough."""
+    if not scores.rows:
+        return None
+    keys = sorted(scores.rows)
+    rows_CD = [
+        np.stack([scores.rows[key] for key in keys if key % len(contexts) == c]) for c in range(len(contexts))
+    ]
+    nats_CD = [rows[:, NATS].sum(1) for rows in rows_CD]
+    bytes_D, bit = rows_CD[0][:, BYTES], bits_per_byte(1.0, 1.0)
+    best = nats_CD[-1]
+    figures: dict[str, Any] = {"bytes": int(bytes_D.sum()), "tokens": int(rows_CD[0][:, TOKENS].sum())}
+    figures |= {"documents": len(bytes_D), "contexts": {}}
+    for context, rows_D, nats_D in zip(contexts, rows_CD, nats_CD, strict=True):
+        figures["contexts"][str(context)] = {
+            "mean_context": float(rows_D[:, SEEN].sum() / rows_D[:, TOKENS].sum()),
+            "bits_per_byte": bits_per_byte(float(nats_D.sum()), float(bytes_D.sum())),
+            "bits_per_byte_interval": interval(nats_D * bit, bytes_D),
+            "lost": bits_per_byte(float((nats_D - best).sum()), float(bytes_D.sum())),
+            "lost_interval": interval((nats_D - best) * bit, bytes_D),
+        }
+    return figures
