@@ -73,7 +73,8 @@ def leaves(app: App, *words: str) -> list[tuple[str, ...]]:
 
 
 LEAVES = [(program, *words) for program, app in APPS.items() for words in leaves(app)]
-WITHOUT_JSON = ("segment", "stage", "serve", "chat", "train")  # lines for machines; conversations; files
+# Lines for machines already; conversations; files.
+WITHOUT_JSON = ("segment", "stage", "serve", "chat", "train", "lm-eval")
 
 
 @pytest.mark.parametrize("words", LEAVES, ids=" ".join)

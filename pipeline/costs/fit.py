@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.page import to_plain
 from pipeline.common.text import FILTERS
 from pipeline.config.deepspeed_config import micro_batches
@@ -90,7 +90,8 @@ def fit(
     if not fitting:
         least = min(candidates, key=lambda one: one["peak"])
         raise UserError(
-            f"--fit {memory}: nothing fits: {least['strategy']} with bins of {least['bin_tokens']:,} tokens "
+            f"--fit {memory}: nothing fits: "
+            f"{least['strategy']} with bins of {counted(least['bin_tokens'], 'token')} "
             f"needs {least['peak'] / 1e9:.1f} GB, and {usable / 1e9:.1f} GB ({USABLE:.0%}) are usable: "
             "use more GPUs, shorter windows or a smaller model"
         )

@@ -55,8 +55,8 @@ def curve_windows(
 
 
 def curve_figures(scores: Scores, contexts: Sequence[int]) -> dict[str, Any] | None:
-    """Of every context (ascending): `bits_per_byte`, `lost` (how much more than with the longest one), and the
-    mean number of tokens before a target. None if no document is long enough."""
+    """Of every context (ascending): `bits_per_byte`, `lost` (how much more than with the longest one), and
+    the mean number of tokens before a target. None if no document is long enough."""
     if not scores.rows:
         return None
     keys = sorted(scores.rows)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data_prep.common.errors import UserError, first_line
+from data_prep.common.errors import UserError, counted, first_line
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
@@ -131,7 +131,8 @@ def _last_checkpoints(run_dir: Path, meta: Meta, count: int) -> list[tuple[Path,
     paths = store.listed(run_dir)[0][: meta.recipe["training"]["keep"]]
     if len(paths) < count:
         raise UserError(
-            f"--average {count}: {run_dir} keeps its last {len(paths)} checkpoints: average fewer, or "
+            f"--average {count}: {run_dir} "
+            f"keeps its last {counted(len(paths), 'checkpoint')}: average fewer, or "
             "train with a larger training.keep"
         )
     return [(path, store.read_meta(path)) for path in paths[:count]]

@@ -22,7 +22,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from data_prep.common.errors import UserError, log
+from data_prep.common.errors import UserError, counted, log
 from data_prep.common.language import detect_language
 from data_prep.text.hugging_face import write_hugging_face
 from pipeline.data.windows import document_spans
@@ -161,7 +161,8 @@ class FolderLM(LM):
 
     def _report_shortened(self, count: int) -> None:
         if count:
-            log(f"lm-eval: {count} contexts lost their first sentences: {self._window} tokens are the most")
+            lost = counted(count, "context lost its first sentences", "contexts lost their first sentences")
+            log(f"lm-eval: {lost}: {counted(self._window, 'token is', 'tokens are')} the most")
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each text, with its end, in the windows of `sllm evaluate`."""

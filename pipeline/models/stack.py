@@ -41,7 +41,6 @@ from pipeline.models.losses import LossSums
 from pipeline.models.sentence_lm import FIRST_ROW, SentenceLM
 from pipeline.models.vocabulary_head import VocabularyHead
 
-# Keys that are sizes of a model, with their defaults.
 SIZES = {key: field.default for key, field in TokensRecipe.model_fields.items()}
 SIZES |= {"vocab_size": 50272, "max_sentence_tokens": 64}
 
@@ -138,7 +137,6 @@ class StackLM(SentenceLM):
     config_class = StackConfig
     lower: Any
     upper: Any
-    memory: Any
     _tied_weights_keys = {"head.weight": "embedding.token.weight"}
 
     def __init__(self, config: StackConfig):
@@ -159,7 +157,7 @@ class StackLM(SentenceLM):
         if config.add_vector:
             self.from_backbone.first_deviation = 0.0
         memories = config.upper_layers if config.memory else 0
-        self.memory = nn.ModuleList(SentenceMemory(width, vector, config.heads) for _ in range(memories))
+        self.memory: Any = nn.ModuleList(SentenceMemory(width, vector, config.heads) for _ in range(memories))
         self.final_norm = nn.LayerNorm(width)
         self.head = VocabularyHead(width, config.vocab_size)
         self.stop_head = None if config.by_rule else nn.Linear(vector, 1)
@@ -285,7 +283,6 @@ class StackLM(SentenceLM):
         config = self.config
         vector = torch.zeros(rows, vector_width(config.backbone), dtype=self.dtype, device=self.device)
         border = torch.zeros(rows, config.hidden_size, dtype=self.dtype, device=self.device)
-        # `sentence_back` takes a sentence's tokens back at most.
         keep = config.attention_window + config.max_sentence_tokens
         tokens = TokenState(
             RollingCache(rows, keep),
@@ -465,7 +462,7 @@ class StackLM(SentenceLM):
         return state.tokens
 
     def sentence_begin(self, state: StackState, decoder: TokenState, rows: np.ndarray) -> None:
-        """Nothing is left to do: `read` and `extend` have computed the border."""
+        """Nothing to do: `read` and `extend` have computed the border."""
 
     @torch.no_grad()
     def sentence_step(self, decoder: TokenState, rows: np.ndarray, symbols: list[int]) -> Tensor:

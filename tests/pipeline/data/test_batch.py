@@ -54,7 +54,7 @@ def looped(spans: list[Span], slots: int, context: int) -> dict[str, list]:
         for number, part in enumerate(parts):
             found["backbone_source"].append(1 + sentences + number)
             found["predicting"].append(start + number)
-            found["start"].append(start)
+            found["place"].append(number)
             found["stop"].append(float(one.document_end and number == len(parts) - 1))
             found["inputs"] += [BOS, *part]
             found["targets"] += [*part, END]
@@ -89,7 +89,7 @@ def test_the_indices_are_those_of_loops_over_windows_and_sentences(slots, contex
     found = {
         "backbone_source": batch.backbone_source,
         "predicting": batch.predicting_row_S,
-        "start": batch.start_row_S,
+        "place": batch.place_S,
         "stop": batch.stop_label_S,
         "inputs": inputs,
         "targets": targets,
@@ -113,6 +113,24 @@ def test_the_indices_are_those_of_loops_over_windows_and_sentences(slots, contex
         assert spans_of.needed == sum(n * b + n * (n + 1) // 2 for n, b in zip(own, before, strict=True))
     for name, values in found.items():
         assert values.tolist() == expected[name], name
+
+
+def test_sentence_ends_follow_every_sentence() -> None:
+    spans = random_spans(4, documents=5)
+    batch = build_batch(spans).with_sentence_ends(END)
+    tokens = []
+    for one in spans:
+        for part in np.split(one.tokens, np.cumsum(one.sentence_lengths)[:-1]):
+            tokens += [*part, END]
+    assert batch.tokens_T.tolist() == tokens and batch.cu_sentences[-1] == len(tokens)
+    assert np.diff(batch.cu_sentences).tolist() == [n + 1 for one in spans for n in one.sentence_lengths]
+    assert np.array_equal(batch.cu_documents, build_batch(spans).cu_documents)
+
+
+def test_apart_from_the_start_the_first_sentence_is_at_place_0() -> None:
+    batch = build_batch([span([5, 6, 7], [1, 2]), span([8], [1])])
+    assert batch.apart_layout.lengths.tolist() == [1, 2, 1, 1]
+    assert batch.apart_layout.position_of_row.tolist() == [0, 0, 1, 0, 0]
 
 
 def test_the_empty_batch_is_one_unscored_token() -> None:

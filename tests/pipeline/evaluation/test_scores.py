@@ -47,7 +47,10 @@ def sentences_of(model: torch.nn.Module, kind: str, documents: list[list[Window]
             batch = build_batch([window.span])
             with torch.no_grad():
                 losses = model(batch)
-                without = model(batch, start_vector_only=True) if kind == "sllm" else losses
+                without = losses
+                if kind == "sllm":  # the first sentence's vector is the start's
+                    start = model.sentence_vectors(batch)[:1].expand(batch.sentences, -1)
+                    without = model(batch, vectors_Sd=start)
             nll, bare = losses.target_nll_N.tolist(), without.target_nll_N.tolist()
             parts = np.split(window.span.tokens, np.cumsum(window.span.sentence_lengths)[:-1])
             for number, part in enumerate(parts):

@@ -137,7 +137,7 @@ def test_a_long_context_loses_its_first_sentences(
     lm = FolderLM(str(folders["sllm-bpe"]), window_tokens=80)
     context = ENGLISH.strip() + " "
     ((long, _),) = scored(lm, (context * 6, "It was cold."))
-    assert "1 contexts lost their first sentences: 80 tokens are the most" in capsys.readouterr().err
+    assert "1 context lost its first sentences: 80 tokens are the most" in capsys.readouterr().err
     ((all_of_it, _),) = scored(lm, ("", ENGLISH * 4))
     assert math.isfinite(long) and all_of_it < 4 * long
     (text,) = written(lm, (context * 6, {"until": [], "max_gen_toks": 10}))
