@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from data_prep.text.marks import EAST_ASIAN, WORD_CHARACTER
 from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
+
+
+_LATIN, _CHINESE = ("Next", "next"), ("下一句",)
 
 
 class RunningEnds:
@@ -31,10 +35,17 @@ class RunningEnds:
             text = so_far.decode()
         except UnicodeDecodeError:  # inside a character
             return False
-        # Behind a letter no mark has been read since the last decision.
-        if text[-1:].isalnum() and not more[:1].isspace():
+        following = _begun(more)
+        if not following or (text[-1:].isalnum() and following[0].isalnum()):
             return False
-        cuts = self._segmenter.cuts(text + more.decode(errors="ignore"))[:-1]
+        if WORD_CHARACTER.search(following):
+            return self._ends(text, following)
+        # White space and opening marks: an end must be one whatever word comes behind them.
+        probes = _CHINESE if EAST_ASIAN.search(text) else _LATIN
+        return all(self._ends(text, following + probe) for probe in probes)
+
+    def _ends(self, text: str, following: str) -> bool:
+        cuts = self._segmenter.cuts(text + following)[:-1]
         return bool(cuts) and cuts[0] <= len(text)
 
     def cut(self, tokens_T: np.ndarray) -> np.ndarray:
@@ -47,3 +58,17 @@ class RunningEnds:
                 count, so_far = 0, b""
             count, so_far = count + 1, so_far + piece
         return np.asarray([*lengths, count] if count else [], dtype=np.int64)
+
+
+def _begun(more: bytes) -> str:
+    """The text of a token, "" when it only begins a character of which it is open whether it is a letter."""
+    try:
+        return more.decode()
+    except UnicodeDecodeError:
+        whole = more.decode(errors="ignore")
+    for fill in (b"\x80", b"\xa0"):
+        for size in (1, 2, 3):
+            filled = (more + fill * size).decode(errors="ignore")
+            if len(filled) > len(whole):
+                return filled if filled[-1].isalnum() else whole
+    return whole
