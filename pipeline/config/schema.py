@@ -285,7 +285,10 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = SECTION
     schedule: ScheduleRecipe = SECTION
     training: TrainingRecipe = SECTION
-    checkpoints: CheckpointsRecipe = SECTION
+    # Resolved recipes from before this section stay the same.
+    checkpoints: CheckpointsRecipe = Field(
+        default_factory=CheckpointsRecipe, exclude_if=CheckpointsRecipe().__eq__
+    )
     health: HealthRecipe = SECTION
     log: LogRecipe = SECTION
 

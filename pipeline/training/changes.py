@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.checkpoints.store import Meta
+from pipeline.config.keys import Section
 from pipeline.config.schema import Recipe
 
 WEIGHT_SOURCES = ("init_from ", "model.vae.path ", "model.vae.init_embeddings_from ", "model.backbone.path ")
@@ -15,6 +16,7 @@ JUMP = 1.05  # a smaller ratio of two rates is not reported
 
 def changes(was: Any, now: Any, where: str = "") -> list[str]:
     """`optimizer.weight_decay 0.1 -> 100.0` for every value that differs."""
+    was, now = (dict(one) if isinstance(one, Section) else one for one in (was, now))
     if isinstance(was, dict) and isinstance(now, dict):
         keys = dict.fromkeys((*was, *now))
         below = (changes(was.get(key), now.get(key), f"{where}.{key}" if where else key) for key in keys)
@@ -25,8 +27,9 @@ def changes(was: Any, now: Any, where: str = "") -> list[str]:
 def changed_keys(saved: Meta, recipe: Recipe) -> list[str]:
     """The keys of a recipe that have changed since a checkpoint was written; the run's folder may."""
     was = _recipe_of(saved)
-    before = was.to_dict() if was else saved.recipe
-    found = changes({**before, "output_dir": ""}, {**recipe.to_dict(), "output_dir": ""})
+    # Sections themselves have the keys that a resolved recipe leaves out.
+    before, now = (dict(was), dict(recipe)) if was else (saved.recipe, recipe.to_dict())
+    found = changes({**before, "output_dir": ""}, {**now, "output_dir": ""})
     kept = " (the weights stay those of the checkpoint)"
     return [change + kept if change.startswith(WEIGHT_SOURCES) else change for change in found]
 
