@@ -76,13 +76,14 @@ def _begun(before: str, more: bytes) -> tuple[str, bool]:
     """The text of a token, and whether its last character is whole.
 
     For a letter that is not whole another one with the same first bytes is given. Bytes that may begin a mark
-    or white space are left out, but behind white space an opening quote is the likely one.
+    or white space are left out, but behind a space or colon an opening quote is
+    the likely one.
     """
     try:
         return more.decode(), True
     except UnicodeDecodeError:
         text = more.decode(errors="ignore")
-    opens = (before + text)[-1:] in " :："
+    opens = (before + text).endswith((" ", ":", "："))
     for fill in (b"\x80", b"\xa0"):
         for size in range(1, _LONGEST_CHARACTER):
             filled = (more + fill * size).decode(errors="ignore")

@@ -1,6 +1,8 @@
-"""Ends while reading depend on nothing behind the next token, and are mostly the segmenter's."""
+"""Ends while reading depend on nothing behind the next token; where that is enough they are the segmenter's."""
 
 from __future__ import annotations
+
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -43,16 +45,63 @@ def test_no_end_depends_on_what_follows_the_next_token(segmenter, language, toke
     assert found == whole
 
 
-def test_most_ends_are_those_of_the_segmenter(tokenizer, tiny_corpus):
-    settings = SentenceSettings("clause", "en", 64)
-    rule, same = RunningEnds(tokenizer, settings), 0
-    texts = (tiny_corpus / "valid.jsonl").read_text(encoding="utf-8")[:20_000].split("\\n")
-    total = 0
-    for text in texts:
-        tokens_T, lengths_S = cut_document(text, tokenizer, settings.segmenter_for(), settings)
-        given, found = set(np.cumsum(lengths_S).tolist()), {*ends(rule, tokens_T), len(tokens_T)}
-        same, total = same + len(given & found), total + len(given | found)
-    # One token of this small vocabulary is a letter or two to look ahead.
-    assert total > 300 and same > 0.5 * total
-    number = tokenizer.encode("It is 3.14 and more, e.g. a number of the U.S. army.")
-    assert tokenizer.decode(number[: ends(rule, number)[0]]) == "It is 3.14 and more,"
+LATIN = (
+    "{0} saw it, and then {1} went on; nobody asked. “Is it you?” said {0}. “I hope so.” Dr. {1} came\n"
+    "to 3.14 of 2,000, e.g. the first.  It was late: {1} had gone — or so {0} said.\n\n"
+    '"Yes," {0} answered. "It ended in July 1776, in the U.S. army." The list:\n- {1}, {2}\n- {0}'
+)
+CHINESE = (
+    "{2}年，{3}走了，然后回来。{4}笑道：“你好！”{3}说：“再见，{4}。”\n"
+    "书名叫《{4}》；价格是{2}.5元。真的吗？当然……是的！"
+)
+
+
+@pytest.mark.parametrize("segmenter", ["clause", "sentence"])
+@pytest.mark.parametrize("text", [LATIN, CHINESE], ids=["latin", "chinese"])
+def test_ends_are_those_of_the_segmenter(segmenter, text, tokenizer):
+    """On books the agreement is above 99 % (docs/evaluation.md)."""
+    settings = SentenceSettings(segmenter, "auto", 200)
+    rule, words = RunningEnds(tokenizer, settings), ("Anna", "Brown", "Clara", "David", "Emma")
+    given, found, at = set(), set(), 0
+    for number, (one, two) in enumerate(permutations(words, 2)):
+        names = "".join(chr(0x5F20 + 37 * number + n) for n in range(4))
+        document = text.format(one, two, number + 1, names[:2], names[2:])
+        tokens_T, lengths_S = cut_document(document, tokenizer, settings.segmenter_for(), settings)
+        given |= {at + end for end in np.cumsum(lengths_S.astype(np.int64))[:-1].tolist()}
+        found |= {at + end for end in ends(rule, tokens_T)}
+        at += len(tokens_T)
+    assert len(given) >= 100
+    assert len(given & found) > 0.98 * max(len(given), len(found))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "One is set.\n“Two is",
+        "He left,\n“Two is",
+        "It ends.  Two is",
+        "Said Will. “Two is",
+        "他道：“你们好",
+        "走了。然后来",
+    ],
+)
+def test_what_comes_behind_a_mark_need_not_be_known(text, tokenizer):
+    """Line breaks, double spaces, quotes and characters of several tokens are behind the end."""
+    rule = RunningEnds(tokenizer, SentenceSettings("clause", "auto", 64))
+    tokens_T, lengths_S = cut_document(text, tokenizer, rule._segmenter, 64)
+    assert ends(rule, tokens_T) == np.cumsum(lengths_S)[:-1].tolist()
+
+
+def test_the_limit_cuts_no_character_and_short_sentences_go_on(tokenizer):
+    text = "龘靐齉爩" * 10
+    for limit in (8, 9, 10, 11):
+        rule, tokens_T = (
+            RunningEnds(tokenizer, SentenceSettings("clause", "auto", limit)),
+            tokenizer.encode(text),
+        )
+        parts = np.split(tokens_T, ends(rule, tokens_T))
+        assert "".join(tokenizer.decode_bytes(part).decode() for part in parts) == text
+        assert max(map(len, parts)) <= limit
+    rule = RunningEnds(tokenizer, SentenceSettings("clause", "en", 64, min_tokens=9))
+    tokens_T = tokenizer.encode("No, yes, no, yes, and then a longer clause, and a last one")
+    assert [len(part) >= 9 for part in np.split(tokens_T, ends(rule, tokens_T))[:-1]] == [True, True]
