@@ -58,7 +58,7 @@ class RunningEnds:
             text = so_far.lstrip(_CONTINUATION).decode()
         except UnicodeDecodeError:  # inside a character
             return False
-        following, whole = _begun(text[-1:], more)
+        following, whole = _read_on(text[-1:], more)
         if not whole and room < _LONGEST_CHARACTER:
             return True
         # No end is inside a word; in writing without spaces the last mark was decided on some characters ago.
@@ -72,7 +72,7 @@ class RunningEnds:
         return any(lowest < cut <= len(text) for cut in cuts)
 
 
-def _begun(before: str, more: bytes) -> tuple[str, bool]:
+def _read_on(before: str, more: bytes) -> tuple[str, bool]:
     """The text of a token, and whether its last character is whole.
 
     For a letter that is not whole another one with the same first bytes is given. Bytes that may begin a mark

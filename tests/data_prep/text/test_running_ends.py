@@ -1,4 +1,4 @@
-"""Ends while reading depend on nothing behind the next token; where that is enough they are the segmenter's."""
+"""Ends while reading need nothing behind the next token; where that is enough they are the segmenter's."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_end_depends_on_what_follows_the_next_token(segmenter, language, toke
 
 
 LATIN = (
-    "{0} saw it, and then {1} went on; nobody asked. “Is it you?” said {0}. “I hope so.” Dr. {1} came\n"
+    "{0} saw it, and then {1} went on; all was quiet. “Is it you?” said {0}. “I hope so.” Dr. {1} came\n"
     "to 3.14 of 2,000, e.g. the first.  It was late: {1} had gone — or so {0} said.\n\n"
     '"Yes," {0} answered. "It ended in July 1776, in the U.S. army." The list:\n- {1}, {2}\n- {0}'
 )

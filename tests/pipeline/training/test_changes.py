@@ -129,3 +129,13 @@ def test_a_jump_of_the_rate(overrides: str, says: str, tmp_path: Path) -> None:
     was, now = load_recipe(path, length), load_recipe(path, [*length, *overrides.split()])
     found = rate_jump(saved(was, 100), now)
     assert found.endswith(says) and bool(found) == bool(says)
+
+
+def test_keys_that_a_resolved_recipe_leaves_out() -> None:
+    """A checkpoint from before them resumes without a word; their changes are named with both values."""
+    recipe = load_recipe("demo-sllm", ["--output_dir", "here"])
+    assert "checkpoints" not in recipe.to_dict() and "layout" not in recipe.to_dict()["model"]
+    assert changed_keys(saved(recipe, 1), recipe) == []
+    other = load_recipe("demo-sllm", ["--output_dir", "here", "--checkpoints.background", "false"])
+    assert changed_keys(saved(recipe, 1), other) == ["checkpoints.background True -> False"]
+    assert changed_keys(saved(other, 1), recipe) == ["checkpoints.background False -> True"]
