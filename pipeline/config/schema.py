@@ -287,7 +287,7 @@ class Recipe(Section):
     training: TrainingRecipe = SECTION
     # Resolved recipes from before this section stay the same.
     checkpoints: CheckpointsRecipe = Field(
-        default_factory=CheckpointsRecipe, exclude_if=CheckpointsRecipe().__eq__
+        CheckpointsRecipe.model_validate({}), exclude_if=CheckpointsRecipe.model_validate({}).__eq__
     )
     health: HealthRecipe = SECTION
     log: LogRecipe = SECTION
