@@ -60,7 +60,7 @@ def tokenizer(tiny_tokenizer):
 def lively(model, tokenizer):
     """Sentences and documents that end, but not at once."""
     with torch.no_grad():
-        getattr(model, "vae", model).head.bias[tokenizer.eos_id] += 3 if hasattr(model, "vae") else 1.5
+        getattr(model, "vae", model).head.bias[tokenizer.eos_id] += 3 if hasattr(model, "vae") else 2
         model.stop_head.bias -= 1
     return model.eval()
 
