@@ -100,9 +100,12 @@ def stack_rows(
     borders_B = np.cumsum(sizes_B) - sizes_B
     layout = SegmentLayout(np.add.reduceat(sizes_B, first_D), device)
     tokens_T, targets_N = (np.delete(np.arange(layout.rows), x) for x in (borders_B, layout.starts[1:] - 1))
-    rows = (torch.from_numpy(x).to(device) for x in (tokens_T, targets_N, borders_B))
+    token_rows_T, target_rows_N, border_rows_B = (
+        torch.from_numpy(x).to(device) for x in (tokens_T, targets_N, borders_B)
+    )
     border_of_row_R = np.repeat(np.arange(len(sizes_B)), sizes_B)
-    return StackRows(layout, *rows, border_of_row_R, np.repeat(first_D, layout.lengths))
+    first_border_R = np.repeat(first_D, layout.lengths)
+    return StackRows(layout, token_rows_T, target_rows_N, border_rows_B, border_of_row_R, first_border_R)
 
 
 def _rows_by_rule(sizes_B: np.ndarray, first_D: np.ndarray, device: torch.device) -> StackRows:
@@ -113,9 +116,12 @@ def _rows_by_rule(sizes_B: np.ndarray, first_D: np.ndarray, device: torch.device
     layout = SegmentLayout(np.add.reduceat(rows_B, first_D), device)
     tokens_T = np.delete(np.arange(layout.rows), starts_B[first_D])
     borders_B = np.where(is_first_B, starts_B, starts_B - 1)
-    rows = (torch.from_numpy(x).to(device) for x in (tokens_T, np.arange(layout.rows), borders_B))
+    token_rows_T, target_rows_N, border_rows_B = (
+        torch.from_numpy(x).to(device) for x in (tokens_T, np.arange(layout.rows), borders_B)
+    )
     border_of_row_R = np.repeat(np.arange(len(sizes_B)), rows_B)
-    return StackRows(layout, *rows, border_of_row_R, np.repeat(first_D, layout.lengths))
+    first_border_R = np.repeat(first_D, layout.lengths)
+    return StackRows(layout, token_rows_T, target_rows_N, border_rows_B, border_of_row_R, first_border_R)
 
 
 def context_spans(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> ContextSpans:

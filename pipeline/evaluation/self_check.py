@@ -81,9 +81,7 @@ class Checker:
         self.rng = np.random.default_rng(seed)
         self.longest, most_sentences, self.ids = _limits(model, self.kind)
         self.spans = [self._document(most_sentences) for _ in range(max(2, documents))]
-        if self.kind == "sllm" and (
-            long := min(_beyond_windows(model.config, self.longest), model.max_sentences)
-        ):
+        if self.kind == "sllm" and (long := _beyond_windows(model, self.longest)):
             self.spans[0] = _span([self._sentence() for _ in range(long)], True)
 
     @property
@@ -271,13 +269,14 @@ def _limits(model: Any, kind: str) -> tuple[int, int, np.ndarray]:
     return longest, most_sentences, np.setdiff1d(np.arange(vocabulary), [i for i in special if i is not None])
 
 
-def _beyond_windows(config: Any, longest: int) -> int:
+def _beyond_windows(model: Any, longest: int) -> int:
     """Sentences of a document beyond a stack's attention windows and memory, so that its caches roll over; 0
     for another layout."""
+    config = model.config
     if not isinstance(config, StackConfig):
         return 0
     rows = 3 * config.attention_window + 2 * config.max_sentence_tokens
-    return min(MOST_BEYOND, max(2 * rows // longest, 2 * config.memory + 2))
+    return min(MOST_BEYOND, model.max_sentences, max(2 * rows // longest, 2 * config.memory + 2))
 
 
 def _span(sentences: list[np.ndarray], document_end: bool) -> Span:

@@ -13,7 +13,6 @@ that.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ from data_prep.common.errors import UserError, counted
 from data_prep.text.running_ends import RunningEnds
 from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.generation.choice import Choice, ends_by_rule
 from pipeline.generation.prompt import split_by_rule, split_prompt
 from pipeline.generation.prompt_end import REJECTED, Branch, PromptEnd, find_prompt_end
 from pipeline.generation.protocol import Guide, SentenceModel
@@ -71,19 +71,10 @@ class BatchWriter:
             raise UserError(
                 f"sentence_tokens {limits.sentence_tokens}: must be below {self._sentence_tokens}"
             )
-        self._by_rule = getattr(config, "ends", None) == "rule"
+        self._by_rule = ends_by_rule(config)
         running = self._by_rule and limits.sentence_tokens is None
         self._rule = RunningEnds(tokenizer, SentenceSettings(**self.settings)) if running else None
-        # Control symbols have no bytes; embedding rows above the tokenizer's entries are untrained.
-        forbidden_V = np.ones(config.vocab_size, dtype=bool)
-        forbidden_V[: tokenizer.vocab_size] = tokenizer.byte_lengths == 0
-        forbidden_V[[self._bos, config.pad_token_id]] = True
-        forbidden_V[self._end] = False
-        bias_V = torch.zeros(config.vocab_size, device=model.device)
-        self._bias_V = bias_V.masked_fill(torch.from_numpy(forbidden_V).to(model.device), -torch.inf)
-        self._endless_V = self._bias_V.clone()
-        self._endless_V[self._end] = -torch.inf
-        self._seen_RV: torch.Tensor | None = None  # made for the first row with a repetition penalty
+        self._choice = Choice(model, tokenizer, limits, self._rows, guide)
         self._state: Any = None
         self._decoder: Any = None
         self._more = True  # requests may be left
@@ -179,12 +170,8 @@ class BatchWriter:
                 row.tail, row.branches = end.certain, [end.root, *end.root.below()]
             taken[at] = sentences
             if sampling.repetition_penalty != 1:
-                if self._seen_RV is None:
-                    size = len(self._rows), len(self._bias_V)
-                    self._seen_RV = torch.zeros(size, dtype=torch.bool, device=self._model.device)
-                self._seen_RV[at] = False
-                seen = [token for sentence in (*sentences, row.tail) for token in sentence]
-                self._seen_RV[at, torch.tensor(seen, dtype=torch.long)] = True
+                self._choice.forget(at)
+                self._choice.note(at, [token for sentence in (*sentences, row.tail) for token in sentence])
             tokens += sum(map(len, sentences))
             if tokens >= READ_TOKENS:
                 yield from self._read(taken)
@@ -257,7 +244,7 @@ class BatchWriter:
             return
         if len(choosing) < len(at_n):
             at_n, logits_nV = at_n[choosing], logits_nV[choosing]
-        symbol_n, log_probability_n = self._choose(at_n, logits_nV)
+        symbol_n, log_probability_n = self._choice.choose(at_n, logits_nV)
         for n, at in enumerate(at_n.tolist()):
             row, symbol, log_probability = self._rows[at], symbol_n[n], log_probability_n[n]
             if row.end is not None:
@@ -282,7 +269,7 @@ class BatchWriter:
         row = self._rows[at]
         root = row.end.root
         # The text's likelihood is given the prompt, whose last tokens were chosen here.
-        given = root.mass(self._bias_V) if root.children else 0.0
+        given = root.mass(self._choice.bias_V) if root.children else 0.0
         while True:
             path: list[int] = []
             last = branch = root
@@ -297,7 +284,7 @@ class BatchWriter:
                 break
         row.forced = len(row.tokens)
         if row.sampling.repetition_penalty != 1:
-            self._seen_RV[at, torch.tensor(path[:-1], dtype=torch.long)] = True
+            self._choice.note(at, path[:-1])
         added = row.end.beyond(path)
         self._follow(row, path)
         yield from self._record(at, path[-1], total, added)
@@ -312,8 +299,8 @@ class BatchWriter:
                 (symbol,) = branch.children
                 return symbol, logits_1V.log_softmax(-1)[0, symbol].item()
             rng = self._rows[at].end_rng
-        bias_V = branch.bias(self._bias_V)
-        (symbol,), (log_probability,) = self._choose(np.asarray([at]), logits_1V, bias_V, rng)
+        bias_V = branch.bias(self._choice.bias_V)
+        (symbol,), (log_probability,) = self._choice.choose(np.asarray([at]), logits_1V, bias_V, rng)
         return symbol, log_probability
 
     def _accepts(self, row: Row, branch: Branch, path: list[int]) -> bool:
@@ -333,67 +320,6 @@ class BatchWriter:
             symbols = symbols[:-1]
         if not row.end.choose(symbols):
             row.end = None
-
-    # One choice.
-
-    def _choose(
-        self,
-        at_n: np.ndarray,
-        logits_nV: torch.Tensor,
-        bias_V: torch.Tensor | None = None,
-        rng: torch.Generator | None = None,
-    ) -> tuple[list[int], list[float]]:
-        """One symbol per row, and its log-probability without temperature. `bias_V`: added to the logits;
-        `rng`: in place of the rows' own."""
-        groups: dict[Sampling, list[int]] = defaultdict(list)
-        for n, at in enumerate(at_n.tolist()):
-            groups[self._rows[at].sampling].append(n)
-        if len(groups) == 1:
-            return self._choose_alike(at_n, logits_nV, next(iter(groups)), bias_V, rng)
-        symbol_n, log_probability_n = [0] * len(at_n), [0.0] * len(at_n)
-        for sampling, members in groups.items():
-            chosen = self._choose_alike(at_n[members], logits_nV[members], sampling, bias_V, rng)
-            for n, symbol, log_probability in zip(members, *chosen, strict=True):
-                symbol_n[n], log_probability_n[n] = symbol, log_probability
-        return symbol_n, log_probability_n
-
-    def _choose_alike(
-        self,
-        at_n: np.ndarray,
-        logits_nV: torch.Tensor,
-        sampling: Sampling,
-        bias_V: torch.Tensor | None,
-        rng: torch.Generator | None,
-    ) -> tuple[list[int], list[float]]:
-        """`_choose` for rows of one `sampling`."""
-        rows, exactly = [self._rows[at] for at in at_n], self._limits.sentence_tokens
-        allowed_nV = logits_nV
-        if sampling.repetition_penalty != 1:
-            allowed_nV = sampling.penalise(logits_nV, self._seen_RV[torch.from_numpy(at_n)])
-        if bias_V is not None:
-            allowed_nV = allowed_nV + bias_V
-        # An empty sentence does not exist in training.
-        endless = [n for n, row in enumerate(rows) if not row.tokens or exactly is not None]
-        allowed_nV = allowed_nV + (self._endless_V if len(endless) == len(rows) else self._bias_V)
-        if 0 < len(endless) < len(rows):
-            allowed_nV[endless, self._end] = -torch.inf
-        if self._guide is not None:
-            pairs = zip(rows, allowed_nV, strict=True)
-            adjusted = [x if row.closing else self._guide.adjust(row.request.number, x) for row, x in pairs]
-            allowed_nV = torch.stack(adjusted)
-        uniform_n = None
-        if not sampling.greedy:
-            drawn = [
-                0.0 if row.closing else torch.rand((), generator=rng or row.rng, dtype=torch.float64).item()
-                for row in rows
-            ]
-            uniform_n = torch.tensor(drawn, dtype=torch.float64, device=logits_nV.device)
-        symbol_n = sampling.choose(allowed_nV, uniform_n)
-        for n, row in enumerate(rows):
-            if row.closing or exactly is not None and len(row.tokens) == exactly and not self._by_rule:
-                symbol_n[n] = self._end
-        chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
-        return symbol_n.tolist(), chosen_n.tolist()
 
     def _record(self, at: int, symbol: int, log_probability: float, data: bytes) -> Iterator[Event]:
         """Add the next symbol to a row; `data`: the bytes that it adds to the text."""
@@ -421,7 +347,7 @@ class BatchWriter:
         row.feed = symbol
         row.closing = len(row.tokens) == self._sentence_tokens and not self._by_rule
         if row.sampling.repetition_penalty != 1:
-            self._seen_RV[at, symbol] = True
+            self._choice.note(at, [symbol])
         text = row.stream.push(data)
         row.text += text
         yield row.request.number, Piece(text, symbol, log_probability)

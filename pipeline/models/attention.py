@@ -240,12 +240,12 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
     By blocks on every device; under the path `masked` with one [R, N] mask. Returns: [R, H, d_head]."""
     if forced_path() == "masked":
         end = band.whole_mask.shape[1]
-        rows = (x.transpose(0, 1)[None] for x in (q, k[:end], v[:end]))
-        return F.scaled_dot_product_attention(*rows, band.whole_mask)[0].transpose(0, 1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k[:end], v[:end]))
+        return F.scaled_dot_product_attention(q, k, v, band.whole_mask)[0].transpose(0, 1)
     k, v = (x.index_select(0, band.source).unflatten(0, (band.blocks, -1)) for x in (k, v))
     padded = F.pad(q, (0, 0, 0, 0, 0, band.blocks * band.block - band.rows))
-    blocks = (x.transpose(1, 2) for x in (padded.unflatten(0, (band.blocks, -1)), k, v))  # [n, H, …, d_head]
-    out = F.scaled_dot_product_attention(*blocks, band.mask)
+    q, k, v = (x.transpose(1, 2) for x in (padded.unflatten(0, (band.blocks, -1)), k, v))  # [n, H, …, d_head]
+    out = F.scaled_dot_product_attention(q, k, v, band.mask)
     return out.transpose(1, 2).flatten(0, 1)[: band.rows]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.data.batch import ContextSpans
 from pipeline.data.segments import Band, SegmentLayout
 from pipeline.models.attention import band_attention, packed_attention
-from pipeline.models.kv_cache import CachedContext, CachedStep
+from pipeline.models.kv_cache import CachedContext, CachedStep, RollingCache, attend_last
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, 1, d_head] each
 
@@ -96,7 +96,7 @@ class SelfAttention(nn.Module):
         self, x_Rd: Tensor, layer: int, step: CachedStep | CachedContext, turn: Rotation | None = None
     ) -> Tensor:
         """New rows of sentences, [R, d] → [R, d]; `step` holds this layer's keys and values."""
-        limit = {} if self.window is None else {"window": self.window}
+        limit: dict[str, Any] = {} if self.window is None else {"window": self.window}
         return self.out(step.attend(layer, *self._project(x_Rd, turn), **limit).flatten(1))
 
 
@@ -236,6 +236,10 @@ class PostNormLayer(TransformerLayer):
         return self.ffn_out(self.dropout(F.relu(self.ffn_in(x))))
 
 
+class LinearFromZero(nn.Linear):
+    """A linear map whose weights a model's `_init_weights` sets to zero."""
+
+
 class SentenceMemory(nn.Module):
     """x + attention to backbone outputs, which starts as x. Rotary positions count sentences."""
 
@@ -245,8 +249,7 @@ class SentenceMemory(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(vector, 2 * width)
-        self.out: Any = nn.Linear(width, width)
-        self.out.first_deviation = 0.0
+        self.out = LinearFromZero(width, width)
 
     def keys_values(self, vectors_Bd: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
         """Keys and values of outputs [B, d_backbone], [B, H, d_head] each."""
@@ -263,6 +266,21 @@ class SentenceMemory(nn.Module):
         """[R, d] → [R, d]; turns of the rows' and the outputs' sentence numbers."""
         k, v = self.keys_values(vectors_Bd, turn_B)
         return x_Rd + self.out(band_attention(self.queries(x_Rd, turn_R), k, v, band).flatten(1))
+
+    def step(
+        self,
+        x_nd: Tensor,
+        layer: int,
+        cache: RollingCache,
+        rows_n: Tensor,
+        ends_n: Tensor,
+        width: int,
+        turn_n: Rotation,
+    ) -> Tensor:
+        """The same for one new row of each of `rows_n`; it sees the last `width` places before `ends_n`."""
+        q = self.queries(x_nd, turn_n)
+        attended = attend_last(q[:, :, None], cache.layer(layer, q), rows_n, ends_n, width, None)
+        return x_nd + self.out(attended.flatten(1))
 
 
 class TokenEmbedding(nn.Module):

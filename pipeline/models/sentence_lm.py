@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from data_prep.common.errors import UserError
@@ -27,9 +28,14 @@ class SentenceLM(PreTrainedModel):
     base_model_prefix = "sllm"
     to_backbone: Any
     stop_head: Any
-    new_state: Any
-    read: Any
-    extend: Any
+    get_input_embeddings: Callable[[], nn.Embedding]
+    new_state: Callable[[int], Any]
+    new_decoder: Callable[[Any], Any]
+    read: Callable[..., None]
+    extend: Callable[[Any, np.ndarray, list[list[int]]], None]
+    sentence_begin: Callable[[Any, Any, np.ndarray], None]
+    sentence_step: Callable[[Any, np.ndarray, list[int]], Tensor]
+    sentence_back: Callable[[Any, int, int], None]
 
     @property
     def device(self) -> torch.device:

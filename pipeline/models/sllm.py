@@ -119,7 +119,7 @@ class SLLM(SentenceLM):
         self.stop_head = nn.Linear(vector, 2 if config.vae.layout == "paper" else 1)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.vae.get_input_embeddings()
 
     def _out_of(self, x: Tensor) -> Tensor:

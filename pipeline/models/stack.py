@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from pipeline.config.model_recipe import TokensRecipe, checked_tokens
 from pipeline.data.batch import Batch, StackRows, stack_rows
-from pipeline.data.segments import SegmentLayout
+from pipeline.data.segments import Band, SegmentLayout
 from pipeline.models.attention import packed_attention
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.models.kv_cache import (
@@ -34,9 +34,8 @@ from pipeline.models.kv_cache import (
     CachedStep,
     KeyValueCache,
     RollingCache,
-    attend_last,
 )
-from pipeline.models.layers import Rotation, SentenceMemory, TokenEmbedding, TransformerLayer
+from pipeline.models.layers import LinearFromZero, Rotation, SentenceMemory, TokenEmbedding, TransformerLayer
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_lm import FIRST_ROW, SentenceLM
 from pipeline.models.vocabulary_head import VocabularyHead
@@ -153,9 +152,7 @@ class StackLM(SentenceLM):
         self.to_backbone = nn.Linear(width, vector, bias=False) if width != vector else None
         self.backbone = new_backbone(config.backbone)
         self.output_norm = nn.LayerNorm(vector) if config.add_vector or config.memory else None
-        self.from_backbone: Any = nn.Linear(vector, width, bias=False) if config.add_vector else None
-        if config.add_vector:
-            self.from_backbone.first_deviation = 0.0
+        self.from_backbone = LinearFromZero(vector, width, bias=False) if config.add_vector else None
         memories = config.upper_layers if config.memory else 0
         self.memory: Any = nn.ModuleList(SentenceMemory(width, vector, config.heads) for _ in range(memories))
         self.final_norm = nn.LayerNorm(width)
@@ -166,10 +163,10 @@ class StackLM(SentenceLM):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if getattr(module, "first_deviation", None) == 0.0:
+        if isinstance(module, LinearFromZero):
             module.weight.zero_()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.token
 
     def _turn(self, positions: Tensor, below: int | None = None) -> Rotation:
@@ -216,12 +213,13 @@ class StackLM(SentenceLM):
         vectors_Bd, border_R = self._read_backbone(hidden_Bd), rows.border_of_row
         if self.from_backbone is not None:
             x = x + self.from_backbone(vectors_Bd)[border_R]
+        seen: tuple[Band, Rotation, Rotation] | None = None
         if self.memory:
-            band, number_B = rows.memory(self.config.memory), layout.position_of_row
-            turn_R, turn_B = self._turn(number_B[border_R]), self._turn(number_B)
+            number_B = layout.position_of_row
+            seen = rows.memory(self.config.memory), self._turn(number_B[border_R]), self._turn(number_B)
         for number, layer in enumerate(self.upper):
-            if self.memory:
-                x = self.memory[number](x, vectors_Bd, band, turn_R, turn_B)
+            if seen is not None:
+                x = self.memory[number](x, vectors_Bd, *seen)
             x = run(number, layer, x)
         return x
 
@@ -445,15 +443,14 @@ class StackLM(SentenceLM):
         step = CachedStep(words.upper, rows, self.device)
         if self.from_backbone is not None:
             x = x + self.from_backbone(words.vector[rows_n])
+        seen: tuple[Tensor, int, Rotation] | None = None
         if self.memory:
-            turn_n = self._turn_at(words.memory.positions[rows] - 1)
-            ends_n = torch.from_numpy(words.memory.lengths[rows]).to(self.device)
+            ends = words.memory.lengths[rows]
+            ends_n, width = torch.from_numpy(ends).to(self.device), min(int(ends.max()), words.memory.keep)
+            seen = ends_n, width, self._turn_at(words.memory.positions[rows] - 1)
         for number, layer in enumerate(self.upper):
-            if self.memory:
-                part = self.memory[number]
-                q = part.queries(x, turn_n)
-                stored, width = words.memory.layer(number, q), int(min(ends_n.max(), words.memory.keep))
-                x = x + part.out(attend_last(q[:, :, None], stored, rows_n, ends_n, width, None).flatten(1))
+            if seen is not None:
+                x = self.memory[number].step(x, number, words.memory, rows_n, *seen)
             x = layer.step(x, number, step, None, turn)
         return x
 

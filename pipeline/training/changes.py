@@ -1,4 +1,4 @@
-"""What a run that is started again has changed: every key by name, and a jump of the learning rate."""
+"""What a run that is started again has changed: every key by name, a jump of the learning rate, its ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.checkpoints.store import Meta
+from data_prep.common.errors import counted
+from pipeline.checkpoints.store import Meta, step_name
+from pipeline.config.deepspeed_config import RECIPE_DECIDES
 from pipeline.config.keys import Section
 from pipeline.config.schema import Recipe
 
@@ -32,6 +34,28 @@ def changed_keys(saved: Meta, recipe: Recipe) -> list[str]:
     found = changes({**before, "output_dir": ""}, {**now, "output_dir": ""})
     kept = " (the weights stay those of the checkpoint)"
     return [change + kept if change.startswith(WEIGHT_SOURCES) else change for change in found]
+
+
+def changes_since(saved: Meta, recipe: Recipe, before: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """What is not as it was at the last start, a line each, maybe empty. before, config: DeepSpeed's, then
+    and now."""
+    found = changed_keys(saved, recipe)
+    was, now = (
+        {key: value for key, value in one.items() if key not in RECIPE_DECIDES} for one in (before, config)
+    )
+    found += [f"DeepSpeed config: {change}" for change in changes(was, now)]
+    return [f"changed: {', '.join(found)}" if found else "", rate_jump(saved, recipe)]
+
+
+def regrouping(saved: Meta, ours: Meta) -> str:
+    """A line when a checkpoint is of another number of ranks or ZeRO stage, or empty."""
+    if (saved.world, saved.zero_stage) == (ours.world, ours.zero_stage):
+        return ""
+    return (
+        f"{step_name(saved.step)} was written by {counted(saved.world, 'rank')} with ZeRO "
+        f"{saved.zero_stage}: its parts are regrouped for {counted(ours.world, 'rank')} with ZeRO "
+        f"{ours.zero_stage}"
+    )
 
 
 def rate_jump(saved: Meta, recipe: Recipe) -> str:

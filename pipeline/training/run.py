@@ -29,7 +29,6 @@ from pipeline.checkpoints.store import Meta
 from pipeline.config.deepspeed_config import (
     COMMS,
     DEEPSPEED_CONFIG,
-    RECIPE_DECIDES,
     complete_strategy,
     zero_stage,
 )
@@ -44,7 +43,7 @@ from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts,
 from pipeline.parallel.deepspeed_compat import require_valid
 from pipeline.parallel.ranks import Ranks, join, leave
 from pipeline.parallel.reduction import sum_over_ranks
-from pipeline.training.changes import changed_keys, changes, rate_jump
+from pipeline.training.changes import changes_since, regrouping
 from pipeline.training.engine import NATS, Engine, Update
 from pipeline.training.health import SPEEDS, Guard, Speeds
 from pipeline.training.profiler import StepProfiler
@@ -188,15 +187,11 @@ class TrainingRun:
         ours = self._meta()
         store.require_same_run(saved, checkpoint, ours)
         if self.ranks.rank == 0:
-            for line in (damage, *self._changes(saved)):
+            before = read_json(self.run_dir / DEEPSPEED_CONFIG, default=self.config)
+            changed = changes_since(saved, self.recipe, before, self.config)
+            for line in (damage, *changed, regrouping(saved, ours)):
                 if line:
                     say(line)
-            if (saved.world, saved.zero_stage) != (ours.world, ours.zero_stage):
-                say(
-                    f"{checkpoint.name} was written by {counted(saved.world, 'rank')} with ZeRO "
-                    f"{saved.zero_stage}: "
-                    f"its parts are regrouped for {counted(ours.world, 'rank')} with ZeRO {ours.zero_stage}"
-                )
         # It was read by the first start; recipe.yaml claims nothing else.
         self.recipe = self.recipe.model_copy(update={"init_from": saved.recipe.get("init_from")})
         loading.restore(self.engine.deepspeed, checkpoint, saved, ours.world, ours.zero_stage)
@@ -217,17 +212,6 @@ class TrainingRun:
                     "the validation sample is another than before: the best checkpoint so far "
                     f"(step {saved.best['step']}) no longer counts as best"
                 )
-
-    def _changes(self, saved: Meta) -> list[str]:
-        """What is not as it was at the last start, a line each."""
-        found = changed_keys(saved, self.recipe)
-        config = read_json(self.run_dir / DEEPSPEED_CONFIG, default=self.config)
-        before, now = (
-            {key: value for key, value in one.items() if key not in RECIPE_DECIDES}
-            for one in (config, self.config)
-        )
-        found += [f"DeepSpeed config: {change}" for change in changes(before, now)]
-        return [f"changed: {', '.join(found)}" if found else "", rate_jump(saved, self.recipe)]
 
     def start(self) -> None:
         """Write the run's settings, open its log and start loading data."""
