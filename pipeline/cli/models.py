@@ -151,7 +151,8 @@ def import_published(checkpoint: str, /, *, opt: str, output: str, json: Json = 
     model = published.import_published(checkpoint, opt, output)
     kind, count = model_kind(model), parameter_count(model)
     result = {"checkpoint": checkpoint, "output": output, "kind": kind, "parameters": count}
-    answer(result, json, "imported {checkpoint} as {kind} of {parameters:,} parameters: {output}".format_map)
+    size = counted(count, "parameter")
+    answer(result, json, lambda found: f"imported {checkpoint} as {kind} of {size}: {output}")
 
 
 @app.command(group="Cost and speed")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.page import Table, to_text
 from pipeline.common.text import millions
 from pipeline.config.schema import Recipe
@@ -148,7 +148,7 @@ def format_bound(result: dict[str, Any]) -> str:
             cells.append(f"{row['ratios'][cost]:.2f}")
         rows.append(cells)
     return (
-        f"a new token behind {result['context']:,} tokens, sentences of {result['sentence_tokens']}, "
+        f"a new token behind {counted(result['context'], 'token')}, sentences of {result['sentence_tokens']}, "
         f"{result['dtype']}, batch 1; × is the cheaper token model's cost by the SLLM's\n\n"
         + to_text(Table(header, rows))
     )

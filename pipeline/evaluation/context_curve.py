@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from pipeline.data.windows import Span
 from pipeline.evaluation.scores import BYTES, NATS, SEEN, TOKENS, Scores, Window, interval
 from pipeline.models.losses import bits_per_byte
@@ -26,7 +26,7 @@ def require_room(contexts: Sequence[int], longest_sentence: int, window_tokens: 
         needed = context + longest_sentence + max(context // 4, longest_sentence)
         if needed > window_tokens:
             raise UserError(
-                f"--context-curve {context}: needs windows of up to {needed} tokens, but the model's are of "
+                f"--context-curve {context}: needs windows of up to {counted(needed, 'token')}, but the model's are of "
                 f"{window_tokens}: leave it out, or evaluate with a larger --window-tokens"
             )
 

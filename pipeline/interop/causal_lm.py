@@ -290,7 +290,7 @@ class SentenceGenerationMixin(GenerationMixin):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         want_correct: bool = False,
-        start_vector_only: bool = False,
+        vectors_Sd: Tensor | None = None,
     ) -> LossSums | CausalLMOutput | tuple[Tensor]:
         """The loss of texts given as ids; of a `Batch`, `SLLM.forward`.
 
@@ -302,7 +302,7 @@ class SentenceGenerationMixin(GenerationMixin):
         Raises: UserError without labels: a sentence-level model gives no logits id by id.
         """
         if isinstance(input_ids, Batch):
-            return super(GenerationMixin, self).forward(input_ids, want_correct, start_vector_only)  # type: ignore[misc]
+            return super(GenerationMixin, self).forward(input_ids, want_correct, vectors_Sd)  # type: ignore[misc]
         if input_ids is None or labels is None:
             raise UserError("forward: a sentence-level model gives a loss only: pass input_ids and labels")
         counted = labels != -100

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
+from data_prep.common.errors import counted
 from pipeline.config.model_recipe import TokensRecipe, checked_tokens
 from pipeline.data.batch import Batch, StackRows, stack_rows
 from pipeline.data.segments import Band, SegmentLayout
@@ -299,7 +300,9 @@ class StackLM(SentenceLM):
         longest, lengths = self.config.max_sentence_tokens, [len(sentence) for sentence in sentences]
         for length in lengths:
             if not 1 <= length <= longest:
-                raise ValueError(f"a sentence has 1 to {longest} tokens, not {length}")
+                raise ValueError(
+                    f"a sentence has at most {counted(longest, 'token')} and at least one, not {length}"
+                )
         return lengths
 
     @torch.no_grad()
@@ -367,7 +370,9 @@ class StackLM(SentenceLM):
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
         if (state.cache.lengths[rows] > self.max_sentences).any():
-            raise ValueError(f"the context is full: the backbone takes {self.max_sentences} sentences")
+            raise ValueError(
+                f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
+            )
         self._checked(sentences)
         self._feed(state.tokens, rows, sentences)
         words, rows_n = state.tokens, torch.from_numpy(rows).to(self.device)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.files import read_json
 from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
@@ -255,7 +255,7 @@ def with_budgets(jobs: Sequence[Job], wanted: Collection[str]) -> list[Job]:
         tokens = recipe.training.max_tokens or math.inf
         if job.fresh and tokens > held:
             raise UserError(
-                f"{job.key}: trains on {tokens:,} tokens, but its shards hold {held:,} and `fresh` allows "
+                f"{job.key}: trains on {counted(tokens, 'token')}, but its shards hold {held:,} and `fresh` allows "
                 "each one once: prepare more text, or lower its budget"
             )
         made[job.key] = dataclasses.replace(job, recipe=recipe, after=after)

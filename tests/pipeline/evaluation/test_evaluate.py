@@ -314,7 +314,7 @@ def test_opt_folder_is_scored_up_to_its_positions(foreign_folder, tiny_corpus, t
         at += len(span.tokens)
     assert at == len(tokens) and max(len(window) for window, _ in windows) > 1900
     assert result["nll_nats"] == pytest.approx(nll_by_transformers(str(folder), windows, 2, 2), rel=1e-6)
-    with pytest.raises(UserError, match="positions for 2047"):
+    with pytest.raises(UserError, match="positions for 2,047"):
         evaluate(folder, text=file, window_tokens=2048)
 
 

@@ -17,7 +17,8 @@ from helpers.tokenizer_folders import CHINESE, ENGLISH, LINES, byte_level, sente
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
-from pipeline.cli.main import console, main
+from pipeline.cli import console
+from pipeline.cli.main import main
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.generation.api import generate_many
 from pipeline.generation.results import Limits

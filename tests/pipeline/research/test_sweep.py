@@ -157,9 +157,14 @@ def test_a_second_ctrl_c_ends_trainings_that_are_still_saving(tmp_path: Path) ->
     process.stdout.readline()
     workers = Workers(1, -1)
     workers._processes["long"] = process
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        workers._stop()
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            workers._stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.wait(timeout=5) == -signal.SIGKILL
 
 
