@@ -148,7 +148,7 @@ def format_bound(result: dict[str, Any]) -> str:
             cells.append(f"{row['ratios'][cost]:.2f}")
         rows.append(cells)
     return (
-        f"a new token behind {counted(result['context'], 'token')}, sentences of {result['sentence_tokens']}, "
-        f"{result['dtype']}, batch 1; × is the cheaper token model's cost by the SLLM's\n\n"
-        + to_text(Table(header, rows))
+        f"a new token behind {counted(result['context'], 'token')}, "
+        f"sentences of {result['sentence_tokens']}, {result['dtype']}, batch 1; "
+        "× is the cheaper token model's cost by the SLLM's\n\n" + to_text(Table(header, rows))
     )

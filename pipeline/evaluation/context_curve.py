@@ -26,8 +26,9 @@ def require_room(contexts: Sequence[int], longest_sentence: int, window_tokens: 
         needed = context + longest_sentence + max(context // 4, longest_sentence)
         if needed > window_tokens:
             raise UserError(
-                f"--context-curve {context}: needs windows of up to {counted(needed, 'token')}, but the model's are of "
-                f"{window_tokens}: leave it out, or evaluate with a larger --window-tokens"
+                f"--context-curve {context}: needs windows of up to {counted(needed, 'token')}, "
+                f"but the model's are of {window_tokens}: leave it out, or evaluate with a larger "
+                "--window-tokens"
             )
 
 

@@ -300,9 +300,7 @@ class StackLM(SentenceLM):
         longest, lengths = self.config.max_sentence_tokens, [len(sentence) for sentence in sentences]
         for length in lengths:
             if not 1 <= length <= longest:
-                raise ValueError(
-                    f"a sentence has at most {counted(longest, 'token')} and at least one, not {length}"
-                )
+                raise ValueError(f"a sentence has 1 to {counted(longest, 'token')}, not {length}")
         return lengths
 
     @torch.no_grad()

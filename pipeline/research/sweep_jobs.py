@@ -255,8 +255,8 @@ def with_budgets(jobs: Sequence[Job], wanted: Collection[str]) -> list[Job]:
         tokens = recipe.training.max_tokens or math.inf
         if job.fresh and tokens > held:
             raise UserError(
-                f"{job.key}: trains on {counted(tokens, 'token')}, but its shards hold {held:,} and `fresh` allows "
-                "each one once: prepare more text, or lower its budget"
+                f"{job.key}: its shards hold {counted(held, 'token')} of the {tokens:,} that it trains on, "
+                "and `fresh` allows each one once: prepare more text, or lower its budget"
             )
         made[job.key] = dataclasses.replace(job, recipe=recipe, after=after)
     return [made[job.key] for job in jobs]

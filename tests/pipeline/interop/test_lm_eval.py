@@ -142,7 +142,7 @@ def test_a_long_context_loses_its_first_sentences(
     ((all_of_it, _),) = scored(lm, ("", ENGLISH * 4))
     assert math.isfinite(long) and all_of_it < 4 * long
     (text,) = written(lm, (context * 6, {"until": [], "max_gen_toks": 10}))
-    assert text and "1 contexts lost" in capsys.readouterr().err
+    assert text and "1 context lost" in capsys.readouterr().err
 
 
 def test_texts_are_those_of_sllm_generate(folders: dict[str, Path]) -> None:

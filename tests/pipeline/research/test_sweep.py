@@ -250,7 +250,7 @@ def test_a_budget_counts_the_sentence_vae_and_fresh_text_is_enough(recipes: Path
     with pytest.raises(UserError, match="sllm-s1: nothing of 1e.06 operations is left"):
         made()
     runs["sllm"]["operations"] = 1e13
-    with pytest.raises(UserError, match="its shards hold [0-9,]+ and `fresh` allows each one once"):
+    with pytest.raises(UserError, match="hold [0-9,]+ tokens of the [0-9,]+ that it trains on, and `fresh`"):
         made()
     # A run that is not asked for may lack its shards.
     path = write(
