@@ -49,6 +49,8 @@ class MadeUp(nn.Module):
     token that its vector names, 3 for others (`copy`); or 1 and the distance of the vector's place (`place`);
     0 for ends."""
 
+    config = SimpleNamespace()
+
     def __init__(self, reads: str):
         super().__init__()
         self.reads, self.weight = reads, nn.Parameter(torch.zeros(1))
@@ -247,6 +249,8 @@ def test_the_ngram_beside_a_model_is_that_of_its_own_command(
 
 class Remembers(nn.Module):
     """A token model for which a token costs 0.5 nats if it is in its window already, else 4."""
+
+    config = SimpleNamespace()
 
     def __init__(self):
         super().__init__()

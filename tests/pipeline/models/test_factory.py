@@ -72,7 +72,7 @@ def test_parts_from_folders_keep_their_weights(build, tokenizer, tmp_path):
     [
         ({"window_tokens": 300}, "need 301 positions, but the backbone has 300"),
         ({"objective": "lm", "window_tokens": 300}, "need 301 positions"),
-        ({"vae": {**VAE, "max_sentence_tokens": 16}}, "up to 64 tokens, but the SentenceVAE takes 16"),
+        ({"vae": {**VAE, "max_sentence_tokens": 16}}, "up to 64 tokens, but the model takes 16"),
         ({"vae": {**VAE, "vocab_size": 100}}, "vocab_size is 100"),
         ({"vae": {**VAE, "heads": 5}}, "not a multiple"),
         ({"vae": {**VAE, "heads": 0}}, "model.vae.heads must be a whole number of at least 1, not 0$"),
