@@ -54,7 +54,7 @@ test-long: $(STAMP)
 test-all: test test-long
 
 soak: $(STAMP)
-	$(BIN)/python tests/soak.py --output docs/results/soak.json
+	PYTHONPATH=. $(BIN)/python tests/soak.py --output docs/results/soak.json
 
 results: $(STAMP)
 	$(BIN)/python -m tools.docs.tables
