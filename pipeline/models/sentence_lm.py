@@ -11,12 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.api import Generation, generate
 from pipeline.models.folders import load_model_tokenizer
 
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one document
+
+
+def checked_lengths(sentences: list[list[int]], longest: int) -> list[int]:
+    """Their lengths in tokens. Raises: ValueError for an empty or too long sentence."""
+    lengths = [len(sentence) for sentence in sentences]
+    for length in lengths:
+        if not 1 <= length <= longest:
+            raise ValueError(f"a sentence has 1 to {counted(longest, 'token')}, not {length}")
+    return lengths
 
 
 class SentenceLM(PreTrainedModel):

@@ -25,7 +25,7 @@ from pipeline.models.backbone import backbone_config, new_backbone, run_packed, 
 from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecodedSentence, DecoderState
-from pipeline.models.sentence_lm import SentenceLM
+from pipeline.models.sentence_lm import SentenceLM, checked_lengths
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 
 
@@ -182,11 +182,7 @@ class SLLM(SentenceLM):
     def _encode(self, sentences: list[list[int]]) -> Tensor:
         """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for an empty or too long
         sentence."""
-        lengths = [len(sentence) for sentence in sentences]
-        longest = self.config.vae.max_sentence_tokens
-        for length in lengths:
-            if not 1 <= length <= longest:
-                raise ValueError(f"a sentence has 1 to {counted(longest, 'token')}, not {length}")
+        lengths = checked_lengths(sentences, self.config.vae.max_sentence_tokens)
         tokens_T = torch.from_numpy(np.concatenate(sentences).astype(np.int64)).to(self.device)
         return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device))
 

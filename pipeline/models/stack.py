@@ -38,7 +38,7 @@ from pipeline.models.kv_cache import (
 )
 from pipeline.models.layers import LinearFromZero, Rotation, SentenceMemory, TokenEmbedding, TransformerLayer
 from pipeline.models.losses import LossSums
-from pipeline.models.sentence_lm import FIRST_ROW, SentenceLM
+from pipeline.models.sentence_lm import FIRST_ROW, SentenceLM, checked_lengths
 from pipeline.models.vocabulary_head import VocabularyHead
 
 SIZES = {key: field.default for key, field in TokensRecipe.model_fields.items()}
@@ -295,14 +295,6 @@ class StackLM(SentenceLM):
         cache = KeyValueCache(rows, most=self.max_sentences + 1)
         return StackState(cache, torch.zeros_like(vector), tokens)
 
-    def _checked(self, sentences: list[list[int]]) -> list[int]:
-        """Their lengths. Raises: ValueError for an empty or too long sentence."""
-        longest, lengths = self.config.max_sentence_tokens, [len(sentence) for sentence in sentences]
-        for length in lengths:
-            if not 1 <= length <= longest:
-                raise ValueError(f"a sentence has 1 to {counted(longest, 'token')}, not {length}")
-        return lengths
-
     @torch.no_grad()
     def read(
         self,
@@ -318,7 +310,7 @@ class StackLM(SentenceLM):
         """
         sentences = [sentence for document in documents for sentence in document]
         counts_D = np.asarray([len(document) for document in documents])
-        lengths = np.asarray(self._checked(sentences), dtype=np.int64)
+        lengths = np.asarray(checked_lengths(sentences, self.config.max_sentence_tokens), dtype=np.int64)
         packed = stack_rows(lengths, counts_D, self.device, self.config.by_rule)
         layout, words = packed.layout, state.tokens
         tokens_T = torch.tensor([t for sentence in sentences for t in sentence], device=self.device)
@@ -371,7 +363,7 @@ class StackLM(SentenceLM):
             raise ValueError(
                 f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
             )
-        self._checked(sentences)
+        checked_lengths(sentences, self.config.max_sentence_tokens)
         self._feed(state.tokens, rows, sentences)
         words, rows_n = state.tokens, torch.from_numpy(rows).to(self.device)
         if self.config.by_rule:

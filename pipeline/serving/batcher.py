@@ -108,12 +108,12 @@ class Batcher:
     def generating(self) -> int:
         return len(self._generated)
 
-    def reload(self, folder: str | None = None) -> None:
+    def reload(self) -> None:
         """Read the model folder again. Texts in the batch are finished with the old model.
 
         Raises: UserError for a folder without a model; the old one stays.
         """
-        folder = folder or self.loaded.folder
+        folder = self.loaded.folder
         loaded = Loaded(folder, *self._load(folder))
         with self._changed:
             self._next = loaded

@@ -58,6 +58,14 @@ def save(model: torch.nn.Module, folder: Path, tokenizer: Path | Tokenizer) -> s
     return str(folder)
 
 
+def save_endless(folder: Path, tokenizer: Path) -> str:
+    """A small SLLM whose documents do not end."""
+    loaded = load_tokenizer(tokenizer)
+    model = small_model("sllm", loaded)
+    torch.nn.init.constant_(model.stop_head.bias, -40.0)
+    return save(model, folder, loaded)
+
+
 def write_jsonl(path: Path, texts: list[str]) -> str:
     """WanJuan documents."""
     lines = [json.dumps({"id": str(n), "content": text}, ensure_ascii=False) for n, text in enumerate(texts)]

@@ -12,12 +12,10 @@ import termios
 import time
 
 import pytest
-import torch
 from helpers import tokenizer_folders
-from helpers.model_folders import save, small_model
+from helpers.model_folders import save_endless
 
 from data_prep.common.errors import UserError
-from data_prep.text.tokenizer import load_tokenizer
 from pipeline.cli.chat import change, converse
 from pipeline.cli.generate import settings
 
@@ -25,10 +23,7 @@ from pipeline.cli.generate import settings
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("chat")
-    tokenizer = load_tokenizer(tokenizer_folders.byte_level(place / "tokenizer"))
-    model = small_model("sllm", tokenizer)
-    torch.nn.init.constant_(model.stop_head.bias, -40.0)  # documents do not end
-    return save(model, place / "m", tokenizer)
+    return save_endless(place / "m", tokenizer_folders.byte_level(place / "tokenizer"))
 
 
 def talk(folder: str, *lines: str, stop_after: int | None = None) -> tuple[list[str], str]:

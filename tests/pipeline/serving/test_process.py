@@ -16,13 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import tokenizer_folders
-from helpers.model_folders import save, small_model
+from helpers.model_folders import save_endless
 from helpers.server import wait_for
 
 from data_prep.common.errors import run_main
-from data_prep.text.tokenizer import load_tokenizer
 from pipeline.cli import main as cli
 
 pytestmark = pytest.mark.launch
@@ -31,10 +29,7 @@ pytestmark = pytest.mark.launch
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("served")
-    tokenizer = load_tokenizer(tokenizer_folders.byte_level(place / "tokenizer"))
-    model = small_model("sllm", tokenizer)
-    torch.nn.init.constant_(model.stop_head.bias, -40.0)  # documents do not end
-    return save(model, place / "tiny", tokenizer)
+    return save_endless(place / "tiny", tokenizer_folders.byte_level(place / "tokenizer"))
 
 
 @pytest.fixture

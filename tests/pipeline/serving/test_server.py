@@ -16,9 +16,8 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 from helpers import tokenizer_folders
-from helpers.model_folders import save, small_model
+from helpers.model_folders import save, save_endless, small_model
 from helpers.server import Serving, serving, wait_for
 
 import pipeline.serving.run as running
@@ -46,11 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def endless(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose documents do not end."""
-    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
-    model = small_model("sllm", tokenizer)
-    torch.nn.init.constant_(model.stop_head.bias, -40.0)
-    return save(model, tmp_path_factory.mktemp("endless") / "tiny", tokenizer)
+    return save_endless(tmp_path_factory.mktemp("endless") / "tiny", Path(folder) / "tokenizer")
 
 
 @pytest.fixture(scope="module")
