@@ -1,7 +1,8 @@
-"""Commands as subprocesses; a failed one is reported by its last line."""
+"""Commands as subprocesses, a failed one is reported by its last line; the memory of this process."""
 
 from __future__ import annotations
 
+import ctypes
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+LARGE = 2 << 20  # bytes
 
 
 def run_command(command: Sequence[str], what: str, **options: Any) -> str:
@@ -44,3 +48,12 @@ def start_logged(
             start_new_session=True,
             **options,
         )
+
+
+def return_large_blocks() -> None:
+    """Let glibc return large blocks to the system when they are freed; this process and its children.
+
+    It would keep more and more of them, up to 32 MB each, once one was freed.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, LARGE)

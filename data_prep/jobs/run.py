@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data_prep.common.engines import Engine, ProcessPool, dask_engine, mpi_engine, run_here
 from data_prep.common.errors import UserError, counted, log
+from data_prep.common.processes import return_large_blocks
 from data_prep.common.progress import Progress, Report
 from data_prep.common.results import Incomplete
 from data_prep.corpus.limits import Limits
@@ -56,6 +57,7 @@ def make_shards(
         SystemExit: this rank is not rank 0, and the run has ended.
     """
     share = _array_share() if backend == "slurm" else (0, 1)
+    return_large_blocks()
     with _engine(backend, workers, scheduler) as engine:
         tokenizer = load_tokenizer(tokenizer_folder)
         units.loaded = {tokenizer.fingerprint: tokenizer}

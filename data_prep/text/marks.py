@@ -81,7 +81,6 @@ _FAR = (
     r"\ufb13-\ufdff\ufe70-\ufefc\U00010000-\U0001efff"
 )
 FAR_LETTERS = re.compile(f"[{_FAR}]+")  # letters of other scripts
-FOREIGN = re.compile(f"[{_FAR}{_EAST_ASIAN}]")
 
 # Sets for expressions: small and capital letters; letters of scripts without case, with the marks on them.
 _LETTERS = [chr(code) for first, last in ((0x41, 0x530), (0x1E00, 0x2000)) for code in range(first, last)]

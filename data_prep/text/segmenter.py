@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.common.errors import UserError
 from data_prep.text.language_rules import CODES, Rules, line_rules, rules_for
-from data_prep.text.marks import FOREIGN, WORD_CHARACTER
+from data_prep.text.marks import WORD_CHARACTER
 from data_prep.text.scanners import has_far_stops, judging_scanner, scanner
 from data_prep.text.segment_rules import VERSION, Judge, unit_signs
 from data_prep.text.spaces import spaced_cuts
@@ -56,23 +56,25 @@ class Segmenter:
         varied = kana = rules.script is not None
         plain = rules, False  # of lines without far letters
         if by_line := self.language in ("auto", "other"):
-            varied, kana = _far_letters(text)
+            places, kana = _far_letters(text)
+            varied, far_letters = bool(places), iter(places)
         judge = Judge(text, self.name == "clause")
         far = not rules.english and has_far_stops(text)
         found = current = opening = None
         signs: dict[Rules, list[str]] = {}  # of units, in lines of a language
-        foreign = -1  # place of the next letter that may decide about the language of its line
+        foreign = -1  # place of the next far letter
         for begin, end in _lines(text):
             if not (text[begin].isalnum() or WORD_CHARACTER.search(text, begin, end)):
                 if cuts:  # marks alone belong to the sentence before, with their line break
                     cuts[-1] = end
                 continue
             if varied:
-                if by_line and foreign < begin:
-                    letter = FOREIGN.search(text, begin)
-                    foreign = letter.start() if letter else len(text)
-                language = self.language
-                rules, chinese = line_rules(language, text, begin, end, kana) if foreign < end else plain
+                while by_line and foreign < begin:
+                    foreign = next(far_letters, len(text))
+                if foreign < end or "\u036f" < text[begin] < "\u2000" or text[begin] > "\u2bff":
+                    rules, chinese = line_rules(self.language, text, begin, end, kana)
+                else:
+                    rules, chinese = plain
             if rules is not current:
                 current = rules
                 found = judging_scanner(rules, far) if self.judge_all else scanner(self.name, rules, far)
@@ -154,18 +156,24 @@ def _lines(text: str) -> Iterator[tuple[int, int]]:
     for line in text.splitlines(keepends=True):
         body = line.strip()
         if body:
-            begin = at + len(line) - len(line.lstrip())
+            begin = at if body[0] == line[0] else at + len(line) - len(line.lstrip())
             yield begin, begin + len(body)
         at += len(line)
 
 
-def _far_letters(text: str) -> tuple[bool, bool]:
-    """Whether a character may be neither Latin nor general punctuation, and whether one may be kana; without
-    the former no line needs its language checked. Compares all characters at once: a regex search would cost
-    as much as the scan."""
+def _far_letters(text: str) -> tuple[list[int], bool]:
+    """Where characters that may be neither Latin nor general punctuation begin to follow others, and whether
+    one may be kana; lines without the former need no check of their language. Compares all characters at once:
+    a regex search would cost as much as the scan."""
     if text.isascii():
-        return False, False
+        return [], False
     units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype="<u2")
-    high = units[units >= 0x370]
-    # Unsigned: what is below the range's start becomes large.
-    return bool((high - 0x2000 >= 0xC00).any()), bool((high - 0x3041 < 0xBA).any())
+    highest = units.max()
+    # Unsigned: what is below a range's start becomes large.
+    if highest < 0x370 or highest < 0x2C00 and not (units - np.uint16(0x370) < 0x1C90).any():
+        return [], False
+    if units.size > len(text):
+        units = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    far = (units >= 0x370) & (units - units.dtype.type(0x2000) >= 0xC00)
+    far[1:] &= ~far[:-1]
+    return np.flatnonzero(far).tolist(), bool((units - units.dtype.type(0x3041) < 0xBA).any())
