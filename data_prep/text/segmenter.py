@@ -162,9 +162,9 @@ def _lines(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _far_letters(text: str) -> tuple[list[int], bool]:
-    """Where characters that may be neither Latin nor general punctuation begin to follow others, and whether
-    one may be kana; lines without the former need no check of their language. Compares all characters at once:
-    a regex search would cost as much as the scan."""
+    """Starts of runs of characters that may be neither Latin nor general punctuation, and whether one may be
+    kana; lines without such a run need no check of their language. Compares all characters at once: a regex
+    search would cost as much as the scan."""
     if text.isascii():
         return [], False
     units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), dtype="<u2")

@@ -94,18 +94,18 @@ def cut_document(
     tokens = tokenizer.encode_exactly(text, data)
     if not data:
         return tokens, np.zeros(0, dtype=np.uint16)
-    starts = None if len(data) == len(text) else _character_starts(data)
-    places, ends = _character_boundaries(tokens, starts, tokenizer)
+    characters = _Characters(text, data)
+    places, ends = characters.boundaries(tokens, tokenizer)
     if places.size < tokens.size and max(places[0], np.diff(places).max(initial=0)) > max_tokens:
         tokens = _respell(tokens, places, np.diff(places, prepend=0) > max_tokens, tokenizer)
-        places, ends = _character_boundaries(tokens, starts, tokenizer)
-    offsets = None if starts is None else _places_of(starts)  # character → byte
-    del data, starts
+        places, ends = characters.boundaries(tokens, tokenizer)
+    del data
+    characters.index()
     text_cuts = _text_cuts(text, segmenter)
-    index = np.searchsorted(ends, text_cuts if offsets is None else offsets[text_cuts])
+    index = np.searchsorted(ends, characters.to_bytes(text_cuts))
     cuts = places[index[np.append(index[1:] != index[:-1], True)]]
     if np.diff(cuts, prepend=0).max() > max_tokens:
-        cuts = _split_long(cuts, places, ends, text, offsets, segmenter, max_tokens)
+        cuts = _split_long(cuts, places, ends, text, characters, segmenter, max_tokens)
     if min_tokens > 1:
         line_ends = {
             int(places[at])
@@ -127,30 +127,55 @@ def _text_cuts(text: str, segmenter: Segmenter | Callable[[str], list[str]]) -> 
     return cuts
 
 
-def _character_starts(data: bytes) -> np.ndarray:
-    """bool [bytes + 1]: whether a character starts at a byte; true for the end of the text."""
-    starts = np.ones(len(data) + 1, dtype=bool)
-    np.not_equal(np.frombuffer(data, dtype=np.uint8) & 0xC0, 0x80, out=starts[:-1])  # not 10xxxxxx
-    return starts
-
-
 def _places_of(flags: np.ndarray) -> np.ndarray:
     """Indices where bool [N] is true, int32, ascending."""
     blocks = range(0, flags.size, _BLOCK)
     return np.concatenate([np.flatnonzero(flags[at : at + _BLOCK]).astype(np.int32) + at for at in blocks])
 
 
-def _character_boundaries(
-    tokens: np.ndarray, starts: np.ndarray | None, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where a cut is possible: token counts int32 [P], ascending, and the byte offsets int32 [P] of each."""
-    ends = np.cumsum(tokenizer.byte_lengths[tokens], dtype=np.int32)
-    if starts is None:
-        return np.arange(1, tokens.size + 1, dtype=np.int32), ends
-    whole = starts[ends]
-    places = _places_of(whole)
-    places += 1
-    return places, ends[whole]
+class _Characters:
+    """Where the characters of a text are in `data`, its UTF-8. Where few are longer than a byte, only the
+    bytes inside a character are kept."""
+
+    def __init__(self, text: str, data: bytes):
+        self._starts = None  # bool [bytes + 1], later int32 [characters + 1]
+        few = len(data) - len(text) <= len(text) // 8
+        self._inside = np.zeros(0, np.int32)
+        if len(data) > len(text):
+            inside = np.frombuffer(data, dtype=np.uint8) & 0xC0 == 0x80  # 10xxxxxx
+            if few:
+                self._inside = _places_of(inside)
+            else:
+                self._starts = np.append(~inside, True)
+        # Characters that start before each.
+        self._before = self._inside - np.arange(self._inside.size, dtype=np.int32)
+
+    def boundaries(self, tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+        """Where a cut is possible: token counts int32 [P], ascending, and the offset in bytes of each."""
+        ends = np.cumsum(tokenizer.byte_lengths[tokens], dtype=np.int32)
+        if self._starts is not None:
+            whole = self._starts[ends]
+            places = _places_of(whole)
+            places += 1
+            return places, ends[whole]
+        places, at = np.arange(1, tokens.size + 1, dtype=np.int32), np.searchsorted(ends, self._inside)
+        torn = at[ends[at] == self._inside]
+        return (np.delete(places, torn), np.delete(ends, torn)) if torn.size else (places, ends)
+
+    def index(self) -> None:
+        """Prepare the conversions below; `boundaries` is not called afterwards."""
+        if self._starts is not None:
+            self._starts = _places_of(self._starts)
+
+    def to_bytes(self, at: np.ndarray) -> np.ndarray:
+        if self._starts is not None:
+            return self._starts[at]
+        return at + np.searchsorted(self._before, at, side="right").astype(np.int32)
+
+    def to_characters(self, at: np.ndarray) -> np.ndarray:
+        if self._starts is not None:
+            return np.searchsorted(self._starts, at)
+        return at - np.searchsorted(self._inside, at)
 
 
 def _respell(tokens: np.ndarray, places: np.ndarray, too_far: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -172,7 +197,7 @@ def _split_long(
     places: np.ndarray,
     ends: np.ndarray,
     text: str,
-    offsets: np.ndarray | None,
+    characters: _Characters,
     segmenter: Segmenter | Callable[[str], list[str]],
     max_tokens: int,
 ) -> np.ndarray:
@@ -181,7 +206,7 @@ def _split_long(
     begins = np.append(0, cuts[:-1])
     long = cuts - begins > max_tokens
     begins, finals = begins[long], cuts[long]
-    pauses = _clause_ends(begins, finals, places, ends, text, offsets, segmenter)
+    pauses = _clause_ends(begins, finals, places, ends, text, characters, segmenter)
     quarter = max_tokens // 4
     extra = []
     for start, end in zip(begins.tolist(), finals.tolist(), strict=True):
@@ -190,13 +215,13 @@ def _split_long(
             if at >= 0 and pauses[at] > start + quarter:
                 start = pauses[at]
             else:
-                start = _last_place(start, max_tokens, places, ends, text, offsets)
+                start = _last_place(start, max_tokens, places, ends, text, characters)
             extra.append(start)
     return np.sort(np.concatenate([cuts, np.array(extra, dtype=np.int32)]))
 
 
 def _last_place(
-    start: int, max_tokens: int, places: np.ndarray, ends: np.ndarray, text: str, offsets: np.ndarray | None
+    start: int, max_tokens: int, places: np.ndarray, ends: np.ndarray, text: str, characters: _Characters
 ) -> int:
     """Where a sentence from `start` is cut at the limit: the last place before white space, else at a word's
     end, else between grapheme clusters, else any. None but clusters in the first quarter of the limit."""
@@ -204,7 +229,7 @@ def _last_place(
     bounds = np.array([start, low, start + max_tokens], dtype=np.int32)
     first, later, last = np.searchsorted(places, bounds, side="right").tolist()
     at = ends[max(0, first - 1) : last]
-    at = (at if offsets is None else np.searchsorted(offsets, at)).tolist()
+    at = characters.to_characters(at).tolist()
     begin = at.pop(0) if first else 0
     for index in range(last - 1, later - 1, -1):
         character = at[index - first]
@@ -228,7 +253,7 @@ def _clause_ends(
     places: np.ndarray,
     ends: np.ndarray,
     text: str,
-    offsets: np.ndarray | None,
+    characters: _Characters,
     segmenter: Segmenter | Callable[[str], list[str]],
 ) -> Sequence[int]:
     """Places, ascending, where the clause segmenter would cut the sentences from `begins` to `finals`."""
@@ -238,13 +263,11 @@ def _clause_ends(
     # Places → bytes → characters; then back.
     last = [np.searchsorted(places, at, side="right") - 1 for at in (begins, finals)]
     bounds: list[np.ndarray] = [np.where(at < 0, 0, ends[at]).astype(np.int32) for at in last]
-    if offsets is not None:
-        bounds = [np.searchsorted(offsets, at) for at in bounds]
+    bounds = [characters.to_characters(at) for at in bounds]
     inner: list[np.ndarray] = [np.zeros(0, np.int32)]
     for begin, end in zip(bounds[0].tolist(), bounds[1].tolist(), strict=True):
         inner.append(np.array(clauses.cuts(text[begin:end])[:-1], dtype=np.int32) + begin)
-    at = np.concatenate(inner)
-    return places[np.searchsorted(ends, at if offsets is None else offsets[at])].data
+    return places[np.searchsorted(ends, characters.to_bytes(np.concatenate(inner)))].data
 
 
 def _join_short(cuts: Sequence[int], line_ends: set[int], min_tokens: int, max_tokens: int) -> np.ndarray:
