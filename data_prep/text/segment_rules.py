@@ -28,7 +28,7 @@ from data_prep.text.marks import (
 )
 
 # Raise it whenever any text could be cut differently: shards made by different rules must not be mixed.
-VERSION = 4
+VERSION = 5
 
 LONGEST_QUOTATION = 400  # characters
 
@@ -46,14 +46,16 @@ _OPENING = re.compile(r"[“‘「『«﹁﹃(\[{（［｛【《〈〔〖〘〚]
 _NEXT_WORD = re.compile(r"(?:[^\W\d_]|[\u0900-\u0963\u0966-\u0e7f])+(?:['’][^\W\d_]+)?")
 _SKIP_DASH = re.compile(rf"[{DASHES}\s]*[{re.escape(OPENERS)}\s]*")
 _SKIP = re.compile(rf"\s*[{re.escape(OPENERS)}\s]*")
+# ד"ר is one token.
 _NOT_TOKEN = re.compile(
+    r'(?!(?<=[\u05d0-\u05ea])"[\u05d0-\u05ea])'
     rf"[\s/{re.escape(OPENERS + DASHES + WIDE_STOPS + WIDE_PAUSES + OTHER_PAUSES)}\u2e80-\U0003ffff]"
 )
 _ACRONYM = re.compile(r"(?:[^\W\d_]{1,2}\.-?)+[^\W\d_]{1,3}\Z")
 _ENUMERATOR = re.compile(r"(?:\d{1,3}(?:\.\d{1,2})*|[^\W\d_]|[ivxlIVXL]{2,6})\Z")
 _WIDE_ENUMERATOR = re.compile(r"(?:\d{1,3}|[一二三四五六七八九十]{1,3}|[①-⑳⑴-⑽])\Z")
 _ROMAN, _SMALL_ROMAN = re.compile(r"[IVXLCM]+\Z"), re.compile(r"[ivx]+\Z")
-_DATE = re.compile(r"\d{1,2}\.|\d{4}\b")
+_DATE = re.compile(r"\d{1,2}\.|\d{4}\b|§")
 _NEXT_ITEM = re.compile(r"(?:\d{1,3}|[^\W\d_])\)")
 _YEAR = re.compile(r" ?\d{4}\b")
 _MONTH_DAY = re.compile(r"(?:[^\W\d_]|\.) \d\d?\Z")
@@ -252,7 +254,7 @@ class Judge:
         """Whether a run whose last mark is a stop or an ellipsis ends a sentence, or at least a clause."""
         text, clause, rules = self.text, self.clause, self.rules
         before, following = text[first - 1], text[cut]
-        quoted = text[cut - 1] in QUOTE_CLOSERS
+        quoted = text[cut - 1] in (QUOTE_CLOSERS if self.english else QUOTE_CLOSERS + TWO_WAY_QUOTES)
         if text[first] in rules.name_marks and text.endswith(
             rules.names, max(self.begin, first - 24), first + 1
         ):
@@ -369,8 +371,11 @@ class Judge:
         capitals = not self.english and len(whole) > 2 and whole.isalpha() and whole.isupper()
         forms = {whole} if capitals else {whole, whole.lower()}
         before = text[max(self.begin, token_at - 12) : token_at].rstrip()
-        if whole in rules.last:
-            return False
+        # यू. के.: letters of an abbreviation
+        spelled_out = rules.short and before.endswith(".") and len(before.split()[-1]) <= rules.short + 1
+        if whole in rules.last and not spelled_out:
+            # J.-C. Dupont: nothing ends at the first word.
+            return not (starts or self.text[self.start : token_at].strip(OPENERS + " "))
         if text[after : after + 1] == "." and f"{whole}.{word}".lower() in rules.compounds:  # v. Chr.
             return True
         if not rules.units.isdisjoint(forms) and before[-1:].isdigit():
@@ -379,7 +384,7 @@ class Judge:
             return opening and not starts and not rules.never_last.isdisjoint(forms)
         if not rules.never_last.isdisjoint(forms | ({part, part.lower()} if part != whole else set())):
             return True
-        if not rules.last.isdisjoint(forms):
+        if not (spelled_out or rules.last.isdisjoint(forms)):
             return False
         if _ENUMERATOR.match(token) and self._is_list_number(token_at, token):
             return True
