@@ -61,6 +61,7 @@ def make_shards(
     with _engine(backend, workers, scheduler) as engine:
         tokenizer = load_tokenizer(tokenizer_folder)
         units.loaded = {tokenizer.fingerprint: tokenizer}
+        settings.sentences.segmenter_for().cuts("One. 二。")  # compiles what most texts need before a fork
         found = True
         while (job := plan(inputs, output, tokenizer, tokenizer_folder, settings, limits)) is not None:
             found = False

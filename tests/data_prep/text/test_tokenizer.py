@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,6 +312,36 @@ def test_other_ids_are_found_in_passing(both: dict[str, Tokenizer]):
     with pytest.raises(UserError, match=r"text that starts with 'The 1\d\d\. sea'.*DATA_PREP_TOKENIZER=hf"):
         for i in range(200):
             encoder.encode(f"The {i}. sea")
+
+
+class InBlocks:
+    """An engine that cuts long texts, so that words at the cuts get other ids."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    def encode(self, text: str) -> np.ndarray:
+        size = 900 if len(text) > 8000 else 8000
+        return np.concatenate([self.engine.encode(text[at : at + size]) for at in range(0, len(text), size)])
+
+
+def test_other_ids_in_the_middle_of_a_long_text_are_found(both: dict[str, Tokenizer]):
+    for tokenizer in both.values():
+        read: list[int] = []
+
+        def reference(text: str, tokenizer: Tokenizer = tokenizer, read: list[int] = read) -> np.ndarray:
+            read.append(len(text))
+            return tokenizer.encode_reference(text)
+
+        texts = [f"The sea {n} was calm, and nobody came. " * 500 for n in range(200)]
+        right = FastEncoder(lambda engine=tokenizer._fast._engine: engine, reference, "the reference")
+        for text in texts:
+            right.encode(text)
+        assert len(read) == 1 and 4000 < read[0] < 4200
+        wrong = FastEncoder(lambda engine=tokenizer._fast._engine: InBlocks(engine), reference, "it")
+        with pytest.raises(UserError, match="different token ids"):
+            for text in texts:
+                wrong.encode(text)
 
 
 def test_without_gigatoken_the_reference_encodes(
