@@ -237,7 +237,7 @@ def _damage_lines(manifest: dict[str, Any]) -> Iterator[str]:
     if "unverified" in marked:
         files = sum("unverified" in entry for entry in manifest["inputs"])
         count = f"{counted(marked['unverified'], 'document')} from {counted(files, 'file')}"
-        yield f"{count} cannot be verified: packed without a checksum (`zstd --check` writes one)"
+        yield f"{count} cannot be verified: packed without a checksum (`zstd --check` and `xz` write one)"
 
 
 def _say_how_languages_are_told(rules: Filters) -> None:

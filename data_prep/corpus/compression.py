@@ -23,6 +23,7 @@ STEP = 4096  # stored bytes between two looks at a decoder: damage is located to
 ZSTD_STEP = 1024  # a zstd decoder has no limit on its output: a stored byte may give 32 kB
 ZSTD_WINDOW = 1 << 31  # the format's limit (`zstd --ultra --long=31`)
 HEAD = 16  # bytes of a member that tell its format
+START = 512  # bytes of a file that tell what it holds
 PLAIN_TEXT = "plain text"
 RENAME = "give it the name of what it is"
 
@@ -109,7 +110,11 @@ FORMATS = {
     "xz": _Format("xz", b"\xfd7zXZ", _XZ_START, _new_xz, lambda xz, _: xz.check != lzma.CHECK_NONE),
     "bz2": _Format("bzip2", b"BZh", _BZIP2_START, bz2.BZ2Decompressor),
 }
-OTHERS = {b"PK\x03\x04": "a zip file", b"PAR1\x15": "a parquet file", b"7z\xbc\xaf": "7z data"}
+UTF_16 = "UTF-16 text"
+OTHERS = {
+    **{b"PK\x03\x04": "a zip file", b"PAR1\x15": "a parquet file", b"7z\xbc\xaf": "7z data"},
+    **{b"ARROW1": "arrow data", b"FEA1": "Feather V1 data", b"%PDF-": "a PDF file"},
+}
 
 
 def content_of(head: bytes) -> str | None:
@@ -120,6 +125,10 @@ def content_of(head: bytes) -> str | None:
     for magic, name in OTHERS.items():
         if head.startswith(magic):
             return name
+    if head[257:262] == b"ustar" and b"\0" in head[:257]:
+        return "a tar archive"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") and b"\0" in head:
+        return UTF_16
     if head and not any(byte < 9 for byte in head):
         return PLAIN_TEXT
     return None

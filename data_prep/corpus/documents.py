@@ -20,10 +20,11 @@ from data_prep.common.errors import UserError, log
 from data_prep.common.language_codes import normal_language
 from data_prep.corpus.archives import TarMembers
 from data_prep.corpus.compression import (
-    HEAD,
     PLAIN_TEXT,
     RENAME,
     SALVAGED,
+    START,
+    UTF_16,
     Damage,
     DamagedMember,
     Unpacked,
@@ -181,7 +182,7 @@ class DocumentReader:
         """The bytes of the lines that start in the piece; sets `self._first` to the offset of the first."""
         start = self.piece.start
         with user_errors(self.file.path), open_input(self.file) as stream:
-            misnamed = self._misnamed(stream.read(HEAD))
+            misnamed = self._misnamed(stream.read(START))
             inside = False  # a line of an earlier piece
             stream.seek(start)
             if start:
@@ -219,10 +220,15 @@ class DocumentReader:
             for member in archive:
                 yield from self._member(member)
             self.damage += archive.damage
-        elif self.file.kind == "csv":
-            yield from self._csv(iter(plain))
         else:
-            yield from self._lines_or_array(iter(plain))
+            start, chunks = _peek(iter(plain))
+            if self._misnamed(start):
+                for _ in chunks:  # the file is hashed and checked to its end
+                    pass
+            elif self.file.kind == "csv":
+                yield from self._csv(start, chunks)
+            else:
+                yield from self._lines_or_array(start, chunks)
         self.unverified = plain.unverified
 
     def _member(self, member) -> Iterator[RawDocument | Reject]:
@@ -274,10 +280,11 @@ class DocumentReader:
 
     def _misnamed(self, start: bytes) -> bool:
         """Whether a text by its name starts like something else, which is then left out as damage."""
-        if (content := content_of(start[:HEAD])) in (None, PLAIN_TEXT):
+        if (content := content_of(start[:START])) in (None, PLAIN_TEXT):
             return False
         if not self.piece.start:
-            self.damage.append(Damage(f"not text but {content}: {RENAME}", 0, self.file.size))
+            advice = "convert it to UTF-8" if content == UTF_16 else RENAME
+            self.damage.append(Damage(f"not text but {content}: {advice}", 0, self.file.size))
         return True
 
     # Records --------------------------------------------------------------------------------------------
@@ -293,9 +300,9 @@ class DocumentReader:
                 item = self._parse(number, line, place, f"@{self._first + offset}")
                 yield _marked(item, mark)
 
-    def _lines_or_array(self, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
-        start, chunks = _peek(chunks) if is_json(self.file.name) else (b"", chunks)
-        return self._array(chunks) if starts_array(start) else self._lines(chunks, self._here)
+    def _lines_or_array(self, start: bytes, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
+        array = is_json(self.file.name) and starts_array(start)
+        return self._array(chunks) if array else self._lines(chunks, self._here)
 
     def _array(self, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
         """The elements of one JSON array, as a `.json` file may hold it."""
@@ -407,15 +414,18 @@ class DocumentReader:
                 yield self._judge(number, record, place, mark, rows.filters)
         self.bytes_read = rows.bytes_read
 
-    def _csv(self, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
+    def _csv(self, start: bytes, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:
         """Rows of a .csv or .tsv file; its first row names the columns."""
-        start, chunks = _peek(chunks)
         if start.lstrip(BOM + b" \r\n").startswith((b"{", b"[")):
             self.damage.append(Damage(f"not csv but JSON: {RENAME}", 0, self.file.size))
             chunks = (chunk for chunk in chunks if not chunk)  # read for its hash alone
         rows = cut_csv(chunks, self._max_line, tabs=".tsv" in self.file.name.lower())
-        names, filters = next(rows, ([], None))[0], self.filters
-        if names:
+        (names, problem), filters = next(rows, ([], None)), self.filters
+        if problem:
+            reason = f"the row of column names has {problem}"
+            self.damage.append(Damage(reason, 0, self.file.size))
+            rows = (row for row in rows if not row)
+        elif names:
             filters = with_text_column(self.file.path, names, names, filters)
         for number, (row, problem) in enumerate(rows, start=1):
             self.lines += 1
@@ -426,6 +436,8 @@ class DocumentReader:
             else:
                 record = dict(zip(names, row, strict=True))
                 item = self._judge(number, record, self._here, f"#{number}", filters)
+                if len(record) < len(names) and isinstance(item, RawDocument):
+                    self.repaired["duplicate keys"] += 1
                 yield _marked(item, self._mark())
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from data_prep.common.errors import UserError, first_line, with_causes
 from data_prep.common.remote import is_url, open_remote, without_login
+from data_prep.corpus.compression import RENAME, START, content_of
 
 # What a name ends in, before the ending of its packing; names are compared in lower case.
 KINDS = {
@@ -34,6 +35,7 @@ KINDS = {
 PACKINGS = {".gz": "gz", ".gzip": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2"}
 TARS = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz", ".tzst": ".tar.zst"}
 ENDINGS = ".jsonl, .json, .csv, .tsv, .txt, .md, .tar (each also .gz, .zst, .xz, .bz2), .parquet or .arrow"
+KINDS_OF_TABLES = {"parquet": "a parquet file", "arrow": "arrow data"}
 DATASET = "hf:"
 CHUNK_BYTES = 1 << 17
 BATCH_BYTES = 1 << 20  # of a table that are converted at once
@@ -105,7 +107,7 @@ class Piece:
         found = hashlib.sha256()
         with user_errors(self.file.path):
             if self.file.kind == "parquet":
-                with open_parquet(self.file) as table:
+                with suppress(DamagedTable), open_parquet(self.file, found) as table:
                     hash_row_groups(found, self, table.metadata)
             elif self.file.kind == "dataset":
                 for _, _, batch in dataset_batches(self):
@@ -184,10 +186,12 @@ def split(file: InputFile, count: int) -> list[Piece]:
         table = open_dataset(file.path)
         end = file.size if file.is_stream else len(table)
     elif file.kind == "parquet":
-        with open_parquet(file) as table:
-            groups = table.metadata.num_row_groups
-            weights = [table.metadata.row_group(n).total_byte_size for n in range(groups)]
-        end = groups
+        try:
+            with open_parquet(file) as table:
+                end = table.metadata.num_row_groups
+                weights = [table.metadata.row_group(n).total_byte_size for n in range(end)]
+        except DamagedTable:  # reported where it is read
+            end, weights = 0, []
     else:
         return [Piece(file, 0, file.size, file.size)]
     count = min(max(count, 1), max(end, 1))
@@ -220,6 +224,10 @@ def text_bytes(file: InputFile) -> int:
 
 
 # Opening ------------------------------------------------------------------------------------------------
+
+
+class DamagedTable(UserError):
+    """A table whose file does not hold one."""
 
 
 @contextmanager
@@ -260,8 +268,9 @@ def starts_array(start: bytes) -> bool:
 
 
 @contextmanager
-def open_parquet(file: InputFile) -> Iterator:
-    """A `pyarrow.parquet.ParquetFile`. Raises `UserError` when the file is not parquet."""
+def open_parquet(file: InputFile, found=None) -> Iterator:
+    """A `pyarrow.parquet.ParquetFile`. Raises `DamagedTable` when the file is not parquet; its bytes are then
+    fed to the hash `found`."""
     import pyarrow.parquet
 
     with open_input(file) as stream:
@@ -269,8 +278,33 @@ def open_parquet(file: InputFile) -> Iterator:
             # A small buffer and no read-ahead: memory is bounded by pages, not by row groups.
             # Pages that carry a checksum are compared with it.
             options = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
-            table = pyarrow.parquet.ParquetFile(stream, **options)
+            try:
+                with damaged_tables(file):
+                    table = pyarrow.parquet.ParquetFile(stream, **options)
+            except DamagedTable:
+                if found:
+                    hash_range(found, stream, 0, file.size)
+                raise
         yield table
+
+
+@contextmanager
+def damaged_tables(file: InputFile) -> Iterator[None]:
+    """Turn an error in a file's content into a `DamagedTable`; not one of a disk or network: the next run may
+    read it all."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None or is_url(file.path):
+            raise
+        kind = KINDS_OF_TABLES[file.kind]
+        with open_input(file) as stream:
+            content = content_of(stream.read(START)) if file.size else "empty"
+        if content in (None, kind):
+            raise DamagedTable(f"cut or damaged: {first_line(error)}") from error
+        raise DamagedTable(f"not {kind} but {content}" + (f": {RENAME}" if file.size else "")) from error
 
 
 def hash_range(found, stream: BinaryIO, start: int, size: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from data_prep.common.errors import UserError, counted
 from data_prep.corpus.filters import ASKED_FOR
 
-UNVERIFIED_TEXT = "its text has no checksum (`zstd --check` writes one)"
+UNVERIFIED_TEXT = "its text has no checksum (`zstd --check` and `xz` write one)"
 LEAST_RECORDS = 1000  # of a unit, before its share of rejected records can stop a run
 
 

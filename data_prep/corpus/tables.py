@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_prep.common.errors import UserError, first_line
-from data_prep.corpus.compression import RENAME, Damage
+from data_prep.corpus.compression import Damage
 from data_prep.corpus.filters import TEXT_FIELDS, Filters
 from data_prep.corpus.inputs import (
     ROWS,
+    DamagedTable,
     Piece,
+    damaged_tables,
     dataset_batches,
     hash_range,
     hash_row_groups,
@@ -46,9 +48,13 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple[int, dict | None, int | None]]:
         batches = {"parquet": self._parquet, "arrow": self._arrow, "dataset": self._dataset}[self.file.kind]
-        for shard, first, batch in batches():
-            for number, record in enumerate(records(batch), start=first + 1):
-                yield number, record and _decoded(record), shard
+        try:
+            for shard, first, batch in batches():
+                for number, record in enumerate(records(batch), start=first + 1):
+                    yield number, record and _decoded(record), shard
+        except DamagedTable as error:
+            self._damage.append(Damage(str(error), 0, self.file.size))
+            self.bytes_read = self.file.size
 
     def _choose(self, schema) -> list[str]:
         """The columns to read, found at the first batch. Raises `UserError` when the text's is ambiguous."""
@@ -61,7 +67,7 @@ class Rows:
         return self._columns
 
     def _parquet(self) -> Iterator[tuple[None, int, Any]]:
-        with open_parquet(self.file) as table:
+        with open_parquet(self.file, self._hash) as table:
             facts = table.metadata
             columns = self._choose(table.schema_arrow)
             first = sum(facts.row_group(n).num_rows for n in range(self.piece.start))
@@ -102,15 +108,19 @@ class Rows:
             stored.seek(0)
             is_file = stored.read(6) == b"ARROW1"
             stored.seek(0)
-            if not is_file and stored.read(4) not in (b"\xff\xff\xff\xff", b""):  # a stream of messages
-                self._damage.append(Damage(f"not arrow data: {RENAME}", 0, self.file.size))
-                return
-            stored.seek(0)
-            table = pyarrow.ipc.open_file(stored) if is_file else pyarrow.ipc.open_stream(stored)
+            with damaged_tables(self.file):
+                if not is_file and stored.read(4) not in (b"\xff\xff\xff\xff", b""):  # a stream of messages
+                    raise pyarrow.ArrowInvalid("unknown first bytes")
+                stored.seek(0)
+                table = pyarrow.ipc.open_file(stored) if is_file else pyarrow.ipc.open_stream(stored)
             columns = self._choose(table.schema)
-            batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
+            batches = iter(map(table.get_batch, range(table.num_record_batches)) if is_file else table)
             first = 0
-            for batch in batches:
+            while True:
+                with damaged_tables(self.file):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
                 for at in range(0, batch.num_rows, ROWS):
                     yield None, first + at, batch.select(columns).slice(at, ROWS)
                 first += batch.num_rows

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import random
 import tarfile
 from pathlib import Path
@@ -296,8 +297,58 @@ def test_a_damaged_row_group_costs_itself(tmp_path: Path):
     assert items == expected[:250] + expected[500:]
     assert ["CRC" in one.reason for one in reader.damage] == [True]
     (tmp_path / "x.parquet").write_bytes(data[:-10])
-    with pytest.raises(UserError, match="cannot read .*x.parquet: ArrowInvalid"):
-        DocumentReader(find_inputs([tmp_path / "x.parquet"])[0])
+    items, reader = read(tmp_path / "x.parquet", bytes(data[:-10]), filters=RULES.filters)
+    assert items == [] and [one.reason[:30] for one in reader.damage] == ["cut or damaged: ArrowInvalid: "]
+
+
+def archive_of(data: bytes) -> bytes:
+    with io.BytesIO() as stored:
+        with tarfile.open(fileobj=stored, mode="w") as tar:
+            member = tarfile.TarInfo("x.jsonl")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        return stored.getvalue()
+
+
+def arrow_of(count: int, kind: str) -> bytes:
+    table = pa.table(table_of(count))
+    new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    with io.BytesIO() as stored:
+        with new(stored, table.schema) as writer:
+            writer.write_table(table, max_chunksize=count // 2)
+        return stored.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("x.jsonl.gz", gzip.compress(gzip.compress(lines_of(5))), "not text but gzip data: give it"),
+        ("x.jsonl.zst", PACKERS[".zst"](archive_of(lines_of(5))), "not text but a tar archive: give it"),
+        ("x.jsonl", archive_of(lines_of(5)), "not text but a tar archive: give it"),
+        ("x.csv.gz", gzip.compress(lzma.compress(lines_of(5))), "not text but xz data: give it"),
+        ("x.csv", gzip.compress(b"id,content\n1,a\n"), "not text but gzip data: give it"),
+        ("x.csv", "id,content\n1,a\n".encode("utf-16"), "not text but UTF-16 text: convert it to UTF-8"),
+        ("x.jsonl", lines_of(3).decode().encode("utf-16"), "not text but UTF-16 text: convert it to UTF-8"),
+        ("x.csv", b"id,content\r1,a\r", "the row of column names has invalid CSV"),
+        ("x.csv", b"id,caf\xe9,content\n1,a,b\n", "the row of column names has undecodable bytes"),
+        ("x.parquet", b"", "not a parquet file but empty"),
+        ("x.parquet", lines_of(5), "not a parquet file but plain text: give it"),
+        ("x.arrow", b"", "not arrow data but empty"),
+        ("x.arrow", lines_of(5), "not arrow data but plain text: give it"),
+        ("x.arrow", arrow_of(10, "file")[:-20], "cut or damaged: ArrowInvalid: Not an Arrow file"),
+        ("x.feather", b"FEA1" + b"\0" * 20, "not arrow data but Feather V1 data: give it"),
+    ],
+)
+def test_a_file_that_is_something_else_is_damage(tmp_path: Path, name: str, data: bytes, said: str):
+    items, reader = read(tmp_path / name, data)
+    assert items == [] and [one.reason[: len(said)] for one in reader.damage] == [said]
+    assert reader.bytes_read == len(data) and reader.sha256 == reader.piece.sha256()
+
+
+def test_an_arrow_stream_that_is_cut_keeps_its_first_batches(tmp_path: Path):
+    items, reader = read(tmp_path / "x.arrow", arrow_of(1000, "stream")[:-100], filters=RULES.filters)
+    assert items == expected_of(1000, f"{tmp_path.name}/x.arrow", tmp_path.name)[:500]
+    assert [one.reason[:16] for one in reader.damage] == ["cut or damaged: "]
 
 
 def test_strings_in_tables_that_are_no_text(tmp_path: Path):

@@ -313,3 +313,8 @@ def test_datasets_by_slice_and_as_a_stream(tmp_path: Path, monkeypatch: pytest.M
     path.write_text('{"id": "x", "other": 5}')
     with pytest.raises(UserError, match="caused by .*column names don't match"):
         find_inputs([f"hf:{tmp_path}/set"])
+
+
+def test_columns_that_occur_twice_are_counted(tmp_path: Path):
+    items, reader = read(tmp_path / "x.csv", b"content,id,content\nbefore,1,after\n")
+    assert [item.content for item in items] == ["after"] and reader.repaired == {"duplicate keys": 1}
