@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.common.errors import UserError
 
-OUT_BYTES = 1 << 16  # of plain bytes in one chunk, about
+OUT_BYTES = 1 << 18  # of plain bytes in one chunk, about
 STEP = 4096  # stored bytes between two looks at a decoder: damage is located to a step
 ZSTD_STEP = 1024  # a zstd decoder has no limit on its output: a stored byte may give 32 kB
 ZSTD_WINDOW = 1 << 31  # the format's limit (`zstd --ultra --long=31`)
