@@ -87,7 +87,7 @@ dist: $(STAMP)
 # torch is left out: its build depends on the machine.
 lock: .audit/.complete
 	grep -v '^#\|^torch==' constraints.txt | .audit/bin/uv pip compile - --no-deps --generate-hashes --quiet \
-	  --custom-compile-command 'make lock' --no-annotate --python-version 3.11 --output-file constraints.lock
+	  --custom-compile-command 'make lock' --no-annotate --python-version 3.11.7 --output-file constraints.lock
 
 audit: .audit/.complete $(STAMP)
 	@mkdir -p dist

@@ -20,7 +20,8 @@ from data_prep.common.errors import UserError, run_main
 from data_prep.common.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
-BUILD = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1]); b.build_wheel(sys.argv[1])"
+# setuptools changes sys.argv, so the folder is read once.
+BUILD = "import setuptools.build_meta as b, sys; to = sys.argv[1]; b.build_sdist(to); b.build_wheel(to)"
 
 
 def build(root: Path, output: Path) -> list[Path]:
