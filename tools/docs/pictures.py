@@ -219,7 +219,7 @@ PICTURES: dict[str, tuple[Callable[[], Canvas], str]] = {
     "causal-masks": (causal_masks, "Which positions attend to which in encoder, backbone and decoder."),
     "checkpoint": (
         checkpoint,
-        "A checkpoint's life: copied, written aside, verified, renamed, made current.",
+        "The life of a checkpoint: copied, written aside, verified, renamed, made current.",
     ),
 }
 

@@ -57,16 +57,21 @@ def _is_public(member: griffe.Object | griffe.Alias) -> bool:
 def _signature(found: griffe.Object | griffe.Alias) -> str:
     if found.is_attribute:
         return f"{found.name}: {str(found.annotation or 'Any')!r}"
-    parts, star = [], False
+    parts, star, positional = [], False, False
     for one in found.parameters:
         kind = one.kind
         if kind is griffe.ParameterKind.keyword_only and not star:
             parts.append("*")
             star = True
         star = star or kind is griffe.ParameterKind.var_positional
+        if positional and kind is not griffe.ParameterKind.positional_only:
+            parts.append("/")
+        positional = kind is griffe.ParameterKind.positional_only
         stars = {"variadic positional": "*", "variadic keyword": "**"}.get(kind.value, "")
         note = f": {str(one.annotation)!r}" if one.annotation else ""
         parts.append(f"{stars}{one.name}{note}{' = ...' if one.default is not None and not stars else ''}")
+    if positional:
+        parts.append("/")
     returns = f" -> {str(found.returns)!r}" if found.returns else ""
     return f"def {found.name}({', '.join(parts)}){returns}: ..."
 
