@@ -330,7 +330,7 @@ def arrow_of(count: int, kind: str) -> bytes:
         ("x.csv", "id,content\n1,a\n".encode("utf-16"), "not text but UTF-16 text: convert it to UTF-8"),
         ("x.jsonl", lines_of(3).decode().encode("utf-16"), "not text but UTF-16 text: convert it to UTF-8"),
         ("x.csv", b"id,content\r1,a\r", "the row of column names has invalid CSV"),
-        ("x.csv", b"id,caf\xe9,content\n1,a,b\n", "the row of column names has undecodable bytes"),
+        ("x.csv", b"id,\xe9\xe9,content\n1,a,b\n", "the row of column names has undecodable bytes"),
         ("x.parquet", b"", "not a parquet file but empty"),
         ("x.parquet", lines_of(5), "not a parquet file but plain text: give it"),
         ("x.arrow", b"", "not arrow data but empty"),

@@ -333,7 +333,7 @@ def test_other_ids_in_the_middle_of_a_long_text_are_found(both: dict[str, Tokeni
             read.append(len(text))
             return tokenizer.encode_reference(text)
 
-        texts = [f"The sea {n} was calm, and nobody came. " * 500 for n in range(200)]
+        texts = [f"The sea {n} was calm, and then it rained. " * 500 for n in range(200)]
         right = FastEncoder(lambda engine=tokenizer._fast._engine: engine, reference, "the reference")
         for text in texts:
             right.encode(text)
