@@ -55,9 +55,11 @@ class Segmenter:
         rules, chinese = _fixed_rules(self.language)
         varied = kana = rules.script is not None
         plain = rules, False  # of lines without far letters
+        places: list[int] = []
         if by_line := self.language in ("auto", "other"):
             places, kana = _far_letters(text)
-            varied, far_letters = bool(places), iter(places)
+            varied = bool(places)
+        far_letters = iter(places)
         judge = Judge(text, self.name == "clause")
         far = not rules.english and has_far_stops(text)
         found = current = opening = None
