@@ -25,6 +25,8 @@ FINAL += (
     zipfile.BadZipFile,
     tarfile.TarError,
 )
+# Names of botocore's and google-auth's errors, for the same reason.
+NO_LOGIN = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")
 _LOGIN = re.compile(r"(?<=://)[^/?#]*@")
 T = TypeVar("T")
@@ -55,6 +57,8 @@ def retry(url: str, action: Callable[[], T], verb: str = "read") -> T:
             raise
         except Exception as error:  # each library for remote files raises other errors
             reason = first_line(error)
+            if type(error).__name__ in NO_LOGIN:
+                raise UserError(f"cannot {verb} {shown}: {reason}") from error
             if wait is None:
                 tries = f"{len(WAITS) + 1} tries in {sum(WAITS)} s"
                 raise UserError(f"cannot {verb} {shown}: {reason}; given up after {tries}") from error

@@ -158,3 +158,16 @@ def test_training_from_a_bucket_is_training_from_the_folder(
         assert pool.run(2, ranks.train_with_environment, bucket, environment) == [0, 0]
         assert server.killed == 2
     assert runs.losses(tmp_path / "bucket") == runs.losses(tmp_path / "folder")
+
+
+def test_a_missing_login_is_reported_at_once(capsys: pytest.CaptureFixture):
+    exceptions = pytest.importorskip("botocore.exceptions")
+    tries = []
+
+    def action() -> None:
+        tries.append(1)
+        raise exceptions.NoCredentialsError
+
+    with pytest.raises(UserError, match=r"^cannot read s3://bucket/x: NoCredentialsError: Unable to locate"):
+        remote.retry("s3://user:secret@bucket/x", action)
+    assert len(tries) == 1 and not capsys.readouterr().err
