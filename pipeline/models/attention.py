@@ -100,7 +100,7 @@ def why_not(
     dropout: float = 0.0,
 ) -> str | None:
     """Why a path cannot be used for such tensors; None if it can. Every path takes any scale."""
-    if path in PATHS:
+    if path in PATHS or device.type == "meta":  # shapes only: no kernel runs (costs/counts.py)
         return None
     if path == "flex":
         if dropout:
@@ -129,8 +129,8 @@ def why_not(
 
 
 @cache
-def _torch_varlen() -> Callable | None:
-    if not torch.backends.cuda.is_flash_attention_available():
+def _torch_varlen(shapes_only: bool = False) -> Callable | None:
+    if not (shapes_only or torch.backends.cuda.is_flash_attention_available()):
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -283,7 +283,8 @@ class _OutOfBlocks(torch.autograd.Function):
 def _varlen(q, k, v, layout, causal, scale, dropout, window=None):
     seen = (window - 1 if window else -1, 0 if causal else -1)
     cu, longest = layout.cu_rows, layout.longest
-    return _torch_varlen()(q, k, v, cu, cu, longest, longest, scale=scale, window_size=seen)
+    attend = _torch_varlen(shapes_only=q.device.type == "meta")
+    return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=seen)
 
 
 def _flash_attn(q, k, v, layout, causal, scale, dropout, window=None):

@@ -1,0 +1,204 @@
+"""`sllm benchmark counts`: what a GPU and its host would do in one training step, counted without a GPU.
+
+Forward and backward run on the meta device, where tensors have shapes only, on the paths that CUDA takes. The
+update runs DeepSpeed itself on the CPU, in bf16, with weights of a few numbers: its kernels depend on how
+many weights there are, not on their sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from data_prep.common.page import columns, to_text
+from pipeline.config.deepspeed_config import complete_strategy, read_strategy
+from pipeline.config.library import find_recipe
+from pipeline.config.schema import Recipe
+from pipeline.costs.inspect import TOKENS_PER_SENTENCE, made_up_batch
+from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
+from pipeline.models.attention import attention_path
+from pipeline.models.factory import new_model
+from pipeline.models.folders import parameter_count
+from pipeline.models.losses import LossSums
+
+# Operators that are several kernels in torch's CUDA code, or none.
+_KERNELS = {
+    "aten::native_layer_norm_backward": 2,
+    "aten::embedding_dense_backward": 8,  # sorts the tokens
+    "aten::index_add": 2,
+    "aten::select_backward": 2,
+    "aten::slice_backward": 2,
+    "aten::binary_cross_entropy_with_logits": 6,
+    "torch_attn::_varlen_attn_backward": 3,
+    "aten::_scaled_dot_product_efficient_attention_backward": 3,
+    # The meta device takes three operators for dropout, CUDA one.
+    "aten::bernoulli_": 0,
+    "aten::div_": 0,
+} | dict.fromkeys(
+    [f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh")],
+    0,
+)
+_SORTED_WRITE = 8  # kernels of a write by index that adds up equal places
+_TENSORS, _ELEMENTS = 30, 320 << 16  # of one launch over a list of tensors
+_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique2")
+
+
+@dataclass
+class Counted:
+    """kernels: launched on the device. waits: of the host for the device; a copy from or to unpinned memory is
+    one. uploads: tensors sent to the device. bytes: of all operands and results. host_seconds: that this
+    machine takes to issue it all."""
+
+    kernels: int = 0
+    waits: int = 0
+    uploads: int = 0
+    bytes: int = 0
+    host_seconds: float = 0.0
+    operators: Counter[str] = field(default_factory=Counter)
+
+
+class DeviceCounts(TorchDispatchMode):
+    """Counts inside of the `with` block what a GPU would do for tensors outside of the host's memory.
+
+    host: the tensors of the device are on the CPU (a test device that computes); there each `torch.tensor` is
+    taken for an upload.
+    """
+
+    def __init__(self, host: bool = False):
+        super().__init__()
+        self.counted, self._host = Counted(), host
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+        on_device = [self._host or tensor.device.type != "cpu" for tensor in tensors]
+        counted = self.counted
+        if name in _WAITS or (name == "aten::lift_fresh" and self._host):
+            counted.waits += 1
+        moved = any(on_device) and not all(on_device)
+        if moved and name in ("aten::_to_copy", "aten::copy_"):
+            counted.uploads += 1
+            counted.waits += not all(tensor.is_pinned() for tensor in tensors if tensor.device.type == "cpu")
+        elif any(on_device) and not _is_view(func):
+            kernels = _kernels(name, args)
+            counted.kernels += kernels
+            counted.operators[name] += kernels
+            counted.bytes += sum(tensor.nbytes for tensor in tensors) if kernels else 0
+        return out
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator only makes another view of its input."""
+    aliases = [result.alias_info for result in func._schema.returns]
+    viewed = any(alias is not None and not alias.is_write for alias in aliases)
+    return viewed or func._schema.name == "aten::_unsafe_view"
+
+
+def _kernels(name: str, args: Any) -> int:
+    if name in _KERNELS:
+        return _KERNELS[name]
+    if name.removeprefix("aten::_").startswith(("foreach", "fused")):
+        elements = sum(tensor.numel() for tensor in args[0])
+        return max(-(-len(args[0]) // _TENSORS), -(-elements // _ELEMENTS))
+    if name in ("aten::index_put", "aten::index_put_") and len(args) > 3 and args[3]:
+        return _SORTED_WRITE
+    return 1
+
+
+def forward_backward(recipe: Recipe, tokens: int, path: str) -> Counted:
+    """One micro-batch of so many tokens, in bf16, with attention on a CUDA path."""
+    with torch.device("meta"):
+        model = new_model(recipe, Vocabulary(), {}).to(torch.bfloat16).train()
+    longest = recipe.reading_part.get("max_sentence_tokens") or 64
+    window = min(recipe.data.window_tokens, tokens)
+
+    def run() -> None:
+        batch = made_up_batch(window, tokens, TOKENS_PER_SENTENCE, longest).to("meta")
+        model(batch).objective.backward()
+
+    with attention_path(path):
+        run()  # imports
+        began = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - began
+        with DeviceCounts() as mode:
+            run()
+    mode.counted.host_seconds = seconds
+    return mode.counted
+
+
+def update(recipe: Recipe, strategy: str) -> Counted:
+    """One update under a DeepSpeed strategy, on one rank."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from pipeline.parallel.ranks import find_ranks, join, leave
+    from pipeline.training.engine import Engine
+
+    with torch.device("meta"):
+        model = new_model(recipe, Vocabulary(), {})
+    full = parameter_count(model)
+    _shrink(model)
+    parameters = [p for p in model.parameters()]
+
+    def loss(_batch: object) -> LossSums:
+        objective = torch.stack([p.float().sum() for p in parameters if p.requires_grad]).sum()
+        zero = torch.zeros(())
+        return LossSums(objective, zero, zero, zero, zero, zero, zero)
+
+    model.forward = loss
+    with ExitStack() as opened:
+        device = join(find_ranks())
+        opened.callback(leave)
+        config = complete_strategy(read_strategy(strategy), recipe, 1, on_gpu=True)
+        engine = Engine(model, recipe, config | {"gradient_accumulation_steps": 1, "train_batch_size": 1}, device)
+        for mode in (None, None, DeviceCounts(host=True)):
+            losses = LossSums(**engine.deepspeed(None))
+            engine.deepspeed.backward(losses.objective)
+            began = time.perf_counter()
+            with mode or ExitStack():
+                engine.update(1.0)
+            if mode is None:
+                seconds = time.perf_counter() - began
+    mode.counted.host_seconds = seconds
+    mode.counted.bytes = mode.counted.bytes * full // parameter_count(model)
+    return mode.counted
+
+
+def _shrink(model: nn.Module) -> None:
+    """Replace every weight by a few numbers; shared weights stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                few = torch.ones([min(2, size) for size in parameter.shape], device="cpu")
+                made[id(parameter)] = nn.Parameter(few, parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.zeros(1, device="cpu"))
+
+
+def run(recipe: str, strategy: str, tokens: int | None, path: str) -> dict[str, Any]:
+    """The counts of a recipe's step, as plain JSON.
+
+    Args:
+        tokens: of a micro-batch (default: the recipe's data.bin_tokens)
+    """
+    sized = sized_recipe(recipe)
+    tokens = tokens or sized.data.bin_tokens
+    phases = {"forward and backward": forward_backward(sized, tokens, path), "update": update(sized, strategy)}
+    return {
+        "recipe": find_recipe(recipe).stem,
+        "strategy": strategy,
+        "attention": path,
+        "tokens": tokens,
+        "phases": {name: asdict(counted) for name, counted in phases.items()},
+    }
