@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +27,7 @@ from pipeline.config.library import find_recipe
 from pipeline.config.schema import Recipe
 from pipeline.costs.inspect import TOKENS_PER_SENTENCE, made_up_batch
 from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
+from pipeline.data.upload import Uploader
 from pipeline.models.attention import attention_path
 from pipeline.models.factory import new_model
 from pipeline.models.folders import parameter_count
@@ -40,9 +43,6 @@ _KERNELS = {
     "aten::binary_cross_entropy_with_logits": 6,
     "torch_attn::_varlen_attn_backward": 3,
     "aten::_scaled_dot_product_efficient_attention_backward": 3,
-    # The meta device takes three operators for dropout, CUDA one.
-    "aten::bernoulli_": 0,
-    "aten::div_": 0,
 } | dict.fromkeys(
     [f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh")],
     0,
@@ -115,26 +115,58 @@ def _kernels(name: str, args: Any) -> int:
     return 1
 
 
-def forward_backward(recipe: Recipe, tokens: int, path: str) -> Counted:
-    """One micro-batch of so many tokens, in bf16, with attention on a CUDA path."""
+class _AsOnCuda(TorchFunctionMode):
+    """Takes the operators of CUDA for attention with a mask and for dropout, where the meta device takes
+    several others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _efficient_attention(*args, **given)
+        if func is F.dropout and given["p"] and given["training"]:
+            return torch.native_dropout(args[0], given["p"], True)[0]
+        return func(*args, **given)
+
+
+def _efficient_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(q, k, v, bias, True, dropout, False, scale=scale)[0]
+
+
+def forward_backward(recipe: Recipe, tokens: int, path: str | None = None) -> tuple[Counted, Counted]:
+    """The upload of one micro-batch of so many tokens, and its forward and backward pass in bf16.
+
+    Args:
+        path: of attention (default: what a GPU chooses)
+    """
     with torch.device("meta"):
         model = new_model(recipe, Vocabulary(), {}).to(torch.bfloat16).train()
     longest = recipe.reading_part.get("max_sentence_tokens") or 64
     window = min(recipe.data.window_tokens, tokens)
+    uploader = Uploader(torch.device("meta"))
 
-    def run() -> None:
-        batch = made_up_batch(window, tokens, TOKENS_PER_SENTENCE, longest).to("meta")
-        model(batch).objective.backward()
-
-    with attention_path(path):
-        run()  # imports
+    def run(upload: Any = nullcontext(), step: Any = nullcontext()) -> float:
+        batch = uploader.prepare(made_up_batch(window, tokens, TOKENS_PER_SENTENCE, longest))
+        model.zero_grad(set_to_none=True)
+        with upload:
+            batch = batch.to("meta")
         began = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - began
-        with DeviceCounts() as mode:
-            run()
-    mode.counted.host_seconds = seconds
-    return mode.counted
+        with _AsOnCuda(), step:
+            model(batch).objective.backward()
+        uploader.learn(batch)
+        return time.perf_counter() - began
+
+    with attention_path(path) if path else nullcontext():
+        run()  # imports, and what a batch needs
+        seconds = run()
+        run(upload := DeviceCounts(), step := DeviceCounts())
+    step.counted.host_seconds = seconds
+    upload.counted.waits = 0  # `Upload` pins its memory where there is a GPU
+    return upload.counted, step.counted
 
 
 def update(recipe: Recipe, strategy: str) -> Counted:
