@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data_prep.common.errors import counted as with_noun
 from data_prep.common.page import columns, to_text
+from pipeline.common.text import gigabytes
 from pipeline.config.deepspeed_config import complete_strategy, read_strategy
 from pipeline.config.library import find_recipe
 from pipeline.config.schema import Recipe
@@ -47,6 +49,7 @@ _KERNELS = {
     [f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh")],
     0,
 )
+PHASES = ("upload", "forward and backward", "gradients (DeepSpeed)", "update")
 _SORTED_WRITE = 8  # kernels of a write by index that adds up equal places
 _TENSORS, _ELEMENTS = 30, 320 << 16  # of one launch over a list of tensors
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::unique2")
@@ -55,14 +58,14 @@ _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::ma
 @dataclass
 class Counted:
     """kernels: launched on the device. waits: of the host for the device; a copy from or to unpinned memory is
-    one. uploads: tensors sent to the device. bytes: of all operands and results. host_seconds: that this
-    machine takes to issue it all."""
+    one. uploads: tensors sent to the device. bytes: of all operands and results. host_ms: that this machine
+    takes to issue the kernels."""
 
     kernels: int = 0
     waits: int = 0
     uploads: int = 0
     bytes: int = 0
-    host_seconds: float = 0.0
+    host_ms: float | None = None
     operators: Counter[str] = field(default_factory=Counter)
 
 
@@ -89,7 +92,7 @@ class DeviceCounts(TorchDispatchMode):
         if moved and name in ("aten::_to_copy", "aten::copy_"):
             counted.uploads += 1
             counted.waits += not all(tensor.is_pinned() for tensor in tensors if tensor.device.type == "cpu")
-        elif any(on_device) and not _is_view(func):
+        elif any(on_device) and name not in _WAITS and not _is_view(func):
             kernels = _kernels(name, args)
             counted.kernels += kernels
             counted.operators[name] += kernels
@@ -164,45 +167,57 @@ def forward_backward(recipe: Recipe, tokens: int, path: str | None = None) -> tu
         run()  # imports, and what a batch needs
         seconds = run()
         run(upload := DeviceCounts(), step := DeviceCounts())
-    step.counted.host_seconds = seconds
+    step.counted.host_ms = 1000 * seconds
     upload.counted.waits = 0  # `Upload` pins its memory where there is a GPU
     return upload.counted, step.counted
 
 
-def update(recipe: Recipe, strategy: str) -> Counted:
-    """One update under a DeepSpeed strategy, on one rank."""
+class _Gradients(torch.autograd.Function):
+    """A loss whose backward pass gives every weight a gradient, by one operator each."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> Tensor:
+        ctx.weights = weights
+        return weights[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ones_like(weight) for weight in ctx.weights)
+
+
+def update(recipe: Recipe, strategy: str) -> tuple[Counted, Counted]:
+    """What a DeepSpeed strategy adds to a backward pass on one rank, and one update."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+    # Imports DeepSpeed, which reads DS_ACCELERATOR.
     from pipeline.parallel.ranks import find_ranks, join, leave
     from pipeline.training.engine import Engine
 
     with torch.device("meta"):
         model = new_model(recipe, Vocabulary(), {})
-    full = parameter_count(model)
+    elements = parameter_count(model)
     _shrink(model)
-    parameters = [p for p in model.parameters()]
-
-    def loss(_batch: object) -> LossSums:
-        objective = torch.stack([p.float().sum() for p in parameters if p.requires_grad]).sum()
-        zero = torch.zeros(())
-        return LossSums(objective, zero, zero, zero, zero, zero, zero)
-
-    model.forward = loss
+    weights = [p for p in model.parameters() if p.requires_grad]
+    model.forward = lambda _batch: LossSums(_Gradients.apply(*weights), *[torch.zeros(())] * 6)
     with ExitStack() as opened:
         device = join(find_ranks())
         opened.callback(leave)
-        config = complete_strategy(read_strategy(strategy), recipe, 1, on_gpu=True)
-        engine = Engine(model, recipe, config | {"gradient_accumulation_steps": 1, "train_batch_size": 1}, device)
-        for mode in (None, None, DeviceCounts(host=True)):
+        one_bin = {"gradient_accumulation_steps": 1, "train_batch_size": 1}
+        config = complete_strategy(read_strategy(strategy), recipe, 1, on_gpu=True) | one_bin
+        engine = Engine(model, recipe, config, device)
+        modes: tuple[Any, Any] = (nullcontext(), nullcontext())
+        for counts in (False, True):
             losses = LossSums(**engine.deepspeed(None))
-            engine.deepspeed.backward(losses.objective)
-            began = time.perf_counter()
-            with mode or ExitStack():
+            if counts:
+                modes = DeviceCounts(host=True), DeviceCounts(host=True)
+            with modes[0]:
+                engine.deepspeed.backward(losses.objective)
+            with modes[1]:
                 engine.update(1.0)
-            if mode is None:
-                seconds = time.perf_counter() - began
-    mode.counted.host_seconds = seconds
-    mode.counted.bytes = mode.counted.bytes * full // parameter_count(model)
-    return mode.counted
+    reduced, updated = (mode.counted for mode in modes)
+    reduced.kernels -= reduced.operators.pop("aten::ones_like")
+    for counted in (reduced, updated):
+        counted.bytes = counted.bytes * elements // parameter_count(model)
+    return reduced, updated
 
 
 def _shrink(model: nn.Module) -> None:
@@ -218,19 +233,34 @@ def _shrink(model: nn.Module) -> None:
             setattr(module, name, torch.zeros(1, device="cpu"))
 
 
-def run(recipe: str, strategy: str, tokens: int | None, path: str) -> dict[str, Any]:
-    """The counts of a recipe's step, as plain JSON.
+def run(recipe: str, strategy: str, tokens: int | None = None, path: str | None = None) -> dict[str, Any]:
+    """The counts of a recipe's step on one GPU, as plain JSON.
 
     Args:
+        strategy: a file of ds_configs/
         tokens: of a micro-batch (default: the recipe's data.bin_tokens)
+        path: of attention (default: what a GPU chooses)
     """
     sized = sized_recipe(recipe)
     tokens = tokens or sized.data.bin_tokens
-    phases = {"forward and backward": forward_backward(sized, tokens, path), "update": update(sized, strategy)}
+    counted = *forward_backward(sized, tokens, path), *update(sized, strategy)
     return {
         "recipe": find_recipe(recipe).stem,
         "strategy": strategy,
-        "attention": path,
         "tokens": tokens,
-        "phases": {name: asdict(counted) for name, counted in phases.items()},
+        "phases": {name: asdict(one) for name, one in zip(PHASES, counted, strict=True)},
     }
+
+
+def format_counts(result: dict[str, Any]) -> str:
+    """The result of `run` as text."""
+    phases = [{"phase": name, **counted} for name, counted in result["phases"].items()]
+    rows: list[tuple] = [
+        ("kernels", "kernels", ","),
+        ("host waits", "waits", ","),
+        ("uploads", "uploads", ","),
+        ("GB read and written", "bytes", gigabytes),
+        ("host ms here", "host_ms", ".0f"),
+    ]
+    title = f"{result['recipe']}, {result['strategy']}, one GPU, {with_noun(result['tokens'], 'token')}"
+    return f"{title}\n\n{to_text(columns(PHASES, phases, rows))}"

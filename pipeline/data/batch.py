@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,6 +155,7 @@ class Batch(Made):
     document_end_D: np.ndarray
     scored: bool = True
     upload: Upload | None = field(default=None, repr=False)  # what its tensors wait for
+    host_tokens_T: np.ndarray | None = field(default=None, repr=False)  # of a batch on another device
 
     @property
     def tokens(self) -> int:
@@ -183,11 +185,18 @@ class Batch(Made):
         if self.upload is not None:
             self.upload.start()
             return self
-        return dataclasses.replace(self, tokens_T=self.tokens_T.to(device, non_blocking=True))
+        return self._moved(self.tokens_T.to(device, non_blocking=True))
 
     def placed(self, upload: Upload) -> Batch:
         """The same batch on the device of an upload, which has not started."""
-        return dataclasses.replace(self, tokens_T=upload.place(self.tokens_T), upload=upload)
+        return self._moved(upload.place(self.tokens_T), upload=upload)
+
+    def _moved(self, tokens_T: Tensor, **changed: Any) -> Batch:
+        return dataclasses.replace(self, tokens_T=tokens_T, host_tokens_T=self._tokens, **changed)
+
+    @property
+    def _tokens(self) -> np.ndarray:
+        return self.tokens_T.numpy() if self.host_tokens_T is None else self.host_tokens_T
 
     def _index(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
@@ -321,14 +330,16 @@ class Batch(Made):
 
     # Token-level model.
 
+    @kept
     def with_sentence_ends(self, end: int) -> Batch:
         """The same batch with an end symbol as the last token of every sentence."""
-        lengths = np.diff(self.cu_sentences)
-        rows_T = self._index(np.arange(self.tokens) + np.repeat(np.arange(self.sentences), lengths))
-        tokens = torch.full((self.tokens + self.sentences,), end, dtype=torch.long, device=self.device)
-        cu_sentences = self.cu_sentences + np.arange(self.sentences + 1)
-        tokens_T = tokens.index_copy_(0, rows_T, self.tokens_T)
-        return dataclasses.replace(self, tokens_T=tokens_T, cu_sentences=cu_sentences)
+        tokens = np.insert(self._tokens, self.cu_sentences[1:], end)
+        return dataclasses.replace(
+            self,
+            tokens_T=self._index(tokens),
+            cu_sentences=self.cu_sentences + np.arange(self.sentences + 1),
+            host_tokens_T=tokens,
+        )
 
     def token_model_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end

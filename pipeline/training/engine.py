@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -72,7 +73,8 @@ class Engine:
         if config.get("flops_profiler", {}).get("enabled"):
             silence_timers()
         layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        with redirect_stdout(None):  # its optimizer for stage 1 in bf16 prints this machine's memory
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         take_flat_gradients(self.deepspeed.optimizer)
         self._optimizer = optimizer
         self.uploader = Uploader(device)
