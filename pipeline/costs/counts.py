@@ -46,7 +46,10 @@ _KERNELS = {
     "torch_attn::_varlen_attn_backward": 3,
     "aten::_scaled_dot_product_efficient_attention_backward": 3,
 } | dict.fromkeys(
-    [f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh")],
+    [
+        f"aten::{name}"
+        for name in ("empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh")
+    ],
     0,
 )
 PHASES = ("upload", "forward and backward", "gradients (DeepSpeed)", "update")
@@ -57,9 +60,9 @@ _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::ma
 
 @dataclass
 class Counted:
-    """kernels: launched on the device. waits: of the host for the device; a copy from or to unpinned memory is
-    one. uploads: tensors sent to the device. bytes: of all operands and results. host_ms: that this machine
-    takes to issue the kernels."""
+    """kernels: launched on the device. waits: of the host for the device; a copy from or to unpinned memory
+    is one. uploads: tensors sent to the device. bytes: of all operands and results. host_ms: that this
+    machine takes to issue the kernels."""
 
     kernels: int = 0
     waits: int = 0
@@ -150,9 +153,9 @@ def forward_backward(recipe: Recipe, tokens: int, path: str | None = None) -> tu
         model = new_model(recipe, Vocabulary(), {}).to(torch.bfloat16).train()
     longest = recipe.reading_part.get("max_sentence_tokens") or 64
     window = min(recipe.data.window_tokens, tokens)
-    uploader = Uploader(torch.device("meta"))
+    uploader, no_mode = Uploader(torch.device("meta")), nullcontext()
 
-    def run(upload: Any = nullcontext(), step: Any = nullcontext()) -> float:
+    def run(upload: Any = no_mode, step: Any = no_mode) -> float:
         batch = uploader.prepare(made_up_batch(window, tokens, TOKENS_PER_SENTENCE, longest))
         model.zero_grad(set_to_none=True)
         with upload:
@@ -229,7 +232,7 @@ def _shrink(model: nn.Module) -> None:
                 few = torch.ones([min(2, size) for size in parameter.shape], device="cpu")
                 made[id(parameter)] = nn.Parameter(few, parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
+        for name, _ in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros(1, device="cpu"))
 
 

@@ -28,9 +28,9 @@ from pipeline.parallel.ranks import Ranks
 class Step:
     """One optimizer step. Counts named `*_all` are over all ranks' bins, known from the plan.
 
-    batches: `micro_batches` of them; `Batch.to` brings them to the device. seeds: one per batch, a function of the bin alone (dropout).
-    text_bytes: UTF-8 bytes of this rank's real tokens. digest: sum of its scored batches' digests. bins_all:
-    the step's bins. position: of the stream after them.
+    batches: `micro_batches` of them; `Batch.to` brings them to the device. seeds: one per batch, a function
+    of the bin alone (dropout). text_bytes: UTF-8 bytes of this rank's real tokens. digest: sum of its scored
+    batches' digests. bins_all: the step's bins. position: of the stream after them.
     """
 
     batches: list[Batch]

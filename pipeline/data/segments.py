@@ -172,7 +172,9 @@ class SegmentLayout(Made):
     @property
     def is_last_row(self) -> Tensor:
         """bool [T]: the row is its segment's last one."""
-        return torch.zeros(self.rows, dtype=torch.bool, device=self.device).index_fill_(0, self.last_rows, True)
+        return torch.zeros(self.rows, dtype=torch.bool, device=self.device).index_fill_(
+            0, self.last_rows, True
+        )
 
     @cached_property
     def cu_rows(self) -> Tensor:
@@ -279,7 +281,7 @@ class SegmentLayout(Made):
         return self._equal_blocks(np.minimum(source, end[:, None] - 1), source < end[:, None])
 
     @kept
-    def tile_ranges(self, causal: bool, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    def tile_ranges(self, causal: bool, window: int | None) -> tuple[Tensor, ...]:
         """First and last row that each query of `tiles` sees, int32 [n, TILE, 1], and the row of each key,
         int32 [n, 1, TILE], -1 in a padded place. A padded query sees what the row that it repeats does."""
         first, end = self._tiles
@@ -291,8 +293,7 @@ class SegmentLayout(Made):
             seen_from = np.maximum(seen_from, queries - window + 1)
         keys = np.where(rows < end[:, None], rows, -1)
         parts = seen_from[:, :, None], seen_to[:, :, None], keys[:, None]
-        seen_from, seen_to, keys = (self._to_device(x.astype(np.int32)) for x in parts)
-        return seen_from, seen_to, keys
+        return tuple(self._to_device(x.astype(np.int32)) for x in parts)
 
     def tile_mask(self, causal: bool, window: int | None) -> Tensor:
         """bool [n, 1, TILE, TILE]: which keys a query of `tiles` sees."""

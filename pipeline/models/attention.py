@@ -136,9 +136,12 @@ def why_not(
 
 
 @cache
-def _torch_varlen(shapes_only: bool = False) -> Callable | None:
-    if not (shapes_only or torch.backends.cuda.is_flash_attention_available()):
-        return None
+def _torch_varlen() -> Callable | None:
+    return _varlen_attn() if torch.backends.cuda.is_flash_attention_available() else None
+
+
+@cache
+def _varlen_attn() -> Callable | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -297,7 +300,7 @@ class _OutOfBlocks(torch.autograd.Function):
 def _varlen(q, k, v, layout, causal, scale, dropout, window=None):
     seen = (window - 1 if window else -1, 0 if causal else -1)
     cu, longest = layout.cu_rows, layout.longest
-    attend = _torch_varlen(shapes_only=q.device.type == "meta")
+    attend = (_varlen_attn if q.device.type == "meta" else _torch_varlen)()
     return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=seen)
 
 

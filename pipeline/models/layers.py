@@ -179,7 +179,11 @@ class TransformerLayer(nn.Module):
             self._before(x_Td, self.attention_norm), layout, causal, weight_dropout, turn, spans
         )
         x = self._add(x_Td, attended, self.attention_norm)
-        condition = None if self.condition is None else self.condition(vector_Sd).index_select(0, layout.segment_of_row)
+        condition = (
+            None
+            if self.condition is None
+            else self.condition(vector_Sd).index_select(0, layout.segment_of_row)
+        )
         return self._rest(x, condition)
 
     def step(

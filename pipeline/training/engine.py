@@ -81,8 +81,7 @@ class Engine:
         self.collectives = Collectives(device)
         self._forwards: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._own_seconds = 0.0
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
+        compile_layers(layers)
         if device.type == "cuda":
             for module in _timed_modules(model, zero_stage(config), layers):
                 module.forward = self._timed(module.forward)
@@ -225,6 +224,15 @@ def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
     if stage == 3:
         set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda t: t.__name__))
     return layers
+
+
+def compile_layers(layers: list[nn.Module]) -> None:
+    """Compile the `forward` of each layer for any number of rows."""
+    # torch counts versions of a function: layers of a class share it. Beyond the limit it runs uncompiled.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
 
 
 def _nats(losses: LossSums) -> Tensor:

@@ -15,6 +15,7 @@ from pipeline.data.segments import SegmentLayout
 from pipeline.models import attention
 from pipeline.models.attention import KERNELS, PATHS, attention_path, choose_path, packed_attention, why_not
 
+CPU = torch.device("cpu")
 LAYOUT = SegmentLayout([2, 3])
 # One row; one segment; short ones; some longer than every exact bucket; rows beyond one flex tile.
 LENGTHS = {
