@@ -15,9 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,7 +25,7 @@ from pipeline.common.text import gigabytes
 from pipeline.config.deepspeed_config import complete_strategy, read_strategy
 from pipeline.config.library import find_recipe
 from pipeline.config.schema import Recipe
-from pipeline.costs.inspect import TOKENS_PER_SENTENCE, made_up_batch
+from pipeline.costs.inspect import TOKENS_PER_SENTENCE, AsOnCuda, made_up_batch, of_shapes
 from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
 from pipeline.data.upload import Uploader
 from pipeline.models.attention import attention_path
@@ -121,36 +119,13 @@ def _kernels(name: str, args: Any) -> int:
     return 1
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """Takes the operators of CUDA for attention with a mask and for dropout, where the meta device takes
-    several others."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _efficient_attention(*args, **given)
-        if func is F.dropout and given["p"] and given["training"]:
-            return torch.native_dropout(args[0], given["p"], True)[0]
-        return func(*args, **given)
-
-
-def _efficient_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0, scale: float | None = None
-) -> Tensor:
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(q, k, v, bias, True, dropout, False, scale=scale)[0]
-
-
 def forward_backward(recipe: Recipe, tokens: int, path: str | None = None) -> tuple[Counted, Counted]:
     """The upload of one micro-batch of so many tokens, and its forward and backward pass in bf16.
 
     Args:
         path: of attention (default: what a GPU chooses)
     """
-    with torch.device("meta"):
-        model = new_model(recipe, Vocabulary(), {}).to(torch.bfloat16).train()
+    model = of_shapes(recipe, Vocabulary(), torch.bfloat16)
     longest = recipe.reading_part.get("max_sentence_tokens") or 64
     window = min(recipe.data.window_tokens, tokens)
     uploader, no_mode = Uploader(torch.device("meta")), nullcontext()
@@ -161,7 +136,7 @@ def forward_backward(recipe: Recipe, tokens: int, path: str | None = None) -> tu
         with upload:
             batch = batch.to("meta")
         began = time.perf_counter()
-        with _AsOnCuda(), step:
+        with AsOnCuda(), step:
             model(batch).objective.backward()
         uploader.learn(batch)
         return time.perf_counter() - began
