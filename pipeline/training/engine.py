@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple
@@ -186,7 +187,10 @@ class Engine:
         held = [getattr(weight, "ds_tensor", weight) for weight in module.parameters()]
         for weight, state in self._optimizer.state.items():
             held += [weight, state.get(EMA, weight)]
-        return all(bool(tensor.isfinite().all()) for tensor in (*held, *module.buffers()))
+        finite = defaultdict(list)  # by device: each `bool` waits for one
+        for tensor in (*held, *module.buffers()):
+            finite[tensor.device].append(tensor.isfinite().all())
+        return all(bool(torch.stack(flags).all()) for flags in finite.values())
 
     def memory_bytes(self) -> int:
         """This rank's peak memory: of its GPU, or resident memory on CPUs."""

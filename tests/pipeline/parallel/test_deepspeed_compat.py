@@ -10,9 +10,9 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.comm.torch import TorchBackend, build_shm_op
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import mixed_precision_linkage
 from deepspeed.utils.tensor_fragment import fragment_address, tensor_fragment
