@@ -32,14 +32,14 @@ from torch import Tensor, nn
 # many that the softmax falls out of the cache (measured: docs/experiments.md).
 CHUNK_ELEMENTS = 1 << 25  # 128 MB in fp32: 667 rows of OPT's vocabulary
 CHUNK_ROWS = 1024  # the limit for small vocabularies
-# On a GPU, where every chunk costs the host some 25 kernels: 1.6 GB of OPT's vocabulary in bf16.
-CUDA_CHUNK_ROWS = 4096
+# On a GPU, where each chunk costs the host some 25 kernels: 4,096 rows of OPT's vocabulary, 1.6 GB in bf16.
+CUDA_CHUNK_ELEMENTS = 4096 * 50272
 
 
 def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
     """Rows whose logits exist at once (default device: CPU)."""
     if device is not None and device.type != "cpu":
-        return CUDA_CHUNK_ROWS
+        return max(1, CUDA_CHUNK_ELEMENTS // vocabulary)
     return max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
 
 

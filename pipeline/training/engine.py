@@ -82,7 +82,8 @@ class Engine:
         self.collectives = Collectives(device)
         self._forwards: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._own_seconds = 0.0
-        compile_layers(layers)
+        if layers:
+            compile_layers(layers)
         if device.type == "cuda":
             for module in _timed_modules(model, zero_stage(config), layers):
                 module.forward = self._timed(module.forward)
