@@ -114,12 +114,20 @@ class AsOnCuda(TorchFunctionMode):
 
 
 def _efficient_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    bias = None
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(q, k, v, bias, True, dropout, False, scale=scale)[0]
+    return attend(q, k, v, bias, True, dropout, is_causal, scale=scale)[0]
 
 
 def of_shapes(recipe: Recipe, vocabulary: Vocabulary, dtype: torch.dtype) -> nn.Module:
