@@ -104,6 +104,15 @@ class AsOnCuda(TorchFunctionMode):
     """Takes the operators of CUDA for attention with a mask and for dropout, where the meta device takes
     several others."""
 
+    def __enter__(self) -> Any:
+        self._asked = torch.is_autocast_enabled
+        torch.is_autocast_enabled = lambda *_: False  # older torch does not know the meta device there
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.is_autocast_enabled = self._asked
+        super().__exit__(*raised)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if func is F.scaled_dot_product_attention:
