@@ -2,6 +2,7 @@
 # make test       every test but those marked `long` (at most 15 minutes on 2 cores)
 # make test-fast  tests that start no processes of their own (at most 4 minutes)
 # make test-all   every test
+# make test-versions  test-fast on every Python found, and on the oldest and newest torch and transformers
 # make lint       ruff, import layers, spelling, words, types, structure
 # make results    tables, charts and diagrams of the docs, from docs/results and code
 # make docs       the docs site, in site/; fails on a broken link
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Two files at a time: much of a test's time is waiting for ranks, jobs and imports. A later `-n 0` in PYTEST_FLAGS wins.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-fast test-long test-all soak results docs docs-serve api dist lock audit lint format clean distclean
+.PHONY: help setup demo test test-fast test-long test-all test-versions soak results docs docs-serve api dist lock audit lint format clean distclean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -57,6 +58,9 @@ test-long: $(STAMP)
 	$(PYTEST) -m long --durations=0 $(PYTEST_FLAGS)
 
 test-all: test test-long
+
+test-versions: $(STAMP)
+	$(BIN)/python -m tools.versions $(VERSIONS)
 
 soak: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/soak.py --output docs/results/soak.json
