@@ -51,7 +51,7 @@ def read_json(
         if default is None:
             raise UserError(f"{what} {missing}") from None
         return default
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what} cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{what} is not a JSON object")

@@ -188,7 +188,8 @@ def states_memory(
 
     gathered: the most that stage 3 holds gathered. buckets: communication buffers of fixed size. update:
     temporary memory of the update, after the activations are freed (fp32 copies of the gradients; on GPUs
-    PyTorch's AdamW takes 4 more per parameter). host: host memory under offloading.
+    PyTorch's AdamW takes 4 more per parameter). host: host memory under offloading. copy: host memory of a
+    save's copy on rank 0, which has the weights too unless they are divided.
     """
     low, trained, average = WIDTHS[dtype], weights.trained, 4 if ema else 0
     share = -(-trained // world)
@@ -211,6 +212,7 @@ def states_memory(
         gathered = low * (weights.live + weights.persistent)
         held |= {"weights": low * -(-weights.all // world), "gathered": gathered}
         held |= {"gradients": 4 * share, "buckets": bucket}
+    held["copy"] = held["optimizer"] + (held["weights"] if strategy.stage < 3 else 0)
     if strategy.offload:
         moved = ["gradients", "optimizer", *(["weights"] if strategy.stage == 3 else [])]
         held["host"] = sum(held[what] for what in moved)
@@ -220,7 +222,7 @@ def states_memory(
 
 def peak_memory(states: dict[str, int], activations: int) -> int:
     """Bytes that a rank's accelerator holds at the peak: the update runs after the activations are freed."""
-    held = sum(states.values()) - states["host"] - states["update"]
+    held = sum(states.values()) - states["host"] - states["copy"] - states["update"]
     return held + max(states["update"], activations)
 
 

@@ -19,6 +19,7 @@ from pipeline.costs.zero import (
     Weights,
     exposed_seconds,
     gathered_weights,
+    peak_memory,
     states_memory,
     traffic,
 )
@@ -136,6 +137,10 @@ def test_frozen_weights_a_running_average_and_offloading_count():
     offloaded = states_memory(half, Strategy.read("zero2-offload"), 2, "bf16")
     assert offloaded["host"] == frozen["optimizer"] + frozen["gradients"]
     assert offloaded["weights"] == frozen["weights"] and offloaded["optimizer"] == 0
+    assert offloaded["copy"] == frozen["copy"] == frozen["optimizer"] + frozen["weights"]
+    three, without = (states_memory(half, Strategy.read(f"zero{n}"), 2, "bf16") for n in (3, 0))
+    assert three["copy"] == three["optimizer"] and without["copy"] == 2 * 1000 + 12 * 500
+    assert peak_memory(frozen, 0) == sum(frozen.values()) - frozen["copy"], "host memory is no GPU memory"
 
 
 def test_a_recipe_that_recomputes_or_freezes_costs_accordingly(tmp_path):
