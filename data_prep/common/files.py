@@ -67,7 +67,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate([*lines, last], 1):
         try:
             yield number, json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number <= len(lines):
                 yield number, None
 

@@ -74,8 +74,8 @@ def _contradictions(strategy: dict[str, Any]) -> Iterator[str]:
     ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1)
     if ratio != 1:
         yield (
-            f"offload_optimizer.ratio {ratio} splits the update between two optimizers, and only one can skip "
-            "a bad step: remove it (all is offloaded then)"
+            f"offload_optimizer.ratio {ratio} splits the update between two optimizers, and only one can "
+            "skip a bad step: remove it (all is offloaded then)"
         )
     if stage == 0 and "data_types" in strategy:
         yield "stage 0 knows no data_types (use stage 1, 2 or 3, or remove it)"

@@ -241,7 +241,7 @@ class CheckpointsRecipe(Section):
     )
 
     def problems(self) -> Iterator[str]:
-        if self.upload is not None and not is_url(self.upload):
+        if self.upload and not (is_url(self.upload) and self.upload.partition("://")[2].strip("/")):
             yield f"checkpoints.upload must be a URL such as s3://bucket/run, not {self.upload!r}"
 
 
@@ -251,7 +251,8 @@ class HealthRecipe(Section):
     max_skips: Count = Field(5, description="skipped steps in a row that end the run")
     loss_spike: Above1 | None = Field(None, description="skip losses above so many times the recent median")
     norm_spike: Above1 | None = Field(None, description="the same for the gradient norm")
-    hang_seconds: Positive | None = Field(1200.0, description="time without progress that ends the run")
+    # Timers take no more.
+    hang_seconds: Annotated[Positive, Field(le=1e7)] | None = Field(1200.0, description="time without progress that ends the run")
 
 
 class LogRecipe(Section):

@@ -69,7 +69,7 @@ def rate_jump(saved: Meta, recipe: Recipe) -> str:
             progress = one.training.progress(step, saved.tokens * step // saved.step)
             rates.append(one.optimizer.lr * one.schedule.factor(progress))
     last, next_unchanged, _, next_now = rates
-    if max(next_now, next_unchanged) <= JUMP * min(next_now, next_unchanged):
+    if any(max(next_now, other) <= JUMP * min(next_now, other) for other in (last, next_unchanged)):
         return ""
     return f"the learning rate jumps at step {saved.step + 1}: {last:.2e} -> {next_now:.2e}"
 

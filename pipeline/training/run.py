@@ -20,7 +20,7 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
-from data_prep.common.errors import counted, say
+from data_prep.common.errors import UserError, counted, say
 from data_prep.common.files import read_json, write_atomically
 from pipeline.checkpoints import loading, store
 from pipeline.checkpoints.mirror import Mirror
@@ -187,7 +187,11 @@ class TrainingRun:
         ours = self._meta()
         store.require_same_run(saved, checkpoint, ours)
         if self.ranks.rank == 0:
-            before = read_json(self.run_dir / DEEPSPEED_CONFIG, default=self.config)
+            try:
+                before = read_json(self.run_dir / DEEPSPEED_CONFIG, default=self.config)
+            except UserError as error:  # of rank 0 alone, about a file that only tells
+                before = self.config
+                say(f"{error}: what has changed in it is not known")
             changed = changes_since(saved, self.recipe, before, self.config)
             for line in (damage, *changed, regrouping(saved, ours)):
                 if line:
@@ -234,6 +238,9 @@ class TrainingRun:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"
             self._profiler = self._open.enter_context(StepProfiler(steps, folder, self.ranks.rank))
         self.log.say(self._description())
+        if wanted.profile and not set(wanted.profile_ranks) & set(range(self.ranks.world)):
+            there = counted(self.ranks.world, "rank")
+            self.log.say(f"log.profile_ranks {wanted.profile_ranks} of {there}: no trace is written")
         self._watchdog.heartbeat("starting the loader")
         self._clock = time.perf_counter()
 
