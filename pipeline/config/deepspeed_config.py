@@ -38,6 +38,8 @@ RECIPE_DECIDES = {
     "gradient_clipping": "optimizer.clip",
     "optimizer": "optimizer.*",
     "scheduler": "schedule.*",
+    "wandb": "log.wandb",
+    "comet": "log.wandb",
 }
 
 WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}

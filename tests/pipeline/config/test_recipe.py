@@ -191,6 +191,7 @@ def test_wrong_overrides_are_refused(overrides: str, message: str, tmp_path: Pat
         (SMALL.replace("{hidden_size: 32}", "{hiden_size: null}"), "did you mean 'model.vae.hidden_size'?"),
         (SMALL.replace("training: {max_steps: 3}", ""), "the run would never end"),
         (SMALL.replace("runs/x", "' '"), "output_dir must be text, not ' '"),
+        (SMALL.replace("runs/x", '"a\\0"'), "output_dir must be text, not 'a\\x00'"),
         (SMALL + "seed: " + "[" * 3000, "is nested too deeply"),
         (SMALL + "base: recipe.yaml", "leads back to itself"),
         (SMALL + "base: nowhere.yaml", "nowhere.yaml does not exist"),
@@ -430,6 +431,7 @@ def test_nvme_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -
         ("[]", "is not a JSON object"),
         ('{"train_batch_size": 8}', "sets train_batch_size: remove it"),
         ('{"optimizer": {}}', "sets optimizer: remove it"),
+        ('{"wandb": {"enabled": true}}', "sets wandb: remove it, the recipe's log.wandb decides"),
         ('{"data_types": {"grad_accum_dtype": "fp32"}}', "stage 0 knows no data_types"),
         (
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
