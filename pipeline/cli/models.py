@@ -126,9 +126,8 @@ def export(
         weights: the trained weights, or their running average (training.ema)
         average: the mean of so many last checkpoints, for runs of constant rate or before a WSD decay
     """
-    from pipeline.export.model_folder import export_run
-
     from pipeline.export.model_card import ORIGIN
+    from pipeline.export.model_folder import export_run
 
     origin = read_json(export_run(run_dir, output, which, weights, average) / ORIGIN)
     best = which != "last" and bool(origin["best"]) and origin["best"]["step"] == origin["step"]

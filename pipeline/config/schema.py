@@ -252,7 +252,9 @@ class HealthRecipe(Section):
     loss_spike: Above1 | None = Field(None, description="skip losses above so many times the recent median")
     norm_spike: Above1 | None = Field(None, description="the same for the gradient norm")
     # Timers take no more.
-    hang_seconds: Annotated[Positive, Field(le=1e7)] | None = Field(1200.0, description="time without progress that ends the run")
+    hang_seconds: Annotated[Positive, Field(le=1e7)] | None = Field(
+        1200.0, description="time without progress that ends the run"
+    )
 
 
 class LogRecipe(Section):
