@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 from data_prep.common.errors import UserError
 
 MOST_BASES = 20
+TRAIN_ARGS = "SLLM_TRAIN_ARGS"
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,6 +51,14 @@ def load_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
+
+
+def environment_overrides() -> list[str]:
+    """Overrides of a training's recipe from SLLM_TRAIN_ARGS: for batch systems, and to shorten a command."""
+    try:
+        return shlex.split(os.environ.get(TRAIN_ARGS, ""))
+    except ValueError as error:
+        raise UserError(f"{TRAIN_ARGS}: {error}: give words as on a command line") from None
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:

@@ -20,8 +20,8 @@ from typing import Any
 import deepspeed.comm as dist
 import torch
 
-from data_prep.common.errors import UserError, counted, say
-from data_prep.common.files import read_json, write_atomically
+from data_prep.common.errors import counted, say
+from data_prep.common.files import write_atomically
 from pipeline.checkpoints import loading, store
 from pipeline.checkpoints.mirror import Mirror
 from pipeline.checkpoints.saving import Saver
@@ -46,6 +46,7 @@ from pipeline.parallel.reduction import sum_over_ranks
 from pipeline.training.changes import changes_since, regrouping
 from pipeline.training.engine import NATS, Engine, Update
 from pipeline.training.health import SPEEDS, Guard, Speeds
+from pipeline.training.outlook import Outlook
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.provenance import PROVENANCE, provenance
 from pipeline.training.records import StepRecord, StepSums
@@ -94,7 +95,7 @@ class TrainingRun:
     def _build(self, strategy: dict[str, Any], joined: Callable[[], None]) -> None:
         recipe, ranks, data = self.recipe, self.ranks, self.recipe.data
         shard_sets = open_shards(data.shards)
-        self.tokenizer = shard_sets[0].tokenizer()
+        self._shard_sets, self.tokenizer = shard_sets, shard_sets[0].tokenizer()
         validation_sets = open_shards([data.validation], shard_sets[0]) if data.validation else []
         self.shards = [shard_set.fingerprint for shard_set in shard_sets]
         self.validation_shards = validation_sets[0].fingerprint if validation_sets else None
@@ -187,12 +188,7 @@ class TrainingRun:
         ours = self._meta()
         store.require_same_run(saved, checkpoint, ours)
         if self.ranks.rank == 0:
-            try:
-                before = read_json(self.run_dir / DEEPSPEED_CONFIG, default=self.config)
-            except UserError as error:  # of rank 0 alone, about a file that only tells
-                before = self.config
-                say(f"{error}: what has changed in it is not known")
-            changed = changes_since(saved, self.recipe, before, self.config)
+            changed = changes_since(saved, self.recipe, self.run_dir, self.config)
             for line in (damage, *changed, regrouping(saved, ours)):
                 if line:
                     say(line)
@@ -241,6 +237,9 @@ class TrainingRun:
         if wanted.profile and not set(wanted.profile_ranks) & set(range(self.ranks.world)):
             there = counted(self.ranks.world, "rank")
             self.log.say(f"log.profile_ranks {wanted.profile_ranks} of {there}: no trace is written")
+        state, tokens = self.state, sum(one.manifest["totals"]["tokens"] for one in self._shard_sets)
+        self._outlook = Outlook(self.recipe, tokens, state.step, state.tokens)
+        self.log.say(self._outlook.amount)
         self._watchdog.heartbeat("starting the loader")
         self._clock = time.perf_counter()
 
@@ -328,6 +327,8 @@ class TrainingRun:
         before, self._clock = self._clock, time.perf_counter()
         record = self._step_record(step, sums, loss, update, self._clock - before)
         self.log.step(record)
+        if line := self._outlook.after(state.step, state.tokens):
+            self.log.say(line)
         if self._profiler:
             self._profiler.end(state.step)
         self._watchdog.heartbeat(f"step {state.step}")
