@@ -65,8 +65,8 @@ def read_strategy(*paths: str | Path) -> dict[str, Any]:
         _merge(strategy, values)
     if problems:
         raise UserError("; ".join(problems))
-    if found := next(_contradictions(strategy), None):
-        raise UserError(f"DeepSpeed config {' '.join(map(str, paths))}: {found}")
+    if wrong := next(_contradictions(strategy), None):
+        raise UserError(f"DeepSpeed config {' '.join(map(str, paths))}: {wrong}")
     return strategy
 
 
