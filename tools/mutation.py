@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, zip_longest
@@ -25,7 +24,7 @@ from data_prep.common.command_line import Many, Natural, Positive, make_app, run
 from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, log, print_result, run_main
 from data_prep.common.extras import import_extra
-from tools.planted_bugs.trees import REPOSITORY, changed, copied_tree, run_tests
+from tools.planted_bugs.trees import REPOSITORY, changed, copied_tree, rates, run_tests
 
 TESTS = {
     name: f"tests/pipeline/{name}" for name in ("checkpoints", "data", "evaluation", "generation", "models")
@@ -155,21 +154,11 @@ def run(
             by = "" if status == 0 else (failed or ["out of time"])[0]
             tried.append(Mutant(**asdict(mutant) | {"outcome": outcome, "by": by}))
             log(f"{outcome:8} {mutant.module}:{mutant.line}: {mutant.before}  ->  {mutant.after}  {by}")
-    print_result(table(tried))
+    judged = [one for one in tried if one.outcome != "broken"]
+    print_result(rates("mutants", "killed", ((one.module, one.outcome == "killed") for one in judged)))
     if json_file:
         made = {**header(("cosmic-ray", "torch", "pytest")), "seed": seed, "minutes": minutes}
         write_result({**made, "mutants": [asdict(mutant) for mutant in tried]}, json_file)
-
-
-def table(tried: Sequence[Mutant]) -> str:
-    """Killed and surviving mutants of every module, as Markdown."""
-    lines = ["| module | mutants | killed | rate |", "| --- | ---: | ---: | ---: |"]
-    for name in [*dict.fromkeys(mutant.module for mutant in tried), "all"]:
-        counts = Counter(mutant.outcome for mutant in tried if name in (mutant.module, "all"))
-        total = counts["killed"] + counts["survived"]
-        rate = f"{100 * counts['killed'] / total:.0f} %" if total else "–"
-        lines.append(f"| {name} | {total} | {counts['killed']} | {rate} |")
-    return "\n".join(lines)
 
 
 def main() -> int:

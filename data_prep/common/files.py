@@ -51,7 +51,7 @@ def read_json(
         if default is None:
             raise UserError(f"{what} {missing}") from None
         return default
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{what} cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):
         raise UserError(f"{what} is not a JSON object")
@@ -67,7 +67,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate([*lines, last], 1):
         try:
             yield number, json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number <= len(lines):
                 yield number, None
 

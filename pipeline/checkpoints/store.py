@@ -157,7 +157,7 @@ def read_meta(checkpoint: Path) -> Meta:
         meta = Meta(**values)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {META} is missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(
             f"checkpoint {checkpoint} is damaged: {META} does not parse ({error})"
         ) from None

@@ -10,6 +10,7 @@ from cyclopts import Group, Parameter, validators
 
 from data_prep.common.command_line import Natural, Positive
 from data_prep.common.errors import UserError, counted, log
+from data_prep.common.files import read_json
 from pipeline.cli.options import VAE_RECIPE_HELP, Device, Dtype, Int8, Json, answer, app, print_json
 from pipeline.costs.options import Cluster
 
@@ -125,12 +126,14 @@ def export(
         weights: the trained weights, or their running average (training.ema)
         average: the mean of so many last checkpoints, for runs of constant rate or before a WSD decay
     """
+    from pipeline.export.model_card import ORIGIN
     from pipeline.export.model_folder import export_run
 
-    export_run(run_dir, output, which, weights, average)
-    what = which or ("best" if average is None else f"mean of the last {average}")
-    result = {"run_dir": run_dir, "output": output, "which": what}
-    answer(result, json, "exported {which} of {run_dir} to {output}".format_map)
+    origin = read_json(export_run(run_dir, output, which, weights, average) / ORIGIN)
+    best = which != "last" and bool(origin["best"]) and origin["best"]["step"] == origin["step"]
+    what = f"mean of the last {average}" if average else "best" if best else "last"
+    result = {"run_dir": run_dir, "output": output, "which": what, "checkpoint": origin["checkpoint"]}
+    answer(result, json, "exported {checkpoint} ({which}) of {run_dir} to {output}".format_map)
 
 
 @app.command(name="import", group="Models")

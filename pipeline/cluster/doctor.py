@@ -259,20 +259,27 @@ def _slow(speeds: dict[int, float | None], share: float) -> list[tuple[int, floa
 
 
 def _slow_pairs(pairs: list[dict[str, Any]], least: float) -> tuple[list[str], list[str]]:
-    """(problems: pairs below `least`, warnings: pairs far below the median). A machine all of whose pairs are
-    slow is named alone."""
+    """(problems: pairs below `least`, warnings: pairs far below what is usual). A machine all of whose pairs
+    are slow is named alone.
+
+    Usual is the median machine's fastest pair: of three machines a slow one is in two of the three pairs.
+    """
     if not pairs:
         return [], []
-    median = statistics.median(pair["gbps"] for pair in pairs)
+    fastest: dict[str, float] = {}
+    for pair in pairs:
+        for host in pair["between"]:
+            fastest[host] = max(pair["gbps"], fastest.get(host, 0.0))
+    usual = statistics.median_high(fastest.values())
     answers = []
-    for limit, why in ((least, f"less than {least:g}"), (SLOW_PAIR * median, f"others have {median:.2f}")):
+    for limit, why in ((least, f"less than {least:g}"), (SLOW_PAIR * usual, f"others have {usual:.2f}")):
         slow = [pair for pair in pairs if pair["gbps"] < limit]
         lines = []
         for host in dict.fromkeys(host for pair in slow for host in pair["between"]):
             of_host = [pair for pair in pairs if host in pair["between"]]
             if len(of_host) > 1 and all(pair in slow for pair in of_host):
-                fastest = max(pair["gbps"] for pair in of_host)
-                lines.append(f"{host}: slow to every other machine, at most {fastest:.2f} Gbit/s, {why}")
+                most = fastest[host]
+                lines.append(f"{host}: slow to every other machine, at most {most:.2f} Gbit/s, {why}")
                 slow = [pair for pair in slow if pair not in of_host]
         lines += [f"{' and '.join(pair['between'])}: {pair['gbps']:.2f} Gbit/s, {why}" for pair in slow]
         answers.append(lines)

@@ -38,6 +38,8 @@ RECIPE_DECIDES = {
     "gradient_clipping": "optimizer.clip",
     "optimizer": "optimizer.*",
     "scheduler": "schedule.*",
+    "wandb": "log.wandb",
+    "comet": "log.wandb",
 }
 
 WORDS = {"boolean": "true or false", "integer": "a whole number", "number": "a number", "string": "text"}
@@ -63,17 +65,27 @@ def read_strategy(*paths: str | Path) -> dict[str, Any]:
         _merge(strategy, values)
     if problems:
         raise UserError("; ".join(problems))
-    offload = strategy.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("ratio", 1) != 1:
-        raise UserError(
-            f"DeepSpeed config {paths[0]}: offload_optimizer.ratio {offload['ratio']} splits the update "
-            "between two optimizers, and only one can skip a bad step: remove it (all is offloaded then)"
-        )
-    if zero_stage(strategy) == 0 and "data_types" in strategy:
-        raise UserError(
-            f"DeepSpeed config {paths[0]}: stage 0 knows no data_types (use stage 1, 2 or 3, or remove it)"
-        )
+    if wrong := next(_contradictions(strategy), None):
+        raise UserError(f"DeepSpeed config {' '.join(map(str, paths))}: {wrong}")
     return strategy
+
+
+def _contradictions(strategy: dict[str, Any]) -> Iterator[str]:
+    """Parts of a config that do not fit together, or would have no effect."""
+    stage, zero = zero_stage(strategy), strategy.get("zero_optimization", {})
+    ratio = (zero.get("offload_optimizer") or {}).get("ratio", 1)
+    if ratio != 1:
+        yield (
+            f"offload_optimizer.ratio {ratio} splits the update between two optimizers, and only one can "
+            "skip a bad step: remove it (all is offloaded then)"
+        )
+    if stage == 0 and "data_types" in strategy:
+        yield "stage 0 knows no data_types (use stage 1, 2 or 3, or remove it)"
+    if all((strategy.get(half) or {}).get("enabled") for half in ("bf16", "fp16")):
+        yield "bf16 and fp16 are both enabled: disable one"
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if stage < least and (zero.get(part) or {}).get("device", "none") != "none":
+            yield f"stage {stage} offloads nothing by {part} (use stage {least} or more, or remove it)"
 
 
 def require_compatible(strategy: dict[str, Any], recipe: Recipe) -> None:

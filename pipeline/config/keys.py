@@ -55,6 +55,8 @@ Share = Annotated[float, BeforeValidator(read_number), Field(strict=True, ge=0, 
 Below1 = Annotated[float, BeforeValidator(read_number), Field(strict=True, ge=0, lt=1)]
 Decay = Annotated[float, BeforeValidator(read_number), Field(strict=True, gt=0, lt=1)]
 Flag = Annotated[bool, Field(strict=True)]
+# No file has a name with a zero byte.
+Text = Annotated[str, Field(pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]
 # Every section of a recipe may be left out; its cross-checks run all the same.
 SECTION: Any = Field(default_factory=dict, validate_default=True)
 

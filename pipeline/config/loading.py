@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ TRAIN_ARGS = "SLLM_TRAIN_ARGS"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key of a mapping is given twice."""
+    """YAML in which no key of a mapping is given twice and numbers are decimal.
+
+    What YAML 1.1 also takes for a number or date stays text: `010` (octal), `1:30` (base 60), `2026-01-31`.
+    """
 
     def compose_mapping_node(self, anchor: str) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -29,9 +33,24 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    whole, text = node.tag.endswith(":int"), node.value
+    if re.search(r":|_|^[-+]?0[0-9a-z]", text):
+        return text
+    return int(text) if whole else loader.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: node.value)
+
+
 def load_yaml(text: str) -> Any:
-    """Plain values. Raises: yaml.YAMLError, also for a key that is given twice."""
-    return yaml.load(text, _Loader)
+    """Plain values. Raises: yaml.YAMLError, also for a key that is given twice or for deep nesting."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def environment_overrides() -> list[str]:
@@ -61,8 +80,8 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def set_override(values: dict[str, Any], key: str, texts: list[str]) -> None:
-    """Put one command line value where it belongs, as YAML reads it."""
+def set_override(values: dict[str, Any], key: str, texts: list[str], is_text: bool) -> None:
+    """Put one command line value where it belongs: as it is if the key holds text, else as YAML reads it."""
     *sections, last = key.split(".")
     node = values
     for section in sections:
@@ -71,11 +90,14 @@ def set_override(values: dict[str, Any], key: str, texts: list[str]) -> None:
         node = node[section]
     if sections[:1] == ["model"] and (last == "path" or node.get("path")):
         node.clear()
-    parsed = [_parse_value(text) for text in texts]
+    parsed = [_parse_value(text, is_text) for text in texts]
     node[last] = parsed[0] if len(parsed) == 1 else parsed
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, is_text: bool) -> Any:
+    # `run #2`, `a: b` and `2026` may be names of folders; a list and null are none.
+    if is_text and text not in ("", "null", "~") and text[0] not in "['\"":
+        return text
     try:
         return load_yaml(text)
     except yaml.YAMLError:
@@ -102,8 +124,6 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
-    except RecursionError:
-        raise UserError(f"recipe {path} is nested too deeply") from None
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -30,7 +30,9 @@ from pipeline.config.keys import (
     Positive,
     Section,
     Share,
+    Text,
     Whole,
+    expected,
     explain,
     keys_of,
     read_number,
@@ -51,9 +53,9 @@ from pipeline.config.model_recipe import (
 class DataRecipe(Section):
     """The shards to read. One step is `bins_per_step` bins of at most `bin_tokens` tokens."""
 
-    shards: List[str] = Field([], description="shard folders to train on, made with one tokenizer")
+    shards: List[Text] = Field([], description="shard folders to train on, made with one tokenizer")
     weights: List[Positive] | None = Field(None, description="share of each set in the bins; null: one pool")
-    validation: str | None = Field(None, description="shard folder to validate on; null: no validation")
+    validation: Text | None = Field(None, description="shard folder to validate on; null: no validation")
     window_tokens: Count = Field(1024, description="longest window; longer documents are cut into windows")
     bin_tokens: Count = Field(8192, description="tokens of a bin at most")
     bins_per_step: Count = Field(1, description="bins of one step, over all ranks")
@@ -234,12 +236,12 @@ class CheckpointsRecipe(Section):
     """How checkpoints are written; when, and how many stay, is in `training`."""
 
     background: Flag = Field(True, description="copy the state and write while training continues")
-    upload: str | None = Field(
+    upload: Text | None = Field(
         None, description="URL (s3://bucket/run) of a copy of the run, from which fresh machines resume"
     )
 
     def problems(self) -> Iterator[str]:
-        if self.upload is not None and not is_url(self.upload):
+        if self.upload and not (is_url(self.upload) and self.upload.partition("://")[2].strip("/")):
             yield f"checkpoints.upload must be a URL such as s3://bucket/run, not {self.upload!r}"
 
 
@@ -249,7 +251,10 @@ class HealthRecipe(Section):
     max_skips: Count = Field(5, description="skipped steps in a row that end the run")
     loss_spike: Above1 | None = Field(None, description="skip losses above so many times the recent median")
     norm_spike: Above1 | None = Field(None, description="the same for the gradient norm")
-    hang_seconds: Positive | None = Field(1200.0, description="time without progress that ends the run")
+    # Timers take no more.
+    hang_seconds: Annotated[Positive, Field(le=1e7)] | None = Field(
+        1200.0, description="time without progress that ends the run"
+    )
 
 
 class LogRecipe(Section):
@@ -276,9 +281,9 @@ class Recipe(Section):
     """One training run. The key names are those of the YAML file and of the command line's overrides."""
 
     objective: Literal["vae", "sllm", "lm"] = Field(description="SentenceVAE, SLLM or token-level model")
-    output_dir: str = Field(description="the run's folder")
+    output_dir: Text = Field(description="the run's folder")
     seed: Whole = Field(1, description="decides first weights, the order of bins and all noise")
-    init_from: str | None = Field(None, description="run or model folder that gives a new run its weights")
+    init_from: Text | None = Field(None, description="run or model folder that gives a new run its weights")
     data: DataRecipe = SECTION
     model: ModelRecipe = SECTION
     loss: LossRecipe = SECTION
@@ -365,7 +370,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for key, texts in parse_overrides(overrides or []):
         # Which keys a backbone has, its family decides.
         if key in KEYS or key.rpartition(".")[0] == "model.backbone":
-            set_override(values, key, texts)
+            set_override(values, key, texts, key in KEYS and expected(KEYS[key]).endswith("text"))
         else:
             problems.append(unknown_key(key, KEYS))
     recipe: Recipe | None = None

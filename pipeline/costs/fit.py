@@ -85,7 +85,7 @@ def fit(
                     "activation_checkpointing": checkpointing,
                     **step_costs(strategy, weights, step.training, cluster, count, dtype),
                     "memory": {**states, "activations": step.activations - head, "head": head},
-                    "peak": peak_memory(states, step.activations),
+                    "peak": peak_memory(states, step.alive, step.gradients, count),
                 }
             )
     fitting = [one for one in candidates if one["peak"] <= usable]

@@ -13,10 +13,11 @@ The synthetic bin has windows of `data.window_tokens` that fill `data.bin_tokens
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,29 +185,32 @@ class _Memory(TorchDispatchMode):
             weakref.finalize(storage, self.events.append, (key, -size)).atexit = False
         return self.keys[storage]
 
-    def peak(self, leave_out: set[int], only: set[int] | None = None) -> int:
-        """Peak of live bytes, without the storages in `leave_out`, or of those in `only` alone."""
-        alive = most = 0
+    def peak(self, shares: Mapping[int, float], others: float = 1.0) -> int:
+        """Peak of live bytes, in which a storage counts by its share, or by that of all others."""
+        alive = most = 0.0
         for key, size in self.events:
-            if key not in leave_out and (only is None or key in only):
-                alive += size
-                most = max(most, alive)
-        return most
+            alive += shares.get(key, others) * size
+            most = max(most, alive)
+        return round(most)
 
 
 @dataclasses.dataclass
 class DryStep:
-    """Costs of one step. Bytes at the peak: `activations` without weights and gradients; `logits` those of
-    them in rows as wide as the vocabulary; `peak` of weights, gradients and activations together (one
-    process, no ZeRO). calls: of the model's submodules (`zero.with_backward`). training: multiply-adds of
-    forward and backward, recomputed ones included."""
+    """Costs of one step. `logits`: bytes in rows as wide as the vocabulary, at their peak. gradients: bytes
+    of all gradients. alive: bytes of the activations and a share of the gradients, at their peak. calls: of
+    the model's submodules (`zero.with_backward`). training: multiply-adds of forward and backward, recomputed
+    ones included."""
 
     operations: flops.Operations
     training: int
-    activations: int
     logits: int
-    peak: int
+    gradients: int
+    alive: Callable[[float], int]
     calls: Calls
+
+    @property
+    def activations(self) -> int:
+        return self.alive(0)
 
 
 def made_up_batch(window_tokens: int, bin_tokens: int, tokens_per_sentence: float, longest: int) -> Batch:
@@ -231,17 +235,20 @@ def dry_step(model: nn.Module, batch: Batch, checkpointing: bool = False) -> Dry
             objective = model(batch).objective
         forward = calls.copy()
         objective.backward()
-    gradients = {memory.see(p.grad) for p in model.parameters() if p.grad is not None}
-    vocabulary = _vocabulary(model)
+    made = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = {memory.see(gradient) for gradient in made}
+    vocabulary, none = _vocabulary(model), dict.fromkeys(weights, 0.0)
     logits = {key for key, width in memory.widths.items() if width == vocabulary}
+    # Without what the tensors' ends will add.
+    memory.events = memory.events.copy()
     operations = flops.count_operations(model, rows, flops.batch_cores(model, batch))
     again = sum(operations.by_part().get(part, 0) for part in flops.IN_LAYERS) if checkpointing else 0
     return DryStep(
         operations,
         flops.TRAINING_FACTOR * operations.needed + again,
-        memory.peak(weights | gradients),
-        memory.peak(weights | gradients, only=logits),
-        memory.peak(set()),
+        memory.peak(dict.fromkeys(logits, 1.0) | none | dict.fromkeys(gradients, 0.0), others=0.0),
+        sum(gradient.nbytes for gradient in made),
+        functools.cache(lambda share: memory.peak(none | dict.fromkeys(gradients, share))),
         with_backward(forward, calls[len(forward) :], transformer_layers(model)),
     )
 
@@ -320,7 +327,7 @@ def inspect(
         strategies.items(), [cluster.world] if cluster else worlds
     ):
         states = states_memory(weights(strategy), strategy, world, dtype, sized.training.ema is not None)
-        total = peak_memory(states, step.activations)
+        total = peak_memory(states, step.alive, step.gradients, usual)
         row = {"stage": name.removeprefix("zero"), "world": world, **states}
         memory.append({**row, "activations": step.activations, "total": total})
     operations = step.operations
@@ -341,7 +348,8 @@ def inspect(
         "step_memory": {
             "activations": step.activations,
             "of_which_logits": step.logits,
-            "peak_one_process": step.peak,
+            "peak_one_process": sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+            + step.alive(1),
         },
         "memory_per_gpu": memory,
         "traffic": [

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -187,8 +187,9 @@ def states_memory(
     3 also the weights. Frozen weights have neither gradients nor optimizer.
 
     gathered: the most that stage 3 holds gathered. buckets: communication buffers of fixed size. update:
-    temporary memory of the update, after the activations are freed (fp32 copies of the gradients; on GPUs
-    PyTorch's AdamW takes 4 more per parameter). host: host memory under offloading.
+    temporary memory of the update, after the activations are freed (copies of the gradients: stages 1 and 2
+    make two; on GPUs PyTorch's AdamW takes 4 more per parameter). host: host memory under offloading. copy:
+    host memory of a save's copy on rank 0, which has the weights too unless they are divided.
     """
     low, trained, average = WIDTHS[dtype], weights.trained, 4 if ema else 0
     share = -(-trained // world)
@@ -208,9 +209,11 @@ def states_memory(
     elif strategy.stage == 2:
         held |= {"gradients": 4 * share, "buckets": 2 * bucket}
     elif strategy.stage == 3:
-        gathered = low * (weights.live + weights.persistent)
-        held |= {"weights": low * -(-weights.all // world), "gathered": gathered}
+        # One rank reads its own part in place.
+        gathered = low * (weights.live + weights.persistent) if world > 1 else 0
+        held |= {"weights": low * -(-weights.all // world), "gathered": gathered, "update": 4 * share}
         held |= {"gradients": 4 * share, "buckets": bucket}
+    held["copy"] = held["optimizer"] + (held["weights"] if strategy.stage < 3 else 0)
     if strategy.offload:
         moved = ["gradients", "optimizer", *(["weights"] if strategy.stage == 3 else [])]
         held["host"] = sum(held[what] for what in moved)
@@ -218,10 +221,20 @@ def states_memory(
     return held
 
 
-def peak_memory(states: dict[str, int], activations: int) -> int:
-    """Bytes that a rank's accelerator holds at the peak: the update runs after the activations are freed."""
-    held = sum(states.values()) - states["host"] - states["update"]
-    return held + max(states["update"], activations)
+def peak_memory(
+    states: dict[str, int], alive: Callable[[float], int], gradients: int, accumulation: int
+) -> int:
+    """Bytes that a rank's accelerator holds at the peak: the update runs after the activations are freed.
+
+    Args:
+        alive: the peak of the activations and a share of the gradients (`DryStep.alive`), which come while
+            activations go. With accumulation all gradients of the micro-batch before are there.
+        gradients: bytes of the weights' gradients as torch makes them.
+    """
+    held = sum(states.values()) - sum(states[name] for name in ("host", "copy", "update", "gradients"))
+    ours = states["gradients"]
+    passes = ours + alive(0) if accumulation > 1 else alive(ours / max(1, gradients))
+    return held + max(ours + states["update"], passes)
 
 
 # Bytes and seconds of a step ------------------------------------------------------------------------------

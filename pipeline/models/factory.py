@@ -41,14 +41,16 @@ def _text_keys(tokenizer: Tokenizer, sentence_settings: dict, window_tokens: int
 def _text_sizes(settings: dict, text: dict, tokenizer: Tokenizer, where: str) -> dict:
     """Settings of a part that reads tokens, with the vocabulary and the longest sentence of the text."""
     settings = {"vocab_size": tokenizer.vocab_size, **{k: v for k, v in settings.items() if v is not None}}
-    if settings["vocab_size"] < tokenizer.vocab_size:
-        raise UserError(
-            f"{where}.vocab_size is {settings['vocab_size']}, but the shards' tokenizer has "
-            f"{counted(tokenizer.vocab_size, 'entry', 'entries')}"
-        )
+    _require_vocabulary(settings["vocab_size"], tokenizer, where)
     settings.setdefault("max_sentence_tokens", text["sentence_settings"].get("max_tokens", 64))
     _require_sentence_room(settings["max_sentence_tokens"], text, where)
     return settings
+
+
+def _require_vocabulary(size: int, tokenizer: Tokenizer, where: str) -> None:
+    if size < tokenizer.vocab_size:
+        entries = counted(tokenizer.vocab_size, "entry", "entries")
+        raise UserError(f"{where}.vocab_size is {size}, but the shards' tokenizer has {entries}")
 
 
 def _vae_config(settings: dict, text: dict, tokenizer: Tokenizer) -> SentenceVAEConfig:
@@ -204,15 +206,11 @@ def _backbone(backbone: dict, text: dict) -> tuple[PreTrainedConfig, dict[str, A
 def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTrainedModel:
     if backbone.get("path"):
         model = load_packable(AutoModelForCausalLM, backbone["path"])
-        if model.config.vocab_size < tokenizer.vocab_size:
-            raise UserError(
-                f"model.backbone.path {backbone['path']}: vocabulary of {model.config.vocab_size}, but "
-                f"the shards' tokenizer has {counted(tokenizer.vocab_size, 'entry', 'entries')}"
-            )
     else:
         vocab_size = backbone.get("vocab_size") or tokenizer.vocab_size
         config = backbone_config({**backbone, **text, "vocab_size": vocab_size})
         model = AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION)
+    _require_vocabulary(model.config.vocab_size, tokenizer, backbone.get("path") or "model.backbone")
     # A sentence may be one token and its end.
     _require_room(model.config, text["window_tokens"] * (2 if text.get("sentence_ends") else 1))
     # Batches have no padding, and the family's default pad id may be a real symbol of this tokenizer: its

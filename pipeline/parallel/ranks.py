@@ -78,26 +78,21 @@ def find_ranks(env: MutableMapping[str, str] = os.environ) -> Ranks:
         raise UserError(f"RANK={env['RANK']} is set and WORLD_SIZE is not: {alone}")
     if "RANK" not in env and env.get("WORLD_SIZE", "1") != "1":
         raise UserError(f"WORLD_SIZE={env['WORLD_SIZE']} is set and RANK is not: {alone}")
-    for name, default in (
-        ("RANK", "0"),
-        ("WORLD_SIZE", "1"),
-        ("LOCAL_RANK", "0"),
-        ("MASTER_ADDR", "127.0.0.1"),
-    ):
+    has_port = "MASTER_PORT" in env
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    for name, default in {**defaults, "MASTER_ADDR": "127.0.0.1"}.items():
         env.setdefault(name, default)
-    if "MASTER_PORT" not in env:
-        if env["WORLD_SIZE"] != "1":
-            raise UserError("MASTER_PORT is not set: every rank needs the address and port of rank 0")
-        env["MASTER_PORT"] = "0"  # one process: any free port
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-    if wrong := [name for name in names if not env[name].isdecimal()]:
+    if wrong := [name for name in defaults if not env[name].isdecimal()]:
         raise UserError(f"{wrong[0]}={env[wrong[0]]}: it must be a whole number; unset it to run alone")
-    rank, world, local, port = (int(env[name]) for name in names)
+    rank, world, local, port = (int(env[name]) for name in defaults)
     for name, value in (("RANK", rank), ("LOCAL_RANK", local)):
         if value >= world:
             raise UserError(f"{name}={value} is not below WORLD_SIZE={world}: {alone}")
-    if port > LAST_PORT:
-        raise UserError(f"MASTER_PORT={port}: a port is at most {LAST_PORT}")
+    if world > 1 and not has_port:
+        raise UserError("MASTER_PORT is not set: every rank needs the address and port of rank 0")
+    # One process takes any free port.
+    if port > LAST_PORT or (world > 1 and port == 0):
+        raise UserError(f"MASTER_PORT={port}: a port is from 1 to {LAST_PORT}")
     return Ranks(rank, world, local)
 
 
@@ -175,7 +170,7 @@ def _meet(ranks: Ranks) -> Any:
     serves = ranks.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     wait = _Waiting(ranks, f"{address}:{port}")
     if not serves:
-        wait.until(lambda: _reaches(address, port), lambda: "rank 0")
+        wait.until(lambda: _reaches(address, port), lambda: _rank_0(address))
     try:
         server = TCPStore("127.0.0.1" if serves else address, port, None, serves, wait_for_workers=False)
     except RuntimeError as error:
@@ -208,6 +203,14 @@ def _reaches(address: str, port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _rank_0(address: str) -> str:
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        return f"rank 0 (MASTER_ADDR={address}: {error.strerror})"
+    return "rank 0"
 
 
 class _Waiting:

@@ -25,9 +25,14 @@ class Stopped(Exception):
 
     def report(self) -> int:
         """Report it, once a machine; returns the exit status."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"stopped by {self} before the first step: nothing to save", file=sys.stderr, flush=True)
+        _say_once_a_machine(f"stopped by {self} before the first step: nothing to save")
         return INTERRUPTED if str(self) == "SIGINT" else REQUEUE
+
+
+def _say_once_a_machine(line: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
 
 
 class StopSignals:
@@ -83,6 +88,7 @@ class StopSignals:
                 os._exit(Stopped(signal.Signals(number).name).report())
             if first is None:
                 first, kind = time.monotonic(), number
+                _say_once_a_machine(f"{signal.Signals(number).name}: stops when this step is done and saved")
             elif kind == signal.SIGINT and number == signal.SIGTERM:
                 pass  # of DeepSpeed's launcher, which has seen the same Ctrl-C
             elif time.monotonic() - first >= SECOND_SIGNAL_SECONDS:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from data_prep.common.errors import counted
+from data_prep.common.errors import UserError, counted
+from data_prep.common.files import read_json
 from pipeline.checkpoints.store import Meta, step_name
-from pipeline.config.deepspeed_config import RECIPE_DECIDES
+from pipeline.config.deepspeed_config import DEEPSPEED_CONFIG, RECIPE_DECIDES
 from pipeline.config.keys import Section
 from pipeline.config.schema import Recipe
 
@@ -36,15 +38,18 @@ def changed_keys(saved: Meta, recipe: Recipe) -> list[str]:
     return [change + kept if change.startswith(WEIGHT_SOURCES) else change for change in found]
 
 
-def changes_since(saved: Meta, recipe: Recipe, before: dict[str, Any], config: dict[str, Any]) -> list[str]:
-    """What is not as it was at the last start, a line each, maybe empty. before, config: DeepSpeed's, then
-    and now."""
-    found = changed_keys(saved, recipe)
+def changes_since(saved: Meta, recipe: Recipe, run_dir: Path, config: dict[str, Any]) -> list[str]:
+    """What is not as it was at the last start, a line each, maybe empty. config: DeepSpeed's, now."""
+    found, unknown = changed_keys(saved, recipe), ""
+    try:
+        before = read_json(run_dir / DEEPSPEED_CONFIG, default=config)
+    except UserError as error:  # rank 0 alone reads it, and it only tells
+        before, unknown = config, f"{error}: what has changed in it is not known"
     was, now = (
         {key: value for key, value in one.items() if key not in RECIPE_DECIDES} for one in (before, config)
     )
     found += [f"DeepSpeed config: {change}" for change in changes(was, now)]
-    return [f"changed: {', '.join(found)}" if found else "", rate_jump(saved, recipe)]
+    return [unknown, f"changed: {', '.join(found)}" if found else "", rate_jump(saved, recipe)]
 
 
 def regrouping(saved: Meta, ours: Meta) -> str:
@@ -69,7 +74,7 @@ def rate_jump(saved: Meta, recipe: Recipe) -> str:
             progress = one.training.progress(step, saved.tokens * step // saved.step)
             rates.append(one.optimizer.lr * one.schedule.factor(progress))
     last, next_unchanged, _, next_now = rates
-    if max(next_now, next_unchanged) <= JUMP * min(next_now, next_unchanged):
+    if any(max(next_now, other) <= JUMP * min(next_now, other) for other in (last, next_unchanged)):
         return ""
     return f"the learning rate jumps at step {saved.step + 1}: {last:.2e} -> {next_now:.2e}"
 

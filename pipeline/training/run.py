@@ -21,7 +21,7 @@ import deepspeed.comm as dist
 import torch
 
 from data_prep.common.errors import counted, say
-from data_prep.common.files import read_json, write_atomically
+from data_prep.common.files import write_atomically
 from pipeline.checkpoints import loading, store
 from pipeline.checkpoints.mirror import Mirror
 from pipeline.checkpoints.saving import Saver
@@ -188,8 +188,7 @@ class TrainingRun:
         ours = self._meta()
         store.require_same_run(saved, checkpoint, ours)
         if self.ranks.rank == 0:
-            before = read_json(self.run_dir / DEEPSPEED_CONFIG, default=self.config)
-            changed = changes_since(saved, self.recipe, before, self.config)
+            changed = changes_since(saved, self.recipe, self.run_dir, self.config)
             for line in (damage, *changed, regrouping(saved, ours)):
                 if line:
                     say(line)
@@ -236,6 +235,9 @@ class TrainingRun:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"
             self._profiler = self._open.enter_context(StepProfiler(steps, folder, self.ranks.rank))
         self.log.say(self._description())
+        if wanted.profile and not set(wanted.profile_ranks) & set(range(self.ranks.world)):
+            there = counted(self.ranks.world, "rank")
+            self.log.say(f"log.profile_ranks {wanted.profile_ranks} of {there}: no trace is written")
         state, tokens = self.state, sum(one.manifest["totals"]["tokens"] for one in self._shard_sets)
         self._outlook = Outlook(self.recipe, tokens, state.step, state.tokens)
         self.log.say(self._outlook.amount)

@@ -54,7 +54,8 @@ def test_a_bug_with_other_keys_is_refused(tmp_path: Path) -> None:
 
 def test_the_rate_is_of_bugs_that_say_something() -> None:
     outcomes = [Outcome("a", "", one, "", 0) for one in ("caught", "hung", "missed", "stale", "unsure")]
-    assert table(outcomes).splitlines()[2:] == ["| a | 2 | 1 | 50 % |", "| all | 2 | 1 | 50 % |"]
+    assert table(outcomes).splitlines()[2:] == ["| a | 2 | 1 | 50% |", "| all | 2 | 1 | 50% |"]
+    assert table([]).splitlines()[2:] == ["| all | 0 | 0 | – |"]
 
 
 def test_annotations_are_no_code() -> None:

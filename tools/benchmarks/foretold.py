@@ -5,7 +5,7 @@ all-reduce for a reduce-scatter, which sends twice as much: `wire_bytes` counts 
 predicted from its time without a limit and the bytes it sends.
 
 `memory` compares the highest resident memory of a step with the prediction, above what the process had before
-the model was made.
+the model was made and after a step of a tiny one, which loads the code.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def memory(
         )
         weights = gathered_weights(model, step.calls, plan, 1)
         states = states_memory(weights, plan, ranks, "fp32", sized.training.ema is not None)
-        predicted = peak_memory(states, step.activations)
+        predicted = peak_memory(states, step.alive, step.gradients, 1)
         measured = max(steps[-1]["peak"] for steps in run_job(job, ranks))
         row = {"recipe": recipe, "strategy": name, "ranks": ranks, **states, "activations": step.activations}
         row |= {"predicted": predicted, "measured": measured, "ratio": predicted / measured}

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from data_prep.common.measuring import memory_field
 from pipeline.config.deepspeed_config import complete_strategy, read_strategy
+from pipeline.config.schema import Recipe
 from pipeline.costs.benchmark import reset_peak, resident
 from pipeline.costs.inspect import made_up_batch
 from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
@@ -68,30 +69,48 @@ def measure(job: Job) -> list[dict[str, Any]]:
     sized = sized_recipe(job.recipe)
     sized.data.bins_per_step = ranks.world * job.accumulation
     sized.training.activation_checkpointing = job.checkpointing
+    _warm_up(sized, job, ranks.world, device)
+    sent.clear()
     torch.manual_seed(sized.seed)
     config = complete_strategy(read_strategy(*job.strategy), sized, ranks.world, job.dtype == "bf16")
     config |= job.config | {"zero_optimization": config["zero_optimization"] | job.zero}
     before = resident()
     model = new_model(sized, Vocabulary(job.vocab_size or Vocabulary().vocab_size), {})
     engine = Engine(model, sized, config, device)
-    window = min(sized.data.window_tokens, job.tokens)
-    batch = made_up_batch(window, job.tokens, 10.9, sized.model.vae.get("max_sentence_tokens") or 64)
     found = []
     for _ in range(job.steps):
         dist.barrier()
         sent.clear()
         reset_peak()
         wire, began = _wire_bytes(), time.perf_counter()
-        count = job.accumulation
-        targets = ranks.world * count * (batch.tokens + batch.sentences)
-        engine.compute(Step([batch] * count, [1] * count, 0, 0, targets, 0, [], Position((), ())))
-        engine.update(1.0)
+        _step(engine, sized, job.tokens, job.accumulation)
         dist.barrier()
         seconds = time.perf_counter() - began
         wire, peak = _wire_bytes() - wire, memory_field("VmHWM") - before
         found.append({"seconds": seconds, "sent": dict(sent), "wire": wire, "peak": peak})
     leave()
     return found
+
+
+def _step(engine: Engine, recipe: Recipe, tokens: int, count: int) -> None:
+    window = min(recipe.data.window_tokens, tokens)
+    batch = made_up_batch(window, tokens, 10.9, recipe.reading_part.get("max_sentence_tokens") or 64)
+    targets = dist.get_world_size() * count * (batch.tokens + batch.sentences)
+    engine.compute(Step([batch] * count, [1] * count, 0, 0, targets, 0, [], Position((), ())))
+    engine.update(1.0)
+
+
+def _warm_up(recipe: Recipe, job: Job, world: int, device: torch.device) -> None:
+    """A step of a tiny model: what is imported and loaded in it is no memory of the real one."""
+    tiny = recipe.model_copy(deep=True)
+    tiny.data.bins_per_step, tiny.optimizer.parts = world, {}
+    sizes = {"hidden_size": 16, "heads": 2, "layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 1, "ffn_dim": 16, "intermediate_size": 16, "word_embed_proj_dim": 16}
+    for part in (tiny.model.vae, tiny.model.backbone):
+        part |= {key: size for key, size in sizes.items() if key in part}
+        part.pop("ffn_size", None)
+    config = complete_strategy(read_strategy(*job.strategy), tiny, world, job.dtype == "bf16")
+    _step(Engine(new_model(tiny, Vocabulary(64), {}), tiny, config, device), tiny, 64, 1)
 
 
 def _count_collectives(sent: Counter[str], world: int) -> None:

@@ -19,9 +19,9 @@ from cyclopts import Parameter
 
 from data_prep import __version__
 from data_prep.common.command_line import Many, Positive, make_app, run_app
-from data_prep.common.environment import require_folder, write_result
+from data_prep.common.environment import header, require_folder, write_result
 from data_prep.common.errors import UserError, log, print_result, run_main
-from tools.planted_bugs.trees import changed, copied_tree, run_tests
+from tools.planted_bugs.trees import changed, copied_tree, rates, run_tests
 
 LISTS = Path(__file__).resolve().parent
 
@@ -115,20 +115,14 @@ def run(
             outcomes[number] = replace(outcome, outcome="unsure")
     print_result(table(outcomes))
     if json_file:
-        write_result({"bugs": [asdict(outcome) for outcome in outcomes]}, json_file)
+        made = header(("torch", "pytest"))
+        write_result({**made, "bugs": [asdict(outcome) for outcome in outcomes]}, json_file)
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Caught and planted bugs of every area, as Markdown."""
-    lines = ["| area | planted | caught | rate |", "| --- | ---: | ---: | ---: |"]
-    areas = list(dict.fromkeys(outcome.area for outcome in outcomes))
-    for area in [*areas, "all"]:
-        of = [outcome.outcome for outcome in outcomes if area in (outcome.area, "all")]
-        said = [found for found in of if found in ("caught", "missed")]
-        caught = said.count("caught")
-        rate = f"{100 * caught / len(said):.0f} %" if said else "–"
-        lines.append(f"| {area} | {len(said)} | {caught} | {rate} |")
-    return "\n".join(lines)
+    """Planted and caught bugs of every area, as Markdown."""
+    said = [one for one in outcomes if one.outcome in ("caught", "missed")]
+    return rates("planted", "caught", ((one.area, one.outcome == "caught") for one in said))
 
 
 def main() -> int:

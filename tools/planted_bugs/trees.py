@@ -1,4 +1,5 @@
-"""A copy of the tree in which a file is changed and pytest is run, with libraries that are imported once."""
+"""A copy of the tree in which a file is changed and pytest is run, with libraries that are imported once; and
+how many of the changes a test noticed."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from data_prep.common.page import NOTHING, Table, markdown_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # They take longer to import than most tests to run, and read the environment then.
@@ -86,3 +89,13 @@ def _pytest(tree: Path, tests: Sequence[str], out: int) -> None:
         del sys.modules[name]
     sys.modules["__main__"] = pytest
     sys.exit(pytest.main(["-q", "-m", "not long", "-p", "no:cacheprovider", *tests]))
+
+
+def rates(changes: str, noticed: str, found: Iterable[tuple[str, bool]]) -> str:
+    """A line for each kind of change, as Markdown. found: the kind of each, and whether a test noticed it."""
+    found, lines = list(found), []
+    for kind in [*dict.fromkeys(kind for kind, _ in found), "all"]:
+        of = [one for name, one in found if kind in (name, "all")]
+        share = f"{sum(of) / len(of):.0%}" if of else NOTHING
+        lines.append([kind, str(len(of)), str(sum(of)), share])
+    return "\n".join(markdown_table(Table(["of", changes, noticed, "rate"], lines)))

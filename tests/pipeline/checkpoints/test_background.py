@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import signal
 from pathlib import Path
@@ -13,6 +14,8 @@ from helpers.runs import arguments, losses, records
 from soak import soak
 
 from pipeline.checkpoints import store
+from pipeline.checkpoints.zero_shards import Parts
+from pipeline.costs.zero import Strategy, Weights, states_memory
 
 SLOW = 0.2  # seconds more for every file: several steps
 
@@ -40,6 +43,13 @@ def test_the_bytes_are_those_of_the_saved_step(
     beside, between = files(tmp_path / "beside"), files(tmp_path / "between")
     assert len(beside) == 2 * len({Path(name).name for name in beside}) and beside == between
     assert losses(tmp_path / "beside") == losses(tmp_path / "between")
+
+    parts = Parts(*store.find(tmp_path / "beside"))
+    weights = sum(math.prod(shape) for shape in parts.weights.values())
+    copy = states_memory(Weights(weights, weights), Strategy.read(strategy), 2, "fp32", ema=True)["copy"]
+    names = ("zero_pp_rank_0_*states.pt", "mp_rank_00_model_states.pt")
+    copied = [path.stat().st_size for name in names for path in parts.checkpoint.glob(name)]
+    assert len(copied) == 2 and 0 <= sum(copied) - copy < 40_000, "what inspect says of rank 0's copy"
 
     for step in (12, 24):
         folders = (tmp_path / name / "checkpoints" / store.step_name(step) for name in ("beside", "between"))

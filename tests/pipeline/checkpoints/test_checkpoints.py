@@ -43,6 +43,11 @@ def test_every_changed_byte_is_found(run: Path) -> None:
         else:
             assert checkpoints.damaged_files(*found[:2]) == [path.name], (path.name, place, bit)
         path.write_bytes(whole)
+    path, whole = checkpoint / checkpoints.META, (checkpoint / checkpoints.META).read_bytes()
+    for other in (b"", b"[]", b"{}", b"\xff", b"[" * 5000, whole[:-2]):
+        path.write_bytes(other)
+        assert checkpoints.newest_whole(run)[0].name == "step-00000004"
+    path.write_bytes(whole)
     assert checkpoints.newest_whole(run) == (checkpoint, meta, "")
     assert not checkpoints.damaged_files(checkpoint, meta)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -73,6 +74,24 @@ def test_the_copy_is_whole_or_absent(tmp_path: Path) -> None:
         files.pipe_file(f"/bucket/whole/checkpoints/{name}/model.pt", b"short")
     with pytest.raises(UserError, match="bucket/whole has no whole checkpoint: step-00000020 is not whole"):
         fetch(url, tmp_path / "c")
+
+
+def test_a_checkpoint_that_is_uploaded_again_is_absent_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, run = "memory://bucket/again", tmp_path / "run"
+    name = save(run, 10)
+    files, meta = fsspec.filesystem("memory"), f"/bucket/again/checkpoints/{name}/meta.json"
+    put, there = type(files).put_file, []
+
+    def put_and_look(self: Any, *arguments: Any, **options: Any) -> None:
+        there.append(files.exists(meta))
+        put(self, *arguments, **options)
+
+    monkeypatch.setattr(type(files), "put_file", put_and_look)
+    for _ in range(2):
+        assert upload(url, run, name) == [""] and files.exists(meta)
+    assert there == [False] * 4
 
 
 def test_the_copy_loses_what_the_run_has_removed(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def test_a_signal_reaches_all_ranks_and_none_is_left(
     if not steps:
         assert not run.exists(), "it had nothing to save"
         return
+    said = f"{signal.Signals(number).name}: stops when this step is done and saved\n"
+    assert output.read_text().count(said) == 1
     [start] = runs.records(run, "starts")
     assert start["world"] == 2 and runs.records(run)[-1]["step"] < 100000
     latest = (run / "checkpoints" / "latest").read_text().strip()

@@ -228,6 +228,10 @@ def test_differences_and_slow_pairs() -> None:
     problems, warnings = doctor._slow_pairs(pairs, 5.0)
     assert problems == ["c: slow to every other machine, at most 1.00 Gbit/s, less than 5"]
     assert warnings == ["c: slow to every other machine, at most 1.00 Gbit/s, others have 10.00"]
+    # Of three or four machines a slow one is in half of the pairs or more.
+    for hosts in ("abc", "abcd"):
+        few = [pair for pair in pairs if set(pair["between"]) <= set(hosts)]
+        assert doctor._slow_pairs(few, 0.0) == ([], warnings)
     assert doctor._slow_pairs([{"between": ["a", "b"], "gbps": 1.0}], 0.0) == ([], [])
     assert doctor._slow_pairs([{"between": ["a", "b"], "gbps": 1.0}], 2.0)[0] == [
         "a and b: 1.00 Gbit/s, less than 2"

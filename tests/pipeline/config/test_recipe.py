@@ -190,6 +190,9 @@ def test_wrong_overrides_are_refused(overrides: str, message: str, tmp_path: Pat
         (SMALL.replace("{hidden_size: 32}", "3"), "model.vae must be a mapping, not 3"),
         (SMALL.replace("{hidden_size: 32}", "{hiden_size: null}"), "did you mean 'model.vae.hidden_size'?"),
         (SMALL.replace("training: {max_steps: 3}", ""), "the run would never end"),
+        (SMALL.replace("runs/x", "' '"), "output_dir must be text, not ' '"),
+        (SMALL.replace("runs/x", '"a\\0"'), "output_dir must be text, not 'a\\x00'"),
+        (SMALL + "seed: " + "[" * 3000, "is nested too deeply"),
         (SMALL + "base: recipe.yaml", "leads back to itself"),
         (SMALL + "base: nowhere.yaml", "nowhere.yaml does not exist"),
     ],
@@ -272,6 +275,31 @@ def test_controls_are_refused_where_they_mean_nothing(override: str, says: str, 
 def test_a_merged_mapping_is_no_duplicate(tmp_path: Path) -> None:
     text = SMALL + "optimizer: {parts: {a: {freeze: &f true}, b: &b {freeze: *f}, c: {<<: *b, freeze: true}}}"
     assert load_recipe(write(tmp_path, text)).optimizer.parts["c"] == {"freeze": True}
+
+
+NAMES = ("007", "1_000", "2026-01-31", "run #2", "a: b", "no", "1e3")
+
+
+def test_text_stays_as_it_is_given(tmp_path: Path) -> None:
+    """YAML 1.1 has numbers, dates, truths and comments in what people call a folder."""
+    for name in NAMES:
+        overrides = ["--output_dir", name, "--data.shards", name, "b c", f"--init_from={name}"]
+        recipe = load_recipe(DEMO, overrides)
+        assert (recipe.output_dir, recipe.init_from, recipe.data.shards) == (name, name, [name, "b c"])
+    lists = load_recipe(DEMO, ["--data.shards", "[a, b]", "--data.validation", "null", "--init_from", ""])
+    assert lists.data.shards == ["a", "b"] and lists.data.validation is lists.init_from is None
+    for name in NAMES[:3]:
+        assert load_recipe(write(tmp_path, f"base: {DEMO}\noutput_dir: {name}\n")).output_dir == name
+
+
+def test_numbers_are_decimal(tmp_path: Path) -> None:
+    file = write(tmp_path, f"base: {DEMO}\nseed: 010\noptimizer: {{lr: .5, eps: 1.e-8, clip: 1e1}}\n")
+    recipe = load_recipe(file, ["--data.bins_per_step", "008"])
+    assert (recipe.seed, recipe.optimizer.lr, recipe.optimizer.clip) == (10, 0.5, 10.0)
+    assert recipe.optimizer.eps == 1e-8 and recipe.data.bins_per_step == 8
+    for number in ("1:30", "0x10", "0o7", "1:30.5"):
+        with pytest.raises(UserError, match=f"seed must be a whole number of at least 0, not '{number}'"):
+            load_recipe(DEMO, ["--seed", number])
 
 
 def test_a_model_config_has_the_keys_and_defaults_of_the_recipe() -> None:
@@ -403,15 +431,29 @@ def test_nvme_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -
         ("[]", "is not a JSON object"),
         ('{"train_batch_size": 8}', "sets train_batch_size: remove it"),
         ('{"optimizer": {}}', "sets optimizer: remove it"),
+        ('{"wandb": {"enabled": true}}', "sets wandb: remove it, the recipe's log.wandb decides"),
         ('{"data_types": {"grad_accum_dtype": "fp32"}}', "stage 0 knows no data_types"),
         (
             '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}',
             "offload_optimizer.ratio 0.5 splits the update between two optimizers",
         ),
+        (
+            '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, "fp16": {"enabled": true}}',
+            "bf16 and fp16 are both enabled",
+        ),
+        (
+            '{"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}',
+            "stage 0 offloads nothing by offload_optimizer (use stage 1 or more",
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}',
+            "stage 2 offloads nothing by offload_param (use stage 3 or more",
+        ),
+        ('{"a": ' * 3000 + "1" + "}" * 3000, "cannot be read as JSON"),
     ],
 )
 def test_wrong_strategies_are_refused(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)):
         read_strategy(write(tmp_path, text, "ds.json"))
     with pytest.raises(UserError, match="does not exist"):
         read_strategy(tmp_path / "none.json")

@@ -19,6 +19,7 @@ from pipeline.costs.zero import (
     Weights,
     exposed_seconds,
     gathered_weights,
+    peak_memory,
     states_memory,
     traffic,
 )
@@ -136,6 +137,19 @@ def test_frozen_weights_a_running_average_and_offloading_count():
     offloaded = states_memory(half, Strategy.read("zero2-offload"), 2, "bf16")
     assert offloaded["host"] == frozen["optimizer"] + frozen["gradients"]
     assert offloaded["weights"] == frozen["weights"] and offloaded["optimizer"] == 0
+    assert offloaded["copy"] == frozen["copy"] == frozen["optimizer"] + frozen["weights"]
+    three, without = (states_memory(half, Strategy.read(f"zero{n}"), 2, "bf16") for n in (3, 0))
+    assert three["copy"] == three["optimizer"] and without["copy"] == 2 * 1000 + 12 * 500
+    held = frozen["weights"] + frozen["optimizer"] + frozen["buckets"]  # host memory is no GPU memory
+    update = held + frozen["gradients"] + frozen["update"]
+    assert peak_memory(frozen, lambda share: 0, 1000, 1) == update
+
+    def alive(share: float) -> int:
+        return round(max(9000, 8000 + 4000 * share))
+
+    shares = frozen["gradients"] / 1000
+    assert peak_memory(frozen, alive, 1000, 1) == held + alive(shares) > update
+    assert peak_memory(frozen, alive, 1000, 2) == held + frozen["gradients"] + 9000
 
 
 def test_a_recipe_that_recomputes_or_freezes_costs_accordingly(tmp_path):

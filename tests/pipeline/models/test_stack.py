@@ -189,6 +189,15 @@ def test_a_rolling_cache_keeps_the_last_places():
 
 
 @torch.no_grad()
+def test_positions_turn_by_the_table_as_without_it():
+    model = small_stack()
+    for position in (0, 1, 1023, 1024, 1025, 2047, 2048):
+        by_table = model._turn_at(np.asarray([0, position]))
+        for found, expected in zip(by_table, model._turn(torch.tensor([0, position])), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("ends", ["predicted", "rule"])
 def test_tokens_are_taken_back_across_a_roll_and_sentences_read_in_any_way(ends):
     """A sentence that was fed otherwise, in part, or not at all is the one that `extend` names."""

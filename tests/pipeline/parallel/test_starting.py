@@ -37,7 +37,12 @@ TWO = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "9"}
         (TWO | {"RANK": "-1"}, "RANK=-1: it must be a whole number"),
         (TWO | {"WORLD_SIZE": ""}, "WORLD_SIZE=: it must be a whole number"),
         (TWO | {"MASTER_PORT": "x"}, "MASTER_PORT=x: it must be a whole number"),
-        (TWO | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: a port is at most 65535"),
+        (TWO | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: a port is from 1 to 65535"),
+        (TWO | {"MASTER_PORT": "0"}, "MASTER_PORT=0: a port is from 1 to 65535"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x: it must be a whole number"),
+        ({"RANK": "", "WORLD_SIZE": ""}, "RANK=: it must be a whole number"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 is not below WORLD_SIZE=0"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT is not set"),
     ],
 )
 def test_variables_that_contradict_each_other_are_refused(env: dict[str, str], message: str) -> None:
@@ -75,6 +80,11 @@ def test_a_rank_that_waits_says_for_whom_and_ends_at_once(
     assert "before the first step: nothing to save" in log.read_text()
     assert not (tmp_path / "run").exists()
     pool.finish(started, 1)
+
+
+def test_a_rank_that_waits_says_that_the_name_is_unknown() -> None:
+    assert parallel._rank_0("127.0.0.1") == "rank 0"
+    assert parallel._rank_0("no such host").startswith("rank 0 (MASTER_ADDR=no such host: ")
 
 
 def test_a_port_in_use_is_one_line(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:

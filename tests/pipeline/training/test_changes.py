@@ -92,8 +92,10 @@ def test_a_moved_run_and_moved_shards(pool: ranks.RankPool, recipes: Path, tmp_p
     [answer] = pool.run(1, ranks.train, settings)
     assert isinstance(answer, str) and str(shards) in answer
     settings += ["--data.shards", str(tmp_path / "elsewhere")]
+    (tmp_path / "moved/ds_config.json").write_text("{")  # it only tells
     [(status, said)] = pool.run(1, ranks.train_and_listen, settings)
     assert status == 0 and "resuming at step 3" in said
+    assert "moved/ds_config.json cannot be read as JSON" in said and "changed in it is not known\n" in said
     assert len(losses(tmp_path / "moved")) == 6
 
 
@@ -129,6 +131,9 @@ def test_a_jump_of_the_rate(overrides: str, says: str, tmp_path: Path) -> None:
     was, now = load_recipe(path, length), load_recipe(path, [*length, *overrides.split()])
     found = rate_jump(saved(was, 100), now)
     assert found.endswith(says) and bool(found) == bool(says)
+    # Half of either run.
+    was, now = (load_recipe(path, [*length, "--training.max_steps", steps]) for steps in ("4", "6"))
+    assert rate_jump(saved(was, 2), now) == ""
 
 
 def test_keys_that_a_resolved_recipe_leaves_out() -> None:

@@ -54,7 +54,10 @@ def test_a_spike_is_judged_by_the_median_of_the_last_accepted_steps() -> None:
         ({"max_skips": 0}, "health.max_skips must be a whole number of at least 1, not 0"),
         ({"norm_spike": 1.0}, "health.norm_spike must be null or a number above 1, not 1"),
         ({"loss_spike": ".nan"}, "health.loss_spike must be null or a number above 1, not nan"),
-        ({"hang_seconds": 0.0}, "health.hang_seconds must be null or a number above 0, not 0"),
+        (
+            {"hang_seconds": 0.0},
+            r"health.hang_seconds must be null or a number above 0 and at most 1e\+07, not 0",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +89,17 @@ def test_a_step_s_record_has_its_optional_fields_only_where_they_are_known(tmp_p
 def test_the_docs_name_every_field_of_a_step() -> None:
     page = (REPOSITORY / "docs" / "training.md").read_text()
     assert [field.name for field in dataclasses.fields(StepRecord) if f"`{field.name}`" not in page] == []
+
+
+def test_steps_and_evaluations_are_on_the_disk_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.readlink(f"/proc/self/fd/{handle}")))
+    with RunLog(tmp_path, recipe(tmp_path, wandb=False), 0, 0) as log:
+        flushed.clear()
+        log.flush_to_disk()
+    assert sorted(Path(name).name for name in flushed[:2]) == [EVALUATIONS, METRICS]
 
 
 @pytest.mark.parametrize("step", [0, 3, 5])

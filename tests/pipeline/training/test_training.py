@@ -476,6 +476,18 @@ def test_a_rank_that_is_slowed_by_a_third_is_named(
     assert all(r["data_wait_max_seconds"] >= r["data_wait_seconds"] >= 0 for r in metrics)
 
 
+@pytest.mark.long
+def test_no_rank_is_named_in_a_thousand_even_steps(
+    pool: ranks.RankPool, recipes: Path, tmp_path: Path
+) -> None:
+    settings = arguments(recipes, "lm", "zero2", tmp_path, "--training.max_steps", 1000)
+    settings += ["--data.bins_per_step", "2", "--training.save_every", "1000", "--data.validation", "null"]
+    (status, said), other = pool.run(2, ranks.train_and_listen, settings)
+    assert (status, other[0]) == (0, 0)
+    assert "times the median rank's time" not in said
+    assert len(records(tmp_path)) == 1000 and not any("slow" in one for one in records(tmp_path))
+
+
 def test_a_rank_that_is_always_slow_is_named(pool: ranks.RankPool, recipes: Path, tmp_path: Path) -> None:
     settings = arguments(recipes, "vae", "zero3", tmp_path, "--training.max_steps", 36)
     settings += ["--training.eval_every", "100", "--training.save_every", "100"]
