@@ -1,0 +1,207 @@
+"""What a card should give by arithmetic: training and writing, beside what was measured.
+
+Training: one forward and backward pass on tensors without memory. An operator takes the time of its matrix
+product or of its passes over memory, whichever is longer; launches overlap with them.
+
+Writing: one call of a part of the model reads its weights once and its cache once, and starts two kernels
+for every linear layer and attention (the product, and what is fused into one kernel after it), as in a CUDA
+graph. `hosted` adds what the host launches between the graphs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.costs.benchmark import published_opt
+from pipeline.costs.benchmark_training import ROW_TOKENS
+from pipeline.costs.inspect import DryRun
+from pipeline.costs.sized_recipe import sized_recipe
+from pipeline.models import flops
+from pipeline.models.folders import model_config
+
+PAIRS = {"sllm-125m-h1": "opt-125m", "sllm-1.3b-h1": "opt-1.3b"}
+BATCHES = (1, 64)
+CONTEXT, SENTENCE_TOKENS = 256, 11
+BYTES = 2  # bf16
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0}  # the place of the left factor
+_FREE = ("aten::empty", "aten::new_empty", "prim::", "aten::detach")  # no kernel
+# Launches outside the captured graph: ours in a step of the decoder, at most (a test holds it); and in a step
+# of transformers 5.23's `generate` with a static cache, counted by a dispatch mode on a CPU.
+LAUNCHES = {"ours": 60, "static": 38}
+
+
+@dataclass(frozen=True)
+class Card:
+    """Ceilings: FLOP/s of a matrix product, bytes/s of a copy (read and written), seconds of the smallest
+    kernel in a CUDA graph and of a launch by the host; and the published peak, of which MFU is a share."""
+
+    name: str = "H200"
+    gemm: float = 790e12
+    copy: float = 4.3e12
+    kernel: float = 2e-6
+    launch: float = 4e-6
+    peak: float = 989e12
+
+
+class DeviceTime(TorchDispatchMode):
+    """Adds up what the operators inside the block would take on a card. seconds: by operator."""
+
+    def __init__(self, card: Card):
+        super().__init__()
+        self.card, self.seconds, self.products = card, Counter[str](), 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if func.is_view or name.startswith(_FREE):
+            return out
+        written = _bytes(out)
+        # A gather reads what it writes, not all of its table.
+        gathers = name in ("aten::index_select", "aten::embedding", "aten::gather")
+        seconds = (written + (written if gathers else _bytes((args, kwargs)))) / self.card.copy
+        if product := _product(name, args, out):
+            self.products += 2 * product / self.card.gemm
+            seconds = max(seconds, 2 * product / self.card.gemm)
+        self.seconds[name] += seconds
+        return out
+
+
+def _product(name: str, args: Any, out: Any) -> float:
+    """Multiply-adds of a matrix product, or of attention: both products, half of all pairs (causal)."""
+    if name in _PRODUCTS:
+        return out.numel() * args[_PRODUCTS[name]].shape[-1]
+    if "scaled_dot_product" not in name:
+        return 0
+    backward = "backward" in name
+    query, key = args[1:3] if backward else args[:2]
+    return query.numel() * key.shape[-2] * (2.5 if backward else 1)
+
+
+def _bytes(values: Any) -> int:
+    tensors = {id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def training(name: str, card: Card, tokens: int | None = None) -> dict[str, Any]:
+    """Forward and backward of a recipe's model on a bin, in bf16."""
+    recipe = sized_recipe(name)
+    model, batch, step = DryRun(recipe, None, "bf16").step(tokens or recipe.data.bin_tokens, False)
+    with next(model.parameters()).fake_mode, DeviceTime(card) as time:
+        model(batch).objective.backward()
+    return _training_row(name, batch.tokens, step.training, time)
+
+
+def _training_row(name: str, tokens: int, multiply_adds: int, time: DeviceTime) -> dict[str, Any]:
+    seconds = sum(time.seconds.values())
+    return {
+        "model": name,
+        "multiply_adds_per_token": multiply_adds / tokens,
+        "products_tokens_per_second": tokens / time.products,
+        "tokens_per_second": tokens / seconds,
+        "mfu": 2 * multiply_adds / seconds / time.card.peak,
+        "slowest": dict(time.seconds.most_common(8)),
+    }
+
+
+def _opt(name: str) -> nn.Module:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return published_opt(name).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def opt_training(name: str, card: Card, tokens: int) -> dict[str, Any]:
+    """The same of OPT, on full rows."""
+    with FakeTensorMode():
+        model, rows = _opt(name), tokens // ROW_TOKENS
+        ids = torch.zeros(rows, ROW_TOKENS, dtype=torch.long)
+        with DeviceTime(card) as time, flops.counted_rows(model) as reached:
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        operations = flops.count_operations(model, reached, flops.row_cores(model, rows, ROW_TOKENS))
+    return _training_row(name, tokens, flops.TRAINING_FACTOR * operations.needed, time)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights, and kernels, of one call of a part of a model."""
+
+    weights: int
+    kernels: int
+
+    def seconds(self, card: Card, batch: int, cached: int = 0) -> float:
+        """cached: bytes of caches that the call reads."""
+        products = 2 * self.weights * batch / card.gemm
+        return max(products, BYTES * self.weights / card.copy) + cached / card.copy + self.kernels * card.kernel
+
+
+def _parts(model: nn.Module) -> dict[str, Part]:
+    weights, parts = flops.linear_weights(model), flops.part_of(model)
+    sums, linear = Counter[str](), Counter[str]()
+    for name, count in weights.items():
+        sums[parts[name]] += count
+        linear[parts[name]] += 1
+    layers = Counter(parts[name] for name, module in model.named_modules() if _is_attention(module))
+    return {part: Part(sums[part], 2 * (linear[part] + layers[part])) for part in sums}
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+def writing(ours: str, theirs: str, batch: int, card: Card) -> dict[str, Any]:
+    """New tokens per second of a recipe's model and of OPT with a static cache."""
+    with FakeTensorMode():
+        opt = _opt(theirs)
+    model, _, _ = DryRun(sized_recipe(ours), None, "bf16").step(ROW_TOKENS, False)
+    parts, plain = _parts(model), _parts(opt)
+    cache = 2 * BYTES * batch * CONTEXT
+    config, backbone = model_config(opt), model_config(model).backbone
+    of_opt = cache * config.num_hidden_layers * config.hidden_size
+    of_ours = cache * backbone.num_hidden_layers * backbone.hidden_size // SENTENCE_TOKENS
+    token = plain["backbone"].seconds(card, batch, of_opt) + plain["head"].seconds(card, batch)
+    symbol = parts["decoder"].seconds(card, batch) + parts["head"].seconds(card, batch)
+    sentence = parts["backbone"].seconds(card, batch, of_ours)
+    sentence += parts["encoder"].seconds(card, SENTENCE_TOKENS * batch)
+    sentence += (SENTENCE_TOKENS + 1) * symbol
+    row = {"model": ours, "against": theirs, "batch": batch}
+    for name, launch in (("device", 0.0), ("hosted", card.launch)):
+        steps = SENTENCE_TOKENS + 2  # the decoder's, with the end symbol, and the backbone's
+        speeds = {
+            "ours": batch * SENTENCE_TOKENS / (sentence + steps * LAUNCHES["ours"] * launch),
+            "static": batch / (token + LAUNCHES["static"] * launch),
+        }
+        row[name] = {**speeds, "ratio": speeds["ours"] / speeds["static"]}
+    return row
+
+
+def expected(card: Card, records: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
+    """All rows; `measured` of each is the last such figure of a run's records, or None."""
+    facts = [record["fact"] for record in records if "fact" in record]
+
+    def measured(key: str, **wanted: Any) -> Any:
+        found = [fact[key] for fact in facts if key in fact and wanted.items() <= fact.items()]
+        return found[-1] if found else None
+
+    trained = []
+    for ours, theirs in PAIRS.items():
+        trained += [training(ours, card), opt_training(theirs, card, 16 * ROW_TOKENS)]
+    for row in trained:
+        row["measured"] = {key: measured(key, model=row["model"]) for key in ("tokens_per_second", "mfu")}
+    written = [writing(*pair, batch, card) for pair in PAIRS.items() for batch in BATCHES]
+    for row in written:
+        found = {"batch": row["batch"], "static_name": row["against"]}
+        speeds = {"ours": measured("ours", **found), "static": measured("static_tokens_per_second", **found)}
+        both = all(speeds.values())
+        row["measured"] = {**speeds, "ratio": speeds["ours"] / speeds["static"] if both else None}
+    return {"card": asdict(card), "training": trained, "writing": written}
