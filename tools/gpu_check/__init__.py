@@ -1,1 +1,1 @@
-"""The acceptance of one GPU: ordered checks with time limits, what they need there, and what arithmetic expects."""
+"""The acceptance of one GPU: checks with time limits, what they need there, what arithmetic expects."""

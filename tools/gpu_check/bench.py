@@ -1,4 +1,4 @@
-"""The process of one check, and what a check works with: device, sizes, inputs, clocks, a place for figures."""
+"""The process of one check: device, sizes, inputs, clocks, and a place for figures."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Bench:
         return path
 
     def sllm(self, *words: object) -> dict[str, Any]:
-        """What a command of `sllm` prints as JSON. It runs in this process, which has loaded torch already."""
+        """What a command of `sllm` prints as JSON; in this process, which has torch loaded."""
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             status = sllm([*map(str, words), "--json"])

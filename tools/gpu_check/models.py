@@ -107,4 +107,6 @@ def _kernels(bench: Bench, recipe: Recipe, name: str) -> None:
     total = sum(map(own_us, events))
     bench.fact(model=name, step_gb=memory["gb"], busy_ms=total / 1e3, kinds=len(events))
     for event in sorted(events, key=own_us, reverse=True)[:KERNELS_SHOWN]:
-        bench.fact(kernel=event.key[:80], ms=own_us(event) / 1e3, calls=event.count, share=own_us(event) / total)
+        bench.fact(
+            kernel=event.key[:80], ms=own_us(event) / 1e3, calls=event.count, share=own_us(event) / total
+        )

@@ -36,7 +36,7 @@ MOST_SECONDS = 400  # of the default checks' limits together
 
 @dataclass(frozen=True)
 class Check:
-    """seconds: the limit on a GPU. where: `module:function`, which takes a `Bench`. usual: without `--only`."""
+    """seconds: the limit on a GPU. where: `module:function` of a `Bench`. usual: runs without `--only`."""
 
     name: str
     seconds: float

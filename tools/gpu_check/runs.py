@@ -120,7 +120,9 @@ def compiled(bench: Bench) -> None:
 def doctor(bench: Bench) -> None:
     """The command that users run first on a cluster."""
     found = bench.sllm("doctor", "--shards", bench.train, "--output_dir", bench.work)
-    bench.fact(ok=found["ok"], gpus=str(found["gpus"]), warnings=found["warnings"], problems=found["problems"])
+    bench.fact(
+        ok=found["ok"], gpus=str(found["gpus"]), warnings=found["warnings"], problems=found["problems"]
+    )
     assert not bench.on_gpu or any(found["gpus"].values()), "doctor sees no GPU"
 
 

@@ -1,4 +1,4 @@
-"""New tokens per second, beside OPT: Hugging Face's `generate` as it comes, and with a static cache, compiled."""
+"""New tokens per second beside OPT, by Hugging Face's `generate`: eager, and compiled with a static cache."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def _beside(bench: Bench, ours: str, theirs: str, batches: tuple[int, ...]) -> N
         device=bench.device.type,
     )
     with bench.device, torch.random.fork_rng(devices=[]):
-        sides: dict[str, Any] = {name: make_side(name, options, bench.device) for name in ("model", "against")}
+        sides: dict[str, Any] = {
+            name: make_side(name, options, bench.device) for name in ("model", "against")
+        }
     context = CONTEXT // 4 if bench.small else CONTEXT
     for batch in batches:
         with bench.peak() as memory:
@@ -54,7 +56,10 @@ def _beside(bench: Bench, ours: str, theirs: str, batches: tuple[int, ...]) -> N
             peak_gb=memory["gb"],
             ratio=point["ratios"]["tokens_per_second"],
         )
-        bench.fact(**_static(bench, sides["against"], batch, context), ours=point["model"]["tokens_per_second"]["median"])
+        bench.fact(
+            **_static(bench, sides["against"], batch, context),
+            ours=point["model"]["tokens_per_second"]["median"],
+        )
 
 
 def _static(bench: Bench, side: Any, batch: int, context: int) -> dict[str, Any]:
