@@ -35,6 +35,7 @@ class Bench:
         self.tokens = 1024 if self.small else 16384
         self.train, self.valid = (str(Path(setting.inputs).resolve() / part) for part in ("train", "valid"))
         self.work = Path(setting.output).resolve() / WORK / name
+        self.work.mkdir(parents=True, exist_ok=True)
 
     def fact(self, **values: Any) -> None:
         """Keep figures, at once."""
@@ -104,6 +105,6 @@ class Bench:
 
 if __name__ == "__main__":
     # An error ends the process with its trace, whose last line goes into the results.
-    name, where, output = sys.argv[1:]
+    name, where, given = sys.argv[1:]
     module, function = where.split(":")
-    getattr(importlib.import_module(module), function)(Bench(name, Setting.read(output)))
+    getattr(importlib.import_module(module), function)(Bench(name, Setting(**json.loads(given))))

@@ -1,4 +1,4 @@
-"""What a card should give by arithmetic: training and writing, beside what was measured.
+"""What an H200 should give by arithmetic: training and writing, beside what was measured.
 
 Training: one forward and backward pass on tensors without memory. An operator takes the time of its matrix
 product or of its passes over memory, whichever is longer; launches overlap with them.
@@ -13,16 +13,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.costs.benchmark import published_opt
-from pipeline.costs.benchmark_training import ROW_TOKENS
 from pipeline.costs.inspect import DryRun
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.models import flops
@@ -108,49 +106,24 @@ def _bytes(values: Any) -> int:
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
-def training(name: str, card: Card, tokens: int | None = None) -> dict[str, Any]:
+def training(name: str, card: Card) -> dict[str, Any]:
     """Forward and backward of a recipe's model on a bin, in bf16."""
     recipe = sized_recipe(name)
-    model, batch, step = DryRun(recipe, None, "bf16").step(tokens or recipe.data.bin_tokens, False)
+    model, batch, step = DryRun(recipe, None, "bf16").step(recipe.data.bin_tokens, False)
     with next(model.parameters()).fake_mode, DeviceTime(card) as time:
         model(batch).objective.backward()
-    return _training_row(name, batch.tokens, step.training, time)
-
-
-def _training_row(name: str, tokens: int, multiply_adds: int, time: DeviceTime) -> dict[str, Any]:
     seconds = sum(time.seconds.values())
     return {
         "model": name,
-        "multiply_adds_per_token": multiply_adds / tokens,
-        "products_tokens_per_second": tokens / time.products,
-        "tokens_per_second": tokens / seconds,
-        "mfu": 2 * multiply_adds / seconds / time.card.peak,
+        "multiply_adds_per_token": step.training / batch.tokens,
+        "products_tokens_per_second": batch.tokens / time.products,
+        "tokens_per_second": batch.tokens / seconds,
+        "mfu": 2 * step.training / seconds / card.peak,
         "slowest": dict(time.seconds.most_common(8)),
     }
 
 
-def _opt(name: str) -> nn.Module:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return published_opt(name).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
-def opt_training(name: str, card: Card, tokens: int) -> dict[str, Any]:
-    """The same of OPT, on full rows."""
-    with FakeTensorMode():
-        model, rows = _opt(name), tokens // ROW_TOKENS
-        ids = torch.zeros(rows, ROW_TOKENS, dtype=torch.long)
-        with DeviceTime(card) as time, flops.counted_rows(model) as reached:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        operations = flops.count_operations(model, reached, flops.row_cores(model, rows, ROW_TOKENS))
-    return _training_row(name, tokens, flops.TRAINING_FACTOR * operations.needed, time)
-
-
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Weights, and kernels, of one call of a part of a model."""
 
     weights: int
@@ -158,31 +131,25 @@ class Part:
 
     def seconds(self, card: Card, batch: int, cached: int = 0) -> float:
         """cached: bytes of caches that the call reads."""
-        products = 2 * self.weights * batch / card.gemm
-        return (
-            max(products, BYTES * self.weights / card.copy) + cached / card.copy + self.kernels * card.kernel
-        )
+        products = max(2 * self.weights * batch / card.gemm, BYTES * self.weights / card.copy)
+        return products + cached / card.copy + self.kernels * card.kernel
 
 
 def _parts(model: nn.Module) -> dict[str, Part]:
     weights, parts = flops.linear_weights(model), flops.part_of(model)
-    sums, linear = Counter[str](), Counter[str]()
-    for name, count in weights.items():
-        sums[parts[name]] += count
-        linear[parts[name]] += 1
-    layers = Counter(parts[name] for name, module in model.named_modules() if _is_attention(module))
-    return {part: Part(sums[part], 2 * (linear[part] + layers[part])) for part in sums}
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower()
+    sums, calls = Counter[str](), Counter[str]()
+    for name, module in model.named_modules():
+        attention = "attention" in type(module).__name__.lower()
+        sums[parts[name]] += weights.get(name, 0)
+        calls[parts[name]] += attention or name in weights
+    return {part: Part(sums[part], 2 * calls[part]) for part in sums}
 
 
 def writing(ours: str, theirs: str, batch: int, card: Card) -> dict[str, Any]:
     """New tokens per second of a recipe's model and of OPT with a static cache."""
     with FakeTensorMode():
-        opt = _opt(theirs)
-    model, _, _ = DryRun(sized_recipe(ours), None, "bf16").step(ROW_TOKENS, False)
+        opt = published_opt(theirs)
+    model, _, _ = DryRun(sized_recipe(ours), None, "bf16").step(CONTEXT, False)
     parts, plain = _parts(model), _parts(opt)
     cache = 2 * BYTES * batch * CONTEXT
     config, backbone = model_config(opt), model_config(model).backbone
@@ -213,9 +180,7 @@ def expected(records: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
         found = [fact[key] for fact in facts if key in fact and wanted.items() <= fact.items()]
         return found[-1] if found else None
 
-    trained = []
-    for ours, theirs in PAIRS.items():
-        trained += [training(ours, card), opt_training(theirs, card, 16 * ROW_TOKENS)]
+    trained = [training(name, card) for name in PAIRS]
     for row in trained:
         row["measured"] = {key: measured(key, model=row["model"]) for key in ("tokens_per_second", "mfu")}
     written = [writing(*pair, batch, card) for pair in PAIRS.items() for batch in BATCHES]

@@ -12,6 +12,7 @@ A check that fails or runs over its limit stops no other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,12 +27,13 @@ from typing import Any
 
 from data_prep.common.environment import header
 from data_prep.common.errors import log
+from data_prep.common.files import read_json_lines
 from data_prep.common.processes import last_line, start_logged
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, LOG, SETTING, WORK = "results.jsonl", "log.txt", "setting.json", "work"
+RESULTS, LOG, WORK = "results.jsonl", "log.txt", "work"
 PACKAGES = "torch transformers deepspeed triton numpy tokenizers pydantic".split()
-MOST_SECONDS = 400  # of the default checks' limits together
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,6 @@ class Setting:
     output: str
     patience: float = 1.0
 
-    @staticmethod
-    def read(output: str | Path) -> Setting:
-        return Setting(**json.loads((Path(output) / SETTING).read_text()))
-
 
 def append(output: str | Path, record: dict[str, Any]) -> None:
     """Add a line to the results, and see it on the disk."""
@@ -92,69 +90,48 @@ def append(output: str | Path, record: dict[str, Any]) -> None:
 
 def read(path: str | Path) -> list[dict[str, Any]]:
     """All complete lines of a results file."""
-    found = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # cut off by the machine's end
-            continue
-    return found
+    return [value for _, value in read_json_lines(Path(path)) if isinstance(value, dict)]
 
 
 def run(checks: Iterable[Check], setting: Setting) -> list[dict[str, Any]]:
     """Run the checks in order; returns the closing line of each."""
-    output = Path(setting.output).resolve()
+    output = Path(setting.output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / SETTING).write_text(json.dumps(asdict(setting)))
     append(output, {"run": {**header(PACKAGES), "device": setting.device, "small": setting.small}})
     ended = []
     try:
         for check in checks:
-            ended.append(_run_one(check, setting, output))
-            append(output, ended[-1])
-            why = f": {ended[-1]['error']}" if "error" in ended[-1] else ""
-            log(f"{check.name:<16}{ended[-1]['status']:<12}{ended[-1]['seconds']:7.1f} s  {check.what}{why}")
+            ended.append(one := _run_one(check, setting, output / LOG))
+            append(output, one)
+            why = f": {one['error']}" if "error" in one else ""
+            log(f"{check.name:<16}{one['status']:<12}{one['seconds']:7.1f} s  {check.what}{why}")
     finally:
         shutil.rmtree(output / WORK, ignore_errors=True)
     return ended
 
 
-def _run_one(check: Check, setting: Setting, output: Path) -> dict[str, Any]:
-    limit = check.seconds * setting.patience
-    (output / WORK / check.name).mkdir(parents=True, exist_ok=True)
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "PYTHONUNBUFFERED": "1",
-        "DS_ACCELERATOR": setting.device,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [sys.executable, "-m", "tools.gpu_check.bench", check.name, check.where, str(output)]
-    file = output / LOG
+def _run_one(check: Check, setting: Setting, file: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tools.gpu_check.bench", check.name, check.where]
+    command.append(json.dumps(asdict(setting)))
+    environment = {**os.environ, **ENVIRONMENT, "DS_ACCELERATOR": setting.device}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(
+        os.pathsep
+    )
     before = file.stat().st_size if file.exists() else 0
-    began = time.monotonic()
+    began, limit = time.monotonic(), check.seconds * setting.patience
     process = start_logged(command, file, env=environment)
     try:
         status = "failed" if process.wait(limit) else "ok"
     except subprocess.TimeoutExpired:
         status = "over limit"
     finally:
-        _end_group(process)
+        # Also what it has started: what is left of it would hold the GPU.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     record = {"check": check.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
     if status == "ok":
         return record
     with open(file, "rb") as printed:
         printed.seek(before)
-        said = last_line(printed.read().decode(errors="replace"))
-    return {**record, "limit": limit, "error": said}
-
-
-def _end_group(process: subprocess.Popen[str]) -> None:
-    """End a check and all that it has started: what is left of it would hold the GPU."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+        return {**record, "limit": limit, "error": last_line(printed.read().decode(errors="replace"))}

@@ -1,0 +1,167 @@
+"""A folder that brings a machine without a package index what the checks need: wheels, shards, run.sh.
+
+That machine has torch, transformers and what these two need; everything else that the checks import is
+carried, in the releases of this environment. A rehearsal runs checks here with all other packages refused.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from data_prep.common.errors import UserError, log
+from data_prep.common.processes import run_command
+from tools.gpu_check import runner
+
+MOST_MIB = 40
+# What comes with torch and transformers, by their own requirements.
+THERE = frozenset(
+    "filelock fsspec huggingface-hub jinja2 markupsafe mpmath networkx numpy packaging pyyaml regex "
+    "safetensors setuptools sympy tokenizers torch tqdm transformers triton typing-extensions".split()
+)
+# The checks read shards only: what reads corpora stays here, and so does TensorBoard.
+LEFT_OUT = frozenset("datasets pyarrow webdataset tensorboard".split())
+SOURCE_ONLY = "deepspeed"  # without ops it is pure Python
+PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_17", "2014", "1")]
+REHEARSED = ("machine", "model", "train")
+VOCABULARY = "8192"
+RUN = """\
+#!/usr/bin/env bash
+# In the project's folder: bash BUNDLE/run.sh OUT [OPTIONS of `python -m tools.gpu_check run`]
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+site=$(mktemp -d)
+for wheel in "$here"/wheels/*.whl; do python3 -m zipfile -e "$wheel" "$site"; done
+export PYTHONPATH="$site" PYTHONDONTWRITEBYTECODE=1
+python3 -m tools.gpu_check run --inputs "$here/inputs" --output "$1" "${@:2}"
+"""
+# As sitecustomize.py: a module of a package that the other machine lacks is not found.
+REFUSE = """\
+import sys
+REFUSED = set({refused!r})
+class Refuse:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in REFUSED:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (not in the bundle)", name=name)
+sys.meta_path.insert(0, Refuse)
+"""
+
+
+def make(
+    output: Path,
+    python_version: str,
+    tokenizer: str | None = None,
+    corpus: Sequence[str] = (),
+    valid: Sequence[str] = (),
+) -> int:
+    """Write the folder; its size in bytes.
+
+    Raises: UserError for one that is too large, that is no empty folder, or whose rehearsal fails.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output}: is not empty: name a new folder")
+    (output / "wheels").mkdir(parents=True, exist_ok=True)
+    carried = needed(python_version)
+    log(f"wheels for Python {python_version}: {', '.join(carried)}")
+    _download(carried, python_version, output / "wheels")
+    prepare_inputs(output / "inputs", tokenizer, corpus, valid)
+    (output / "run.sh").write_text(RUN)
+    size = require_size(output)
+    rehearse(output, carried)
+    return size
+
+
+def require_size(output: Path) -> int:
+    """Bytes of a folder. Raises: UserError above the limit."""
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    if size > MOST_MIB * 2**20:
+        raise UserError(f"{output}: {size / 2**20:.1f} MiB, at most {MOST_MIB}: give less text by --corpus")
+    return size
+
+
+def needed(python_version: str) -> dict[str, str]:
+    """Package → release of all that must be carried: the project's requirements and theirs, and pytest.
+
+    Raises: UserError for one that is not installed here.
+    """
+    setup = configparser.ConfigParser()
+    setup.read(runner.ROOT / "setup.cfg")
+    direct = setup["options"]["install_requires"].splitlines()
+    open_ = [Requirement(line) for line in direct if line and not line.startswith("#")] + [
+        Requirement("pytest")
+    ]
+    found: dict[str, str] = {}
+    place = {"python_version": python_version, "python_full_version": f"{python_version}.0", "extra": ""}
+    while open_:
+        requirement = open_.pop()
+        name = canonicalize_name(requirement.name)
+        unwanted = name in THERE or name in LEFT_OUT or name in found
+        if unwanted or (requirement.marker and not requirement.marker.evaluate(place)):
+            continue
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            raise UserError(f"{name} is not installed here: run `make setup`") from None
+        found[name] = installed.version
+        open_ += map(Requirement, installed.requires or ())
+    return dict(sorted(found.items()))
+
+
+def _download(carried: dict[str, str], python_version: str, folder: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    pinned = [f"{name}=={version}" for name, version in carried.items() if name != SOURCE_ONLY]
+    place = [word for name in PLATFORMS for word in ("--platform", name)]
+    place += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python_version]
+    run_command([*pip, "download", "-q", "--no-deps", *place, "-d", str(folder), *pinned], "pip download")
+    source = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    environment = {**os.environ, "DS_BUILD_OPS": "0"}
+    run_command([*pip, *source, f"{SOURCE_ONLY}=={carried[SOURCE_ONLY]}"], "pip wheel", env=environment)
+
+
+def prepare_inputs(
+    folder: Path, tokenizer: str | None = None, corpus: Sequence[str] = (), valid: Sequence[str] = ()
+) -> None:
+    """Shard sets `train` and `valid` of the text given, or of the demo corpus."""
+    from data_prep.cli import main as data_prep
+
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
+        text = Path(name)
+        if not corpus or not valid:
+            data_prep(["demo-corpus", "--output", str(text)])
+        sources = {"train": corpus or [str(text / "EN")], "valid": valid or [str(text / "valid")]}
+        if tokenizer is None:
+            tokenizer = str(text / "tokenizer")
+            words = ["--vocab-size", VOCABULARY, "--input", *sources["train"]]
+            data_prep(["tokenizer", *words, "--output", tokenizer])
+        for part, source in sources.items():
+            words = ["--tokenizer", tokenizer, "--segmenter", "clause", "--lang", "en", "--input", *source]
+            data_prep(["shard", *words, "--output", str(folder / part)])
+
+
+def rehearse(bundle: Path, carried: Iterable[str], checks: Sequence[str] = REHEARSED) -> None:
+    """Run checks on this CPU without the packages that the other machine lacks.
+
+    Raises: UserError with the last line of a check that fails."""
+    allowed = {*THERE, *carried}
+    refused = sorted(
+        module
+        for module, owners in packages_distributions().items()
+        if not {"sentence-llm", *allowed} & set(map(canonicalize_name, owners))
+    )
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
+        folder = Path(name)
+        (folder / "sitecustomize.py").write_text(REFUSE.format(refused=refused))
+        command = [sys.executable, "-m", "tools.gpu_check", "run", "--device", "cpu", "--small", "--output"]
+        command += [str(folder / "out"), "--inputs", str(bundle / "inputs"), "--only", *checks]
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        log(f"rehearsal of {', '.join(checks)} without {len(refused)} modules that stay here")
+        run_command(command, "the rehearsal", env=environment, cwd=runner.ROOT)
