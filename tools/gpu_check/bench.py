@@ -105,6 +105,8 @@ class Bench:
 
 if __name__ == "__main__":
     # An error ends the process with its trace, whose last line goes into the results.
-    name, where, given = sys.argv[1:]
+    where, name, given = sys.argv[1:]
     module, function = where.split(":")
-    getattr(importlib.import_module(module), function)(Bench(name, Setting(**json.loads(given))))
+    getattr(importlib.import_module(f"tools.gpu_check.{module}"), function)(
+        Bench(name, Setting(**json.loads(given)))
+    )

@@ -16,14 +16,16 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from data_prep.common.environment import header
 from data_prep.common.errors import log
@@ -33,22 +35,24 @@ from data_prep.common.processes import last_line, start_logged
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, LOG, WORK = "results.jsonl", "log.txt", "work"
 PACKAGES = "torch transformers deepspeed triton numpy tokenizers pydantic".split()
+MARK = "GPU_CHECK"  # environment: in all that one check has started
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """seconds: the limit on a GPU. where: `module:function` of a `Bench`. usual: runs without `--only`."""
+    """seconds: the limit on a GPU. words: of the Python command, which gets the check's name and the setting
+    too. usual: runs without `--only`."""
 
     name: str
     seconds: float
-    where: str
-    what: str
+    words: tuple[str, ...]
+    what: str = ""
     usual: bool = False
 
 
 def _check(name: str, seconds: float, where: str, what: str, usual: bool = False) -> Check:
-    return Check(name, seconds, f"tools.gpu_check.{where}", what, usual)
+    return Check(name, seconds, ("-m", "tools.gpu_check.bench", where), what, usual)
 
 
 # What everything else needs comes first.
@@ -111,9 +115,8 @@ def run(checks: Iterable[Check], setting: Setting) -> list[dict[str, Any]]:
 
 
 def _run_one(check: Check, setting: Setting, file: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tools.gpu_check.bench", check.name, check.where]
-    command.append(json.dumps(asdict(setting)))
-    environment = {**os.environ, **ENVIRONMENT, "DS_ACCELERATOR": setting.device}
+    command = [sys.executable, *check.words, check.name, json.dumps(asdict(setting))]
+    environment = {**os.environ, **ENVIRONMENT, "DS_ACCELERATOR": setting.device, MARK: uuid.uuid4().hex}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(
         os.pathsep
     )
@@ -125,9 +128,7 @@ def _run_one(check: Check, setting: Setting, file: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         status = "over limit"
     finally:
-        # Also what it has started: what is left of it would hold the GPU.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _end_all(environment[MARK])
         process.wait()
     record = {"check": check.name, "status": status, "seconds": round(time.monotonic() - began, 1)}
     if status == "ok":
@@ -135,3 +136,11 @@ def _run_one(check: Check, setting: Setting, file: Path) -> dict[str, Any]:
     with open(file, "rb") as printed:
         printed.seek(before)
         return {**record, "limit": limit, "error": last_line(printed.read().decode(errors="replace"))}
+
+
+def _end_all(mark: str) -> None:
+    """End a check and what it has started, also in sessions of its own: a rank that is left holds the GPU."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                process.kill()
