@@ -17,6 +17,7 @@ Other tables are templates in `templates/`. FILE is a path below docs/results.
     identify-quality FILE N  result of `tools.benchmarks.identify_quality`: its table N, from 0
     goodput FILE             result of `tools.benchmarks.goodput`, with its chart as a picture
     generation-chart FILE    the picture of a result of `sllm benchmark generation`
+    gpu-check FILE           results.jsonl of `tools.gpu_check run`: how each check ended
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from pipeline.evaluation.controls import SHIFTS
 from pipeline.reports.charts import generation_plots
 from pipeline.research import compare_page, context_table, scaling
 from tools.benchmarks import goodput, identify_quality, segment_quality
+from tools.gpu_check import page as gpu_page
+from tools.gpu_check import runner as gpu_check
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -252,6 +255,15 @@ def generation_chart(results: Results, file: str) -> list[str]:
     return results.draw(f"{file.removesuffix('.json')}.svg", generation_plots(found), caption)[1:]
 
 
+def gpu_check_table(results: Results, file: str) -> list[str]:
+    records = gpu_check.read(results.folder / file)
+    return [
+        *(f"{line}." for line in gpu_page.machines(records)),
+        "",
+        *markdown_table(gpu_page.summary(records)),
+    ]
+
+
 def of_template(path: Path) -> Callable[..., list[str]]:
     """A table whose template reads the files."""
 
@@ -282,5 +294,6 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "identify-quality": identify_quality_table,
     "goodput": goodput_table,
     "generation-chart": generation_chart,
+    "gpu-check": gpu_check_table,
     **{path.name.split(".")[0]: of_template(path) for path in sorted(TEMPLATES.glob("*.md.jinja"))},
 }

@@ -62,25 +62,16 @@ def run(
 
 
 @app.command
-def bundle(
-    *,
-    output: str,
-    python_version: str = "3.12",
-    tokenizer: str | None = None,
-    corpus: Many = (),
-    valid: Many = (),
-) -> None:
+def bundle(*, output: str, python_version: str = "3.12", inputs: str | None = None) -> None:
     """Prepare a folder for a machine with torch and transformers, but no package index: wheels, shards, and
     run.sh, which starts the checks there.
 
     Args:
         output: folder to write, at most 40 MiB
         python_version: of that machine
-        tokenizer: folder of a tokenizer (default: one is trained on the demo corpus)
-        corpus: text to train on (default: the demo corpus)
-        valid: text to evaluate on
+        inputs: folder with the shard sets `train` and `valid` (default: made of the demo corpus)
     """
-    size = bundles.make(Path(output), python_version, tokenizer, corpus, valid)
+    size = bundles.make(Path(output), python_version, inputs)
     log(f"{output}: {size / 2**20:.1f} MiB; there, in the project's folder: bash {output}/run.sh OUT")
 
 

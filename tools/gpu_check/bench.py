@@ -9,12 +9,14 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_prep.common.errors import first_line
 from data_prep.shards.reader import ShardSet
 from pipeline.cli.main import main as sllm
 from pipeline.config.schema import Recipe
@@ -36,11 +38,22 @@ class Bench:
         self.train, self.valid = (str(Path(setting.inputs).resolve() / part) for part in ("train", "valid"))
         self.work = Path(setting.output).resolve() / WORK / name
         self.work.mkdir(parents=True, exist_ok=True)
+        self.failed: list[str] = []
 
     def fact(self, **values: Any) -> None:
         """Keep figures, at once."""
         append(self.setting.output, {"check": self.name, "fact": values})
         print(json.dumps(values, default=str), flush=True)
+
+    @contextlib.contextmanager
+    def trial(self, what: str) -> Iterator[None]:
+        """A part of the check: an error in it is kept, and the parts after it run."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failed.append(f"{what}: {first_line(error)}")
+            self.fact(part=what, error=first_line(error))
 
     def wait(self) -> None:
         if self.on_gpu:
@@ -74,12 +87,12 @@ class Bench:
     def shards(self) -> ShardSet:
         return ShardSet.open(self.train)
 
-    def sized(self, name: str, small: str = "small-sllm") -> Recipe:
-        """A recipe on this check's shards (`small` in place of it where all is small).
+    def sized(self, name: str) -> Recipe:
+        """A recipe on this check's shards; where all is small, `small-sllm` in place of it.
 
         The large ones have OPT's vocabulary, whatever the tokenizer has: the head is a large part of their
         cost."""
-        recipe = sized_recipe(small if self.small else name)
+        recipe = sized_recipe("small-sllm" if self.small else name)
         recipe.data.shards, recipe.data.validation = [self.train], self.valid
         recipe.data.bin_tokens = self.tokens
         recipe.data.window_tokens = min(recipe.data.window_tokens, self.tokens)
@@ -107,6 +120,7 @@ if __name__ == "__main__":
     # An error ends the process with its trace, whose last line goes into the results.
     where, name, given = sys.argv[1:]
     module, function = where.split(":")
-    getattr(importlib.import_module(f"tools.gpu_check.{module}"), function)(
-        Bench(name, Setting(**json.loads(given)))
-    )
+    bench = Bench(name, Setting(**json.loads(given)))
+    getattr(importlib.import_module(f"tools.gpu_check.{module}"), function)(bench)
+    if bench.failed:
+        raise SystemExit("; ".join(bench.failed))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -31,7 +32,7 @@ THERE = frozenset(
 LEFT_OUT = frozenset("datasets pyarrow webdataset tensorboard".split())
 SOURCE_ONLY = "deepspeed"  # without ops it is pure Python
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_17", "2014", "1")]
-REHEARSED = ("machine", "model", "train")
+REHEARSED = ("machine", "train", "tests")
 VOCABULARY = "8192"
 RUN = """\
 #!/usr/bin/env bash
@@ -56,14 +57,8 @@ sys.meta_path.insert(0, Refuse)
 """
 
 
-def make(
-    output: Path,
-    python_version: str,
-    tokenizer: str | None = None,
-    corpus: Sequence[str] = (),
-    valid: Sequence[str] = (),
-) -> int:
-    """Write the folder; its size in bytes.
+def make(output: Path, python_version: str, inputs: str | None = None) -> int:
+    """Write the folder; its size in bytes. inputs: shard sets to carry, in place of the demo corpus.
 
     Raises: UserError for one that is too large, that is no empty folder, or whose rehearsal fails.
     """
@@ -73,7 +68,10 @@ def make(
     carried = needed(python_version)
     log(f"wheels for Python {python_version}: {', '.join(carried)}")
     _download(carried, python_version, output / "wheels")
-    prepare_inputs(output / "inputs", tokenizer, corpus, valid)
+    if inputs:
+        shutil.copytree(inputs, output / "inputs")
+    else:
+        prepare_inputs(output / "inputs")
     (output / "run.sh").write_text(RUN)
     size = require_size(output)
     rehearse(output, carried)
@@ -84,7 +82,7 @@ def require_size(output: Path) -> int:
     """Bytes of a folder. Raises: UserError above the limit."""
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     if size > MOST_MIB * 2**20:
-        raise UserError(f"{output}: {size / 2**20:.1f} MiB, at most {MOST_MIB}: give less text by --corpus")
+        raise UserError(f"{output}: {size / 2**20:.1f} MiB, at most {MOST_MIB}: carry smaller shards")
     return size
 
 
@@ -127,24 +125,18 @@ def _download(carried: dict[str, str], python_version: str, folder: Path) -> Non
     run_command([*pip, *source, f"{SOURCE_ONLY}=={carried[SOURCE_ONLY]}"], "pip wheel", env=environment)
 
 
-def prepare_inputs(
-    folder: Path, tokenizer: str | None = None, corpus: Sequence[str] = (), valid: Sequence[str] = ()
-) -> None:
-    """Shard sets `train` and `valid` of the text given, or of the demo corpus."""
+def prepare_inputs(folder: Path) -> None:
+    """Shard sets `train` and `valid` of the demo corpus."""
     from data_prep.cli import main as data_prep
 
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
-        text = Path(name)
-        if not corpus or not valid:
-            data_prep(["demo-corpus", "--output", str(text)])
-        sources = {"train": corpus or [str(text / "EN")], "valid": valid or [str(text / "valid")]}
-        if tokenizer is None:
-            tokenizer = str(text / "tokenizer")
-            words = ["--vocab-size", VOCABULARY, "--input", *sources["train"]]
-            data_prep(["tokenizer", *words, "--output", tokenizer])
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as text:
+        tokenizer, sources = f"{text}/tokenizer", {"train": f"{text}/EN", "valid": f"{text}/valid"}
+        data_prep(["demo-corpus", "--output", text])
+        words = ["--output", tokenizer, "--vocab-size", VOCABULARY]
+        data_prep(["tokenizer", "--input", sources["train"], *words])
         for part, source in sources.items():
-            words = ["--tokenizer", tokenizer, "--segmenter", "clause", "--lang", "en", "--input", *source]
-            data_prep(["shard", *words, "--output", str(folder / part)])
+            words = ["--tokenizer", tokenizer, "--segmenter", "clause", "--lang", "en"]
+            data_prep(["shard", "--input", source, "--output", str(folder / part), *words])
 
 
 def rehearse(bundle: Path, carried: Iterable[str], checks: Sequence[str] = REHEARSED) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from pipeline.costs.benchmark import published_opt
 from pipeline.costs.inspect import DryRun
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.models import flops
-from pipeline.models.folders import model_config
 
 PAIRS = {"sllm-125m-h1": "opt-125m", "sllm-1.3b-h1": "opt-1.3b"}
 BATCHES = (1, 64)
@@ -145,16 +145,20 @@ def _parts(model: nn.Module) -> dict[str, Part]:
     return {part: Part(sums[part], 2 * calls[part]) for part in sums}
 
 
-def writing(ours: str, theirs: str, batch: int, card: Card) -> dict[str, Any]:
-    """New tokens per second of a recipe's model and of OPT with a static cache."""
+@cache
+def _sides(ours: str, theirs: str) -> tuple[dict[str, Part], dict[str, Part], int]:
+    """The parts of both models; bytes that OPT caches per token."""
     with FakeTensorMode():
         opt = published_opt(theirs)
     model, _, _ = DryRun(sized_recipe(ours), None, "bf16").step(CONTEXT, False)
-    parts, plain = _parts(model), _parts(opt)
-    cache = 2 * BYTES * batch * CONTEXT
-    config, backbone = model_config(opt), model_config(model).backbone
-    of_opt = cache * config.num_hidden_layers * config.hidden_size
-    of_ours = cache * backbone.num_hidden_layers * backbone.hidden_size // SENTENCE_TOKENS
+    return _parts(model), _parts(opt), 2 * BYTES * opt.config.num_hidden_layers * opt.config.hidden_size
+
+
+def writing(ours: str, theirs: str, batch: int, card: Card) -> dict[str, Any]:
+    """New tokens per second of a recipe's model and of OPT with a static cache; both have one backbone."""
+    parts, plain, per_token = _sides(ours, theirs)
+    of_opt = batch * CONTEXT * per_token
+    of_ours = of_opt // SENTENCE_TOKENS
     token = plain["backbone"].seconds(card, batch, of_opt) + plain["head"].seconds(card, batch)
     symbol = parts["decoder"].seconds(card, batch) + parts["head"].seconds(card, batch)
     sentence = parts["backbone"].seconds(card, batch, of_ours)
@@ -177,16 +181,22 @@ def expected(records: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
     card = Card.measured(facts)
 
     def measured(key: str, **wanted: Any) -> Any:
-        found = [fact[key] for fact in facts if key in fact and wanted.items() <= fact.items()]
+        found = [
+            fact[key] for fact in facts if key in fact and all(fact.get(k) == v for k, v in wanted.items())
+        ]
         return found[-1] if found else None
 
     trained = [training(name, card) for name in PAIRS]
     for row in trained:
-        row["measured"] = {key: measured(key, model=row["model"]) for key in ("tokens_per_second", "mfu")}
+        row["measured"] = {
+            key: measured(key, model=row["model"], batch=None) for key in ("tokens_per_second", "mfu")
+        }
     written = [writing(*pair, batch, card) for pair in PAIRS.items() for batch in BATCHES]
     for row in written:
-        found = {"batch": row["batch"], "static_name": row["against"]}
-        speeds = {"ours": measured("ours", **found), "static": measured("static_tokens_per_second", **found)}
+        names = {"ours": row["model"], "static": f"{row['against']} static"}
+        speeds = {
+            key: measured("tokens_per_second", model=name, batch=row["batch"]) for key, name in names.items()
+        }
         both = all(speeds.values())
         row["measured"] = {**speeds, "ratio": speeds["ours"] / speeds["static"] if both else None}
     return {"card": asdict(card), "training": trained, "writing": written}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -62,58 +62,51 @@ def attention(bench: Bench) -> None:
         for path in (*PATHS, *KERNELS)
         if path != "masked" and why_not(path, bench.device, bench.dtype, HEAD_DIM, True) is None
     ]
-    # The one that compiles for long comes last.
-    usable.sort(key=lambda path: path == "flex")
-    rng = np.random.default_rng(0)
-    lengths = (rng.integers(1, 25, 200), rng.integers(1, 150, 30), np.array([1, 200, 3, 90, 128, 1, 129]))
-    allowed = 2e-2 if bench.on_gpu else 1e-4
+    usable.sort(key=lambda path: path == "flex")  # compiles for long
     for path in usable:
-        worst = 0.0
-        for heads in (2,) if bench.small else HEADS:
-            for causal, window in ((False, None), (True, None), (True, 32)):
-                for one in lengths[1:] if bench.small else lengths:
-                    layout = SegmentLayout(one, bench.device)
-                    rows = _rows(bench, layout, heads, 4)
-                    found = _gradients(path, rows, bench.dtype, layout, causal, window)
-                    exact = _gradients("masked", rows, torch.float32, layout, causal, window)
-                    differences = [
-                        float((x.float() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)
-                    ]
-                    worst = max(worst, *differences)
-        bench.fact(path=path, relative_difference=worst, allowed=allowed)
-        assert worst <= allowed, f"{path} differs from the plain definition by {worst:.1e}"
-    recipe = bench.sized("sllm-125m-h1")
-    _, batch = Bins(bench.shards(), recipe, bench.tokens)[0]
+        with bench.trial(path):
+            worst, allowed = _difference(bench, path), 2e-2 if bench.on_gpu else 1e-4
+            bench.fact(path=path, relative_difference=worst, allowed=allowed)
+            assert worst <= allowed, f"differs from the plain definition by {worst:.1e}"
+    _, batch = Bins(bench.shards(), bench.sized("sllm-125m-h1"), bench.tokens)[0]
     batch = batch.to(bench.device)
-    parts = (
-        ("encoder", batch.sentence_layout, False, None),
-        ("decoder", batch.decoder_layout, True, None),
-        ("backbone", batch.backbone_layout, True, None),
-        ("stack", batch.token_model_layout, True, 32),
-    )
-    for path in usable:
-        for part, layout, causal, window in parts:
-            for heads in (2,) if bench.small else HEADS:
-                q, k, v = (x.requires_grad_() for x in _rows(bench, layout, heads, 3))
+    parts = {
+        "encoder": (batch.sentence_layout, False, None),
+        "decoder": (batch.decoder_layout, True, None),
+        "backbone": (batch.backbone_layout, True, None),
+        "stack": (batch.token_model_layout, True, 32),
+    }
+    heads = (2,) if bench.small else HEADS
+    for path, part, count in itertools.product(usable, parts, heads):
+        with bench.trial(f"{path}, {part}, {count} heads"):
+            layout, causal, window = parts[part]
+            rows = _rows(bench, layout, count, 4)
 
-                def both(q=q, k=k, v=v, path=path, layout=layout, causal=causal, window=window) -> None:
-                    with attention_path(path):
-                        out = packed_attention(q, k, v, layout, causal, window=window)
-                    out.sum().backward()
-                    q.grad = k.grad = v.grad = None
+            def both(path=path, rows=rows, form=parts[part]) -> None:
+                _gradients(path, rows, bench.dtype, *form)
 
+            both()
+            with bench.peak() as memory:
                 both()
-                with bench.peak() as memory:
-                    both()
-                bench.fact(
-                    part=part,
-                    rows=layout.rows,
-                    segments=len(layout.lengths),
-                    heads=heads,
-                    path=path,
-                    forward_backward_ms=1e3 * bench.seconds(both, runs=3 if bench.small else 10),
-                    peak_gb=memory["gb"],
-                )
+            milliseconds = 1e3 * bench.seconds(both, runs=3 if bench.small else 10)
+            sizes = {"rows": layout.rows, "segments": len(layout.lengths), "heads": count}
+            figures = {"forward_backward_ms": milliseconds, "peak_gb": memory["gb"]}
+            bench.fact(path=path, part=part, **sizes, **figures)
+
+
+def _difference(bench: Bench, path: str) -> float:
+    """Largest relative difference of output and gradients from the path `masked` in fp32."""
+    rng, worst = np.random.default_rng(0), 0.0
+    lengths = (rng.integers(1, 25, 200), rng.integers(1, 150, 30), np.array([1, 200, 3, 90, 128, 1, 129]))
+    forms = ((False, None), (True, None), (True, 32))
+    for heads, sizes, form in itertools.product((2,) if bench.small else HEADS, lengths, forms):
+        layout = SegmentLayout(sizes, bench.device)
+        rows = _rows(bench, layout, heads, 4)
+        found = _gradients(path, rows, bench.dtype, layout, *form)
+        exact = _gradients("masked", rows, torch.float32, layout, *form)
+        both = zip(found, exact, strict=True)
+        worst = max(worst, *(float((x.float() - y).norm() / y.norm()) for x, y in both))
+    return worst
 
 
 def _rows(bench: Bench, layout: SegmentLayout, heads: int, count: int) -> list[Tensor]:
@@ -122,12 +115,7 @@ def _rows(bench: Bench, layout: SegmentLayout, heads: int, count: int) -> list[T
 
 
 def _gradients(
-    path: str,
-    rows: Sequence[Tensor],
-    dtype: torch.dtype,
-    layout: SegmentLayout,
-    causal: bool,
-    window: int | None,
+    path: str, rows: list[Tensor], dtype: torch.dtype, layout: SegmentLayout, causal: bool, window: int | None
 ) -> list[Tensor]:
     """Output, and gradients of q, k and v, under the last of `rows` as gradient of the output."""
     q, k, v = (x.to(dtype).detach().requires_grad_() for x in rows[:3])

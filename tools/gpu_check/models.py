@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config.schema import Recipe
@@ -20,27 +21,31 @@ KERNELS_SHOWN = 14
 
 def same_scores(bench: Bench) -> None:
     """Small models of every kind: CPU = device, bf16 near fp32, and the guarantees of `sllm check`."""
-    shards = bench.shards()
-    tokenizer, text = shards.tokenizer(), shards.settings.to_dict()
     for name in KINDS:
-        recipe = sized_recipe(name)
-        recipe.data.window_tokens = min(recipe.data.window_tokens, 512)
-        torch.manual_seed(0)
-        model = new_model(recipe, tokenizer, text).eval()
-        _, batch = Bins(shards, recipe, 512)[0]
-        with torch.no_grad():
-            cpu = float(model(batch).objective)
-            model, batch = model.to(bench.device), batch.to(bench.device)
-            here = float(model(batch).objective)
-        report = check_model(model, documents=3)
-        worst = max(check["max_difference"] for check in report["checks"])
-        with torch.no_grad():
-            half = float(model.to(torch.bfloat16)(batch).objective)
-        found = {"device": abs(here / cpu - 1), "bf16": abs(half / cpu - 1), "check": worst}
-        bench.fact(model=name, objective=cpu, **found, checks=len(report["checks"]))
-        failed = [f"{check['check']} {check['path']}" for check in report["checks"] if not check["passed"]]
-        assert not failed, f"{name}: {', '.join(failed)}"
-        assert found["device"] < 1e-4 and found["bf16"] < 3e-2, f"{name}: {found}"
+        with bench.trial(name):
+            _same_scores(bench, name)
+
+
+def _same_scores(bench: Bench, name: str) -> None:
+    shards = bench.shards()
+    recipe = sized_recipe(name)
+    recipe.data.window_tokens = min(recipe.data.window_tokens, 512)
+    torch.manual_seed(0)
+    model = new_model(recipe, shards.tokenizer(), shards.settings.to_dict()).eval()
+    _, batch = Bins(shards, recipe, 512)[0]
+    with torch.no_grad():
+        cpu = float(model(batch).objective)
+        model, batch = model.to(bench.device), batch.to(bench.device)
+        here = float(model(batch).objective)
+    report = check_model(model, documents=3)
+    worst = max(check["max_difference"] for check in report["checks"])
+    with torch.no_grad():
+        half = float(model.to(torch.bfloat16)(batch).objective)
+    found = {"device": abs(here / cpu - 1), "bf16": abs(half / cpu - 1), "check": worst}
+    bench.fact(model=name, objective=cpu, **found, checks=len(report["checks"]))
+    failed = [f"{check['check']} {check['path']}" for check in report["checks"] if not check["passed"]]
+    assert not failed, ", ".join(failed)
+    assert found["device"] < 1e-4 and found["bf16"] < 3e-2, f"differs: {found}"
 
 
 def speed(bench: Bench) -> None:
@@ -94,6 +99,7 @@ def _kernels(bench: Bench, recipe: Recipe, name: str) -> None:
     step.clear()
     with bench.peak() as memory:
         step()
+    kind = DeviceType.CUDA if bench.on_gpu else DeviceType.CPU
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])]
     side.prepare(1)
     with profile(activities=activities) as profiled:
@@ -103,7 +109,7 @@ def _kernels(bench: Bench, recipe: Recipe, name: str) -> None:
     def own_us(event) -> float:
         return event.self_device_time_total if bench.on_gpu else event.self_cpu_time_total
 
-    events = [event for event in profiled.key_averages() if own_us(event) > 0]
+    events = [event for event in profiled.key_averages() if event.device_type == kind]
     total = sum(map(own_us, events))
     bench.fact(model=name, step_gb=memory["gb"], busy_ms=total / 1e3, kinds=len(events))
     for event in sorted(events, key=own_us, reverse=True)[:KERNELS_SHOWN]:

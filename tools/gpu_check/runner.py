@@ -62,7 +62,7 @@ CHECKS = (
     _check("model", 30, "models:same_scores", "CPU = device, cached = uncached, causal, bf16", True),
     _check("train", 90, "runs:train", "train.py: speed, save, resume, audit, export, evaluate", True),
     _check("speed", 100, "models:speed", "125M H1 and H2 beside OPT-125M, kernel table", True),
-    _check("generation", 75, "writing:generation", "125M beside OPT-125M, batch 1 and 64", True),
+    _check("generation", 95, "writing:generation", "125M beside OPT-125M, batch 1 and 64", True),
     _check("speed-1.3b", 100, "models:speed_large", "1.3B H1 and H2 beside OPT-1.3B, kernel table"),
     _check("generation-256", 75, "writing:large_batch", "125M beside OPT-125M, batch 256"),
     _check("strategies", 80, "runs:strategies", "zero0, zero1, zero3: step, memory, losses"),

@@ -84,7 +84,7 @@ def train(bench: Bench) -> None:
         in_the_run=of_run,
     )
     # Other documents of the same text: a model that was damaged on its way is far off.
-    assert abs(found["bits_per_byte"] / of_run - 1) < 0.2, "the exported model is not the trained one"
+    assert abs(found["bits_per_byte"] / of_run - 1) < 0.3, "the exported model is not the trained one"
 
 
 def _start(bench: Bench, name: str, recipe: Recipe, strategy: str) -> list[dict[str, Any]]:

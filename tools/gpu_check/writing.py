@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-import numpy as np
-import torch
-
 from pipeline.costs.benchmark_generation import Case, make_side, measure
-from pipeline.costs.options import GenerationBenchmark
+from pipeline.costs.options import SIDES, GenerationBenchmark
 from tools.gpu_check.bench import Bench
 
 CONTEXT, SENTENCES, SENTENCE_TOKENS = 256, 5, 11
-LONG, SHORT = 64, 8  # new tokens: the difference leaves the prompt out
 
 
 def generation(bench: Bench) -> None:
@@ -40,48 +35,27 @@ def _beside(bench: Bench, ours: str, theirs: str, batches: tuple[int, ...]) -> N
         dtype=bench.precision,
         device=bench.device.type,
     )
-    with bench.device, torch.random.fork_rng(devices=[]):
-        sides: dict[str, Any] = {
-            name: make_side(name, options, bench.device) for name in ("model", "against")
-        }
-    context = CONTEXT // 4 if bench.small else CONTEXT
-    for batch in batches:
-        with bench.peak() as memory:
-            point = measure(Case(batch, context, SENTENCES, SENTENCE_TOKENS), sides, 1 if bench.small else 3)
-        bench.fact(
-            batch=batch,
-            **{f"{side}_name": sides[side].name for side in sides},
-            **{f"{side}_tokens_per_second": point[side]["tokens_per_second"]["median"] for side in sides},
-            **{f"{side}_first_sentence_s": point[side]["first_sentence"]["median"] for side in sides},
-            peak_gb=memory["gb"],
-            ratio=point["ratios"]["tokens_per_second"],
-        )
-        bench.fact(
-            **_static(bench, sides["against"], batch, context),
-            ours=point["model"]["tokens_per_second"]["median"],
-        )
-
-
-def _static(bench: Bench, side: Any, batch: int, context: int) -> dict[str, Any]:
-    """Tokens per second of a token model with a static cache: on a GPU, transformers compiles its decoding
-    step with CUDA graphs."""
-    prompts = np.random.default_rng(0).integers(4, side.model.config.vocab_size, (batch, context))
-    ids = torch.from_numpy(prompts).to(bench.device)
-
-    def write(tokens: int) -> None:
-        with torch.inference_mode():
-            side.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
-                cache_implementation="static",
+    with bench.device:  # random weights are drawn where they are used
+        sides: dict[str, Any] = {name: make_side(name, options, bench.device) for name in SIDES}
+    context, runs = (CONTEXT // 4, 1) if bench.small else (CONTEXT, 3)
+    cases = [Case(batch, context, SENTENCES, SENTENCE_TOKENS) for batch in batches]
+    for case in cases:
+        with bench.trial(f"batch {case.batch}"), bench.peak() as memory:
+            point = measure(case, sides, runs)
+            for side in SIDES:
+                _figures(bench, sides[side].name, case.batch, point[side], "")
+            bench.fact(
+                model=sides["model"].name, batch=case.batch, times_eager=point["ratios"]["tokens_per_second"]
             )
+        bench.fact(model=sides["model"].name, batch=case.batch, peak_gb=memory["gb"])
+    # On a GPU, transformers compiles the decoding step with CUDA graphs then: the strongest baseline.
+    sides["against"].model.generation_config.cache_implementation = "static"
+    for case in cases:
+        with bench.trial(f"static cache, batch {case.batch}"):
+            point = measure(case, {"against": sides["against"]}, runs)
+            _figures(bench, sides["against"].name, case.batch, point["against"], " static")
 
-    began = time.perf_counter()
-    write(LONG)
-    warm_up = time.perf_counter() - began
-    long, short = (bench.seconds(lambda n=n: write(n), runs=2, warm=1) for n in (LONG, SHORT))
-    speed = batch * (LONG - SHORT) / (long - short)
-    return {"batch": batch, "static_name": side.name, "static_tokens_per_second": speed, "warm_up_s": warm_up}
+
+def _figures(bench: Bench, name: str, batch: int, side: dict[str, Any], how: str) -> None:
+    medians = {key: side[key]["median"] for key in ("tokens_per_second", "first_sentence")}
+    bench.fact(model=name + how, batch=batch, **medians)
