@@ -64,9 +64,11 @@ def speed_large(bench: Bench) -> None:
 
 def _beside(bench: Bench, name: str, against: str | None) -> None:
     recipe = bench.sized(name)
+    if bench.small:
+        name, against = "small-sllm", "small-lm"
     options = TrainingBenchmark(
         recipe=str(bench.written(recipe, name)),
-        against="small-lm" if bench.small and against else against,
+        against=against,
         data=bench.train,
         tokens=bench.tokens,
         runs=3 if bench.small else 6,
