@@ -101,7 +101,7 @@ def test_the_page_shows_every_check_and_figure(tmp_path: Path) -> None:
 
 def test_unknown_checks_and_missing_inputs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for words, part in (
-        (["--only", "speeed"], "there is no such check"),
+        (["--only", "sped-up"], "there is no such check"),
         (["--inputs", str(tmp_path)], "has no folder train"),
     ):
         command = ["run", "--output", str(tmp_path / "out"), *words]
