@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.costs.benchmark import published_opt
+from pipeline.costs.benchmark import OPT_VOCABULARY, published_opt
 from pipeline.costs.inspect import DryRun
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.models import flops
@@ -68,11 +68,16 @@ class Card:
 
 
 class DeviceTime(TorchDispatchMode):
-    """Adds up what the operators inside the block would take on a card. seconds: by operator."""
+    """Adds up what the operators inside the block would take on a card.
 
-    def __init__(self, card: Card):
+    seconds: by operator. products: of matrix products alone. saved: what one kernel in place of all operators
+    on rows of `vocabulary` logits would save; it reads them once and writes their gradient once.
+    """
+
+    def __init__(self, card: Card, vocabulary: int = 0):
         super().__init__()
         self.card, self.seconds, self.products = card, Counter[str](), 0.0
+        self.saved, self._vocabulary = 0.0, vocabulary
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -83,9 +88,14 @@ class DeviceTime(TorchDispatchMode):
         # A gather reads what it writes, not all of its table.
         gathers = name in ("aten::index_select", "aten::embedding", "aten::gather")
         seconds = (written + (written if gathers else _bytes((args, kwargs)))) / self.card.copy
+        logits = any(x.ndim == 2 and x.shape[-1] == self._vocabulary for x in _tensors((args, out)))
         if product := _product(name, args, out):
             self.products += 2 * product / self.card.gemm
             seconds = max(seconds, 2 * product / self.card.gemm)
+            if any(x.shape[-1] == self._vocabulary for x in _tensors(out)):
+                self.saved -= 2 * written / self.card.copy
+        elif logits:
+            self.saved += seconds
         self.seconds[name] += seconds
         return out
 
@@ -101,24 +111,32 @@ def _product(name: str, args: Any, out: Any) -> float:
     return query.numel() * key.shape[-2] * (2.5 if backward else 1)
 
 
+def _tensors(values: Any) -> list[Tensor]:
+    return list({id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}.values())
+
+
 def _bytes(values: Any) -> int:
-    tensors = {id(x): x for x in tree_leaves(values) if isinstance(x, Tensor)}
-    return sum(x.numel() * x.element_size() for x in tensors.values())
+    return sum(x.numel() * x.element_size() for x in _tensors(values))
 
 
 def training(name: str, card: Card) -> dict[str, Any]:
     """Forward and backward of a recipe's model on a bin, in bf16."""
     recipe = sized_recipe(name)
     model, batch, step = DryRun(recipe, None, "bf16").step(recipe.data.bin_tokens, False)
-    with next(model.parameters()).fake_mode, DeviceTime(card) as time:
+    with next(model.parameters()).fake_mode, DeviceTime(card, OPT_VOCABULARY) as time:
         model(batch).objective.backward()
     seconds = sum(time.seconds.values())
+
+    def speed(seconds: float) -> dict[str, float]:
+        mfu = 2 * step.training / seconds / card.peak
+        return {"tokens_per_second": batch.tokens / seconds, "mfu": mfu}
+
     return {
         "model": name,
         "multiply_adds_per_token": step.training / batch.tokens,
-        "products_tokens_per_second": batch.tokens / time.products,
-        "tokens_per_second": batch.tokens / seconds,
-        "mfu": 2 * step.training / seconds / card.peak,
+        "products": speed(time.products),
+        "expected": speed(seconds),
+        "fused": speed(seconds - time.saved),
         "slowest": dict(time.seconds.most_common(8)),
     }
 
