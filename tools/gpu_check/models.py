@@ -37,7 +37,7 @@ def _same_scores(bench: Bench, name: str) -> None:
         cpu = float(model(batch).objective)
         model, batch = model.to(bench.device), batch.to(bench.device)
         here = float(model(batch).objective)
-    report = check_model(model, documents=3)
+    report = check_model(model, documents=3, half_kernels=bench.on_gpu)
     worst = max(check["max_difference"] for check in report["checks"])
     with torch.no_grad():
         half = float(model.to(torch.bfloat16)(batch).objective)
