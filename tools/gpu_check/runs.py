@@ -13,7 +13,7 @@ from data_prep.common.processes import run_command
 from pipeline.config.library import find_deepspeed_config
 from pipeline.config.schema import Recipe
 from pipeline.training.run_log import EVALUATIONS, METRICS, SAVES, read_records
-from tools.benchmarks import strategies as starts
+from tools.benchmarks.strategies import train as short_run
 from tools.gpu_check.bench import Bench
 from tools.gpu_check.runner import ROOT
 
@@ -69,52 +69,48 @@ def train(bench: Bench) -> None:
     assert [row["step"] for row in more] == list(range(1, steps + 3))
     assert abs(more[steps]["loss"] - rows[-1]["loss"]) < 1.0, "the loss jumps where the run resumes"
     model = bench.work / "model"
-    for words in (["audit", run], ["export", run, "--output", model, "--which", "last"]):
-        began = time.monotonic()
-        found = bench.sllm(*words)
-        bench.fact(command=words[0], seconds=time.monotonic() - began, clean=found.get("clean", True))
-    began = time.monotonic()
-    documents = "4" if bench.small else "16"
-    found = bench.sllm("evaluate", "--model", model, "--data", bench.valid, "--max-documents", documents)
-    of_run = read_records(run / EVALUATIONS)[-1]["bits_per_byte"]
-    bench.fact(
-        command="evaluate",
-        seconds=time.monotonic() - began,
-        bits_per_byte=found["bits_per_byte"],
-        in_the_run=of_run,
-    )
-    # Other documents of the same text: a model that was damaged on its way is far off.
-    assert abs(found["bits_per_byte"] / of_run - 1) < 0.3, "the exported model is not the trained one"
+    documents = ("--max-documents", 4 if bench.small else 16)
+    for words in (
+        ("audit", run),
+        ("export", run, "--output", model, "--which", "last"),
+        ("evaluate", "--model", model, "--data", bench.valid, *documents),
+    ):
+        with bench.trial(words[0]):
+            began = time.monotonic()
+            found = bench.sllm(*words)
+            bits = found.get("bits_per_byte")
+            bench.fact(command=words[0], seconds=time.monotonic() - began, bits_per_byte=bits)
+            if bits is not None:
+                # Other documents of the same text: a model that was damaged on its way is far off.
+                of_run = read_records(run / EVALUATIONS)[-1]["bits_per_byte"]
+                assert abs(bits / of_run - 1) < 0.3, f"the run evaluated to {of_run:.3f} bits per byte"
 
 
-def _start(bench: Bench, name: str, recipe: Recipe, strategy: str) -> list[dict[str, Any]]:
-    began = time.monotonic()
-    rows = starts.train(recipe, [find_deepspeed_config(strategy)], 1, os.cpu_count() or 1, bench.device.type)
-    bench.fact(start=name, start_to_end_s=time.monotonic() - began, **_figures(rows))
-    return rows
-
-
-def _same_losses(one: list[dict[str, Any]], other: list[dict[str, Any]], allowed: float) -> None:
-    worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(one, other, strict=True))
-    assert worst < allowed, f"losses differ by {worst:.1e}"
+def _compare(bench: Bench, variants: dict[str, tuple[str, bool]]) -> None:
+    """Short runs from the same weights on the same text: name → strategy, compiled. The first that works is
+    the reference."""
+    recipe, reference = _recipe(bench, 5 if bench.small else 8), list[float]()
+    recipe.data.validation, threads = None, os.cpu_count() or 1
+    for name, (strategy, recipe.training.compile) in variants.items():
+        with bench.trial(name):
+            began = time.monotonic()
+            rows = short_run(recipe, [find_deepspeed_config(strategy)], 1, threads, bench.device.type)
+            losses = [row["loss"] for row in rows]
+            reference = reference or losses
+            worst = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
+            seconds = time.monotonic() - began
+            bench.fact(run=name, start_to_end_s=seconds, **_figures(rows), loss_difference=worst)
+            assert worst < (5e-2 if bench.on_gpu else 1e-3), f"its losses differ by {worst:.1e}"
 
 
 def strategies(bench: Bench) -> None:
-    """The ZeRO stages on one device, from the same weights and text."""
-    recipe = _recipe(bench, 5 if bench.small else 8)
-    recipe.data.validation = None
-    rows = {name: _start(bench, name, recipe, name) for name in ("zero0", "zero1", "zero3")}
-    for name in ("zero1", "zero3"):
-        _same_losses(rows[name], rows["zero0"], 5e-2 if bench.on_gpu else 1e-3)
+    """The ZeRO stages on one device."""
+    _compare(bench, {name: (name, False) for name in ("zero0", "zero1", "zero3")})
 
 
 def compiled(bench: Bench) -> None:
     """`training.compile` beside the same run without it."""
-    recipe = _recipe(bench, 5 if bench.small else 8)
-    recipe.data.validation = None
-    plain = _start(bench, "eager", recipe, "zero1")
-    recipe.training.compile = True
-    _same_losses(_start(bench, "compiled", recipe, "zero1"), plain, 5e-2 if bench.on_gpu else 1e-3)
+    _compare(bench, {"eager": ("zero1", False), "compiled": ("zero1", True)})
 
 
 def doctor(bench: Bench) -> None:
