@@ -16,7 +16,7 @@ from tools.gpu_check import bundle as bundles
 from tools.gpu_check import page, runner
 
 EXAMPLE = "python -m tools.gpu_check run --output gpu-check --device cpu --small"
-CPU_PATIENCE = 4.0  # factor of all limits, which are a GPU's
+CPU_PATIENCE = 8.0  # factor of all limits, which are a GPU's
 
 app = make_app("python -m tools.gpu_check", __version__, __doc__.split("\n")[0], EXAMPLE)
 
@@ -38,7 +38,7 @@ def run(
         small: small models and few tokens, to try the program: every check, unless --only chooses
         inputs: folder with the shard sets `train` and `valid` (default: made of the demo corpus)
         only: these checks (default: those whose limits sum to 400 s; docs/performance.md names all)
-        patience: factor of the time limits (default: 1 on a GPU, 4 on a CPU)
+        patience: factor of the time limits (default: 1 on a GPU, 8 on a CPU)
     """
     known = {check.name: check for check in runner.CHECKS}
     if unknown := [name for name in only if name not in known]:

@@ -31,7 +31,7 @@ def blocks(records: Records) -> list[Block]:
 
 
 def machines(records: Records) -> list[str]:
-    """A line for each start of the program."""
+    """A line for each kind of start of the program."""
     lines = []
     for run in (record["run"] for record in records if "run" in record):
         packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items() if version)
@@ -42,7 +42,7 @@ def machines(records: Records) -> list[str]:
             f"{date}, {run['device']}{small}, {run['cpu']}, {run['cores']} cores, commit {commit}, "
             f"Python {run['python']}, {packages}"
         )
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def summary(records: Records) -> Table:

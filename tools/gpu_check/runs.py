@@ -90,7 +90,7 @@ def _compare(bench: Bench, variants: dict[str, tuple[str, bool]]) -> None:
     """Short runs from the same weights on the same text: name → strategy, compiled. The first that works is
     the reference."""
     recipe, reference = _recipe(bench, 5 if bench.small else 8), list[float]()
-    recipe.data.validation, threads = None, os.cpu_count() or 1
+    recipe.data.validation, threads = None, (os.cpu_count() or 1) if bench.on_gpu else 1
     for name, (strategy, recipe.training.compile) in variants.items():
         with bench.trial(name):
             began = time.monotonic()
