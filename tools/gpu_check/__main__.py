@@ -53,11 +53,9 @@ def run(
     setting = runner.Setting(device, small, str(folder), output, patience)
     ended = runner.run(chosen, setting)
     page.write(runner.read(Path(output) / runner.RESULTS), Path(output))
-    bad = [record["check"] for record in ended if record["status"] != "ok"]
-    log(
-        f"{counted(len(ended), 'check')}, {len(bad)} not passed{': ' if bad else ''}{', '.join(bad)}; "
-        f"{output}/report.html"
-    )
+    bad = [f"{record['check']} ({record['error']})" for record in ended if record["status"] != "ok"]
+    said = f": {', '.join(bad)}" if bad else ""
+    log(f"{output}/report.html: {counted(len(ended), 'check')}, {len(bad)} not passed{said}")
     return 1 if bad else 0
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
@@ -32,7 +32,7 @@ THERE = frozenset(
 LEFT_OUT = frozenset("datasets pyarrow webdataset tensorboard".split())
 SOURCE_ONLY = "deepspeed"  # without ops it is pure Python
 PLATFORMS = [f"manylinux{name}_x86_64" for name in ("_2_28", "_2_27", "_2_17", "2014", "1")]
-REHEARSED = ("machine", "train", "tests")
+REHEARSED = ("train", "tests")
 VOCABULARY = "8192"
 RUN = """\
 #!/usr/bin/env bash
@@ -87,23 +87,26 @@ def require_size(output: Path) -> int:
 
 
 def needed(python_version: str) -> dict[str, str]:
-    """Package → release of all that must be carried: the project's requirements and theirs, and pytest.
+    """Package → release of all that must be carried: the project's requirements and theirs, and the tests'.
 
     Raises: UserError for one that is not installed here.
     """
     setup = configparser.ConfigParser()
     setup.read(runner.ROOT / "setup.cfg")
-    direct = setup["options"]["install_requires"].splitlines()
-    open_ = [Requirement(line) for line in direct if line and not line.startswith("#")] + [
-        Requirement("pytest")
-    ]
-    found: dict[str, str] = {}
+    lines = setup["options"]["install_requires"].splitlines()
+    direct = [line for line in lines if line and not line.startswith("#")]
+    return _closure([*direct, "pytest", "hypothesis"], python_version, THERE | LEFT_OUT)
+
+
+def _closure(direct: Iterable[str], python_version: str, without: Collection[str] = ()) -> dict[str, str]:
     place = {"python_version": python_version, "python_full_version": f"{python_version}.0", "extra": ""}
+    open_, found = list(map(Requirement, direct)), dict[str, str]()
     while open_:
         requirement = open_.pop()
         name = canonicalize_name(requirement.name)
-        unwanted = name in THERE or name in LEFT_OUT or name in found
-        if unwanted or (requirement.marker and not requirement.marker.evaluate(place)):
+        if name in without or name in found:
+            continue
+        if requirement.marker and not requirement.marker.evaluate(place):
             continue
         try:
             installed = distribution(name)
@@ -143,11 +146,12 @@ def rehearse(bundle: Path, carried: Iterable[str], checks: Sequence[str] = REHEA
     """Run checks on this CPU without the packages that the other machine lacks.
 
     Raises: UserError with the last line of a check that fails."""
-    allowed = {*THERE, *carried}
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    allowed = {*_closure(["torch", "transformers"], version), *THERE, *carried, "sentence-llm"}
     refused = sorted(
         module
         for module, owners in packages_distributions().items()
-        if not {"sentence-llm", *allowed} & set(map(canonicalize_name, owners))
+        if not allowed & set(map(canonicalize_name, owners))
     )
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as name:
         folder = Path(name)
