@@ -2,6 +2,7 @@
 # make test       every test but those marked `long` (at most 15 minutes on 2 cores)
 # make test-fast  tests that start no processes of their own (at most 4 minutes)
 # make test-all   every test
+# make test-versions  test-fast on every Python found, and on the oldest and newest torch and transformers
 # make lint       ruff, import layers, spelling, words, types, structure
 # make gpu-check  acceptance on one GPU, at most 400 s (DEVICE=cpu SMALL=1: every check, small, on a CPU)
 # make gpu-check-bundle  what a GPU machine without a package index needs, in .gpu
@@ -28,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Two files at a time: much of a test's time is waiting for ranks, jobs and imports. A later `-n 0` in PYTEST_FLAGS wins.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-fast test-long test-all soak gpu-check gpu-check-bundle results docs docs-serve api dist lock audit lint format clean distclean
+.PHONY: help setup demo test test-fast test-long test-all test-versions soak gpu-check gpu-check-bundle results docs docs-serve api dist lock audit lint format clean distclean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -60,6 +61,9 @@ test-long: $(STAMP)
 	$(PYTEST) -m long --durations=0 $(PYTEST_FLAGS)
 
 test-all: test test-long
+
+test-versions: $(STAMP)
+	$(BIN)/python -m tools.versions $(VERSIONS)
 
 soak: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/soak.py --output docs/results/soak.json

@@ -50,6 +50,33 @@ def generation(*, options: Annotated[GenerationBenchmark, Parameter(name="*")], 
 
 
 @benchmark.command
+def counts(
+    *,
+    recipe: str,
+    strategy: Annotated[str, Parameter(alias="--deepspeed-config")] = "zero1",
+    tokens: Positive | None = None,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Kernels, host waits and bytes of a training step on one GPU, counted on the CPU.
+
+    example:
+      sllm benchmark counts --recipe sllm-125m-h1 --tokens 16384
+
+    Args:
+        recipe: recipe file, or the name of one that ships with the package
+        strategy: a file of ds_configs/
+        tokens: tokens of a micro-batch (default: the recipe's data.bin_tokens)
+    """
+    from data_prep.common.environment import write_result
+    from pipeline.costs import counts as counting
+
+    result = counting.run(recipe, strategy, tokens)
+    write_result(result, output)
+    answer(result, json, counting.format_counts)
+
+
+@benchmark.command
 def bound(
     *,
     recipe: str,

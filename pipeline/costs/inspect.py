@@ -1,9 +1,10 @@
 """`sllm inspect`: parameters, multiply-adds per token, and memory per GPU of a recipe's model under each ZeRO
 stage and world size.
 
-Needs no memory and no shards: the real model runs one step, forward and backward, on fake tensors, which have
-shapes only. Operations are counted from the rows that reach each layer, activations from the tensors alive
-during the step, so the figures follow the code. `benchmark_training.py` measures the same on hardware.
+Needs no memory and no shards: the real model runs one step, forward and backward, on tensors that have shapes
+only: in bf16 on the meta device, on the paths that a GPU takes, in fp32 as on a CPU. Operations are counted
+from the rows that reach each layer, activations from the tensors alive during the step, so the figures follow
+the code. `benchmark_training.py` measures the same on hardware.
 
 The synthetic bin has windows of `data.window_tokens` that fill `data.bin_tokens`, with sentences of
 `TOKENS_PER_SENTENCE` tokens on average (the clause cut of English with OPT's tokenizer).
@@ -21,8 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -95,6 +98,42 @@ def body_parameters(model: nn.Module) -> int:
 
 
 # One step on fake tensors --------------------------------------------------------------------------------
+
+
+class AsOnCuda(TorchFunctionMode):
+    """Takes the operators of CUDA for attention with a mask and for dropout, where the meta device takes
+    several others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _efficient_attention(*args, **given)
+        if func is F.dropout and given["p"] and given["training"]:
+            return torch.native_dropout(args[0], given["p"], True)[0]
+        return func(*args, **given)
+
+
+def _efficient_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(q, k, v, bias, True, dropout, False, scale=scale)[0]
+
+
+def of_shapes(recipe: Recipe, vocabulary: Vocabulary, dtype: torch.dtype) -> nn.Module:
+    """The recipe's model for training on a GPU, on the meta device."""
+    with torch.device("meta"):
+        return _trained(new_model(recipe, vocabulary, {}).to(dtype), recipe)
+
+
+def _trained(model: nn.Module, recipe: Recipe) -> nn.Module:
+    parameter_groups(model, recipe.optimizer)  # freezes what the recipe freezes
+    for module in model.train().modules():
+        # Older transformers draw a number for each layer even at 0, and tensors without values have none.
+        module.training &= not hasattr(module, "layerdrop")
+    return model
 
 
 class _Memory(TorchDispatchMode):
@@ -190,17 +229,6 @@ def dry_step(model: nn.Module, batch: Batch, checkpointing: bool = False) -> Dry
     )
 
 
-def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model.to(dtype)`, which does not work for fake weights; shared weights stay shared."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(parameter.to(dtype), parameter.requires_grad)
-            setattr(module, name, made[id(parameter)])
-    return model
-
-
 def _vocabulary(model: nn.Module) -> int:
     return model_config(model).vocab_size
 
@@ -229,13 +257,12 @@ class DryRun:
         longest = self.recipe.reading_part.get("max_sentence_tokens") or 64
         window = min(self.recipe.data.window_tokens, tokens)
         batch = made_up_batch(window, tokens, self.tokens_per_sentence, longest)
+        if self.dtype != "fp32":  # as on a GPU
+            batch, model = batch.to("meta"), of_shapes(self.recipe, self.vocabulary, DTYPES[self.dtype])
+            with AsOnCuda():
+                return model, batch, dry_step(model, batch, checkpointing)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model = new_model(self.recipe, self.vocabulary, {})
-            parameter_groups(model, self.recipe.optimizer)  # freezes what the recipe freezes
-            model = _converted(model, DTYPES[self.dtype]).train()
-            for module in model.modules():
-                # Older transformers draw a number for each layer even at 0, and a fake tensor has no value.
-                module.training &= not hasattr(module, "layerdrop")
+            model = _trained(new_model(self.recipe, self.vocabulary, {}), self.recipe)
             return model, batch, dry_step(model, batch, checkpointing)
 
 

@@ -11,17 +11,19 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.data.segments import Band, SegmentLayout
+from pipeline.data.upload import Made, Upload, kept, to_device
 from pipeline.data.windows import Span
 
 
 @dataclass(frozen=True)
-class ContextSpans:
+class ContextSpans(Made):
     """Attention across sentences: a sentence's rows also see a span of sentences before it.
 
     layout: one segment per sentence: the rows that it sees, then its own. source: int64 [wide rows], the
@@ -54,7 +56,7 @@ class DecoderRows:
 
 
 @dataclass(frozen=True)
-class StackRows:
+class StackRows(Made):
     """The packed input of layout `stack`: a border before every sentence and one at each window's end.
 
     A border reads that the sentence before it has ended; a window's first one starts the document. With ends
@@ -73,19 +75,17 @@ class StackRows:
     border_rows_B: Tensor
     border_of_row_R: np.ndarray
     first_border_R: np.ndarray
-    _bands: dict[int, Band] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def border_of_row(self) -> Tensor:
         """`border_of_row_R` on the device."""
-        return torch.from_numpy(self.border_of_row_R).to(self.layout.device)
+        return to_device(self.border_of_row_R, self.layout.device)
 
+    @kept
     def memory(self, last: int) -> Band:
         """What a row sees of the backbone's outputs: the last ones of its window, up to its border's."""
-        if last not in self._bands:
-            first_R = np.maximum(self.border_of_row_R - last + 1, self.first_border_R)
-            self._bands[last] = Band(first_R, self.border_of_row_R, self.layout.device)
-        return self._bands[last]
+        first_R = np.maximum(self.border_of_row_R - last + 1, self.first_border_R)
+        return Band(first_R, self.border_of_row_R, self.layout.device)
 
 
 def stack_rows(
@@ -101,7 +101,7 @@ def stack_rows(
     layout = SegmentLayout(np.add.reduceat(sizes_B, first_D), device)
     tokens_T, targets_N = (np.delete(np.arange(layout.rows), x) for x in (borders_B, layout.starts[1:] - 1))
     token_rows_T, target_rows_N, border_rows_B = (
-        torch.from_numpy(x).to(device) for x in (tokens_T, targets_N, borders_B)
+        to_device(x, device) for x in (tokens_T, targets_N, borders_B)
     )
     border_of_row_R = np.repeat(np.arange(len(sizes_B)), sizes_B)
     first_border_R = np.repeat(first_D, layout.lengths)
@@ -117,7 +117,7 @@ def _rows_by_rule(sizes_B: np.ndarray, first_D: np.ndarray, device: torch.device
     tokens_T = np.delete(np.arange(layout.rows), starts_B[first_D])
     borders_B = np.where(is_first_B, starts_B, starts_B - 1)
     token_rows_T, target_rows_N, border_rows_B = (
-        torch.from_numpy(x).to(device) for x in (tokens_T, np.arange(layout.rows), borders_B)
+        to_device(x, device) for x in (tokens_T, np.arange(layout.rows), borders_B)
     )
     border_of_row_R = np.repeat(np.arange(len(sizes_B)), rows_B)
     first_border_R = np.repeat(first_D, layout.lengths)
@@ -133,11 +133,11 @@ def context_spans(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.devi
     wide = np.repeat(starts[first_S] - layout.starts[:-1], layout.lengths) + np.arange(layout.rows)
     own = np.arange(starts[-1]) + np.repeat(layout.starts[:-1] + before_S - starts[:-1], lengths_S)
     needed = int((lengths_S * before_S + lengths_S * (lengths_S + 1) // 2).sum())
-    return ContextSpans(layout, torch.from_numpy(wide).to(device), torch.from_numpy(own).to(device), needed)
+    return ContextSpans(layout, to_device(wide, device), to_device(own, device), needed)
 
 
 @dataclass
-class Batch:
+class Batch(Made):
     """Packed document windows.
 
     tokens_T: int64 [T], all windows' tokens, back to back, on the compute device.
@@ -154,9 +154,8 @@ class Batch:
     cu_documents: np.ndarray
     document_end_D: np.ndarray
     scored: bool = True
-    _slotted: dict[int, SegmentLayout] = field(default_factory=dict, init=False, repr=False)
-    _context_spans: dict[tuple[int, int], ContextSpans] = field(default_factory=dict, init=False, repr=False)
-    _stack_rows: dict[bool, StackRows] = field(default_factory=dict, init=False, repr=False)
+    upload: Upload | None = field(default=None, repr=False)  # what its tensors wait for
+    host_tokens_T: np.ndarray | None = field(default=None, repr=False)  # of a batch on another device
 
     @property
     def tokens(self) -> int:
@@ -183,10 +182,24 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device (host arrays stay on the host)."""
-        return dataclasses.replace(self, tokens_T=self.tokens_T.to(device, non_blocking=True))
+        if self.upload is not None:
+            self.upload.start()
+            return self
+        return self._moved(self.tokens_T.to(device, non_blocking=True))
+
+    def placed(self, upload: Upload) -> Batch:
+        """The same batch on the device of an upload, which has not started."""
+        return self._moved(upload.place(self.tokens_T), upload=upload)
+
+    def _moved(self, tokens_T: Tensor, **changed: Any) -> Batch:
+        return dataclasses.replace(self, tokens_T=tokens_T, host_tokens_T=self._tokens, **changed)
+
+    @property
+    def _tokens(self) -> np.ndarray:
+        return self.tokens_T.numpy() if self.host_tokens_T is None else self.host_tokens_T
 
     def _index(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
     # Layouts: what attends to what.
 
@@ -229,60 +242,61 @@ class Batch:
         """The sentence decoder's input from `decoder_symbols`' inputs: `slots` places for the vector before
         BOS, and `context` earlier sentences for each."""
         layout, spans = self.slotted_layout(slots), self.context_spans(slots, context)
-        positions_R = layout.position_of_row
-        if spans is not None:
-            window_S = layout.starts[self.cu_documents[self._window_of_sentence]]
-            positions_R = self._index(np.arange(layout.rows) - np.repeat(window_S, layout.lengths))
+        positions_R = layout.position_of_row if spans is None else self._positions_in_window(slots)
         if not slots:
             return DecoderRows(layout, inputs_N, positions_R, spans=spans)
-        is_slot_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths) < slots
-        own_rows = self._index(np.flatnonzero(~is_slot_R))
+        slot_rows, own_rows = self._slot_rows(slots)
         symbols_R = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
         symbols_R.index_copy_(0, own_rows, inputs_N)
-        slot_rows = self._index(np.flatnonzero(is_slot_R))
         return DecoderRows(layout, symbols_R, positions_R, slot_rows, own_rows, spans)
 
+    @kept
+    def _positions_in_window(self, slots: int) -> Tensor:
+        layout = self.slotted_layout(slots)
+        window_S = layout.starts[self.cu_documents[self._window_of_sentence]]
+        return self._index(np.arange(layout.rows) - np.repeat(window_S, layout.lengths))
+
+    @kept
+    def _slot_rows(self, slots: int) -> tuple[Tensor, Tensor]:
+        """The decoder's rows for the vectors, and all others."""
+        layout = self.slotted_layout(slots)
+        is_slot_R = np.arange(layout.rows) - np.repeat(layout.starts[:-1], layout.lengths) < slots
+        return self._index(np.flatnonzero(is_slot_R)), self._index(np.flatnonzero(~is_slot_R))
+
+    @kept
     def slotted_layout(self, slots: int) -> SegmentLayout:
         """Rows of the sentence decoder: `slots` places, BOS and tokens by sentence."""
         if not slots:
             return self.decoder_layout
-        if slots not in self._slotted:
-            layout = SegmentLayout(slots + self.decoder_layout.lengths, self.device)
-            _ = layout.segment_of_row  # as for decoder_layout
-            self._slotted[slots] = layout
-        return self._slotted[slots]
+        layout = SegmentLayout(slots + self.decoder_layout.lengths, self.device)
+        _ = layout.segment_of_row  # as for decoder_layout
+        return layout
 
+    @kept
     def context_spans(self, slots: int, context: int) -> ContextSpans | None:
         """Spans of the `context` sentences before each one; None for 0."""
         if not context:
             return None
-        if (slots, context) not in self._context_spans:
-            window_start_S = self.cu_documents[self._window_of_sentence]
-            first_S = np.maximum(window_start_S, np.arange(self.sentences) - context)
-            lengths_S = self.slotted_layout(slots).lengths
-            self._context_spans[slots, context] = context_spans(lengths_S, first_S, self.device)
-        return self._context_spans[slots, context]
+        window_start_S = self.cu_documents[self._window_of_sentence]
+        first_S = np.maximum(window_start_S, np.arange(self.sentences) - context)
+        return context_spans(self.slotted_layout(slots).lengths, first_S, self.device)
 
     def _shifted(self, layout: SegmentLayout, bos: int, end: int) -> tuple[Tensor, Tensor]:
-        # Row t + n predicts token t of segment n, the row after it reads it. By index, because a mask on a
-        # GPU would make the host wait for the device.
-        rows_T = self._index(
-            np.arange(self.tokens) + np.repeat(np.arange(len(layout.lengths)), layout.lengths - 1)
-        )
+        rows_T = layout.rows_with_next
         inputs = torch.full((layout.rows,), bos, dtype=torch.long, device=self.device)
         targets = torch.full((layout.rows,), end, dtype=torch.long, device=self.device)
         return inputs.index_copy_(0, rows_T + 1, self.tokens_T), targets.index_copy_(0, rows_T, self.tokens_T)
 
     # One stack.
 
+    @kept
     def stack_rows(self, by_rule: bool = False) -> StackRows:
         """Borders and tokens by window (layout `stack`)."""
-        if by_rule not in self._stack_rows:
-            lengths_S, counts_D = np.diff(self.cu_sentences), np.diff(self.cu_documents)
-            rows = self._stack_rows[by_rule] = stack_rows(lengths_S, counts_D, self.device, by_rule)
-            # As for decoder_layout: torch.compile must not trace them.
-            _ = rows.layout.segment_of_row, rows.layout.position_of_row
-        return self._stack_rows[by_rule]
+        lengths_S, counts_D = np.diff(self.cu_sentences), np.diff(self.cu_documents)
+        rows = stack_rows(lengths_S, counts_D, self.device, by_rule)
+        # As for decoder_layout: torch.compile must not trace them.
+        _ = rows.layout.segment_of_row, rows.layout.position_of_row
+        return rows
 
     # Backbone: row s + d + 1 holds sentence s of window d; row s + d, just before it, predicts it.
 
@@ -316,24 +330,29 @@ class Batch:
 
     # Token-level model.
 
+    @kept
     def with_sentence_ends(self, end: int) -> Batch:
         """The same batch with an end symbol as the last token of every sentence."""
-        lengths = np.diff(self.cu_sentences)
-        rows_T = self._index(np.arange(self.tokens) + np.repeat(np.arange(self.sentences), lengths))
-        tokens = torch.full((self.tokens + self.sentences,), end, dtype=torch.long, device=self.device)
-        cu_sentences = self.cu_sentences + np.arange(self.sentences + 1)
-        tokens_T = tokens.index_copy_(0, rows_T, self.tokens_T)
-        return dataclasses.replace(self, tokens_T=tokens_T, cu_sentences=cu_sentences)
+        tokens = np.insert(self._tokens, self.cu_sentences[1:], end)
+        return dataclasses.replace(
+            self,
+            tokens_T=self._index(tokens),
+            cu_sentences=self.cu_sentences + np.arange(self.sentences + 1),
+            host_tokens_T=tokens,
+        )
 
     def token_model_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end
         their document."""
+        inputs, targets = self._shifted(self.token_model_layout, bos, end)
+        return inputs, self._token_model_rows, targets.index_select(0, self._token_model_rows)
+
+    @cached_property
+    def _token_model_rows(self) -> Tensor:
         layout = self.token_model_layout
-        inputs, targets = self._shifted(layout, bos, end)
         keep = np.ones(layout.rows, dtype=bool)
         keep[layout.starts[1:][~self.document_end_D] - 1] = False
-        rows = self._index(np.flatnonzero(keep))
-        return inputs, rows, targets[rows]
+        return self._index(np.flatnonzero(keep))
 
 
 def build_batch(spans: Sequence[Span]) -> Batch:

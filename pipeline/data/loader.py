@@ -15,10 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from pipeline.config.deepspeed_config import micro_batches
 from pipeline.data.batch import Batch, build_batch, empty_batch
 from pipeline.data.plan import Bin, BinPlan, Position, count
+from pipeline.data.upload import Uploader
 from pipeline.parallel.ranks import Ranks
 
 
@@ -26,9 +28,9 @@ from pipeline.parallel.ranks import Ranks
 class Step:
     """One optimizer step. Counts named `*_all` are over all ranks' bins, known from the plan.
 
-    batches: `micro_batches` of them, on the CPU. seeds: one per batch, a function of the bin alone (dropout).
-    text_bytes: UTF-8 bytes of this rank's real tokens. digest: sum of its scored batches' digests. bins_all:
-    the step's bins. position: of the stream after them.
+    batches: `micro_batches` of them; `Batch.to` brings them to the device. seeds: one per batch, a function
+    of the bin alone (dropout). text_bytes: UTF-8 bytes of this rank's real tokens. digest: sum of its scored
+    batches' digests. bins_all: the step's bins. position: of the stream after them.
     """
 
     batches: list[Batch]
@@ -73,7 +75,10 @@ class StepLoader:
         position: Position,
         ahead: int = 2,
         sentence_ends: bool = False,
+        uploader: Uploader | None = None,
     ):
+        """uploader: prepares batches for a GPU (default: they stay on the CPU)."""
+        self._uploader = uploader or Uploader(torch.device("cpu"))
         self._plan, self._bins_per_step = plan, bins_per_step
         self._objective, self._sentence_ends = objective, sentence_ends
         self._ranks, self._byte_lengths, self._position = ranks, byte_lengths, position
@@ -124,7 +129,7 @@ class StepLoader:
             tokens, targets = count(bins, self._objective, self._sentence_ends)
             position = position.after(bins)
             yield Step(
-                batches=batches,
+                batches=[self._uploader.prepare(batch) for batch in batches],
                 seeds=[0 if bin_ is None else bin_seed(self._plan.seed, bin_) for bin_ in mine],
                 text_bytes=text_bytes,
                 digest=sum(batch.digest() for batch in batches if batch.scored),

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.data.upload import Made, kept, to_device
+
 _PAIRS_OF_A_BLOCK = 2048  # query-key pairs that cost as much as a block's kernel calls, at width 128
-_FLEX_BLOCK = 128
 _SHORTEST_BAND = 16  # rows of a block under an attention window
 _BAND_BLOCK = 64  # queries of a block of a `Band`
+TILE = 128  # rows of a tile of GPU kernels, and of a packed one
 
 
 def _bucket_edges(longest: int) -> np.ndarray:
@@ -59,7 +61,7 @@ class BandPlan:
     mask: Tensor
 
 
-class Band:
+class Band(Made):
     """Queries that each see a contiguous range of other rows' keys, in blocks of consecutive queries.
 
     A block's keys are gathered once, from its first query's first key to its last query's last one, so the
@@ -90,16 +92,16 @@ class Band:
     def source(self) -> Tensor:
         """int64 [blocks · keys]: the key in each place; places behind the last key repeat it."""
         places = np.minimum(self._start[:, None] + np.arange(self.keys), self._last[-1])
-        return torch.from_numpy(places.reshape(-1)).to(self.device)
+        return to_device(places.reshape(-1), self.device)
 
     @cached_property
     def mask(self) -> Tensor:
         """bool [blocks, 1, block, keys]: which keys a query sees; queries behind the last one repeat it."""
         rows = np.minimum(np.arange(self.blocks * self.block), self.rows - 1).reshape(self.blocks, -1, 1)
         seen = self._seen(rows, (self._start[:, None] + np.arange(self.keys))[:, None])
-        return torch.from_numpy(seen[:, None]).to(self.device)
+        return to_device(seen[:, None], self.device)
 
-    @cached_property
+    @property
     def whole_mask(self) -> Tensor:
         """bool [R, keys of all]: the plain definition, for tests and checks."""
         seen = self._seen(np.arange(self.rows)[:, None], np.arange(int(self._last[-1]) + 1))
@@ -109,7 +111,7 @@ class Band:
         return (keys >= self._first[rows]) & (keys <= self._last[rows])
 
 
-class SegmentLayout:
+class SegmentLayout(Made):
     """Lengths of consecutive segments of one packed row, with the plans of the attention paths.
 
     Args:
@@ -125,11 +127,12 @@ class SegmentLayout:
         self.rows = int(self.starts[-1])
         self.longest = int(self.lengths.max())
         self.device = torch.device(device)
+        # Computed on the device.
         self._flex_masks: dict[tuple[bool, int | None], Any] = {}
-        self._bands: dict[int, BandPlan] = {}
+        self._tile_masks: dict[tuple[bool, int | None], Tensor] = {}
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
     @cached_property
     def _segment_of_row(self) -> np.ndarray:
@@ -154,6 +157,24 @@ class SegmentLayout:
     def last_rows(self) -> Tensor:
         """int64 [n]: each segment's last row."""
         return self._to_device(self.starts[1:] - 1)
+
+    @cached_property
+    def widened(self) -> SegmentLayout:
+        """The layout with one more row in each segment."""
+        return SegmentLayout(self.lengths + 1, self.device)
+
+    @cached_property
+    def rows_with_next(self) -> Tensor:
+        """int64 [T - n]: every row but the last ones of segments. By index, because a mask on a GPU would
+        make the host wait for the device."""
+        return self._to_device(np.delete(np.arange(self.rows), self.starts[1:] - 1))
+
+    @property
+    def is_last_row(self) -> Tensor:
+        """bool [T]: the row is its segment's last one."""
+        return torch.zeros(self.rows, dtype=torch.bool, device=self.device).index_fill_(
+            0, self.last_rows, True
+        )
 
     @cached_property
     def cu_rows(self) -> Tensor:
@@ -214,32 +235,84 @@ class SegmentLayout:
         length = max(_SHORTEST_BAND, -(-window // 2))
         return length, -(-(window - 1) // length), -(-self.lengths // length)
 
+    @kept
     def bands(self, window: int) -> BandPlan:
         """The plan of the bucketed path for causal attention within `window` rows."""
-        if window not in self._bands:
-            self._bands[window] = self._make_bands(window)
-        return self._bands[window]
-
-    def _make_bands(self, window: int) -> BandPlan:
         length, back, blocks = self._band_blocks(window)
         number = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)  # in its segment
         starts = np.repeat(self.starts[:-1], blocks) + number * length
         ends = np.minimum(starts + length, np.repeat(self.starts[1:], blocks))
         source = np.minimum(starts[:, None] + np.arange(length), ends[:, None] - 1)
         real = np.arange(length) < (ends - starts)[:, None]
-        plan = BlockPlan(
-            [source.shape],
-            self._to_device(source.reshape(-1)),
-            self._to_device(np.flatnonzero(real)),
-            self._to_device(np.flatnonzero(~real)),
-            [None],
-        )
+        plan = self._equal_blocks(source, real)
         keys = np.arange(-back * length, length)
         distance = np.arange(length)[:, None] - keys
         # No real row sees a padded one, which comes after all of its segment.
         there = keys // length >= -number[:, None]
         mask = ((distance >= 0) & (distance < window)) & there[:, None]
         return BandPlan(plan, back, self._to_device(mask[:, None]))
+
+    def _equal_blocks(self, source: np.ndarray, real: np.ndarray) -> BlockPlan:
+        """Blocks of one length, whose real places are the rows in order."""
+        return BlockPlan(
+            [source.shape],
+            self._to_device(source.reshape(-1)),
+            self._to_device(np.flatnonzero(real)),
+            self._to_device(np.flatnonzero(~real)),
+            [None],
+        )
+
+    # The path of packed tiles.
+
+    @cached_property
+    def _tiles(self) -> tuple[np.ndarray, np.ndarray]:
+        """First row and end of every tile: as many whole segments as fit, none of them longer than one."""
+        ends = [0]
+        while ends[-1] < self.rows:
+            fits = np.searchsorted(self.starts, ends[-1] + TILE, "right") - 1
+            ends.append(int(self.starts[fits]))
+        return np.asarray(ends[:-1]), np.asarray(ends[1:])
+
+    @cached_property
+    def tiles(self) -> BlockPlan:
+        """Blocks [n, TILE] of whole segments."""
+        first, end = self._tiles
+        source = first[:, None] + np.arange(TILE)
+        return self._equal_blocks(np.minimum(source, end[:, None] - 1), source < end[:, None])
+
+    @kept
+    def tile_ranges(self, causal: bool, window: int | None) -> tuple[Tensor, ...]:
+        """First and last row that each query of `tiles` sees, int32 [n, TILE, 1], and the row of each key,
+        int32 [n, 1, TILE], -1 in a padded place. A padded query sees what the row that it repeats does."""
+        first, end = self._tiles
+        rows = first[:, None] + np.arange(TILE)
+        queries = np.minimum(rows, end[:, None] - 1)
+        segment = self._segment_of_row[queries]
+        seen_from, seen_to = self.starts[segment], queries if causal else self.starts[segment + 1] - 1
+        if window is not None:
+            seen_from = np.maximum(seen_from, queries - window + 1)
+        keys = np.where(rows < end[:, None], rows, -1)
+        parts = seen_from[:, :, None], seen_to[:, :, None], keys[:, None]
+        return tuple(self._to_device(x.astype(np.int32)) for x in parts)
+
+    def tile_mask(self, causal: bool, window: int | None) -> Tensor:
+        """bool [n, 1, TILE, TILE]: which keys a query of `tiles` sees."""
+        key = causal, window if self.limits(window) else None
+        if key not in self._tile_masks:
+            first, last, keys = self.tile_ranges(*key)
+            self._tile_masks[key] = ((keys >= first) & (keys <= last))[:, None]
+        return self._tile_masks[key]
+
+    @property
+    def fits_tiles(self) -> bool:
+        """Whether every segment fits into a tile."""
+        return self.longest <= TILE
+
+    @property
+    def suits_tiles(self) -> bool:
+        """Whether packed tiles have less than half of the rows of a kernel that starts a tile for every
+        segment."""
+        return self.fits_tiles and 2 * len(self._tiles[0]) < len(self.lengths)
 
     # What attention costs, in pairs of a query and a key.
 
@@ -258,14 +331,17 @@ class SegmentLayout:
     def computed_pairs(self, path: str, window: int | None = None) -> tuple[int, int]:
         """Pairs that a path computes for real rows, and with padding, but without that inside a GPU kernel's
         tiles."""
+        if path == "tiles" and self.fits_tiles:
+            return self.rows * TILE, len(self._tiles[0]) * TILE**2
+        bucketed = path in ("bucketed", "tiles")
         if window is not None and self.limits(window):
             length, back, blocks = self._band_blocks(window)
-            shown = (back + 1) * length if path == "bucketed" else 0
+            shown = (back + 1) * length if bucketed else 0
             real = self.rows * shown or self.needed_pairs(True, window)
             computed = int(blocks.sum()) * length * shown or real
         else:
             real = computed = self.pairs
-            if path == "bucketed":
+            if bucketed:
                 computed = sum(
                     len(members) * int(self.lengths[members].max()) ** 2 for members in self._buckets
                 )
@@ -273,7 +349,7 @@ class SegmentLayout:
 
     # The masked and the flex path.
 
-    @cached_property
+    @property
     def block_mask(self) -> Tensor:
         """bool [T, T]: row i and row j are in one segment."""
         return self.segment_of_row[:, None] == self.segment_of_row[None, :]
@@ -289,30 +365,35 @@ class SegmentLayout:
     def _make_flex_mask(self, causal: bool, window: int | None) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
-        segment = self.segment_of_row
+        segment, (count, indices) = self.segment_of_row, self.flex_tiles(causal, window)
 
         def allowed(batch, head, query, key):
             seen = segment[query] == segment[key]
             seen = seen & (query >= key) if causal else seen
             return seen if window is None else seen & (query - key < window)
 
+        return BlockMask.from_kv_blocks(
+            count[None, None],
+            indices[None, None],
+            BLOCK_SIZE=TILE,
+            mask_mod=allowed,
+            seq_lengths=(self.rows, self.rows),
+        )
+
+    @kept
+    def flex_tiles(self, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+        """How many tiles of keys each tile of queries needs, and which: int32 [n] and [n, n]."""
         # Rows of a segment are contiguous, so the tiles that a tile of queries needs are contiguous too.
-        tiles = -(-self.rows // _FLEX_BLOCK)
-        first_row = np.arange(tiles) * _FLEX_BLOCK
-        last_row = np.minimum(first_row + _FLEX_BLOCK, self.rows) - 1
+        tiles = -(-self.rows // TILE)
+        first_row = np.arange(tiles) * TILE
+        last_row = np.minimum(first_row + TILE, self.rows) - 1
         first = self.starts[self._segment_of_row[first_row]]
         if window is not None:
             first = np.maximum(first, first_row - window + 1)
-        first = first // _FLEX_BLOCK
-        end = (self.starts[self._segment_of_row[last_row] + 1] - 1) // _FLEX_BLOCK + 1
+        first = first // TILE
+        end = (self.starts[self._segment_of_row[last_row] + 1] - 1) // TILE + 1
         if causal:
             end = np.arange(tiles) + 1
         count = end - first
         indices = (first[:, None] + np.arange(tiles)) % tiles
-        return BlockMask.from_kv_blocks(
-            self._to_device(count.astype(np.int32))[None, None],
-            self._to_device(indices.astype(np.int32))[None, None],
-            BLOCK_SIZE=_FLEX_BLOCK,
-            mask_mod=allowed,
-            seq_lengths=(self.rows, self.rows),
-        )
+        return self._to_device(count.astype(np.int32)), self._to_device(indices.astype(np.int32))

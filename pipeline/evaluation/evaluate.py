@@ -35,6 +35,7 @@ from data_prep.text.sentences import SentenceSettings, cut_document
 from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 from pipeline.common.text import FILTERS
 from pipeline.data.batch import Batch, build_batch
+from pipeline.data.upload import Uploader
 from pipeline.data.windows import document_spans
 from pipeline.evaluation.context_curve import curve_figures, curve_windows, require_room
 from pipeline.evaluation.generated import cut_agreement, read_generated
@@ -392,8 +393,11 @@ def score(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
         rule = RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
+        uploader = Uploader(device)
         for batch, group in batches(windows, batch_tokens, rule):
-            more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths, ngram)
+            batch = uploader.prepare(batch).to(device)
+            more = scores.add(model, batch, group, tokenizer.byte_lengths, ngram)
+            uploader.learn(batch)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
             bar.update(batch.tokens)
             bar.set_postfix_str(f"{bits_per_byte(nats, max(1, text_bytes)):.4f} bits/byte", refresh=False)

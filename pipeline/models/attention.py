@@ -6,6 +6,8 @@ tested against each other in values and gradients; `choose_path` picks one:
 
   bucketed    any device: segments of equal or similar length form [n, L] blocks for torch's SDPA; only the
               attention core sees the few padded slots
+  tiles       any device: whole segments packed into blocks of 128 rows, for SDPA with a mask; bucketed where
+              a segment is longer
   masked      any device: one [T, T] block mask, the plain definition, for tests and checks
   varlen      CUDA, half precision: torch's own variable-length flash attention (torch.nn.attention.varlen)
   flash_attn  CUDA, half precision: the flash-attn package's, where it is installed
@@ -33,9 +35,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from data_prep.common.errors import UserError
-from pipeline.data.segments import Band, SegmentLayout
+from pipeline.data.segments import Band, BandPlan, SegmentLayout
 
-PATHS = ("bucketed", "masked")  # on every device, in every precision
+PATHS = ("bucketed", "tiles", "masked")  # on every device, in every precision
 KERNELS = ("varlen", "flash_attn", "flex")  # where device, precision and installation allow them
 PATH_VARIABLE = "SLLM_ATTENTION"  # environment: the path of the whole process
 _HALF = (torch.float16, torch.bfloat16)
@@ -67,24 +69,29 @@ def forced_path() -> str | None:
 
 
 def choose_path(
-    device: torch.device, dtype: torch.dtype, head_dim: int, requires_grad: bool, dropout: float = 0.0
+    layout: SegmentLayout, dtype: torch.dtype, head_dim: int, requires_grad: bool, dropout: float = 0.0
 ) -> str:
-    """The path for tensors of this kind: the forced one, or
+    """The path for tensors of this kind on the layout's device: the forced one, or
 
     - `bucketed` on CPUs: the only exact path there that does not pad the whole row;
     - `bucketed` in full precision on a GPU: flash kernels are half precision only, and full precision on a
       GPU is for checks, where exactness without a compiler matters more than speed;
-    - in half precision on a GPU the first usable one of `varlen` (part of torch, nothing to install or
+    - `tiles` in half precision on a GPU for short segments (`SegmentLayout.suits_tiles`): flash kernels start
+      a tile of 128 rows for each segment, also in the memory of their backward pass;
+    - else in half precision on a GPU the first usable one of `varlen` (part of torch, nothing to install or
       compile), `flash_attn` (has attention dropout, torch's does not), `flex` (needs Triton); else
       `bucketed`.
 
     Raises: UserError when a forced path cannot be used; it is never replaced by another one.
     """
+    device = layout.device
     if forced := forced_path():
         if reason := why_not(forced, device, dtype, head_dim, requires_grad, dropout):
             raise UserError(f"attention path {forced} cannot be used here: {reason}")
         return forced
-    if device.type == "cuda" and dtype in _HALF:
+    if device.type != "cpu" and dtype in _HALF:
+        if layout.suits_tiles:
+            return "tiles"
         for path in KERNELS:
             if why_not(path, device, dtype, head_dim, requires_grad, dropout) is None:
                 return path
@@ -100,7 +107,7 @@ def why_not(
     dropout: float = 0.0,
 ) -> str | None:
     """Why a path cannot be used for such tensors; None if it can. Every path takes any scale."""
-    if path in PATHS:
+    if path in PATHS or device.type == "meta":  # shapes only: no kernel runs (costs/counts.py)
         return None
     if path == "flex":
         if dropout:
@@ -130,8 +137,11 @@ def why_not(
 
 @cache
 def _torch_varlen() -> Callable | None:
-    if not torch.backends.cuda.is_flash_attention_available():
-        return None
+    return _varlen_attn() if torch.backends.cuda.is_flash_attention_available() else None
+
+
+@cache
+def _varlen_attn() -> Callable | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -188,7 +198,7 @@ def packed_attention(
     elif not causal:
         raise ValueError("an attention window needs causal attention")
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    path = choose_path(q.device, q.dtype, q.shape[-1], requires_grad, dropout)
+    path = choose_path(layout, q.dtype, q.shape[-1], requires_grad, dropout)
     return _COMPUTE[path](q, k, v, layout, causal, scale, dropout, window)
 
 
@@ -199,7 +209,7 @@ def _masked(q, k, v, layout, causal, scale, dropout, window=None):
     if window:
         mask = mask & torch.ones_like(mask).triu(1 - window)
     rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(*rows, mask, dropout, scale=scale)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(*rows, mask, dropout, scale=scale).squeeze(0).transpose(0, 1)
 
 
 def _bucketed(q, k, v, layout, causal, scale, dropout, window=None):
@@ -208,7 +218,7 @@ def _bucketed(q, k, v, layout, causal, scale, dropout, window=None):
     if len(layout.lengths) == 1:  # one block as it stands: nothing to gather
         block = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(*block, None, dropout, is_causal=causal, scale=scale)
-        return out[0].transpose(0, 1)
+        return out.squeeze(0).transpose(0, 1)
     plan = layout.blocks
     sizes = [n * length for n, length in plan.shapes]
     # `split`: its backward joins the parts once; slicing would add up one full-sized gradient per block.
@@ -223,11 +233,18 @@ def _bucketed(q, k, v, layout, causal, scale, dropout, window=None):
     return _OutOfBlocks.apply(torch.cat(outs), plan)
 
 
+def _tiles(q, k, v, layout, causal, scale, dropout, window=None):
+    if not layout.fits_tiles:
+        return _bucketed(q, k, v, layout, causal, scale, dropout, window)
+    return _banded(q, k, v, BandPlan(layout.tiles, 0, layout.tile_mask(causal, window)), scale, dropout)
+
+
 def _banded(q, k, v, band, scale, dropout):
     n, length = band.plan.shapes[0]
     q, k, v = (_IntoBlocks.apply(x, band.plan).view(n, length, *x.shape[1:]) for x in (q, k, v))
     # The blocks before each one; those of another segment are masked.
-    k, v = (torch.cat([x.roll(j, 0) for j in range(band.back, -1, -1)], 1) for x in (k, v))
+    if band.back:
+        k, v = (torch.cat([x.roll(j, 0) for j in range(band.back, -1, -1)], 1) for x in (k, v))
     blocks = (x.transpose(1, 2) for x in (q, k, v))  # [n, H, L, d_head]
     out = F.scaled_dot_product_attention(*blocks, band.mask, dropout, scale=scale)
     return _OutOfBlocks.apply(out.transpose(1, 2).flatten(0, 1), band.plan)
@@ -241,7 +258,7 @@ def band_attention(q: Tensor, k: Tensor, v: Tensor, band: Band) -> Tensor:
     if forced_path() == "masked":
         end = band.whole_mask.shape[1]
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k[:end], v[:end]))
-        return F.scaled_dot_product_attention(q, k, v, band.whole_mask)[0].transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, band.whole_mask).squeeze(0).transpose(0, 1)
     k, v = (x.index_select(0, band.source).unflatten(0, (band.blocks, -1)) for x in (k, v))
     padded = F.pad(q, (0, 0, 0, 0, 0, band.blocks * band.block - band.rows))
     q, k, v = (x.transpose(1, 2) for x in (padded.unflatten(0, (band.blocks, -1)), k, v))  # [n, H, …, d_head]
@@ -283,7 +300,8 @@ class _OutOfBlocks(torch.autograd.Function):
 def _varlen(q, k, v, layout, causal, scale, dropout, window=None):
     seen = (window - 1 if window else -1, 0 if causal else -1)
     cu, longest = layout.cu_rows, layout.longest
-    return _torch_varlen()(q, k, v, cu, cu, longest, longest, scale=scale, window_size=seen)
+    attend = (_varlen_attn if q.device.type == "meta" else _torch_varlen)()
+    return attend(q, k, v, cu, cu, longest, longest, scale=scale, window_size=seen)
 
 
 def _flash_attn(q, k, v, layout, causal, scale, dropout, window=None):
@@ -297,11 +315,12 @@ def _flash_attn(q, k, v, layout, causal, scale, dropout, window=None):
 def _flex(q, k, v, layout, causal, scale, dropout, window=None):
     rows = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T, d_head]
     attend = _flex_attention(q.device.type == "cuda")
-    return attend(*rows, block_mask=layout.flex_mask(causal, window), scale=scale)[0].transpose(0, 1)
+    return attend(*rows, block_mask=layout.flex_mask(causal, window), scale=scale).squeeze(0).transpose(0, 1)
 
 
 _COMPUTE = {
     "bucketed": _bucketed,
+    "tiles": _tiles,
     "masked": _masked,
     "varlen": _varlen,
     "flash_attn": _flash_attn,
@@ -333,7 +352,7 @@ def _hf_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if hasattr(layout, "attend"):
         return layout.attend(module.layer_idx, q, k, v, scaling, sliding_window)[None], None
     k, v = repeat_heads(k, v, q.shape[1])

@@ -141,4 +141,4 @@ def run_packed(model: nn.Module, layout: SegmentLayout | CachedStep, **inputs: T
     # build a [rows, rows] mask on every call, which our attention would not read.
     unread = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=positions.device)
     out = model(position_ids=positions, attention_mask=unread, layout=layout, use_cache=False, **inputs)
-    return out.last_hidden_state[0]
+    return out.last_hidden_state.squeeze(0)

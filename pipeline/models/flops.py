@@ -177,7 +177,7 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
         window: int | None = None,
     ) -> Core:
         dropout = dropout if model.training else 0.0  # of attention weights: not all kernels support it
-        path = choose_path(batch.device, dtype, width // heads, requires_grad=True, dropout=dropout)
+        path = choose_path(layout, dtype, width // heads, requires_grad=True, dropout=dropout)
         shown, computed = layout.computed_pairs(path, window)
         return Core(part, layers, width, layout.needed_pairs(causal, window), shown, computed)
 

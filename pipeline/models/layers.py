@@ -73,7 +73,7 @@ class SelfAttention(nn.Module):
             return qkv.unbind(1)
         both, v = qkv.split([2, 1], 1)  # queries and keys rotate alike
         q, k = rotate(both, turn).unbind(1)
-        return q, k, v[:, 0]
+        return q, k, v.squeeze(1)
 
     def forward(
         self,
@@ -179,7 +179,11 @@ class TransformerLayer(nn.Module):
             self._before(x_Td, self.attention_norm), layout, causal, weight_dropout, turn, spans
         )
         x = self._add(x_Td, attended, self.attention_norm)
-        condition = None if self.condition is None else self.condition(vector_Sd)[layout.segment_of_row]
+        condition = (
+            None
+            if self.condition is None
+            else self.condition(vector_Sd).index_select(0, layout.segment_of_row)
+        )
         return self._rest(x, condition)
 
     def step(
@@ -254,11 +258,11 @@ class SentenceMemory(nn.Module):
     def keys_values(self, vectors_Bd: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:
         """Keys and values of outputs [B, d_backbone], [B, H, d_head] each."""
         k, v = self.key_value(vectors_Bd).view(len(vectors_Bd), 2, self.heads, -1).split(1, 1)
-        return rotate(k, turn)[:, 0], v[:, 0]
+        return rotate(k, turn).squeeze(1), v.squeeze(1)
 
     def queries(self, x_Rd: Tensor, turn: Rotation) -> Tensor:
         """[R, H, d_head]."""
-        return rotate(self.query(self.norm(x_Rd)).view(len(x_Rd), 1, self.heads, -1), turn)[:, 0]
+        return rotate(self.query(self.norm(x_Rd)).view(len(x_Rd), 1, self.heads, -1), turn).squeeze(1)
 
     def forward(
         self, x_Rd: Tensor, vectors_Bd: Tensor, band: Band, turn_R: Rotation, turn_B: Rotation

@@ -104,7 +104,7 @@ class SentenceDecoder(nn.Module):
         turn = self.embedding.turn(rows.positions_R, self.heads)
         for layer in self.layers:
             x = layer(x, rows.layout, causal=True, vector_Sd=vector_Sd, turn=turn, spans=rows.spans)
-        return self._finish(x if rows.own_rows is None else x[rows.own_rows])
+        return self._finish(x if rows.own_rows is None else x.index_select(0, rows.own_rows))
 
     def begin(
         self, vector_Rd: Tensor, contexts: Sequence[Sequence[DecodedSentence]] | None = None

@@ -42,9 +42,9 @@ class AttentionPooling(nn.Module):
         top_SH = scores_TH.new_zeros(sentences, self.vectors * self.heads).scatter_reduce(
             0, index_TH, scores_TH.detach(), "amax", include_self=False
         )
-        raised_TH = (scores_TH - top_SH[segment_T]).exp()
+        raised_TH = (scores_TH - top_SH.index_select(0, segment_T)).exp()
         total_SH = torch.zeros_like(top_SH).index_add(0, segment_T, raised_TH)
-        weights_TH = (raised_TH / total_SH[segment_T]).to(x_Td.dtype)
+        weights_TH = (raised_TH / total_SH.index_select(0, segment_T)).to(x_Td.dtype)
         channels_THd = x_Td.view(len(x_Td), 1, self.heads, -1)
         weighted_Td = (channels_THd * weights_TH.view(-1, self.vectors, self.heads, 1)).flatten(1)
         return _sum_rows(weighted_Td, layout)
@@ -86,7 +86,7 @@ class SentenceEncoder(nn.Module):
         if self.pooling is not None:
             fused = self.pooling(x, layout)
         elif self.fusion == "last":
-            fused = x[layout.last_rows]
+            fused = x.index_select(0, layout.last_rows)
         else:
             fused = _sum_rows(x, layout)
             if self.fusion == "mean":

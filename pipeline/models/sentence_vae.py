@@ -169,7 +169,7 @@ class SentenceVAE(PreTrainedModel):
         if not self.config.published_inputs:
             return tokens_T, layout
         rows_T = torch.arange(layout.rows, device=layout.device) + layout.segment_of_row + 1
-        wide = SegmentLayout(layout.lengths + 1, layout.device)
+        wide = layout.widened
         symbols = tokens_T.new_full((wide.rows,), self.config.bos_token_id)
         return symbols.index_copy_(0, rows_T, tokens_T), wide
 
@@ -208,9 +208,7 @@ class SentenceVAE(PreTrainedModel):
         objective, nll, correct = self.head(
             hidden, targets, config.focal_gamma, want_correct, config.label_smoothing, config.z_loss
         )
-        is_end = nll.new_zeros(layout.rows).bool()
-        is_end[layout.last_rows] = True
-        return objective, nll, is_end, correct
+        return objective, nll, layout.is_last_row, correct
 
     def forward(self, batch: Batch, want_correct: bool = False) -> LossSums:
         """Reconstruction loss of every sentence of the batch from its own embedding."""

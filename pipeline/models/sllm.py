@@ -136,14 +136,14 @@ class SLLM(SentenceLM):
         if embeddings_Sd is None:
             embeddings_Sd = self.vae.encode(batch)
         start_1d = self.start(torch.zeros(1, dtype=torch.long, device=batch.device))
-        x = torch.cat([start_1d, embeddings_Sd])[batch.backbone_source]
+        x = torch.cat([start_1d, embeddings_Sd]).index_select(0, batch.backbone_source)
         layout = batch.apart_layout if self._start_apart else batch.backbone_layout
         return run_packed(self.backbone, layout, inputs_embeds=self._into(x))
 
     def sentence_vectors(self, batch: Batch) -> Tensor:
         """[S, d]: the vector that each sentence of the batch is decoded from. That of a window's first
         sentence depends on nothing."""
-        return self._out_of(self.contextualise(batch)[batch.predicting_row_S])
+        return self._out_of(self.contextualise(batch).index_select(0, batch.predicting_row_S))
 
     def forward(self, batch: Batch, want_correct: bool = False, vectors_Sd: Tensor | None = None) -> LossSums:
         """Next-sentence loss.
@@ -160,13 +160,13 @@ class SLLM(SentenceLM):
             return LossSums.collect(batch.scored, objective, nll, is_end, correct)
         embeddings_Sd = self.vae.encode(batch)
         hidden = self.contextualise(batch, embeddings_Sd)
-        vectors_Sd = self._out_of(hidden[batch.predicting_row_S])
+        vectors_Sd = self._out_of(hidden.index_select(0, batch.predicting_row_S))
         objective, nll, is_end, correct = self.vae.decode_loss(batch, vectors_Sd, want_correct, context)
         if self.config.embedding_weight:
             # Detached: embeddings that move towards what is easy to predict would collapse.
             similar_S = F.cosine_similarity(vectors_Sd.float(), embeddings_Sd.detach().float())
             objective = objective + self.config.embedding_weight * (1 - similar_S).sum()
-        stop_logits_S = self._stop_logits(hidden[batch.predicting_row_S + 1])
+        stop_logits_S = self._stop_logits(hidden.index_select(0, batch.predicting_row_S + 1))
         stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
         return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
 

@@ -188,7 +188,7 @@ class StackLM(SentenceLM):
 
     def _contextualise(self, x_Rd: Tensor, rows: StackRows, layout: SegmentLayout) -> Tensor:
         """Backbone outputs [B, d_backbone] of every border, from the rows after the lower layers."""
-        vectors_Bd = self.vector_norm(x_Rd[rows.border_rows_B])
+        vectors_Bd = self.vector_norm(x_Rd.index_select(0, rows.border_rows_B))
         return run_packed(self.backbone, layout, inputs_embeds=self._into(vectors_Bd))
 
     def _lower(self, batch: Batch) -> tuple[Tensor, Rotation]:
@@ -213,7 +213,7 @@ class StackLM(SentenceLM):
         layout: the backbone's rows. run: runs one layer."""
         vectors_Bd, border_R = self._read_backbone(hidden_Bd), rows.border_of_row
         if self.from_backbone is not None:
-            x = x + self.from_backbone(vectors_Bd)[border_R]
+            x = x + self.from_backbone(vectors_Bd).index_select(0, border_R)
         seen: tuple[Band, Rotation, Rotation] | None = None
         if self.memory:
             number_B = layout.position_of_row
@@ -232,7 +232,7 @@ class StackLM(SentenceLM):
         depends on nothing."""
         x, _ = self._lower(batch)
         rows = batch.stack_rows(self.config.by_rule)
-        return self._contextualise(x, rows, batch.backbone_layout)[batch.predicting_row_S]
+        return self._contextualise(x, rows, batch.backbone_layout).index_select(0, batch.predicting_row_S)
 
     def forward(self, batch: Batch, want_correct: bool = False, vectors_Sd: Tensor | None = None) -> LossSums:
         """Next-sentence loss. vectors_Sd: as in `SLLM.forward`; the memory then holds these, too."""
@@ -254,15 +254,12 @@ class StackLM(SentenceLM):
         symbols, target_rows_N = (config.bos_token_id, config.eos_token_id), rows.target_rows_N
         if config.by_rule:
             _, target_rows_N, targets = batch.token_model_symbols(*symbols)
-            last_rows = rows.layout.last_rows
-            is_end = torch.zeros_like(rows.border_of_row, dtype=torch.bool).index_fill_(0, last_rows, True)
-            is_end = is_end[target_rows_N] & (targets == config.eos_token_id)
+            is_end = rows.layout.is_last_row[target_rows_N] & (targets == config.eos_token_id)
         else:
             _, targets = batch.decoder_symbols(*symbols)
-            is_end = torch.zeros_like(targets, dtype=torch.bool)
-            is_end[batch.decoder_layout.last_rows] = True
+            is_end = batch.decoder_layout.is_last_row
         objective, nll, correct = self.head(
-            self.final_norm(x[target_rows_N]),
+            self.final_norm(x.index_select(0, target_rows_N)),
             targets,
             config.focal_gamma,
             want_correct,
@@ -271,7 +268,7 @@ class StackLM(SentenceLM):
         )
         if vectors_Sd is not None or config.by_rule:
             return LossSums.collect(batch.scored, objective, nll, is_end, correct)
-        stop_logits_S = self._stop_logits(hidden_Bd[batch.predicting_row_S + 1])
+        stop_logits_S = self._stop_logits(hidden_Bd.index_select(0, batch.predicting_row_S + 1))
         stop_nll_S = F.binary_cross_entropy_with_logits(stop_logits_S, batch.stop_label_S, reduction="none")
         return LossSums.collect(batch.scored, objective + stop_nll_S.sum(), nll, is_end, correct, stop_nll_S)
 

@@ -59,12 +59,11 @@ class TokenLM(nn.Module):
         batch = self.as_read(batch)
         inputs, rows, targets = batch.token_model_symbols(self.config.bos_token_id, self.config.eos_token_id)
         layout = batch.token_model_layout
-        is_end = targets.new_zeros(layout.rows).bool()
-        is_end[layout.last_rows] = True
-        hidden, is_end = run_packed(self.model.base_model, layout, input_ids=inputs), is_end[rows]
+        hidden = run_packed(self.model.base_model, layout, input_ids=inputs)
+        is_end = layout.is_last_row.index_select(0, rows)
         if self.sentence_ends:
             is_end |= targets == self.config.eos_token_id
-        return hidden[rows], targets, is_end
+        return hidden.index_select(0, rows), targets, is_end
 
     def forward(self, batch: Batch, want_correct: bool = False) -> LossSums:
         """Next-token loss over N = T + E targets (E ends)."""

@@ -32,10 +32,14 @@ from torch import Tensor, nn
 # many that the softmax falls out of the cache (measured: docs/lab-book/README.md).
 CHUNK_ELEMENTS = 1 << 25  # 128 MB in fp32: 667 rows of OPT's vocabulary
 CHUNK_ROWS = 1024  # the limit for small vocabularies
+# On a GPU, where each chunk costs the host some 25 kernels: 4,096 rows of OPT's vocabulary, 1.6 GB in bf16.
+CUDA_CHUNK_ELEMENTS = 4096 * 50272
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows whose logits exist at once."""
+def chunk_rows(vocabulary: int, device: torch.device | None = None) -> int:
+    """Rows whose logits exist at once (default device: CPU)."""
+    if device is not None and device.type != "cpu":
+        return max(1, CUDA_CHUNK_ELEMENTS // vocabulary)
     return max(1, min(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
 
 
@@ -44,7 +48,7 @@ class _ProjectedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, gamma, smoothing, z_loss, want_correct, want_grad):
-        rows = chunk_rows(weight.shape[0])
+        rows = chunk_rows(weight.shape[0], weight.device)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         # `needs_input_grad` is true under no_grad too: evaluation must not pay for gradients.
         need = [want_grad and needed for needed in ctx.needs_input_grad[:3]]

@@ -81,6 +81,14 @@ def fp32_fragment(weight: Any) -> tuple[slice, slice] | None:
     return slice(here.start, here.start + here.numel), slice(there.start, there.start + there.numel)
 
 
+def take_flat_gradients(optimizer: Any) -> None:
+    """Let stage 1 in bf16 compute the norm and clip on its flat gradient buffers, not weight by weight: some
+    500 kernels fewer."""
+    flat = getattr(optimizer, "fp32_groups_actual_gradients_flat", None)
+    if flat is not None and not optimizer.has_moe_layers:
+        optimizer.get_grads_for_norm = lambda for_clipping=False: flat if for_clipping else (flat, {})
+
+
 def norm_before_step(optimizer: Any) -> float | None:
     """The gradient's global norm while the optimizer applies a step; None where DeepSpeed keeps none (stage
     0 in fp32)."""

@@ -11,7 +11,9 @@ import math
 import os
 import resource
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -25,10 +27,11 @@ from pipeline.config.deepspeed_config import zero_stage
 from pipeline.config.schema import Recipe
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Step
+from pipeline.data.upload import Uploader
 from pipeline.models.folders import parameter_count
 from pipeline.models.layers import checkpoint_layers, transformer_layers
 from pipeline.models.losses import LossSums
-from pipeline.parallel.deepspeed_compat import norm_before_step, silence_timers
+from pipeline.parallel.deepspeed_compat import norm_before_step, silence_timers, take_flat_gradients
 from pipeline.parallel.waiting import Collectives, clock
 from pipeline.training.optimizer import EMA, AdamW, parameter_groups
 
@@ -71,13 +74,16 @@ class Engine:
         if config.get("flops_profiler", {}).get("enabled"):
             silence_timers()
         layers = layers_to_compile(model, zero_stage(config)) if recipe.training.compile else []
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        with redirect_stdout(None):  # its optimizer for stage 1 in bf16 prints this machine's memory
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        take_flat_gradients(self.deepspeed.optimizer)
         self._optimizer = optimizer
+        self.uploader = Uploader(device)
         self.collectives = Collectives(device)
         self._forwards: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._own_seconds = 0.0
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
+        if layers:
+            compile_layers(layers)
         if device.type == "cuda":
             for module in _timed_modules(model, zero_stage(config), layers):
                 module.forward = self._timed(module.forward)
@@ -101,6 +107,7 @@ class Engine:
             losses = LossSums(**self.deepspeed(batch))
             self.deepspeed.backward(losses.objective * scale)
             sums += _nats(losses)
+            self.uploader.learn(batch)
             if number + 1 < len(step.batches):
                 self.deepspeed.step()  # not a boundary: DeepSpeed only counts the micro-batch
         self._own_seconds = clock() - began - (self.collectives.seconds - waited)
@@ -139,21 +146,25 @@ class Engine:
         lr = self.peak_lr * lr_factor
         for group, scale in zip(self.deepspeed.optimizer.param_groups, self._lr_scales, strict=True):
             group["lr"] = lr * scale
-        norm = None
+        norm = math.nan
         if zero_stage(self.config) == 0:
             # Plain data parallel: in fp32 DeepSpeed clips but does not return the norm.
             gradients = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
 
+        asked = False  # each look at a norm on a GPU waits for it
+
         def veto() -> bool:
-            known = norm_before_step(self.deepspeed.optimizer)
-            now = norm if known is None else known
-            return skip is not None or not math.isfinite(now) or now > norm_limit
+            nonlocal norm, asked
+            if not asked and (known := norm_before_step(self.deepspeed.optimizer)) is not None:
+                norm = known
+            asked = True
+            return skip is not None or not math.isfinite(norm) or norm > norm_limit
 
         self._optimizer.veto = veto
         self.deepspeed.step()
-        if self.deepspeed.get_global_grad_norm() is not None:
-            norm = float(self.deepspeed.get_global_grad_norm())
+        if not asked and (known := self.deepspeed.get_global_grad_norm()) is not None:
+            norm = float(known)
         if skip is None and not math.isfinite(norm):
             skip = f"the gradient's norm is {norm}"
         elif skip is None and norm > norm_limit:
@@ -166,7 +177,8 @@ class Engine:
         self.deepspeed.eval()
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for batch in batches:
-            sums += _nats(LossSums(**self.deepspeed(batch.to(self.device))))
+            batch = self.uploader.prepare(batch).to(self.device)
+            sums += _nats(LossSums(**self.deepspeed(batch)))
         return sums
 
     @torch.no_grad()
@@ -176,7 +188,10 @@ class Engine:
         held = [getattr(weight, "ds_tensor", weight) for weight in module.parameters()]
         for weight, state in self._optimizer.state.items():
             held += [weight, state.get(EMA, weight)]
-        return all(bool(tensor.isfinite().all()) for tensor in (*held, *module.buffers()))
+        finite = defaultdict(list)  # by device: each `bool` waits for one
+        for tensor in (*held, *module.buffers()):
+            finite[tensor.device].append(tensor.isfinite().all())
+        return all(bool(torch.stack(flags).all()) for flags in finite.values())
 
     def memory_bytes(self) -> int:
         """This rank's peak memory: of its GPU, or resident memory on CPUs."""
@@ -214,6 +229,15 @@ def layers_to_compile(model: nn.Module, stage: int) -> list[nn.Module]:
     if stage == 3:
         set_z3_leaf_modules(model, sorted({type(layer) for layer in layers}, key=lambda t: t.__name__))
     return layers
+
+
+def compile_layers(layers: list[nn.Module]) -> None:
+    """Compile the `forward` of each layer for any number of rows."""
+    # torch counts versions of a function: layers of a class share it. Beyond the limit it runs uncompiled.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(layers))
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=COMPILE_BACKEND)
 
 
 def _nats(losses: LossSums) -> Tensor:

@@ -226,6 +226,7 @@ class TrainingRun:
                 self.tokenizer.byte_lengths,
                 self.state.position,
                 sentence_ends=self.recipe.data.sentence_ends,
+                uploader=self.engine.uploader,
             )
         )
         self._open.push(self._write_comms)

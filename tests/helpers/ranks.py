@@ -588,3 +588,12 @@ def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[in
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(["doctor", *arguments])
     return status, out.getvalue(), err.getvalue()
+
+
+def count_update(recipe: str, strategy: str) -> tuple[int, int, int]:
+    """Kernels of gradients and of an update on one GPU, and the update's waits."""
+    from pipeline.costs.counts import update
+    from pipeline.costs.sized_recipe import sized_recipe
+
+    gradients, updated = update(sized_recipe(recipe), strategy)
+    return gradients.kernels, updated.kernels, updated.waits

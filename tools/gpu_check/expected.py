@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.costs.benchmark import OPT_VOCABULARY, published_opt
-from pipeline.costs.inspect import DryRun
+from pipeline.costs.inspect import AsOnCuda, DryRun
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.models import flops
 
@@ -123,7 +123,7 @@ def training(name: str, card: Card) -> dict[str, Any]:
     """Forward and backward of a recipe's model on a bin, in bf16."""
     recipe = sized_recipe(name)
     model, batch, step = DryRun(recipe, None, "bf16").step(recipe.data.bin_tokens, False)
-    with next(model.parameters()).fake_mode, DeviceTime(card, OPT_VOCABULARY) as time:
+    with AsOnCuda(), DeviceTime(card, OPT_VOCABULARY) as time:
         model(batch).objective.backward()
     seconds = sum(time.seconds.values())
 

@@ -52,6 +52,12 @@ def test_less_memory_costs_time_until_nothing_fits(recipe):
         found_by(recipe, "0.01GB", strategy=("zero0", "zero1"))
 
 
+def test_one_gpu_takes_zero1(recipe):
+    found = found_by(recipe, "80GB", gpus=1)
+    assert found["chosen"]["strategy"] == "zero1"
+    assert "zero0" not in {one["strategy"] for one in found["candidates"]}
+
+
 def test_offloading_is_the_last_choice_and_large_bins_win_among_equals():
     def candidate(strategy: str, seconds: float, tokens: int) -> dict:
         return {"strategy": strategy, "step_seconds": seconds, "bin_tokens": tokens}

@@ -273,7 +273,9 @@ def test_the_total_takes_the_larger_of_activations_and_update(tmp_path):
 def test_bf16_halves_the_activations_and_larger_bins_cost_more(tmp_path):
     recipe = write_recipe(tmp_path)
     full, half = (inspect(recipe, vocab_size=500, dtype=d)["step_memory"] for d in ("fp32", "bf16"))
-    assert 0.45 < half["activations"] / full["activations"] < 0.8
+    # Without logits: a GPU computes them in larger chunks.
+    body = [step["activations"] - step["of_which_logits"] for step in (half, full)]
+    assert 0.45 < body[0] / body[1] < 0.8, body
     more = inspect(recipe, vocab_size=500, dtype="fp32", tokens=2048)["step_memory"]
     assert 1.8 < more["activations"] / full["activations"] < 2.1
     assert 0 < full["of_which_logits"] < full["activations"] < full["peak_one_process"]

@@ -16,6 +16,7 @@ from pipeline.models import attention
 from pipeline.models.attention import KERNELS, PATHS, attention_path, choose_path, packed_attention, why_not
 
 CPU = torch.device("cpu")
+LAYOUT = SegmentLayout([2, 3])
 # One row; one segment; short ones; some longer than every exact bucket; rows beyond one flex tile.
 LENGTHS = {
     "one row": [1],
@@ -136,6 +137,26 @@ def test_flex_tiles_are_those_that_torch_finds_by_looking_at_every_pair(name, ca
     assert torch.equal(ours.to_dense(), theirs.to_dense())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[127, 1, 128, 1, 128], [128, 1], [64, 65, 3, 60, 1]])
+def test_tiles_give_the_values_and_gradients_of_attention_by_hand(lengths, causal):
+    assert SegmentLayout(lengths).fits_tiles
+    for window in (None, 1, 50) if causal else (None,):
+        expected = run("by hand", lengths, causal, window=window)
+        for a, b in zip(run("tiles", lengths, causal, window=window), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_hold_whole_segments_one_after_another():
+    layout = SegmentLayout(np.random.default_rng(3).integers(1, 65, 500))
+    plan, tile = layout.tiles, np.repeat(np.arange(len(layout.tiles.source) // 128), 128)
+    assert torch.equal(plan.source[plan.restore], torch.arange(layout.rows))
+    tile_of_row = tile[plan.restore.numpy()]
+    for start, end in itertools.pairwise(layout.starts):
+        assert len(set(tile_of_row[start:end])) == 1
+    assert plan.slots <= 1.4 * layout.rows
+
+
 def kernels(dtype: torch.dtype) -> list[str]:
     return [path for path in KERNELS if why_not(path, torch.device("cuda"), dtype, 64, True) is None]
 
@@ -161,9 +182,21 @@ def test_cuda_kernels_agree_with_the_masked_path(dtype, name, causal):
 
 @pytest.mark.cuda
 def test_cuda_takes_a_kernel_in_half_precision_and_the_exact_path_in_full():
-    cuda = torch.device("cuda")
-    assert choose_path(cuda, torch.bfloat16, 64, True) == "varlen"
-    assert choose_path(cuda, torch.float32, 64, True) == "bucketed"
+    long = SegmentLayout([300, 20], "cuda")
+    assert choose_path(long, torch.bfloat16, 64, True) == "varlen"
+    assert choose_path(long, torch.float32, 64, True) == "bucketed"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "path"),
+    [([11] * 100, "tiles"), ([60] * 3, "varlen"), ([11] * 100 + [129], "varlen"), ([40] * 90, "tiles")],
+)
+def test_a_gpu_takes_packed_tiles_for_many_short_segments(lengths, path):
+    layout = SegmentLayout(lengths, "meta")  # as a GPU, but of shapes only
+    assert choose_path(layout, torch.bfloat16, 64, True) == path
+    assert choose_path(SegmentLayout(lengths), torch.bfloat16, 64, True) == "bucketed"
+    with attention_path("varlen"):
+        assert choose_path(layout, torch.bfloat16, 64, True) == "varlen"
 
 
 @pytest.mark.cuda
@@ -191,8 +224,8 @@ def test_cuda_models_give_the_same_loss_and_gradients_on_every_path(model):
 
 def test_cpus_take_the_bucketed_path():
     for dtype in (torch.float32, torch.bfloat16):
-        assert choose_path(CPU, dtype, 64, True) == "bucketed"
-        assert choose_path(CPU, dtype, 64, False, dropout=0.1) == "bucketed"
+        assert choose_path(LAYOUT, dtype, 64, True) == "bucketed"
+        assert choose_path(LAYOUT, dtype, 64, False, dropout=0.1) == "bucketed"
 
 
 @pytest.mark.parametrize("path", ["varlen", "flash_attn"])
@@ -213,12 +246,12 @@ def test_flex_attention_is_refused_for_gradients_on_a_cpu_and_for_dropout():
 
 def test_the_environment_can_name_the_path_and_a_with_block_wins(monkeypatch):
     monkeypatch.setenv("SLLM_ATTENTION", "masked")
-    assert choose_path(CPU, torch.float32, 64, True) == "masked"
+    assert choose_path(LAYOUT, torch.float32, 64, True) == "masked"
     with attention_path("bucketed"):
-        assert choose_path(CPU, torch.float32, 64, True) == "bucketed"
+        assert choose_path(LAYOUT, torch.float32, 64, True) == "bucketed"
     monkeypatch.setenv("SLLM_ATTENTION", "flash")
     with pytest.raises(UserError, match="SLLM_ATTENTION=flash"):
-        choose_path(CPU, torch.float32, 64, True)
+        choose_path(LAYOUT, torch.float32, 64, True)
     with pytest.raises(ValueError, match="not one of"), attention_path("flash"):
         pass
 
@@ -259,8 +292,10 @@ def test_pairs_are_counted_with_and_without_padding():
     assert layout.pairs == 9 + 9 + 131**2 + 132**2 + 133**2
     blocks = {path: layout.computed_pairs(path) for path in PATHS + KERNELS}
     assert {real for real, _ in blocks.values()} == {layout.pairs}
+    assert SegmentLayout([3, 3, 125]).computed_pairs("tiles") == (131 * 128, 2 * 128**2)
     assert {path: computed for path, (_, computed) in blocks.items()} == {
         "bucketed": 2 * 9 + 3 * 133**2,
+        "tiles": 2 * 9 + 3 * 133**2,  # bucketed: a segment is longer than a tile
         "masked": 402**2,
         "varlen": layout.pairs,
         "flash_attn": layout.pairs,

@@ -19,6 +19,7 @@ from helpers.models import (
 from data_prep.shards.reader import ShardSet
 from pipeline.data.batch import build_batch
 from pipeline.data.plan import BinPlan
+from pipeline.data.segments import SegmentLayout
 from pipeline.data.windows import Span
 from pipeline.models.attention import KERNELS, attention_path, choose_path
 from pipeline.models.flops import (
@@ -121,7 +122,7 @@ def test_an_8k_bin_of_real_clauses_costs_a_125m_model_hardly_any_padding(tiny_sh
 def test_kernels_compute_no_padding(monkeypatch):
     monkeypatch.setattr("pipeline.models.flops.choose_path", lambda *a, **k: KERNELS[0])
     assert StepArithmetic(small_sllm()).count(random_batch(0))[0] == 0
-    assert choose_path(torch.device("cpu"), torch.float32, 8, True) == "bucketed"
+    assert choose_path(SegmentLayout([3]), torch.float32, 8, True) == "bucketed"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -214,3 +214,11 @@ def test_a_training_step_of_each_model_holds_no_tensor_of_all_logits(monkeypatch
         with _Largest() as largest:
             model(batch).objective.backward()
         assert largest.elements < batch.tokens * vocabulary / 4
+
+
+def test_a_gpu_takes_fewer_chunks_of_bounded_size():
+    meta = torch.device("meta")
+    assert head_module.chunk_rows(50272, meta) == 4096 and head_module.chunk_rows(8192, meta) > 16384
+    for vocabulary in (50272, 250_000, 10**9):
+        assert head_module.chunk_rows(vocabulary) <= head_module.chunk_rows(vocabulary, meta)
+        assert head_module.chunk_rows(vocabulary, meta) * vocabulary <= max(vocabulary, 4096 * 50272)

@@ -10,6 +10,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.comm.torch import TorchBackend, build_shm_op
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3, stage_1_and_2
@@ -95,3 +96,20 @@ def test_global_grad_norm() -> None:
         assert "self._global_grad_norm = " in source, changed(f"{module.__name__}: _global_grad_norm")
     assert compat.norm_before_step(SimpleNamespace(_global_grad_norm=torch.tensor(2.5))) == 2.5
     assert compat.norm_before_step(SimpleNamespace()) is None
+
+
+def test_flat_gradients() -> None:
+    source = inspect.getsource(bf16_optimizer)
+    for part in (
+        "self.fp32_groups_actual_gradients_flat.append(",
+        "self.get_grads_for_norm(for_clipping=True)",
+    ):
+        assert part in source, changed(f"bf16_optimizer: {part}")
+    assert "non_expert_grads_for_norm, expert_grads_for_norm = self.get_grads_for_norm()" in source
+    flat = [torch.ones(3), torch.ones(2)]
+    optimizer = SimpleNamespace(fp32_groups_actual_gradients_flat=flat, has_moe_layers=False)
+    compat.take_flat_gradients(optimizer)
+    assert optimizer.get_grads_for_norm() == (flat, {})
+    assert optimizer.get_grads_for_norm(for_clipping=True) is flat
+    compat.take_flat_gradients(other := SimpleNamespace())  # of another stage
+    assert vars(other) == {}

@@ -36,7 +36,7 @@ def estimates(recipes: tuple[str, ...]) -> dict[str, dict[tuple[str, int], int]]
 
 def choice(totals: dict[tuple[str, int], int], world: int, gpu: int) -> str:
     """The first strategy that fits, in the order of what it costs in traffic and time."""
-    order = ("0", "3-offload") if world == 1 else ("1", "2", "3", "3-offload")
+    order = ("1", "3-offload") if world == 1 else ("1", "2", "3", "3-offload")
     for stage in order:
         if totals[stage, world] <= USABLE * gpu * 1e9:
             return f"`{FILES[stage]}`"
@@ -50,9 +50,9 @@ def tables(found: dict[str, dict[tuple[str, int], int]]) -> str:
     for recipe, totals in found.items():
         cells = [choice(totals, world, gpu) for world in WORLDS for gpu in GPUS]
         lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
-    heads = [f"{FILES[stage]} × {world}" for stage in FILES for world in WORLDS if stage == "0" or world > 1]
-    keys = [(stage, world) for stage in FILES for world in WORLDS if stage == "0" or world > 1]
-    shown = [(head, key) for head, key in zip(heads, keys, strict=True) if key[0] != "0" or key[1] == 1]
+    keys = [("0", 1), *((stage, world) for stage in "123" for world in WORLDS if stage == "1" or world > 1)]
+    keys += [("3-offload", world) for world in WORLDS if world > 1]
+    shown = [(f"{FILES[stage]} × {world}", (stage, world)) for stage, world in keys]
     lines += ["", "GB of one GPU, by strategy and number of GPUs:", ""]
     lines += ["| recipe | " + " | ".join(head for head, _ in shown) + " |"]
     lines += ["| --- |" + " ---: |" * len(shown)]
