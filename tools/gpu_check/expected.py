@@ -32,6 +32,8 @@ CONTEXT, SENTENCE_TOKENS = 256, 11
 BYTES = 2  # bf16
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0}  # the place of the left factor
 _FREE = ("aten::empty", "aten::new_empty", "prim::", "aten::detach")  # no kernel
+_GATHERS = ("aten::index_select", "aten::embedding", "aten::gather")
+_SCATTERS = ("aten::scatter_add_", "aten::scatter_", "aten::index_add_", "aten::index_put_")
 # Launches outside the captured graph: ours in a step of the decoder, at most (a test holds it); and in a step
 # of transformers 5.23's `generate` with a static cache, counted by a dispatch mode on a CPU.
 LAUNCHES = {"ours": 60, "static": 38}
@@ -85,14 +87,18 @@ class DeviceTime(TorchDispatchMode):
         if func.is_view or name.startswith(_FREE):
             return out
         written = _bytes(out)
-        # A gather reads what it writes, not all of its table.
-        gathers = name in ("aten::index_select", "aten::embedding", "aten::gather")
-        seconds = (written + (written if gathers else _bytes((args, kwargs)))) / self.card.copy
+        if name in _GATHERS:  # reads what it writes, not all of its table
+            moved = 2 * written
+        elif name in _SCATTERS:  # changes as much as it is given
+            moved = 2 * _bytes(args[1:])
+        else:
+            moved = written + _bytes((args, kwargs))
+        seconds = moved / self.card.copy
         logits = any(x.ndim == 2 and x.shape[-1] == self._vocabulary for x in _tensors((args, out)))
         if product := _product(name, args, out):
             self.products += 2 * product / self.card.gemm
             seconds = max(seconds, 2 * product / self.card.gemm)
-            if any(x.shape[-1] == self._vocabulary for x in _tensors(out)):
+            if any(x.shape[-1:] == (self._vocabulary,) for x in _tensors(out)):
                 self.saved -= 2 * written / self.card.copy
         elif logits:
             self.saved += seconds

@@ -21,8 +21,17 @@ def test_an_operator_takes_its_product_or_its_passes_over_memory() -> None:
         assert time.seconds["aten::mul_"] == pytest.approx(2 * 4 * 30000 / 1e9)
         y.index_select(0, torch.zeros(5, dtype=torch.long))
         assert time.seconds["aten::index_select"] == pytest.approx(2 * 4 * 5 * 300 / 1e9)
+        z.scatter_add_(1, torch.zeros(100, 1, dtype=torch.long), torch.ones(100, 1))
+        assert time.seconds["aten::scatter_add_"] == pytest.approx(2 * 12 * 100 / 1e9)
     assert time.products == pytest.approx(2 * 100 * 2000 * 300 / 1e12)
-    assert set(time.seconds) <= {"aten::mm", "aten::mul_", "aten::index_select", "aten::zeros"}
+    assert set(time.seconds) <= {
+        "aten::mm",
+        "aten::mul_",
+        "aten::index_select",
+        "aten::scatter_add_",
+        "aten::zeros",
+        "aten::ones",
+    }
     with FakeTensorMode(), DeviceTime(card, vocabulary=300) as head:
         logits = torch.empty(100, 2000) @ torch.empty(2000, 300)
         logits.exp().sum(-1)
