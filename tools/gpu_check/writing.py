@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from pipeline.costs.benchmark_generation import Case, make_side, measure
+from pipeline.costs.benchmark_generation import make_side, measure
+from pipeline.costs.engines import Case
 from pipeline.costs.options import SIDES, GenerationBenchmark
 from tools.gpu_check.bench import Bench
 
@@ -49,11 +51,12 @@ def _beside(bench: Bench, ours: str, theirs: str, batches: tuple[int, ...]) -> N
             )
         bench.fact(model=sides["model"].name, batch=case.batch, peak_gb=memory["gb"])
     # On a GPU, transformers compiles the decoding step with CUDA graphs then: the strongest baseline.
-    sides["against"].model.generation_config.cache_implementation = "static"
+    with bench.device:
+        static = make_side("against", replace(options, engine="hf-static"), bench.device)
     for case in cases:
         with bench.trial(f"static cache, batch {case.batch}"):
-            point = measure(case, {"against": sides["against"]}, runs)
-            _figures(bench, sides["against"].name, case.batch, point["against"], " static")
+            point = measure(case, {"against": static}, runs)
+            _figures(bench, static.name, case.batch, point["against"], " static")
 
 
 def _figures(bench: Bench, name: str, batch: int, side: dict[str, Any], how: str) -> None:
