@@ -19,7 +19,15 @@ def test_what_the_other_machine_lacks_is_carried_in_this_environments_releases()
     carried = bundle.needed("3.12")
     assert carried["deepspeed"] == deepspeed.__version__.split("+")[0]
     # Requirements of requirements, too: pydantic does not import without this one.
-    assert {"pydantic-core", "typing-inspection", "cyclopts", "zstandard", "pytest", "hjson"} <= set(carried)
+    assert {
+        "pydantic-core",
+        "typing-inspection",
+        "typing-extensions",
+        "cyclopts",
+        "zstandard",
+        "pytest",
+        "hjson",
+    } <= set(carried)
     assert not set(carried) & (bundle.THERE | bundle.LEFT_OUT)
     # Of these, new Python has its own.
     assert not {"exceptiongroup", "tomli"} & set(carried)
