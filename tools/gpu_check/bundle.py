@@ -48,13 +48,13 @@ python3 -m tools.gpu_check run --inputs "$here/inputs" --output "$1" "${@:2}"
 # As sitecustomize.py: a module of a package that the other machine lacks is not found.
 REFUSE = """\
 import sys
+from importlib.machinery import PathFinder
 REFUSED = set({refused!r})
-class Refuse:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in REFUSED:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (not in the bundle)", name=name)
-sys.meta_path.insert(0, Refuse)
+class Hide(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in REFUSED else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hide
 """
 
 
