@@ -104,6 +104,15 @@ class AsOnCuda(TorchFunctionMode):
     """Takes the operators of CUDA for attention with a mask and for dropout, where the meta device takes
     several others."""
 
+    def __enter__(self) -> Any:
+        self._asked = torch.is_autocast_enabled
+        torch.is_autocast_enabled = lambda *_: False  # older torch does not know the meta device there
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.is_autocast_enabled = self._asked
+        super().__exit__(*raised)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if func is F.scaled_dot_product_attention:
@@ -114,12 +123,20 @@ class AsOnCuda(TorchFunctionMode):
 
 
 def _efficient_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    bias = None
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     attend = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attend(q, k, v, bias, True, dropout, False, scale=scale)[0]
+    return attend(q, k, v, bias, True, dropout, is_causal, scale=scale)[0]
 
 
 def of_shapes(recipe: Recipe, vocabulary: Vocabulary, dtype: torch.dtype) -> nn.Module:

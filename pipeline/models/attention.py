@@ -107,8 +107,10 @@ def why_not(
     dropout: float = 0.0,
 ) -> str | None:
     """Why a path cannot be used for such tensors; None if it can. Every path takes any scale."""
-    if path in PATHS or device.type == "meta":  # shapes only: no kernel runs (costs/counts.py)
+    if path in PATHS:
         return None
+    if device.type == "meta":  # shapes only, as on a GPU (costs/counts.py)
+        return None if path == "varlen" and _varlen_attn() else f"{path} attention needs a device"
     if path == "flex":
         if dropout:
             return "flex attention has no dropout"

@@ -8,6 +8,7 @@ from helpers import ranks
 
 from pipeline.costs.counts import DeviceCounts, forward_backward
 from pipeline.costs.sized_recipe import sized_recipe
+from pipeline.models import attention
 
 TOKENS = 16384
 
@@ -17,7 +18,8 @@ def test_forward_and_backward_wait_for_nothing(recipe: str) -> None:
     upload, step = forward_backward(sized_recipe(recipe), TOKENS)
     assert (upload.uploads, upload.waits) == (1, 0)
     assert (step.uploads, step.waits) == (0, 0)
-    if recipe == "sllm-125m-h1":
+    # Without varlen attention (torch before 2.11) a block for every length takes its place.
+    if recipe == "sllm-125m-h1" and attention._varlen_attn():
         assert step.kernels <= 1100
 
 

@@ -131,8 +131,10 @@ def test_bf16_trains_nearly_alike(
     assert json.loads((tmp_path / "ds_config.json").read_text())["bf16"] == {"enabled": True}
     found, expected = losses(tmp_path), losses(reference["sllm"])
     assert found == pytest.approx(expected, abs=0.05) and found != pytest.approx(expected, abs=1e-6)
-    norms, exact = ([r["grad_norm"] for r in records(run)] for run in (tmp_path, reference["sllm"]))
-    assert norms == pytest.approx(exact, rel=0.05)
+    # Later steps start from other weights.
+    assert records(tmp_path)[0]["grad_norm"] == pytest.approx(
+        records(reference["sllm"])[0]["grad_norm"], rel=0.02
+    )
 
 
 @pytest.mark.parametrize(("objective", "stage", "world"), [("sllm", 3, 2), ("sllm", 0, 1), ("lm", 2, 1)])
