@@ -4,6 +4,8 @@
 # make test-all   every test
 # make test-versions  test-fast on every Python found, and on the oldest and newest torch and transformers
 # make lint       ruff, import layers, spelling, words, types, structure
+# make gpu-check  acceptance on one GPU, at most 400 s (DEVICE=cpu SMALL=1: every check, small, on a CPU)
+# make gpu-check-bundle  what a GPU machine without a package index needs, in .gpu
 # make results    tables, charts and diagrams of the docs, from docs/results and code
 # make docs       the docs site, in site/; fails on a broken link
 # make api        compare the public Python API with its snapshot, and renew it
@@ -15,6 +17,7 @@
 #   make demo PYTHON=python3.12          another interpreter for .venv
 #   make setup PIP_FLAGS='--index-url …' another package source, e.g. for a CPU or a particular CUDA build of torch
 #   make test PYTEST_FLAGS='-k slurm'    a part of the suite
+#   make gpu-check ONLY='strategies compile'    other checks
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -26,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Two files at a time: much of a test's time is waiting for ranks, jobs and imports. A later `-n 0` in PYTEST_FLAGS wins.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-fast test-long test-all test-versions soak results docs docs-serve api dist lock audit lint format clean distclean
+.PHONY: help setup demo test test-fast test-long test-all test-versions soak gpu-check gpu-check-bundle results docs docs-serve api dist lock audit lint format clean distclean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -64,6 +67,13 @@ test-versions: $(STAMP)
 
 soak: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/soak.py --output docs/results/soak.json
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m tools.gpu_check run --output gpu-check --device $(or $(DEVICE),cuda) \
+	  $(if $(SMALL),--small) $(if $(ONLY),--only $(ONLY))
+
+gpu-check-bundle: $(STAMP)
+	$(BIN)/python -m tools.gpu_check bundle --output .gpu
 
 results: $(STAMP)
 	$(BIN)/python -m tools.docs.tables

@@ -17,6 +17,7 @@ Other tables are templates in `templates/`. FILE is a path below docs/results.
     identify-quality FILE N  result of `tools.benchmarks.identify_quality`: its table N, from 0
     goodput FILE             result of `tools.benchmarks.goodput`, with its chart as a picture
     generation-chart FILE    the picture of a result of `sllm benchmark generation`
+    gpu-check FILE           results.jsonl of `tools.gpu_check run`: how each check ended
     headline FOLDER          README's table and charts: quality and speed of the main comparison
 """
 
@@ -40,6 +41,8 @@ from pipeline.evaluation.controls import SHIFTS
 from pipeline.reports.charts import generation_plots
 from pipeline.research import compare_page, context_table, scaling
 from tools.benchmarks import goodput, identify_quality, segment_quality
+from tools.gpu_check import page as gpu_page
+from tools.gpu_check import runner as gpu_check
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -253,6 +256,15 @@ def generation_chart(results: Results, file: str) -> list[str]:
     return results.draw(f"{file.removesuffix('.json')}.svg", generation_plots(found), caption)[1:]
 
 
+def gpu_check_table(results: Results, file: str) -> list[str]:
+    records = gpu_check.read(results.folder / file)
+    return [
+        *(f"{line}." for line in gpu_page.machines(records)),
+        "",
+        *markdown_table(gpu_page.summary(records)),
+    ]
+
+
 def headline(results: Results, folder: str) -> list[str]:
     rows = [row for file in ("lm", "sllm") for row in results.read(f"{folder}/{file}.json")["rows"]]
     runs = {name: [row["bits_per_byte"] for row in found] for name, found in _by_name(rows).items()}
@@ -361,6 +373,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "identify-quality": identify_quality_table,
     "goodput": goodput_table,
     "generation-chart": generation_chart,
+    "gpu-check": gpu_check_table,
     "headline": headline,
     **{path.name.split(".")[0]: of_template(path) for path in sorted(TEMPLATES.glob("*.md.jinja"))},
 }
