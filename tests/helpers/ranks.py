@@ -588,3 +588,12 @@ def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[in
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(["doctor", *arguments])
     return status, out.getvalue(), err.getvalue()
+
+
+def train_with_forgotten_matrices(arguments: list[str]) -> int | str:
+    """As `train`, but the optimizer does not see the last of its tensors."""
+    from pipeline.training import engine
+
+    parts: Any = engine.fp32_parts
+    _patch(engine, "fp32_parts", lambda optimizer: parts(optimizer)[:-1])
+    return train(arguments)
