@@ -73,6 +73,7 @@ class AdamW(torch.optim.AdamW):
         assert gradient is not None
         if MOMENTUM not in state:
             state.update(_first_state(p, group))
+        state["step"] += 1
         momentum = state[MOMENTUM].lerp_(gradient, 1 - self.momentum)
         matrices = self.matrices.get(id(p)) or Matrices.whole(p, group["muon"])
         update = matrices.orthogonal(gradient.lerp(momentum, self.momentum))
@@ -90,11 +91,11 @@ class AdamW(torch.optim.AdamW):
 
 def _first_state(p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """The states of a weight before its first step."""
-    if group.get("muon"):
-        return {MOMENTUM: torch.zeros_like(p)}
     on_device = group["fused"] or group["capturable"]
     step = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-    return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    moments = (MOMENTUM,) if group.get("muon") else ("exp_avg", "exp_avg_sq")
+    # torch's AdamW reads the counter of every state that it loads.
+    return {"step": step, **{name: torch.zeros_like(p) for name in moments}}
 
 
 def new_optimizer(
