@@ -143,7 +143,7 @@ def test_the_update_is_part_of_a_step_only_when_asked_for(tmp_path, tiny_shards)
         side = RecipeModel(shared.recipe, "x", shared)
         side.prepare(0)
         before = [p.detach().clone() for p in side.model.parameters()]
-        stepper = Stepper(side, shared.recipe, with_update)
+        stepper = Stepper(side, with_update)
         stepper()
         assert all(p.grad is not None for p in side.model.parameters())
         moved = [not torch.equal(b, p) for b, p in zip(before, side.model.parameters(), strict=True)]
