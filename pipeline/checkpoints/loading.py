@@ -140,7 +140,8 @@ def _share(whole: Tensor, numel: int, rank: int) -> Tensor:
 
 def _filled(optimizer: Any, parts: Parts) -> tuple[list[Tensor], dict[int, dict[str, Any]]]:
     """This rank's weights in fp32, a flat tensor for each group, and the groups' other states."""
-    flats, moments = [], {}
+    flats: list[Tensor] = []
+    moments: dict[int, dict[str, Any]] = {}
     for number, (like, pieces) in enumerate(fp32_parts(optimizer)):
         names = [optimizer.param_names[weight] for weight, _, _ in pieces]
         filled = {key: torch.zeros_like(like) for key in (WEIGHT, *parts.keys(names[0]))}

@@ -83,9 +83,11 @@ def fp32_parts(optimizer: Any) -> list[Part]:
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         groups = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
         return [(flat, [(weight, *fp32_fragment(weight)) for weight in group]) for flat, group in groups]
-    rank, world, parts = dist.get_rank(), dist.get_world_size(), []
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts: list[Part] = []
     for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-        pieces, offset = [], 0
+        pieces: list[tuple[Any, slice, slice]] = []
+        offset = 0
         for weight in group:
             share = -(-weight.ds_numel // world)  # the last rank's is padded
             first, end = (min(share * one, weight.ds_numel) for one in (rank, rank + 1))
