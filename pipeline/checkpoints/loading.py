@@ -19,7 +19,7 @@ from pipeline.checkpoints import store
 from pipeline.checkpoints.store import Meta
 from pipeline.checkpoints.zero_shards import WEIGHT, Parts
 from pipeline.parallel.agreement import AgreedError, agree
-from pipeline.parallel.deepspeed_compat import fp32_fragment
+from pipeline.parallel.deepspeed_compat import fp32_parts
 
 
 def agree_on_newest_whole(run_dir: str | Path) -> tuple[Path, Meta, str] | None:
@@ -100,8 +100,9 @@ def _restore_parts(engine: Any, parts: Parts, zero_stage: int) -> None:
     saved = parts.optimizers[0]
     for key in ("loss_scaler", "dynamic_loss_scale", "overflow"):
         state[key] = saved[key]
-    load = _fill_stage3 if zero_stage == 3 else _fill_stage12
-    load(engine, parts, state)
+    flats, moments = _filled(optimizer, parts)
+    state["fp32_flat_groups" if zero_stage == 3 else "single_partition_of_fp32_groups"] = flats
+    state["optimizer_state_dict" if zero_stage == 3 else "base_optimizer_state"]["state"] = moments
     world = torch.distributed.get_world_size()
     optimizer.load_state_dict([state] * world, load_optimizer_states=True, load_from_fp32_weights=True)
 
@@ -137,45 +138,19 @@ def _share(whole: Tensor, numel: int, rank: int) -> Tensor:
     return torch.nn.functional.pad(piece, (0, numel - piece.numel()))
 
 
-def _fill_stage3(engine: Any, parts: Parts, state: dict[str, Any]) -> None:
-    optimizer = engine.optimizer
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+def _filled(optimizer: Any, parts: Parts) -> tuple[list[Tensor], dict[int, dict[str, Any]]]:
+    """This rank's weights in fp32, a flat tensor for each group, and the groups' other states."""
+    flats: list[Tensor] = []
     moments: dict[int, dict[str, Any]] = {}
-    flats = []
-    for number, group in enumerate(optimizer.fp16_groups):
-        like = optimizer.fp32_partitioned_groups_flat[number]
-        filled = {key: torch.zeros_like(like) for key in (WEIGHT, *parts.keys())}
-        offset = 0
-        for weight in group:
-            numel = -(-weight.ds_numel // world)
-            for key, flat in filled.items():
-                whole = parts.state(optimizer.param_names[weight], key)
-                flat[offset : offset + numel] = _share(whole, numel, rank)
-            offset += numel
+    for number, (like, pieces) in enumerate(fp32_parts(optimizer)):
+        names = [optimizer.param_names[weight] for weight, _, _ in pieces]
+        filled = {key: torch.zeros_like(like) for key in (WEIGHT, *parts.keys(names[0]))}
+        for name, (_, here, there) in zip(names, pieces, strict=True):
+            for key, flat in filled.items() if here.start < here.stop else ():
+                flat[here] = parts.state(name, key).flatten()[there]
         flats.append(filled.pop(WEIGHT))
-        moments[number] = {**_copied(parts.scalars(0)), **filled}
-    state["fp32_flat_groups"] = flats
-    state["optimizer_state_dict"]["state"] = moments
-
-
-def _fill_stage12(engine: Any, parts: Parts, state: dict[str, Any]) -> None:
-    optimizer = engine.optimizer
-    moments: dict[int, dict[str, Any]] = {}
-    flats = []
-    for number, group in enumerate(optimizer.bit16_groups):
-        like = optimizer.single_partition_of_fp32_groups[number]
-        filled = {key: torch.zeros_like(like) for key in (WEIGHT, *parts.keys())}
-        for weight in group:
-            fragment = fp32_fragment(weight)
-            if fragment is None:  # another rank's
-                continue
-            here, there = fragment
-            for key, flat in filled.items():
-                flat[here] = parts.state(optimizer.param_names[weight], key).flatten()[there]
-        flats.append(filled.pop(WEIGHT))
-        moments[number] = {**_copied(parts.scalars(0)), **filled}
-    state["single_partition_of_fp32_groups"] = flats
-    state["base_optimizer_state"]["state"] = moments
+        moments[number] = {**_copied(parts.scalars(names[0])), **filled}
+    return flats, moments
 
 
 def _copied(scalars: dict[str, Any]) -> dict[str, Any]:

@@ -259,7 +259,10 @@ def _identity(meta: Meta) -> dict[str, Any]:
         "data": data,
         "seed": meta.recipe["seed"],
         # They determine the optimizer's states and groups.
-        "optimizer": {"parts": meta.recipe["optimizer"].get("parts", {})},
+        "optimizer": {
+            "parts": meta.recipe["optimizer"].get("parts", {}),
+            "kind": meta.recipe["optimizer"].get("kind", "adamw"),
+        },
         "training": {"ema": meta.recipe["training"].get("ema")},
     }
 

@@ -102,15 +102,23 @@ class Parts:
         name = self._same.get(name, name)
         return _joined([self._piece(rank, name, key) for rank in range(self._world)], self.weights[name])
 
-    def keys(self) -> list[str]:
-        """What the optimizer keeps for each weight and of each weight's shape: `exp_avg`, …"""
-        state = self._state(0, 0)
+    def keys(self, name: str) -> list[str]:
+        """What the optimizer keeps for a weight and of its shape: `exp_avg`, …; alike in all of a group."""
+        state = self._state_of(name)
         longest = max(t.numel() for t in state.values() if isinstance(t, Tensor)) if state else 0
         return sorted(k for k, t in state.items() if isinstance(t, Tensor) and t.numel() == longest > 1)
 
-    def scalars(self, group: int) -> dict[str, Any]:
-        """What the optimizer keeps for a whole group of weights: its `step`."""
-        return {key: value for key, value in self._state(0, group).items() if key not in self.keys()}
+    def scalars(self, name: str) -> dict[str, Any]:
+        """What the optimizer keeps for a weight's whole group: Adam's `step`."""
+        keys = self.keys(name)
+        return {key: value for key, value in self._state_of(name).items() if key not in keys}
+
+    def _state_of(self, name: str) -> dict[str, Any]:
+        name = self._same.get(name, name)
+        for rank in range(self._world):
+            if (place := self._place(rank, name)) is not None:
+                return self._state(rank, place[0])
+        raise KeyError(name)
 
     def _base(self, rank: int) -> dict[str, Any]:
         key = "optimizer_state_dict" if self._stage == 3 else "base_optimizer_state"
@@ -121,20 +129,22 @@ class Parts:
 
     def _piece(self, rank: int, name: str, key: str) -> Tensor:
         """Rank `rank`'s piece of a tensor: flat, in order, perhaps empty, padded at the very end."""
-        optimizer = self.optimizers[rank]
-        if self._stage == 3:
-            weights = optimizer["fp32_flat_groups"]
-            group, start = self._places[name]
-            numel = -(-math.prod(self.weights[name]) // self._world)
-        else:
-            weights = optimizer["single_partition_of_fp32_groups"]
-            places = optimizer["param_slice_mappings"]
-            group = next((number for number, place in enumerate(places) if name in place), None)
-            if group is None:  # all of it is another rank's
-                return torch.empty(0)
-            start, numel = places[group][name].start, places[group][name].numel
-        flat = weights[group] if key == WEIGHT else self._state(rank, group)[key]
+        place = self._place(rank, name)
+        if place is None:
+            return torch.empty(0)
+        group, start, numel = place
+        weights = "fp32_flat_groups" if self._stage == 3 else "single_partition_of_fp32_groups"
+        flat = self.optimizers[rank][weights][group] if key == WEIGHT else self._state(rank, group)[key]
         return flat.detach().flatten()[start : start + numel]
+
+    def _place(self, rank: int, name: str) -> tuple[int, int, int] | None:
+        """Group, start and number of values of a rank's piece in its flat tensors; None if it has none."""
+        if self._stage == 3:
+            return *self._places[name], -(-math.prod(self.weights[name]) // self._world)
+        for group, places in enumerate(self.optimizers[rank]["param_slice_mappings"]):
+            if name in places:
+                return group, places[name].start, places[name].numel
+        return None
 
 
 def _joined(pieces: list[Tensor], shape: torch.Size) -> Tensor:

@@ -79,7 +79,7 @@ def sweep(
         output: folder of the sweep's runs and results
         workers: runs at once, each on its own core
         result: result file, JSON (default: results.json in the output folder)
-        only: these runs, and those that they come after
+        only: these runs, and those that they come after; NAME-sSEED is one seed of a run
     """
     from pipeline.research import sweep as sweeping
 

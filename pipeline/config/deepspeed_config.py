@@ -95,6 +95,11 @@ def require_compatible(strategy: dict[str, Any], recipe: Recipe) -> None:
             "DeepSpeed config: fp16 with stage 0 trains with wrong gradients, because DeepSpeed divides them "
             "by a loss scale that it never applied: use zero1.json with fp16, or bf16"
         )
+    if recipe.optimizer.kind == "muon" and _offloads_to_nvme(strategy):
+        raise UserError(
+            "optimizer.kind muon keeps its momentum where matrices can be put together, not on an NVMe disk: "
+            "offload to the cpu (zero3-offload.json), or use adamw"
+        )
     torch = version("torch")
     if (
         zero_stage(strategy) == 3
@@ -236,7 +241,7 @@ def complete_strategy(strategy: dict[str, Any], recipe: Recipe, world: int, on_g
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": accumulation * world,
         "gradient_clipping": recipe.optimizer.clip,
-        "zero_allow_untested_optimizer": True,  # ours is torch.optim.AdamW, passed in
+        "zero_allow_untested_optimizer": True,  # ours is made of torch.optim.AdamW, and passed in
         "zero_force_ds_cpu_optimizer": False,
     }
     # It would wait for the GPU twice a micro-batch, for a speed that no part of this project reads.

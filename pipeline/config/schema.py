@@ -160,8 +160,18 @@ PARTS = (
 
 
 class OptimizerRecipe(Section):
-    """AdamW. Weight decay touches matrices only: no biases, no norms, no embeddings."""
+    """AdamW, or Muon for the hidden matrices. Weight decay touches matrices only: no biases, no norms, no
+    embeddings."""
 
+    # Resolved recipes from before these keys stay the same.
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        exclude_if="adamw".__eq__,
+        description="muon: hidden matrices by Muon, all else by AdamW; both at the same rate",
+    )
+    momentum: Below1 = Field(
+        0.95, exclude_if=(0.95).__eq__, description="decay of the average of gradients (muon)"
+    )
     lr: Number = Field(1.0e-4, description="peak learning rate")
     betas: Annotated[list[Below1], Field(min_length=2, max_length=2)] = Field(
         [0.9, 0.95], description="decay of the averages of gradients and of squares"

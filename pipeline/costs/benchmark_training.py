@@ -54,11 +54,12 @@ from pipeline.models import flops
 from pipeline.models.factory import new_model
 from pipeline.models.flops import TRAINING_FACTOR, Core, Operations
 from pipeline.models.folders import KINDS, load_pretrained, parameter_count, read_config
-from pipeline.training.optimizer import parameter_groups
+from pipeline.training.optimizer import new_optimizer
 
 ROW_TOKENS = 1024  # of a Hugging Face model's rows
 # Of one timed matrix product: long enough to time on this kind of device, and still short.
 GEMM_MULTIPLY_ADDS = {"cpu": 1 << 34, "cuda": 1 << 38}
+LONG_SECONDS = 1.0  # a measurement that is not repeated
 
 
 @dataclass
@@ -102,6 +103,7 @@ class RecipeModel:
 
     def __init__(self, recipe: Recipe, name: str, settings: Settings):
         self.name, self._recipe, self._device = name, recipe, settings.device
+        self.optimizer = recipe.optimizer
         torch.manual_seed(recipe.seed)
         with settings.device:  # a GPU draws the weights of 1.3B in a second, a CPU in half a minute
             model = new_model(recipe, settings.shards.tokenizer(), settings.shards.settings.to_dict())
@@ -126,6 +128,8 @@ class PlainModel:
 
     def __init__(self, model: nn.Module, name: str, settings: Settings):
         self.name, self._device = name, settings.device
+        # The recipe's parts are of another model.
+        self.optimizer = settings.recipe.optimizer.model_copy(update={"parts": {}, "kind": "adamw"})
         self.model = _placed(model, settings)
         self._bins, self._bins_read = Bins(settings.shards, settings.recipe, settings.tokens), 0
         self._length = min(ROW_TOKENS, settings.tokens)
@@ -208,15 +212,11 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
 
 
 class Stepper:
-    """Forward and backward of one side, optionally with AdamW's update."""
+    """Forward and backward of one side, optionally with the optimizer's update."""
 
-    def __init__(self, side: Side, recipe: Recipe, with_update: bool):
-        self.side, self._optimizer = side, None
-        if with_update:
-            groups = parameter_groups(side.model, recipe.optimizer)
-            for group in groups:
-                group.pop("lr_scale")  # costs no time
-            self._optimizer = torch.optim.AdamW(groups, lr=recipe.optimizer.lr, eps=recipe.optimizer.eps)
+    def __init__(self, side: Side, with_update: bool):
+        self.side = side
+        self._optimizer = new_optimizer(side.model, side.optimizer)[0] if with_update else None
 
     def __call__(self) -> None:
         self.side.loss().backward()
@@ -258,6 +258,28 @@ def matmul_speeds(side: Side, rows: dict[str, int]) -> list[dict[str, Any]]:
     return speeds
 
 
+def products_seconds(side: Side, rows: dict[str, int]) -> float:
+    """Seconds of the linear layers' matrix products alone, forward and backward, with the rows that reach
+    each layer: best of three, or one if that is long."""
+    modules = dict(side.model.named_modules())
+    weights = [(modules[name].weight.detach(), reached) for name, reached in rows.items()]
+
+    def all_products() -> None:
+        for weight, reached in weights:
+            x, slope = inputs[weight.shape[1], reached], inputs[weight.shape[0], reached]
+            torch.mm(x, weight.t())
+            torch.mm(slope, weight)
+            torch.mm(slope.t(), x)
+
+    shapes = {(width, reached) for weight, reached in weights for width in weight.shape}
+    inputs = {(width, reached): torch.randn(reached, width).to(weights[0][0]) for width, reached in shapes}
+    device = weights[0][0].device
+    taken = [_timed(device, all_products)]
+    if taken[0] < LONG_SECONDS:
+        taken += [_timed(device, all_products) for _ in range(2)]
+    return min(taken)
+
+
 def step_memory(side: Side, stepper: Stepper, device: torch.device) -> dict[str, int]:
     """Bytes `before` a step (weights), at its `peak`, and the difference as `step`.
 
@@ -288,7 +310,7 @@ def memory_of(name: str, options: TrainingBenchmark) -> dict[str, int]:
     process."""
     settings = _settings(options)
     side = make_side(name, options, settings)
-    return step_memory(side, Stepper(side, settings.recipe, options.step), settings.device)
+    return step_memory(side, Stepper(side, options.step), settings.device)
 
 
 # The command ----------------------------------------------------------------------------------------------
@@ -331,7 +353,7 @@ def run(options: TrainingBenchmark) -> dict[str, Any]:
 def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[str, dict[str, Any]], float]:
     """Speed and arithmetic of each side, by its name in `SIDES`; the best matrix product, GFLOP/s."""
     sides = {name: make_side(name, options, settings) for name in SIDES[: 2 if options.against else 1]}
-    steppers = {name: Stepper(side, settings.recipe, options.step) for name, side in sides.items()}
+    steppers = {name: Stepper(side, options.step) for name, side in sides.items()}
     counted = {}
     for name, side in sides.items():  # counts, and warms up
         side.prepare(0)
@@ -339,6 +361,7 @@ def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[
         steppers[name]()
         steppers[name].clear()
     speeds = {name: matmul_speeds(side, counted[name][1]) for name, side in sides.items()}
+    alone = {name: products_seconds(side, counted[name][1]) for name, side in sides.items()}
     taken: dict[str, list[tuple[int, float]]] = {name: [] for name in sides}
     for turn in range(options.runs):
         for name, side in sides.items():
@@ -350,7 +373,9 @@ def _side_by_side(options: TrainingBenchmark, settings: Settings) -> tuple[dict[
     peak = max(shape["gflops"] for shapes in speeds.values() for shape in shapes)
     figures = {}
     for name, side in sides.items():
-        figures[name] = _figures(side, counted[name][0], counted[name][2], speeds[name], taken[name], peak)
+        operations, tokens = counted[name][0], counted[name][2]
+        figures[name] = _figures(side, operations, tokens, speeds[name], taken[name], peak)
+        figures[name]["matmul_only_tokens_per_second"] = tokens / alone[name]
     return figures, peak
 
 
@@ -380,6 +405,7 @@ def _figures(
         "tokens": [real for real, _ in taken],
         "seconds": [seconds for _, seconds in taken],
         "tokens_per_second": spread(rates),
+        "multiply_adds_per_second": median * TRAINING_FACTOR * per_token,
         "multiply_adds_per_token": {
             "by_part": {part: n / tokens for part, n in operations.by_part().items()},
             "forward": per_token,
@@ -402,6 +428,7 @@ def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": model["tokens_per_second"]["median"] / against["tokens_per_second"]["median"],
         "by_turn": [ours / theirs for ours, theirs in pairs],
         "limit": model["limit_tokens_per_second"] / against["limit_tokens_per_second"],
+        "multiply_adds_per_second": model["multiply_adds_per_second"] / against["multiply_adds_per_second"],
     }
     if "memory_bytes" in model:
         for key in ("peak", "step"):
@@ -409,16 +436,22 @@ def _ratios(model: dict[str, Any], against: dict[str, Any]) -> dict[str, Any]:
     return ratios
 
 
+def _billions(number: float) -> str:
+    return f"{number / 1e9:.1f}"
+
+
 def format_benchmark(result: dict[str, Any]) -> str:
     """The result of `run` as text."""
     sides = [result[name] for name in SIDES if name in result]
     where = result["gpu"] or f"{result['cpu']}, {counted(result['threads'], 'thread')}"
-    work = "forward, backward and AdamW" if result["with_update"] else "forward and backward"
+    work = "forward, backward and update" if result["with_update"] else "forward and backward"
     rows: list[tuple[str, str, Show]] = [
         ("parameters", "parameters", ","),
         ("real tokens/s", "tokens_per_second.median", ",.1f"),
         ("multiply-adds per token, forward", "multiply_adds_per_token.forward", millions),
         *((f"  {part}", f"multiply_adds_per_token.by_part.{part}", millions) for part in flops.PARTS),
+        ("multiply-adds/s (10⁹)", "multiply_adds_per_second", _billions),
+        ("matrix products alone, tokens/s", "matmul_only_tokens_per_second", ",.1f"),
         ("limit, tokens/s", "limit_tokens_per_second", ",.1f"),
         ("share of the limit reached", "share_of_limit", ".1%"),
         ("padding, share of operations", "padding_share", ".2%"),
@@ -438,7 +471,8 @@ def format_benchmark(result: dict[str, Any]) -> str:
         turns, allowed = ratios["by_turn"], ratios["limit"]
         line = (
             f"{sides[0]['name']} by {sides[1]['name']}: {ratios['tokens_per_second']:.2f} × the "
-            f"tokens/s (turn by turn {min(turns):.2f} to {max(turns):.2f}; arithmetic allows {allowed:.2f})"
+            f"tokens/s (turn by turn {min(turns):.2f} to {max(turns):.2f}; arithmetic allows {allowed:.2f}), "
+            f"{ratios['multiply_adds_per_second']:.2f} × the multiply-adds/s"
         )
         if "memory_peak" in ratios:
             peak, step = ratios["memory_peak"], ratios["memory_step"]

@@ -76,7 +76,7 @@ class TrainingBenchmark(Benchmark):
         against: opt-125m, opt-350m or opt-1.3b (Hugging Face's model and loss), a recipe, or a model folder
         data: shard folder (default: the recipe's data.shards)
         tokens: tokens of a step
-        step: with the update of AdamW
+        step: with the update of the optimizer
     """
 
     against: str | None = None

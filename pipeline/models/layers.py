@@ -56,6 +56,14 @@ def attend_across(q: Tensor, k: Tensor, v: Tensor, spans: ContextSpans, dropout:
     return packed_attention(*wide, spans.layout, causal=True, dropout=dropout).index_select(0, spans.own)
 
 
+class Projections(nn.Linear):
+    """`count` linear maps of one input, whose matrices lie on top of each other in the weight."""
+
+    def __init__(self, width: int, out: int, count: int):
+        super().__init__(width, count * out)
+        self.count = count
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one fused query/key/value projection.
 
@@ -64,7 +72,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, window: int | None = None):
         super().__init__()
         self.heads, self.window = heads, window
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Projections(width, width, 3)
         self.out = nn.Linear(width, width)
 
     def _project(self, x_Td: Tensor, turn: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -211,7 +219,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Projections(width, width, 3)
         self.out = nn.Linear(width, width)
 
     def forward(self, vector_Sd: Tensor) -> Tensor:
@@ -252,7 +260,7 @@ class SentenceMemory(nn.Module):
         self.heads = heads
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(vector, 2 * width)
+        self.key_value = Projections(vector, width, 2)
         self.out = LinearFromZero(width, width)
 
     def keys_values(self, vectors_Bd: Tensor, turn: Rotation) -> tuple[Tensor, Tensor]:

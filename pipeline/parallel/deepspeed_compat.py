@@ -12,10 +12,12 @@ from datetime import timedelta
 from typing import Any
 
 import deepspeed
+import deepspeed.comm as dist
 import torch.distributed.distributed_c10d as c10d
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from pydantic import ValidationError
+from torch import Tensor
 
 from pipeline.parallel.agreement import AgreedError
 
@@ -71,12 +73,36 @@ def saving_through(engine: Any, writer: Any) -> Iterator[None]:
         del engine._copy_recovery_script
 
 
-def fp32_fragment(weight: Any) -> tuple[slice, slice] | None:
+# A flat fp32 tensor, and for each weight of its group the values that are in it: where they are in the
+# tensor, and in the flattened weight. Empty slices: all are on other ranks.
+Part = tuple[Tensor, list[tuple[Any, slice, slice]]]
+
+
+def fp32_parts(optimizer: Any) -> list[Part]:
+    """The flat tensors that this rank updates under ZeRO 1 to 3."""
+    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        groups = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+        return [(flat, [(weight, *fp32_fragment(weight)) for weight in group]) for flat, group in groups]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parts: list[Part] = []
+    for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        pieces: list[tuple[Any, slice, slice]] = []
+        offset = 0
+        for weight in group:
+            share = -(-weight.ds_numel // world)  # the last rank's is padded
+            first, end = (min(share * one, weight.ds_numel) for one in (rank, rank + 1))
+            pieces.append((weight, slice(offset, offset + end - first), slice(first, end)))
+            offset += share
+        parts.append((flat, pieces))
+    return parts
+
+
+def fp32_fragment(weight: Any) -> tuple[slice, slice]:
     """Where this rank's fp32 part of a weight is under ZeRO 1 and 2: the slice of the group's flat partition,
-    and the slice of the flattened weight. None when the whole weight is another rank's."""
+    and the slice of the flattened weight. Both empty when the whole weight is another rank's."""
     mapping = weight._hp_mapping
     if mapping is None:
-        return None
+        return slice(0, 0), slice(0, 0)
     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
     return slice(here.start, here.start + here.numel), slice(there.start, there.start + there.numel)
 

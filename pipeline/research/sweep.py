@@ -260,17 +260,18 @@ def run(
     """Do the jobs of a sweep that are not done, and write its result file (default: OUTPUT/results.json).
 
     Args:
-        only: names of runs; the ones they start from are included.
+        only: names of runs, with a seed (`lm-s2`) of that one alone; the ones they start from are included.
     Returns: the result: `rows` of all runs that are done, `failed` (key → reason), `missing` (other keys).
     Raises: UserError, before any training, for a wrong sweep or folder.
     """
     path, folder = Path(path), Path(output)
     require_folder(str(result_file) if result_file else None)
     jobs = read_sweep(path, folder, overrides)
-    names = {job.name for job in jobs}
+    names = {job.name for job in jobs} | {job.key for job in jobs}
     if unknown := sorted(set(only) - names):
-        raise UserError(f"--only {unknown[0]}: the sweep has no such run; there are {', '.join(names)}")
-    wanted = {job.key for job in jobs if not only or job.name in only}
+        known = ", ".join(dict.fromkeys(job.name for job in jobs))
+        raise UserError(f"--only {unknown[0]}: the sweep has no such run; there are {known}")
+    wanted = {job.key for job in jobs if not only or {job.name, job.key} & set(only)}
     wanted |= {job.after.key for job in jobs if job.key in wanted and job.after}
     jobs = with_budgets(jobs, wanted | {job.key for job in jobs if job.row_file.is_file()})
     if curves := any(job.contexts for job in jobs):

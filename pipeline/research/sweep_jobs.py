@@ -282,7 +282,8 @@ def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> f
     with torch.device("cpu" if loads else "meta"):
         model = new_model(sized, sets[0].tokenizer(), sets[0].settings.to_dict())
     arithmetic = StepArithmetic(model)
-    plan = BinPlan(sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights)
+    by_rule = recipe.model.ends == "rule"
+    plan = BinPlan(sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights, by_rule=by_rule)
     batches = [build_batch(plan.spans(bin_)) for bin_ in itertools.islice(plan.bins(), SAMPLE)]
     needed = sum(arithmetic.needed(batch) for batch in batches)
     return TRAINING_FACTOR * needed / sum(batch.tokens for batch in batches)

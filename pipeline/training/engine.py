@@ -1,4 +1,4 @@
-"""The training engine: AdamW and DeepSpeed around a model, and one optimizer step over micro-batches.
+"""The training engine: the optimizer and DeepSpeed around a model, and one optimizer step over micro-batches.
 
 A step's loss is the sum of the objective over all its bins, divided by its number of targets, both global.
 DeepSpeed divides every micro-batch by the number of micro-batches and averages over ranks. Each micro-batch
@@ -22,7 +22,7 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from pipeline.config.deepspeed_config import zero_stage
 from pipeline.config.schema import Recipe
 from pipeline.data.batch import Batch
@@ -31,9 +31,16 @@ from pipeline.data.upload import Uploader
 from pipeline.models.folders import parameter_count
 from pipeline.models.layers import checkpoint_layers, transformer_layers
 from pipeline.models.losses import LossSums
-from pipeline.parallel.deepspeed_compat import norm_before_step, silence_timers, take_flat_gradients
+from pipeline.parallel.agreement import AgreedError
+from pipeline.parallel.deepspeed_compat import (
+    fp32_parts,
+    norm_before_step,
+    silence_timers,
+    take_flat_gradients,
+)
 from pipeline.parallel.waiting import Collectives, clock
-from pipeline.training.optimizer import EMA, AdamW, parameter_groups
+from pipeline.training.muon import place_matrices
+from pipeline.training.optimizer import EMA, new_optimizer
 
 COMPILE_BACKEND = "inductor"  # of torch.compile
 NATS = ("objective", "token_nll", "end_nll", "stop_nll", "kl")  # what `Engine.compute` and `evaluate` sum
@@ -58,16 +65,13 @@ class Engine:
         self.parameters = parameter_count(model)
         # fp16 with dynamic loss scaling overflows by design: DeepSpeed skips the step and lowers the scale.
         self.scales_loss = bool(config.get("fp16", {}).get("enabled"))
-        groups = parameter_groups(model, recipe.optimizer)
-        self._lr_scales = [group.pop("lr_scale") for group in groups]
-        optimizer = AdamW(
-            groups,
-            lr=recipe.optimizer.lr,
-            betas=tuple(recipe.optimizer.betas),
-            eps=recipe.optimizer.eps,
-            ema=recipe.training.ema,
-            fused=True,
-        )
+        optimizer, self._lr_scales = new_optimizer(model, recipe.optimizer, recipe.training.ema)
+        muon = {id(p): group["muon"] for group in optimizer.param_groups for p in group["params"]}
+        self.by_muon = sum(count > 0 for count in muon.values())
+        if recipe.optimizer.kind == "muon" and not self.by_muon:
+            raise AgreedError(
+                "optimizer.kind muon: the model has no hidden matrix that is trained: use adamw"
+            )
         # DeepSpeed starts its backward pass (timers, swapping from disks) by hooks on output tensors, which
         # it finds in dicts but not in dataclasses.
         model.register_forward_hook(lambda _model, _inputs, losses: vars(losses))
@@ -77,6 +81,9 @@ class Engine:
         with redirect_stdout(None):  # its optimizer for stage 1 in bf16 prints this machine's memory
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         take_flat_gradients(self.deepspeed.optimizer)
+        if self.by_muon and zero_stage(config):
+            hidden = {weight: count for weight, count in muon.items() if count}
+            optimizer.matrices = place_matrices(fp32_parts(self.deepspeed.optimizer), hidden, device)
         self._optimizer = optimizer
         self.uploader = Uploader(device)
         self.collectives = Collectives(device)
@@ -161,7 +168,7 @@ class Engine:
             asked = True
             return skip is not None or not math.isfinite(norm) or norm > norm_limit
 
-        self._optimizer.veto = veto
+        self._optimizer.veto, self._optimizer.orthogonalised = veto, 0
         self.deepspeed.step()
         if not asked and (known := self.deepspeed.get_global_grad_norm()) is not None:
             norm = float(known)
@@ -169,6 +176,9 @@ class Engine:
             skip = f"the gradient's norm is {norm}"
         elif skip is None and norm > norm_limit:
             skip = f"the gradient's norm {norm:.4g} is above {norm_limit:.4g}"
+        done = self._optimizer.orthogonalised
+        if skip is None and done != self.by_muon and not self.scales_loss:
+            raise AgreedError(f"Muon handled {done} of {counted(self.by_muon, 'weight')}")
         return Update(norm, lr, skip)
 
     @torch.no_grad()

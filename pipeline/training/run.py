@@ -491,9 +491,11 @@ class TrainingRun:
         state, data = self.state, self.recipe.data
         half = next((name for name in ("bf16", "fp16") if self.config.get(name, {}).get("enabled")), "fp32")
         where = f"resuming at step {state.step}" if state.step else "new run"
+        muon = self.engine.by_muon
         return (
             f"{self.run_dir}: {self.recipe.objective}, {self.engine.parameters / 1e6:.1f}M parameters, "
-            f"{where}; {counted(self.ranks.world, 'rank')} on {self.engine.device.type}, {half}, "
+            f"{f'{muon} weights by Muon, ' if muon else ''}{where}; "
+            f"{counted(self.ranks.world, 'rank')} on {self.engine.device.type}, {half}, "
             f"ZeRO {zero_stage(self.config)}, {counted(data.bins_per_step, 'bin')} of "
             f"{counted(data.bin_tokens, 'token')} a step"
         )

@@ -20,7 +20,7 @@ BACKBONE = {
 
 
 def write_recipe(folder: Path, objective: str = "sllm", name: str = "tiny", **changes) -> Path:
-    """A small recipe of any objective; `vae`, `backbone`, `data` add to its sections."""
+    """A small recipe of any objective; `vae`, `backbone`, `data`, `optimizer` add to its sections."""
     vae, backbone = {**VAE, **changes.get("vae", {})}, {**BACKBONE, **changes.get("backbone", {})}
     model = {"vae": {"vae": vae}, "lm": {"backbone": backbone}, "sllm": {"vae": vae, "backbone": backbone}}
     data = {"shards": ["nowhere"], "window_tokens": 256, "bin_tokens": 1024, **changes.get("data", {})}
@@ -29,6 +29,7 @@ def write_recipe(folder: Path, objective: str = "sllm", name: str = "tiny", **ch
         "output_dir": "runs/tiny",
         "data": data,
         "model": model[objective],
+        "optimizer": changes.get("optimizer", {}),
         "training": {"max_steps": 1},
     }
     path = folder / f"{name}.yaml"

@@ -26,14 +26,14 @@ from pipeline.models.folders import load_model_tokenizer
 def weights_and_moments(run_dir: str) -> dict[str, Any]:
     """float64 arrays of a run's last checkpoint: "weight NAME", "exp_avg NAME", …, "step", "frozen NAME"."""
     parts = Parts(*checkpoints.find(run_dir))
-    assert {"exp_avg", "exp_avg_sq"} <= set(parts.keys())
+    names = list(parts.weights)
     values = {
         f"{key} {name}": parts.state(name, key).double().numpy()
-        for name in parts.weights
-        for key in (WEIGHT, *parts.keys())
+        for name in names
+        for key in (WEIGHT, *parts.keys(name))
     }
     values |= {f"frozen {name}": parts.tensor(name).double().numpy() for name in parts.frozen}
-    return values | {"step": parts.scalars(0)["step"].double().numpy()}
+    return values | {"step": parts.scalars(names[0])["step"].double().numpy()}
 
 
 def tensors_in_checkpoints(run_dir: str) -> tuple[int, int]:

@@ -111,6 +111,7 @@ COLUMNS = {
     **{f"shift_{n}_gain": Column(f"shifted by {n}") for n in SHIFTS},
     "ngram_bits_per_byte": Column("Kneser–Ney", spread=False),
     "needed_operations": Column("needed multiply-adds (10¹²)", 1e12, ",.2f", spread=False),
+    "needed_operations_with_vae": Column("with the SentenceVAE's (10¹²)", 1e12, ",.2f", spread=False),
     "ppl": Column("ppl", form=".1f"),
     "tokens": Column("tokens (M)", 1e6, ".2f", spread=False),
     "tokens_with_vae": Column("with the SentenceVAE's (M)", 1e6, ".2f", spread=False),

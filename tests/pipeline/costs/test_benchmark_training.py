@@ -74,6 +74,10 @@ def test_everything_side_by_side(tmp_path, tiny_shards, capsys):
         limit = result["peak_gflops"] * 1e9 / (6 * side["multiply_adds_per_token"]["forward"])
         assert side["limit_tokens_per_second"] == pytest.approx(limit)
         assert side["share_of_limit"] == pytest.approx(statistics.median(rates) / limit)
+        per_second = statistics.median(rates) * 3 * side["multiply_adds_per_token"]["forward"]
+        assert side["multiply_adds_per_second"] == pytest.approx(per_second)
+        # The products alone take part of a step.
+        assert side["matmul_only_tokens_per_second"] > side["tokens_per_second"]["median"]
         assert 0 < side["share_of_limit"] < 1 and 0 <= side["padding_share"] < 0.2
         memory = side["memory_bytes"]
         assert memory["before"] > 0 and memory["step"] == memory["peak"] - memory["before"] > 0
@@ -86,12 +90,15 @@ def test_everything_side_by_side(tmp_path, tiny_shards, capsys):
     pairs = zip(ours["tokens_per_second"]["values"], theirs["tokens_per_second"]["values"], strict=True)
     assert result["ratios"]["by_turn"] == [a / b for a, b in pairs]
     assert result["ratios"]["memory_peak"] == ours["memory_bytes"]["peak"] / theirs["memory_bytes"]["peak"]
+    ratio = ours["multiply_adds_per_second"] / theirs["multiply_adds_per_second"]
+    assert result["ratios"]["multiply_adds_per_second"] == pytest.approx(ratio)
     assert result["peak_gflops"] == max(
         shape["gflops"] for side in (ours, theirs) for shape in side["matmul_gflops"]
     )
     assert result["cpu"] and result["packages"]["torch"] == torch.__version__
     assert str(tmp_path) not in json.dumps(result) and str(tiny_shards.parent) not in json.dumps(result)
     text = benchmark_training.format_benchmark(result)
+    assert f"{ratio:.2f} × the multiply-adds/s" in text and "matrix products alone" in text
     assert "share of the limit" in text and "tiny by plain-opt" in text
     turns = result["ratios"]["by_turn"]
     assert f"turn by turn {min(turns):.2f} to {max(turns):.2f}" in text
@@ -136,7 +143,7 @@ def test_the_update_is_part_of_a_step_only_when_asked_for(tmp_path, tiny_shards)
         side = RecipeModel(shared.recipe, "x", shared)
         side.prepare(0)
         before = [p.detach().clone() for p in side.model.parameters()]
-        stepper = Stepper(side, shared.recipe, with_update)
+        stepper = Stepper(side, with_update)
         stepper()
         assert all(p.grad is not None for p in side.model.parameters())
         moved = [not torch.equal(b, p) for b, p in zip(before, side.model.parameters(), strict=True)]
@@ -240,3 +247,14 @@ def test_on_cuda_in_bf16(tmp_path, tiny_shards):
     )
     assert result["gpu"] and result["model"]["share_of_limit"] < 1 and "mfu" in result["model"]
     assert result["model"]["memory_bytes"]["step"] > 0
+
+
+def test_a_recipe_is_measured_against_one_with_other_parts_and_another_optimizer(tmp_path, tiny_shards):
+    """Each side has the update of its own recipe."""
+    parts = {"optimizer": {"parts": {"vae.encoder": {"lr_scale": 0.5}}}}
+    ours = write_recipe(tmp_path, optimizer=parts["optimizer"])
+    theirs = write_recipe(tmp_path, "lm", "other", optimizer={"kind": "muon"})
+    words = ("--recipe", ours, "--against", theirs, "--shards", tiny_shards, "--tokens", 512)
+    result = benchmark_training.run(options(*words, "--runs", 1, "--step", "--no-memory"))
+    assert result["with_update"] and result["against"]["name"] == "other"
+    assert "forward, backward and update" in benchmark_training.format_benchmark(result)

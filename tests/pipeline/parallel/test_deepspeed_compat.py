@@ -87,7 +87,7 @@ def test_hp_mapping() -> None:
     here, there = (fragment_address(numel=3, start=start) for start in (10, 20))
     mapping = SimpleNamespace(hp_fragment_address=here, lp_fragment_address=there)
     assert compat.fp32_fragment(SimpleNamespace(_hp_mapping=mapping)) == (slice(10, 13), slice(20, 23))
-    assert compat.fp32_fragment(SimpleNamespace(_hp_mapping=None)) is None
+    assert compat.fp32_fragment(SimpleNamespace(_hp_mapping=None)) == (slice(0, 0), slice(0, 0))
 
 
 def test_global_grad_norm() -> None:

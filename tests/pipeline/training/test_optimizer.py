@@ -81,6 +81,7 @@ def test_a_step_above_the_norm_limit_changes_no_weight(gradient: float, limit: f
     optimizer = AdamW([{"params": [weight], "weight_decay": 0.0}], lr=0.1)
     engine = object.__new__(Engine)
     engine.config, engine.peak_lr, engine._lr_scales = {"zero_optimization": {"stage": 0}}, 0.1, [1.0]
+    engine.by_muon, engine.scales_loss = 0, False
     engine._optimizer, engine.deepspeed = optimizer, PlainEngine(weight, optimizer)
     weight.grad = torch.full((1,), gradient)
     update = engine.update(1.0, None, limit)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ranks
 from helpers.runs import arguments, losses, records
 
@@ -58,3 +59,27 @@ def test_the_export_passes_every_check_and_writes(ends, pool, recipes, tiny_vali
     assert "one stack" in card and "StackLM.from_pretrained" in card
     assert "| token layers attention_window | 12 |" in card
     assert json.loads((folder / "config.json").read_text())["model_type"] == "sllm_stack"
+
+
+ROTARY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("memory", [0, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_every_family_passes_every_check_after_zero3(family, memory, pool, recipes, tmp_path) -> None:
+    recipe = yaml.safe_load((recipes / "stack.yaml").read_text())
+    recipe["model"] |= {"memory": memory, "backbone": {"model_type": family, **ROTARY}}
+    recipe["training"] |= {"max_steps": 3}
+    (tmp_path / "family.yaml").write_text(yaml.safe_dump(recipe))
+    run, folder = tmp_path / "run", tmp_path / "model"
+    assert pool.run(2, ranks.train, arguments(tmp_path, "family", "zero3", run)) == [0, 0]
+    export_run(run, folder, "last")
+    report = check_folder(folder, documents=3)
+    assert report["passed"], report
