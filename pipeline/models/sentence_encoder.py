@@ -80,7 +80,7 @@ class SentenceEncoder(nn.Module):
         with_variance: also give the log-variances [S, d] of a variational encoder.
         """
         x = self.embedding(tokens_T, layout.position_of_row)
-        turn = self.embedding.turn(layout.position_of_row, self.heads, self.embedding.positions)
+        turn = self.embedding.turn(layout.position_of_row, self.heads)
         for layer in self.layers:
             x = layer(x, layout, causal=False, turn=turn)
         if self.pooling is not None:

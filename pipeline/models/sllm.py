@@ -18,15 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from data_prep.common.errors import UserError, counted
+from data_prep.common.errors import UserError
+from pipeline.common.upload import upload
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
-from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
+from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecodedSentence, DecoderState
-from pipeline.models.sentence_lm import SentenceLM, checked_lengths
+from pipeline.models.sentence_lm import ContextState, SentenceLM, checked_lengths
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
+from pipeline.models.step import static_shapes
 
 
 class SLLMConfig(PreTrainedConfig):
@@ -87,14 +89,10 @@ def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-@dataclass
-class BackboneState:
-    """R documents: key/value cache (one place per sentence and one for the start), last outputs
-    [R, d_backbone], and the recent sentences that the decoder sees, each with the vector that predicted
-    it."""
+@dataclass(kw_only=True)
+class BackboneState(ContextState):
+    """recent: the last sentences that the decoder sees, each with the vector that predicted it."""
 
-    cache: KeyValueCache
-    hidden: Tensor
     recent: list[list[DecodedSentence]]
 
 
@@ -174,10 +172,8 @@ class SLLM(SentenceLM):
     # documents at once (`generation.protocol`), one per row; then for a single document.
 
     def new_state(self, rows: int) -> BackboneState:
-        """R empty documents: `read` starts them. The cache grows up to `max_sentences`."""
-        cache = KeyValueCache(rows, most=self.max_sentences + 1)
-        hidden = torch.zeros(rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device)
-        return BackboneState(cache, hidden, [[] for _ in range(rows)])
+        """R empty documents: `read` starts them."""
+        return BackboneState(**self._context(rows), recent=[[] for _ in range(rows)])
 
     def _encode(self, sentences: list[list[int]]) -> Tensor:
         """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for an empty or too long
@@ -199,15 +195,18 @@ class SLLM(SentenceLM):
 
         Raises: ValueError when a document has more than `max_sentences` sentences, or one is too long.
         """
-        start_1d = self.start.weight
-        before = start_1d[:0] if self._start_apart else start_1d
-        parts = [
-            torch.cat([before, self._encode(document)]) if document else start_1d for document in documents
-        ]
-        lengths = np.asarray([len(part) for part in parts])
+        counts = np.asarray([len(document) for document in documents])
+        starts = np.maximum(counts == 0, not self._start_apart)  # start positions of every document
+        lengths = counts + starts
         layout = CachedPrompt(state.cache, rows, lengths, self.device, min(ahead, FIRST_PLACES))
-        out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
-        state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
+        x, is_start = self.start.weight, np.zeros(layout.rows, dtype=bool)
+        is_start[layout.starts[:-1][starts > 0]] = True
+        if sentences := [sentence for document in documents for sentence in document]:
+            x = torch.cat([x, self._encode(sentences)])
+        source = np.where(is_start, 0, np.cumsum(~is_start))
+        x = x.index_select(0, upload(source, self.device))
+        out = run_packed(self.backbone, layout, inputs_embeds=self._into(x))
+        state.hidden[upload(rows, self.device)] = out[layout.last_rows]
         if self._start_apart:
             state.cache.lengths[rows] = [len(document) for document in documents]
         if keep := self.vae.decoder.remembers:
@@ -223,18 +222,12 @@ class SLLM(SentenceLM):
 
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
-        if (state.cache.lengths[rows] > self.max_sentences).any():
-            raise ValueError(
-                f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
-            )
         x = self._into(self._encode(sentences))
-        layout = CachedStep(state.cache, rows, self.device)
-        rows_n = torch.from_numpy(rows).to(self.device)
         if keep := self.vae.decoder.remembers:
-            vectors = self._out_of(state.hidden[rows_n])
+            vectors = self._out_of(state.hidden[upload(rows, self.device)])
             for row, sentence, vector_d in zip(rows, sentences, vectors, strict=True):
                 state.recent[row] = [*state.recent[row], (list(sentence), vector_d)][-keep:]
-        state.hidden[rows_n] = run_packed(self.backbone, layout, inputs_embeds=x)
+        self._append_vectors(state, rows, x)
 
     @torch.no_grad()
     def new_decoder(self, state: BackboneState) -> DecoderState:
@@ -244,14 +237,15 @@ class SLLM(SentenceLM):
     @torch.no_grad()
     def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
         """Start the next sentence of each of `rows`, conditioned on its document; nothing is fed yet."""
-        hidden = state.hidden[torch.from_numpy(rows).to(self.device)]
+        hidden = state.hidden if len(rows) == len(state.hidden) else state.hidden[upload(rows, self.device)]
         self.vae.decoder.restart(decoder, rows, self._out_of(hidden), [state.recent[row] for row in rows])
 
-    @torch.no_grad()
     def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
         """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
-        symbols_n = torch.tensor(symbols, device=self.device)
-        return self.vae.head(self.vae.decoder.step(decoder, rows, symbols_n))
+        if not static_shapes(self.device):
+            return self.vae.head(self.vae.decoder.step(decoder, rows, symbols))
+        logits = self.vae.decoder.step_static(decoder, rows, symbols, self.vae.head)
+        return logits if len(rows) == len(logits) else logits[upload(rows, self.device)]
 
     def sentence_back(self, decoder: DecoderState, row: int, symbols: int) -> None:
         """Forget the last symbols fed to a row."""
