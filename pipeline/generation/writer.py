@@ -235,7 +235,7 @@ class BatchWriter:
                 row.feed = row.pending.pop(0)
             elif row.branches:
                 choosing.remove(n)
-                row.branches.pop(0).logits = logits_nV[n]
+                row.branches.pop(0).logits = logits_nV[n].clone()  # a replayed step overwrites them
                 if row.branches:
                     self._feed(at, row.branches[0].path)
                 else:
@@ -293,14 +293,14 @@ class BatchWriter:
 
     def _choose_one(self, at: int, branch: Branch) -> tuple[int, float]:
         """One symbol behind a branch's tokens, and its log-probability without temperature."""
-        logits_1V, rng = branch.logits[None], None
+        logits_1V, draws = branch.logits[None], None
         if branch.longer is not None:
             if len(branch.children) == 1 and not branch.longer:
                 (symbol,) = branch.children
                 return symbol, logits_1V.log_softmax(-1)[0, symbol].item()
-            rng = self._rows[at].end_rng
+            draws = self._rows[at].end_draws
         bias_V = branch.bias(self._choice.bias_V)
-        (symbol,), (log_probability,) = self._choice.choose(np.asarray([at]), logits_1V, bias_V, rng)
+        (symbol,), (log_probability,) = self._choice.choose(np.asarray([at]), logits_1V, bias_V, draws)
         return symbol, log_probability
 
     def _accepts(self, row: Row, branch: Branch, path: list[int]) -> bool:
@@ -401,7 +401,7 @@ class BatchWriter:
         elif row.sampling.greedy:
             ends = probability > 0.5
         else:
-            ends = float(torch.rand((), generator=row.rng)) < probability
+            ends = row.draws.single() < probability
         row.log_probability -= float(np.logaddexp(0, -log_odds if ends else log_odds))
         return ends, probability
 

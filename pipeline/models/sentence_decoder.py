@@ -8,7 +8,7 @@ also attends to the sentences before its own. Their rows are computed once, so d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,17 @@ from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache, StaticStep
 from pipeline.models.layers import LearnedBias, PostNormLayer, TokenEmbedding, TransformerLayer, attend_across
-from pipeline.models.step import LayerStep, Replay, bucket, embedded, norm, token_layer, turns
+from pipeline.models.step import (
+    Apply,
+    LayerStep,
+    Replay,
+    bucket,
+    embedded,
+    norm,
+    static_shapes,
+    token_layer,
+    turns,
+)
 
 DecodedSentence = tuple[list[int], Tensor]  # an earlier sentence: its tokens, its vector [vector_size]
 
@@ -34,8 +44,8 @@ class DecoderState:
     conditions: per layer [R, d], or None in layers that are not conditioned. cache: places of the context
     sentences, slots, BOS and symbols. bos_places: int64 [R], host: the place of BOS in the cache. ahead:
     int64 [R], host: the position of a row's first place. steps, finish: of the layers and the final norm.
-    replay: a step with static shapes. logits: float32 [V], predict the next symbol of a single sentence; set
-    by the model that owns the head.
+    static: whether steps are replayed, by `replay`. head: from hidden states to logits. logits: float32 [V],
+    predict the next symbol of a single sentence; set by the model that owns the head.
     """
 
     conditions: list[Tensor | None]
@@ -43,8 +53,10 @@ class DecoderState:
     bos_places: np.ndarray
     ahead: np.ndarray
     steps: list[LayerStep]
-    finish: Callable[[Tensor], Tensor]
+    finish: Apply
     device: torch.device
+    static: bool
+    head: Apply = torch.Tensor.float
     replay: Replay | None = None
     logits: Tensor | None = None
 
@@ -127,6 +139,7 @@ class SentenceDecoder(nn.Module):
             steps=[token_layer(layer, number) for number, layer in enumerate(self.layers)],
             finish=norm(self.final_norm),
             device=vector_Rd.device,
+            static=static_shapes(vector_Rd.device),
         )
         self._read(state, np.arange(count), vector_Rd, contexts)
         return state
@@ -245,11 +258,9 @@ class SentenceDecoder(nn.Module):
             x = layer(x, step.attend, turn, condition)
         return state.finish(x)
 
-    def step_static(
-        self, state: DecoderState, rows: np.ndarray, symbols: Sequence[int], head: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """`step` and the head for a device that replays graphs: logits of the first rows, up to a size that
-        is at least the last of `rows`; those of other rows mean nothing."""
+    def step_static(self, state: DecoderState, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
+        """`step` and `head` for a device that replays graphs: logits of the first rows, at least up to the
+        last of `rows`; those of other rows mean nothing."""
         self._next_places(state, rows)
         if state.replay is None:
 
@@ -259,7 +270,7 @@ class SentenceDecoder(nn.Module):
                 conditions = [None if one is None else one[:count] for one in state.conditions]
                 x = embedded(self.embedding, symbols_n, positions_n)
                 step = StaticStep(state.cache, places_n, positions_n)
-                return head(self._run(state, x, step, positions_n, conditions))
+                return state.head(self._run(state, x, step, positions_n, conditions))
 
             state.replay = Replay(run, state.device)
         count = bucket(int(rows[-1]) + 1, state.cache.rows)

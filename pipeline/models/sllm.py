@@ -28,7 +28,7 @@ from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecodedSentence, DecoderState
 from pipeline.models.sentence_lm import ContextState, SentenceLM, checked_lengths
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
-from pipeline.models.step import static_shapes
+from pipeline.models.step import LayerStep, logits, token_layer
 
 
 class SLLMConfig(PreTrainedConfig):
@@ -91,8 +91,10 @@ def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 @dataclass(kw_only=True)
 class BackboneState(ContextState):
-    """recent: the last sentences that the decoder sees, each with the vector that predicted it."""
+    """encoder: steps of its layers. recent: the last sentences that the decoder sees, each with the vector
+    that predicted it."""
 
+    encoder: list[LayerStep]
     recent: list[list[DecodedSentence]]
 
 
@@ -173,14 +175,15 @@ class SLLM(SentenceLM):
 
     def new_state(self, rows: int) -> BackboneState:
         """R empty documents: `read` starts them."""
-        return BackboneState(**self._context(rows), recent=[[] for _ in range(rows)])
+        encoder = [token_layer(layer, number) for number, layer in enumerate(self.vae.encoder.layers)]
+        return BackboneState(**self._context(rows), encoder=encoder, recent=[[] for _ in range(rows)])
 
-    def _encode(self, sentences: list[list[int]]) -> Tensor:
+    def _encode(self, state: BackboneState, sentences: list[list[int]]) -> Tensor:
         """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for an empty or too long
         sentence."""
         lengths = checked_lengths(sentences, self.config.vae.max_sentence_tokens)
-        tokens_T = torch.from_numpy(np.concatenate(sentences).astype(np.int64)).to(self.device)
-        return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device))
+        tokens_T = upload(np.concatenate(sentences).astype(np.int64), self.device)
+        return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device), state.encoder)
 
     @torch.no_grad()
     def read(
@@ -202,7 +205,7 @@ class SLLM(SentenceLM):
         x, is_start = self.start.weight, np.zeros(layout.rows, dtype=bool)
         is_start[layout.starts[:-1][starts > 0]] = True
         if sentences := [sentence for document in documents for sentence in document]:
-            x = torch.cat([x, self._encode(sentences)])
+            x = torch.cat([x, self._encode(state, sentences)])
         source = np.where(is_start, 0, np.cumsum(~is_start))
         x = x.index_select(0, upload(source, self.device))
         out = run_packed(self.backbone, layout, inputs_embeds=self._into(x))
@@ -222,7 +225,7 @@ class SLLM(SentenceLM):
 
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
-        x = self._into(self._encode(sentences))
+        x = self._into(self._encode(state, sentences))
         if keep := self.vae.decoder.remembers:
             vectors = self._out_of(state.hidden[upload(rows, self.device)])
             for row, sentence, vector_d in zip(rows, sentences, vectors, strict=True):
@@ -232,7 +235,9 @@ class SLLM(SentenceLM):
     @torch.no_grad()
     def new_decoder(self, state: BackboneState) -> DecoderState:
         """A decoder row per document of the state; `sentence_begin` starts their sentences."""
-        return self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
+        decoder = self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
+        decoder.head = logits(self.vae.head)
+        return decoder
 
     @torch.no_grad()
     def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
@@ -242,10 +247,10 @@ class SLLM(SentenceLM):
 
     def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
         """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
-        if not static_shapes(self.device):
-            return self.vae.head(self.vae.decoder.step(decoder, rows, symbols))
-        logits = self.vae.decoder.step_static(decoder, rows, symbols, self.vae.head)
-        return logits if len(rows) == len(logits) else logits[upload(rows, self.device)]
+        if not decoder.static:
+            return decoder.head(self.vae.decoder.step(decoder, rows, symbols))
+        found = self.vae.decoder.step_static(decoder, rows, symbols)
+        return found if len(rows) == len(found) else found[upload(rows, decoder.device)]
 
     def sentence_back(self, decoder: DecoderState, row: int, symbols: int) -> None:
         """Forget the last symbols fed to a row."""

@@ -39,7 +39,17 @@ from pipeline.models.kv_cache import (
 from pipeline.models.layers import LinearFromZero, Rotation, SentenceMemory, TokenEmbedding, TransformerLayer
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_lm import FIRST_ROW, ContextState, SentenceLM, checked_lengths
-from pipeline.models.step import LayerStep, MemoryStep, Replay, embedded, token_layer, turns
+from pipeline.models.step import (
+    Apply,
+    LayerStep,
+    MemoryStep,
+    Replay,
+    embedded,
+    logits,
+    norm,
+    token_layer,
+    turns,
+)
 from pipeline.models.vocabulary_head import VocabularyHead
 
 SIZES = {key: field.default for key, field in TokensRecipe.model_fields.items()}
@@ -103,8 +113,8 @@ class TokenState:
     [R, d_backbone], what the sentence's rows read of the backbone. border: [R, d], the border's row after the
     lower layers. last: [R, d], the last row that was read, after the upper layers (ends by rule). fed: tokens
     fed since the border; None: the row before them has not given its logits.
-    …steps, memories: of the layers. replay: a step with static shapes. logits: float32 [V], predict the next
-    symbol of a single sentence.
+    …steps, memories: of the layers. head: the final norm and the logits. replay: a step with static shapes.
+    logits: float32 [V], predict the next symbol of a single sentence.
     """
 
     lower: RollingCache
@@ -117,6 +127,7 @@ class TokenState:
     lower_steps: list[LayerStep]
     upper_steps: list[LayerStep]
     memories: list[MemoryStep]
+    head: Apply
     replay: Replay | None = None
     logits: Tensor | None = None
 
@@ -292,6 +303,7 @@ class StackLM(SentenceLM):
         config, context = self.config, self._context(rows)
         border = torch.zeros(rows, config.hidden_size, dtype=self.dtype, device=self.device)
         keep = config.attention_window + config.max_sentence_tokens
+        finish, head = norm(self.final_norm), logits(self.head)
         tokens = TokenState(
             RollingCache(rows, keep),
             RollingCache(rows, keep),
@@ -303,6 +315,7 @@ class StackLM(SentenceLM):
             [token_layer(layer, number) for number, layer in enumerate(self.lower)],
             [token_layer(layer, number) for number, layer in enumerate(self.upper)],
             [MemoryStep(part, number) for number, part in enumerate(self.memory)],
+            lambda x: head(finish(x)),
         )
         return StackState(**context, tokens=tokens)
 
@@ -488,7 +501,7 @@ class StackLM(SentenceLM):
 
     def sentence_step(self, decoder: TokenState, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
         """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
-        return self.head(self.final_norm(self._step(decoder, rows, symbols)))
+        return decoder.head(self._step(decoder, rows, symbols))
 
     @torch.no_grad()
     def sentence_back(self, decoder: TokenState, row: int, symbols: int) -> None:

@@ -59,6 +59,12 @@ def linear(*modules: nn.Module) -> Apply:
     return lambda x: F.linear(x, weight, bias)
 
 
+def logits(head: nn.Module) -> Apply:
+    """A vocabulary head without its loss: float32 [n, V]."""
+    apply = linear(head)
+    return lambda x: apply(x).float()
+
+
 def _joined(weights: list[Tensor]) -> Tensor | None:
     """The matrix whose consecutive rows the weights are, if their storage is so."""
     first, rows = weights[0], 0
