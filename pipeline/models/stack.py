@@ -32,24 +32,12 @@ from pipeline.models.kv_cache import (
     FIRST_PLACES,
     CachedContext,
     CachedPrompt,
-    CachedStep,
     RollingCache,
-    StaticStep,
 )
 from pipeline.models.layers import LinearFromZero, Rotation, SentenceMemory, TokenEmbedding, TransformerLayer
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_lm import FIRST_ROW, ContextState, SentenceLM, checked_lengths
-from pipeline.models.step import (
-    Apply,
-    LayerStep,
-    MemoryStep,
-    Replay,
-    embedded,
-    logits,
-    norm,
-    token_layer,
-    turns,
-)
+from pipeline.models.stack_state import TokenState
 from pipeline.models.vocabulary_head import VocabularyHead
 
 SIZES = {key: field.default for key, field in TokensRecipe.model_fields.items()}
@@ -105,38 +93,6 @@ class StackConfig(PreTrainedConfig):
         return output
 
 
-@dataclass
-class TokenState:
-    """R sentences being generated.
-
-    lower, upper: caches of the token layers. memory: of the backbone's outputs, a place per sentence. vector:
-    [R, d_backbone], what the sentence's rows read of the backbone. border: [R, d], the border's row after the
-    lower layers. last: [R, d], the last row that was read, after the upper layers (ends by rule). fed: tokens
-    fed since the border; None: the row before them has not given its logits.
-    …steps, memories: of the layers. head: the final norm and the logits. replay: a step with static shapes.
-    logits: float32 [V], predict the next symbol of a single sentence.
-    """
-
-    lower: RollingCache
-    upper: RollingCache
-    memory: RollingCache
-    vector: Tensor
-    border: Tensor
-    last: Tensor
-    fed: list[list[int] | None]
-    lower_steps: list[LayerStep]
-    upper_steps: list[LayerStep]
-    memories: list[MemoryStep]
-    head: Apply
-    replay: Replay | None = None
-    logits: Tensor | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes allocated."""
-        return sum(cache.bytes for cache in (self.lower, self.upper, self.memory))
-
-
 @dataclass(kw_only=True)
 class StackState(ContextState):
     """tokens: the token layers' state."""
@@ -187,18 +143,6 @@ class StackLM(SentenceLM):
     def _turn(self, positions: Tensor) -> Rotation:
         """`TokenEmbedding.turn`; also of sentence numbers."""
         turn = self.embedding.turn(positions, self.config.heads)
-        assert turn is not None
-        return turn
-
-    def _turn_at(self, positions: np.ndarray) -> Rotation:
-        """The same for int64 [n] on the host, in generation, from a table."""
-        first = int(positions[0])
-        if len(positions) == 1 or (positions == first).all():
-            return self._turn_from_table(slice(first, first + 1), first)
-        return self._turn_from_table(upload(positions, self.device), int(positions.max()))
-
-    def _turn_from_table(self, at: slice | Tensor, last: int) -> Rotation:
-        turn = turns(self.embedding, self.config.heads, at, 1 << max(10, last.bit_length()))
         assert turn is not None
         return turn
 
@@ -300,24 +244,8 @@ class StackLM(SentenceLM):
 
     def new_state(self, rows: int) -> StackState:
         """R empty documents: `read` starts them."""
-        config, context = self.config, self._context(rows)
-        border = torch.zeros(rows, config.hidden_size, dtype=self.dtype, device=self.device)
-        keep = config.attention_window + config.max_sentence_tokens
-        finish, head = norm(self.final_norm), logits(self.head)
-        tokens = TokenState(
-            RollingCache(rows, keep),
-            RollingCache(rows, keep),
-            RollingCache(rows, max(1, config.memory)),
-            torch.zeros_like(context["hidden"]),
-            border,
-            torch.zeros_like(border),
-            [None] * rows,
-            [token_layer(layer, number) for number, layer in enumerate(self.lower)],
-            [token_layer(layer, number) for number, layer in enumerate(self.upper)],
-            [MemoryStep(part, number) for number, part in enumerate(self.memory)],
-            lambda x: head(finish(x)),
-        )
-        return StackState(**context, tokens=tokens)
+        context = self._context(rows)
+        return StackState(**context, tokens=TokenState(self, context["hidden"]))
 
     @torch.no_grad()
     def read(
@@ -349,7 +277,7 @@ class StackLM(SentenceLM):
             return context
 
         x = self.embedding(self._inputs(packed, tokens_T.long()), layout.position_of_row)
-        turn = self._turn_from_table(layout.position_of_row, layout.longest)
+        turn = words.turn(layout.position_of_row, layout.longest)
         lower = cached(words.lower)
         for layer in words.lower_steps:
             x = layer(x, lower.attend, turn)
@@ -388,19 +316,16 @@ class StackLM(SentenceLM):
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
         checked_lengths(sentences, self.config.max_sentence_tokens)
-        self._feed(state.tokens, rows, sentences)
         words, rows_n = state.tokens, upload(rows, self.device)
-        if self.config.by_rule:
-            x = words.border[rows_n]
-        else:
-            x = words.border[rows_n] = self._lower_step(words, rows, [self.config.bos_token_id] * len(rows))
+        words.feed(rows, sentences)
+        x = words.end_sentences(rows)
         hidden = self._append_vectors(state, rows, self._into(self.vector_norm(x)))
         vector = words.vector[rows_n] = self._read_backbone(hidden)
         for row in rows:
             words.fed[row] = [] if self.config.by_rule else None
         if not self.memory:
             return
-        turn = self._turn_at(words.memory.positions[rows])
+        turn = words.turn_at(words.memory.positions[rows])
         words.memory.roll(rows)
         places = upload(words.memory.lengths[rows], self.device)
         words.memory.lengths[rows] += 1
@@ -412,86 +337,6 @@ class StackLM(SentenceLM):
             ):
                 stored[rows_n, :, places] = new
 
-    def _feed(self, words: TokenState, rows: np.ndarray, sentences: list[list[int]]) -> None:
-        """Feed what is missing of each sentence, after taking back what is none of it."""
-        missing: dict[int, list[int]] = {}
-        for row, sentence in zip(rows.tolist(), sentences, strict=True):
-            fed = words.fed[row]
-            if fed is None:
-                missing[row] = [self.config.bos_token_id, *sentence]
-                continue
-            same = 0
-            while same < min(len(fed), len(sentence)) and fed[same] == sentence[same]:
-                same += 1
-            self.sentence_back(words, row, len(fed) - same)
-            missing[row] = list(sentence[same:])
-        while at := [row for row in missing if missing[row]]:
-            self._step(words, np.asarray(at), [missing[row].pop(0) for row in at])
-
-    def _lower_step(self, words: TokenState, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
-        words.lower.roll(rows)
-        turn = self._turn_at(words.lower.positions[rows])
-        step = CachedStep(words.lower, rows, self.device)
-        x = embedded(self.embedding, symbols, step.at)
-        for layer in words.lower_steps:
-            x = layer(x, step.attend, turn)
-        return x
-
-    def _step(self, words: TokenState, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
-        """Feed a symbol, or the border, to each of `rows`; returns their states [n, d] after the upper
-        layers."""
-        fed, by_rule = [words.fed[row] for row in rows], self.config.by_rule
-        inside = [n for n, tokens in enumerate(fed) if tokens is not None]
-        for row, tokens, symbol in zip(rows, fed, symbols, strict=True):
-            if tokens is None:
-                words.fed[row] = []
-            else:
-                tokens.append(int(symbol))
-        if len(inside) == len(rows):
-            x = self._lower_step(words, rows, symbols)
-            if by_rule:
-                words.border[upload(rows, self.device)] = x
-            return self._upper_step(words, rows, x)
-        x = (words.last if by_rule else words.border)[upload(rows, self.device)]
-        if inside:
-            inside_n = upload(np.asarray(inside), self.device)
-            lower = self._lower_step(words, rows[inside], [symbols[n] for n in inside])
-            if by_rule:
-                words.border[upload(rows[inside], self.device)] = lower
-            x[inside_n] = self._upper_step(words, rows[inside], lower) if by_rule else lower
-        return x if by_rule else self._upper_step(words, rows, x)
-
-    def _upper_step(self, words: TokenState, rows: np.ndarray, x: Tensor) -> Tensor:
-        words.upper.roll(rows)
-        turn = self._turn_at(words.upper.positions[rows])
-        step = CachedStep(words.upper, rows, self.device)
-        if self.from_backbone is not None:
-            one = len(rows) == 1
-            x = x + self.from_backbone(
-                words.vector.narrow(0, int(rows[0]), 1) if one else words.vector[upload(rows, self.device)]
-            )
-        seen: tuple[Tensor, Tensor, int, Rotation] | None = None
-        if self.memory:
-            ends, rows_n = words.memory.lengths[rows], upload(rows, self.device)
-            width = min(int(ends.max()), words.memory.keep)
-            turn_n = self._turn_at(words.memory.positions[rows] - 1)
-            seen = rows_n, upload(ends, self.device), width, turn_n
-        return self._upper_layers(words, x, step, turn, seen)
-
-    def _upper_layers(
-        self,
-        words: TokenState,
-        x: Tensor,
-        step: CachedStep | StaticStep,
-        turn: Rotation,
-        seen: tuple[Tensor, Tensor, int, Rotation] | None,
-    ) -> Tensor:
-        for number, layer in enumerate(words.upper_steps):
-            if seen is not None:
-                x = words.memories[number](x, words.memory, *seen)
-            x = layer(x, step.attend, turn)
-        return x
-
     def new_decoder(self, state: StackState) -> TokenState:
         """The token layers' part of a state; `sentence_step` feeds it."""
         return state.tokens
@@ -501,22 +346,12 @@ class StackLM(SentenceLM):
 
     def sentence_step(self, decoder: TokenState, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
         """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
-        return decoder.head(self._step(decoder, rows, symbols))
+        return decoder.step(rows, symbols)
 
     @torch.no_grad()
     def sentence_back(self, decoder: TokenState, row: int, symbols: int) -> None:
         """Forget the last symbols fed to a row."""
-        fed = decoder.fed[row]
-        if not symbols or fed is None:
-            return
-        # By rule the last token is the border: its state is made again.
-        again = fed[-symbols - 1 : -symbols] if self.config.by_rule else []
-        symbols += len(again)
-        decoder.fed[row] = fed[:-symbols]
-        decoder.lower.lengths[row] -= symbols
-        decoder.upper.lengths[row] -= symbols
-        if again:
-            self._step(decoder, np.asarray([row]), again)
+        decoder.back(row, symbols)
 
     def decode_begin(self, state: StackState) -> TokenState:
         """Start the one document's next sentence; `.logits` float32 [V] predict its first token."""

@@ -329,7 +329,7 @@ class Replay:
         self._calls: dict[Any, int] = {}
         self._graphs: dict[Any, tuple[Any, tuple[Tensor, ...], Tensor]] = {}
 
-    def __call__(self, inputs: np.ndarray, *more: Tensor, version: int = 0) -> Tensor:
+    def __call__(self, inputs: np.ndarray, *more: Tensor, version: Any = 0) -> Tensor:
         """version: of the storage that the step uses: with another one its graph is captured again."""
         given = (upload(inputs, self._device), *more)
         if self._device.type != "cuda":
