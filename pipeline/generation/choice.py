@@ -91,27 +91,25 @@ class Choice:
             allowed_nV = allowed_nV + bias_V
         # An empty sentence does not exist in training.
         endless = [exactly is not None or not row.tokens for row in rows]
-        if all(endless) or not any(endless):
-            allowed_nV = allowed_nV + self._bias_2V[int(endless[0])]
-        else:
-            allowed_nV = allowed_nV + self._bias_2V[upload(np.asarray(endless, dtype=np.int64), device)]
-        if self._guide is not None:
-            pairs = zip(rows, allowed_nV, strict=True)
-            adjusted = [x if row.closing else self._guide.adjust(row.request.number, x) for row, x in pairs]
-            allowed_nV = torch.stack(adjusted)
-        uniform_n = None
-        if not all(one.greedy for one in settings):
-            drawn = [
-                0.0 if row.closing or row.sampling.greedy else (draws or row.draws).double() for row in rows
-            ]
-            uniform_n = upload(np.asarray(drawn), device)
-        symbol_n = choose(allowed_nV, uniform_n, settings)
         ends = [
             row.closing or exactly is not None and len(row.tokens) == exactly and not self._by_rule
             for row in rows
         ]
-        if any(ends):
-            symbol_n = symbol_n.masked_fill(upload(np.asarray(ends), device), self._end)
+        drawn = [0.0 if row.closing or row.sampling.greedy else (draws or row.draws).double() for row in rows]
+        given_3n = None
+        if any(drawn) or any(ends) or any(endless) != all(endless):
+            given_3n = upload(np.asarray([drawn, endless, ends], dtype=np.float64), device)
+        if given_3n is None or all(endless) or not any(endless):
+            allowed_nV = allowed_nV + self._bias_2V[int(endless[0])]
+        else:
+            allowed_nV = allowed_nV + self._bias_2V[given_3n[1].long()]
+        if self._guide is not None:
+            pairs = zip(rows, allowed_nV, strict=True)
+            adjusted = [x if row.closing else self._guide.adjust(row.request.number, x) for row, x in pairs]
+            allowed_nV = torch.stack(adjusted)
+        symbol_n = choose(allowed_nV, None if given_3n is None else given_3n[0], settings)
+        if given_3n is not None and any(ends):
+            symbol_n = symbol_n.masked_fill(given_3n[2] > 0, self._end)
         chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
         # Symbols below 2^24 are exact in float32.
         found = torch.cat((symbol_n, chosen_n)).tolist()

@@ -62,22 +62,30 @@ class Sampling:
         return choose(logits_RV, uniform_R, [self])
 
 
-def _per_row(values: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Any:
-    """One value for all rows, or a column on the device."""
-    if all(value == values[0] for value in values):
-        return values[0]
-    return upload(np.asarray(values), like.device).to(dtype or like.dtype)[:, None]
+def _columns(device: torch.device, **values: Sequence[float]) -> dict[str, Any]:
+    """One value for all rows, or a column float64 [R, 1] on the device; one upload for all columns."""
+    varied = [name for name, of in values.items() if any(one != of[0] for one in of)]
+    found: dict[str, Any] = {name: of[0] for name, of in values.items()}
+    if varied:
+        block = upload(np.asarray([values[name] for name in varied], dtype=np.float64), device)
+        found |= zip(varied, block[:, :, None].unbind(), strict=True)
+    return found
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else value
 
 
 def penalise(logits_RV: Tensor, seen_RV: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """Logits with the repetition penalty; `seen_RV` bool: tokens in the row's text."""
-    penalty = _per_row([one.repetition_penalty for one in settings], logits_RV)
+    columns = _columns(logits_RV.device, penalty=[one.repetition_penalty for one in settings])
+    penalty = _as(columns["penalty"], logits_RV.dtype)
     lowered = torch.where(logits_RV > 0, logits_RV / penalty, logits_RV * penalty)
     return torch.where(seen_RV, lowered, logits_RV)
 
 
 def choose(logits_RV: Tensor, uniform_R: Tensor | None, settings: Sequence[Sampling]) -> Tensor:
-    """One symbol per row, int64 [R], in one go, without a wait for the device on GPUs.
+    """One symbol per row, int64 [R], all rows in one go; on a GPU the host does not wait.
 
     Args:
         logits_RV: -inf for forbidden symbols, finite for at least one per row.
@@ -89,48 +97,52 @@ def choose(logits_RV: Tensor, uniform_R: Tensor | None, settings: Sequence[Sampl
     if likeliest_R is not None and all(greedy):
         return likeliest_R
     assert uniform_R is not None
+    size, dtype = logits_RV.shape[-1], logits_RV.dtype
+    columns = _columns(
+        logits_RV.device,
+        greedy=greedy,
+        temperature=[one.temperature or 1.0 for one in settings],
+        last=[min(one.top_k or size, size) - 1 for one in settings],
+        top_p=[one.top_p or 1.0 for one in settings],
+        min_p=[math.log(one.min_p) if one.min_p else -math.inf for one in settings],
+    )
     scaled = logits_RV - logits_RV.amax(-1, keepdim=True)
-    scaled = scaled / _per_row([one.temperature or 1.0 for one in settings], scaled)
-    size = scaled.shape[-1]
+    scaled = scaled / _as(columns["temperature"], dtype)
     kept = [min(one.top_k or size, size) for one in settings]
     if min(kept) < size:
-        least = scaled.topk(max(kept)).values.gather(-1, _column([k - 1 for k in kept], scaled))
+        largest, last = scaled.topk(max(kept)).values, columns["last"]
+        least = largest.gather(-1, last.long()) if isinstance(last, Tensor) else largest[:, last : last + 1]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
     if any((one.top_p or 1) < 1 for one in settings):
-        least = _nucleus(scaled, _per_row([one.top_p or 1.0 for one in settings], scaled, torch.float64))
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        scaled = scaled.masked_fill(scaled < _nucleus(scaled, columns["top_p"]), -torch.inf)
     if any(one.min_p for one in settings):
-        least = _per_row([math.log(one.min_p) if one.min_p else -math.inf for one in settings], scaled)
-        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+        scaled = scaled.masked_fill(scaled < _as(columns["min_p"], dtype), -torch.inf)
     mass = scaled.exp().cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
-    # Below the total whatever the rounding, so that the drawn symbol has a probability above 0.
-    at = torch.minimum(uniform_R[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Below the total (by one bit) whatever the rounding, so that the drawn symbol has a probability above 0.
+    at = torch.minimum(uniform_R[:, None] * total, total * (1 - 2**-53))
     drawn_R = torch.searchsorted(mass, at, right=True)[:, 0]
-    if likeliest_R is None:
-        return drawn_R
-    return torch.where(upload(np.asarray(greedy), drawn_R.device), likeliest_R, drawn_R)
+    return drawn_R if likeliest_R is None else torch.where(columns["greedy"][:, 0] > 0, likeliest_R, drawn_R)
 
 
-def _column(values: list[int], like: Tensor) -> Tensor:
-    column = upload(np.asarray(values), like.device)[:, None]
-    return column.expand(len(like), 1)
+def looks_first(device: torch.device) -> bool:
+    """Whether top-p looks at a few symbols before it sorts all: on a GPU the host would wait for the look."""
+    return device.type == "cpu"
 
 
 def _nucleus(scaled: Tensor, top_p: Any) -> Tensor:
     """[R, 1]: the smallest logit that top-p keeps; -inf where it is 1. `scaled` [R, V] has a maximum of 0 in
     each row."""
     total = scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)
-    size = scaled.shape[-1]
-    # A GPU sorts all at once: to look at a few first would make the host wait.
-    look = min(NUCLEUS_FIRST_LOOK, size) if scaled.device.type == "cpu" else size
-    whole = torch.as_tensor(top_p, device=scaled.device) >= 1
+    size, everything = scaled.shape[-1], top_p >= 1
+    look = min(NUCLEUS_FIRST_LOOK, size) if looks_first(scaled.device) else size
     while True:
         likeliest = scaled.topk(look).values
         probability = likeliest.exp() / total
         before = probability.cumsum(-1) - probability  # the mass in front of each
-        if look == size or ((before[:, -1:] >= top_p) | whole).all():
+        if look == size or ((before[:, -1:] >= top_p) | everything).all():
             break
         look = size
     kept = (before < top_p).sum(-1, keepdim=True)
-    return likeliest.gather(-1, kept - 1).masked_fill(whole, -torch.inf)
+    least = likeliest.gather(-1, kept - 1)
+    return least if everything is False else least.masked_fill(everything, -torch.inf)

@@ -204,11 +204,12 @@ class BatchWriter:
         ahead = max(self._rows[at].limits.most_sentences for at in rows)
         self._model.read(self._state, rows, documents, ahead)
         begin: list[tuple[int, list[int]]] = []
-        for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
+        odds = self._model.stop_log_odds(self._state, rows).tolist()
+        for at, log_odds in zip(rows.tolist(), odds, strict=True):
             row = self._rows[at]
             # A prompt's document may end after its last sentence only, and not before an unfinished one.
             if taken[at] and not row.unfinished:
-                ends, row.prompt_stop_probability = self._document_ends(row, float(log_odds))
+                ends, row.prompt_stop_probability = self._document_ends(row, log_odds)
                 if ends:
                     yield from self._finish(at, DOCUMENT_END)
                     continue
@@ -372,9 +373,10 @@ class BatchWriter:
         self._waiting.clear()
         self._model.extend(self._state, rows, [self._rows[at].tokens for at in rows])
         begin: list[tuple[int, list[int]]] = []
-        for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
+        odds = self._model.stop_log_odds(self._state, rows).tolist()
+        for at, log_odds in zip(rows.tolist(), odds, strict=True):
             row = self._rows[at]
-            ends, probability = self._document_ends(row, float(log_odds))
+            ends, probability = self._document_ends(row, log_odds)
             if ends:
                 yield from self._finish(at, DOCUMENT_END, probability)
             else:
