@@ -24,6 +24,7 @@ from data_prep.text.running_ends import RunningEnds
 from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.choice import Choice, ends_by_rule
+from pipeline.generation.prefixes import PrefixCache
 from pipeline.generation.prompt import split_by_rule, split_prompt
 from pipeline.generation.prompt_end import REJECTED, Branch, PromptEnd, find_prompt_end
 from pipeline.generation.protocol import Guide, SentenceModel
@@ -59,8 +60,12 @@ class BatchWriter:
         limits: Limits,
         rows: int = 1,
         guide: Guide | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
+        """prefixes: of this model; sentences that it holds are not read again."""
         self._guide = guide
+        keeps = prefixes is not None and getattr(model, "keeps_prefixes", False)
+        self._reading = {"prefixes": prefixes} if keeps else {}
         self._model, self._tokenizer, self._sampling, self._limits = model, tokenizer, sampling, limits
         self._rows: list[Row | None] = [None] * rows
         config = model.config
@@ -202,7 +207,7 @@ class BatchWriter:
         rows = np.asarray(sorted(taken))
         documents = [taken[at] for at in rows]
         ahead = max(self._rows[at].limits.most_sentences for at in rows)
-        self._model.read(self._state, rows, documents, ahead)
+        self._model.read(self._state, rows, documents, ahead, **self._reading)
         begin: list[tuple[int, list[int]]] = []
         odds = self._model.stop_log_odds(self._state, rows).tolist()
         for at, log_odds in zip(rows.tolist(), odds, strict=True):

@@ -92,6 +92,22 @@ class KeyValueCache:
         targets[2] += np.repeat(np.broadcast_to(first, rows.shape), counts)
         return upload(targets, device)
 
+    def taken(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Places of some rows (int64 [N] each), [N, layers, 2, H_kv, d_head]: what `restore` puts back."""
+        pairs = [
+            torch.stack([x[rows, :, places] for x in self._layers[layer]], 1)
+            for layer in sorted(self._layers)
+        ]
+        return torch.stack(pairs, 1)
+
+    def restore(self, rows: np.ndarray, lengths: np.ndarray, taken: Tensor) -> None:
+        """The first `lengths` places of each of `rows`, one row after the other."""
+        ends = np.cumsum(lengths)
+        self.reserve(int(lengths.max()), FIRST_PLACES)
+        targets = self.targets(rows, ends - lengths, ends, taken.device)
+        for layer, pair in enumerate(taken.unbind(1)):
+            self.store_at(layer, targets, *pair.unbind(1))
+
     def store_at(self, number: int, targets: Tensor, k: Tensor, v: Tensor) -> None:
         """k and v [T, H_kv, d_head] by `targets`, one call each."""
         source, rows, places = targets
@@ -156,16 +172,36 @@ def attend_last(
 class CachedPrompt(SegmentLayout):
     """One whole sequence for each of `rows`, back to back; it replaces what the rows held.
 
-    ahead: places that will follow; room for them now saves a copy of the whole cache later."""
+    ahead: places that will follow; room for them now saves a copy of the whole cache later. past: int64 [n],
+    places of each row that are stored already and come before the sequence."""
 
     def __init__(
-        self, cache: KeyValueCache, rows: np.ndarray, lengths: np.ndarray, device: torch.device, ahead: int
+        self,
+        cache: KeyValueCache,
+        rows: np.ndarray,
+        lengths: np.ndarray,
+        device: torch.device,
+        ahead: int,
+        past: np.ndarray | None = None,
     ):
         super().__init__(lengths, device)
-        self._cache = cache
-        cache.reserve(self.longest, ahead)
-        cache.lengths[rows] = lengths
-        self._targets = cache.targets(rows, self.starts[:-1], self.starts[1:], device)
+        self._cache, self._rows = cache, rows
+        self._past = None if past is None or not past.any() else past
+        ends = self.lengths if self._past is None else self._past + self.lengths
+        cache.reserve(int(ends.max()), ahead)
+        cache.lengths[rows] = ends
+        first = 0 if self._past is None else self._past
+        self.targets = cache.targets(rows, self.starts[:-1], self.starts[1:], device, first)
+
+    @cached_property
+    def position_of_row(self) -> Tensor:
+        """int64 [T]: the place of every row in its sequence."""
+        return self.targets[2]
+
+    @property
+    def at(self) -> Tensor:
+        """The places as an index of a table by position."""
+        return self.targets[2]
 
     def attend(
         self,
@@ -177,9 +213,22 @@ class CachedPrompt(SegmentLayout):
         window: int | None = None,
     ) -> Tensor:
         """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
-        self._cache.store_at(layer, self._targets, k, v)
-        k, v = repeat_heads(k, v, q.shape[1])
-        return packed_attention(q, k, v, self, causal=True, scale=scale, window=window)
+        self._cache.store_at(layer, self.targets, k, v)
+        if self._past is None:
+            k, v = repeat_heads(k, v, q.shape[1])
+            return packed_attention(q, k, v, self, causal=True, scale=scale, window=window)
+        outs, stored = [], self._cache.layer(layer, k)
+        for row, past, start, end in zip(
+            self._rows.tolist(), self._past.tolist(), self.starts[:-1], self.starts[1:], strict=True
+        ):
+            places = torch.arange(past + end - start, device=q.device)
+            distance = places[past:, None] - places
+            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            k, v = (x[row, :, : len(places)].transpose(0, 1) for x in stored)
+            k, v = repeat_heads(k, v, q.shape[1])
+            parts = (x.transpose(0, 1)[None] for x in (q[start:end], k, v))
+            outs.append(_attention(*parts, seen, scale=scale)[0].transpose(0, 1))
+        return torch.cat(outs)
 
 
 class CachedContext:

@@ -18,7 +18,7 @@ from pipeline.common.upload import upload
 from pipeline.generation.api import Generation, generate
 from pipeline.models.backbone import run_packed, vector_width
 from pipeline.models.folders import load_model_tokenizer
-from pipeline.models.kv_cache import CachedStep, KeyValueCache, StaticStep
+from pipeline.models.kv_cache import CachedPrompt, CachedStep, KeyValueCache, StaticStep
 from pipeline.models.step import BackboneStep, Replay, bucket, static_shapes
 
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one document
@@ -51,6 +51,7 @@ class SentenceLM(PreTrainedModel):
     have the backbone's `cache` and its last outputs, `hidden` [R, d_backbone]."""
 
     base_model_prefix = "sllm"
+    keeps_prefixes = False  # whether `read` takes a `PrefixCache`
     backbone: Any
     to_backbone: Any
     stop_head: Any
@@ -105,6 +106,14 @@ class SentenceLM(PreTrainedModel):
             "step": BackboneStep(self.backbone) if known else None,
         }
 
+    def _run_backbone(
+        self, state: ContextState, x: Tensor, layout: CachedPrompt | CachedStep | StaticStep
+    ) -> Tensor:
+        """Vectors [n, d_backbone] at the layout's places → outputs."""
+        if state.step is None:
+            return run_packed(self.backbone, layout, inputs_embeds=x)
+        return state.step(x, layout, state.cache.places)
+
     def _append_vectors(self, state: ContextState, rows: np.ndarray, x_nd: Tensor) -> Tensor:
         """One more position of each of `rows` (int64 [n], ascending); returns the outputs [n, d_backbone],
         which `state.hidden` keeps.
@@ -116,19 +125,18 @@ class SentenceLM(PreTrainedModel):
                 f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
             )
 
-        def run(x: Tensor, step: CachedStep | StaticStep) -> Tensor:
-            if state.step is None:
-                return run_packed(self.backbone, step, inputs_embeds=x)
-            return state.step(x, step, cache.places)
-
         if not static_shapes(device):
-            out = run(x_nd, CachedStep(cache, rows, device))
+            out = self._run_backbone(state, x_nd, CachedStep(cache, rows, device))
             if len(rows) == 1:
                 return state.hidden.narrow(0, int(rows[0]), 1).copy_(out)
             state.hidden[upload(rows, device)] = out
             return out
         if state.replay is None:
-            state.replay = Replay(lambda given, x: run(x, StaticStep(cache, *given)), device)
+
+            def run(given: Tensor, x: Tensor) -> Tensor:
+                return self._run_backbone(state, x, StaticStep(cache, *given))
+
+            state.replay = Replay(run, device)
         cache.reserve(int(cache.lengths[rows].max()) + 1)
         places = cache.lengths[: bucket(int(rows[-1]) + 1, cache.rows)]
         rows_n = upload(rows, device)

@@ -10,6 +10,7 @@ enters only at position i.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from data_prep.common.errors import UserError
 from pipeline.common.upload import upload
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
+from pipeline.generation.prefixes import Entry, PrefixCache
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt
 from pipeline.models.losses import LossSums
@@ -104,6 +106,7 @@ class SLLM(SentenceLM):
     `forward` returns `LossSums` over T + S vocabulary targets and S stop decisions."""
 
     config_class = SLLMConfig
+    keeps_prefixes = True
 
     def __init__(self, config: SLLMConfig):
         super().__init__(config)
@@ -192,32 +195,110 @@ class SLLM(SentenceLM):
         rows: np.ndarray,
         documents: list[list[list[int]]],
         ahead: int = FIRST_PLACES,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """Start documents in `rows` (int64 [n]) with zero or more sentences each: one packed pass, as in
-        training. `ahead`: number of sentences that will follow, if known.
+        training. `ahead`: number of sentences that will follow, if known. prefixes: sentences that it holds
+        are not read again; the others are added.
 
         Raises: ValueError when a document has more than `max_sentences` sentences, or one is too long.
         """
+        if prefixes is not None and not self._start_apart:
+            self._read_behind(state, rows, documents, ahead, prefixes)
+            return
         counts = np.asarray([len(document) for document in documents])
-        starts = np.maximum(counts == 0, not self._start_apart)  # start positions of every document
-        lengths = counts + starts
-        layout = CachedPrompt(state.cache, rows, lengths, self.device, min(ahead, FIRST_PLACES))
+        # Documents with a start position.
+        starts = (counts == 0) | (not self._start_apart)
+        out, _ = self._read_places(state, rows, documents, starts, ahead)
+        if self._start_apart:
+            state.cache.lengths[rows] = counts
+        ends = np.cumsum(counts + starts)
+        self._remember(state, rows, documents, out.tensor_split(ends[:-1].tolist()))
+
+    def _read_places(
+        self,
+        state: BackboneState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        starts: np.ndarray,
+        ahead: int,
+        past: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Backbone outputs [T, d_backbone] of each document's start position, if `starts` (bool [n]) says so,
+        and sentences, behind `past` places (int64 [n]) that the rows hold; and the layout's `targets`."""
+        lengths = np.asarray([len(document) for document in documents]) + starts
+        layout = CachedPrompt(state.cache, rows, lengths, self.device, min(ahead, FIRST_PLACES), past)
         x, is_start = self.start.weight, np.zeros(layout.rows, dtype=bool)
-        is_start[layout.starts[:-1][starts > 0]] = True
+        is_start[layout.starts[:-1][starts]] = True
         if sentences := [sentence for document in documents for sentence in document]:
             x = torch.cat([x, self._encode(state, sentences)])
         source = np.where(is_start, 0, np.cumsum(~is_start))
         x = x.index_select(0, upload(source, self.device))
-        out = run_packed(self.backbone, layout, inputs_embeds=self._into(x))
+        out = self._run_backbone(state, self._into(x), layout)
         state.hidden[upload(rows, self.device)] = out[layout.last_rows]
-        if self._start_apart:
-            state.cache.lengths[rows] = [len(document) for document in documents]
+        return out, layout.targets
+
+    def _remember(
+        self,
+        state: BackboneState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        outs: Sequence[Tensor],
+    ) -> None:
+        """Keep the sentences that the decoder sees. outs: the outputs of every document's places."""
         if keep := self.vae.decoder.remembers:
-            vectors = self._out_of(out)
-            for row, document, start in zip(rows, documents, layout.starts, strict=False):
-                state.recent[row] = [
-                    (sentence, vectors[start + number]) for number, sentence in enumerate(document)
-                ][-keep:]
+            for row, document, out in zip(rows, documents, outs, strict=True):
+                last = document[-keep:]
+                first = len(document) - len(last)
+                state.recent[row] = list(zip(last, self._out_of(out[first : len(document)]), strict=True))
+
+    def _read_behind(
+        self,
+        state: BackboneState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        ahead: int,
+        prefixes: PrefixCache,
+    ) -> None:
+        """`read` of what `prefixes` does not hold. Documents that repeat are read once."""
+        keys = [PrefixCache.keys(document) for document in documents]
+        new = list({one[-1]: n for n, one in reversed(list(enumerate(keys)))}.values())
+        again = sorted(set(range(len(rows))) - set(new))
+        for some in (sorted(new), again):
+            if not some:
+                continue
+            at, wanted = rows[some], [keys[n] for n in some]
+            known = [prefixes.find(one) for one in wanted]
+            past, counts = (np.asarray([len(one) for one in of]) for of in (known, wanted))
+            outs = self._restore(state, at, known)
+            if (todo := np.flatnonzero(past < counts)).size:
+                rest = [documents[some[n]][max(0, past[n] - 1) :] for n in todo]
+                out, targets = self._read_places(state, at[todo], rest, past[todo] == 0, ahead, past[todo])
+                # Kept in the host's memory, each by itself, so that any of them can go.
+                taken = state.cache.taken(targets[1], targets[2]).cpu()
+                entries = [(a.clone(), b.clone()) for a, b in zip(taken, out.cpu(), strict=True)]
+                ends = np.cumsum(counts[todo] - past[todo])
+                for n, end, new_out in zip(todo, ends, out.tensor_split(ends[:-1].tolist()), strict=True):
+                    first = end - counts[n] + past[n]
+                    prefixes.add(wanted[n][past[n] :], entries[first:end])
+                    outs[n] = torch.cat([outs[n], new_out])
+            self._remember(state, at, [documents[n] for n in some], outs)
+
+    def _restore(self, state: BackboneState, rows: np.ndarray, known: list[list[Entry]]) -> list[Tensor]:
+        """Put what is known of documents into `rows`; returns their outputs."""
+        past = np.asarray([len(one) for one in known])
+        nothing = state.hidden[:0]
+        if not past.any():
+            return [nothing] * len(rows)
+        stored, out = (
+            torch.stack(parts).to(self.device)
+            for parts in zip(*(entry for one in known for entry in one), strict=True)
+        )
+        some, ends = past > 0, np.cumsum(past)
+        state.cache.restore(rows[some], past[some], stored)
+        state.cache.lengths[rows] = past
+        state.hidden[upload(rows[some], self.device)] = out[upload(ends[some] - 1, self.device)]
+        return list(out.tensor_split(ends[:-1].tolist()))
 
     @torch.no_grad()
     def extend(self, state: BackboneState, rows: np.ndarray, sentences: list[list[int]]) -> None:

@@ -282,7 +282,8 @@ class StackLM(SentenceLM):
         for layer in words.lower_steps:
             x = layer(x, lower.attend, turn)
         prompt = CachedPrompt(state.cache, rows, counts_D + 1, self.device, min(ahead, FIRST_PLACES))
-        hidden_Bd = self._contextualise(x, packed, prompt)
+        vectors_Bd = self.vector_norm(x[packed.border_rows_B])
+        hidden_Bd = self._run_backbone(state, self._into(vectors_Bd), prompt)
         rows_n = torch.from_numpy(rows).to(self.device)
         last_n = layout.last_rows
         words.border[rows_n], state.hidden[rows_n] = x[last_n], hidden_Bd[prompt.last_rows]

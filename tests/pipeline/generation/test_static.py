@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import model_folders
 from helpers.model_folders import STACK, small_model
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -18,6 +19,7 @@ from pipeline.generation import sampling as sampling_module
 from pipeline.generation.results import Limits, Request
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
+from pipeline.models import attention as attention_module
 from pipeline.models import sentence_decoder, sentence_lm, sllm, stack_state
 from pipeline.models import step as step_module
 from pipeline.models.step import Replay, bucket
@@ -172,3 +174,34 @@ def test_a_step_of_64_rows_is_one_graph_and_few_launches(
 
 def test_buckets() -> None:
     assert [bucket(rows, 48) for rows in (1, 2, 3, 9, 33, 48)] == [1, 2, 4, 16, 48, 48]
+
+
+@pytest.mark.parametrize("kind", ["alone", "stack"])
+def test_64_prompts_are_read_in_few_launches(
+    kind: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The depth of SLLM-125M-H1; attention counts once per layer, as a variable-length kernel does."""
+    monkeypatch.setattr(model_folders, "BACKBONE", {**model_folders.BACKBONE, "num_hidden_layers": 12})
+    model, counts = model_of(kind, tokenizer), []
+    read, attention = BatchWriter._read, attention_module.packed_attention
+
+    def counted(writer: BatchWriter, taken: dict) -> Iterator[Any]:
+        with Launches() as launches:
+            events = list(read(writer, taken))
+        counts.append((len(taken), len(launches.names)))
+        return iter(events)
+
+    def once(*given: Any, **settings: Any) -> torch.Tensor:
+        with _disable_current_modes():
+            out = attention(*given, **settings)
+        return out.clone()
+
+    monkeypatch.setattr(BatchWriter, "_read", counted)
+    for name in ("attention", "kv_cache", "layers", "sentence_encoder", "sentence_decoder", "stack"):
+        monkeypatch.setattr(f"pipeline.models.{name}.packed_attention", once)
+    requests = [
+        Request(n, " ".join(PROMPTS[: 1 + n % 6]), n, None, Limits(1, max_tokens=1)) for n in range(64)
+    ]
+    list(BatchWriter(model, tokenizer, Sampling(), Limits(), 64).run(requests))
+    print(counts)
+    assert counts[0][0] == 64 and counts[0][1] <= 450
