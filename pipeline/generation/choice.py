@@ -110,7 +110,9 @@ class Choice:
         symbol_n = choose(allowed_nV, None if given_3n is None else given_3n[0], settings)
         if given_3n is not None and any(ends):
             symbol_n = symbol_n.masked_fill(given_3n[2] > 0, self._end)
-        chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
+        chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n.unsqueeze(1)).squeeze(1)
+        if device.type == "cpu":
+            return symbol_n.tolist(), chosen_n.tolist()
         # Symbols below 2^24 are exact in float32.
         found = torch.cat((symbol_n, chosen_n)).tolist()
         return [int(symbol) for symbol in found[: len(rows)]], found[len(rows) :]

@@ -9,7 +9,7 @@ also attends to the sentences before its own. Their rows are computed once, so d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,14 @@ from pipeline.data.batch import DecoderRows, context_spans
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache, StaticStep
-from pipeline.models.layers import LearnedBias, PostNormLayer, TokenEmbedding, TransformerLayer, attend_across
+from pipeline.models.layers import (
+    LearnedBias,
+    PostNormLayer,
+    Rotation,
+    TokenEmbedding,
+    TransformerLayer,
+    attend_across,
+)
 from pipeline.models.step import (
     Apply,
     LayerStep,
@@ -44,7 +51,7 @@ class DecoderState:
     conditions: per layer [R, d], or None in layers that are not conditioned. cache: places of the context
     sentences, slots, BOS and symbols. bos_places: int64 [R], host: the place of BOS in the cache. ahead:
     int64 [R], host: the position of a row's first place. steps, finish: of the layers and the final norm.
-    static: whether steps are replayed, by `replay`. head: from hidden states to logits. logits: float32 [V],
+    static: whether steps are replayed, by `replay`. head: from hidden states to logits. turns: by position. logits: float32 [V],
     predict the next symbol of a single sentence; set by the model that owns the head.
     """
 
@@ -57,6 +64,7 @@ class DecoderState:
     device: torch.device
     static: bool
     head: Apply = torch.Tensor.float
+    turns: dict[int, Rotation | None] = field(default_factory=dict)
     replay: Replay | None = None
     logits: Tensor | None = None
 
@@ -152,9 +160,14 @@ class SentenceDecoder(nn.Module):
         contexts: Sequence[Sequence[DecodedSentence]] | None = None,
     ) -> None:
         """Start new sentences in some rows (int64 [n], ascending) of a state, as `begin`."""
-        rows_n = torch.from_numpy(rows).to(vector_nd.device)
+        every = len(rows) == state.cache.rows
+        rows_n = None if every else upload(rows, state.device)
         for layer, conditions in zip(self.layers, state.conditions, strict=True):
-            if conditions is not None:
+            if conditions is None:
+                continue
+            if rows_n is None:
+                conditions.copy_(layer.condition_of(vector_nd))
+            else:
                 conditions[rows_n] = layer.condition_of(vector_nd)
         for places in (state.cache.lengths, state.bos_places, state.ahead):
             places[rows] = 0
@@ -232,7 +245,7 @@ class SentenceDecoder(nn.Module):
             at = slice(positions[0], positions[0] + 1) if same else upload(positions, state.device)
         x = embedded(self.embedding, symbols, at)
         conditions = state.conditions
-        if len(rows) == 1:
+        if len(rows) == 1 < state.cache.rows:
             conditions = [None if one is None else one.narrow(0, int(rows[0]), 1) for one in conditions]
         elif len(rows) < state.cache.rows:
             rows_n = upload(rows, state.device)
@@ -253,7 +266,10 @@ class SentenceDecoder(nn.Module):
         at: slice | Tensor,
         conditions: list[Tensor | None],
     ) -> Tensor:
-        turn = turns(self.embedding, self.heads, at, self.positions)
+        if isinstance(at, Tensor):
+            turn = turns(self.embedding, self.heads, at, self.positions)
+        elif (turn := state.turns.get(at.start)) is None:
+            turn = state.turns[at.start] = turns(self.embedding, self.heads, at, self.positions)
         for layer, condition in zip(state.steps, conditions, strict=True):
             x = layer(x, step.attend, turn, condition)
         return state.finish(x)

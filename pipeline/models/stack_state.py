@@ -58,7 +58,7 @@ class TokenState:
         self._embedding, self._heads, self._border_id = model.embedding, config.heads, config.bos_token_id
         self._read = None if model.from_backbone is None else linear(model.from_backbone)
         self._finish, self._head = norm(model.final_norm), logits(model.head)
-        self._by_rule = config.by_rule
+        self._by_rule, self._turns = config.by_rule, dict[int, Rotation]()
         self._replay, self._below = Replay(self._run_static, self.device), 0
 
     @property
@@ -76,7 +76,9 @@ class TokenState:
         """The same for int64 [n] on the host."""
         first = int(positions[0])
         if len(positions) == 1 or (positions == first).all():
-            return self.turn(slice(first, first + 1), first)
+            if (turn := self._turns.get(first)) is None:
+                turn = self._turns[first] = self.turn(slice(first, first + 1), first)
+            return turn
         return self.turn(upload(positions, self.device), int(positions.max()))
 
     def step(self, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:

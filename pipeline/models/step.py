@@ -31,6 +31,7 @@ from pipeline.models.layers import (
 )
 
 Apply = Callable[[Tensor], Tensor]
+FEW = 1 << 13  # numbers that an activation computes in less time than oneDNN needs to start
 EAGER_CALLS = 3  # of a shape before its graph is captured: they initialise the libraries
 
 
@@ -148,20 +149,32 @@ class LayerStep:
             q, k = both.split_with_sizes((heads, shared), 1)
         added = self.out(attend(self.number, q, k, v, self.scale, self.window).reshape(rows, -1))
         if self.post_norm:
-            x = self.attention_norm(x + added)
+            x = self.attention_norm(added.add_(x))
             if condition is not None and self.condition_norm is not None:
                 x = self.condition_norm(x + condition)
-            return self.ffn_norm(x + self.ffn(x))
-        x = x + added
+            return self.ffn_norm(self.ffn(x).add_(x))
+        x = added.add_(x)
         if condition is not None:
-            x = x + condition
-        return x + self.ffn(self.ffn_norm(x))
+            x.add_(condition)
+        return self.ffn(self.ffn_norm(x)).add_(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """torch's, for few numbers on a CPU without oneDNN, whose kernel takes 6 µs to start."""
+    if x.numel() > FEW or x.device.type != "cpu":
+        return F.gelu(x)
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        return F.gelu(x)
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def token_layer(layer: TransformerLayer, number: int) -> LayerStep:
     """A layer of the sentence decoder or of a stack's token layers, in evaluation mode."""
     attention, into, out = layer.attention, linear(layer.ffn_in), linear(layer.ffn_out)
-    activation = F.relu if layer.post_norm else F.gelu
+    activation = F.relu if layer.post_norm else gelu
     return LayerStep(
         number,
         attention.heads,
