@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from data_prep.text.tokenizer import Tokenizer
-from pipeline.common.upload import upload
 from pipeline.generation.protocol import Guide, SentenceModel
 from pipeline.generation.results import Limits
 from pipeline.generation.row import Draws, Row
 from pipeline.generation.sampling import choose, penalise
+from pipeline.generation.upload import upload
 
 
 def ends_by_rule(config: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data_prep.common.errors import UserError
-from pipeline.common.upload import upload
+from pipeline.generation.upload import upload
 
 NUCLEUS_FIRST_LOOK = 256  # likeliest symbols that top-p looks at before it sorts all of them
 

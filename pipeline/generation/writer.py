@@ -45,6 +45,7 @@ from pipeline.generation.results import (
 )
 from pipeline.generation.row import Row
 from pipeline.generation.sampling import Sampling
+from pipeline.generation.upload import upload
 
 READ_TOKENS = 16_384  # of prompts read in one pass, unless one prompt is longer
 
@@ -249,7 +250,8 @@ class BatchWriter:
         if not choosing:
             return
         if len(choosing) < len(at_n):
-            at_n, logits_nV = at_n[choosing], logits_nV[choosing]
+            chosen = np.asarray(choosing)
+            at_n, logits_nV = at_n[chosen], logits_nV[upload(chosen, logits_nV.device)]
         symbol_n, log_probability_n = self._choice.choose(at_n, logits_nV)
         for n, at in enumerate(at_n.tolist()):
             row, symbol, log_probability = self._rows[at], symbol_n[n], log_probability_n[n]

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.common.errors import counted
-from pipeline.common.upload import upload
 from pipeline.data.segments import SegmentLayout
+from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention, repeat_heads
 
 FIRST_PLACES = 64  # room for new places when their number is not known

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.common.upload import upload
 from pipeline.data.batch import DecoderRows, context_spans
 from pipeline.data.segments import SegmentLayout
+from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache, StaticStep
 from pipeline.models.layers import (
@@ -51,8 +51,8 @@ class DecoderState:
     conditions: per layer [R, d], or None in layers that are not conditioned. cache: places of the context
     sentences, slots, BOS and symbols. bos_places: int64 [R], host: the place of BOS in the cache. ahead:
     int64 [R], host: the position of a row's first place. steps, finish: of the layers and the final norm.
-    static: whether steps are replayed, by `replay`. head: from hidden states to logits. turns: by position. logits: float32 [V],
-    predict the next symbol of a single sentence; set by the model that owns the head.
+    static: whether steps are replayed, by `replay`. head: from hidden states to logits. turns: by position.
+    logits: float32 [V], predict the next symbol of a single sentence; set by the model that owns the head.
     """
 
     conditions: list[Tensor | None]

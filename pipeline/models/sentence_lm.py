@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from data_prep.common.errors import UserError, counted
 from data_prep.text.tokenizer import Tokenizer
-from pipeline.common.upload import upload
 from pipeline.generation.api import Generation, generate
+from pipeline.generation.upload import upload
 from pipeline.models.backbone import run_packed, vector_width
 from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.kv_cache import CachedPrompt, CachedStep, KeyValueCache, StaticStep

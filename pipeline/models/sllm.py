@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from data_prep.common.errors import UserError
-from pipeline.common.upload import upload
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.generation.prefixes import Entry, PrefixCache
+from pipeline.generation.upload import upload
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt
 from pipeline.models.losses import LossSums
@@ -224,8 +224,8 @@ class SLLM(SentenceLM):
         ahead: int,
         past: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Backbone outputs [T, d_backbone] of each document's start position, if `starts` (bool [n]) says so,
-        and sentences, behind `past` places (int64 [n]) that the rows hold; and the layout's `targets`."""
+        """Backbone outputs [T, d_backbone] of each document's start position, where `starts` (bool [n]) is
+        true, and sentences, behind `past` places (int64 [n]) that the rows hold; the layout's `targets`."""
         lengths = np.asarray([len(document) for document in documents]) + starts
         layout = CachedPrompt(state.cache, rows, lengths, self.device, min(ahead, FIRST_PLACES), past)
         x, is_start = self.start.weight, np.zeros(layout.rows, dtype=bool)

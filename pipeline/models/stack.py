@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from pipeline.common.upload import upload
 from pipeline.config.model_recipe import TokensRecipe, checked_tokens
 from pipeline.data.batch import Batch, StackRows, stack_rows
 from pipeline.data.segments import Band, SegmentLayout
+from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.models.kv_cache import (

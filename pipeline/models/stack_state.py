@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.common.upload import upload
+from pipeline.generation.upload import upload
 from pipeline.models.kv_cache import CachedStep, RollingCache, StaticStep
 from pipeline.models.layers import Rotation
 from pipeline.models.step import (

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.common.upload import upload
+from pipeline.generation.upload import upload
 from pipeline.models.folders import model_config
 from pipeline.models.kv_cache import RollingCache, attend_last
 from pipeline.models.layers import (

@@ -107,6 +107,23 @@ def test_static_steps_write_the_same_texts(
     assert {n for _, n in shapes} <= {1, 2, 4, 5}
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_graphs_write_what_a_cpu_writes(
+    kind: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, replays = model_of(kind, tokenizer), []
+    expected, replay = written(model, tokenizer, 5), torch.cuda.CUDAGraph.replay
+
+    def counted(graph: Any) -> None:
+        replays.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    assert written(model.cuda(), tokenizer, 5) == expected
+    assert len(replays) > len(set(map(id, replays))) > 1
+
+
 class Launches(TorchDispatchMode):
     """Counts the operators that compute or copy; on a GPU each is a launch."""
 
@@ -203,5 +220,4 @@ def test_64_prompts_are_read_in_few_launches(
         Request(n, " ".join(PROMPTS[: 1 + n % 6]), n, None, Limits(1, max_tokens=1)) for n in range(64)
     ]
     list(BatchWriter(model, tokenizer, Sampling(), Limits(), 64).run(requests))
-    print(counts)
     assert counts[0][0] == 64 and counts[0][1] <= 450

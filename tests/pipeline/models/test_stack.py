@@ -262,7 +262,7 @@ def test_a_window_that_is_one_row_longer_in_caches_fails(monkeypatch):
     model = small_stack()
     new_state = model.new_state
 
-    def longer(rows: int) -> StackState:
+    def longer(rows: int):
         state = new_state(rows)
         for step in state.tokens.upper_steps:
             step.window += 1
