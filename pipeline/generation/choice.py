@@ -11,7 +11,7 @@ from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.protocol import Guide, SentenceModel
 from pipeline.generation.results import Limits
 from pipeline.generation.row import Draws, Row
-from pipeline.generation.sampling import choose, penalise
+from pipeline.generation.sampling import choose, penalise, reads_freely
 from pipeline.generation.upload import upload
 
 
@@ -111,7 +111,7 @@ class Choice:
         if given_3n is not None and any(ends):
             symbol_n = symbol_n.masked_fill(given_3n[2] > 0, self._end)
         chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n.unsqueeze(1)).squeeze(1)
-        if device.type == "cpu":
+        if reads_freely(device):
             return symbol_n.tolist(), chosen_n.tolist()
         # Symbols below 2^24 are exact in float32.
         found = torch.cat((symbol_n, chosen_n)).tolist()

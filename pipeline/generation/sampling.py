@@ -125,8 +125,8 @@ def choose(logits_RV: Tensor, uniform_R: Tensor | None, settings: Sequence[Sampl
     return drawn_R if likeliest_R is None else torch.where(columns["greedy"][:, 0] > 0, likeliest_R, drawn_R)
 
 
-def looks_first(device: torch.device) -> bool:
-    """Whether top-p looks at a few symbols before it sorts all: on a GPU the host would wait for the look."""
+def reads_freely(device: torch.device) -> bool:
+    """Whether the host reads a tensor's values at once: on a GPU it waits until all work is done."""
     return device.type == "cpu"
 
 
@@ -135,7 +135,7 @@ def _nucleus(scaled: Tensor, top_p: Any) -> Tensor:
     each row."""
     total = scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)
     size, everything = scaled.shape[-1], top_p >= 1
-    look = min(NUCLEUS_FIRST_LOOK, size) if looks_first(scaled.device) else size
+    look = min(NUCLEUS_FIRST_LOOK, size) if reads_freely(scaled.device) else size
     while True:
         likeliest = scaled.topk(look).values
         probability = likeliest.exp() / total

@@ -85,6 +85,12 @@ def join(modules: list[nn.Linear], columns: bool) -> None:
     whole = whole.t().contiguous().t() if columns else whole
     for module, part in zip(modules, whole.split([len(module.weight) for module in modules]), strict=True):
         module.weight.data = part
+        module.register_state_dict_post_hook(_weight_by_itself)
+
+
+def _weight_by_itself(module: nn.Module, state: dict, prefix: str, _: Any) -> None:
+    """Files hold each weight as a matrix of its own."""
+    state[prefix + "weight"] = state[prefix + "weight"].contiguous()
 
 
 def joined_layers(model: nn.Module) -> list[list[nn.Linear]]:

@@ -172,7 +172,8 @@ def test_a_step_of_64_rows_is_one_graph_and_few_launches(
 
     monkeypatch.setattr(Replay, "eager", without_counting)
     monkeypatch.setattr(BatchWriter, "_step", counted)
-    monkeypatch.setattr("pipeline.generation.sampling.looks_first", lambda device: False)
+    for module in (choice, sampling_module):
+        monkeypatch.setattr(module, "reads_freely", lambda device: False)
     for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, waiting(name))
     for module in (step_module, sllm, stack_state, choice, sampling_module):
