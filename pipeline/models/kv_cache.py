@@ -226,8 +226,8 @@ class CachedPrompt(SegmentLayout):
             seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
             k, v = (x[row, :, : len(places)].transpose(0, 1) for x in stored)
             k, v = repeat_heads(k, v, q.shape[1])
-            parts = (x.transpose(0, 1)[None] for x in (q[start:end], k, v))
-            outs.append(_attention(*parts, seen, scale=scale)[0].transpose(0, 1))
+            q_1, k, v = (x.transpose(0, 1)[None] for x in (q[start:end], k, v))
+            outs.append(_attention(q_1, k, v, seen, scale=scale)[0].transpose(0, 1))
         return torch.cat(outs)
 
 
@@ -394,9 +394,9 @@ class StaticStep:
         window: int | None = None,
     ) -> Tensor:
         """As CachedStep's. What a row has not stored is zero, or from an earlier text: finite."""
-        stored = tuple(x[: len(q)] for x in self._cache.layer(layer, k))
+        keys, values = (x[: len(q)] for x in self._cache.layer(layer, k))
         index = self._place_n[:, None, None, None].expand(-1, k.shape[1], 1, k.shape[2])
-        for places, new in zip(stored, (k, v), strict=True):
+        for places, new in ((keys, k), (values, v)):
             places.scatter_(2, index, new[:, :, None])
         grouped = q.reshape(len(q), k.shape[1], -1, q.shape[2])
-        return _attention(grouped, *stored, self._mask(window), scale=scale).reshape(q.shape)
+        return _attention(grouped, keys, values, self._mask(window), scale=scale).reshape(q.shape)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ def bucket(rows: int, most: int) -> int:
     return min(most, 1 << (rows - 1).bit_length())
 
 
-def linear(*modules: nn.Module) -> Apply:
+def linear(*modules: Any) -> Apply:
     """The outputs of linear layers of one input, side by side: one product if `join` has laid them out."""
     if not all(isinstance(module, nn.Linear) for module in modules):
         return modules[0] if len(modules) == 1 else lambda x: torch.cat([one(x) for one in modules], -1)
@@ -250,16 +250,15 @@ class BackboneStep:
     """One more position of each of some documents, through an OPT, Llama, Mistral or Qwen."""
 
     def __init__(self, model: nn.Module):
-        config = model_config(model)
+        config, decoder = model_config(model), cast(Any, model)
         self._opt = config.model_type == "opt"
-        model = model.decoder if self._opt else model
-        self._model: Any = model
+        self._model = decoder = decoder.decoder if self._opt else decoder
         make = self._opt_layer if self._opt else self._llama_layer
-        self._layers = [make(layer, number, config) for number, layer in enumerate(model.layers)]
-        last = model.final_layer_norm if self._opt else model.norm
+        self._layers = [make(layer, number, config) for number, layer in enumerate(decoder.layers)]
+        last = decoder.final_layer_norm if self._opt else decoder.norm
         self._norm = norm(last)
         self._into, self._out = (
-            linear(part) if (part := getattr(model, name, None)) is not None else None
+            linear(part) if (part := getattr(decoder, name, None)) is not None else None
             for name in ("project_in", "project_out")
         )
         self._table: Rotation | None = None
