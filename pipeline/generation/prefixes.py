@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class PrefixCache:
                 self._entries.move_to_end(key)
         return [entry for _, entry in found]
 
-    def add(self, keys: list[bytes], entries: list[Entry]) -> None:
+    def add(self, keys: Sequence[bytes], entries: Sequence[Entry]) -> None:
         """Entries of consecutive sentences of a document."""
         with self._lock:
             for key, entry in reversed(list(zip(keys, entries, strict=True))):
