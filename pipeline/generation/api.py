@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.generation.prefixes import PrefixCache
 from pipeline.generation.protocol import SentenceModel
 from pipeline.generation.results import Continuation, Limits, Piece, Request, Sentence
 from pipeline.generation.sampling import Sampling
@@ -109,6 +110,7 @@ def generate_many(
     samples: int = 1,
     best_of: bool = False,
     seed: int = 0,
+    prefixes: PrefixCache | None = None,
 ) -> Iterator[list[Continuation] | UserError]:
     """Continue many prompts, `batch_size` texts at a time; yields each prompt's texts, in the prompts' order.
 
@@ -117,9 +119,14 @@ def generate_many(
             `generate` with that seed.
         best_of: return only the likeliest text of each prompt, by the model's log-probability of tokens,
             sentence ends and stop decisions.
+        prefixes: sentences of prompts that this model has read, also for later calls; by default of this
+            call.
     Yields: a list of texts, or a prompt's UserError.
     """
-    writer = BatchWriter(model, tokenizer, sampling or Sampling(), limits or Limits(), batch_size)
+    settings = sampling or Sampling(), limits or Limits(), batch_size
+    writer = BatchWriter(
+        model, tokenizer, *settings, prefixes=PrefixCache() if prefixes is None else prefixes
+    )
     requests = (
         Request(i * samples + j, prompt, seed + i * samples + j)
         for i, prompt in enumerate(prompts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import torch
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.protocol import Guide, SentenceModel
 from pipeline.generation.results import Limits
-from pipeline.generation.row import Row
-from pipeline.generation.sampling import Sampling
+from pipeline.generation.row import Draws, Row
+from pipeline.generation.sampling import choose, penalise, reads_freely
+from pipeline.generation.upload import upload
 
 
 def ends_by_rule(config: Any) -> bool:
@@ -41,78 +41,78 @@ class Choice:
         forbidden_V[: tokenizer.vocab_size] = tokenizer.byte_lengths == 0
         forbidden_V[[config.bos_token_id, config.pad_token_id]] = True
         forbidden_V[self._end] = False
-        bias_V = torch.zeros(config.vocab_size, device=model.device)
-        self.bias_V = bias_V.masked_fill(torch.from_numpy(forbidden_V).to(model.device), -torch.inf)
-        self._endless_V = self.bias_V.clone()
-        self._endless_V[self._end] = -torch.inf
+        self.bias_V = upload(np.where(forbidden_V, np.float32(-np.inf), np.float32(0)), model.device)
+        endless_V = self.bias_V.clone()
+        endless_V[self._end] = -torch.inf
+        self._bias_2V = torch.stack([self.bias_V, endless_V])
         self._seen_RV: torch.Tensor | None = None  # made for the first row with a repetition penalty
+        self._unseen: list[tuple[int, int]] = []  # rows and tokens noted since the last choice
 
     def forget(self, at: int) -> None:
         """A new text starts in a row: the repetition penalty knows none of its tokens."""
         if self._seen_RV is None:
-            size = len(self._rows), len(self.bias_V)
+            size = len(self._rows), self.bias_V.shape[0]
             self._seen_RV = torch.zeros(size, dtype=torch.bool, device=self.bias_V.device)
+        self._unseen = [pair for pair in self._unseen if pair[0] != at]
         self._seen_RV[at] = False
 
     def note(self, at: int, tokens: list[int]) -> None:
         """The repetition penalty lowers these tokens in a row's later choices; after `forget`."""
-        self._seen_RV[at, torch.tensor(tokens, dtype=torch.long)] = True
+        self._unseen += [(at, token) for token in tokens]
+
+    def _seen(self, at_n: np.ndarray) -> torch.Tensor:
+        """bool [n, V]: tokens of the rows' texts; no row without a penalty reads it."""
+        assert self._seen_RV is not None
+        if self._unseen:
+            rows, tokens = upload(np.asarray(self._unseen).T, self.bias_V.device)
+            self._seen_RV[rows, tokens] = True
+            self._unseen = []
+        whole = len(at_n) == len(self._rows)
+        return self._seen_RV if whole else self._seen_RV[upload(at_n, self.bias_V.device)]
 
     def choose(
         self,
         at_n: np.ndarray,
         logits_nV: torch.Tensor,
         bias_V: torch.Tensor | None = None,
-        rng: torch.Generator | None = None,
+        draws: Draws | None = None,
     ) -> tuple[list[int], list[float]]:
-        """One symbol per row, and its log-probability without temperature. `bias_V`: added to the logits;
-        `rng`: in place of the rows' own."""
-        groups: dict[Sampling, list[int]] = defaultdict(list)
-        for n, at in enumerate(at_n.tolist()):
-            groups[self._rows[at].sampling].append(n)
-        if len(groups) == 1:
-            return self._choose_alike(at_n, logits_nV, next(iter(groups)), bias_V, rng)
-        symbol_n, log_probability_n = [0] * len(at_n), [0.0] * len(at_n)
-        for sampling, members in groups.items():
-            chosen = self._choose_alike(at_n[members], logits_nV[members], sampling, bias_V, rng)
-            for n, symbol, log_probability in zip(members, *chosen, strict=True):
-                symbol_n[n], log_probability_n[n] = symbol, log_probability
-        return symbol_n, log_probability_n
-
-    def _choose_alike(
-        self,
-        at_n: np.ndarray,
-        logits_nV: torch.Tensor,
-        sampling: Sampling,
-        bias_V: torch.Tensor | None,
-        rng: torch.Generator | None,
-    ) -> tuple[list[int], list[float]]:
-        """`choose` for rows of one `sampling`."""
-        rows, exactly = [self._rows[at] for at in at_n], self._exactly
+        """One symbol per row, and its log-probability without temperature, all rows in one go and with one
+        wait for the device. `bias_V`: added to the logits; `draws`: in place of the rows' own."""
+        rows: list[Row] = [self._rows[at] for at in at_n.tolist()]  # type: ignore[misc]
+        exactly, device = self._exactly, logits_nV.device
+        settings = [row.sampling for row in rows]
+        if all(one is settings[0] for one in settings):
+            settings = settings[:1]
         allowed_nV = logits_nV
-        if sampling.repetition_penalty != 1:
-            allowed_nV = sampling.penalise(logits_nV, self._seen_RV[torch.from_numpy(at_n)])
+        if any(one.repetition_penalty != 1 for one in settings):
+            allowed_nV = penalise(allowed_nV, self._seen(at_n), settings)
         if bias_V is not None:
             allowed_nV = allowed_nV + bias_V
         # An empty sentence does not exist in training.
-        endless = [n for n, row in enumerate(rows) if not row.tokens or exactly is not None]
-        allowed_nV = allowed_nV + (self._endless_V if len(endless) == len(rows) else self.bias_V)
-        if 0 < len(endless) < len(rows):
-            allowed_nV[endless, self._end] = -torch.inf
+        endless = [exactly is not None or not row.tokens for row in rows]
+        ends = [
+            row.closing or exactly is not None and len(row.tokens) == exactly and not self._by_rule
+            for row in rows
+        ]
+        drawn = [0.0 if row.closing or row.sampling.greedy else (draws or row.draws).double() for row in rows]
+        given_3n = None
+        if any(drawn) or any(ends) or any(endless) != all(endless):
+            given_3n = upload(np.asarray([drawn, endless, ends], dtype=np.float64), device)
+        if given_3n is None or all(endless) or not any(endless):
+            allowed_nV = allowed_nV + self._bias_2V[int(endless[0])]
+        else:
+            allowed_nV = allowed_nV + self._bias_2V[given_3n[1].long()]
         if self._guide is not None:
             pairs = zip(rows, allowed_nV, strict=True)
             adjusted = [x if row.closing else self._guide.adjust(row.request.number, x) for row, x in pairs]
             allowed_nV = torch.stack(adjusted)
-        uniform_n = None
-        if not sampling.greedy:
-            drawn = [
-                0.0 if row.closing else torch.rand((), generator=rng or row.rng, dtype=torch.float64).item()
-                for row in rows
-            ]
-            uniform_n = torch.tensor(drawn, dtype=torch.float64, device=logits_nV.device)
-        symbol_n = sampling.choose(allowed_nV, uniform_n)
-        for n, row in enumerate(rows):
-            if row.closing or exactly is not None and len(row.tokens) == exactly and not self._by_rule:
-                symbol_n[n] = self._end
-        chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n[:, None])[:, 0]
-        return symbol_n.tolist(), chosen_n.tolist()
+        symbol_n = choose(allowed_nV, None if given_3n is None else given_3n[0], settings)
+        if given_3n is not None and any(ends):
+            symbol_n = symbol_n.masked_fill(given_3n[2] > 0, self._end)
+        chosen_n = logits_nV.log_softmax(-1).gather(1, symbol_n.unsqueeze(1)).squeeze(1)
+        if reads_freely(device):
+            return symbol_n.tolist(), chosen_n.tolist()
+        # Symbols below 2^24 are exact in float32.
+        found = torch.cat((symbol_n, chosen_n)).tolist()
+        return [int(symbol) for symbol in found[: len(rows)]], found[len(rows) :]

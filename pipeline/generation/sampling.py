@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_prep.common.errors import UserError
+from pipeline.generation.upload import upload
 
 NUCLEUS_FIRST_LOOK = 256  # likeliest symbols that top-p looks at before it sorts all of them
 
@@ -50,40 +54,95 @@ class Sampling:
         return self.temperature == 0
 
     def penalise(self, logits_RV: Tensor, seen_RV: Tensor) -> Tensor:
-        """Logits with the repetition penalty; `seen_RV` bool: tokens in the row's text."""
-        penalty = self.repetition_penalty
-        lowered = torch.where(logits_RV > 0, logits_RV / penalty, logits_RV * penalty)
-        return torch.where(seen_RV, lowered, logits_RV)
+        """`penalise` for rows of these settings."""
+        return penalise(logits_RV, seen_RV, [self])
 
     def choose(self, logits_RV: Tensor, uniform_R: Tensor | None) -> Tensor:
-        """int64 [R]. `logits_RV`: -inf for forbidden symbols, finite for at least one per row; `uniform_R`:
-        float64 [R] in [0, 1), unused when greedy."""
-        if self.greedy:
-            return logits_RV.argmax(-1)
-        scaled = (logits_RV - logits_RV.amax(-1, keepdim=True)) / self.temperature
-        if self.top_k is not None and self.top_k < scaled.shape[-1]:
-            least = scaled.topk(self.top_k).values[:, -1:]
-            scaled = scaled.masked_fill(scaled < least, -torch.inf)
-        if self.top_p is not None and self.top_p < 1:
-            scaled = scaled.masked_fill(scaled < self._nucleus(scaled), -torch.inf)
-        if self.min_p:
-            scaled = scaled.masked_fill(scaled < math.log(self.min_p), -torch.inf)
-        mass = scaled.exp().cumsum(-1, dtype=torch.float64)
-        total = mass[:, -1:]
-        # Below the total whatever the rounding, so that the drawn symbol has a probability above 0.
-        at = torch.minimum(uniform_R[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(mass, at, right=True)[:, 0]
+        """`choose` for rows of these settings."""
+        return choose(logits_RV, uniform_R, [self])
 
-    def _nucleus(self, scaled: Tensor) -> Tensor:
-        """[R, 1]: the smallest logit that top-p keeps. `scaled` [R, V] has a maximum of 0 in each row."""
-        total = scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)
-        look = min(NUCLEUS_FIRST_LOOK, scaled.shape[-1])
-        while True:
-            likeliest = scaled.topk(look).values
-            probability = likeliest.exp() / total
-            before = probability.cumsum(-1) - probability  # the mass in front of each
-            if look == scaled.shape[-1] or (before[:, -1] >= self.top_p).all():
-                break
-            look = scaled.shape[-1]
-        kept = (before < self.top_p).sum(-1, keepdim=True)
-        return likeliest.gather(-1, kept - 1)
+
+def _columns(device: torch.device, **values: Sequence[float]) -> dict[str, Any]:
+    """One value for all rows, or a column float64 [R, 1] on the device; one upload for all columns."""
+    varied = [name for name, of in values.items() if any(one != of[0] for one in of)]
+    found: dict[str, Any] = {name: of[0] for name, of in values.items()}
+    if varied:
+        block = upload(np.asarray([values[name] for name in varied], dtype=np.float64), device)
+        found |= zip(varied, block[:, :, None].unbind(), strict=True)
+    return found
+
+
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else value
+
+
+def penalise(logits_RV: Tensor, seen_RV: Tensor, settings: Sequence[Sampling]) -> Tensor:
+    """Logits with the repetition penalty; `seen_RV` bool: tokens in the row's text."""
+    columns = _columns(logits_RV.device, penalty=[one.repetition_penalty for one in settings])
+    penalty = _as(columns["penalty"], logits_RV.dtype)
+    lowered = torch.where(logits_RV > 0, logits_RV / penalty, logits_RV * penalty)
+    return torch.where(seen_RV, lowered, logits_RV)
+
+
+def choose(logits_RV: Tensor, uniform_R: Tensor | None, settings: Sequence[Sampling]) -> Tensor:
+    """One symbol per row, int64 [R], all rows in one go; on a GPU the host does not wait.
+
+    Args:
+        logits_RV: -inf for forbidden symbols, finite for at least one per row.
+        uniform_R: float64 [R] in [0, 1), unused by greedy rows.
+        settings: of every row, or one for all.
+    """
+    greedy = [one.greedy for one in settings]
+    likeliest_R = logits_RV.argmax(-1) if any(greedy) else None
+    if likeliest_R is not None and all(greedy):
+        return likeliest_R
+    assert uniform_R is not None
+    size, dtype = logits_RV.shape[-1], logits_RV.dtype
+    columns = _columns(
+        logits_RV.device,
+        greedy=greedy,
+        temperature=[one.temperature or 1.0 for one in settings],
+        last=[min(one.top_k or size, size) - 1 for one in settings],
+        top_p=[one.top_p or 1.0 for one in settings],
+        min_p=[math.log(one.min_p) if one.min_p else -math.inf for one in settings],
+    )
+    scaled = logits_RV - logits_RV.amax(-1, keepdim=True)
+    scaled = scaled / _as(columns["temperature"], dtype)
+    kept = [min(one.top_k or size, size) for one in settings]
+    if min(kept) < size:
+        largest, last = scaled.topk(max(kept)).values, columns["last"]
+        least = largest.gather(-1, last.long()) if isinstance(last, Tensor) else largest[:, last : last + 1]
+        scaled = scaled.masked_fill(scaled < least, -torch.inf)
+    if any((one.top_p or 1) < 1 for one in settings):
+        scaled = scaled.masked_fill(scaled < _nucleus(scaled, columns["top_p"]), -torch.inf)
+    if any(one.min_p for one in settings):
+        scaled = scaled.masked_fill(scaled < _as(columns["min_p"], dtype), -torch.inf)
+    mass = scaled.exp().cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:]
+    # Below the total (by one bit) whatever the rounding, so that the drawn symbol has a probability above 0.
+    at = torch.minimum(uniform_R[:, None] * total, total * (1 - 2**-53))
+    drawn_R = torch.searchsorted(mass, at, right=True)[:, 0]
+    return drawn_R if likeliest_R is None else torch.where(columns["greedy"][:, 0] > 0, likeliest_R, drawn_R)
+
+
+def reads_freely(device: torch.device) -> bool:
+    """Whether the host reads a tensor's values at once: on a GPU it waits until all work is done."""
+    return device.type == "cpu"
+
+
+def _nucleus(scaled: Tensor, top_p: Any) -> Tensor:
+    """[R, 1]: the smallest logit that top-p keeps; -inf where it is 1. `scaled` [R, V] has a maximum of 0 in
+    each row."""
+    total = scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)
+    size, everything = scaled.shape[-1], top_p >= 1
+    look = min(NUCLEUS_FIRST_LOOK, size) if reads_freely(scaled.device) else size
+    while True:
+        likeliest = scaled.topk(look).values
+        probability = likeliest.exp() / total
+        before = probability.cumsum(-1) - probability  # the mass in front of each
+        if look == size or ((before[:, -1:] >= top_p) | everything).all():
+            break
+        look = size
+    kept = (before < top_p).sum(-1, keepdim=True)
+    least = likeliest.gather(-1, kept - 1)
+    return least if everything is False else least.masked_fill(everything, -torch.inf)

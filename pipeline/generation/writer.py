@@ -24,6 +24,7 @@ from data_prep.text.running_ends import RunningEnds
 from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.choice import Choice, ends_by_rule
+from pipeline.generation.prefixes import PrefixCache
 from pipeline.generation.prompt import split_by_rule, split_prompt
 from pipeline.generation.prompt_end import REJECTED, Branch, PromptEnd, find_prompt_end
 from pipeline.generation.protocol import Guide, SentenceModel
@@ -44,6 +45,7 @@ from pipeline.generation.results import (
 )
 from pipeline.generation.row import Row
 from pipeline.generation.sampling import Sampling
+from pipeline.generation.upload import upload
 
 READ_TOKENS = 16_384  # of prompts read in one pass, unless one prompt is longer
 
@@ -59,8 +61,12 @@ class BatchWriter:
         limits: Limits,
         rows: int = 1,
         guide: Guide | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
+        """prefixes: of this model; sentences that it holds are not read again."""
         self._guide = guide
+        keeps = prefixes is not None and getattr(model, "keeps_prefixes", False)
+        self._reading = {"prefixes": prefixes} if keeps else {}
         self._model, self._tokenizer, self._sampling, self._limits = model, tokenizer, sampling, limits
         self._rows: list[Row | None] = [None] * rows
         config = model.config
@@ -202,13 +208,14 @@ class BatchWriter:
         rows = np.asarray(sorted(taken))
         documents = [taken[at] for at in rows]
         ahead = max(self._rows[at].limits.most_sentences for at in rows)
-        self._model.read(self._state, rows, documents, ahead)
+        self._model.read(self._state, rows, documents, ahead, **self._reading)
         begin: list[tuple[int, list[int]]] = []
-        for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
+        odds = self._model.stop_log_odds(self._state, rows).tolist()
+        for at, log_odds in zip(rows.tolist(), odds, strict=True):
             row = self._rows[at]
             # A prompt's document may end after its last sentence only, and not before an unfinished one.
             if taken[at] and not row.unfinished:
-                ends, row.prompt_stop_probability = self._document_ends(row, float(log_odds))
+                ends, row.prompt_stop_probability = self._document_ends(row, log_odds)
                 if ends:
                     yield from self._finish(at, DOCUMENT_END)
                     continue
@@ -235,7 +242,7 @@ class BatchWriter:
                 row.feed = row.pending.pop(0)
             elif row.branches:
                 choosing.remove(n)
-                row.branches.pop(0).logits = logits_nV[n]
+                row.branches.pop(0).logits = logits_nV[n].clone()  # a replayed step overwrites them
                 if row.branches:
                     self._feed(at, row.branches[0].path)
                 else:
@@ -243,7 +250,8 @@ class BatchWriter:
         if not choosing:
             return
         if len(choosing) < len(at_n):
-            at_n, logits_nV = at_n[choosing], logits_nV[choosing]
+            chosen = np.asarray(choosing)
+            at_n, logits_nV = at_n[chosen], logits_nV[upload(chosen, logits_nV.device)]
         symbol_n, log_probability_n = self._choice.choose(at_n, logits_nV)
         for n, at in enumerate(at_n.tolist()):
             row, symbol, log_probability = self._rows[at], symbol_n[n], log_probability_n[n]
@@ -293,14 +301,14 @@ class BatchWriter:
 
     def _choose_one(self, at: int, branch: Branch) -> tuple[int, float]:
         """One symbol behind a branch's tokens, and its log-probability without temperature."""
-        logits_1V, rng = branch.logits[None], None
+        logits_1V, draws = branch.logits[None], None
         if branch.longer is not None:
             if len(branch.children) == 1 and not branch.longer:
                 (symbol,) = branch.children
                 return symbol, logits_1V.log_softmax(-1)[0, symbol].item()
-            rng = self._rows[at].end_rng
+            draws = self._rows[at].end_draws
         bias_V = branch.bias(self._choice.bias_V)
-        (symbol,), (log_probability,) = self._choice.choose(np.asarray([at]), logits_1V, bias_V, rng)
+        (symbol,), (log_probability,) = self._choice.choose(np.asarray([at]), logits_1V, bias_V, draws)
         return symbol, log_probability
 
     def _accepts(self, row: Row, branch: Branch, path: list[int]) -> bool:
@@ -372,9 +380,10 @@ class BatchWriter:
         self._waiting.clear()
         self._model.extend(self._state, rows, [self._rows[at].tokens for at in rows])
         begin: list[tuple[int, list[int]]] = []
-        for at, log_odds in zip(rows.tolist(), self._model.stop_log_odds(self._state, rows), strict=True):
+        odds = self._model.stop_log_odds(self._state, rows).tolist()
+        for at, log_odds in zip(rows.tolist(), odds, strict=True):
             row = self._rows[at]
-            ends, probability = self._document_ends(row, float(log_odds))
+            ends, probability = self._document_ends(row, log_odds)
             if ends:
                 yield from self._finish(at, DOCUMENT_END, probability)
             else:
@@ -401,7 +410,7 @@ class BatchWriter:
         elif row.sampling.greedy:
             ends = probability > 0.5
         else:
-            ends = float(torch.rand((), generator=row.rng)) < probability
+            ends = row.draws.single() < probability
         row.log_probability -= float(np.logaddexp(0, -log_odds if ends else log_odds))
         return ends, probability
 

@@ -19,7 +19,7 @@ from pipeline.config.model_recipe import BACKBONES
 from pipeline.data.segments import SegmentLayout
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.folders import KINDS, load_pretrained, model_config, read_config
-from pipeline.models.kv_cache import CachedStep
+from pipeline.models.kv_cache import CachedStep, StaticStep
 
 # Packing, causality, cache and gradients of each are tested (tests/helpers/backbone_families.py). A new one
 # starts in `BACKBONES`, with its recipe keys.
@@ -116,7 +116,7 @@ def vector_width(config: PreTrainedConfig) -> int:
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
-def run_packed(model: nn.Module, layout: SegmentLayout | CachedStep, **inputs: Tensor) -> Tensor:
+def run_packed(model: nn.Module, layout: SegmentLayout | CachedStep | StaticStep, **inputs: Tensor) -> Tensor:
     """Run a Hugging Face decoder over packed rows: `input_ids` [R] or `inputs_embeds` [R, d] → last hidden
     states [R, d].
 

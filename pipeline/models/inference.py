@@ -23,6 +23,7 @@ from pipeline.models.factory import load_model
 from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.sentence_lm import SentenceLM
 from pipeline.models.sentence_vae import SentenceVAE
+from pipeline.models.step import BackboneStep, join, joined_layers
 from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
 from pipeline.parallel.device import DeviceName, DtypeName, choose_device
 
@@ -106,11 +107,18 @@ def load_for_generation(
 
 
 def lay_out(model: nn.Module) -> nn.Module:
-    """Store the matrices of a model by columns, in place, and return it. On a CPU one row times such a matrix
-    is up to 1.8 times as fast where reading the matrix is the limit. Values, shapes and names stay."""
-    if next(model.parameters()).device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                weight = module.weight
-                weight.data = weight.data.t().contiguous().t()
+    """Lay out the matrices of a model for generation, in place, and return it. Values, shapes and names stay.
+
+    In our models, matrices of one input become one (queries, keys and values; gate and up). On a CPU all are
+    stored by columns: one row times such a matrix is up to 1.8 times as fast where reading the matrix is the
+    limit."""
+    columns = next(model.parameters()).device.type == "cpu"
+    ours = isinstance(model, SentenceLM) and BackboneStep.known(model.backbone)
+    joined = joined_layers(model) if ours else []
+    for group in joined:
+        join(group, columns)
+    done = {module for group in joined for module in group}
+    for module in model.modules():
+        if columns and isinstance(module, nn.Linear) and module not in done:
+            module.weight.data = module.weight.data.t().contiguous().t()
     return model

@@ -1,16 +1,19 @@
 """Key/value caches for generation: one place per sentence in the backbone, one per symbol in the decoder.
 
-`KeyValueCache` stores many rows (texts being generated). Three layouts say where a forward pass writes and
-what it attends to. They replace the `SegmentLayout` of training, so the models' layers run unchanged:
+`KeyValueCache` stores many rows (texts being generated), on CPUs and GPUs alike. Layouts say where a forward
+pass writes and what it attends to. They replace the `SegmentLayout` of training:
 
 CachedPrompt    whole sequences, packed: stored, and attended to as in training
 CachedContext   context of new sentences: attended to as in training; the rows that they see are stored
 CachedStep      one new place in each of some rows, which sees its own row up to itself
+StaticStep      the same for the first rows of a cache; all shapes depend on the cache alone, so that a GPU
+                can replay a step as one graph
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,9 +23,11 @@ from torch import Tensor
 
 from data_prep.common.errors import counted
 from pipeline.data.segments import SegmentLayout
+from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention, repeat_heads
 
 FIRST_PLACES = 64  # room for new places when their number is not known
+_attention = F.scaled_dot_product_attention
 SHORT_ROW = 128  # up to this many places a CPU copies ragged rows into one block instead of one call per row
 
 
@@ -31,7 +36,7 @@ class KeyValueCache:
 
     What one query head reads is contiguous: with heads inside places, attention to a row of 1,450 places
     takes 1.8 times as long. A layer's storage is allocated at its first key and grows up to `most` places a
-    row."""
+    row; one more place takes what a `StaticStep` writes for a full row."""
 
     def __init__(self, rows: int, most: int, places: int = 0):
         self.rows, self.most = rows, most
@@ -52,37 +57,75 @@ class KeyValueCache:
         wanted = max(places, 2 * self._places) if ahead is None else places + ahead
         before, self._places = self._places, min(self.most, wanted)
         for layer, pair in self._layers.items():
-            keys, values = (x.new_empty(*x.shape[:2], self._places, x.shape[3]) for x in pair)
+            keys, values = (x.new_zeros(*x.shape[:2], self._places + 1, x.shape[3]) for x in pair)
             for new, old in zip((keys, values), pair, strict=True):
-                new[:, :, :before] = old
+                new[:, :, :before] = old[:, :, :before]
             self._layers[layer] = keys, values
+
+    @property
+    def places(self) -> int:
+        """Places of every row for which there is room."""
+        return self._places
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, allocated for rows such as `like` [n, heads, d_head]."""
-        if number not in self._layers:
-            shape = (self.rows, like.shape[1], self._places, like.shape[2])
-            self._layers[number] = (like.new_empty(shape), like.new_empty(shape))
-        return self._layers[number]
+        found = self._layers.get(number)
+        if found is None:
+            shape = (self.rows, like.shape[1], self._places + 1, like.shape[2])
+            found = self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
+        return found
 
     def store(
         self, number: int, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, k: Tensor, v: Tensor
     ) -> None:
         """Packed rows [start, end) of k and v [T, H_kv, d_head] into the first places of each of `rows`."""
-        keys, values = self.layer(number, k)
-        for row, start, end in zip(rows, starts, ends, strict=True):
-            keys[row, :, : end - start] = k[start:end].transpose(0, 1)
-            values[row, :, : end - start] = v[start:end].transpose(0, 1)
+        self.store_at(number, self.targets(rows, starts, ends, k.device), k, v)
+
+    def targets(
+        self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, device: torch.device, first: Any = 0
+    ) -> Tensor:
+        """int64 [3, N]: packed rows, and the row and place of the cache that each goes to; `first`: place of
+        each of `rows`' first."""
+        counts = ends - starts
+        place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        targets = np.stack([np.repeat(starts, counts) + place, np.repeat(rows, counts), place])
+        targets[2] += np.repeat(np.broadcast_to(first, rows.shape), counts)
+        return upload(targets, device)
+
+    def taken(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Places of some rows (int64 [N] each), [N, layers, 2, H_kv, d_head]: what `restore` puts back."""
+        pairs = [
+            torch.stack([x[rows, :, places] for x in self._layers[layer]], 1)
+            for layer in sorted(self._layers)
+        ]
+        return torch.stack(pairs, 1)
+
+    def restore(self, rows: np.ndarray, lengths: np.ndarray, taken: Tensor) -> None:
+        """The first `lengths` places of each of `rows`, one row after the other."""
+        ends = np.cumsum(lengths)
+        self.reserve(int(lengths.max()), FIRST_PLACES)
+        targets = self.targets(rows, ends - lengths, ends, taken.device)
+        for layer, pair in enumerate(taken.unbind(1)):
+            self.store_at(layer, targets, *pair.unbind(1))
+
+    def store_at(self, number: int, targets: Tensor, k: Tensor, v: Tensor) -> None:
+        """k and v [T, H_kv, d_head] by `targets`, one call each."""
+        source, rows, places = targets
+        everything = len(source) == len(k)
+        for stored, new in zip(self.layer(number, k), (k, v), strict=True):
+            # The indexed dimensions are not adjacent, so torch puts them first, as they are in k and v.
+            stored[rows, :, places] = new if everything else new.index_select(0, source)
 
     @property
     def bytes_per_place(self) -> int:
         """Bytes of one place of one row, all layers, by the storage itself."""
         tensors = [x for pair in self._layers.values() for x in pair]
-        return sum(x.untyped_storage().nbytes() for x in tensors) // (self.rows * self._places)
+        return sum(x.untyped_storage().nbytes() for x in tensors) // (self.rows * (self._places + 1))
 
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
-        return self.bytes_per_place * self.rows * self._places
+        return self.bytes_per_place * self.rows * (self._places + 1)
 
 
 class RollingCache(KeyValueCache):
@@ -110,7 +153,7 @@ class RollingCache(KeyValueCache):
         for row in rows[self.lengths[rows] == self.most]:
             for keys, values in self._layers.values():
                 for stored in (keys, values):
-                    stored[row, :, : self.keep] = stored[row, :, self.most - self.keep :]
+                    stored[row, :, : self.keep] = stored[row, :, self.most - self.keep : self.most]
             self.dropped[row] += self.most - self.keep
             self.lengths[row] = self.keep
 
@@ -123,21 +166,42 @@ def attend_last(
     places = ends[:, None] - width + torch.arange(width, device=q.device)
     # Indexed dimensions that are not adjacent come first: [n, width, H_kv, d_head].
     k, v = (x[rows[:, None], :, places.clamp_min(0)].transpose(1, 2) for x in stored)
-    return F.scaled_dot_product_attention(q, k, v, (places >= 0)[:, None, None], scale=scale)
+    return _attention(q, k, v, (places >= 0)[:, None, None], scale=scale)
 
 
 class CachedPrompt(SegmentLayout):
     """One whole sequence for each of `rows`, back to back; it replaces what the rows held.
 
-    ahead: places that will follow; room for them now saves a copy of the whole cache later."""
+    ahead: places that will follow; room for them now saves a copy of the whole cache later. past: int64 [n],
+    places of each row that are stored already and come before the sequence."""
 
     def __init__(
-        self, cache: KeyValueCache, rows: np.ndarray, lengths: np.ndarray, device: torch.device, ahead: int
+        self,
+        cache: KeyValueCache,
+        rows: np.ndarray,
+        lengths: np.ndarray,
+        device: torch.device,
+        ahead: int,
+        past: np.ndarray | None = None,
     ):
         super().__init__(lengths, device)
         self._cache, self._rows = cache, rows
-        cache.reserve(self.longest, ahead)
-        cache.lengths[rows] = lengths
+        self._past = None if past is None or not past.any() else past
+        ends = self.lengths if self._past is None else self._past + self.lengths
+        cache.reserve(int(ends.max()), ahead)
+        cache.lengths[rows] = ends
+        first = 0 if self._past is None else self._past
+        self.targets = cache.targets(rows, self.starts[:-1], self.starts[1:], device, first)
+
+    @cached_property
+    def position_of_row(self) -> Tensor:
+        """int64 [T]: the place of every row in its sequence."""
+        return self.targets[2]
+
+    @property
+    def at(self) -> Tensor:
+        """The places as an index of a table by position."""
+        return self.targets[2]
 
     def attend(
         self,
@@ -149,9 +213,22 @@ class CachedPrompt(SegmentLayout):
         window: int | None = None,
     ) -> Tensor:
         """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
-        self._cache.store(layer, self._rows, self.starts[:-1], self.starts[1:], k, v)
-        k, v = repeat_heads(k, v, q.shape[1])
-        return packed_attention(q, k, v, self, causal=True, scale=scale, window=window)
+        self._cache.store_at(layer, self.targets, k, v)
+        if self._past is None:
+            k, v = repeat_heads(k, v, q.shape[1])
+            return packed_attention(q, k, v, self, causal=True, scale=scale, window=window)
+        outs, stored = [], self._cache.layer(layer, k)
+        for row, past, start, end in zip(
+            self._rows.tolist(), self._past.tolist(), self.starts[:-1], self.starts[1:], strict=True
+        ):
+            places = torch.arange(past + end - start, device=q.device)
+            distance = places[past:, None] - places
+            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+            k, v = (x[row, :, : len(places)].transpose(0, 1) for x in stored)
+            k, v = repeat_heads(k, v, q.shape[1])
+            q_1, k, v = (x.transpose(0, 1)[None] for x in (q[start:end], k, v))
+            outs.append(_attention(q_1, k, v, seen, scale=scale)[0].transpose(0, 1))
+        return torch.cat(outs)
 
 
 class CachedContext:
@@ -168,16 +245,27 @@ class CachedContext:
         rows: np.ndarray,
         kept: np.ndarray,
         attend: Callable[..., Tensor],
+        device: torch.device,
     ):
-        self._cache, self._rows, self._kept, self._attend = cache, rows, kept, attend
+        self._cache, self._attend = cache, attend
         counts = kept[:, 1] - kept[:, 0]
         cache.reserve(int(counts.max()), 0)
         cache.lengths[rows] = counts
+        self._targets = cache.targets(rows, kept[:, 0], kept[:, 1], device)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Tensor:
-        """As CachedPrompt's; `settings` of `attend`."""
-        self._cache.store(layer, self._rows, self._kept[:, 0], self._kept[:, 1], k, v)
-        return self._attend(q, k, v, **settings)
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """As CachedPrompt's."""
+        self._cache.store_at(layer, self._targets, k, v)
+        settings = {"scale": scale, "window": window}
+        return self._attend(q, k, v, **{name: one for name, one in settings.items() if one is not None})
 
 
 class CachedStep:
@@ -188,19 +276,36 @@ class CachedStep:
     """
 
     def __init__(self, cache: KeyValueCache, rows: np.ndarray, device: torch.device):
-        self._cache, self._rows = cache, rows
-        self.lengths = cache.lengths[rows]  # the new place of every row
-        self.longest = int(self.lengths.max()) + 1
-        cache.reserve(self.longest)
-        cache.lengths[rows] += 1
-        self.position_of_row = torch.from_numpy(self.lengths).to(device)  # int64 [n]
-        first, last = int(rows[0]), int(rows[-1])
-        together = last - first + 1 == len(rows) and int(self.lengths.min()) + 1 == self.longest
-        self._block = slice(first, last + 1) if together else None
+        self._cache, self._rows, self._device, count = cache, rows, device, len(rows)
+        first = int(rows[0])
+        if count == 1:
+            longest = together = int(cache.lengths[first]) + 1
+            cache.reserve(longest)
+            cache.lengths[first] = longest
+        else:
+            self.lengths = cache.lengths[rows]  # the new place of every row
+            longest = int(self.lengths.max()) + 1
+            together = int(rows[-1]) - first + 1 == count and int(self.lengths.min()) + 1 == longest
+            cache.reserve(longest)
+            cache.lengths[rows] += 1
+        self.longest = longest
+        self._block = (first, count) if together else None
         if not together:
-            self._rows_n = torch.from_numpy(rows).to(device)
-            places = torch.arange(self.longest, device=device)
+            self._rows_n = upload(rows, device)
+            places = torch.arange(longest, device=device)
             self._mask = (places <= self.position_of_row[:, None])[:, None, None]  # [n, 1, 1, longest]
+
+    @cached_property
+    def position_of_row(self) -> Tensor:
+        """int64 [n]: the new place of every row."""
+        if self._block is not None:
+            return torch.full((self._block[1],), self.longest - 1, device=self._device)
+        return upload(self.lengths, self._device)
+
+    @property
+    def at(self) -> slice | Tensor:
+        """The new places as an index of a table by position."""
+        return self.position_of_row if self._block is None else slice(self.longest - 1, self.longest)
 
     def attend(
         self,
@@ -214,28 +319,29 @@ class CachedStep:
         """q [n, H, d_head], k and v [n, H_kv, d_head] → [n, H, d_head]; with a window only its last places
         are seen."""
         keys, values = self._cache.layer(layer, k)
-        window = min(window or self.longest, self.longest)
-        shape = q.shape
+        longest, shape = self.longest, q.shape
         # Query heads that share a key head become queries of that head, so keys are not repeated.
-        q = q.reshape(len(q), k.shape[1], -1, q.shape[-1])
+        q = q.reshape(shape[0], k.shape[1], -1, shape[2])
         if self._block is not None:
-            keys[self._block, :, self.longest - 1] = k
-            values[self._block, :, self.longest - 1] = v
-            seen = slice(max(0, self.longest - window), self.longest)
-            k, v = (x[self._block, :, seen] for x in (keys, values))
-            return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(shape)
+            if self._block[1] != self._cache.rows:
+                keys, values = keys.narrow(0, *self._block), values.narrow(0, *self._block)
+            keys.select(2, longest - 1).copy_(k)
+            values.select(2, longest - 1).copy_(v)
+            first = longest - window if window is not None and window < longest else 0
+            k, v = keys.narrow(2, first, longest - first), values.narrow(2, first, longest - first)
+            return _attention(q, k, v, scale=scale).reshape(shape)
         # The indexed dimensions are not adjacent, so torch puts them first: [n, H_kv, d_head], as k and v
         # are.
         keys[self._rows_n, :, self.position_of_row] = k
         values[self._rows_n, :, self.position_of_row] = v
-        if window < self.longest:
+        if window is not None and window < longest:
             stored, ends = (keys, values), self.position_of_row + 1
             return attend_last(q, stored, self._rows_n, ends, window, scale).reshape(shape)
-        if q.device.type == "cpu" and self.longest > SHORT_ROW:
+        if q.device.type == "cpu" and longest > SHORT_ROW:
             outs = []
             for n, (row, at) in enumerate(zip(self._rows, self.lengths, strict=True)):
                 k, v = (x[row, None, :, : at + 1] for x in (keys, values))
-                outs.append(F.scaled_dot_product_attention(q[n : n + 1], k, v, scale=scale))
+                outs.append(_attention(q[n : n + 1], k, v, scale=scale))
             out = torch.cat(outs)
         else:
             out = self.attend_masked(q, keys, values, scale)
@@ -254,4 +360,43 @@ class CachedStep:
         if window is not None and window < self.longest:
             places = torch.arange(self.longest, device=q.device)
             mask = mask & (places > self.position_of_row[:, None] - window)[:, None, None]
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return _attention(q, k, v, mask, scale=scale)
+
+
+class StaticStep:
+    """One more place in each of the first n rows of a cache, at `place_n` and of position `at` (int64 [n],
+    on the device); the host counts the places.
+
+    A row that takes no part writes behind its end, where its next place will be."""
+
+    def __init__(self, cache: KeyValueCache, place_n: Tensor, at: Tensor):
+        self._cache, self._place_n, self.at, self.longest = cache, place_n, at, cache.places
+        self.position_of_row = at
+        places = torch.arange(cache.places + 1, device=place_n.device)
+        self._distance = place_n[:, None] - places  # [n, places + 1]
+        self._seen: dict[int | None, Tensor] = {}
+
+    def _mask(self, window: int | None) -> Tensor:
+        if window not in self._seen:
+            seen = self._distance >= 0
+            if window is not None:
+                seen &= self._distance < window
+            self._seen[window] = seen[:, None, None]
+        return self._seen[window]
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+    ) -> Tensor:
+        """As CachedStep's. What a row has not stored is zero, or from an earlier text: finite."""
+        keys, values = (x[: len(q)] for x in self._cache.layer(layer, k))
+        index = self._place_n[:, None, None, None].expand(-1, k.shape[1], 1, k.shape[2])
+        for places, new in ((keys, k), (values, v)):
+            places.scatter_(2, index, new[:, :, None])
+        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[2])
+        return _attention(grouped, keys, values, self._mask(window), scale=scale).reshape(q.shape)

@@ -1,16 +1,14 @@
 """Transformer layers of the sentence encoder and the sentence decoder.
 
 `TransformerLayer` (pre-norm, GELU) is the default; `PostNormLayer` is the published model's (config
-`layout: paper`). `forward` runs on packed rows [T, d] with a `SegmentLayout` (training, evaluation), `step`
-on one new row of each of many sentences with cached keys and values (generation). Both give the same results.
+`layout: paper`). `forward` runs on packed rows [T, d] with a `SegmentLayout` (training, evaluation);
+generation runs the same layers with cached keys and values by `step.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from pipeline.data.batch import ContextSpans
 from pipeline.data.segments import Band, SegmentLayout
 from pipeline.models.attention import band_attention, packed_attention
-from pipeline.models.kv_cache import CachedContext, CachedStep, RollingCache, attend_last
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, 1, d_head] each
 
@@ -34,13 +31,6 @@ def rotation(positions_T: Tensor, head_dim: int) -> Rotation:
     angles = positions_T[:, None, None, None].float() * rates
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-
-
-@lru_cache(maxsize=8)
-def rotation_table(positions: int, head_dim: int, device: torch.device) -> Rotation:
-    """`rotation` of all positions below `positions`, for generation, which needs few rows at a time."""
-    with torch.inference_mode(False):  # later calls reuse it, maybe outside inference mode
-        return rotation(torch.arange(positions, device=device), head_dim)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
@@ -99,13 +89,6 @@ class SelfAttention(nn.Module):
             return self.out(attend_across(q, k, v, spans, dropout).flatten(1))
         attended = packed_attention(q, k, v, layout, causal, dropout=dropout, window=self.window)
         return self.out(attended.flatten(1))
-
-    def step(
-        self, x_Rd: Tensor, layer: int, step: CachedStep | CachedContext, turn: Rotation | None = None
-    ) -> Tensor:
-        """New rows of sentences, [R, d] → [R, d]; `step` holds this layer's keys and values."""
-        limit: dict[str, Any] = {} if self.window is None else {"window": self.window}
-        return self.out(step.attend(layer, *self._project(x_Rd, turn), **limit).flatten(1))
 
 
 class LearnedBias(nn.Module):
@@ -194,19 +177,6 @@ class TransformerLayer(nn.Module):
         )
         return self._rest(x, condition)
 
-    def step(
-        self,
-        x_Rd: Tensor,
-        layer: int,
-        step: CachedStep | CachedContext,
-        condition_Rd: Tensor | None,
-        turn: Rotation | None = None,
-    ) -> Tensor:
-        """New rows of sentences with cached attention; `condition_Rd` is `condition_of` each row's sentence
-        (None in a layer that is not conditioned). The model is in evaluation mode."""
-        attended = self.attention.step(self._before(x_Rd, self.attention_norm), layer, step, turn)
-        return self._rest(self._add(x_Rd, attended, self.attention_norm), condition_Rd)
-
 
 class CrossAttention(nn.Module):
     """The published decoder's cross-attention, with all four of its matrices (arXiv 2408.00655, §3.1).
@@ -279,21 +249,6 @@ class SentenceMemory(nn.Module):
         k, v = self.keys_values(vectors_Bd, turn_B)
         return x_Rd + self.out(band_attention(self.queries(x_Rd, turn_R), k, v, band).flatten(1))
 
-    def step(
-        self,
-        x_nd: Tensor,
-        layer: int,
-        cache: RollingCache,
-        rows_n: Tensor,
-        ends_n: Tensor,
-        width: int,
-        turn_n: Rotation,
-    ) -> Tensor:
-        """The same for one new row of each of `rows_n`; it sees the last `width` places before `ends_n`."""
-        q = self.queries(x_nd, turn_n)
-        attended = attend_last(q[:, :, None], cache.layer(layer, q), rows_n, ends_n, width, None)
-        return x_nd + self.out(attended.flatten(1))
-
 
 class TokenEmbedding(nn.Module):
     """Token + position embedding; `embedding_size` below the width adds a projection (OPT-350M's shape).
@@ -325,17 +280,9 @@ class TokenEmbedding(nn.Module):
         waves = sinusoids(self.positions, self.width, x.device).to(x.dtype)
         return x * math.sqrt(self.width) + waves[positions_T]
 
-    def turn(self, positions_T: Tensor, heads: int, below: int | None = None) -> Rotation | None:
-        """The rotation of these rows' queries and keys; None unless the kind is `rotary`.
-
-        below: a bound of all positions, if known: rotations then come from a table. Not in training, which
-        would gain nothing and may run on fake tensors (costs/inspect.py)."""
-        if self.kind != "rotary":
-            return None
-        if below is None or torch.is_grad_enabled():
-            return rotation(positions_T, self.width // heads)
-        cos, sin = rotation_table(below, self.width // heads, positions_T.device)
-        return cos[positions_T], sin[positions_T]
+    def turn(self, positions_T: Tensor, heads: int) -> Rotation | None:
+        """The rotation of these rows' queries and keys; None unless the kind is `rotary`."""
+        return rotation(positions_T, self.width // heads) if self.kind == "rotary" else None
 
 
 def sinusoids(positions: int, width: int, device: torch.device | str = "cpu") -> Tensor:

@@ -9,7 +9,7 @@ also attends to the sentences before its own. Their rows are computed once, so d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -18,9 +18,28 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import DecoderRows, context_spans
 from pipeline.data.segments import SegmentLayout
+from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention
-from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache
-from pipeline.models.layers import LearnedBias, PostNormLayer, TokenEmbedding, TransformerLayer, attend_across
+from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache, StaticStep
+from pipeline.models.layers import (
+    LearnedBias,
+    PostNormLayer,
+    Rotation,
+    TokenEmbedding,
+    TransformerLayer,
+    attend_across,
+)
+from pipeline.models.step import (
+    Apply,
+    LayerStep,
+    Replay,
+    bucket,
+    embedded,
+    norm,
+    static_shapes,
+    token_layer,
+    turns,
+)
 
 DecodedSentence = tuple[list[int], Tensor]  # an earlier sentence: its tokens, its vector [vector_size]
 
@@ -31,14 +50,22 @@ class DecoderState:
 
     conditions: per layer [R, d], or None in layers that are not conditioned. cache: places of the context
     sentences, slots, BOS and symbols. bos_places: int64 [R], host: the place of BOS in the cache. ahead:
-    int64 [R], host: the position of a row's first place. logits: float32 [V], predict the next symbol of a
-    single sentence; set by the model that owns the head.
+    int64 [R], host: the position of a row's first place. steps, finish: of the layers and the final norm.
+    static: whether steps are replayed, by `replay`. head: from hidden states to logits. turns: by position.
+    logits: float32 [V], predict the next symbol of a single sentence; set by the model that owns the head.
     """
 
     conditions: list[Tensor | None]
     cache: KeyValueCache
     bos_places: np.ndarray
     ahead: np.ndarray
+    steps: list[LayerStep]
+    finish: Apply
+    device: torch.device
+    static: bool
+    head: Apply = torch.Tensor.float
+    turns: dict[int, Rotation | None] = field(default_factory=dict)
+    replay: Replay | None = None
     logits: Tensor | None = None
 
     @property
@@ -117,6 +144,10 @@ class SentenceDecoder(nn.Module):
             KeyValueCache(count, most=self.places, places=self.places),
             bos_places=np.zeros(count, dtype=np.int64),
             ahead=np.zeros(count, dtype=np.int64),
+            steps=[token_layer(layer, number) for number, layer in enumerate(self.layers)],
+            finish=norm(self.final_norm),
+            device=vector_Rd.device,
+            static=static_shapes(vector_Rd.device),
         )
         self._read(state, np.arange(count), vector_Rd, contexts)
         return state
@@ -129,9 +160,14 @@ class SentenceDecoder(nn.Module):
         contexts: Sequence[Sequence[DecodedSentence]] | None = None,
     ) -> None:
         """Start new sentences in some rows (int64 [n], ascending) of a state, as `begin`."""
-        rows_n = torch.from_numpy(rows).to(vector_nd.device)
+        every = len(rows) == state.cache.rows
+        rows_n = None if every else upload(rows, state.device)
         for layer, conditions in zip(self.layers, state.conditions, strict=True):
-            if conditions is not None:
+            if conditions is None:
+                continue
+            if rows_n is None:
+                conditions.copy_(layer.condition_of(vector_nd))
+            else:
                 conditions[rows_n] = layer.condition_of(vector_nd)
         for places in (state.cache.lengths, state.bos_places, state.ahead):
             places[rows] = 0
@@ -180,40 +216,83 @@ class SentenceDecoder(nn.Module):
             attend: partial[Tensor] = partial(attend_across, spans=spans)
         else:
             attend = partial(packed_attention, layout=layout, causal=True)
-        cached = CachedContext(state.cache, rows, kept, attend)
+        cached = CachedContext(state.cache, rows, kept, attend, layout.device)
         state.bos_places[rows] = kept[:, 1] - kept[:, 0]
         state.ahead[rows] = kept[:, 0] - begins_R
         vector_Sd, segment_of_row = torch.stack(vectors), layout.segment_of_row
         slot_rows = (starts[:-1, None] + np.arange(count)).reshape(-1)
         positions_R, symbols_R, slot_rows_n = (
-            torch.from_numpy(np.asarray(x, dtype=np.int64)).to(layout.device)
-            for x in (positions, symbols, slot_rows)
+            upload(np.asarray(x, dtype=np.int64), layout.device) for x in (positions, symbols, slot_rows)
         )
-        turn = self.embedding.turn(positions_R, self.heads)
+        turn = turns(self.embedding, self.heads, positions_R, self.positions)
         x = self._embed(symbols_R, positions_R, slot_rows_n if count else None, vector_Sd)
-        for number, layer in enumerate(self.layers):
-            conditions = layer.condition_of(vector_Sd)
-            x = layer.step(
-                x, number, cached, None if conditions is None else conditions[segment_of_row], turn
-            )
+        for step, layer in zip(state.steps, self.layers, strict=True):
+            condition = layer.condition_of(vector_Sd)
+            x = step(x, cached.attend, turn, None if condition is None else condition[segment_of_row])
 
-    def step(self, state: DecoderState, rows: np.ndarray, symbols_n: Tensor) -> Tensor:
-        """Feed one symbol (int64 [n]) to each of `rows` (int64 [n], ascending) and return the hidden states
-        [n, d] that predict the next symbols.
+    def step(self, state: DecoderState, rows: np.ndarray, symbols: Sequence[int] | Tensor) -> Tensor:
+        """Feed one symbol to each of `rows` (int64 [n], ascending) and return the hidden states [n, d] that
+        predict the next symbols.
 
         Raises: ValueError when a sentence already has its most tokens.
         """
+        places = self._next_places(state, rows)
+        step = CachedStep(state.cache, rows, state.device)
+        at = step.at
+        if self.context:
+            positions = places + state.ahead[rows]
+            same = bool((positions == positions[0]).all())
+            at = slice(positions[0], positions[0] + 1) if same else upload(positions, state.device)
+        x = embedded(self.embedding, symbols, at)
+        conditions = state.conditions
+        if len(rows) == 1 < state.cache.rows:
+            conditions = [None if one is None else one.narrow(0, int(rows[0]), 1) for one in conditions]
+        elif len(rows) < state.cache.rows:
+            rows_n = upload(rows, state.device)
+            conditions = [None if one is None else one[rows_n] for one in conditions]
+        return self._run(state, x, step, at, conditions)
+
+    def _next_places(self, state: DecoderState, rows: np.ndarray) -> np.ndarray:
         places = state.cache.lengths[rows]
-        if (places - state.bos_places[rows] >= self.symbols).any():
+        if (places - state.bos_places[rows]).max() >= self.symbols:
             raise ValueError("the sentence is full: no position is left for another symbol")
-        positions_n = torch.from_numpy(places + state.ahead[rows]).to(symbols_n.device)
-        step = CachedStep(state.cache, rows, symbols_n.device)
-        all_rows = len(rows) == state.cache.rows
-        rows_n = None if all_rows else torch.from_numpy(rows).to(symbols_n.device)
-        x = self.embedding(symbols_n, positions_n)
-        turn = self.embedding.turn(positions_n, self.heads, self.positions)
-        for number, (layer, conditions) in enumerate(zip(self.layers, state.conditions, strict=True)):
-            if conditions is not None and not all_rows:
-                conditions = conditions[rows_n]
-            x = layer.step(x, number, step, conditions, turn)
-        return self._finish(x)
+        return places
+
+    def _run(
+        self,
+        state: DecoderState,
+        x: Tensor,
+        step: CachedStep | StaticStep,
+        at: slice | Tensor,
+        conditions: list[Tensor | None],
+    ) -> Tensor:
+        if isinstance(at, Tensor):
+            turn = turns(self.embedding, self.heads, at, self.positions)
+        elif (turn := state.turns.get(at.start)) is None:
+            turn = state.turns[at.start] = turns(self.embedding, self.heads, at, self.positions)
+        for layer, condition in zip(state.steps, conditions, strict=True):
+            x = layer(x, step.attend, turn, condition)
+        return state.finish(x)
+
+    def step_static(self, state: DecoderState, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
+        """`step` and `head` for a device that replays graphs: logits of the first rows, at least up to the
+        last of `rows`; those of other rows mean nothing."""
+        self._next_places(state, rows)
+        if state.replay is None:
+
+            def run(inputs: Tensor) -> Tensor:
+                symbols_n, places_n, positions_n = inputs
+                count = len(symbols_n)
+                conditions = [None if one is None else one[:count] for one in state.conditions]
+                x = embedded(self.embedding, symbols_n, positions_n)
+                step = StaticStep(state.cache, places_n, positions_n)
+                return state.head(self._run(state, x, step, positions_n, conditions))
+
+            state.replay = Replay(run, state.device)
+        count = bucket(int(rows[-1]) + 1, state.cache.rows)
+        inputs = np.zeros((3, count), dtype=np.int64)
+        inputs[0, rows] = symbols
+        inputs[1] = state.cache.lengths[:count]
+        inputs[2] = np.minimum(inputs[1] + state.ahead[:count], self.positions - 1)
+        state.cache.lengths[rows] += 1
+        return state.replay(inputs)

@@ -12,12 +12,17 @@ With `vectors` above 1, attention pools so many vectors with separate queries, c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.data.segments import SegmentLayout
+from pipeline.models.attention import packed_attention
 from pipeline.models.layers import PostNormLayer, TokenEmbedding, TransformerLayer
+from pipeline.models.step import LayerStep, turns
 
 # Initial log-variance: noise of e⁻² against embeddings of size 1. With a variance of 1 the decoder would
 # learn to ignore its vector before the encoder has put anything into it.
@@ -50,6 +55,16 @@ class AttentionPooling(nn.Module):
         return _sum_rows(weighted_Td, layout)
 
 
+def _attend_both_ways(
+    layout: SegmentLayout, layer: int, q: Tensor, k: Tensor, v: Tensor, *limits: None
+) -> Tensor:
+    """Attention of a `LayerStep` without a cache: `packed_attention` with less around it for one sentence."""
+    if len(layout.lengths) > 1 or q.device.type != "cpu":
+        return packed_attention(q, k, v, layout, causal=False)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+
+
 class SentenceEncoder(nn.Module):
     """`config` is a `SentenceVAEConfig`."""
 
@@ -73,16 +88,26 @@ class SentenceEncoder(nn.Module):
         self.log_variance = nn.Linear(config.vector_size, config.vector_size) if config.variational else None
 
     def forward(
-        self, tokens_T: Tensor, layout: SegmentLayout, with_variance: bool = False
+        self,
+        tokens_T: Tensor,
+        layout: SegmentLayout,
+        with_variance: bool = False,
+        steps: Sequence[LayerStep] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """int64 [T] in S segments → sentence embeddings [S, d] (variational: the means).
 
-        with_variance: also give the log-variances [S, d] of a variational encoder.
+        with_variance: also give the log-variances [S, d] of a variational encoder. steps: of the layers, in
+        generation.
         """
         x = self.embedding(tokens_T, layout.position_of_row)
-        turn = self.embedding.turn(layout.position_of_row, self.heads, self.embedding.positions)
-        for layer in self.layers:
-            x = layer(x, layout, causal=False, turn=turn)
+        if steps is None:
+            turn = self.embedding.turn(layout.position_of_row, self.heads)
+            for layer in self.layers:
+                x = layer(x, layout, causal=False, turn=turn)
+        else:
+            turn = turns(self.embedding, self.heads, layout.position_of_row, self.embedding.positions)
+            for step in steps:
+                x = step(x, partial(_attend_both_ways, layout), turn)
         if self.pooling is not None:
             fused = self.pooling(x, layout)
         elif self.fusion == "last":

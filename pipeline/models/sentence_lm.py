@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,11 @@ from transformers import PreTrainedModel
 from data_prep.common.errors import UserError, counted
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.api import Generation, generate
+from pipeline.generation.upload import upload
+from pipeline.models.backbone import run_packed, vector_width
 from pipeline.models.folders import load_model_tokenizer
+from pipeline.models.kv_cache import CachedPrompt, CachedStep, KeyValueCache, StaticStep
+from pipeline.models.step import BackboneStep, Replay, bucket, static_shapes
 
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one document
 
@@ -28,6 +33,17 @@ def checked_lengths(sentences: list[list[int]], longest: int) -> list[int]:
     return lengths
 
 
+@dataclass(kw_only=True)
+class ContextState:
+    """R documents: the backbone's cache (one place per sentence and one for the start) and last outputs
+    [R, d_backbone]. step: of the backbone; None runs Hugging Face's. replay: a step with static shapes."""
+
+    cache: KeyValueCache
+    hidden: Tensor
+    step: BackboneStep | None
+    replay: Replay | None = None
+
+
 class SentenceLM(PreTrainedModel):
     """Base of `SLLM` and `StackLM`, which implement `generation.protocol.SentenceModel`.
 
@@ -35,6 +51,8 @@ class SentenceLM(PreTrainedModel):
     have the backbone's `cache` and its last outputs, `hidden` [R, d_backbone]."""
 
     base_model_prefix = "sllm"
+    keeps_prefixes = False  # whether `read` takes a `PrefixCache`
+    backbone: Any
     to_backbone: Any
     stop_head: Any
     get_input_embeddings: Callable[[], nn.Embedding]
@@ -76,6 +94,58 @@ class SentenceLM(PreTrainedModel):
         if self.stop_head is None:
             return torch.full((len(rows),), -torch.inf)
         return self._stop_logits(state.hidden[torch.from_numpy(rows).to(self.device)]).cpu()
+
+    def _context(self, rows: int) -> dict[str, Any]:
+        """The fields of a `ContextState` of R empty documents. The cache grows up to `max_sentences`."""
+        known = BackboneStep.known(self.backbone)
+        return {
+            "cache": KeyValueCache(rows, most=self.max_sentences + 1),
+            "hidden": torch.zeros(
+                rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device
+            ),
+            "step": BackboneStep(self.backbone) if known else None,
+        }
+
+    def _run_backbone(
+        self, state: ContextState, x: Tensor, layout: CachedPrompt | CachedStep | StaticStep
+    ) -> Tensor:
+        """Vectors [n, d_backbone] at the layout's places → outputs."""
+        if state.step is None:
+            return run_packed(self.backbone, layout, inputs_embeds=x)
+        return state.step(x, layout, state.cache.places)
+
+    def _append_vectors(self, state: ContextState, rows: np.ndarray, x_nd: Tensor) -> Tensor:
+        """One more position of each of `rows` (int64 [n], ascending); returns the outputs [n, d_backbone],
+        which `state.hidden` keeps.
+
+        Raises: ValueError when a row has no position left."""
+        cache, device = state.cache, self.device
+        if (cache.lengths[rows] > self.max_sentences).any():
+            raise ValueError(
+                f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
+            )
+
+        if not static_shapes(device):
+            out = self._run_backbone(state, x_nd, CachedStep(cache, rows, device))
+            if len(rows) == 1:
+                return state.hidden.narrow(0, int(rows[0]), 1).copy_(out)
+            state.hidden[upload(rows, device)] = out
+            return out
+        if state.replay is None:
+
+            def run(given: Tensor, x: Tensor) -> Tensor:
+                return self._run_backbone(state, x, StaticStep(cache, *given))
+
+            state.replay = Replay(run, device)
+        cache.reserve(int(cache.lengths[rows].max()) + 1)
+        places = cache.lengths[: bucket(int(rows[-1]) + 1, cache.rows)]
+        rows_n = upload(rows, device)
+        x = x_nd.new_zeros(len(places), x_nd.shape[1]).index_copy_(0, rows_n, x_nd)
+        inputs = np.stack([places, np.minimum(places, self.max_sentences)])
+        out = state.replay(inputs, x, version=cache.places)[rows_n]
+        cache.lengths[rows] += 1
+        state.hidden.index_copy_(0, rows_n, out)
+        return out
 
     def begin(self) -> Any:
         """Start one document: the start position is fed."""

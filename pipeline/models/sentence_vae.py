@@ -7,6 +7,7 @@ give the embedding itself (variational: the mean).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.data.segments import SegmentLayout
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecodedSentence, DecoderState, SentenceDecoder
 from pipeline.models.sentence_encoder import SentenceEncoder
+from pipeline.models.step import LayerStep
 from pipeline.models.vocabulary_head import VocabularyHead
 
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one sentence
@@ -160,9 +162,11 @@ class SentenceVAE(PreTrainedModel):
         self.encoder.embedding.token.weight.copy_(source[:rows])
         self.decoder.embedding.token.weight.copy_(source[:rows])
 
-    def embed(self, tokens_T: Tensor, layout: SegmentLayout) -> Tensor:
-        """int64 [T] in S segments → sentence embeddings [S, d], without noise."""
-        return self.encoder(*self._encoder_rows(tokens_T, layout))
+    def embed(
+        self, tokens_T: Tensor, layout: SegmentLayout, steps: Sequence[LayerStep] | None = None
+    ) -> Tensor:
+        """int64 [T] in S segments → sentence embeddings [S, d], without noise. `steps`: as the encoder's."""
+        return self.encoder(*self._encoder_rows(tokens_T, layout), steps=steps)
 
     def _encoder_rows(self, tokens_T: Tensor, layout: SegmentLayout) -> tuple[Tensor, SegmentLayout]:
         """The encoder's symbols and their layout: tokens, after a BOS each sentence with published inputs."""
@@ -230,8 +234,7 @@ class SentenceVAE(PreTrainedModel):
 
     def decode_step(self, state: DecoderState, symbol: int) -> None:
         """Feed one symbol; `state.logits` (float32 [V]) then predict the next one."""
-        symbol_1 = torch.tensor([symbol], device=self.device)
-        state.logits = self.head(self.decoder.step(state, FIRST_ROW, symbol_1))[0]
+        state.logits = self.head(self.decoder.step(state, FIRST_ROW, [symbol]))[0]
 
 
 AutoConfig.register(SentenceVAEConfig.model_type, SentenceVAEConfig)

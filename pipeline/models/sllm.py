@@ -10,6 +10,7 @@ enters only at position i.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,15 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from data_prep.common.errors import UserError, counted
+from data_prep.common.errors import UserError
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
+from pipeline.generation.prefixes import Entry, PrefixCache
+from pipeline.generation.upload import upload
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
-from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt, CachedStep, KeyValueCache
+from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt
 from pipeline.models.losses import LossSums
 from pipeline.models.sentence_decoder import DecodedSentence, DecoderState
-from pipeline.models.sentence_lm import SentenceLM, checked_lengths
+from pipeline.models.sentence_lm import ContextState, SentenceLM, checked_lengths
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
+from pipeline.models.step import LayerStep, logits, token_layer
 
 
 class SLLMConfig(PreTrainedConfig):
@@ -87,14 +91,12 @@ def _published_layout(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-@dataclass
-class BackboneState:
-    """R documents: key/value cache (one place per sentence and one for the start), last outputs
-    [R, d_backbone], and the recent sentences that the decoder sees, each with the vector that predicted
-    it."""
+@dataclass(kw_only=True)
+class BackboneState(ContextState):
+    """encoder: steps of its layers. recent: the last sentences that the decoder sees, each with the vector
+    that predicted it."""
 
-    cache: KeyValueCache
-    hidden: Tensor
+    encoder: list[LayerStep]
     recent: list[list[DecodedSentence]]
 
 
@@ -104,6 +106,7 @@ class SLLM(SentenceLM):
     `forward` returns `LossSums` over T + S vocabulary targets and S stop decisions."""
 
     config_class = SLLMConfig
+    keeps_prefixes = True
 
     def __init__(self, config: SLLMConfig):
         super().__init__(config)
@@ -174,17 +177,16 @@ class SLLM(SentenceLM):
     # documents at once (`generation.protocol`), one per row; then for a single document.
 
     def new_state(self, rows: int) -> BackboneState:
-        """R empty documents: `read` starts them. The cache grows up to `max_sentences`."""
-        cache = KeyValueCache(rows, most=self.max_sentences + 1)
-        hidden = torch.zeros(rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device)
-        return BackboneState(cache, hidden, [[] for _ in range(rows)])
+        """R empty documents: `read` starts them."""
+        encoder = [token_layer(layer, number) for number, layer in enumerate(self.vae.encoder.layers)]
+        return BackboneState(**self._context(rows), encoder=encoder, recent=[[] for _ in range(rows)])
 
-    def _encode(self, sentences: list[list[int]]) -> Tensor:
+    def _encode(self, state: BackboneState, sentences: list[list[int]]) -> Tensor:
         """Sentence embeddings [S, d], exactly as in training. Raises: ValueError for an empty or too long
         sentence."""
         lengths = checked_lengths(sentences, self.config.vae.max_sentence_tokens)
-        tokens_T = torch.from_numpy(np.concatenate(sentences).astype(np.int64)).to(self.device)
-        return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device))
+        tokens_T = upload(np.concatenate(sentences).astype(np.int64), self.device)
+        return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device), state.encoder)
 
     @torch.no_grad()
     def read(
@@ -193,29 +195,110 @@ class SLLM(SentenceLM):
         rows: np.ndarray,
         documents: list[list[list[int]]],
         ahead: int = FIRST_PLACES,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         """Start documents in `rows` (int64 [n]) with zero or more sentences each: one packed pass, as in
-        training. `ahead`: number of sentences that will follow, if known.
+        training. `ahead`: number of sentences that will follow, if known. prefixes: sentences that it holds
+        are not read again; the others are added.
 
         Raises: ValueError when a document has more than `max_sentences` sentences, or one is too long.
         """
-        start_1d = self.start.weight
-        before = start_1d[:0] if self._start_apart else start_1d
-        parts = [
-            torch.cat([before, self._encode(document)]) if document else start_1d for document in documents
-        ]
-        lengths = np.asarray([len(part) for part in parts])
-        layout = CachedPrompt(state.cache, rows, lengths, self.device, min(ahead, FIRST_PLACES))
-        out = run_packed(self.backbone, layout, inputs_embeds=self._into(torch.cat(parts)))
-        state.hidden[torch.from_numpy(rows).to(self.device)] = out[layout.last_rows]
+        if prefixes is not None and not self._start_apart:
+            self._read_behind(state, rows, documents, ahead, prefixes)
+            return
+        counts = np.asarray([len(document) for document in documents])
+        # Documents with a start position.
+        starts = (counts == 0) | (not self._start_apart)
+        out, _ = self._read_places(state, rows, documents, starts, ahead)
         if self._start_apart:
-            state.cache.lengths[rows] = [len(document) for document in documents]
+            state.cache.lengths[rows] = counts
+        ends = np.cumsum(counts + starts)
+        self._remember(state, rows, documents, out.tensor_split(ends[:-1].tolist()))
+
+    def _read_places(
+        self,
+        state: BackboneState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        starts: np.ndarray,
+        ahead: int,
+        past: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Backbone outputs [T, d_backbone] of each document's start position, where `starts` (bool [n]) is
+        true, and sentences, behind `past` places (int64 [n]) that the rows hold; the layout's `targets`."""
+        lengths = np.asarray([len(document) for document in documents]) + starts
+        layout = CachedPrompt(state.cache, rows, lengths, self.device, min(ahead, FIRST_PLACES), past)
+        x, is_start = self.start.weight, np.zeros(layout.rows, dtype=bool)
+        is_start[layout.starts[:-1][starts]] = True
+        if sentences := [sentence for document in documents for sentence in document]:
+            x = torch.cat([x, self._encode(state, sentences)])
+        source = np.where(is_start, 0, np.cumsum(~is_start))
+        x = x.index_select(0, upload(source, self.device))
+        out = self._run_backbone(state, self._into(x), layout)
+        state.hidden[upload(rows, self.device)] = out[layout.last_rows]
+        return out, layout.targets
+
+    def _remember(
+        self,
+        state: BackboneState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        outs: Sequence[Tensor],
+    ) -> None:
+        """Keep the sentences that the decoder sees. outs: the outputs of every document's places."""
         if keep := self.vae.decoder.remembers:
-            vectors = self._out_of(out)
-            for row, document, start in zip(rows, documents, layout.starts, strict=False):
-                state.recent[row] = [
-                    (sentence, vectors[start + number]) for number, sentence in enumerate(document)
-                ][-keep:]
+            for row, document, out in zip(rows, documents, outs, strict=True):
+                last = document[-keep:]
+                first = len(document) - len(last)
+                state.recent[row] = list(zip(last, self._out_of(out[first : len(document)]), strict=True))
+
+    def _read_behind(
+        self,
+        state: BackboneState,
+        rows: np.ndarray,
+        documents: list[list[list[int]]],
+        ahead: int,
+        prefixes: PrefixCache,
+    ) -> None:
+        """`read` of what `prefixes` does not hold. Documents that repeat are read once."""
+        keys = [PrefixCache.keys(document) for document in documents]
+        new = list({one[-1]: n for n, one in reversed(list(enumerate(keys)))}.values())
+        again = sorted(set(range(len(rows))) - set(new))
+        for some in (sorted(new), again):
+            if not some:
+                continue
+            at, wanted = rows[some], [keys[n] for n in some]
+            known = [prefixes.find(one) for one in wanted]
+            past, counts = (np.asarray([len(one) for one in of]) for of in (known, wanted))
+            outs = self._restore(state, at, known)
+            if (todo := np.flatnonzero(past < counts)).size:
+                rest = [documents[some[n]][max(0, past[n] - 1) :] for n in todo]
+                out, targets = self._read_places(state, at[todo], rest, past[todo] == 0, ahead, past[todo])
+                # Kept in the host's memory, each by itself, so that any of them can go.
+                taken = state.cache.taken(targets[1], targets[2]).cpu()
+                entries = [(a.clone(), b.clone()) for a, b in zip(taken, out.cpu(), strict=True)]
+                ends = np.cumsum(counts[todo] - past[todo])
+                for n, end, new_out in zip(todo, ends, out.tensor_split(ends[:-1].tolist()), strict=True):
+                    first = end - counts[n] + past[n]
+                    prefixes.add(wanted[n][past[n] :], entries[first:end])
+                    outs[n] = torch.cat([outs[n], new_out])
+            self._remember(state, at, [documents[n] for n in some], outs)
+
+    def _restore(self, state: BackboneState, rows: np.ndarray, known: list[list[Entry]]) -> list[Tensor]:
+        """Put what is known of documents into `rows`; returns their outputs."""
+        past = np.asarray([len(one) for one in known])
+        nothing = state.hidden[:0]
+        if not past.any():
+            return [nothing] * len(rows)
+        stored, out = (
+            torch.stack(parts).to(self.device)
+            for parts in zip(*(entry for one in known for entry in one), strict=True)
+        )
+        some, ends = past > 0, np.cumsum(past)
+        state.cache.restore(rows[some], past[some], stored)
+        state.cache.lengths[rows] = past
+        state.hidden[upload(rows[some], self.device)] = out[upload(ends[some] - 1, self.device)]
+        return list(out.tensor_split(ends[:-1].tolist()))
 
     @torch.no_grad()
     def extend(self, state: BackboneState, rows: np.ndarray, sentences: list[list[int]]) -> None:
@@ -223,35 +306,32 @@ class SLLM(SentenceLM):
 
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
-        if (state.cache.lengths[rows] > self.max_sentences).any():
-            raise ValueError(
-                f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
-            )
-        x = self._into(self._encode(sentences))
-        layout = CachedStep(state.cache, rows, self.device)
-        rows_n = torch.from_numpy(rows).to(self.device)
+        x = self._into(self._encode(state, sentences))
         if keep := self.vae.decoder.remembers:
-            vectors = self._out_of(state.hidden[rows_n])
+            vectors = self._out_of(state.hidden[upload(rows, self.device)])
             for row, sentence, vector_d in zip(rows, sentences, vectors, strict=True):
                 state.recent[row] = [*state.recent[row], (list(sentence), vector_d)][-keep:]
-        state.hidden[rows_n] = run_packed(self.backbone, layout, inputs_embeds=x)
+        self._append_vectors(state, rows, x)
 
     @torch.no_grad()
     def new_decoder(self, state: BackboneState) -> DecoderState:
         """A decoder row per document of the state; `sentence_begin` starts their sentences."""
-        return self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
+        decoder = self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
+        decoder.head = logits(self.vae.head)
+        return decoder
 
     @torch.no_grad()
     def sentence_begin(self, state: BackboneState, decoder: DecoderState, rows: np.ndarray) -> None:
         """Start the next sentence of each of `rows`, conditioned on its document; nothing is fed yet."""
-        hidden = state.hidden[torch.from_numpy(rows).to(self.device)]
+        hidden = state.hidden if len(rows) == len(state.hidden) else state.hidden[upload(rows, self.device)]
         self.vae.decoder.restart(decoder, rows, self._out_of(hidden), [state.recent[row] for row in rows])
 
-    @torch.no_grad()
     def sentence_step(self, decoder: DecoderState, rows: np.ndarray, symbols: list[int]) -> Tensor:
         """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
-        symbols_n = torch.tensor(symbols, device=self.device)
-        return self.vae.head(self.vae.decoder.step(decoder, rows, symbols_n))
+        if not decoder.static:
+            return decoder.head(self.vae.decoder.step(decoder, rows, symbols))
+        found = self.vae.decoder.step_static(decoder, rows, symbols)
+        return found if len(rows) == len(found) else found[upload(rows, decoder.device)]
 
     def sentence_back(self, decoder: DecoderState, row: int, symbols: int) -> None:
         """Forget the last symbols fed to a row."""

@@ -11,7 +11,7 @@ There is no separate encoder, no autoencoder to train first, and nothing to enco
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,23 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from data_prep.common.errors import counted
 from pipeline.config.model_recipe import TokensRecipe, checked_tokens
 from pipeline.data.batch import Batch, StackRows, stack_rows
 from pipeline.data.segments import Band, SegmentLayout
+from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.models.kv_cache import (
     FIRST_PLACES,
     CachedContext,
     CachedPrompt,
-    CachedStep,
-    KeyValueCache,
     RollingCache,
 )
 from pipeline.models.layers import LinearFromZero, Rotation, SentenceMemory, TokenEmbedding, TransformerLayer
 from pipeline.models.losses import LossSums
-from pipeline.models.sentence_lm import FIRST_ROW, SentenceLM, checked_lengths
+from pipeline.models.sentence_lm import FIRST_ROW, ContextState, SentenceLM, checked_lengths
+from pipeline.models.stack_state import TokenState
 from pipeline.models.vocabulary_head import VocabularyHead
 
 SIZES = {key: field.default for key, field in TokensRecipe.model_fields.items()}
@@ -94,39 +93,10 @@ class StackConfig(PreTrainedConfig):
         return output
 
 
-@dataclass
-class TokenState:
-    """R sentences being generated.
+@dataclass(kw_only=True)
+class StackState(ContextState):
+    """tokens: the token layers' state."""
 
-    lower, upper: caches of the token layers. memory: of the backbone's outputs, a place per sentence. vector:
-    [R, d_backbone], what the sentence's rows read of the backbone. border: [R, d], the border's row after the
-    lower layers. last: [R, d], the last row that was read, after the upper layers (ends by rule). fed: tokens
-    fed since the border; None: the row before them has not given its logits.
-    logits: float32 [V], predict the next symbol of a single sentence.
-    """
-
-    lower: RollingCache
-    upper: RollingCache
-    memory: RollingCache
-    vector: Tensor
-    border: Tensor
-    last: Tensor
-    fed: list[list[int] | None]
-    logits: Tensor | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Bytes allocated."""
-        return sum(cache.bytes for cache in (self.lower, self.upper, self.memory))
-
-
-@dataclass
-class StackState:
-    """R documents: the backbone's cache (one place per sentence and one for the start) and last outputs
-    [R, d_backbone], and the token layers' state."""
-
-    cache: KeyValueCache
-    hidden: Tensor
     tokens: TokenState
 
 
@@ -170,16 +140,11 @@ class StackLM(SentenceLM):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.token
 
-    def _turn(self, positions: Tensor, below: int | None = None) -> Rotation:
+    def _turn(self, positions: Tensor) -> Rotation:
         """`TokenEmbedding.turn`; also of sentence numbers."""
-        turn = self.embedding.turn(positions, self.config.heads, below)
+        turn = self.embedding.turn(positions, self.config.heads)
         assert turn is not None
         return turn
-
-    def _turn_at(self, positions: np.ndarray) -> Rotation:
-        """The same for int64 [n] on the host, in generation, from a table."""
-        below = 1 << max(10, int(positions.max()).bit_length())
-        return self._turn(torch.from_numpy(positions).to(self.device), below)
 
     def _inputs(self, rows: StackRows, tokens_T: Tensor) -> Tensor:
         """int64 [R]: the symbol of every row; BOS is the border."""
@@ -275,22 +240,9 @@ class StackLM(SentenceLM):
     # Generation: one backbone position per sentence, one position of the token layers per symbol and border.
 
     def new_state(self, rows: int) -> StackState:
-        """R empty documents: `read` starts them. The backbone's cache grows up to `max_sentences`."""
-        config = self.config
-        vector = torch.zeros(rows, vector_width(config.backbone), dtype=self.dtype, device=self.device)
-        border = torch.zeros(rows, config.hidden_size, dtype=self.dtype, device=self.device)
-        keep = config.attention_window + config.max_sentence_tokens
-        tokens = TokenState(
-            RollingCache(rows, keep),
-            RollingCache(rows, keep),
-            RollingCache(rows, max(1, config.memory)),
-            vector,
-            border,
-            torch.zeros_like(border),
-            [None] * rows,
-        )
-        cache = KeyValueCache(rows, most=self.max_sentences + 1)
-        return StackState(cache, torch.zeros_like(vector), tokens)
+        """R empty documents: `read` starts them."""
+        context = self._context(rows)
+        return StackState(**context, tokens=TokenState(self, context["hidden"]))
 
     @torch.no_grad()
     def read(
@@ -317,17 +269,18 @@ class StackLM(SentenceLM):
             kept = np.stack(
                 [np.maximum(layout.starts[:-1], layout.starts[1:] - cache.keep), layout.starts[1:]], 1
             )
-            context = CachedContext(cache, rows, kept, attend)
+            context = CachedContext(cache, rows, kept, attend, self.device)
             cache.start(rows, layout.lengths)
             return context
 
         x = self.embedding(self._inputs(packed, tokens_T.long()), layout.position_of_row)
-        turn = self._turn(layout.position_of_row)
+        turn = words.turn(layout.position_of_row, layout.longest)
         lower = cached(words.lower)
-        for number, layer in enumerate(self.lower):
-            x = layer.step(x, number, lower, None, turn)
+        for layer in words.lower_steps:
+            x = layer(x, lower.attend, turn)
         prompt = CachedPrompt(state.cache, rows, counts_D + 1, self.device, min(ahead, FIRST_PLACES))
-        hidden_Bd = self._contextualise(x, packed, prompt)
+        vectors_Bd = self.vector_norm(x[packed.border_rows_B])
+        hidden_Bd = self._run_backbone(state, self._into(vectors_Bd), prompt)
         rows_n = torch.from_numpy(rows).to(self.device)
         last_n = layout.last_rows
         words.border[rows_n], state.hidden[rows_n] = x[last_n], hidden_Bd[prompt.last_rows]
@@ -337,7 +290,11 @@ class StackLM(SentenceLM):
         for row in rows:
             words.fed[row] = None
         x = self._upper(
-            x, hidden_Bd, packed, prompt, lambda number, layer, x: layer.step(x, number, upper, None, turn)
+            x,
+            hidden_Bd,
+            packed,
+            prompt,
+            lambda number, _, x: words.upper_steps[number](x, upper.attend, turn),
         )
         words.last[rows_n] = x[last_n]
         vectors_Bd = self._read_backbone(hidden_Bd)
@@ -356,95 +313,27 @@ class StackLM(SentenceLM):
 
         Raises: ValueError when a row has no position left, or a sentence is empty or too long.
         """
-        if (state.cache.lengths[rows] > self.max_sentences).any():
-            raise ValueError(
-                f"the context is full: the backbone takes {counted(self.max_sentences, 'sentence')}"
-            )
         checked_lengths(sentences, self.config.max_sentence_tokens)
-        self._feed(state.tokens, rows, sentences)
-        words, rows_n = state.tokens, torch.from_numpy(rows).to(self.device)
-        if self.config.by_rule:
-            x = words.border[rows_n]
-        else:
-            border_n = torch.full((len(rows),), self.config.bos_token_id, device=self.device)
-            x = words.border[rows_n] = self._lower_step(words, rows, border_n)
-        step = CachedStep(state.cache, rows, self.device)
-        hidden = run_packed(self.backbone, step, inputs_embeds=self._into(self.vector_norm(x)))
-        state.hidden[rows_n] = hidden
+        words, rows_n = state.tokens, upload(rows, self.device)
+        words.feed(rows, sentences)
+        x = words.end_sentences(rows)
+        hidden = self._append_vectors(state, rows, self._into(self.vector_norm(x)))
         vector = words.vector[rows_n] = self._read_backbone(hidden)
         for row in rows:
             words.fed[row] = [] if self.config.by_rule else None
-        turn = self._turn_at(words.memory.positions[rows])
+        if not self.memory:
+            return
+        turn = words.turn_at(words.memory.positions[rows])
         words.memory.roll(rows)
-        places = torch.from_numpy(words.memory.lengths[rows]).to(self.device)
+        places = upload(words.memory.lengths[rows], self.device)
         words.memory.lengths[rows] += 1
         for number, part in enumerate(self.memory):
             for stored, new in zip(
                 words.memory.layer(number, x.view(len(x), part.heads, -1)),
-                part.keys_values(vector, turn),
+                part.keys_values(vector, tuple(one[:, None] for one in turn)),
                 strict=True,
             ):
                 stored[rows_n, :, places] = new
-
-    def _feed(self, words: TokenState, rows: np.ndarray, sentences: list[list[int]]) -> None:
-        """Feed what is missing of each sentence, after taking back what is none of it."""
-        missing: dict[int, list[int]] = {}
-        for row, sentence in zip(rows.tolist(), sentences, strict=True):
-            fed = words.fed[row]
-            if fed is None:
-                missing[row] = [self.config.bos_token_id, *sentence]
-                continue
-            same = 0
-            while same < min(len(fed), len(sentence)) and fed[same] == sentence[same]:
-                same += 1
-            self.sentence_back(words, row, len(fed) - same)
-            missing[row] = list(sentence[same:])
-        while at := [row for row in missing if missing[row]]:
-            self._step(words, np.asarray(at), [missing[row].pop(0) for row in at])
-
-    def _lower_step(self, words: TokenState, rows: np.ndarray, symbols_n: Tensor) -> Tensor:
-        words.lower.roll(rows)
-        x, turn = self.embedding(symbols_n, symbols_n), self._turn_at(words.lower.positions[rows])
-        step = CachedStep(words.lower, rows, self.device)
-        for number, layer in enumerate(self.lower):
-            x = layer.step(x, number, step, None, turn)
-        return x
-
-    def _step(self, words: TokenState, rows: np.ndarray, symbols: list[int]) -> Tensor:
-        """Feed a symbol, or the border, to each of `rows`; returns their states [n, d] after the upper
-        layers."""
-        fed = [words.fed[row] for row in rows]
-        rows_n, by_rule = torch.from_numpy(rows).to(self.device), self.config.by_rule
-        inside = np.asarray([tokens is not None for tokens in fed])
-        x = (words.last if by_rule else words.border)[rows_n]
-        if inside.any():
-            symbols_n = torch.tensor(symbols, device=self.device)
-            inside_n = torch.from_numpy(np.flatnonzero(inside)).to(self.device)
-            lower = self._lower_step(words, rows[inside], symbols_n[inside_n])
-            if by_rule:
-                words.border[rows_n[inside_n]] = lower
-            x[inside_n] = self._upper_step(words, rows[inside], lower) if by_rule else lower
-        for row, tokens, symbol in zip(rows, fed, symbols, strict=True):
-            words.fed[row] = [] if tokens is None else [*tokens, symbol]
-        return x if by_rule else self._upper_step(words, rows, x)
-
-    def _upper_step(self, words: TokenState, rows: np.ndarray, x: Tensor) -> Tensor:
-        rows_n = torch.from_numpy(rows).to(self.device)
-        words.upper.roll(rows)
-        turn = self._turn_at(words.upper.positions[rows])
-        step = CachedStep(words.upper, rows, self.device)
-        if self.from_backbone is not None:
-            x = x + self.from_backbone(words.vector[rows_n])
-        seen: tuple[Tensor, int, Rotation] | None = None
-        if self.memory:
-            ends = words.memory.lengths[rows]
-            ends_n, width = torch.from_numpy(ends).to(self.device), min(int(ends.max()), words.memory.keep)
-            seen = ends_n, width, self._turn_at(words.memory.positions[rows] - 1)
-        for number, layer in enumerate(self.upper):
-            if seen is not None:
-                x = self.memory[number].step(x, number, words.memory, rows_n, *seen)
-            x = layer.step(x, number, step, None, turn)
-        return x
 
     def new_decoder(self, state: StackState) -> TokenState:
         """The token layers' part of a state; `sentence_step` feeds it."""
@@ -453,25 +342,14 @@ class StackLM(SentenceLM):
     def sentence_begin(self, state: StackState, decoder: TokenState, rows: np.ndarray) -> None:
         """Nothing to do: `read` and `extend` have computed the border."""
 
-    @torch.no_grad()
-    def sentence_step(self, decoder: TokenState, rows: np.ndarray, symbols: list[int]) -> Tensor:
+    def sentence_step(self, decoder: TokenState, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
         """Feed one symbol to each of `rows` (BOS first); returns the next logits, float32 [n, V]."""
-        return self.head(self.final_norm(self._step(decoder, rows, symbols)))
+        return decoder.step(rows, symbols)
 
     @torch.no_grad()
     def sentence_back(self, decoder: TokenState, row: int, symbols: int) -> None:
         """Forget the last symbols fed to a row."""
-        fed = decoder.fed[row]
-        if not symbols or fed is None:
-            return
-        # By rule the last token is the border: its state is made again.
-        again = fed[-symbols - 1 : -symbols] if self.config.by_rule else []
-        symbols += len(again)
-        decoder.fed[row] = fed[:-symbols]
-        decoder.lower.lengths[row] -= symbols
-        decoder.upper.lengths[row] -= symbols
-        if again:
-            self._step(decoder, np.asarray([row]), again)
+        decoder.back(row, symbols)
 
     def decode_begin(self, state: StackState) -> TokenState:
         """Start the one document's next sentence; `.logits` float32 [V] predict its first token."""
@@ -479,6 +357,7 @@ class StackLM(SentenceLM):
             self.decode_step(state.tokens, self.config.bos_token_id)
         return state.tokens
 
+    @torch.no_grad()
     def decode_step(self, state: TokenState, token: int) -> None:
         """Feed one token; `.logits` then predict the next symbol (the sentence end is
         `config.eos_token_id`)."""

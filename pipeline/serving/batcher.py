@@ -17,6 +17,7 @@ from typing import Any
 
 from data_prep.common.errors import UserError, first_line, log
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.generation.prefixes import PrefixCache
 from pipeline.generation.results import Continuation, Limits, Piece, Request, Sentence
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
@@ -41,6 +42,7 @@ class Loaded:
     model: Any
     tokenizer: Tokenizer
     created: int = field(default_factory=lambda: int(time.time()))
+    prefixes: PrefixCache = field(default_factory=PrefixCache)
 
     @property
     def name(self) -> str:
@@ -137,8 +139,8 @@ class Batcher:
             if self._next is not None:
                 self.loaded, self._next = self._next, None
                 log(f"serving {self.loaded.folder}, read again")
-            model, tokenizer = self.loaded.model, self.loaded.tokenizer
-            writer = BatchWriter(model, tokenizer, Sampling(), Limits(), self.rows)
+            loaded, settings = self.loaded, (Sampling(), Limits(), self.rows)
+            writer = BatchWriter(loaded.model, loaded.tokenizer, *settings, prefixes=loaded.prefixes)
             try:
                 for number, event in writer.run(self._requests(writer)):
                     self._deliver(number, event)

@@ -269,17 +269,15 @@ def test_a_token_layer_without_its_causal_mask_fails(monkeypatch):
 
 def test_a_window_that_is_one_row_longer_in_caches_fails(monkeypatch):
     model = small_stack()
-    for layer in model.upper:
-        step = layer.attention.step
+    new_state = model.new_state
 
-        def longer(*arguments, attention=layer.attention, step=step):
-            attention.window += 1
-            try:
-                return step(*arguments)
-            finally:
-                attention.window -= 1
+    def longer(rows: int):
+        state = new_state(rows)
+        for step in state.tokens.upper_steps:
+            step.window += 1
+        return state
 
-        monkeypatch.setattr(layer.attention, "step", longer)
+    monkeypatch.setattr(model, "new_state", longer)
     assert failed(model) == {"cached = uncached"}
 
 
