@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_prep.common.errors import UserError
 
+COLDEST = 1e-6  # a temperature below it is as good as greedy, and float32 would divide by 0
 NUCLEUS_FIRST_LOOK = 256  # likeliest symbols that top-p looks at before it sorts all of them
 
 
@@ -60,7 +61,7 @@ class Sampling:
         float64 [R] in [0, 1), unused when greedy."""
         if self.greedy:
             return logits_RV.argmax(-1)
-        scaled = (logits_RV - logits_RV.amax(-1, keepdim=True)) / self.temperature
+        scaled = (logits_RV - logits_RV.amax(-1, keepdim=True)) / max(self.temperature, COLDEST)
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
             least = scaled.topk(self.top_k).values[:, -1:]
             scaled = scaled.masked_fill(scaled < least, -torch.inf)

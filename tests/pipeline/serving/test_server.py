@@ -119,7 +119,8 @@ def test_streams_give_the_same_text_with_usage(client, alone) -> None:
         usage = chunk.usage or usage
         for choice in chunk.choices:
             texts[choice.index] += choice.text
-            logprobs += sum(choice.logprobs.token_logprobs) if choice.index == 0 else 0.0
+            scores = choice.logprobs.token_logprobs if choice.index == 0 else []
+            logprobs += sum(score for score in scores if score is not None)  # the prompt has none
             if choice.finish_reason:
                 reasons[choice.index] = choice.finish_reason
     expected = [alone(PROMPT, seed, 20) for seed in (9, 10)]
@@ -312,7 +313,7 @@ def test_a_deadline_ends_a_request(endless: str) -> None:
 
 
 def test_a_connection_without_a_request_is_closed(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(running, "ARRIVAL_SECONDS", 0.3)
     with serving(folder) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
         slow.settimeout(20)

@@ -1,0 +1,190 @@
+"""A request's texts as they are generated, and the form in which OpenAI's API gives them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import anyio
+
+from data_prep.text.tokenizer import Tokenizer
+from pipeline.generation.results import Continuation, Piece, Request, Sentence, TextStream
+from pipeline.serving.batcher import Batcher
+from pipeline.serving.metrics import Metrics
+from pipeline.serving.protocol import CompletionRequest, finish_reason
+
+PACE = 0.05  # seconds between two chunks of a stream, from the second on: what comes meanwhile is one chunk
+
+
+@dataclass
+class Call:
+    """One request, for the log and the metrics."""
+
+    path: str
+    deadline: float  # time of the event loop
+    began: float = field(default_factory=time.perf_counter)
+    facts: dict[str, Any] = field(default_factory=dict)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def left(self) -> float:
+        return max(0.0, self.deadline - asyncio.get_running_loop().time())
+
+
+class Texts:
+    """The events of a request's texts, in the order in which they happen."""
+
+    def __init__(self, batcher: Batcher, requests: list[Request], call: Call, metrics: Metrics) -> None:
+        loop = asyncio.get_running_loop()
+        self.requests, self.call, self.left = requests, call, len(requests)
+        self._batcher, self._metrics = batcher, metrics
+        self._events: deque[tuple[int, Piece | Continuation | Exception]] = deque()
+        self._arrived, self._ended = asyncio.Event(), asyncio.Event()
+        self._signalled = self._started = False
+
+        def wake() -> None:
+            self._arrived.set()
+            self._ended.set()
+
+        def deliver(number: int, event: Piece | Sentence | Continuation | Exception) -> None:
+            # In the generation thread, for every token: the other one is woken as rarely as can be.
+            if isinstance(event, Sentence):
+                return
+            self._events.append((number, event))
+            if not isinstance(event, Piece):
+                loop.call_soon_threadsafe(wake)
+            elif not self._signalled:
+                self._signalled = True
+                loop.call_soon_threadsafe(self._arrived.set)
+
+        self._numbers = batcher.submit(requests, deliver)
+
+    async def next(self) -> list[tuple[int, list[Piece | Continuation]]]:
+        """What has happened since the last call: (number of the text in this request, its events). Raises
+        what ended a text."""
+        found: list[tuple[int, Piece | Continuation]] = []
+        with anyio.fail_after(self.call.left()):
+            if self._started:
+                with anyio.move_on_after(PACE):
+                    await self._ended.wait()
+            while not found:
+                await self._arrived.wait()
+                for event in (self._arrived, self._ended):
+                    event.clear()
+                self._signalled = False
+                while self._events:
+                    number, what = self._events[0]
+                    if isinstance(what, Exception):
+                        if found:  # they come first
+                            self._arrived.set()
+                            break
+                        raise what
+                    found.append((number - self._numbers[0], what))
+                    self._events.popleft()
+        if not self._started:
+            self._started = True
+            self._metrics.first_token(time.perf_counter() - self.call.began)
+        self.left -= sum(isinstance(what, Continuation) for _, what in found)
+        found.sort(key=lambda pair: pair[0])
+        return [(number, [what for _, what in group]) for number, group in groupby(found, lambda x: x[0])]
+
+    async def all(self) -> list[tuple[list[Piece], Continuation]]:
+        """Every text with its pieces."""
+        found: list[list[Any]] = [[] for _ in self.requests]
+        while self.left:
+            for number, events in await self.next():
+                found[number] += events
+        return [(events[:-1], events[-1]) for events in found]
+
+    def cancel(self) -> None:
+        self._batcher.cancel(self._numbers)
+
+
+class Completion:
+    """The form of `/v1/completions`."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, body: CompletionRequest, tokenizer: Tokenizer) -> None:
+        self._echo, self._logprobs, self._tokenizer = bool(body.echo), body.logprobs is not None, tokenizer
+        self._offsets: dict[int, int] = {}
+
+    def choice(
+        self, number: int, request: Request, pieces: list[Piece], text: Continuation
+    ) -> dict[str, Any]:
+        (choice,) = self.chunks(number, request, [*pieces, text])
+        return choice
+
+    def chunks(
+        self, number: int, request: Request, events: list[Piece | Continuation]
+    ) -> list[dict[str, Any]]:
+        before = str(request.prompt) if self._echo and number not in self._offsets else ""
+        self._offsets.setdefault(number, 0)
+        pieces = [event for event in events if isinstance(event, Piece)]
+        end = events[-1]
+        choice = {
+            "text": before + "".join(piece.text for piece in pieces),
+            "index": number,
+            "logprobs": self._table(number, before, pieces),
+            "finish_reason": finish_reason(end) if isinstance(end, Continuation) else None,
+        }
+        return [choice]
+
+    def _table(self, number: int, before: str, pieces: list[Piece]) -> dict[str, Any] | None:
+        """A row for every token; those of the prompt have no score."""
+        if not self._logprobs:
+            return None
+        rows: list[tuple[str, float | None, bool]] = []
+        if before:
+            tokens = self._tokenizer.encode(before)
+            rows = [(text, None, True) for text in _spelled(self._tokenizer, tokens)]
+        rows += [(piece.text, piece.log_probability, piece.token is not None) for piece in pieces]
+        table: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for text, score, is_token in rows:
+            if is_token:
+                table["tokens"].append(text)
+                table["token_logprobs"].append(score)
+                table["top_logprobs"].append(None if score is None else {text: score})
+                table["text_offset"].append(self._offsets[number])
+            self._offsets[number] += len(text)
+        return table
+
+
+def _spelled(tokenizer: Tokenizer, tokens: Any) -> list[str]:
+    """The text of each token; a character that is spread over several belongs to the last of them."""
+    stream = TextStream(())
+    return [stream.push(tokenizer.decode_bytes([token])) for token in tokens]
+
+
+class Chat:
+    """The form of `/v1/chat/completions`."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self) -> None:
+        self._started: set[int] = set()
+
+    def choice(self, number: int, _: Request, __: list[Piece], text: Continuation) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text.text, "refusal": None}
+        return {"index": number, "message": message, "logprobs": None, "finish_reason": finish_reason(text)}
+
+    def chunks(self, number: int, _: Request, events: list[Piece | Continuation]) -> list[dict[str, Any]]:
+        deltas: list[tuple[dict[str, str], str | None]] = []
+        if number not in self._started:
+            self._started.add(number)
+            deltas.append(({"role": "assistant", "content": ""}, None))
+        if text := "".join(event.text for event in events if isinstance(event, Piece)):
+            deltas.append(({"content": text}, None))
+        if isinstance(end := events[-1], Continuation):
+            deltas.append(({}, finish_reason(end)))
+        return [
+            {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
+            for delta, reason in deltas
+        ]
+
+
+Form = Completion | Chat
