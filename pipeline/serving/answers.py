@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import anyio
-
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.results import Continuation, Piece, Request, Sentence, TextStream
 from pipeline.serving.batcher import Batcher
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.protocol import CompletionRequest, finish_reason
 
-PACE = 0.05  # seconds between two chunks of a stream, from the second on: what comes meanwhile is one chunk
+# Seconds between two chunks of a stream, per text being generated, and at least: what comes meanwhile is one
+# chunk. So chunks cost about as much with many streams as with few.
+PACE, LEAST_PACE = 0.01, 0.05
 
 
 @dataclass
@@ -39,52 +39,61 @@ class Texts:
     """The events of a request's texts, in the order in which they happen."""
 
     def __init__(self, batcher: Batcher, requests: list[Request], call: Call, metrics: Metrics) -> None:
-        loop = asyncio.get_running_loop()
         self.requests, self.call, self.left = requests, call, len(requests)
-        self._batcher, self._metrics = batcher, metrics
+        self._batcher, self._metrics, self._loop = batcher, metrics, asyncio.get_running_loop()
         self._events: deque[tuple[int, Piece | Continuation | Exception]] = deque()
-        self._arrived, self._ended = asyncio.Event(), asyncio.Event()
-        self._signalled = self._started = False
+        self._wait: asyncio.Future[None] | None = None
+        self._started = self._wants_pieces = False
+        self._numbers = batcher.submit(requests, self._deliver)
 
-        def wake() -> None:
-            self._arrived.set()
-            self._ended.set()
+    def _deliver(self, number: int, event: Piece | Sentence | Continuation | Exception) -> None:
+        # In the generation thread, for every token: the other one is woken as rarely as can be.
+        if isinstance(event, Sentence):
+            return
+        self._events.append((number, event))
+        if self._wants_pieces or not isinstance(event, Piece):
+            self._wants_pieces = False
+            self._loop.call_soon_threadsafe(self._wake)
 
-        def deliver(number: int, event: Piece | Sentence | Continuation | Exception) -> None:
-            # In the generation thread, for every token: the other one is woken as rarely as can be.
-            if isinstance(event, Sentence):
-                return
-            self._events.append((number, event))
-            if not isinstance(event, Piece):
-                loop.call_soon_threadsafe(wake)
-            elif not self._signalled:
-                self._signalled = True
-                loop.call_soon_threadsafe(self._arrived.set)
+    def _wake(self) -> None:
+        if self._wait is not None and not self._wait.done():
+            self._wait.set_result(None)
 
-        self._numbers = batcher.submit(requests, deliver)
+    def _take_pieces(self) -> None:
+        self._wants_pieces = True
+        if self._events:
+            self._wake()
 
-    async def next(self) -> list[tuple[int, list[Piece | Continuation]]]:
+    async def next(self) -> list[tuple[int, list[Any]]]:
         """What has happened since the last call: (number of the text in this request, its events). Raises
         what ended a text."""
-        found: list[tuple[int, Piece | Continuation]] = []
-        with anyio.fail_after(self.call.left()):
-            if self._started:
-                with anyio.move_on_after(PACE):
-                    await self._ended.wait()
-            while not found:
-                await self._arrived.wait()
-                for event in (self._arrived, self._ended):
-                    event.clear()
-                self._signalled = False
-                while self._events:
-                    number, what = self._events[0]
-                    if isinstance(what, Exception):
-                        if found:  # they come first
-                            self._arrived.set()
-                            break
+        found: list[tuple[int, Any]] = []
+        while not found:
+            self._wait = self._loop.create_future()
+            pace = max(LEAST_PACE, PACE * self._batcher.generating) if self._started else 0
+            timers = [
+                self._loop.call_later(self.call.left(), self._wake),
+                self._loop.call_later(pace, self._take_pieces),
+            ]
+            # An event that came between two calls has woken no one.
+            if self._events and not isinstance(self._events[-1][1], Piece):
+                self._wake()
+            try:
+                await self._wait
+            finally:
+                for timer in timers:
+                    timer.cancel()
+            self._wants_pieces = False
+            while self._events:
+                number, what = self._events[0]
+                if isinstance(what, Exception):
+                    if not found:
                         raise what
-                    found.append((number - self._numbers[0], what))
-                    self._events.popleft()
+                    break
+                found.append((number - self._numbers[0], what))
+                self._events.popleft()
+            if not found and not self.call.left():
+                raise TimeoutError
         if not self._started:
             self._started = True
             self._metrics.first_token(time.perf_counter() - self.call.began)

@@ -44,6 +44,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+SHORT_PROMPTS = 4000  # characters that are tokenized at once; more would hold up other clients
 RETRY_AFTER = 1  # seconds
 STALLED = 5.0  # seconds for which a reader may hold a finished or overdue answer
 
@@ -209,7 +210,11 @@ class Server:
             raise ApiError(400, "max_sentences: this model has tokens only", "max_sentences")
         default = 16 if isinstance(body, CompletionRequest) else min(512, settings.most_tokens)
         requests = body.requests(prompts, settings.most_tokens, default)
-        lengths = [len(tokens) for tokens in await run_in_threadpool(tokenizer.encode_batch, prompts)]
+        if sum(map(len, prompts)) < SHORT_PROMPTS:
+            encoded = tokenizer.encode_batch(prompts)
+        else:
+            encoded = await run_in_threadpool(tokenizer.encode_batch, prompts)
+        lengths = [len(tokens) for tokens in encoded]
         if max(lengths) > settings.prompt_tokens:
             raise ApiError(
                 400,

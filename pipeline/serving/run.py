@@ -116,6 +116,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
         backlog=BACKLOG,
     )
