@@ -232,6 +232,11 @@ def _by_rule(model: torch.nn.Module) -> bool:
     return getattr(model_config(model), "ends", None) == "rule"
 
 
+def end_rule(model: torch.nn.Module, tokenizer: Tokenizer) -> RunningEnds | None:
+    """What ends the sentences of a model that predicts no ends of sentences."""
+    return RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
+
+
 def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> SentenceSettings:
     """How `--text` is cut: as given, else as the model was trained, else by default."""
     own = getattr(model.config, "sentence_settings", None) or {}
@@ -391,8 +396,7 @@ def score(
     with tqdm(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
-        rule = RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
-        for batch, group in batches(windows, batch_tokens, rule):
+        for batch, group in batches(windows, batch_tokens, end_rule(model, tokenizer)):
             more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths, ngram)
             nats, text_bytes = nats + more[0], text_bytes + more[1]
             bar.update(batch.tokens)
