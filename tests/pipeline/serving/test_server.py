@@ -18,7 +18,7 @@ import openai
 import pytest
 from helpers import tokenizer_folders
 from helpers.model_folders import save, save_endless, small_model
-from helpers.server import Serving, serving, wait_for
+from helpers.server import Serving, post, serving, wait_for
 
 import pipeline.serving.run as running
 from data_prep.common.errors import UserError
@@ -176,17 +176,6 @@ def test_many_streaming_clients_get_their_own_texts(server: Serving, alone) -> N
 # Bad requests.
 
 
-def post(url: str, data: bytes, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-    request = urllib.request.Request(url, data, {"content-type": "application/json", **(headers or {})})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            data = answer.read()
-            events = data.decode().split("\n\n") if data.startswith(b"data: ") else []
-            return answer.status, {"choices": events} if events else json.loads(data)
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -312,12 +301,9 @@ def test_a_deadline_ends_a_request(endless: str) -> None:
         wait_for(lambda: server.batcher.generating == 0)
 
 
-def test_a_connection_without_a_request_is_closed(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_connection_can_be_used_again(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "ARRIVAL_SECONDS", 0.3)
-    with serving(folder) as server, socket.create_connection(("127.0.0.1", server.port)) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
-        slow.settimeout(20)
-        assert slow.recv(100) == b""
+    with serving(folder) as server:
         used = http.client.HTTPConnection("127.0.0.1", server.port)
         for _ in range(2):
             used.request("GET", "/health")
@@ -333,7 +319,7 @@ def test_a_connection_without_a_request_is_closed(folder: str, monkeypatch: pyte
 def test_keys(folder: str, capfd: pytest.CaptureFixture) -> None:
     with serving(folder, Settings(key="right")) as server:
         body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 1}).encode()
-        for number in range(200):
+        for number in range(3):
             wrong = {"authorization": f"Bearer wrong-{number}"} if number else {}
             status, answer = post(f"{server.url}/v1/completions", body, wrong)
             assert status == 401 and answer["error"]["code"] == "invalid_api_key"
@@ -344,7 +330,7 @@ def test_keys(folder: str, capfd: pytest.CaptureFixture) -> None:
         for path in ("/health", "/", "/app.js", "/style.css"):
             assert urllib.request.urlopen(server.url + path).status == 200
     err = capfd.readouterr().err
-    assert '"status": 401' in err and "wrong-1" not in err and "right" not in err
+    assert '"status": 401' in err and "wrong" not in err and "right" not in err
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
