@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from data_prep.common.errors import UserError, counted, first_line, log
-from pipeline.generation.results import Continuation
+from pipeline.generation.results import Piece
 from pipeline.serving.answers import Call, Chat, Completion, Form, Texts
 from pipeline.serving.batcher import Batcher, Busy, Closing
 from pipeline.serving.metrics import Metrics
@@ -75,7 +75,7 @@ class Server:
             except TemplateError as error:
                 raise UserError(f"the chat template is not valid Jinja: {error}") from None
         files = {"/": ("index.html", "text/html"), "/app.js": ("app.js", "text/javascript")}
-        files["/style.css"] = ("style.css", "text/css")
+        files |= {"/style.css": ("style.css", "text/css"), "/icon.svg": ("icon.svg", "image/svg+xml")}
         self.app = Starlette(
             routes=[
                 *(Route(path, _file(*file)) for path, file in files.items()),
@@ -263,8 +263,7 @@ class Server:
                 for number, found in events:
                     for choice in form.chunks(number, texts.requests[number], found):
                         yield _sse({**head, "choices": [choice], **more})
-                    if isinstance(found[-1], Continuation):
-                        written += new_tokens(found[-1])
+                    written += sum(isinstance(event, Piece) and event.token is not None for event in found)
                 if not texts.left:
                     break
                 events = await texts.next()
