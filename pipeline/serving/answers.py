@@ -69,6 +69,8 @@ class Texts:
         what ended a text."""
         found: list[tuple[int, Any]] = []
         while not found:
+            if not self.call.left():
+                raise TimeoutError
             self._wait = self._loop.create_future()
             pace = max(LEAST_PACE, PACE * self._batcher.generating) if self._started else 0
             timers = [
@@ -92,8 +94,6 @@ class Texts:
                     break
                 found.append((number - self._numbers[0], what))
                 self._events.popleft()
-            if not found and not self.call.left():
-                raise TimeoutError
         if not self._started:
             self._started = True
             self._metrics.first_token(time.perf_counter() - self.call.began)

@@ -67,13 +67,7 @@ class Server:
 
     def __init__(self, batcher: Batcher, settings: Settings) -> None:
         self.batcher, self.settings, self.metrics = batcher, settings, Metrics(batcher)
-        self._template: Any = None
-        if settings.chat_template is not None:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            try:
-                self._template = environment.from_string(settings.chat_template)
-            except TemplateError as error:
-                raise UserError(f"the chat template is not valid Jinja: {error}") from None
+        self._template = _compiled(settings.chat_template)
         files = {"/": ("index.html", "text/html"), "/app.js": ("app.js", "text/javascript")}
         files |= {"/style.css": ("style.css", "text/css"), "/icon.svg": ("icon.svg", "image/svg+xml")}
         self.app = Starlette(
@@ -88,6 +82,13 @@ class Server:
             ],
             exception_handlers={HTTPException: _http_error},
         )
+        self.app.router.redirect_slashes = False  # to the host that the request names
+
+    def reload(self, chat_template: str | None) -> None:
+        """Read the model folder again, with a new template. Raises: UserError; the old ones stay."""
+        template = _compiled(chat_template)
+        self.batcher.reload()
+        self._template = template
 
     # Every route of the API.
 
@@ -97,7 +98,7 @@ class Server:
         """Key, deadline, errors in OpenAI's format, a line in the log."""
 
         async def answer(request: HttpRequest) -> Response:
-            call = Call(request.url.path, asyncio.get_running_loop().time() + self.settings.deadline)
+            call = Call(request.scope["path"], asyncio.get_running_loop().time() + self.settings.deadline)
             try:
                 self._require_key(request)
                 with anyio.fail_after(self.settings.deadline):
@@ -313,6 +314,14 @@ async def _unless_gone(request: HttpRequest, work: Any) -> Any:
     finally:
         for task in (working, leaving):
             task.cancel()
+
+
+def _compiled(template: str | None) -> Any:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    try:
+        return None if template is None else environment.from_string(template)
+    except TemplateError as error:
+        raise UserError(f"the chat template is not valid Jinja: {error}") from None
 
 
 def _as_api_error(error: Exception) -> ApiError:

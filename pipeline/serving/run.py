@@ -11,7 +11,8 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from data_prep.common.errors import UserError, counted, log
+from data_prep.common.errors import UserError, counted, first_line, log
 from pipeline.parallel.device import DeviceName, DtypeName
 from pipeline.serving.app import Server, Settings
 from pipeline.serving.batcher import LOAD, Batcher
@@ -91,16 +92,19 @@ def serve(
     rows: int,
     most_waiting: int,
     settings: Settings,
+    chat_template: str | None,
     drain_seconds: float,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     int8: bool = False,
 ) -> None:
-    """Serve a model folder until TERM or Ctrl-C; HUP reads the folder again.
+    """Serve a model folder until TERM or Ctrl-C; HUP reads the folder and the template again.
 
+    chat_template: a file, in place of the folder's own.
     Raises: UserError for a folder without a model, a port in use, or an open address without a key.
     """
     require_key(host, settings.key)
+    settings = replace(settings, chat_template=find_template(folder, chat_template))
     # Every connection needs a descriptor.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -108,6 +112,13 @@ def serve(
     load = partial(LOAD, int8=int8, device=device, dtype=dtype)
     batcher = Batcher(folder, rows, most_waiting, load)
     server = Server(batcher, settings)
+
+    def reload() -> None:
+        try:
+            server.reload(find_template(folder, chat_template))
+        except (UserError, OSError, ValueError) as error:
+            log(f"the old model stays: {first_line(error)}")
+
     config = uvicorn.Config(
         server.app,
         http=Connection,
@@ -123,12 +134,16 @@ def serve(
     address = listening.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     log(f"serving {folder} as {batcher.loaded.name!r} at http://{shown}:{address[1]}")
-    asyncio.run(_run(_Uvicorn(config), listening, batcher, drain_seconds))
+    asyncio.run(_run(_Uvicorn(config), listening, batcher, reload, drain_seconds))
     log("stopped")
 
 
 async def _run(
-    server: uvicorn.Server, listening: socket.socket, batcher: Batcher, drain_seconds: float
+    server: uvicorn.Server,
+    listening: socket.socket,
+    batcher: Batcher,
+    reload: Callable[[], None],
+    drain_seconds: float,
 ) -> None:
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
 
@@ -144,12 +159,6 @@ async def _run(
             server.force_exit = server.should_exit = True
             threading.Thread(target=batcher.close, args=(0.0,), daemon=True).start()
         stopping.set()
-
-    def reload() -> None:
-        try:
-            batcher.reload()
-        except UserError as error:
-            log(f"the old model stays: {error}")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)

@@ -27,7 +27,7 @@ from pipeline.generation.api import Generation
 from pipeline.generation.results import Limits, Request
 from pipeline.generation.sampling import Sampling
 from pipeline.models.inference import load_for_generation
-from pipeline.serving.app import Settings
+from pipeline.serving.app import Server, Settings
 from pipeline.serving.batcher import Batcher, Busy, Closing
 from pipeline.serving.run import require_key
 
@@ -411,6 +411,19 @@ def test_a_reload_takes_the_new_weights(folder: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         batcher.reload()
     assert text() != before
+    batcher.close(5)
+
+
+def test_a_reload_takes_the_new_template(folder: str) -> None:
+    batcher = Batcher(folder, rows=2)
+    server = Server(batcher, Settings(chat_template=TEMPLATE))
+    messages = [{"role": "user", "content": "Hello"}]
+    assert server._template.render(messages=messages) == "user: Hello\nassistant: "
+    with pytest.raises(UserError, match="not valid Jinja"):
+        server.reload("{% for %}")
+    assert server._template.render(messages=messages).startswith("user")
+    server.reload("{{ messages[0].content }}!")
+    assert server._template.render(messages=messages) == "Hello!"
     batcher.close(5)
 
 
