@@ -117,7 +117,7 @@ def test_what_is_no_http(server: Serving, data: bytes, capfd: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("host", ["[::1", "evil.example", "a b", "\x7f", ""])
-@@
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "//evil.example/", "/nothing"])
 def test_the_host_of_a_request_does_not_matter(
     server: Serving, host: str, path: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
