@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Loaded:
     tokenizer: Tokenizer
     created: int = field(default_factory=lambda: int(time.time()))
 
-    @property
+    @cached_property
     def name(self) -> str:
         return Path(self.folder).resolve().name
 
