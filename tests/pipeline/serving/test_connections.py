@@ -333,9 +333,9 @@ def test_stop_strings_across_sentence_ends(server: Serving) -> None:
 def test_chat_messages(server: Serving) -> None:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     how: dict[str, Any] = {"model": "tiny", "max_tokens": 9, "seed": 2}
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
     texts = []
-    for content in ("Hello", parts):
+    for content in ("Good day", parts):
         messages: Any = [{"role": "user", "content": content}]
         texts.append(client.chat.completions.create(messages=messages, **how).choices[0].message.content)
         stream = client.chat.completions.create(
