@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -268,6 +269,9 @@ def run(
     # Before the loads and after them: the speed of a machine changes.
     many = {folder: [in_new_process(_batch, folder, asked, rows)] for folder in models}
     with ExitStack() as stack:
+        # Its servers end with this process.
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        stack.callback(signal.signal, signal.SIGTERM, before)
         # Nothing is refused for a full queue: a figure of the load, not of a limit.
         targets = [stack.enter_context(_started(folder, rows, 1 << 20)) for folder in models]
         targets += [Target(url, url.rstrip("/").removesuffix("/v1")) for url in urls]
