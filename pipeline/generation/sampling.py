@@ -37,6 +37,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature}: must be 0 (greedy) or a positive number")
+        if 0 < self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", COLDEST)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1")
         if self.top_k is not None and self.top_k < 1:
@@ -61,7 +63,7 @@ class Sampling:
         float64 [R] in [0, 1), unused when greedy."""
         if self.greedy:
             return logits_RV.argmax(-1)
-        scaled = (logits_RV - logits_RV.amax(-1, keepdim=True)) / max(self.temperature, COLDEST)
+        scaled = (logits_RV - logits_RV.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < scaled.shape[-1]:
             least = scaled.topk(self.top_k).values[:, -1:]
             scaled = scaled.masked_fill(scaled < least, -torch.inf)
