@@ -30,5 +30,4 @@ def __getattr__(name: str) -> Any:
     if _HOMES[name].startswith("pipeline.models"):
         # Registers our model types, whichever name was asked for.
         importlib.import_module("pipeline.interop")
-        importlib.import_module("pipeline.models.stack")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from data_prep.common.command_line import Positive
 from pipeline.cli.options import Json, Output, answer, app
 from pipeline.costs.options import GenerationBenchmark, Several, TrainingBenchmark
 
+Words = Annotated[Sequence[str], Parameter(consume_multiple=True)]
 HELP = """Measure speed and memory on this machine.
 
 example: sllm benchmark generation --recipe sllm-125m-h1 --against opt-125m --batch 1 8"""
@@ -109,3 +111,51 @@ def bound(
     result = generation_bound.run(recipe, against, layers, vocab_size, context, sentence_tokens, dtype)
     write_result(result, output)
     answer(result, json, generation_bound.format_bound)
+
+
+@benchmark.command
+def serve(
+    *,
+    model: Words = (),
+    url: Words = (),
+    rate: Annotated[Sequence[float], Parameter(consume_multiple=True)] = (),
+    clients: Several = (),
+    seconds: float = 30.0,
+    prompts: str | None = None,
+    max_tokens: Positive = 64,
+    temperature: float = 1.0,
+    rows: Positive = 32,
+    output: Output = None,
+    json: Json = False,
+) -> None:
+    """Servers under load, side by side: tokens per second and per second of the CPU, percentiles of the time
+    to the first token, failures, and whether each text is the one that its seed gives alone.
+
+    example:
+      sllm benchmark serve --model models/sllm models/lm --rate 2 8 32 --clients 64 --output serving.json
+
+    Args:
+        model: model folders; each gets a server on this machine
+        url: running servers of OpenAI's API (the key: OPENAI_API_KEY)
+        rate: requests per second that arrive whether or not others are answered; several loads
+        clients: clients that each ask again at once; several loads
+        seconds: how long requests arrive under each load
+        prompts: JSON lines, each with `prompt` (default: seven openings)
+        max_tokens: most new tokens of a text
+        temperature: of sampling
+        rows: texts that the servers of --model generate at once
+    """
+    import os
+
+    from data_prep.common.extras import import_extra
+
+    for package in ("openai", "starlette"):
+        import_extra(package, "serve")
+    from pipeline.cli.generate import read_prompts
+    from pipeline.serving import benchmark as serving
+
+    texts = serving.PROMPTS if prompts is None else [str(line["prompt"]) for line in read_prompts(prompts)]
+    asked = serving.Asked(texts, max_tokens, temperature)
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    result = serving.run(model, url, rate, clients, seconds, asked, rows, key, output)
+    answer(result, json, serving.format_serving)

@@ -37,7 +37,7 @@ def serve(
       sllm serve --model demo/models/sllm --port 8000
 
     Args:
-        model: folder of an exported SLLM
+        model: folder of an exported SLLM, or of a token-level model
         host: address; any but loopback needs an API key
         api_key: what clients must send (better: the variable SLLM_API_KEY, which other users cannot see)
         rows: texts generated at once
@@ -52,14 +52,13 @@ def serve(
     for package in ("starlette", "uvicorn", "prometheus_client"):
         import_extra(package, "serve")
     from pipeline.serving.app import Settings
-    from pipeline.serving.run import find_key, find_template, require_key
+    from pipeline.serving.run import find_key, require_key
     from pipeline.serving.run import serve as run
 
     key = find_key(api_key)
     require_key(host, key)
-    template = find_template(model, chat_template)
-    settings = Settings(key, max_body_bytes, max_prompt_tokens, max_tokens, request_seconds, template)
-    run(model, host, port, rows, queue, settings, drain_seconds, device, dtype, int8)
+    settings = Settings(key, max_body_bytes, max_prompt_tokens, max_tokens, request_seconds)
+    run(model, host, port, rows, queue, settings, chat_template, drain_seconds, device, dtype, int8)
 
 
 @app.command(group="Models")

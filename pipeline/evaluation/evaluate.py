@@ -233,6 +233,11 @@ def _by_rule(model: torch.nn.Module) -> bool:
     return getattr(model_config(model), "ends", None) == "rule"
 
 
+def end_rule(model: torch.nn.Module, tokenizer: Tokenizer) -> RunningEnds | None:
+    """What ends the sentences of a model that predicts no ends of sentences."""
+    return RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
+
+
 def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> SentenceSettings:
     """How `--text` is cut: as given, else as the model was trained, else by default."""
     own = getattr(model.config, "sentence_settings", None) or {}
@@ -392,9 +397,8 @@ def score(
     with tqdm(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
-        rule = RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
         uploader = Uploader(device)
-        for batch, group in batches(windows, batch_tokens, rule):
+        for batch, group in batches(windows, batch_tokens, end_rule(model, tokenizer)):
             batch = uploader.prepare(batch).to(device)
             more = scores.add(model, batch, group, tokenizer.byte_lengths, ngram)
             uploader.learn(batch)

@@ -16,8 +16,8 @@ from pipeline.generation.upload import upload
 
 
 def ends_by_rule(config: Any) -> bool:
-    """Whether a rule ends the sentences of a model with this config."""
-    return getattr(config, "ends", None) == "rule"
+    """Whether no symbol ends a sentence of a model with this config: a rule does, or the document's end."""
+    return getattr(config, "ends", None) in ("rule", "document")
 
 
 class Choice:

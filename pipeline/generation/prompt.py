@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, counted
 from data_prep.common.language import detect_language
 from data_prep.text.running_ends import RunningEnds
 from data_prep.text.sentences import SentenceSettings, cut_document
@@ -13,7 +13,29 @@ from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 _LOSSY = "the model's tokenizer cannot give this prompt back: change its unusual characters"
 
 
-def split_by_rule(prompt: str, tokenizer: Tokenizer, rule: RunningEnds) -> tuple[list[list[int]], list[int]]:
+class WholeDocument:
+    """The rule of a token-level model: a document is one sentence. `most`: symbols of a document, with its
+    start."""
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def cut(self, tokens_T: np.ndarray) -> np.ndarray:
+        """A prompt is a sentence that has ended. Raises: UserError if nothing can follow it."""
+        if len(tokens_T) >= self.most:
+            raise UserError(
+                f"the prompt has {counted(len(tokens_T), 'token')}, but the model has positions for "
+                f"{self.most - 1}: shorten the prompt"
+            )
+        return np.asarray([len(tokens_T), 0])
+
+    def before(self, tokens: list[int], symbol: int) -> bool:
+        return False
+
+
+def split_by_rule(
+    prompt: str, tokenizer: Tokenizer, rule: RunningEnds | WholeDocument
+) -> tuple[list[list[int]], list[int]]:
     """The same for ends by rule: the last sentence ends with the token behind it, which is not there yet."""
     try:
         tokens_T = tokenizer.encode_exactly(prompt, prompt.encode())

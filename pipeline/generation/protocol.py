@@ -16,6 +16,7 @@ class SentenceModel(Protocol):
     """
 
     # `vocab_size`, `max_sentence_tokens`, `sentence_settings`, `bos_token_id`, `eos_token_id`, `pad_token_id`
+    # and, where a sentence's end is not predicted, `ends`: by `rule`, or with the `document`
     config: Any
 
     @property

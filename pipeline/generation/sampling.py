@@ -14,6 +14,7 @@ from torch import Tensor
 from data_prep.common.errors import UserError
 from pipeline.generation.upload import upload
 
+COLDEST = 1e-6  # a temperature below it is as good as greedy, and float32 would divide by 0
 NUCLEUS_FIRST_LOOK = 256  # likeliest symbols that top-p looks at before it sorts all of them
 
 
@@ -40,6 +41,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature}: must be 0 (greedy) or a positive number")
+        if 0 < self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", COLDEST)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top-p {self.top_p}: must be above 0 and at most 1")
         if self.top_k is not None and self.top_k < 1:

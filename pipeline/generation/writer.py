@@ -25,7 +25,7 @@ from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.choice import Choice, ends_by_rule
 from pipeline.generation.prefixes import PrefixCache
-from pipeline.generation.prompt import split_by_rule, split_prompt
+from pipeline.generation.prompt import WholeDocument, split_by_rule, split_prompt
 from pipeline.generation.prompt_end import REJECTED, Branch, PromptEnd, find_prompt_end
 from pipeline.generation.protocol import Guide, SentenceModel
 from pipeline.generation.results import (
@@ -78,8 +78,11 @@ class BatchWriter:
                 f"sentence_tokens {limits.sentence_tokens}: must be below {self._sentence_tokens}"
             )
         self._by_rule = ends_by_rule(config)
-        running = self._by_rule and limits.sentence_tokens is None
-        self._rule = RunningEnds(tokenizer, SentenceSettings(**self.settings)) if running else None
+        self._rule: RunningEnds | WholeDocument | None = None
+        if getattr(config, "ends", None) == "document":
+            self._rule = WholeDocument(config.max_sentence_tokens)
+        elif self._by_rule and limits.sentence_tokens is None:
+            self._rule = RunningEnds(tokenizer, SentenceSettings(**self.settings))
         self._choice = Choice(model, tokenizer, limits, self._rows, guide)
         self._state: Any = None
         self._decoder: Any = None
@@ -365,6 +368,8 @@ class BatchWriter:
             yield from self._finish(at, STOPPED_BY_CALLER)
         elif row.new_tokens == limits.max_tokens:
             yield from self._finish(at, TOKEN_LIMIT)
+        elif isinstance(self._rule, WholeDocument) and self._state.cache.lengths[at] == self._rule.most:
+            yield from self._finish(at, POSITIONS_EXHAUSTED)
 
     def _ends_before(self, row: Row, symbol: int) -> bool:
         if self._rule is None:

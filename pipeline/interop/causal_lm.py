@@ -1,9 +1,9 @@
-"""An SLLM as `AutoModelForCausalLM` gives it: token ids in, token ids out.
+"""An SLLM of either layout as `AutoModelForCausalLM` gives it: token ids in, token ids out.
 
 `generate` of ids takes what Hugging Face documents for every causal LM. Transformers prepares lengths, logits
 processors, stopping criteria and the streamer; our own loop (`generation.writer`) chooses the ids. The
-end-of-text id is the document's end. A sentence end is no id: logits processors see it in the column of the
-end-of-text id and cannot forbid it.
+end-of-text id is the document's end. A predicted sentence end is no id: logits processors see it in the
+column of the end-of-text id and cannot forbid it. Where a rule ends sentences, the column is the document's.
 
 `generate("text")` is the text API of `SLLM.generate`: the type of the first argument decides.
 """
@@ -45,13 +45,16 @@ from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.windows import document_spans
+from pipeline.evaluation.evaluate import end_rule
+from pipeline.generation.choice import ends_by_rule
 from pipeline.generation.results import DOCUMENT_END, POSITIONS_EXHAUSTED, Continuation, Limits, Request
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
 from pipeline.interop.texts import cut_text, decode_ids, spell, unpadded
 from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.losses import LossSums
-from pipeline.models.sllm import SLLM, SLLMConfig
+from pipeline.models.sllm import SLLM
+from pipeline.models.stack import StackLM
 
 # Settings of `generate` that a sentence-level model cannot follow, and values that ask for nothing.
 REFUSED: dict[str, tuple[Any, ...]] = {
@@ -97,14 +100,16 @@ class IdGuide:
         end: int,
         may_end: bool,
         vocabulary: int,
+        by_rule: bool,
         on_id: Callable[[int], None],
     ):
         """`end`: the end-of-text id; `may_end`: whether it ends a text; `vocabulary`: ids that have logits;
-        `on_id`: gets each new id."""
+        `by_rule`: no symbol ends a sentence; `on_id`: gets each new id."""
         self._ids: list[Tensor] = [row[None] for row in prompts_RL]
         self._prompt_length = prompts_RL.shape[1]
         self._tokenizer, self._criteria, self._end = tokenizer, criteria, end
         self._may_end, self._vocabulary, self._on_id = may_end, vocabulary, on_id
+        self._by_rule = by_rule
         self._processors = [[_of_row(each, row) for each in processors] for row in range(len(prompts_RL))]
         self.keeps_prompt = bool(processors)
 
@@ -119,10 +124,12 @@ class IdGuide:
         return scores[0]
 
     def adjust(self, number: int, logits_V: Tensor) -> Tensor:
-        if not self._processors[number]:
+        if not self._processors[number] and (self._may_end or not self._by_rule):
             return logits_V
         adjusted_V = self._process(number, logits_V.clone()).clone()
-        if adjusted_V[self._end].isneginf():
+        if self._by_rule and not self._may_end:
+            adjusted_V[self._end] = -torch.inf
+        elif not self._by_rule and adjusted_V[self._end].isneginf():
             # The id is forbidden, not the sentence end: it keeps its distance from the likeliest id.
             best = adjusted_V.argmax()
             shift = adjusted_V[best] - logits_V[best]
@@ -235,7 +242,7 @@ class SentenceGenerationMixin(GenerationMixin):
         seed: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        tokenizer, vae = self._exact_tokenizer(), self.config.vae
+        tokenizer = self._exact_tokenizer()
         prompts = [
             decode_ids(ids, f"row {row} of input_ids", tokenizer)
             for row, ids in enumerate(unpadded(input_ids, attention_mask))
@@ -247,8 +254,9 @@ class SentenceGenerationMixin(GenerationMixin):
         put = (lambda new: None) if streamer is None else (lambda new: streamer.put(torch.tensor([new])))
         end = self.config.eos_token_id
         may_end = ends is not None and end in ends.tolist()
+        by_rule, vocabulary = ends_by_rule(self.config), self.config.vocab_size
         guide = IdGuide(
-            input_ids, tokenizer, processors, stopping_criteria, end, may_end, vae.vocab_size, put
+            input_ids, tokenizer, processors, stopping_criteria, end, may_end, vocabulary, by_rule, put
         )
         # Criteria and positions are the limits.
         writer = BatchWriter(self, tokenizer, sampling, Limits(1 << 30), len(prompts), guide)  # type: ignore[arg-type]
@@ -327,6 +335,8 @@ class SentenceGenerationMixin(GenerationMixin):
             counted_T.append(counts.cpu().numpy()[id_of_T])
             *inner, last = document_spans(tokens_T, lengths_S, self.config.window_tokens)
             spans += [*inner, replace(last, document_end=ends)]
+        if rule := end_rule(self, tokenizer):  # type: ignore[arg-type]
+            spans = [span.cut_again(rule) for span in spans]
         if not spans:
             raise UserError("forward: input_ids hold no text")
         losses: Any = self.forward(build_batch(spans).to(input_ids.device))
@@ -342,7 +352,9 @@ class SentenceGenerationMixin(GenerationMixin):
             counted_N[~is_end_N] = is_counted_T
             ends_N = is_end_N.nonzero()[:, 0]
             counted_N[ends_N] = counted_S = counted_N[ends_N - 1]
-            nats = losses.target_nll_N[counted_N].sum() + losses.stop_nll_S[counted_S].sum()
+            nats = losses.target_nll_N[counted_N].sum()
+            if losses.stop_nll_S is not None:
+                nats = nats + losses.stop_nll_S[counted_S].sum()
             loss = nats / max(1, tokens)
         return (loss,) if return_dict is False else CausalLMOutput(loss=loss)
 
@@ -360,6 +372,11 @@ class SLLMForCausalLM(SentenceGenerationMixin, SLLM):  # type: ignore[misc]
     """An `SLLM` with Hugging Face's interface of a causal language model."""
 
 
-AutoModelForCausalLM.register(SLLMConfig, SLLMForCausalLM)
-# The pipeline "text-generation" warns of models that are not named here.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[SLLMConfig.model_type] = SLLMForCausalLM.__name__
+class StackForCausalLM(SentenceGenerationMixin, StackLM):  # type: ignore[misc]
+    """The same of a `StackLM`."""
+
+
+for model_class in (SLLMForCausalLM, StackForCausalLM):
+    AutoModelForCausalLM.register(model_class.config_class, model_class)
+    # The pipeline "text-generation" warns of models that are not named here.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_class.config_class.model_type] = model_class.__name__

@@ -26,7 +26,7 @@ from data_prep.common.errors import UserError, counted, log
 from data_prep.common.language import detect_language
 from data_prep.text.hugging_face import write_hugging_face
 from pipeline.data.windows import document_spans
-from pipeline.evaluation.evaluate import batches, load, score, sentence_settings, window_limit
+from pipeline.evaluation.evaluate import batches, end_rule, load, score, sentence_settings, window_limit
 from pipeline.evaluation.scores import STOP, Window, document_windows
 from pipeline.generation.api import generate_many
 from pipeline.generation.results import Limits
@@ -83,6 +83,7 @@ class FolderLM(LM):
         self._batch_tokens = int(batch_tokens)
         self._window = window_limit(self._model, self._loaded.kind, window_tokens)
         self._cut = sentence_settings(self._model)
+        self._rule = end_rule(self._model, self._loaded.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -110,13 +111,13 @@ class FolderLM(LM):
             self._report_shortened(shortened)
 
         device = next(self._model.parameters()).device
-        for batch, group in batches(windows(), self._batch_tokens):
+        for batch, group in batches(windows(), self._batch_tokens, self._rule):
             losses = self._model(batch.to(device), want_correct=True)
             of_batch, parts[:] = parts[: len(group)], parts[len(group) :]
             is_end_N = losses.is_end_N.cpu().numpy()
             counted_N = np.zeros(len(is_end_N), dtype=bool)
             counted_N[~is_end_N] = np.concatenate([part.counted_T for part in of_batch])
-            if self._loaded.kind == "sllm":
+            if self._loaded.kind == "sllm" and self._rule is None:
                 counted_N[is_end_N] = np.concatenate([part.counted_S for part in of_batch])
                 symbols = [len(part.counted_T) + len(part.counted_S) for part in of_batch]
             else:

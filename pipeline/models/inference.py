@@ -24,6 +24,8 @@ from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.sentence_lm import SentenceLM
 from pipeline.models.sentence_vae import SentenceVAE
 from pipeline.models.step import BackboneStep, join, joined_layers
+from pipeline.models.token_documents import TokenDocuments
+from pipeline.models.token_lm import TokenLM
 from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
 from pipeline.parallel.device import DeviceName, DtypeName, choose_device
 
@@ -89,21 +91,27 @@ def to_int8(model: nn.Module) -> nn.Module:
 
 
 def load_for_generation(
-    folder: str | Path, int8: bool = False, device: DeviceName = "auto", dtype: DtypeName = "auto"
-) -> tuple[SentenceLM, Tokenizer]:
-    """A model folder's SLLM, laid out for generation or in int8, and its tokenizer.
+    folder: str | Path,
+    int8: bool = False,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    token_models: bool = False,
+) -> tuple[Any, Tokenizer]:
+    """A model folder's SLLM, laid out for generation or in int8, and its tokenizer. `token_models`: a
+    token-level model is taken too, as `TokenDocuments`.
 
     Raises: UserError for another kind of model, and as `choose_device`.
     """
     place, precision = choose_device(device, dtype, int8)
     model: nn.Module = load_model(folder)
-    if not isinstance(model, SentenceLM):
+    if isinstance(model, SentenceVAE) or not (token_models or isinstance(model, SentenceLM)):
         vae = isinstance(model, SentenceVAE)
         what = "a SentenceVAE rebuilds sentences and" if vae else "a token-level model"
         raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
+    tokenizer = load_model_tokenizer(folder)
     nn.Module.to(model, place, precision)
     (to_int8 if int8 else lay_out)(model)
-    return model, load_model_tokenizer(folder)
+    return TokenDocuments(model, tokenizer) if isinstance(model, TokenLM) else model, tokenizer
 
 
 def lay_out(model: nn.Module) -> nn.Module:

@@ -6,9 +6,8 @@ import asyncio
 import hmac
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from data_prep.common.errors import UserError, counted, first_line, log
-from pipeline.generation.results import Continuation, Piece, Request
+from pipeline.generation.results import Piece
+from pipeline.serving.answers import Call, Chat, Completion, Form, Texts
 from pipeline.serving.batcher import Batcher, Busy, Closing
 from pipeline.serving.metrics import Metrics
 from pipeline.serving.protocol import (
@@ -33,7 +33,6 @@ from pipeline.serving.protocol import (
     ChatRequest,
     CompletionRequest,
     Generating,
-    finish_reason,
     new_tokens,
     parse,
     require_text,
@@ -45,6 +44,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+SHORT_PROMPTS = 4000  # characters that are tokenized at once; more would hold up other clients
 RETRY_AFTER = 1  # seconds
 STALLED = 5.0  # seconds for which a reader may hold a finished or overdue answer
 
@@ -62,34 +62,14 @@ class Settings:
     chat_template: str | None = None
 
 
-@dataclass
-class Call:
-    """One request, for the log and the metrics."""
-
-    path: str
-    deadline: float  # time of the event loop
-    began: float = field(default_factory=time.perf_counter)
-    facts: dict[str, Any] = field(default_factory=dict)
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    def left(self) -> float:
-        return max(0.0, self.deadline - asyncio.get_running_loop().time())
-
-
 class Server:
     """The routes of one batcher."""
 
     def __init__(self, batcher: Batcher, settings: Settings) -> None:
         self.batcher, self.settings, self.metrics = batcher, settings, Metrics(batcher)
-        self._template: Any = None
-        if settings.chat_template is not None:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            try:
-                self._template = environment.from_string(settings.chat_template)
-            except TemplateError as error:
-                raise UserError(f"the chat template is not valid Jinja: {error}") from None
+        self._template = _compiled(settings.chat_template)
         files = {"/": ("index.html", "text/html"), "/app.js": ("app.js", "text/javascript")}
-        files["/style.css"] = ("style.css", "text/css")
+        files |= {"/style.css": ("style.css", "text/css"), "/icon.svg": ("icon.svg", "image/svg+xml")}
         self.app = Starlette(
             routes=[
                 *(Route(path, _file(*file)) for path, file in files.items()),
@@ -102,6 +82,13 @@ class Server:
             ],
             exception_handlers={HTTPException: _http_error},
         )
+        self.app.router.redirect_slashes = False  # to the host that the request names
+
+    def reload(self, chat_template: str | None) -> None:
+        """Read the model folder again, with a new template. Raises: UserError; the old ones stay."""
+        template = _compiled(chat_template)
+        self.batcher.reload()
+        self._template = template
 
     # Every route of the API.
 
@@ -111,7 +98,7 @@ class Server:
         """Key, deadline, errors in OpenAI's format, a line in the log."""
 
         async def answer(request: HttpRequest) -> Response:
-            call = Call(request.url.path, asyncio.get_running_loop().time() + self.settings.deadline)
+            call = Call(request.scope["path"], asyncio.get_running_loop().time() + self.settings.deadline)
             try:
                 self._require_key(request)
                 with anyio.fail_after(self.settings.deadline):
@@ -127,8 +114,9 @@ class Server:
     def _require_key(self, request: HttpRequest) -> None:
         if self.settings.key is None:
             return
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.settings.key.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self.settings.key.encode())
+        if not right or scheme.lower() != "bearer":
             raise ApiError(
                 401, "no valid API key: send it as Authorization: Bearer KEY", code="invalid_api_key"
             )
@@ -177,7 +165,9 @@ class Server:
         body = parse(CompletionRequest, await self._body(request))
         self._require_model(body.model)
         prompts = body.prompts(self.batcher.loaded.tokenizer)
-        return await self._answer(request, call, body, prompts, _Completion(body))
+        return await self._answer(
+            request, call, body, prompts, Completion(body, self.batcher.loaded.tokenizer)
+        )
 
     async def chat(self, request: HttpRequest, call: Call) -> Response:
         if self._template is None:
@@ -188,13 +178,15 @@ class Server:
             )
         body = parse(ChatRequest, await self._body(request))
         self._require_model(body.model)
-        messages = [message.model_dump(exclude_none=True) for message in body.messages]
+        messages = [
+            {**message.model_dump(exclude_none=True), "content": message.text} for message in body.messages
+        ]
         try:
             prompt = self._template.render(messages=messages, add_generation_prompt=True)
         except TemplateError as error:
             raise ApiError(400, f"the chat template refuses these messages: {error}", "messages") from None
         require_text([prompt], "messages")
-        return await self._answer(request, call, body, [prompt], _Chat())
+        return await self._answer(request, call, body, [prompt], Chat())
 
     async def _body(self, request: HttpRequest) -> bytes:
         data, most = bytearray(), self.settings.body_bytes
@@ -215,7 +207,15 @@ class Server:
         form: Form,
     ) -> Response:
         tokenizer, settings = self.batcher.loaded.tokenizer, self.settings
-        lengths = [len(tokens) for tokens in await run_in_threadpool(tokenizer.encode_batch, prompts)]
+        if body.max_sentences and getattr(self.batcher.loaded.model.config, "ends", None) == "document":
+            raise ApiError(400, "max_sentences: this model has tokens only", "max_sentences")
+        default = 16 if isinstance(body, CompletionRequest) else min(512, settings.most_tokens)
+        requests = body.requests(prompts, settings.most_tokens, default)
+        if sum(map(len, prompts)) < SHORT_PROMPTS:
+            encoded = tokenizer.encode_batch(prompts)
+        else:
+            encoded = await run_in_threadpool(tokenizer.encode_batch, prompts)
+        lengths = [len(tokens) for tokens in encoded]
         if max(lengths) > settings.prompt_tokens:
             raise ApiError(
                 400,
@@ -224,8 +224,6 @@ class Server:
                 "prompt",
                 "context_length_exceeded",
             )
-        default = 16 if isinstance(body, CompletionRequest) else min(512, settings.most_tokens)
-        requests = body.requests(prompts, settings.most_tokens, default)
         call.facts |= {"prompt_tokens": sum(lengths), "texts": len(requests)}
         texts = Texts(self.batcher, requests, call, self.metrics)
         head = {
@@ -255,23 +253,21 @@ class Server:
         head: dict[str, Any],
         form: Form,
         texts: Texts,
-        first: tuple[int, Any],
+        events: list[tuple[int, list[Any]]],
         prompt_tokens: int,
     ) -> AsyncIterator[bytes]:
         head = {**head, "object": form.chunk_kind}
         more = {"usage": None} if body.with_usage else {}
-        written, event, started = 0, first, set()
+        written = 0
         try:
             while True:
-                number, what = event
-                for choice in form.chunks(number, texts.requests[number], what, number not in started):
-                    yield _sse({**head, "choices": [choice], **more})
-                started.add(number)
-                if isinstance(what, Continuation):
-                    written += new_tokens(what)
+                for number, found in events:
+                    for choice in form.chunks(number, texts.requests[number], found):
+                        yield _sse({**head, "choices": [choice], **more})
+                    written += sum(isinstance(event, Piece) and event.token is not None for event in found)
                 if not texts.left:
                     break
-                event = await texts.next()
+                events = await texts.next()
             if body.with_usage:
                 yield _sse({**head, "choices": [], "usage": usage(prompt_tokens, written)})
             yield b"data: [DONE]\n\n"
@@ -281,121 +277,6 @@ class Server:
         finally:
             texts.call.facts["completion_tokens"] = written
             texts.cancel()
-
-
-class Texts:
-    """The events of a request's texts, in the order in which they happen."""
-
-    def __init__(self, batcher: Batcher, requests: list[Request], call: Call, metrics: Metrics) -> None:
-        loop, self._events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Any]]()
-        self.requests, self.call, self.left = requests, call, len(requests)
-        self._batcher, self._metrics, self._first = batcher, metrics, True
-
-        def deliver(number: int, event: Any) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
-
-        self._numbers = batcher.submit(requests, deliver)
-
-    async def next(self) -> tuple[int, Any]:
-        """(number of the text in this request, `Piece` or `Continuation`). Raises what ended a text."""
-        while True:
-            with anyio.fail_after(self.call.left()):
-                number, event = await self._events.get()
-            if isinstance(event, Exception):
-                raise event
-            if self._first:
-                self._first = False
-                self._metrics.first_token(time.perf_counter() - self.call.began)
-            if isinstance(event, Continuation):
-                self.left -= 1
-            if isinstance(event, Continuation | Piece):
-                return number - self._numbers[0], event
-
-    async def all(self) -> list[tuple[list[Piece], Continuation]]:
-        """Every text with its pieces."""
-        pieces: list[list[Piece]] = [[] for _ in self.requests]
-        done: dict[int, Continuation] = {}
-        while self.left:
-            number, event = await self.next()
-            if isinstance(event, Continuation):
-                done[number] = event
-            else:
-                pieces[number].append(event)
-        return [(pieces[number], done[number]) for number in range(len(self.requests))]
-
-    def cancel(self) -> None:
-        self._batcher.cancel(self._numbers)
-
-
-class _Completion:
-    """The form of `/v1/completions`."""
-
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, body: CompletionRequest) -> None:
-        self._echo, self._logprobs = bool(body.echo), body.logprobs is not None
-        self._offsets: dict[int, int] = {}
-
-    def choice(
-        self, number: int, request: Request, pieces: list[Piece], text: Continuation
-    ) -> dict[str, Any]:
-        before = str(request.prompt) if self._echo else ""
-        logprobs = self._table(number, before, pieces)
-        return {
-            "text": before + text.text,
-            "index": number,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason(text),
-        }
-
-    def chunks(self, number: int, request: Request, event: Any, first: bool) -> list[dict[str, Any]]:
-        before = str(request.prompt) if self._echo and first else ""
-        end = isinstance(event, Continuation)
-        logprobs = self._table(number, before, [] if end else [event])
-        reason = finish_reason(event) if end else None
-        text = before + ("" if end else event.text)
-        return [{"text": text, "index": number, "logprobs": logprobs, "finish_reason": reason}]
-
-    def _table(self, number: int, before: str, pieces: list[Piece]) -> dict[str, Any] | None:
-        if not self._logprobs:
-            return None
-        offset = self._offsets.get(number, 0) + len(before)
-        table: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for piece in pieces:
-            if piece.token is not None:
-                table["tokens"].append(piece.text)
-                table["token_logprobs"].append(piece.log_probability)
-                table["top_logprobs"].append({piece.text: piece.log_probability})
-                table["text_offset"].append(offset)
-            offset += len(piece.text)
-        self._offsets[number] = offset
-        return table
-
-
-class _Chat:
-    """The form of `/v1/chat/completions`."""
-
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def choice(self, number: int, _: Request, __: list[Piece], text: Continuation) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text.text, "refusal": None}
-        return {"index": number, "message": message, "logprobs": None, "finish_reason": finish_reason(text)}
-
-    def chunks(self, number: int, _: Request, event: Any, first: bool) -> list[dict[str, Any]]:
-        deltas: list[tuple[dict[str, str], str | None]] = []
-        if first:
-            deltas.append(({"role": "assistant", "content": ""}, None))
-        if isinstance(event, Continuation):
-            deltas.append(({}, finish_reason(event)))
-        else:
-            deltas.append(({"content": event.text}, None))
-        return [
-            {"index": number, "delta": delta, "logprobs": None, "finish_reason": reason}
-            for delta, reason in deltas
-        ]
-
-
-Form = _Completion | _Chat
 
 
 class Stream(StreamingResponse):
@@ -433,6 +314,14 @@ async def _unless_gone(request: HttpRequest, work: Any) -> Any:
     finally:
         for task in (working, leaving):
             task.cancel()
+
+
+def _compiled(template: str | None) -> Any:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    try:
+        return None if template is None else environment.from_string(template)
+    except TemplateError as error:
+        raise UserError(f"the chat template is not valid Jinja: {error}") from None
 
 
 def _as_api_error(error: Exception) -> ApiError:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
 from pipeline.models.inference import load_for_generation
 
+LOAD = partial(load_for_generation, token_models=True)
 Deliver = Callable[[int, "Piece | Sentence | Continuation | Exception"], None]
 
 
@@ -44,7 +46,7 @@ class Loaded:
     created: int = field(default_factory=lambda: int(time.time()))
     prefixes: PrefixCache = field(default_factory=PrefixCache)
 
-    @property
+    @cached_property
     def name(self) -> str:
         return Path(self.folder).resolve().name
 
@@ -60,7 +62,7 @@ class Batcher:
         folder: str,
         rows: int = 32,
         most_waiting: int = 256,
-        load: Callable[[str], tuple[Any, Tokenizer]] = load_for_generation,
+        load: Callable[[str], tuple[Any, Tokenizer]] = LOAD,
     ) -> None:
         self.rows, self.most_waiting, self._load = rows, most_waiting, load
         self.loaded = Loaded(folder, *load(folder))

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from pipeline.serving.batcher import Batcher
 
@@ -16,6 +23,7 @@ class Metrics:
 
     def __init__(self, batcher: Batcher) -> None:
         self._registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # seconds of the CPU, memory
         self._requests = Counter("sllm_requests", "Requests by answer", ["path", "status"], registry=registry)
         self._tokens = Counter("sllm_tokens", "Tokens read and generated", ["kind"], registry=registry)
         self._first = Histogram(

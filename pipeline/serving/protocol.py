@@ -4,6 +4,7 @@ model can give what they ask for."""
 from __future__ import annotations
 
 import json
+from itertools import dropwhile
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -15,6 +16,8 @@ from pipeline.generation.sampling import Sampling
 
 Body = TypeVar("Body", bound="Generating")
 MOST_TEXTS = 128  # of one request
+MOST_STOPS = 16  # every new token is compared with each
+MOST_SHOWN = 500  # characters of a message, which may quote the request
 NOT_MEANT = "this server cannot do that; leave it out"
 
 
@@ -29,6 +32,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        # Names in a request may hold lone surrogates, which no answer can.
+        message, param = (
+            None if text is None else text[:MOST_SHOWN].encode("utf-8", "backslashreplace").decode()
+            for text in (message, param)
+        )
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
@@ -61,7 +69,7 @@ class Generating(_Strict):
     user: str | None = None
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     max_sentences: int | None = Field(None, ge=1)
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
@@ -82,6 +90,8 @@ class Generating(_Strict):
     def requests(self, prompts: list[str], most_tokens: int, default_tokens: int) -> list[Request]:
         """`n` texts of each prompt. Raises: ApiError."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > MOST_STOPS:
+            raise ApiError(400, f"stop: at most {MOST_STOPS} strings", "stop")
         tokens = self.max_tokens or default_tokens
         if tokens > most_tokens:
             raise ApiError(
@@ -135,10 +145,20 @@ class CompletionRequest(Generating):
         return prompts
 
 
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: str | list[TextPart]
     name: str | None = None
+
+    @property
+    def text(self) -> str:
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return "".join(parts)
 
 
 class ChatRequest(Generating):
@@ -160,9 +180,16 @@ def require_text(texts: list[str], param: str) -> None:
 
 
 def _decode(tokens: list[int], tokenizer: Any) -> str:
+    """The text of token ids, which may follow control symbols. Raises: ApiError."""
     if any(not 0 <= token < tokenizer.vocab_size for token in tokens):
         raise ApiError(400, f"prompt: token ids are from 0 to {tokenizer.vocab_size - 1}", "prompt")
-    return tokenizer.decode(tokens)
+    tokens = list(dropwhile(lambda token: tokenizer.byte_lengths[token] == 0, tokens))
+    if any(tokenizer.byte_lengths[token] == 0 for token in tokens):
+        raise ApiError(400, "prompt: there is a control symbol inside the token ids", "prompt")
+    try:
+        return tokenizer.decode_bytes(tokens).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ApiError(400, "prompt: the token ids begin or end inside a character", "prompt") from None
 
 
 def parse(kind: type[Body], data: bytes) -> Body:
@@ -183,9 +210,10 @@ def parse(kind: type[Body], data: bytes) -> Body:
         body = kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = str(first["loc"][0]) if first["loc"] else None
-        what = "is unknown here" if first.get("type") == "extra_forbidden" else first["msg"]
-        raise ApiError(400, f"{where or 'the body'}: {what}", where) from None
+        unknown = first.get("type") == "extra_forbidden"
+        where = ".".join(map(str, first["loc"] if unknown else first["loc"][:1]))
+        what = "is unknown here" if unknown else first["msg"]
+        raise ApiError(400, f"{where or 'the body'}: {what}", where or None) from None
     body.require_meant()
     return body
 

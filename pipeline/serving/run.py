@@ -5,44 +5,76 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import os
+import resource
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from data_prep.common.errors import UserError, counted, log
-from pipeline.models.inference import load_for_generation
+from data_prep.common.errors import UserError, counted, first_line, log
 from pipeline.parallel.device import DeviceName, DtypeName
 from pipeline.serving.app import Server, Settings
-from pipeline.serving.batcher import Batcher
+from pipeline.serving.batcher import LOAD, Batcher
+from pipeline.serving.protocol import ApiError
 
 KEY_VARIABLE = "SLLM_API_KEY"
 BACKLOG = 2048  # connections that wait to be accepted
-HEADER_SECONDS = 10.0  # for a connection's first request to arrive
+ARRIVAL_SECONDS = 20.0  # for a request to arrive, from its first byte (a connection's first: from its start)
+UNREAD_SECONDS = 30  # after which the system cuts a connection whose reader takes nothing
 TEMPLATE = "chat_template.jinja"  # in a model folder or its tokenizer folder, as transformers names it
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when its first request does not arrive: others need the place."""
+    """A connection that is closed when a request does not arrive whole in time: others need the place."""
+
+    _too_late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._too_late = self.loop.call_later(HEADER_SECONDS, self._close_idle)
+        self._watch()
 
-    def _close_idle(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Start the clock of the request that arrives, or stop it."""
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop_clock()
+        elif self._too_late is None:
+            self._too_late = self.loop.call_later(ARRIVAL_SECONDS, self.transport.abort)
+
+    def _stop_clock(self) -> None:
+        if self._too_late is not None:
+            self._too_late.cancel()
+            self._too_late = None
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._too_late.cancel()
+        self._stop_clock()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """No HTTP: an answer in OpenAI's format, unless another one has been given."""
+        if self.conn.our_state is h11.IDLE:
+            data = json.dumps(ApiError(400, msg).body).encode()
+            head = [("content-type", "application/json"), ("content-length", str(len(data)))]
+            for event in (
+                h11.Response(status_code=400, headers=[*head, ("connection", "close")]),
+                h11.Data(data=data),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+        self.transport.close()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -60,21 +92,33 @@ def serve(
     rows: int,
     most_waiting: int,
     settings: Settings,
+    chat_template: str | None,
     drain_seconds: float,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     int8: bool = False,
 ) -> None:
-    """Serve a model folder until TERM or Ctrl-C; HUP reads the folder again.
+    """Serve a model folder until TERM or Ctrl-C; HUP reads the folder and the template again.
 
+    chat_template: a file, in place of the folder's own.
     Raises: UserError for a folder without a model, a port in use, or an open address without a key.
     """
     require_key(host, settings.key)
+    settings = replace(settings, chat_template=find_template(folder, chat_template))
+    # Every connection needs a descriptor.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listening = _listen(host, port)
-    batcher = Batcher(
-        folder, rows, most_waiting, partial(load_for_generation, int8=int8, device=device, dtype=dtype)
-    )
+    load = partial(LOAD, int8=int8, device=device, dtype=dtype)
+    batcher = Batcher(folder, rows, most_waiting, load)
     server = Server(batcher, settings)
+
+    def reload() -> None:
+        try:
+            server.reload(find_template(folder, chat_template))
+        except (UserError, OSError, ValueError) as error:
+            log(f"the old model stays: {first_line(error)}")
+
     config = uvicorn.Config(
         server.app,
         http=Connection,
@@ -83,18 +127,23 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
         backlog=BACKLOG,
     )
     address = listening.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     log(f"serving {folder} as {batcher.loaded.name!r} at http://{shown}:{address[1]}")
-    asyncio.run(_run(_Uvicorn(config), listening, batcher, drain_seconds))
+    asyncio.run(_run(_Uvicorn(config), listening, batcher, reload, drain_seconds))
     log("stopped")
 
 
 async def _run(
-    server: uvicorn.Server, listening: socket.socket, batcher: Batcher, drain_seconds: float
+    server: uvicorn.Server,
+    listening: socket.socket,
+    batcher: Batcher,
+    reload: Callable[[], None],
+    drain_seconds: float,
 ) -> None:
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
 
@@ -110,12 +159,6 @@ async def _run(
             server.force_exit = server.should_exit = True
             threading.Thread(target=batcher.close, args=(0.0,), daemon=True).start()
         stopping.set()
-
-    def reload() -> None:
-        try:
-            batcher.reload()
-        except UserError as error:
-            log(f"the old model stays: {error}")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
@@ -159,8 +202,10 @@ def find_template(folder: str, given: str | None) -> str | None:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
+        # Only of a socket with its protocol named does asyncio send small answers at once.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
         listening.bind(address)
         listening.listen(BACKLOG)
     except OSError as error:

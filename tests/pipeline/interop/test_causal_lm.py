@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.model_folders import save, small_model
+from helpers.model_folders import STACK, save, small_model
 from helpers.tokenizer_folders import ENGLISH, LINES, byte_level, sentence_piece
 from transformers import (
     AutoModelForCausalLM,
@@ -33,9 +33,9 @@ from data_prep.text.hugging_face import write_hugging_face
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline import SLLM
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.generation.api import generate_many
-from pipeline.generation.results import Limits
+from pipeline.generation.results import DOCUMENT_END, Continuation, Limits, Piece, Request, TextStream
 from pipeline.generation.sampling import Sampling
+from pipeline.generation.writer import BatchWriter
 from pipeline.interop import SLLMForCausalLM
 from pipeline.models.factory import load_model
 
@@ -54,6 +54,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         sllm.stop_head.weight.data.mul_(0.2)
         save(sllm, root / f"sllm-{name}", tokenizer)
         save(small_model("lm", load_tokenizer(tokenizer)), root / f"lm-{name}", tokenizer)
+    for ends, tokenizer in zip(("predicted", "rule"), tokenizers.values(), strict=True):
+        stack: Any = small_model(
+            "sllm", load_tokenizer(tokenizer), noise=0.4, stack={**STACK, "ends": ends}, max_tokens=12
+        )
+        if ends == "predicted":
+            stack.stop_head.bias.data.fill_(0.5)
+            stack.stop_head.weight.data.mul_(0.2)
+        else:
+            end = stack.head.weight.data[load_tokenizer(tokenizer).eos_id]
+            stack.final_norm.bias.data.add_(3.0 * end / end.dot(end))
+        save(stack, root / f"stack-{ends}", tokenizer)
     exact = load_tokenizer(tokenizers["bpe"])
     torch.manual_seed(5)
     ids = {"bos_token_id": exact.bos_id, "eos_token_id": exact.eos_id, "pad_token_id": exact.pad_id}
@@ -84,7 +95,7 @@ class Loaded:
         return out[:, given["input_ids"].shape[1] :]
 
 
-@pytest.fixture(scope="module", params=["sllm-bpe", "sllm-pieces", "llama"])
+@pytest.fixture(scope="module", params=["sllm-bpe", "sllm-pieces", "stack-predicted", "stack-rule", "llama"])
 def lm(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Loaded:
     return Loaded(folders[request.param])
 
@@ -317,41 +328,74 @@ def prompts(count: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "pieces"])
-def test_the_ids_are_the_text_of_sllm_generate(folders: dict[str, Path], kind: str) -> None:
-    lm = Loaded(folders[f"sllm-{kind}"])
-    model, exact = load_model(lm.folder), load_tokenizer(lm.folder / "tokenizer")
-    texts = prompts(200)
-    for options, sampling in (
-        ({}, Sampling()),
-        (
-            {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 11},
-            Sampling(0.7, 0.9, 20),
-        ),
-    ):
-        rows = [
-            row
-            for at in range(0, 200, 50)
-            for row in lm(
-                texts[at : at + 50], max_new_tokens=6, **({**options, "seed": 11 + at} if options else {})
+SAMPLED = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9}
+
+
+def expected_texts(
+    lm: Loaded, texts: list[str], limit: int, sampling: Sampling
+) -> list[tuple[list[str], str]]:
+    """What `sllm generate` writes: the text after each of its tokens, and why it stops."""
+    exact = load_tokenizer(lm.folder / "tokenizer")
+    requests = (Request(n, text, 11 + n) for n, text in enumerate(texts))
+    after: list[list[str]] = [[""] for _ in texts]
+    stopped = [""] * len(texts)
+    for number, event in BatchWriter(lm.model, exact, sampling, Limits(1 << 30, limit), 50).run(requests):
+        if isinstance(event, Piece):
+            after[number].append(after[number][-1] + event.text)
+        elif isinstance(event, Continuation):
+            stopped[number] = event.stopped
+            assert event.text == after[number][-1]
+    return list(zip(after, stopped, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sllm-bpe", {}),
+        ("sllm-pieces", SAMPLED),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ("sllm-bpe", SAMPLED),
+                ("sllm-pieces", {}),
+                ("stack-predicted", {}),
+                ("stack-predicted", SAMPLED),
+                ("stack-rule", {}),
+                ("stack-rule", SAMPLED),
             )
-        ]
-        limits = Limits(1000, max_tokens=6)
-        expected = generate_many(model, exact, texts, sampling, limits, batch_size=50, seed=11)
-        whole = 0
-        for row, (wanted,) in zip(rows, expected, strict=True):
-            new = [i for i in row.tolist() if i not in (exact.eos_id, exact.pad_id)]
-            data = wanted.text.encode()
-            got = exact.decode(new).encode()
-            # Where the prompt's last token is replaced, its rest may take several ids: fewer tokens follow.
-            whole += got == data
-            assert data.startswith(exact.decode_bytes(new)) or "\ufffd" in wanted.text
-        assert whole > 150
-    for n in range(0, 200, 29):
-        alone = lm(texts[n], max_new_tokens=6)[0]
-        start = n // 50 * 50
-        together = lm(texts[start : start + 50], max_new_tokens=6)[n - start]
-        assert stripped(alone, lm) == stripped(together, lm)
+        ),
+    ],
+)
+def test_the_ids_are_the_text_of_sllm_generate(
+    folders: dict[str, Path], name: str, options: dict[str, Any]
+) -> None:
+    lm, texts = Loaded(folders[name]), prompts(200)
+    if name == "stack-rule":
+        end = lm.model.head.weight.data[lm.tokenizer.eos_token_id]
+        lm.model.final_norm.bias.data.add_(7.0 * end / end.dot(end))
+    else:
+        lm.model.stop_head.bias.data.fill_(4.0)
+    exact = load_tokenizer(lm.folder / "tokenizer")
+    sampling = Sampling(0.7, 0.9, 20) if options else Sampling()
+
+    def new_ids(first: int, count: int, limit: int) -> list[list[int]]:
+        seed = {"seed": 11 + first} if options else {}
+        found = lm(texts[first : first + count], max_new_tokens=limit, **options, **seed)
+        return [stripped(row, lm) for row in found]
+
+    # No limit: all documents end. Then a short one, which counts ids here and tokens there: where the
+    # prompt's last token is replaced, its rest may take several ids.
+    for limit in (200, 6):
+        rows = [row for at in range(0, 200, 50) for row in new_ids(at, 50, limit)]
+        for new, (after, stopped) in zip(rows, expected_texts(lm, texts, limit, sampling), strict=True):
+            ended = new[-1:] == [exact.eos_id]
+            text = TextStream(()).push(exact.decode_bytes(new[: len(new) - ended]), final=ended)
+            if limit == 200 or ended:
+                assert ended and stopped == DOCUMENT_END and text == after[-1]
+            else:
+                assert len(new) == limit and text in after
+        for n in range(0, 200, 29):
+            assert new_ids(n, 1, limit) == [rows[n]]
 
 
 def test_text_in_text_out(sllm: Loaded) -> None:
@@ -400,7 +444,9 @@ def test_ids_that_are_no_text_are_refused(sllm: Loaded) -> None:
             sllm.model.generate(torch.tensor([half]), max_new_tokens=2)
 
 
-def test_the_loss_of_a_text(sllm: Loaded, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["sllm-bpe", "stack-predicted", "stack-rule"])
+def test_the_loss_of_a_text(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
+    sllm = Loaded(folders[name])
     text = ENGLISH.strip()
     (tmp_path / "text.jsonl").write_text(json.dumps({"id": "1", "content": text}) + "\n")
     expected = evaluate(sllm.folder, text=tmp_path / "text.jsonl")
@@ -423,8 +469,5 @@ def test_the_loss_of_a_text(sllm: Loaded, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gives a loss only"):
         sllm.model(input_ids=ids)
     sllm.model.train()
-    try:
-        sllm.model(input_ids=ids, labels=ids).loss.backward()
-    finally:
-        sllm.model.eval()
-    assert sllm.model.start.weight.grad.abs().sum() > 0
+    sllm.model(input_ids=ids, labels=ids).loss.backward()
+    assert sllm.model.get_input_embeddings().weight.grad.abs().sum() > 0

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import tokenizer_folders
 from helpers.model_folders import save_endless
-from helpers.server import wait_for
+from helpers.server import Process, started, wait_for
 
 from data_prep.common.errors import run_main
 from pipeline.cli import main as cli
@@ -33,20 +29,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def process(folder: str) -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-m", "pipeline.cli", "serve", "--model", folder, "--port", "0"]
-    options = ["--rows", "4", "--drain-seconds", "2"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as started:
-        yield started
-        if started.poll() is None:
-            started.kill()
+def server(folder: str) -> Iterator[Process]:
+    with started(folder, "--rows", "4", "--drain-seconds", "2") as running:
+        yield running
 
 
-def test_every_accepted_request_is_answered_when_the_server_is_stopped(process: subprocess.Popen) -> None:
-    lines: list[str] = []
-    threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")), daemon=True).start()
-    wait_for(lambda: any("serving" in line for line in lines), 120)
-    url = re.search(r"http://\S+", "".join(lines)).group()
+def test_every_accepted_request_is_answered_when_the_server_is_stopped(server: Process) -> None:
+    process, url, lines = server.process, server.url, server.lines
 
     def ask(number: int) -> list[dict]:
         tokens = 20 if number % 2 else 4000
