@@ -215,6 +215,11 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTra
         model = AutoModelForCausalLM.from_config(config, attn_implementation=HF_ATTENTION)
     # A sentence may be one token and its end.
     _require_room(model.config, text["window_tokens"] * (2 if text.get("sentence_ends") else 1))
+    _set_text(model, text)
+    return model
+
+
+def _set_text(model: PreTrainedModel, text: dict) -> None:
     # Batches have no padding, and the family's default pad id may be a real symbol of this tokenizer: its
     # embedding would never be trained.
     model.get_input_embeddings().padding_idx = None
@@ -222,7 +227,14 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTra
         setattr(model.config, key, value)
         if key.endswith("_token_id"):  # saved in generation_config.json, which `generate` reads
             setattr(model.generation_config, key, value)
-    return model
+
+
+def set_text_keys(
+    model: PreTrainedModel, tokenizer: Tokenizer, sentence_settings: dict, window_tokens: int
+) -> None:
+    """Make a Hugging Face causal LM one of ours: its config says how text is cut and which symbols are
+    special."""
+    _set_text(model, _text_keys(tokenizer, sentence_settings, window_tokens))
 
 
 def _same_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
