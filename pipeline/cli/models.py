@@ -163,8 +163,8 @@ def import_model(source: str, /, *, output: str, opt: str | None = None, json: J
         if not Path(source).exists():
             raise UserError(f"{source} does not exist")
         raise UserError(
-            f"{source}: is no Hugging Face folder and no GGUF file; with a checkpoint of the paper's own code "
-            "give --opt too, the folder of its OPT"
+            f"{source}: is no Hugging Face folder and no GGUF file; with a checkpoint of the paper's own "
+            "code give --opt too, the folder of its OPT"
         )
     else:
         model = published.import_published(source, opt, output)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data_prep.common.errors import UserError, first_line, log
 from data_prep.common.extras import import_extra
-from data_prep.text.tokenizer import COMPANION_FILES, Tokenizer, load_tokenizer
-from data_prep.text.tokenizer_files import CONFIG_FILE, convert_slow_files, read_config
+from data_prep.text.tokenizer import COMPANION_FILES, Tokenizer, _byte_alphabet, load_tokenizer
+from data_prep.text.tokenizer_files import CONFIG_FILE, convert_slow_files
 from pipeline.export.model_folder import require_replaceable, write_folder
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import FAMILIES, load_packable, require_family, require_supported
@@ -51,6 +51,7 @@ _WORDS = {
 }
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word of the vocabulary is one token
 _CONTROL, _ADDED = 3, 4  # kinds of `tokenizer.ggml.token_type`
+_NO_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no text has
 
 
 def is_pretrained(source: str | Path) -> bool:
@@ -73,17 +74,19 @@ def import_pretrained(source: str | Path, output: str | Path) -> TokenLM:
         folder = Path(made)
         # The tokenizer first: it is refused within a second, and weights may take minutes.
         if source.is_dir():
-            tokenizer = _folder_tokenizer(source, folder)
+            tokenizer, added = _folder_tokenizer(source, folder)
             model = load_packable(AutoModelForCausalLM, source, use_safetensors=_safetensors(source))
         else:
             reader = _open_gguf(source)
-            tokenizer = _gguf_tokenizer(reader, source, folder)
+            tokenizer, added = _gguf_tokenizer(reader, source, folder)
             model = _gguf_model(source)
-        if model.config.vocab_size < tokenizer.vocab_size:
+        if model.config.vocab_size < tokenizer.vocab_size - len(added):
             raise UserError(
                 f"{source}: a vocabulary of {model.config.vocab_size:,}, but its tokenizer has "
-                f"{tokenizer.vocab_size:,} entries"
+                f"{tokenizer.vocab_size - len(added):,} entries"
             )
+        if added:
+            _add_rows(model, added, tokenizer.vocab_size)
         window = min(WINDOW_TOKENS, getattr(model.config, "max_position_embeddings", 1 << 30) - 1)
         set_text_keys(model, tokenizer, SENTENCES, window)
         # `generate` of Hugging Face would sample by the source's settings, and refuse some when saved.
@@ -103,9 +106,12 @@ def _safetensors(folder: Path) -> bool:
 # Tokenizers.
 
 
-def _folder_tokenizer(source: Path, made: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, without a normal form of Unicode (NFC) that it puts text into:
-    text that is in that form keeps its ids, and any other text is kept too."""
+# The ids of entries that were added for missing bytes, each with the id of the entry that it starts as.
+Added = dict[int, int]
+
+
+def _folder_tokenizer(source: Path, made: Path) -> tuple[Tokenizer, Added]:
+    """The tokenizer of a Hugging Face folder, written to `made`."""
     inner = source / "tokenizer"
     source = inner if inner.is_dir() else source
     if (source / "tokenizer.json").is_file():
@@ -113,32 +119,62 @@ def _folder_tokenizer(source: Path, made: Path) -> Tokenizer:
     elif (source / "vocab.json").is_file() and (source / "merges.txt").is_file():
         definition = convert_slow_files(source)
     else:  # a SentencePiece model, or nothing
-        return load_tokenizer(source)
-    try:
-        spec = json.loads(definition)
-    except ValueError as error:
-        raise UserError(f"{source}/tokenizer.json is not valid JSON: {error}") from None
-    normalizer = (spec.get("normalizer") if isinstance(spec, dict) else None) or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    if normalizer and all(step.get("type") == "NFC" for step in steps):
-        log(f"{source}: imported without its NFC normalisation, which changes text: NFC text keeps its ids")
-        definition = json.dumps({**spec, "normalizer": None}, ensure_ascii=False).encode()
+        return load_tokenizer(source), {}
     for name in (CONFIG_FILE, *COMPANION_FILES):
         if (source / name).is_file():
             (made / name).write_bytes((source / name).read_bytes())
-    (made / "tokenizer.json").write_bytes(definition)
-    return _named(source, lambda: load_tokenizer(made), made)
+    return _exact_tokenizer(definition, source, made)
 
 
-def _named(source: Path, load: Callable[[], Tokenizer], made: Path) -> Tokenizer:
-    """What `load` loads from `made`; an error names `source` in its place."""
+def _exact_tokenizer(definition: bytes, source: Path, made: Path) -> tuple[Tokenizer, Added]:
+    """The tokenizer of a tokenizer.json, which is written to `made`, without what needlessly loses text.
+
+    A normal form of Unicode (NFC) is left out: text that is in it keeps its ids, and other text is kept too.
+    Bytes that a byte-level vocabulary lacks get entries. Raises: UserError when text is lost all the same.
+    """
     try:
-        return load()
+        spec = json.loads(definition)
+        vocabulary = spec["model"]["vocab"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{source}/tokenizer.json is not a tokenizer definition: {error!r}") from None
+    normalizer = spec.get("normalizer") or {}
+    if normalizer and all(step.get("type") == "NFC" for step in normalizer.get("normalizers", [normalizer])):
+        log(f"{source}: imported without its NFC normalisation, which changes text: NFC text keeps its ids")
+        spec["normalizer"] = None
+    added: Added = {}
+    # New ids follow the vocabulary, so no added token may have its id there.
+    inside = isinstance(vocabulary, dict) and all(t["content"] in vocabulary for t in spec["added_tokens"])
+    if inside and (spec.get("decoder") or {}).get("type") == "ByteLevel" and spec["model"]["type"] == "BPE":
+        entries = sorted(_byte_alphabet().items(), key=lambda entry: entry[1])
+        like = next((vocabulary[symbol] for symbol, _ in entries if symbol in vocabulary), None)
+        missing = [(c, byte) for c, byte in entries if c not in vocabulary and byte not in _NO_UTF8]
+        if missing and like is not None:
+            for symbol, _ in missing:
+                added[len(vocabulary)] = like
+                vocabulary[symbol] = len(vocabulary)
+            names = " ".join(f"{byte:02X}" for _, byte in missing)
+            log(f"{source}: its vocabulary lacks the bytes {names}: added, so that no text is lost")
+    (made / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+    try:
+        return load_tokenizer(made), added
     except UserError as error:
         raise UserError(str(error).replace(str(made), str(source))) from None
 
 
-def _gguf_tokenizer(reader: Any, source: Path, made: Path) -> Tokenizer:
+@torch.no_grad()
+def _add_rows(model: PreTrainedModel, added: Added, vocab_size: int) -> None:
+    """Rows of embedding and head for added entries: copies, so their probabilities are those of an entry
+    that text hardly has."""
+    if vocab_size > model.config.vocab_size:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    new, like = list(added), list(added.values())
+    head = model.get_output_embeddings()
+    for tensor in (model.get_input_embeddings().weight, head.weight, head.bias):
+        if tensor is not None:
+            tensor[new] = tensor[like]
+
+
+def _gguf_tokenizer(reader: Any, source: Path, made: Path) -> tuple[Tokenizer, Added]:
     """The tokenizer in a GGUF file. Its words are cut as `tokenizer.ggml.pre` says, which transformers does
     not read."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
@@ -158,7 +194,7 @@ def _gguf_tokenizer(reader: Any, source: Path, made: Path) -> Tokenizer:
         )
     if words not in _WORDS:
         raise UserError(
-            f"{source}: tokenizer.ggml.pre {words!r} is not known, so its words cannot be cut as in training; "
+            f"{source}: tokenizer.ggml.pre {words!r} is not known, so words cannot be cut as in training; "
             f"known are {', '.join(_WORDS)}"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in value("merges") or []]
@@ -184,9 +220,8 @@ def _gguf_tokenizer(reader: Any, source: Path, made: Path) -> Tokenizer:
         index = value(f"{theirs}_token_id")
         if index is not None and index < len(tokens):
             config[f"{ours}_token"] = tokens[index]
-    rust.save(str(made / "tokenizer.json"))
     (made / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-    return _named(source, lambda: load_tokenizer(made), made)
+    return _exact_tokenizer(rust.to_str().encode(), source, made)
 
 
 # Weights of a GGUF file.

@@ -166,6 +166,29 @@ def test_a_normal_form_is_left_out(inner, tmp_path, capsys):
     assert found.encode("caf\u00e9 1984").tolist() == published.encode("caf\u00e9 1984").ids
 
 
+@pytest.mark.parametrize("vocab_size", [600, 620])
+def test_bytes_that_the_vocabulary_lacks_are_added(vocab_size, tmp_path, capsys):
+    """SmolLM2's lacks eight. The other probabilities stay."""
+    tokenizer = byte_level(tmp_path / "tokenizer", vocab_size=600)
+    spec = json.loads((tokenizer / "tokenizer.json").read_text())
+    lost = {"\u0104", "\u0106", "\u00f1"}  # of the bytes 04, 06 and F1
+    kept = [token for token in spec["model"]["vocab"] if token not in lost]
+    spec["model"]["vocab"] = {token: index for index, token in enumerate(kept)}
+    (tokenizer / "tokenizer.json").write_text(json.dumps(spec))
+    source, model = folder_of("llama", tokenizer, tmp_path / "source", vocab_size=vocab_size - 3)
+    assert run(source, "--output", tmp_path / "ours") == 0
+    assert "lacks the bytes 04 06 F1: added" in capsys.readouterr().err
+    found = load_tokenizer(tmp_path / "ours" / "tokenizer")
+    assert found.vocab_size == 600
+    assert found.decode(found.encode("\x04 \x06 \U00040000")) == "\x04 \x06 \U00040000"
+    ours, ids = load_model(tmp_path / "ours").model, found.encode(TEXT).tolist()
+    new = logits(ours, ids)
+    assert ours.config.vocab_size == new.shape[1] == max(600, vocab_size - 3)
+    torch.testing.assert_close(new[:, :597], logits(model, ids)[:, :597], atol=1e-4, rtol=0)
+    null = found.encode("\0")[0]
+    torch.testing.assert_close(new[:, 597:600], new[:, [null] * 3])
+
+
 def test_it_serves_as_backbone_stack_and_baseline(tokenizer_folder, tmp_path):
     ids = {"bos_token_id": 2, "eos_token_id": 2}  # as the tokenizer has them
     source, model = folder_of("llama", tokenizer_folder, tmp_path / "source", **ids)
