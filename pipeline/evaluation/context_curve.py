@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import UserError, counted
+from data_prep.text.running_ends import RunningEnds
 from pipeline.data.windows import Span
 from pipeline.evaluation.scores import BYTES, NATS, SEEN, TOKENS, Scores, Window, interval
 from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.ranks import Ranks
 
 
-def require_room(contexts: Sequence[int], longest_sentence: int, window_tokens: int) -> None:
+def require_room(
+    contexts: Sequence[int], longest_sentence: int, window_tokens: int, block: int | None = None
+) -> None:
     """Raise UserError for a context that the model's windows of `window_tokens` do not hold."""
     for context in contexts:
-        needed = context + longest_sentence + max(context // 4, longest_sentence)
+        needed = context + longest_sentence + max(block or context // 4, longest_sentence)
         if needed > window_tokens:
             raise UserError(
                 f"--context-curve {context}: needs windows of up to {counted(needed, 'token')}, "
@@ -33,15 +36,38 @@ def require_room(contexts: Sequence[int], longest_sentence: int, window_tokens: 
 
 
 def curve_windows(
-    documents: Iterable[tuple[np.ndarray, np.ndarray, str, str]], contexts: Sequence[int], ranks: Ranks
+    documents: Iterable[tuple[np.ndarray, np.ndarray, str, str]],
+    contexts: Sequence[int],
+    ranks: Ranks,
+    block: int | None = None,
+    by_token: bool = False,
+    rule: RunningEnds | None = None,
 ) -> Iterator[Window]:
     """The windows of all contexts, of this rank's documents. Their `document` is the document's number ·
-    contexts + the context's index."""
+    contexts + the context's index.
+
+    block: tokens of the targets of a document. by_token: a block and its contexts are cut between any tokens.
+    rule: cuts the documents again.
+    """
     for number, (tokens_T, lengths_S, source, language) in enumerate(documents):
         if number % ranks.world != ranks.rank:
             continue
+        if rule is not None:
+            lengths_S = rule.cut(tokens_T)
+        if block and by_token:
+            lengths_S = _cut_at(len(tokens_T), max(contexts), contexts, block)
         ends = np.concatenate([[0], np.cumsum(lengths_S, dtype=np.int64)])
         begin = int(np.searchsorted(ends, max(contexts)))
+        if block:
+            end = int(np.searchsorted(ends, ends[begin] + block)) if begin < len(ends) else len(ends)
+            if end == len(ends):  # too short
+                continue
+            for index, context in enumerate(contexts):
+                before = int(np.searchsorted(ends, ends[begin] - context, side="right")) - 1
+                span = Span(tokens_T[ends[before] : ends[end]], lengths_S[before:end], end == len(lengths_S))
+                key = number * len(contexts) + index
+                yield Window(span, key, before, source, language, context=begin - before)
+            continue
         for index, context in enumerate(contexts):
             first = begin
             while first < len(lengths_S):
@@ -53,6 +79,22 @@ def curve_windows(
                 key = number * len(contexts) + index
                 yield Window(span, key, before, source, language, context=first - before)
                 first = end
+
+
+def _cut_at(tokens: int, longest: int, contexts: Sequence[int], block: int) -> np.ndarray:
+    """Lengths of the parts of a document, which is cut before every context, the block, and behind it."""
+    cuts = sorted({longest - context for context in contexts} | {longest, longest + block})
+    return np.diff([0, *(cut for cut in cuts if 0 < cut < tokens), tokens])
+
+
+def longest_context(scores: Scores, contexts: Sequence[int]) -> Scores:
+    """The sums of the longest context alone, by document."""
+    found = Scores(scores.kind, controls=False)
+    for key, row in scores.rows.items():
+        document, index = divmod(key, len(contexts))
+        if index == len(contexts) - 1:
+            found.rows[document], found.labels[document] = row, scores.labels[key]
+    return found
 
 
 def curve_figures(scores: Scores, contexts: Sequence[int]) -> dict[str, Any] | None:

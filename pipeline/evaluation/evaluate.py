@@ -36,7 +36,7 @@ from data_prep.text.tokenizer import LossyTokenization, Tokenizer
 from pipeline.common.text import FILTERS
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.windows import document_spans
-from pipeline.evaluation.context_curve import curve_figures, curve_windows, require_room
+from pipeline.evaluation.context_curve import curve_figures, curve_windows, longest_context, require_room
 from pipeline.evaluation.generated import cut_agreement, read_generated
 from pipeline.evaluation.ngram import NgramModel, count_shards
 from pipeline.evaluation.scores import Scores, Window, document_windows
@@ -77,16 +77,20 @@ class Source:
     rejected: dict[str, int] = field(default_factory=dict)  # reason → records left out
     digest: Any = field(default_factory=hashlib.sha256)  # over the scored text
 
+    def read(self, tokenizer: Tokenizer, limit: int | None) -> Iterator[Document]:
+        """The first `limit` documents. The digest covers the text of all, each preceded by its length so that
+        borders count."""
+        for document in itertools.islice(self.documents, limit):
+            text = tokenizer.decode_bytes(document[0])
+            self.digest.update(len(text).to_bytes(8, "little") + text)
+            yield document
+
     def windows(
         self, tokenizer: Tokenizer, window_tokens: int, limit: int | None, ranks: Ranks
     ) -> Iterator[Window]:
-        """The windows of this rank's documents out of the first `limit`. The digest covers the text of all,
-        each preceded by its length so that borders count.
-        """
-        pairs = _with_donors(itertools.islice(self.documents, limit))
+        """The windows of this rank's documents out of the first `limit`."""
+        pairs = _with_donors(self.read(tokenizer, limit))
         for number, ((tokens_T, lengths_S, source, language), donor) in enumerate(pairs):
-            text = tokenizer.decode_bytes(tokens_T)
-            self.digest.update(len(text).to_bytes(8, "little") + text)
             if number % ranks.world == ranks.rank:
                 donors = [None] if donor is None else [*document_spans(*donor[:2], window_tokens)]
                 place = number, source, language
@@ -271,6 +275,7 @@ def evaluate(
     documents: Sequence[RawDocument | Reject] | None = None,
     generated: str | Path | None = None,
     context_curve: Sequence[int] = (),
+    context_block: int | None = None,
     ngram: str | Path | NgramModel | None = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
@@ -284,6 +289,7 @@ def evaluate(
         ranks: all of them must call this alike, inside a process group.
         documents: scored in place of those in the file `text`, which then only names them.
         context_curve: context lengths in tokens whose loss is measured (`context_curve.py`).
+        context_block: score so many tokens of each document alone, behind each of these contexts.
         ngram: shards to count an n-gram model on, or that model, scored on the same windows.
     Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
@@ -297,6 +303,8 @@ def evaluate(
     loaded = source = window = cut = scored = error = None
     started = 0.0
     contexts = sorted(set(context_curve))
+    if context_block and (not contexts or ngram is not None):
+        raise UserError("--context-block is for --context-curve, without --ngram")
     try:
         shards = ShardSet.open(data) if data is not None else None
         if shards is None and documents is None:
@@ -318,30 +326,42 @@ def evaluate(
         if contexts:
             if kind == "vae":
                 raise UserError("--context-curve is for models that predict: a SentenceVAE has no context")
-            if _by_rule(model):
-                raise UserError("--context-curve counts sentences as the text is cut, not by model.ends rule")
-            require_room(contexts, source.settings["max_tokens"], window)
+            by_token = kind == "lm" and not _by_rule(model) and not getattr(model, "sentence_ends", False)
+            longest = 0 if by_token and context_block else source.settings["max_tokens"]
+            if context_block and window_tokens is None:
+                most = max(contexts) + longest + max(context_block, longest)
+                window = window_limit(model, kind, max(window, most))
+            require_room(contexts, longest, window, context_block)
         if ngram is not None and not isinstance(ngram, NgramModel):
             ngram = count_shards(ngram, tokenizer, window)
         windows = source.windows(tokenizer, window, max_documents, ranks)
         expected = None if max_documents or source.tokens is None else source.tokens // ranks.world
         started = time.perf_counter()
         how = model, kind, tokenizer
-        scored = [score(*how, windows, batch_tokens, expected, progress, ngram=ngram)]
+        if not context_block:
+            scored = [score(*how, windows, batch_tokens, expected, progress, ngram=ngram)]
         if contexts:
-            curve = curve_windows(itertools.islice(opened().documents, max_documents), contexts, ranks)
-            scored.append(score(*how, curve, batch_tokens, controls=False))
+            read = source if context_block else opened()
+            rule = RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
+            curve = read.read(tokenizer, max_documents), contexts, ranks, context_block, by_token, rule
+            scored = [
+                *(scored or ()),
+                score(*how, curve_windows(*curve), batch_tokens, None, progress, controls=False),
+            ]
     except (UserError, OSError) as problem:
         if ranks.world == 1:
             raise
         error = problem
     if ranks.world > 1:
         everyone = agree(error, scored)
-        scored = [Scores(loaded.kind, controls=part == 0) for part in range(len(scored))]
+        whole_too = not context_block
+        scored = [Scores(loaded.kind, controls=whole_too and part == 0) for part in range(len(scored))]
         for theirs in everyone:
             for whole, part in zip(scored, theirs, strict=True):
                 whole.merge(part)
-    scores = scored[0]
+    scores = longest_context(scored[0], contexts) if context_block else scored[0]
+    if context_block and not scores.rows:
+        raise UserError(f"{source.path}: no document is long enough for {max(contexts):,} tokens and a block")
     if not scores.rows:
         reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
         left_out = f" (left out: {reasons})" if reasons else ""
@@ -364,7 +384,8 @@ def evaluate(
         "window_tokens": window,
         "ranks": ranks.world,
         **scores.figures(),
-        **({"context_curve": curve_figures(scored[1], contexts)} if contexts else {}),
+        **({"context_curve": curve_figures(scored[-1], contexts)} if contexts else {}),
+        **({"context_block": context_block} if context_block else {}),
         **({"ngram_trained_tokens": ngram.tokens} if isinstance(ngram, NgramModel) else {}),
         **agreement,
         "seconds": round(time.perf_counter() - started, 3),
