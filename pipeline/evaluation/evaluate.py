@@ -42,6 +42,7 @@ from pipeline.evaluation.ngram import NgramModel, count_shards
 from pipeline.evaluation.scores import Scores, Window, document_windows
 from pipeline.models.factory import load_model
 from pipeline.models.folders import (
+    DEFAULT_SENTENCES,
     KINDS,
     load_model_tokenizer,
     model_config,
@@ -58,7 +59,6 @@ from pipeline.parallel.ranks import Ranks
 
 DEFAULT_WINDOW_TOKENS = 1024
 ALONE = Ranks(0, 1, 0)
-DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
 
 
 # Tokens [T], sentence lengths [S], sub-corpus, language.
@@ -232,15 +232,17 @@ def window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
     return window
 
 
-def _by_rule(model: torch.nn.Module) -> bool:
-    return getattr(model_config(model), "ends", None) == "rule"
+def running_ends(model: torch.nn.Module, tokenizer: Tokenizer) -> RunningEnds | None:
+    """The rule of a model whose sentences end by rule."""
+    by_rule = getattr(model_config(model), "ends", None) == "rule"
+    return RunningEnds(tokenizer, sentence_settings(model)) if by_rule else None
 
 
 def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> SentenceSettings:
     """How `--text` is cut: as given, else as the model was trained, else by default."""
     own = getattr(model.config, "sentence_settings", None) or {}
     settings: dict[str, Any] = {
-        key: given.get(key) or own.get(key) or default for key, default in DEFAULT_SETTINGS.items()
+        key: given.get(key) or own.get(key) or default for key, default in DEFAULT_SENTENCES.items()
     }
     return SentenceSettings(**settings)
 
@@ -326,7 +328,8 @@ def evaluate(
         if contexts:
             if kind == "vae":
                 raise UserError("--context-curve is for models that predict: a SentenceVAE has no context")
-            by_token = kind == "lm" and not _by_rule(model) and not getattr(model, "sentence_ends", False)
+            rule = running_ends(model, tokenizer)
+            by_token = kind == "lm" and rule is None and not getattr(model, "sentence_ends", False)
             longest = 0 if by_token and context_block else source.settings["max_tokens"]
             if context_block and window_tokens is None:
                 most = max(contexts) + longest + max(context_block, longest)
@@ -342,7 +345,6 @@ def evaluate(
             scored = [score(*how, windows, batch_tokens, expected, progress, ngram=ngram)]
         if contexts:
             read = source if context_block else opened()
-            rule = RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
             curve = read.read(tokenizer, max_documents), contexts, ranks, context_block, by_token, rule
             scored = [
                 *(scored or ()),
@@ -412,7 +414,7 @@ def score(
     with tqdm(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
-        rule = RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
+        rule = running_ends(model, tokenizer)
         for batch, group in batches(windows, batch_tokens, rule):
             more = scores.add(model, batch.to(device), group, tokenizer.byte_lengths, ngram)
             nats, text_bytes = nats + more[0], text_bytes + more[1]

@@ -23,12 +23,11 @@ from pipeline.export.model_folder import require_replaceable, write_folder
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import FAMILIES, load_packable, require_family, require_supported
 from pipeline.models.factory import set_text_keys
-from pipeline.models.folders import load_pretrained
+from pipeline.models.folders import DEFAULT_SENTENCES, load_pretrained
 from pipeline.models.token_lm import TokenLM
 
 EXTRA = "import"
 WINDOW_TOKENS = 1024  # of evaluation, unless the model has fewer positions
-SENTENCES = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
 MAGIC = b"GGUF"
 
 _GPT4 = (
@@ -88,7 +87,7 @@ def import_pretrained(source: str | Path, output: str | Path) -> TokenLM:
         if added:
             _add_rows(model, added, tokenizer.vocab_size)
         window = min(WINDOW_TOKENS, getattr(model.config, "max_position_embeddings", 1 << 30) - 1)
-        set_text_keys(model, tokenizer, SENTENCES, window)
+        set_text_keys(model, tokenizer, DEFAULT_SENTENCES, window)
         # `generate` of Hugging Face would sample by the source's settings, and refuse some when saved.
         model.generation_config = type(model.generation_config).from_model_config(model.config)
         token_model = TokenLM(model).eval()

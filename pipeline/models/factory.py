@@ -16,6 +16,7 @@ from data_prep.common.errors import UserError, counted, first_line
 from data_prep.common.files import keep_umask
 from data_prep.text.hugging_face import write_hugging_face
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
+from pipeline.models.anchor_lm import AnchorConfig, AnchorLM
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import backbone_config, load_backbone, load_packable
 from pipeline.models.folders import load_pretrained, model_config, read_config
@@ -90,6 +91,7 @@ def build_model(
     embedding_weight: float = 0.0,
     sentence_ends: bool = False,
     stack: dict | None = None,
+    anchors: dict | None = None,
 ) -> nn.Module:
     """A new model for one training run, fp32 on the CPU.
 
@@ -107,19 +109,25 @@ def build_model(
         sentence_ends: the model reads and predicts an end symbol after every sentence (`lm` only).
         stack: of layout `stack` (`sllm`): sizes of the token layers, `memory`, `add_vector`, `ends`; no
             `vae`.
+        anchors: of layout `anchors` (`lm`): what a token sees.
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
     loss = {"focal_gamma": focal_gamma, "label_smoothing": label_smoothing, "z_loss": z_loss}
     vae = dict(vae)
     embeddings = vae.pop("init_embeddings_from", None)  # used once: not part of the model's config
+    model: Any
     try:
         if objective == "lm":
             text |= {"sentence_ends": True} if sentence_ends else {}
-            return TokenLM(_build_causal_lm(backbone, text, tokenizer), **loss)
+            causal = _build_causal_lm(backbone, text, tokenizer)
+            if anchors is None:
+                return TokenLM(causal, **loss)
+            model = AnchorLM(AnchorConfig(causal.config, **anchors, **loss, **text))
+            model.tokens.model.load_state_dict(causal.state_dict())
+            return model
         if stack is not None:
             return _build_stack({**stack, **loss}, backbone, text, tokenizer)
-        model: SentenceVAE | SLLM
         if objective == "vae":
             model = SentenceVAE(_vae_config({**vae, **loss}, text, tokenizer))
         else:
@@ -154,6 +162,7 @@ def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any])
         embedding_weight=recipe.loss.embedding_weight,
         sentence_ends=recipe.data.sentence_ends,
         stack=stack,
+        anchors=model.anchors if model.layout == "anchors" else None,
     )
 
 
@@ -262,7 +271,7 @@ def load_model(folder: str | Path) -> nn.Module:
     Raises: UserError for a folder without a loadable model, or whose weights do not match its config.
     """
     folder = Path(folder)
-    for ours in (SentenceVAE, SLLM, StackLM):
+    for ours in (SentenceVAE, SLLM, StackLM, AnchorLM):
         if read_config(folder).get("model_type") == ours.config_class.model_type:
             return load_pretrained(ours, folder, strict=True)
     return TokenLM(load_packable(AutoModelForCausalLM, folder)).eval()

@@ -21,8 +21,10 @@ from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
 # Progress bars of loading and saving weights would break up logs.
 logging.disable_progress_bar()
+# How text is cut for a model that does not say it.
+DEFAULT_SENTENCES = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
 # Our model types; every other one is a token-level causal LM.
-KINDS = {"sentence_vae": "vae", "sllm": "sllm", "sllm_stack": "sllm"}
+KINDS = {"sentence_vae": "vae", "sllm": "sllm", "sllm_stack": "sllm", "sllm_anchors": "lm"}
 
 
 def read_config(folder: str | Path) -> dict:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.models.anchor_lm import AnchorLM
 from pipeline.models.factory import load_model
-from pipeline.models.folders import load_model_tokenizer
+from pipeline.models.folders import DEFAULT_SENTENCES, load_model_tokenizer
 from pipeline.models.sentence_lm import SentenceLM
-from pipeline.models.sentence_vae import SentenceVAE
+from pipeline.models.token_lm import TokenLM
 from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
 from pipeline.parallel.device import DeviceName, DtypeName, choose_device
 
@@ -90,16 +91,21 @@ def to_int8(model: nn.Module) -> nn.Module:
 def load_for_generation(
     folder: str | Path, int8: bool = False, device: DeviceName = "auto", dtype: DtypeName = "auto"
 ) -> tuple[SentenceLM, Tokenizer]:
-    """A model folder's SLLM, laid out for generation or in int8, and its tokenizer.
+    """The model of a folder, laid out for generation or in int8, and its tokenizer; a token-level model
+    generates sentence by sentence, too, with ends by rule.
 
-    Raises: UserError for another kind of model, and as `choose_device`.
+    Raises: UserError for a SentenceVAE, and as `choose_device`.
     """
     place, precision = choose_device(device, dtype, int8)
     model: nn.Module = load_model(folder)
+    if isinstance(model, TokenLM):
+        settings = {**DEFAULT_SENTENCES, **(getattr(model.config, "sentence_settings", None) or {})}
+        model = AnchorLM.of_token_model(model, settings).eval()
     if not isinstance(model, SentenceLM):
-        vae = isinstance(model, SentenceVAE)
-        what = "a SentenceVAE rebuilds sentences and" if vae else "a token-level model"
-        raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
+        raise UserError(
+            f"model folder {folder}: a SentenceVAE rebuilds sentences and cannot continue a text; give an "
+            "SLLM or a token-level model"
+        )
     nn.Module.to(model, place, precision)
     (to_int8 if int8 else lay_out)(model)
     return model, load_model_tokenizer(folder)
