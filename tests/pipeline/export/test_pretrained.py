@@ -313,3 +313,30 @@ def test_smollm2_is_imported_exactly(smollm2, tmp_path, capsys):
     ids = [tokenizer.bos_id, *tokenizer.encode(text[:1500]).tolist()]
     expected = logits(theirs, ids)
     torch.testing.assert_close(logits(ours.model, ids)[:, : expected.shape[1]], expected, atol=1e-4, rtol=0)
+
+
+def test_it_is_checked_and_continues_texts(tokenizer_folder, tmp_path, capsys):
+    source, _ = folder_of("llama", tokenizer_folder, tmp_path / "source")
+    assert run(source, "--output", tmp_path / "ours") == 0
+    folder = str(tmp_path / "ours")
+    assert cli.main(["check", "--model", folder, "--documents", "3"]) == 0
+    capsys.readouterr()
+    write = [
+        "generate",
+        "--model",
+        folder,
+        "--prompt",
+        "It was 3.14 % of",
+        "--max-sentences",
+        "3",
+        "--seed",
+        "1",
+    ]
+    assert cli.main([*write, "--max-tokens", "30", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["text"].startswith("It was 3.14 % of") and 0 < result["tokens"] <= 30
+    assert cli.main([*write, "--max-tokens", "30", "--json", "--samples", "3"]) == 0
+    together = json.loads(capsys.readouterr().out)["samples"]
+    assert together[0]["tokens"] == result["tokens"] or together[0]["text"] == result["samples"][0]["text"]
+    with pytest.raises(UserError, match="the prompt has .* tokens, but the model has positions for 63"):
+        cli.main([*write[:3], "--prompt", "It was. " * 60])
