@@ -3,7 +3,12 @@
 # make test-fast  tests that start no processes of their own (at most 4 minutes)
 # make test-all   every test
 # make lint       ruff, import layers, spelling, words, types, structure
-# make results    tables and charts of the docs, from docs/results
+# make results    tables, charts and diagrams of the docs, from docs/results and code
+# make docs       the docs site, in site/; fails on a broken link
+# make api        compare the public Python API with its snapshot, and renew it
+# make dist       wheel and sdist in dist/, byte for byte reproducible
+# make lock       constraints.lock: the tested versions with the hashes of their files
+# make audit      known vulnerabilities of the installed packages, and their list (SBOM) in dist/sbom.json
 # make clean      remove the demo (which reuses finished steps even after a change of the code) and caches
 #
 #   make demo PYTHON=python3.12          another interpreter for .venv
@@ -20,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 # Two files at a time: much of a test's time is waiting for ranks, jobs and imports. A later `-n 0` in PYTEST_FLAGS wins.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: help setup demo test test-fast test-long test-all soak results lint format clean distclean
+.PHONY: help setup demo test test-fast test-long test-all soak results docs docs-serve api dist lock audit lint format clean distclean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -36,7 +41,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PIP) setuptools wheel ninja torch
 	# DeepSpeed comes as source and looks at torch while it is built, so no isolated build; DS_BUILD_OPS=0: no compiler needed.
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	$(PIP) --no-build-isolation --editable '.[mpi,dask,fast,s3,near-duplicates,lang,serve,report,eval,lm-eval,research,segmentation-benchmark,dev]'
+	$(PIP) --no-build-isolation --editable '.[mpi,dask,fast,s3,near-duplicates,lang,serve,report,eval,lm-eval,research,segmentation-benchmark,docs,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -59,6 +64,36 @@ soak: $(STAMP)
 results: $(STAMP)
 	$(BIN)/python -m tools.docs.tables
 	$(BIN)/python -m tools.docs.configuration
+	$(BIN)/python -m tools.docs.pictures
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+api: $(STAMP)
+	$(BIN)/python -m tools.release.api
+
+dist: $(STAMP)
+	$(BIN)/python -m tools.release.dist
+
+# Tools that look at .venv from outside, so that they add nothing to it.
+.audit/.complete:
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) uv pip-audit cyclonedx-bom
+	@touch $@
+
+# torch is left out: its build depends on the machine.
+lock: .audit/.complete
+	grep -v '^#\|^torch==' constraints.txt | .audit/bin/uv pip compile - --no-deps --generate-hashes --quiet \
+	  --custom-compile-command 'make lock' --no-annotate --python-version 3.11.7 --output-file constraints.lock
+
+audit: .audit/.complete $(STAMP)
+	@mkdir -p dist
+	.audit/bin/cyclonedx-py environment $(BIN)/python --output-reproducible --output-file dist/sbom.json
+	grep -v '^#' constraints.txt > .audit/constraints.txt
+	.audit/bin/pip-audit --requirement .audit/constraints.txt --no-deps --disable-pip
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -68,14 +103,15 @@ lint: $(STAMP)
 	$(BIN)/python -m tools.check_words
 	$(BIN)/mypy
 	$(BIN)/python -m tools.structure
+	$(BIN)/python -m tools.release.api --check
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf demo site dist build .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find data_prep pipeline tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) .audit *.egg-info

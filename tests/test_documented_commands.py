@@ -15,7 +15,11 @@ from data_prep.common.errors import UserError
 from pipeline.cli.main import app as sllm_app
 
 APPS = {"sllm": sllm_app, "data-prep": data_prep_app}
+# Result pages and the lab book name the commands of their day.
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PAGES += [
+    page for name in ("tutorials", "how-to") for page in sorted((REPOSITORY / "docs" / name).glob("*.md"))
+]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```|^((?: {4}\S.*\n(?: {4}.*\n)*))", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 COMMAND = re.compile(r"(?:^|\s|/bin/)((?:sllm|data-prep) +[a-z].*)")

@@ -385,7 +385,12 @@ def _meets(box: tuple[float, float, float], axes: Axes, own: Any) -> bool:
 
 def svg(plots: Sequence[Plot], label: str, width: int = WIDTH, alone: bool = True) -> str:
     """The plots as SVG text, to stand `alone` in a file, or inside a page that has `dark_style`."""
-    drawn = figure(plots, width)
+    marks = [mark for plot in plots for mark in getattr(plot, "marks", ())] if len(plots) == 1 else []
+    return figure_svg(figure(plots, width), label, alone, marks)
+
+
+def figure_svg(drawn: Figure, label: str, alone: bool = True, marks: Sequence[Mark] = ()) -> str:
+    """Any figure as SVG text, as `svg`; colours of `PALETTE` follow the page's theme."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
@@ -399,8 +404,7 @@ def svg(plots: Sequence[Plot], label: str, width: int = WIDTH, alone: bool = Tru
     text = re.sub(r' clip-path="[^"]*"|<defs>\s*<clipPath.*?</defs>', "", text, flags=re.S)
     text = re.sub(r' transform="rotate\(-0 [^"]*"', "", text)
     text = re.sub(r' (?:d|x|y|transform)="[^"]*"', _rounded, text)
-    marks = [mark for plot in plots for mark in getattr(plot, "marks", ())]
-    if len(plots) == 1:
+    if marks:
         text = re.sub(r'<g id="mark-(\d+)">', lambda found: _titled(marks[int(found[1])]), text)
     text = re.sub(r'(<g) id="(?!mark)[^"]*"', r"\1", text)
     box = re.search(r'viewBox="[^"]*"', text)

@@ -80,6 +80,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """The figures that matter, beside each other. tiles: (name, figure, what it is)."""
+
+    tiles: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
 class Quotes:
     """Sentences of the corpus, exactly as they are, each in its own writing direction."""
 
@@ -101,7 +108,7 @@ class Choice:
     key: Sequence[tuple[str, str]] = field(default=())
 
 
-Block = Heading | Text | Table | Chart | Sample | Quotes | Choice
+Block = Heading | Text | Table | Chart | Sample | Tiles | Quotes | Choice
 
 
 def visible(text: str) -> str:
@@ -200,6 +207,8 @@ def to_markdown(title: str, blocks: Sequence[Block]) -> str:
         elif isinstance(block, Chart) and block.table:
             table = "\n".join(markdown_table(block.table))
             parts.append(f"**{block.caption}** (drawn in report.html)\n\n{table}")
+        elif isinstance(block, Tiles):
+            parts.append("\n".join(markdown_table(Table(("", "", ""), block.tiles, left=(0, 2)))))
         elif isinstance(block, Sample):
             # The text may itself hold a fence: ours is longer than any run of backticks in it.
             body = f"{block.prompt}⟦{block.continuation}⟧"

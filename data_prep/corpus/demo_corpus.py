@@ -3,7 +3,8 @@
 Sources: `pydoc_data.topics` and the docstrings of the standard library, read by `ast` and never imported. The
 files are byte-identical for one Python version. A document is a topic, or the docstrings of one module's
 header, of one class, or of one module's functions. A hash of its text decides its file and place, so
-neighbours are unrelated. As in WanJuan, a paragraph is one line.
+neighbours are unrelated. As in WanJuan, a paragraph is one line, not indented. Prose alone is kept: code,
+signatures, grammars and drawings are left out.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from pathlib import Path
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomically
 
-# Characters: a paragraph is hard-wrapped when all lines but the last are at least this long.
-WRAPPED = 45
 SHORTEST = 200  # characters; shorter documents are left out
 TRAINING_PARTS = 4  # files, so that several workers have work
 VALID_SHARE = 20  # one document in 20
@@ -68,34 +67,41 @@ def write_demo_corpus(folder: str | Path) -> dict[str, dict[str, int]]:
     }
 
 
-_RULE = re.compile(r"[*=~^#\"'-]{3,}")
 _CODE = re.compile(
-    r"\s*(>>>|\.\.\. |\$ |@)|.*(::=|[({\[:,]$)|\s*(def|class|import|from|for|if|return) .*[:=(]"
+    r"(>>>|\.\.\. |\$ |@)|.*(::=|->|[({\[,]$)|(def|class|import|from|for|if|return|with|try) ?.*[:=(]|\w+ ?=|"
+    r".*\w\((self|\w*=|\w+(, \*?\w+)*\)$)"
 )
-_ITEM = re.compile(r"\s*([*+•-]|\d{1,2}[.)]|\([a-z\d]\)) ")
+_ITEM = re.compile(r"([*+•-]|\d{1,2}[.)]|\([a-z\d]\)) ")
+_MARKUP = re.compile(r"(\*{1,2}|`{1,2})([^\s*`](?:[^*`\n]*[^\s*`])?)\1")  # *emphasis*, `names`
+# Of a line's characters, so many are letters, spaces or commas and full stops, or it is no prose.
+PROSE = 0.85
 
 
 def _paragraphs(text: str) -> str:
-    """`text` with one line per paragraph; code, tables and lists of short lines keep their lines."""
+    """The prose of `text`, one line per paragraph or list item."""
     lines: list[str] = []
     for block in re.split(r"\n[ \t]*\n", text):
         paragraph: list[str] = []
-        for line in block.split("\n"):
-            if _RULE.fullmatch(line.strip()):  # underlines of headings
-                continue
-            if _ITEM.match(line):
+        for line in map(str.strip, _MARKUP.sub(r"\2", block).split("\n")):
+            if item := _ITEM.match(line):
                 lines += _joined(paragraph)
                 paragraph = []
-            paragraph.append(line.rstrip())
+            paragraph.append(line[item.end() :] if item else line)
         lines += _joined(paragraph)
-    return "\n".join(line for line in lines if line.strip())
+    return "\n".join(lines)
 
 
 def _joined(paragraph: list[str]) -> list[str]:
-    wrapped = all(len(line.strip()) >= WRAPPED for line in paragraph[:-1])
-    if not wrapped or any(_CODE.match(line) for line in paragraph[:-1]):
-        return paragraph
-    return [" ".join(" ".join(paragraph).split())]
+    """The lines as one paragraph, where that is prose; else those of its lines that are."""
+    if any(map(_CODE.match, paragraph)):
+        return [line for line in paragraph if _is_prose(line)]
+    line = " ".join(" ".join(paragraph).split())
+    return [line] if _is_prose(line) else []
+
+
+def _is_prose(line: str) -> bool:
+    plain = sum(letter.isalpha() or letter in " .,;:'" for letter in line)
+    return len(line.split()) > 3 and plain >= PROSE * len(line) and not _CODE.match(line)
 
 
 def _part(number: int) -> str:
@@ -134,24 +140,18 @@ def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
             if isinstance(node, ast.ClassDef):
                 yield f"class:{name}.{node.name}", "\n\n".join(_class_texts(node))
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-                functions.append(f"{node.name}({_arguments(node)})\n\n{_docstring(node)}")
+                functions.append(_docstring(node))
         yield f"functions:{name}", "\n\n".join(functions)
 
 
 def _class_texts(node: ast.ClassDef) -> Iterator[str]:
     if text := _docstring(node):
-        yield f"class {node.name}\n\n{text}"
+        yield text
     for inner in node.body:
         if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) and (text := _docstring(inner)):
-            yield f"{node.name}.{inner.name}({_arguments(inner)})\n\n{text}"
+            yield text
 
 
 def _docstring(node: ast.AsyncFunctionDef | ast.FunctionDef | ast.ClassDef | ast.Module) -> str:
     # Escapes in a docstring can make lone surrogates, which UTF-8 cannot encode.
     return (ast.get_docstring(node) or "").strip().encode("utf-8", "replace").decode("utf-8")
-
-
-def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    return ", ".join(
-        argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-    )

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -41,6 +41,7 @@ def train(
     recipe: Annotated[str, Parameter(alias="--config")],
     deepspeed_config: Annotated[Many, Parameter(alias="--deepspeed_config")],
     ranks: Positive | None = None,
+    launcher_log: Literal["debug", "info", "warning", "error"] = "error",
 ) -> int:
     """One training run; every recipe key may follow, as --section.key VALUE.
 
@@ -48,15 +49,18 @@ def train(
         recipe: recipe file, or the name of one that ships with the package
         deepspeed_config: a DeepSpeed JSON file or the name of one in ds_configs/, and any that add to it
         ranks: processes on this machine (default: this process alone, or one rank of srun or torchrun)
+        launcher_log: with --ranks, what DeepSpeed's launcher logs
     """
     if ranks is not None:
-        return launch(ranks, recipe, deepspeed_config, overrides)
+        return launch(ranks, recipe, deepspeed_config, overrides, launcher_log)
     from pipeline.training.main import start
 
     return start(recipe, deepspeed_config, overrides)
 
 
-def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: Sequence[str]) -> int:
+def launch(
+    ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: Sequence[str], launcher_log: str
+) -> int:
     """Train in `ranks` processes of this machine, started by DeepSpeed's launcher; returns its exit status.
 
     USR1, TERM and a first Ctrl-C are passed on to the ranks, which save and stop: the launcher would not do
@@ -70,14 +74,15 @@ def launch(ranks: int, recipe: str, deepspeed_config: Sequence[str], overrides: 
         raise UserError("--ranks: this process is a rank of a launcher already; start it without --ranks")
     from data_prep.shards.reader import ShardSet
     from pipeline.config.deepspeed_config import read_strategy, require_compatible
+    from pipeline.config.loading import environment_overrides
     from pipeline.config.schema import load_recipe
 
-    checked = load_recipe(recipe, list(overrides))
+    checked = load_recipe(recipe, [*overrides, *environment_overrides()])
     require_compatible(read_strategy(*deepspeed_config), checked)
     for folder in (*checked.data.shards, *filter(None, [checked.data.validation])):
         ShardSet.open(folder)
     address = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    module = ["--num_gpus", str(ranks), *address, "--module", "pipeline.train"]
+    module = ["--num_gpus", str(ranks), *address, "--log_level", launcher_log, "--module", "pipeline.train"]
     words = ["--recipe", recipe, "--deepspeed-config", *deepspeed_config, *overrides]
     received: list[int] = []
     for number in STOP_SIGNALS:

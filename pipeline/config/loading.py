@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from data_prep.common.errors import UserError
 
 MOST_BASES = 20
+TRAIN_ARGS = "SLLM_TRAIN_ARGS"
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,6 +32,14 @@ class _Loader(yaml.SafeLoader):
 def load_yaml(text: str) -> Any:
     """Plain values. Raises: yaml.YAMLError, also for a key that is given twice."""
     return yaml.load(text, _Loader)
+
+
+def environment_overrides() -> list[str]:
+    """Overrides of a training's recipe from SLLM_TRAIN_ARGS: for batch systems, and to try a command shortly."""
+    try:
+        return shlex.split(os.environ.get(TRAIN_ARGS, ""))
+    except ValueError as error:
+        raise UserError(f"{TRAIN_ARGS}: {error}: give words as on a command line") from None
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, list[str]]]:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A chunk has many rows, because each chunk reads the weight twice and adds to its gradient once, but not so
-# many that the softmax falls out of the cache (measured: docs/experiments.md).
+# many that the softmax falls out of the cache (measured: docs/lab-book/README.md).
 CHUNK_ELEMENTS = 1 << 25  # 128 MB in fp32: 667 rows of OPT's vocabulary
 CHUNK_ROWS = 1024  # the limit for small vocabularies
 

@@ -19,6 +19,7 @@ from data_prep.shards.reader import ShardSet
 from pipeline.checkpoints import store
 from pipeline.config.deepspeed_config import read_strategy, require_compatible, zero_stage
 from pipeline.config.keys import as_text
+from pipeline.config.loading import environment_overrides
 from pipeline.config.schema import KEYS, Recipe, load_recipe
 from pipeline.parallel.agreement import AgreedError, agree
 from pipeline.parallel.ranks import Ranks, find_ranks
@@ -100,7 +101,7 @@ def check_and_train(
     """
     ranks = find_ranks()
     try:
-        recipe = load_recipe(recipe_name, list(overrides))
+        recipe = load_recipe(recipe_name, [*overrides, *environment_overrides()])
         strategy = read_strategy(*deepspeed_config)
         require_compatible(strategy, recipe)
     except UserError:

@@ -46,6 +46,7 @@ from pipeline.parallel.reduction import sum_over_ranks
 from pipeline.training.changes import changes_since, regrouping
 from pipeline.training.engine import NATS, Engine, Update
 from pipeline.training.health import SPEEDS, Guard, Speeds
+from pipeline.training.outlook import Outlook
 from pipeline.training.profiler import StepProfiler
 from pipeline.training.provenance import PROVENANCE, provenance
 from pipeline.training.records import StepRecord, StepSums
@@ -94,7 +95,7 @@ class TrainingRun:
     def _build(self, strategy: dict[str, Any], joined: Callable[[], None]) -> None:
         recipe, ranks, data = self.recipe, self.ranks, self.recipe.data
         shard_sets = open_shards(data.shards)
-        self.tokenizer = shard_sets[0].tokenizer()
+        self._shard_sets, self.tokenizer = shard_sets, shard_sets[0].tokenizer()
         validation_sets = open_shards([data.validation], shard_sets[0]) if data.validation else []
         self.shards = [shard_set.fingerprint for shard_set in shard_sets]
         self.validation_shards = validation_sets[0].fingerprint if validation_sets else None
@@ -234,6 +235,9 @@ class TrainingRun:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"
             self._profiler = self._open.enter_context(StepProfiler(steps, folder, self.ranks.rank))
         self.log.say(self._description())
+        state, tokens = self.state, sum(one.manifest["totals"]["tokens"] for one in self._shard_sets)
+        self._outlook = Outlook(self.recipe, tokens, state.step, state.tokens)
+        self.log.say(self._outlook.amount)
         self._watchdog.heartbeat("starting the loader")
         self._clock = time.perf_counter()
 
@@ -321,6 +325,8 @@ class TrainingRun:
         before, self._clock = self._clock, time.perf_counter()
         record = self._step_record(step, sums, loss, update, self._clock - before)
         self.log.step(record)
+        if line := self._outlook.after(state.step, state.tokens):
+            self.log.say(line)
         if self._profiler:
             self._profiler.end(state.step)
         self._watchdog.heartbeat(f"step {state.step}")

@@ -17,6 +17,7 @@ from data_prep.common.page import (
     Chart,
     Sample,
     Table,
+    Tiles,
     from_template,
     to_html,
     to_markdown,
@@ -30,6 +31,11 @@ TITLE = "Demo report: from text to a measured sentence-level language model"
 NAMES = {"vae": "SentenceVAE", "sllm": "SLLM", "lm": "token model"}
 KINDS = tuple(NAMES)
 MEASURED = {"result": "evaluate", "check": "check"}
+TASKS = {  # name in lm-evaluation-harness: (title, what guessing reaches)
+    "sllm_cloze": ("last word of a sentence", None),
+    "sllm_next_sentence": ("next sentence, of four", 0.25),
+    "sllm_sentence_order": ("order of two sentences", 0.5),
+}
 COMPARED = {"data_fingerprint": "text", "window_tokens": "longest window", "tokens": "number of tokens"}
 GROUPS = ((1, 4), (5, 8), (9, 16), (17, 32), (33, 1 << 60))
 
@@ -66,6 +72,7 @@ def build_report(folder: str | Path) -> tuple[Path, Path]:
         if ours[key] != theirs[key]
     ]
     passed = sum(one["check"]["passed"] for one in runs)
+    ngram = read_json(measured / "ngram.json")
     stats = {name: read_json(measured / f"stats-{name}.json") for name in ("train", "validation")}
     stamps = map(read_json, (folder / "stamps").glob("*.json"))
     values = {
@@ -73,11 +80,14 @@ def build_report(folder: str | Path) -> tuple[Path, Path]:
         "runs": runs,
         "differing": differing,
         "passed": passed,
+        "ngram": ngram,
+        "tasks": tasks(measured),
         "stats": stats,
         "machine": read_json(folder / "machine.json"),
         "stamps": sorted(stamps, key=lambda stamp: stamp["order"]),
     }
     parts: dict[str, Sequence[Block]] = {
+        "tiles": [tiles(runs, ngram, passed)],
         "training": list(training(runs)),
         "sentences": list(sentences(stats["train"]["histogram"], runs[0])),
         "samples": [sample(read_json(path)) for path in sorted(measured.glob("sample-*.json"))],
@@ -93,6 +103,27 @@ def build_report(folder: str | Path) -> tuple[Path, Path]:
 def read_json(path: Path) -> Any:
     missing = "is missing: the demo step that writes it has not run; run `make demo`"
     return files.read_json(path, missing=missing)
+
+
+def tiles(runs: Sequence[Trained], ngram: dict[str, Any], passed: int) -> Tiles:
+    ours, theirs = runs[1:]
+    bits = [(one["name"], f"{one['result']['bits_per_byte']:.3f}", "bits per byte") for one in (ours, theirs)]
+    bits.append(("5-gram", f"{ngram['bits_per_byte']:.3f}", "bits per byte, by counting"))
+    speed = ("SLLM", grouped(round(ours["tokens_per_second"])), "tokens per second in training")
+    return Tiles([*bits, speed, ("checks", f"{passed} of {len(runs)}", "models pass `sllm check`")])
+
+
+def tasks(measured: Path) -> list[tuple[str, str, float | None, list[tuple[float, float]]]]:
+    """(task, title, chance, [(accuracy, standard error) of SLLM and token model])"""
+    found = []
+    for kind in KINDS[1:]:
+        paths = sorted((measured / f"tasks-{kind}").rglob("results_*.json"))
+        found.append(read_json(paths[-1] if paths else measured / f"tasks-{kind}")["results"])
+    rows = []
+    for task, (title, chance) in TASKS.items():
+        scores = [(float(one[task]["acc,none"]), float(one[task]["acc_stderr,none"])) for one in found]
+        rows.append((task, title, chance, scores))
+    return rows
 
 
 def training(runs: Sequence[Trained]) -> Iterable[Block]:

@@ -44,11 +44,11 @@ PACKAGES = "torch deepspeed transformers tokenizers sentencepiece webdataset num
 
 # (prompt, further options of `sllm generate`): drawn once each, all of them shown.
 SAMPLES = (
-    ("The list of", "--temperature 0"),
-    ("Return the number of", "--temperature 0.8 --top-p 0.95 --seed 1"),
-    ("If the file does not exist,", "--temperature 0.8 --top-p 0.95 --seed 2"),
-    ("", "--temperature 0.8 --top-p 0.95 --seed 3"),
+    ("Return the number of", "--temperature 0.8 --top-p 0.9 --seed 1"),
+    ("If the file does not exist,", "--temperature 0.8 --top-p 0.9 --seed 2"),
+    ("This module", "--temperature 0.8 --top-p 0.9 --seed 3"),
 )
+TASK_ITEMS = 200  # of each task of lm-evaluation-harness
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ def steps(demo: Path) -> list[Step]:
             command = f"sllm {what} --model {at}/models/{kind} --json {more}"
             needs = f"export-{kind} shards-validation"
             add(f"{what}-{kind}", command, f"measured/{what}-{kind}.json", needs, captures=True)
+    command = f"sllm ngram --train {at}/shards/train --data {data} --window-tokens 512 --json"
+    add("ngram", command, "measured/ngram.json", "shards-train shards-validation", captures=True)
+    for kind in KINDS[1:]:
+        command = f"sllm lm-eval --model {at}/models/{kind} --tasks sllm_local --limit {TASK_ITEMS}"
+        command += f" --output_path {at}/measured/tasks-{kind}"
+        add(f"tasks-{kind}", command, f"measured/tasks-{kind}", f"export-{kind}")
     for number, (prompt, options) in enumerate(SAMPLES, start=1):
         command = f"sllm generate --model {at}/models/sllm --max-sentences 12 --json {options}"
         command += f" --prompt {shlex.quote(prompt)}"

@@ -17,6 +17,7 @@ Other tables are templates in `templates/`. FILE is a path below docs/results.
     identify-quality FILE N  result of `tools.benchmarks.identify_quality`: its table N, from 0
     goodput FILE             result of `tools.benchmarks.goodput`, with its chart as a picture
     generation-chart FILE    the picture of a result of `sllm benchmark generation`
+    headline FOLDER          README's table and charts: quality and speed of the main comparison
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.charts import Plot, svg
+from data_prep.common.charts import BarsAcross, Line, Lines, Plot, svg
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json
 from data_prep.common.page import NOTHING, Table, markdown_table, render
@@ -252,6 +253,84 @@ def generation_chart(results: Results, file: str) -> list[str]:
     return results.draw(f"{file.removesuffix('.json')}.svg", generation_plots(found), caption)[1:]
 
 
+def headline(results: Results, folder: str) -> list[str]:
+    rows = [row for file in ("lm", "sllm") for row in results.read(f"{folder}/{file}.json")["rows"]]
+    runs = {name: [row["bits_per_byte"] for row in found] for name, found in _by_name(rows).items()}
+    ngram = results.read(f"{folder}/ngram-valid.json")["bits_per_byte"]
+    speed = results.read(f"{folder}/generation-default.json")["points"]
+    bound = {row["layers"]: row for row in results.read(f"{folder}/bound.json")["rows"]}
+    # Of the models compared: a token model of four layers, an SLLM of five, of which two are its backbone.
+    full = bound[4]["against"]["full"]
+    low, high = sorted(full[cost] / bound[5]["model"][cost] for cost in ("multiply_adds", "bytes"))
+
+    chosen = [("token model, 4 layers", "lm", "token model"), ("SLLM", "sllm", "SLLM")]
+    chosen.append(("SLLM, full sentences", "sllm-2", "SLLM, full sentences"))
+    chosen.append(("SLLM, the paper's choices", "sllm-3", "SLLM as in the paper"))
+    lines = [
+        Line(
+            "",
+            [(n, statistics.fmean(runs[name]))],
+            hue,
+            "points",
+            interval=[(min(runs[name]), max(runs[name]))],
+        )
+        for n, (name, hue, _) in enumerate(chosen)
+    ]
+    lines.append(Line("5-gram", [(-0.4, ngram), (len(chosen) - 0.6, ngram)], "ngram", dash="--"))
+    ticks = [(n, label) for n, (_, _, label) in enumerate(chosen)]
+    quality = Lines(lines, "", "bits per byte of unseen books (lower is better)", x_ticks=ticks, y_from=1.78)
+    bars = []
+    for point in speed:
+        base = point["against"]["tokens_per_second"]["median"]
+        # Rows of a batch share the weights that are read, so only operations count there.
+        most = high if point["batch"] == 1 else low
+        limits = [(base * low, "rest"), (base * (most - low), "rule")]
+        beside = f"batch {point['batch']}"
+        bars.append((f"token model, {beside}", f"{base:,.0f}", [(base, "lm")]))
+        ours = point["model"]["tokens_per_second"]["median"]
+        ratio = point["ratios"]["tokens_per_second"]
+        bars.append((f"SLLM, {beside}", f"{ours:,.0f} ({ratio:.1f}×)", [(ours, "sllm")]))
+        bars.append(
+            (
+                f"what arithmetic explains, {beside}",
+                f"{low:.1f}×" if most == low else f"{low:.1f}–{most:.1f}×",
+                limits,
+            )
+        )
+    lines_out = markdown_table(
+        Table(
+            ["1M parameters, 8 minutes of one core each", "token model", "SLLM"],
+            [
+                [
+                    "bits per byte, two seeds",
+                    *(COLUMNS["bits_per_byte"].cell(runs[name]) for name, *_ in chosen[:2]),
+                ],
+                ["the same, Kneser–Ney 5-gram", f"{ngram:.3f}", ""],
+                *(
+                    [
+                        f"new tokens a second, batch {point['batch']}",
+                        f"{point['against']['tokens_per_second']['median']:,.0f}",
+                        f"{point['model']['tokens_per_second']['median']:,.0f}",
+                    ]
+                    for point in speed
+                ),
+                [
+                    "cached bytes a token of context",
+                    *(f"{speed[0][side]['cached_bytes_per_token']:,.0f}" for side in ("against", "model")),
+                ],
+            ],
+        )
+    )
+    lines_out += results.draw(
+        f"{folder}/headline-quality.svg", [quality], "Bits per byte, with the seeds' range"
+    )
+    return lines_out + results.draw(
+        f"{folder}/headline-speed.svg",
+        [BarsAcross(bars)],
+        "New tokens per second on one core, trained models",
+    )
+
+
 def of_template(path: Path) -> Callable[..., list[str]]:
     """A table whose template reads the files."""
 
@@ -282,5 +361,6 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "identify-quality": identify_quality_table,
     "goodput": goodput_table,
     "generation-chart": generation_chart,
+    "headline": headline,
     **{path.name.split(".")[0]: of_template(path) for path in sorted(TEMPLATES.glob("*.md.jinja"))},
 }

@@ -52,6 +52,10 @@ STATS = {
     "tokens_per_sentence": {"mean": 12.5, "median": 9, "p95": 30, "max": 30},
     "histogram": [0, 0, 10, *[0] * 6, 70, *[0] * 20, 20],
 }
+TASKS = {
+    name: {"acc,none": score, "acc_stderr,none": 0.025}
+    for name, score in (("sllm_cloze", 0.055), ("sllm_next_sentence", 0.31), ("sllm_sentence_order", 0.6))
+}
 SAMPLE = {
     "prompt": "The list",
     "text": "The list <b>is</b> ```a``` & more | see http://example.org\n",
@@ -96,6 +100,9 @@ def demo(tmp_path: Path) -> Path:
     for name in ("train", "validation"):
         write(tmp_path / "measured" / f"stats-{name}.json", STATS)
     write(tmp_path / "measured" / "sample-1.json", SAMPLE)
+    write(tmp_path / "measured" / "ngram.json", {"bits_per_byte": 2.2})
+    for kind in ("sllm", "lm"):
+        write(tmp_path / "measured" / f"tasks-{kind}" / "x" / "results_1.json", {"results": TASKS})
     write(tmp_path / "machine.json", {"processor": "Test <CPU>", "torch": "9.8.7"})
     for order, step in enumerate(("corpus", "vae")):
         stamp = {"step": step, "order": order, "seconds": 12.5 + order, "finished": "2026-01-01 00:00"}
@@ -133,6 +140,10 @@ def test_figures_are_those_of_the_files(demo: Path) -> None:
         assert rows["train"] == ["8", "100", "1,250", "4,321", "12.5", "9", "30"]
         assert rows["9–16"] == ["70"]
         assert rows["5–8"] == ["500", "40.0 %"]
+        assert rows["next sentence, of four"] == ["25.0 %", "31.0 % ± 2.5", "31.0 % ± 2.5"]
+        assert rows["last word of a sentence"][0] == "–"
+    for text in (markdown, Page(page).text):
+        assert "5-gram" in text and "2.200" in text
     assert "2 of 3 models pass" in markdown
     assert "0.222 more" in markdown  # 2.34567 - 2.12349
 
@@ -187,13 +198,41 @@ def test_unlike_evaluations_are_not_compared(demo: Path, other: dict, word: str)
         assert claim not in markdown
 
 
-def test_unequal_budgets_are_said(demo: Path) -> None:
-    assert "must not be compared" in build_report(demo)[0].read_text()  # 100,000 and 150,000 tokens
-    same = (demo / "runs" / "sllm" / "metrics.jsonl").read_text()
-    (demo / "runs" / "lm" / "metrics.jsonl").write_text(same)
+def take_equal_times(demo: Path) -> None:
+    """SentenceVAE and SLLM take 12.5 seconds each, the token model 25."""
+    for kind in ("vae", "sllm"):
+        path = demo / "runs" / kind / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"seconds": 0.5', '"seconds": 0.25'))
+
+
+def test_unequal_times_are_said(demo: Path) -> None:
+    assert "must not be compared" in build_report(demo)[0].read_text()  # 25 + 25 s, and 25 s
+    take_equal_times(demo)
     markdown = build_report(demo)[0].read_text()
     assert "must not be compared" not in markdown
+    assert "after 25 seconds of training (its SentenceVAE's included) against 25" in " ".join(
+        markdown.split()
+    )
     assert "had seen 50,000 tokens before its own 100,000" in markdown
+
+
+@pytest.mark.parametrize(
+    ("sllm", "lm", "verdict"),
+    [
+        (2.34, 2.12, "0.220 more bits per byte than the token model"),
+        (2.34, 2.12, "the token model is better at this size and time"),
+        (2.12, 2.34, "the SLLM is better at this size and time"),
+        (2.12, 2.11, "neither is better here"),
+        (2.30, 2.29, "Neither beats a 5-gram"),
+        (2.10, 2.09, "Both beat a 5-gram"),
+        (2.10, 2.29, "The SLLM beats, the other does not beat, a 5-gram"),
+    ],
+)
+def test_the_verdict_follows_the_figures(demo: Path, sllm: float, lm: float, verdict: str) -> None:
+    take_equal_times(demo)
+    for kind, bits in (("sllm", sllm), ("lm", lm)):
+        write(demo / "measured" / f"evaluate-{kind}.json", RESULTS[kind] | {"bits_per_byte": bits})
+    assert verdict in " ".join(build_report(demo)[0].read_text().split())
 
 
 def test_skipped_step_does_not_break_the_curves(demo: Path) -> None:
