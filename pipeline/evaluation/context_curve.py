@@ -4,6 +4,11 @@ The targets are all sentences with the longest context before them in their docu
 tokens they are scored in blocks of at most C/4 tokens, or one sentence, each block in a window of its own
 after the fewest whole sentences that have C tokens. So every target has at least C tokens before it, and at
 most C/4 and two sentences more. The differences between contexts are of the same targets, by document.
+
+With blocks of B tokens (`--context-block`, `--context-blocks`) the targets of a document are its first
+blocks behind the longest context: B tokens each, or for models that read sentences the fewest whole ones with
+B. Every context scores a block in one window, so a target has C tokens before it and those of its block.
+Nothing else is scored.
 """
 
 from __future__ import annotations
@@ -40,14 +45,15 @@ def curve_windows(
     contexts: Sequence[int],
     ranks: Ranks,
     block: int | None = None,
+    blocks: int = 1,
     by_token: bool = False,
     rule: RunningEnds | None = None,
 ) -> Iterator[Window]:
     """The windows of all contexts, of this rank's documents. Their `document` is the document's number ·
     contexts + the context's index.
 
-    block: tokens of the targets of a document. by_token: a block and its contexts are cut between any tokens.
-    rule: cuts the documents again.
+    block: tokens of each of the `blocks` of targets of a document. by_token: these and their contexts are cut
+    between any tokens. rule: cuts the documents again.
     """
     for number, (tokens_T, lengths_S, source, language) in enumerate(documents):
         if number % ranks.world != ranks.rank:
@@ -55,18 +61,21 @@ def curve_windows(
         if rule is not None:
             lengths_S = rule.cut(tokens_T)
         if block and by_token:
-            lengths_S = _cut_at(len(tokens_T), max(contexts), contexts, block)
+            lengths_S = _cut_at(len(tokens_T), contexts, block, blocks)
         ends = np.concatenate([[0], np.cumsum(lengths_S, dtype=np.int64)])
         begin = int(np.searchsorted(ends, max(contexts)))
         if block:
-            end = int(np.searchsorted(ends, ends[begin] + block)) if begin < len(ends) else len(ends)
-            if end == len(ends):  # too short
-                continue
-            for index, context in enumerate(contexts):
-                before = int(np.searchsorted(ends, ends[begin] - context, side="right")) - 1
-                span = Span(tokens_T[ends[before] : ends[end]], lengths_S[before:end], end == len(lengths_S))
-                key = number * len(contexts) + index
-                yield Window(span, key, before, source, language, context=begin - before)
+            for _ in range(blocks):
+                end = int(np.searchsorted(ends, ends[begin] + block)) if begin < len(ends) else len(ends)
+                if end == len(ends):  # too short
+                    break
+                for index, context in enumerate(contexts):
+                    before = int(np.searchsorted(ends, ends[begin] - context, side="right")) - 1
+                    tokens, lengths = tokens_T[ends[before] : ends[end]], lengths_S[before:end]
+                    span = Span(tokens, lengths, end == len(lengths_S))
+                    key = number * len(contexts) + index
+                    yield Window(span, key, before, source, language, context=begin - before)
+                begin = end
             continue
         for index, context in enumerate(contexts):
             first = begin
@@ -81,9 +90,10 @@ def curve_windows(
                 first = end
 
 
-def _cut_at(tokens: int, longest: int, contexts: Sequence[int], block: int) -> np.ndarray:
-    """Lengths of the parts of a document, which is cut before every context, the block, and behind it."""
-    cuts = sorted({longest - context for context in contexts} | {longest, longest + block})
+def _cut_at(tokens: int, contexts: Sequence[int], block: int, blocks: int) -> np.ndarray:
+    """Lengths of the parts of a document, which is cut before every block and each of its contexts."""
+    starts = max(contexts) + block * np.arange(blocks + 1)
+    cuts = sorted({int(start - context) for start in starts for context in (0, *contexts)})
     return np.diff([0, *(cut for cut in cuts if 0 < cut < tokens), tokens])
 
 

@@ -278,6 +278,7 @@ def evaluate(
     generated: str | Path | None = None,
     context_curve: Sequence[int] = (),
     context_block: int | None = None,
+    context_blocks: int = 1,
     ngram: str | Path | NgramModel | None = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
@@ -291,7 +292,8 @@ def evaluate(
         ranks: all of them must call this alike, inside a process group.
         documents: scored in place of those in the file `text`, which then only names them.
         context_curve: context lengths in tokens whose loss is measured (`context_curve.py`).
-        context_block: score so many tokens of each document alone, behind each of these contexts.
+        context_block, context_blocks: score so many blocks of so many tokens of each document alone, behind
+            each of these contexts.
         ngram: shards to count an n-gram model on, or that model, scored on the same windows.
     Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
@@ -345,7 +347,8 @@ def evaluate(
             scored = [score(*how, windows, batch_tokens, expected, progress, ngram=ngram)]
         if contexts:
             read = source if context_block else opened()
-            curve = read.read(tokenizer, max_documents), contexts, ranks, context_block, by_token, rule
+            targets = context_block, context_blocks, by_token, rule
+            curve = read.read(tokenizer, max_documents), contexts, ranks, *targets
             scored = [
                 *(scored or ()),
                 score(*how, curve_windows(*curve), batch_tokens, None, progress, controls=False),
@@ -387,7 +390,7 @@ def evaluate(
         "ranks": ranks.world,
         **scores.figures(),
         **({"context_curve": curve_figures(scored[-1], contexts)} if contexts else {}),
-        **({"context_block": context_block} if context_block else {}),
+        **({"context_block": context_block, "context_blocks": context_blocks} if context_block else {}),
         **({"ngram_trained_tokens": ngram.tokens} if isinstance(ngram, NgramModel) else {}),
         **agreement,
         "seconds": round(time.perf_counter() - started, 3),

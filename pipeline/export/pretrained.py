@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from data_prep.common.errors import UserError, first_line, log
 from data_prep.common.extras import import_extra
 from data_prep.text.tokenizer import COMPANION_FILES, Tokenizer, _byte_alphabet, load_tokenizer
-from data_prep.text.tokenizer_files import CONFIG_FILE, convert_slow_files
+from data_prep.text.tokenizer_files import CONFIG_FILE, END_SYMBOLS, convert_slow_files, read_config
 from pipeline.export.model_folder import require_replaceable, write_folder
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import FAMILIES, load_packable, require_family, require_supported
@@ -50,6 +50,8 @@ _WORDS = {
 }
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word of the vocabulary is one token
 _CONTROL, _ADDED = 3, 4  # kinds of `tokenizer.ggml.token_type`
+# They mark turns of a chat, not documents.
+_CHAT = ("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>")
 _NO_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that no text has
 
 
@@ -153,11 +155,26 @@ def _exact_tokenizer(definition: bytes, source: Path, made: Path) -> tuple[Token
                 vocabulary[symbol] = len(vocabulary)
             names = " ".join(f"{byte:02X}" for _, byte in missing)
             log(f"{source}: its vocabulary lacks the bytes {names}: added, so that no text is lost")
+    _end_documents(made, {token["content"] for token in spec["added_tokens"] if token["special"]}, source)
     (made / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
     try:
         return load_tokenizer(made), added
     except UserError as error:
         raise UserError(str(error).replace(str(made), str(source))) from None
+
+
+def _end_documents(made: Path, special: set[str], source: Path) -> None:
+    """Name the symbol between documents of the pretraining where the tokenizer names those of a chat."""
+    config = read_config(made)
+    symbol = next((symbol for symbol in END_SYMBOLS if symbol in special), None)
+    named = {key: config.get(key) for key in ("bos_token", "eos_token")}
+    names = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    chat = {key: name for key, name in names.items() if name in _CHAT}
+    if symbol is None or not chat:
+        return
+    marks = " and ".join(sorted(set(chat.values())))
+    log(f"{source}: {symbol} is between documents; {marks}, which it names, marks turns of a chat")
+    (made / CONFIG_FILE).write_text(json.dumps(config | dict.fromkeys(chat, symbol)), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -350,10 +350,12 @@ def test_a_block_behind_every_context_is_scored_alone(kind, tokenizer, tiny_corp
     assert abs(curve["contexts"]["4"]["lost"]) > 1e-4
     assert "64 tokens" in format_result(result)
     assert result["data_fingerprint"] == evaluate(folder, text=text)["data_fingerprint"]
+    two = evaluate(folder, text=text, context_curve=[4, 64], context_block=8, context_blocks=2)
+    assert two["documents"] == 4 and two["tokens"] > 1.5 * result["tokens"]
     if kind != "lm":
         assert 8 * 4 <= curve["tokens"] < (8 + 64) * 4
         return
-    assert curve["tokens"] == 8 * 4
+    assert curve["tokens"] == 8 * 4 and two["tokens"] == 16 * 4
     means = [curve["contexts"][context]["mean_context"] for context in ("4", "64")]
     assert means == [4 + 3.5, 64 + 3.5]
     nats, inner = 0.0, load_model(folder).model

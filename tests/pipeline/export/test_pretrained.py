@@ -340,3 +340,18 @@ def test_it_is_checked_and_continues_texts(tokenizer_folder, tmp_path, capsys):
     assert together[0]["tokens"] == result["tokens"] or together[0]["text"] == result["samples"][0]["text"]
     with pytest.raises(UserError, match="the prompt has .* tokens, but the model has positions for 63"):
         cli.main([*write[:3], "--prompt", "It was. " * 60])
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_chat_model_gets_the_symbol_between_documents(as_object, tmp_path, capsys):
+    tokenizer = qwen_like(tmp_path / "tokenizer")
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    config |= {"bos_token": None, "eos_token": {"content": "<|im_end|>"} if as_object else "<|im_end|>"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
+    source, _ = folder_of("qwen2", tokenizer, tmp_path / "source", vocab_size=3010)
+    assert run(source, "--output", tmp_path / "ours") == 0
+    assert "<|endoftext|> is between documents" in capsys.readouterr().err
+    found = load_tokenizer(tmp_path / "ours" / "tokenizer")
+    end = RustTokenizer.from_file(str(tokenizer / "tokenizer.json")).token_to_id("<|endoftext|>")
+    assert found.bos_id == found.eos_id == end
+    assert load_model(tmp_path / "ours").config.bos_token_id == end
