@@ -46,6 +46,7 @@ PALETTE = {
     "soft": ("#5f6672", "#a0a7b3"),
     "rule": ("#d9dce1", "#3a3f48"),
     "rest": ("#cfd3d9", "#434956"),
+    "on": ("#fffffe", "#14161a"),  # words on a filled shape
 }
 DASHES = ("-", "--", "-.", ":")
 WIDTH, PAGE_WIDTH = 720, 480  # points: of a file; on a page, where it is a column or a phone's width

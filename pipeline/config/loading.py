@@ -35,7 +35,7 @@ def load_yaml(text: str) -> Any:
 
 
 def environment_overrides() -> list[str]:
-    """Overrides of a training's recipe from SLLM_TRAIN_ARGS: for batch systems, and to try a command shortly."""
+    """Overrides of a training's recipe from SLLM_TRAIN_ARGS: for batch systems, and to shorten a command."""
     try:
         return shlex.split(os.environ.get(TRAIN_ARGS, ""))
     except ValueError as error:

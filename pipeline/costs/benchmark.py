@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +79,16 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
         raise UserError(f"memory cannot be measured on this system ({error}): use --no-memory") from None
+
+
+def reading_rate(device: torch.device) -> float:
+    """Bytes per second that products of a large matrix and a vector read, with this process's threads."""
+    matrix, vector = torch.ones(8192, 8192, device=device), torch.ones(8192, device=device)
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        torch.mv(matrix, vector)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return matrix.nbytes / statistics.median(seconds)

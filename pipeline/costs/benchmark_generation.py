@@ -1,5 +1,5 @@
 """`sllm benchmark generation`: new tokens per second, compared with a token-level model: OPT of a published
-size or a recipe with the objective `lm`, run by Hugging Face's `generate` with its own cache.
+size or a recipe with the objective `lm`, run by Hugging Face's `generate` or another engine (`engines`).
 
 Weights and prompts are random, because only lengths affect speed. Every sentence has exactly
 `sentence_tokens` tokens (the end symbol is computed, but forced at that length), and the other model
@@ -20,12 +20,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 from data_prep.common import charts
 from data_prep.common.environment import write_result
@@ -33,15 +31,9 @@ from data_prep.common.errors import UserError, counted, log
 from data_prep.common.measuring import in_new_process, memory_field, spread
 from data_prep.common.page import NOTHING, Table, to_text
 from pipeline.config.library import find_recipe
-from pipeline.costs.benchmark import (
-    OPT_SIZES,
-    OPT_VOCABULARY,
-    conditions,
-    published_opt,
-    reset_peak,
-    resident,
-    start,
-)
+from pipeline.costs.benchmark import OPT_VOCABULARY, conditions, reading_rate, reset_peak, resident, start
+from pipeline.costs.engines import ENGINES, SENTENCE_ROOM, Case, TokenSide, Turn
+from pipeline.costs.generation_bound import bytes_per_token
 from pipeline.costs.options import SIDES, GenerationBenchmark
 from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
 from pipeline.generation.results import Limits, Piece, Request
@@ -50,9 +42,6 @@ from pipeline.generation.writer import BatchWriter
 from pipeline.models.factory import new_model
 from pipeline.models.folders import parameter_count
 from pipeline.models.inference import lay_out, to_int8
-from pipeline.models.token_lm import TokenLM
-
-SENTENCE_ROOM = 64  # longest sentence of the models measured
 
 
 class LetterTokens:
@@ -68,31 +57,6 @@ class LetterTokens:
         return b"x" * len(tokens)
 
 
-@dataclass(frozen=True)
-class Case:
-    """One point of the measurement: texts at once; context tokens and new sentences of each."""
-
-    batch: int
-    context: int
-    sentences: int
-    sentence_tokens: int
-
-    @property
-    def new_tokens(self) -> int:
-        return self.sentences * self.sentence_tokens
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Figures of one run of one side."""
-
-    first_sentence: float  # seconds
-    tokens_per_second: float  # new tokens of all rows after their first sentence
-    cache_bytes: int  # of the context and the new tokens, all rows
-    cached_tokens: int  # tokens in those bytes
-    step_bytes: int = 0  # of caches that do not depend on the context's length (a decoder's), all rows
-
-
 class SentenceSide:
     """The SLLM, by `BatchWriter`."""
 
@@ -103,7 +67,7 @@ class SentenceSide:
             raise UserError(
                 f"recipe {recipe}: its objective is {sized.objective}; only an SLLM writes sentences"
             )
-        self.name = find_recipe(recipe).stem
+        self.name, self._sized = find_recipe(recipe).stem, sized
         vocabulary = Vocabulary(options.vocab_size or sized.reading_part.get("vocab_size", OPT_VOCABULARY))
         torch.manual_seed(sized.seed)
         text = {"segmenter": "clause", "language": "en", "max_tokens": SENTENCE_ROOM}
@@ -111,6 +75,14 @@ class SentenceSide:
         self.parameters = parameter_count(self.model)
         (to_int8 if options.int8 else lay_out)(self.model)
         self._tokenizer: Any = LetterTokens(vocabulary)
+        self._weight_bytes = 1 if options.int8 else torch.finfo(DTYPES[options.dtype]).bits // 8
+
+    def bytes_per_token(self, case: Case) -> float:
+        """What one token of one row reads by arithmetic (`sllm benchmark bound`)."""
+        context = case.context + case.new_tokens // 2
+        return bytes_per_token(
+            self._sized, self._tokenizer.vocab_size, context, case.sentence_tokens, self._weight_bytes
+        )
 
     def limit(self, case: Case) -> str | None:
         """Why a case cannot be measured; None if it can."""
@@ -150,80 +122,6 @@ class SentenceSide:
         )
 
 
-class _Clock(StoppingCriteria):
-    """Never stops; records the time of each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class TokenSide:
-    """A token-level model, by Hugging Face's `generate`."""
-
-    def __init__(self, options: GenerationBenchmark, device: torch.device):
-        torch.manual_seed(0)
-        model, self.name = _token_model(options.against, options.vocab_size)
-        self.model = model.to(device, DTYPES[options.dtype]).eval()
-        if options.columns:
-            lay_out(self.model)
-        self.parameters = parameter_count(self.model)
-        self.model.generation_config.pad_token_id = 1
-
-    def limit(self, case: Case) -> str | None:
-        room = self.model.config.max_position_embeddings
-        needed = case.context + case.new_tokens
-        return f"{counted(needed, 'token')}, {counted(room, 'position')}" if needed > room else None
-
-    def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
-        """One run; `at_end` is called while its caches still live."""
-        clock = _Clock()
-        ids = torch.from_numpy(prompts_BC).to(self.model.device)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            out = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                use_cache=True,
-                min_new_tokens=case.new_tokens,
-                max_new_tokens=case.new_tokens,
-                return_dict_in_generate=True,
-                stopping_criteria=StoppingCriteriaList([clock]),
-            )
-        if out.sequences.shape[1] != case.context + case.new_tokens:
-            raise RuntimeError(f"{case}: tokens written: {out.sequences.shape[1] - case.context}")
-        at_end()
-        first, last = clock.times[case.sentence_tokens - 1], clock.times[-1]
-        cache = out.past_key_values
-        layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-        return Turn(
-            first - started,
-            case.batch * (case.new_tokens - case.sentence_tokens) / (last - first),
-            sum(x.untyped_storage().nbytes() for x in layers),
-            cache.get_seq_length() * case.batch,
-        )
-
-
-def _token_model(against: str, vocab_size: int | None) -> tuple[Any, str]:
-    """A token-level model with random weights, and its name. Raises: UserError for anything else."""
-    if against in OPT_SIZES:
-        return published_opt(against, vocab_size or OPT_VOCABULARY), against
-    if not find_recipe(against).is_file():
-        raise UserError(f"--against {against}: neither {', '.join(OPT_SIZES)} nor a recipe")
-    recipe = sized_recipe(against)
-    if recipe.objective != "lm" or recipe.model.layout == "anchors":
-        what = "layout is anchors" if recipe.objective == "lm" else f"objective is {recipe.objective}"
-        raise UserError(f"--against {against}: its {what}; give a token-level model")
-    vocabulary = Vocabulary(vocab_size or recipe.model.backbone.get("vocab_size", OPT_VOCABULARY))
-    model = new_model(recipe, vocabulary, {"max_tokens": SENTENCE_ROOM})
-    assert isinstance(model, TokenLM)
-    return model.model, find_recipe(against).stem
-
-
 def run(options: GenerationBenchmark) -> dict[str, Any]:
     """Measure what the options ask for; the result is plain JSON.
 
@@ -237,6 +135,9 @@ def run(options: GenerationBenchmark) -> dict[str, Any]:
     held: dict[str, Any] = {}
     sides = {name: make_side(name, options, device) for name in SIDES[: 1 + bool(options.against)]}
     points = [measure(case, sides, options.runs) for case in _cases(options)]
+    rate = reading_rate(device)
+    for point, case in zip(points, _cases(options), strict=True):
+        add_reading(point, case, sides, rate)
     if device.type == "cpu" and not options.no_memory:
         for name in sides:
             log(f"memory of {name}, in a process of its own")
@@ -246,6 +147,8 @@ def run(options: GenerationBenchmark) -> dict[str, Any]:
     result = {
         **conditions(options),
         "int8": options.int8,
+        "engine": options.engine,
+        "reading_bytes_per_second": rate,
         "sentences": options.sentences,
         "sentence_tokens": options.sentence_tokens,
         "against_by_columns": options.columns,
@@ -264,7 +167,7 @@ def _cases(options: GenerationBenchmark) -> list[Case]:
 
 def make_side(name: str, options: GenerationBenchmark, device: torch.device) -> SentenceSide | TokenSide:
     """The recipe's model, or the one it is measured against. Raises: UserError for a wrong kind."""
-    return (SentenceSide if name == "model" else TokenSide)(options, device)
+    return (SentenceSide if name == "model" else ENGINES[options.engine])(options, device)
 
 
 def memory_of(name: str, options: GenerationBenchmark) -> list[dict[str, int] | None]:
@@ -354,6 +257,24 @@ def measure(case: Case, sides: dict[str, SentenceSide | TokenSide], runs: int) -
     return point
 
 
+def add_reading(
+    point: dict[str, Any], case: Case, sides: dict[str, SentenceSide | TokenSide], rate: float
+) -> None:
+    """Add to each side of a point of batch 1 the bytes that a token reads, and the share of the machine's
+    reading rate that it reaches; and to the ratios what those bytes allow."""
+    if case.batch != 1:  # rows share the weights that are read
+        return
+    measured = [name for name in sides if "refused" not in point[name]]
+    for name in measured:
+        figures = point[name]
+        figures["bytes_per_token"] = sides[name].bytes_per_token(case)
+        read = figures["tokens_per_second"]["median"] * figures["bytes_per_token"]
+        figures["reading_share"] = read / rate
+    if "ratios" in point:
+        ours, other = (point[name]["bytes_per_token"] for name in SIDES)
+        point["ratios"]["bytes_bound"] = other / ours
+
+
 def _figures(turns: list[Turn]) -> dict[str, Any]:
     last = turns[-1]
     return {
@@ -372,24 +293,30 @@ def format_benchmark(result: dict[str, Any]) -> str:
     names = [result[side]["name"] for side in sides]
     header = ["batch", "context"]
     for name in names:
-        header += [f"{name} tokens/s", "1st sentence s", "peak GB", "held MB"]
+        header += [f"{name} tokens/s", "of reading rate", "1st sentence s", "peak GB", "held MB"]
     rows = []
     for point in result["points"]:
         row = [str(point["batch"]), f"{point['context']:,}"]
         for figures in map(point.get, sides):
             if "refused" in figures:
-                row += [f"({figures['refused']})", *[NOTHING] * 3]
+                row += [f"({figures['refused']})", *[NOTHING] * 4]
                 continue
             row.append(f"{figures['tokens_per_second']['median']:,.2f}")
+            row.append(format(figures["reading_share"], ".0%") if "reading_share" in figures else NOTHING)
             row.append(f"{figures['first_sentence']['median']:.3f}")
             held = figures.get("memory")
             row += [f"{held['peak'] / 1e9:.3f}", f"{held['held'] / 1e6:,.1f}"] if held else [NOTHING] * 2
         if len(names) == 2:
             ratios = point.get("ratios", {})
-            shown = (("tokens_per_second", ".2f"), ("cached_bytes_per_token", ".1%"), ("memory_peak", ".2f"))
+            shown = (
+                ("tokens_per_second", ".2f"),
+                ("bytes_bound", ".2f"),
+                ("cached_bytes_per_token", ".1%"),
+                ("memory_peak", ".2f"),
+            )
             row += [format(ratios[key], form) if key in ratios else NOTHING for key, form in shown]
         rows.append(row)
-    header += ["× tokens/s", "cached bytes a token", "× peak"] if len(names) == 2 else []
+    header += ["× tokens/s", "× by bytes", "cached bytes a token", "× peak"] if len(names) == 2 else []
     lines = [
         f"{' beside '.join(names)}: {result['dtype']}, "
         f"{counted(result['sentence_tokens'], 'token')} a sentence, "

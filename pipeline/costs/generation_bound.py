@@ -79,17 +79,19 @@ def _token_layers(recipe: Recipe) -> int:
 
 def _per_token(
     recipe: Recipe,
-    depth: int,
+    depth: int | None,
     windows: Iterable[int | None],
     vocabulary: int,
     context: int,
     tokens: int,
     size: int,
 ) -> list[dict[str, float]]:
-    """Costs with each of some limits of a token model's attention."""
+    """Costs with each of some limits of a token model's attention. depth: None leaves the recipe's."""
     recipe = recipe.model_copy(deep=True)
     recipe.data.window_tokens = context
-    recipe.model.backbone |= {"num_hidden_layers": depth, "max_position_embeddings": context + 2 * tokens}
+    recipe.model.backbone |= {"max_position_embeddings": context + 2 * tokens}
+    if depth is not None:
+        recipe.model.backbone |= {"num_hidden_layers": depth}
     recipe.reading_part["vocab_size"] = vocabulary
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = new_model(recipe, Vocabulary(vocabulary), {}).eval()
@@ -116,6 +118,11 @@ def _per_token(
             cached += 2 * wide * pairs * (0 if part == "encoder" else shared if part == "backbone" else 1)
         found.append({"multiply_adds": linear + attention, "bytes": (read + cached) * size})
     return found
+
+
+def bytes_per_token(recipe: Recipe, vocabulary: int, context: int, tokens: int, size: int) -> float:
+    """Bytes that a new token of a recipe's model reads at batch 1, in sentences of `tokens` tokens."""
+    return _per_token(recipe, None, [None], vocabulary, context, tokens, size)[0]["bytes"]
 
 
 def _counts(

@@ -17,7 +17,11 @@ class Outlook:
 
     def __init__(self, recipe: Recipe, shard_tokens: int, step: int, tokens: int):
         """shard_tokens: of all training shards; step, tokens: where this start begins."""
-        self._training, self._step, self._begin = recipe.training, step, recipe.training.progress(step, tokens)
+        self._training, self._step, self._begin = (
+            recipe.training,
+            step,
+            recipe.training.progress(step, tokens),
+        )
         self._clock = time.perf_counter()
         limits = []
         if (most := recipe.training.max_tokens) is not None:

@@ -36,7 +36,7 @@ class Canvas:
     def box(
         self, x: float, y: float, w: float, h: float, text: str = "", colour: str = "sllm", **style: Any
     ) -> None:
-        """A filled box with white words; `outline=True` draws the edge alone."""
+        """A filled box with words; `outline=True` draws the edge alone."""
         from matplotlib.patches import FancyBboxPatch
 
         hue, outline = PALETTE[colour][0], style.pop("outline", False)
@@ -44,13 +44,11 @@ class Canvas:
         shape = "round,pad=0,rounding_size=4"
         self.axes.add_patch(FancyBboxPatch((x, y), w, h, shape, edgecolor=hue, linewidth=1.2, **fill))
         if text:
-            ink = PALETTE["ink"][0] if outline else "#ffffff"
-            self.text(x + w / 2, y + h / 2, text, ink, ha="center", **style)
+            self.text(x + w / 2, y + h / 2, text, "ink" if outline else "on", ha="center", **style)
 
     def text(self, x: float, y: float, text: str, colour: str = "soft", **style: Any) -> None:
-        hue = PALETTE[colour][0] if colour in PALETTE else colour
         style = {"ha": "left", "va": "center", "fontsize": 12, "linespacing": 1.25} | style
-        self.axes.text(x, y, text, color=hue, **style)
+        self.axes.text(x, y, text, color=PALETTE[colour][0], **style)
 
     def arrow(
         self, x: float, y: float, to_x: float, to_y: float, colour: str = "soft", bend: float = 0

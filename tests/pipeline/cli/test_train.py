@@ -33,7 +33,9 @@ def test_a_signal_reaches_all_ranks_and_none_is_left(
         "2",
     ]
     command += ["--deepspeed-config", "zero1", "--output_dir", run, "--training.max_steps", "100000"]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen([*map(str, command)], stdout=file, stderr=subprocess.STDOUT)
     watched, metrics = psutil.Process(process.pid), run / "metrics.jsonl"
     while not watched.children() or (steps and (not metrics.exists() or len(runs.records(run)) < steps)):
         assert process.poll() is None
@@ -41,7 +43,8 @@ def test_a_signal_reaches_all_ranks_and_none_is_left(
     process.send_signal(number)
     status = process.wait()
     assert not [one for one in psutil.process_iter(["cmdline"]) if str(run) in (one.info["cmdline"] or ())]
-    assert status == 75
+    assert status == 75, output.read_text()
+    assert "[INFO]" not in output.read_text() and "hostfile" not in output.read_text()
     if not steps:
         assert not run.exists(), "it had nothing to save"
         return

@@ -1,0 +1,239 @@
+"""Who runs the token-level model of `sllm benchmark generation`: `generate`, or another engine.
+
+All of them write the same number of tokens greedily, from the same random weights, and record when the first
+sentence's tokens and the last one are there.
+
+hf           `generate` with its dynamic cache
+hf-static    `generate` with a preallocated cache (on GPUs it is compiled)
+ctranslate2  CTranslate2 (the extra `engines`), weights converted in memory; CPU
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from data_prep.common.errors import UserError, counted
+from data_prep.common.extras import import_extra
+from pipeline.config.library import find_recipe
+from pipeline.costs.benchmark import OPT_SIZES, OPT_VOCABULARY, published_opt
+from pipeline.costs.options import GenerationBenchmark
+from pipeline.costs.sized_recipe import DTYPES, Vocabulary, sized_recipe
+from pipeline.models.factory import new_model
+from pipeline.models.folders import parameter_count
+from pipeline.models.inference import lay_out
+from pipeline.models.token_lm import TokenLM
+
+SENTENCE_ROOM = 64  # longest sentence of the models measured
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of the measurement: texts at once; context tokens and new sentences of each."""
+
+    batch: int
+    context: int
+    sentences: int
+    sentence_tokens: int
+
+    @property
+    def new_tokens(self) -> int:
+        return self.sentences * self.sentence_tokens
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Figures of one run of one side."""
+
+    first_sentence: float  # seconds
+    tokens_per_second: float  # new tokens of all rows after their first sentence
+    cache_bytes: int  # of the context and the new tokens, all rows
+    cached_tokens: int  # tokens in those bytes
+    step_bytes: int = 0  # of caches that do not depend on the context's length (a decoder's), all rows
+
+
+class _Clock(StoppingCriteria):
+    """Never stops; records the time of each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class TokenSide:
+    """A token-level model, by Hugging Face's `generate`."""
+
+    engine = "hf"
+
+    def __init__(self, options: GenerationBenchmark, device: torch.device):
+        torch.manual_seed(0)
+        model, self.name = _token_model(options.against, options.vocab_size)
+        self.model = model.to(device, DTYPES[options.dtype]).eval()
+        if options.columns:
+            lay_out(self.model)
+        self.parameters = parameter_count(self.model)
+        self.model.generation_config.pad_token_id = 1
+        self._weight_bytes = torch.finfo(DTYPES[options.dtype]).bits // 8
+
+    def limit(self, case: Case) -> str | None:
+        room = self.model.config.max_position_embeddings
+        needed = case.context + case.new_tokens
+        return f"{counted(needed, 'token')}, {counted(room, 'position')}" if needed > room else None
+
+    def bytes_per_token(self, case: Case) -> float:
+        """What one token of one row reads by arithmetic: all weights but unread rows of tables, and the cache
+        behind the context and half of the new tokens."""
+        config, embedding = self.model.config, self.model.get_input_embeddings()
+        tables = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding)]
+        tied = self.model.get_output_embeddings().weight is embedding.weight
+        rows = sum(m.weight.numel() for m in tables) - (embedding.weight.numel() if tied else 0)
+        places = case.context + case.new_tokens / 2
+        return (self.parameters - rows) * self._weight_bytes + places * _cached_bytes(
+            config, self._cache_size
+        )
+
+    @property
+    def _cache_size(self) -> int:
+        return self.model.dtype.itemsize
+
+    def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
+        """One run; `at_end` is called while its caches still live."""
+        clock = _Clock()
+        ids = torch.from_numpy(prompts_BC).to(self.model.device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                use_cache=True,
+                min_new_tokens=case.new_tokens,
+                max_new_tokens=case.new_tokens,
+                return_dict_in_generate=True,
+                stopping_criteria=StoppingCriteriaList([clock]),
+                cache_implementation="static" if self.engine == "hf-static" else None,
+            )
+        if out.sequences.shape[1] != case.context + case.new_tokens:
+            raise RuntimeError(f"{case}: tokens written: {out.sequences.shape[1] - case.context}")
+        at_end()
+        cache = out.past_key_values
+        layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+        held = sum(x.untyped_storage().nbytes() for x in layers)
+        return _turn(case, started, clock.times, held, int(cache.get_seq_length()) * case.batch)
+
+
+class StaticSide(TokenSide):
+    """`generate` with a preallocated cache."""
+
+    engine = "hf-static"
+
+
+class CTranslate2Side(TokenSide):
+    """A token-level model in CTranslate2, with the same weights."""
+
+    engine = "ctranslate2"
+
+    def __init__(self, options: GenerationBenchmark, device: torch.device):
+        if device.type != "cpu" or options.dtype != "fp32":
+            raise UserError(
+                f"--engine ctranslate2 runs on CPUs in fp32 or --int8, not {device.type} in {options.dtype}"
+            )
+        super().__init__(options, device)
+        engine = import_extra("ctranslate2", "engines")
+        kind = "int8" if options.int8 else "float32"
+        self._weight_bytes = 1 if options.int8 else 4
+        with tempfile.TemporaryDirectory() as folder:
+            _converter(self.model)(folder).convert(f"{folder}/converted", quantization=kind)
+            self._generator = engine.Generator(
+                f"{folder}/converted", "cpu", compute_type=kind, intra_threads=torch.get_num_threads()
+            )
+
+    def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
+        times, written = [0.0] * case.new_tokens, np.zeros(case.batch, dtype=np.int64)
+
+        def record(step: Any) -> bool:
+            times[step.step] = time.perf_counter()
+            written[step.batch_id] += 1
+            return False
+
+        started = time.perf_counter()
+        self._generator.generate_batch(
+            [[str(token) for token in row] for row in prompts_BC.tolist()],
+            max_length=case.new_tokens,
+            min_length=case.new_tokens,
+            sampling_topk=1,
+            include_prompt_in_result=False,
+            callback=record,
+        )
+        at_end()
+        if written.tolist() != [case.new_tokens] * case.batch:
+            raise RuntimeError(f"{case}: tokens written: {written.tolist()}")
+        places = (case.context + case.new_tokens - 1) * case.batch
+        return _turn(case, started, times, places * _cached_bytes(self.model.config, 4), places)
+
+
+def _converter(model: Any) -> Any:
+    """A converter class of CTranslate2 for a model in memory, whose tokens are named by their numbers."""
+    from ctranslate2.converters import TransformersConverter
+
+    class Numbers:
+        bos_token, eos_token, unk_token, pad_token = "2", "2", "3", "1"
+
+        def get_vocab(self) -> dict[str, int]:
+            return {str(n): n for n in range(model.get_input_embeddings().weight.shape[0])}
+
+    class InMemory(TransformersConverter):
+        def __init__(self, folder: str):
+            model.config.save_pretrained(folder)
+            super().__init__(folder)
+
+        def load_model(self, *_: Any, **__: Any) -> Any:
+            return copy.deepcopy(model)  # converters take layers out of a model
+
+        def load_tokenizer(self, *_: Any, **__: Any) -> Any:
+            return Numbers()
+
+    return InMemory
+
+
+def _turn(case: Case, started: float, times: list[float], cache_bytes: float, places: int) -> Turn:
+    first, last = times[case.sentence_tokens - 1], times[-1]
+    speed = case.batch * (case.new_tokens - case.sentence_tokens) / (last - first)
+    return Turn(first - started, speed, int(cache_bytes), places)
+
+
+def _cached_bytes(config: Any, size: int) -> float:
+    """Bytes of keys and values of one token in all layers."""
+    heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * config.hidden_size * shared / heads * size
+
+
+ENGINES: dict[str, type[TokenSide]] = {side.engine: side for side in (TokenSide, StaticSide, CTranslate2Side)}
+
+
+def _token_model(against: str, vocab_size: int | None) -> tuple[Any, str]:
+    """A token-level model with random weights, and its name. Raises: UserError for anything else."""
+    if against in OPT_SIZES:
+        return published_opt(against, vocab_size or OPT_VOCABULARY), against
+    if not find_recipe(against).is_file():
+        raise UserError(f"--against {against}: neither {', '.join(OPT_SIZES)} nor a recipe")
+    recipe = sized_recipe(against)
+    if recipe.objective != "lm" or recipe.model.layout == "anchors":
+        what = "layout is anchors" if recipe.objective == "lm" else f"objective is {recipe.objective}"
+        raise UserError(f"--against {against}: its {what}; give a token-level model")
+    vocabulary = Vocabulary(vocab_size or recipe.model.backbone.get("vocab_size", OPT_VOCABULARY))
+    model = new_model(recipe, vocabulary, {"max_tokens": SENTENCE_ROOM})
+    assert isinstance(model, TokenLM)
+    return model.model, find_recipe(against).stem
