@@ -135,7 +135,7 @@ def _exact_tokenizer(definition: bytes, source: Path, made: Path) -> tuple[Token
     """
     try:
         spec = json.loads(definition)
-        vocabulary = spec["model"]["vocab"]
+        vocabulary, symbols = spec["model"]["vocab"], spec.get("added_tokens") or []
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{source}/tokenizer.json is not a tokenizer definition: {error!r}") from None
     normalizer = spec.get("normalizer") or {}
@@ -144,18 +144,17 @@ def _exact_tokenizer(definition: bytes, source: Path, made: Path) -> tuple[Token
         spec["normalizer"] = None
     added: Added = {}
     # New ids follow the vocabulary, so no added token may have its id there.
-    inside = isinstance(vocabulary, dict) and all(t["content"] in vocabulary for t in spec["added_tokens"])
+    inside = isinstance(vocabulary, dict) and all(token["content"] in vocabulary for token in symbols)
     if inside and (spec.get("decoder") or {}).get("type") == "ByteLevel" and spec["model"]["type"] == "BPE":
         entries = sorted(_byte_alphabet().items(), key=lambda entry: entry[1])
         like = next((vocabulary[symbol] for symbol, _ in entries if symbol in vocabulary), None)
         missing = [(c, byte) for c, byte in entries if c not in vocabulary and byte not in _NO_UTF8]
         if missing and like is not None:
-            for symbol, _ in missing:
-                added[len(vocabulary)] = like
-                vocabulary[symbol] = len(vocabulary)
+            for index, (symbol, _) in enumerate(missing, max(vocabulary.values()) + 1):
+                added[index], vocabulary[symbol] = like, index
             names = " ".join(f"{byte:02X}" for _, byte in missing)
             log(f"{source}: its vocabulary lacks the bytes {names}: added, so that no text is lost")
-    _end_documents(made, {token["content"] for token in spec["added_tokens"] if token["special"]}, source)
+    _end_documents(made, {token["content"] for token in symbols if token.get("special")}, source)
     (made / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
     try:
         return load_tokenizer(made), added
