@@ -17,6 +17,8 @@ _HOMES = {
     "SLLMConfig": "pipeline.models.sllm",
     "StackLM": "pipeline.models.stack",
     "StackConfig": "pipeline.models.stack",
+    "AnchorLM": "pipeline.models.anchor_lm",
+    "AnchorConfig": "pipeline.models.anchor_lm",
     "load_model": "pipeline.models.factory",
     "generate": "pipeline.generation.api",
     "generate_many": "pipeline.generation.api",
@@ -30,4 +32,5 @@ def __getattr__(name: str) -> Any:
     if _HOMES[name].startswith("pipeline.models"):
         # Registers our model types, whichever name was asked for.
         importlib.import_module("pipeline.interop")
+        importlib.import_module("pipeline.models.anchor_lm")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -30,6 +30,8 @@ def evaluate(
     lang: Annotated[Literal["en", "zh", "auto"] | None, CUT] = None,
     max_tokens: Annotated[Positive | None, CUT] = None,
     context_curve: str | None = None,
+    context_block: Positive | None = None,
+    context_blocks: Positive = 1,
     ngram: str | None = None,
     record: str | None = None,
     device: Device = "auto",
@@ -54,6 +56,8 @@ def evaluate(
         lang: language (default: as trained, else auto)
         max_tokens: longest sentence in tokens (default: as trained, else 64)
         context_curve: context lengths, such as 16,64,256: adds the loss of the same sentences at each
+        context_block: with --context-curve: score blocks of so many tokens alone
+        context_blocks: with --context-block: blocks of a document
         ngram: shard folder of the training text: adds the bits per byte of a Kneser-Ney model counted on it
         record: run directory that the model was exported from: keep the result for its model card
     """
@@ -85,6 +89,8 @@ def evaluate(
             max_tokens=max_tokens,
             int8=int8,
             context_curve=_numbers(context_curve),
+            context_block=context_block,
+            context_blocks=context_blocks,
             ngram=ngram,
             device=device,
             dtype=dtype,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Group, Parameter, validators
@@ -137,25 +138,43 @@ def export(
 
 
 @app.command(name="import", group="Models")
-def import_published(checkpoint: str, /, *, opt: str, output: str, json: Json = False) -> None:
-    """Make a model folder of a checkpoint of the paper's own code (docs/reproduction.md).
+def import_model(source: str, /, *, output: str, opt: str | None = None, json: Json = False) -> None:
+    """Make a model folder of a pretrained language model (docs/pretrained.md), or of a checkpoint of the
+    paper's own code (docs/reproduction.md).
 
     example:
+      sllm import hub/Qwen2-0.5B --output models/qwen2
+      sllm import SmolLM2-135M-Instruct.Q4_1.gguf --output models/smollm2
       sllm import exp/SentenceVAE-sllm_125m_h1_all/best.pth --opt model_repo/opt-125m --output models/theirs
 
     Args:
-        checkpoint: file of torch that holds tensors alone, or .safetensors
-        opt: folder of the OPT that it was trained with: config and tokenizer
+        source: Hugging Face folder or GGUF file of an OPT, Llama, Mistral, Qwen2, Qwen3 or GPT-NeoX; or the
+            paper's checkpoint: a file of torch that holds tensors alone, or .safetensors
         output: model folder to write
+        opt: with the paper's checkpoint: folder of the OPT that it was trained with (config and tokenizer)
     """
-    from pipeline.export import published
+    from torch import nn
+
+    from pipeline.export import pretrained, published
     from pipeline.models.folders import model_kind, parameter_count
 
-    model = published.import_published(checkpoint, opt, output)
+    if pretrained.is_pretrained(source):
+        if opt is not None:
+            raise UserError(f"--opt belongs to a checkpoint of the paper's own code, and {source} is none")
+        model: nn.Module = pretrained.import_pretrained(source, output)
+    elif opt is None:
+        if not Path(source).exists():
+            raise UserError(f"{source} does not exist")
+        raise UserError(
+            f"{source}: is no Hugging Face folder and no GGUF file; with a checkpoint of the paper's own "
+            "code give --opt too, the folder of its OPT"
+        )
+    else:
+        model = published.import_published(source, opt, output)
     kind, count = model_kind(model), parameter_count(model)
-    result = {"checkpoint": checkpoint, "output": output, "kind": kind, "parameters": count}
+    result = {"checkpoint": source, "output": output, "kind": kind, "parameters": count}
     size = counted(count, "parameter")
-    answer(result, json, lambda found: f"imported {checkpoint} as {kind} of {size}: {output}")
+    answer(result, json, lambda found: f"imported {source} as {kind} of {size}: {output}")
 
 
 @app.command(group="Cost and speed")

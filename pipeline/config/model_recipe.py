@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from data_prep.common.errors import UserError
-from pipeline.config.keys import Below1, Count, Flag, Number, Section, Share, Whole, explain, keys_of
+from pipeline.config.keys import Above1, Below1, Count, Flag, Number, Section, Share, Whole, explain, keys_of
 
 PATH = "local folder of a trained model, instead of all other keys"
 
@@ -103,6 +103,22 @@ class TokensRecipe(Section):
                 f"model.tokens.hidden_size {self.hidden_size} is no multiple of twice model.tokens.heads "
                 f"({self.heads}): rotary positions turn pairs of channels"
             )
+
+
+class AnchorsRecipe(Section):
+    """Layout `anchors`: what a token sees. Without anchors and window it is the token model itself."""
+
+    attention_window: Count | None = Field(64, description="last tokens that are seen; null: all")
+    first_tokens: Whole = Field(4, description="first tokens of a window that are always seen")
+    per_sentence: Whole = Field(1, description="anchors behind each sentence; 0: a window alone")
+    places: Literal["sentence", "random"] = Field(
+        "sentence", description="random: as a control, at places that the text does not decide"
+    )
+    mean_length: Above1 = Field(11.0, description="mean distance of random places, in tokens")
+
+    def problems(self) -> Iterator[str]:
+        if self.attention_window is None and self.per_sentence:
+            yield "model.anchors.per_sentence needs model.anchors.attention_window: set it to 0, or a window"
 
 
 class BackboneRecipe(Section):
@@ -227,6 +243,10 @@ def given_vae(values: dict[str, Any]) -> dict[str, Any]:
 
 def given_tokens(values: dict[str, Any]) -> dict[str, Any]:
     return _given(TokensRecipe, values, "model.tokens.")
+
+
+def given_anchors(values: dict[str, Any]) -> dict[str, Any]:
+    return _given(AnchorsRecipe, values, "model.anchors.")
 
 
 def checked_vae(values: dict[str, Any]) -> dict[str, Any]:

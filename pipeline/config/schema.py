@@ -42,8 +42,10 @@ from pipeline.config.library import find_recipe
 from pipeline.config.loading import parse_overrides, read_yaml, set_override
 from pipeline.config.model_recipe import (
     BACKBONES,
+    AnchorsRecipe,
     TokensRecipe,
     VaeRecipe,
+    given_anchors,
     given_backbone,
     given_tokens,
     given_vae,
@@ -83,10 +85,11 @@ class ModelRecipe(Section):
     """Dicts of the keys that are given; the model's config has the defaults of the others."""
 
     # Resolved recipes from before these keys stay the same.
-    layout: Literal["vae", "stack"] = Field(
+    layout: Literal["vae", "stack", "anchors"] = Field(
         "vae",
         exclude_if="vae".__eq__,
-        description="stack: token layers of model.tokens run across sentence borders (sllm)",
+        description="stack: token layers of model.tokens run across sentence borders (sllm); anchors: a "
+        "token model sees a window and an anchor of each earlier sentence (lm)",
     )
     memory: Whole = Field(
         0,
@@ -101,10 +104,11 @@ class ModelRecipe(Section):
     ends: Literal["predicted", "rule"] = Field(
         "predicted",
         exclude_if="predicted".__eq__,
-        description="rule: the segmenter ends sentences, without symbols or bits (stack)",
+        description="rule: the segmenter ends sentences, without symbols or bits (stack, anchors)",
     )
     vae: Annotated[Dict[Any], AfterValidator(given_vae)] = {}
     tokens: Annotated[Dict[Any], AfterValidator(given_tokens)] = Field({}, exclude_if=operator.not_)
+    anchors: Annotated[Dict[Any], AfterValidator(given_anchors)] = Field({}, exclude_if=operator.not_)
     backbone: Annotated[Dict[Any], AfterValidator(given_backbone)] = {}
 
     @property
@@ -115,9 +119,14 @@ class ModelRecipe(Section):
     def problems(self) -> Iterator[str]:
         if self.layout == "stack" and self.vae:
             yield "model.layout stack has no SentenceVAE: leave model.vae out, sizes are in model.tokens"
-        others = self.tokens, self.memory, not self.add_vector, self.ends != "predicted"
+        by_rule = self.ends == "rule"
+        others = self.tokens, self.memory, not self.add_vector, by_rule and self.layout != "anchors"
         if self.layout != "stack" and any(others):
             yield "model.tokens, memory, add_vector and ends are for model.layout stack"
+        if self.layout == "anchors" and not by_rule:
+            yield "model.layout anchors needs model.ends rule: an anchor may not depend on later text"
+        if self.layout != "anchors" and self.anchors:
+            yield "model.anchors is for model.layout anchors"
         for name, part in (("vae", self.vae), ("backbone", self.backbone)):
             sizes = sorted(set(part) - {"path"})
             if part.get("path") and sizes:
@@ -310,8 +319,11 @@ class Recipe(Section):
     def problems(self) -> Iterator[str]:
         if not self.data.shards:
             yield "data.shards is empty: name the shard folders, for example --data.shards shards/train"
-        if self.model.layout == "stack" and self.objective != "sllm":
-            yield f"model.layout stack is for objective sllm, not {self.objective}"
+        for layout, objective in (("stack", "sllm"), ("anchors", "lm")):
+            if self.model.layout == layout and self.objective != objective:
+                yield f"model.layout {layout} is for objective {objective}, not {self.objective}"
+        if self.model.layout == "anchors" and self.data.sentence_ends:
+            yield "data.sentence_ends is for a token model without model.layout anchors"
         needed = {"vae": ("vae",), "sllm": self.model.needed, "lm": ("backbone",)}
         for name in needed[self.objective]:
             if not getattr(self.model, name):
@@ -352,6 +364,7 @@ SECTIONS: dict[str, list[type[Section]]] = {
     "model.": [ModelRecipe],
     "model.vae.": [VaeRecipe],
     "model.tokens.": [TokensRecipe],
+    "model.anchors.": [AnchorsRecipe],
     "model.backbone.": [*BACKBONES.values()],
     "loss.": [LossRecipe],
     "optimizer.": [OptimizerRecipe],

@@ -230,8 +230,9 @@ def _token_model(against: str, vocab_size: int | None) -> tuple[Any, str]:
     if not find_recipe(against).is_file():
         raise UserError(f"--against {against}: neither {', '.join(OPT_SIZES)} nor a recipe")
     recipe = sized_recipe(against)
-    if recipe.objective != "lm":
-        raise UserError(f"--against {against}: its objective is {recipe.objective}; give a token-level model")
+    if recipe.objective != "lm" or recipe.model.layout == "anchors":
+        what = "layout is anchors" if recipe.objective == "lm" else f"objective is {recipe.objective}"
+        raise UserError(f"--against {against}: its {what}; give a token-level model")
     vocabulary = Vocabulary(vocab_size or recipe.model.backbone.get("vocab_size", OPT_VOCABULARY))
     model = new_model(recipe, vocabulary, {"max_tokens": SENTENCE_ROOM})
     assert isinstance(model, TokenLM)

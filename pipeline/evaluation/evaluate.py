@@ -37,12 +37,13 @@ from pipeline.common.text import FILTERS
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.upload import Uploader
 from pipeline.data.windows import document_spans
-from pipeline.evaluation.context_curve import curve_figures, curve_windows, require_room
+from pipeline.evaluation.context_curve import curve_figures, curve_windows, longest_context, require_room
 from pipeline.evaluation.generated import cut_agreement, read_generated
 from pipeline.evaluation.ngram import NgramModel, count_shards
 from pipeline.evaluation.scores import Scores, Window, document_windows
 from pipeline.models.factory import load_model
 from pipeline.models.folders import (
+    DEFAULT_SENTENCES,
     KINDS,
     load_model_tokenizer,
     model_config,
@@ -59,7 +60,6 @@ from pipeline.parallel.ranks import Ranks
 
 DEFAULT_WINDOW_TOKENS = 1024
 ALONE = Ranks(0, 1, 0)
-DEFAULT_SETTINGS = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
 
 
 # Tokens [T], sentence lengths [S], sub-corpus, language.
@@ -78,16 +78,20 @@ class Source:
     rejected: dict[str, int] = field(default_factory=dict)  # reason → records left out
     digest: Any = field(default_factory=hashlib.sha256)  # over the scored text
 
+    def read(self, tokenizer: Tokenizer, limit: int | None) -> Iterator[Document]:
+        """The first `limit` documents. The digest covers the text of all, each preceded by its length so that
+        borders count."""
+        for document in itertools.islice(self.documents, limit):
+            text = tokenizer.decode_bytes(document[0])
+            self.digest.update(len(text).to_bytes(8, "little") + text)
+            yield document
+
     def windows(
         self, tokenizer: Tokenizer, window_tokens: int, limit: int | None, ranks: Ranks
     ) -> Iterator[Window]:
-        """The windows of this rank's documents out of the first `limit`. The digest covers the text of all,
-        each preceded by its length so that borders count.
-        """
-        pairs = _with_donors(itertools.islice(self.documents, limit))
+        """The windows of this rank's documents out of the first `limit`."""
+        pairs = _with_donors(self.read(tokenizer, limit))
         for number, ((tokens_T, lengths_S, source, language), donor) in enumerate(pairs):
-            text = tokenizer.decode_bytes(tokens_T)
-            self.digest.update(len(text).to_bytes(8, "little") + text)
             if number % ranks.world == ranks.rank:
                 donors = [None] if donor is None else [*document_spans(*donor[:2], window_tokens)]
                 place = number, source, language
@@ -229,20 +233,17 @@ def window_limit(model: torch.nn.Module, kind: str, wanted: int | None) -> int:
     return window
 
 
-def _by_rule(model: torch.nn.Module) -> bool:
-    return getattr(model_config(model), "ends", None) == "rule"
-
-
-def end_rule(model: torch.nn.Module, tokenizer: Tokenizer) -> RunningEnds | None:
-    """What ends the sentences of a model that predicts no ends of sentences."""
-    return RunningEnds(tokenizer, sentence_settings(model)) if _by_rule(model) else None
+def running_ends(model: torch.nn.Module, tokenizer: Tokenizer) -> RunningEnds | None:
+    """The rule of a model whose sentences end by rule."""
+    by_rule = getattr(model_config(model), "ends", None) == "rule"
+    return RunningEnds(tokenizer, sentence_settings(model)) if by_rule else None
 
 
 def sentence_settings(model: torch.nn.Module, **given: str | int | None) -> SentenceSettings:
     """How `--text` is cut: as given, else as the model was trained, else by default."""
     own = getattr(model.config, "sentence_settings", None) or {}
     settings: dict[str, Any] = {
-        key: given.get(key) or own.get(key) or default for key, default in DEFAULT_SETTINGS.items()
+        key: given.get(key) or own.get(key) or default for key, default in DEFAULT_SENTENCES.items()
     }
     return SentenceSettings(**settings)
 
@@ -277,6 +278,8 @@ def evaluate(
     documents: Sequence[RawDocument | Reject] | None = None,
     generated: str | Path | None = None,
     context_curve: Sequence[int] = (),
+    context_block: int | None = None,
+    context_blocks: int = 1,
     ngram: str | Path | NgramModel | None = None,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
@@ -290,6 +293,8 @@ def evaluate(
         ranks: all of them must call this alike, inside a process group.
         documents: scored in place of those in the file `text`, which then only names them.
         context_curve: context lengths in tokens whose loss is measured (`context_curve.py`).
+        context_block, context_blocks: score so many blocks of so many tokens of each document alone, behind
+            each of these contexts.
         ngram: shards to count an n-gram model on, or that model, scored on the same windows.
     Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
@@ -303,6 +308,8 @@ def evaluate(
     loaded = source = window = cut = scored = error = None
     started = 0.0
     contexts = sorted(set(context_curve))
+    if context_block and (not contexts or ngram is not None):
+        raise UserError("--context-block is for --context-curve, without --ngram")
     try:
         shards = ShardSet.open(data) if data is not None else None
         if shards is None and documents is None:
@@ -324,30 +331,43 @@ def evaluate(
         if contexts:
             if kind == "vae":
                 raise UserError("--context-curve is for models that predict: a SentenceVAE has no context")
-            if _by_rule(model):
-                raise UserError("--context-curve counts sentences as the text is cut, not by model.ends rule")
-            require_room(contexts, source.settings["max_tokens"], window)
+            rule = running_ends(model, tokenizer)
+            by_token = kind == "lm" and rule is None and not getattr(model, "sentence_ends", False)
+            longest = 0 if by_token and context_block else source.settings["max_tokens"]
+            if context_block and window_tokens is None:
+                most = max(contexts) + longest + max(context_block, longest)
+                window = window_limit(model, kind, max(window, most))
+            require_room(contexts, longest, window, context_block)
         if ngram is not None and not isinstance(ngram, NgramModel):
             ngram = count_shards(ngram, tokenizer, window)
         windows = source.windows(tokenizer, window, max_documents, ranks)
         expected = None if max_documents or source.tokens is None else source.tokens // ranks.world
         started = time.perf_counter()
         how = model, kind, tokenizer
-        scored = [score(*how, windows, batch_tokens, expected, progress, ngram=ngram)]
+        if not context_block:
+            scored = [score(*how, windows, batch_tokens, expected, progress, ngram=ngram)]
         if contexts:
-            curve = curve_windows(itertools.islice(opened().documents, max_documents), contexts, ranks)
-            scored.append(score(*how, curve, batch_tokens, controls=False))
+            read = source if context_block else opened()
+            targets = context_block, context_blocks, by_token, rule
+            curve = read.read(tokenizer, max_documents), contexts, ranks, *targets
+            scored = [
+                *(scored or ()),
+                score(*how, curve_windows(*curve), batch_tokens, None, progress, controls=False),
+            ]
     except (UserError, OSError) as problem:
         if ranks.world == 1:
             raise
         error = problem
     if ranks.world > 1:
         everyone = agree(error, scored)
-        scored = [Scores(loaded.kind, controls=part == 0) for part in range(len(scored))]
+        whole_too = not context_block
+        scored = [Scores(loaded.kind, controls=whole_too and part == 0) for part in range(len(scored))]
         for theirs in everyone:
             for whole, part in zip(scored, theirs, strict=True):
                 whole.merge(part)
-    scores = scored[0]
+    scores = longest_context(scored[0], contexts) if context_block else scored[0]
+    if context_block and not scores.rows:
+        raise UserError(f"{source.path}: no document is long enough for {max(contexts):,} tokens and a block")
     if not scores.rows:
         reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
         left_out = f" (left out: {reasons})" if reasons else ""
@@ -370,7 +390,8 @@ def evaluate(
         "window_tokens": window,
         "ranks": ranks.world,
         **scores.figures(),
-        **({"context_curve": curve_figures(scored[1], contexts)} if contexts else {}),
+        **({"context_curve": curve_figures(scored[-1], contexts)} if contexts else {}),
+        **({"context_block": context_block, "context_blocks": context_blocks} if context_block else {}),
         **({"ngram_trained_tokens": ngram.tokens} if isinstance(ngram, NgramModel) else {}),
         **agreement,
         "seconds": round(time.perf_counter() - started, 3),
@@ -398,7 +419,7 @@ def score(
         total=expected_tokens, unit="tokens", unit_scale=True, disable=None if progress else True
     ) as bar:
         uploader = Uploader(device)
-        for batch, group in batches(windows, batch_tokens, end_rule(model, tokenizer)):
+        for batch, group in batches(windows, batch_tokens, running_ends(model, tokenizer)):
             batch = uploader.prepare(batch).to(device)
             more = scores.add(model, batch, group, tokenizer.byte_lengths, ngram)
             uploader.learn(batch)

@@ -61,12 +61,15 @@ def model_card(
     results = [{"result": name, **row} for name, row in given.items()]
     columns = [name for name in _RESULT_COLUMNS if any(row.get(name) is not None for row in results)]
     settings = meta.model_config.get("sentence_settings") or {}
-    parts = {"vae": (meta.model_config, {}), "lm": ({}, meta.model_config)}
+    layout = meta.recipe["model"].get("layout")
+    anchors = meta.model_config if layout == "anchors" else {}
+    token_model = anchors["backbone"] if anchors else meta.model_config
+    parts = {"vae": (meta.model_config, {}), "lm": ({}, token_model)}
     vae, backbone = parts.get(meta.objective) or (
         meta.model_config.get("vae") or {},
         meta.model_config["backbone"],
     )
-    stack = meta.model_config if meta.recipe["model"].get("layout") == "stack" else {}
+    stack = meta.model_config if layout == "stack" else {}
     card = ModelCard.from_template(
         _card_data(meta, provenance, settings, backbone),
         template_path=str(Path(__file__).with_name("model_card.md.jinja")),
@@ -83,6 +86,7 @@ def model_card(
         parameters=parameters,
         vae=vae,
         stack=stack,
+        anchors=anchors,
         backbone=backbone,
         epochs=Position.from_json(meta.position).epochs_started,
         precision=next((half for half in ("bf16", "fp16") if deepspeed.get(half, {}).get("enabled")), "fp32"),
@@ -101,9 +105,10 @@ def _card_data(
     languages.add(settings.get("language"))
     path = meta.recipe["model"]["backbone"].get("path")
     tags = {"vae": ["sentence-vae"], "sllm": ["sllm", backbone.get("model_type")], "lm": []}
+    anchors = meta.recipe["model"].get("layout") == "anchors"
     return ModelCardData(
         language=sorted(languages) if languages <= {"en", "zh"} else None,
-        library_name="transformers" if meta.objective == "lm" else "sentence-llm",
+        library_name="sentence-llm" if anchors or meta.objective != "lm" else "transformers",
         pipeline_tag=None if meta.objective == "vae" else "text-generation",
         # A relative `owner/name` is an id of the Hub; of any other folder, no id is known.
         base_model=path if path and len(Path(path).parts) == 2 and path[0] not in "./" else None,

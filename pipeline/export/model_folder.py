@@ -30,6 +30,7 @@ from pipeline.checkpoints.store import Meta
 from pipeline.checkpoints.zero_shards import Parts
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.export.model_card import ORIGIN, model_card
+from pipeline.models.anchor_lm import AnchorConfig, AnchorLM
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.factory import save_model
 from pipeline.models.folders import parameter_count
@@ -188,6 +189,8 @@ def model_from_config(meta: Meta) -> nn.Module:
         return SentenceVAE(SentenceVAEConfig.from_dict(settings))
     if settings["model_type"] == StackConfig.model_type:
         return StackLM(StackConfig.from_dict(settings))
+    if settings["model_type"] == AnchorConfig.model_type:
+        return AnchorLM(AnchorConfig.from_dict(settings))
     if meta.objective == "sllm":
         return SLLM(SLLMConfig.from_dict(settings))
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)

@@ -205,6 +205,12 @@ class BatchWriter:
                 f"has positions for {self._model.max_sentences}: shorten the prompt, for example to its last "
                 "sentences"
             )
+        tokens = sum(map(len, sentences)) + len(tail)
+        if tokens > (most := getattr(self._model, "max_tokens", tokens)):
+            raise UserError(
+                f"the prompt has {counted(tokens, 'token')}, but the model has positions for {most:,} and "
+                "one more sentence: shorten the prompt, for example to its last sentences"
+            )
         return sentences, tail, end
 
     def _read(self, taken: dict[int, list[list[int]]]) -> Iterator[Event]:

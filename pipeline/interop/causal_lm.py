@@ -45,7 +45,7 @@ from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.windows import document_spans
-from pipeline.evaluation.evaluate import end_rule
+from pipeline.evaluation.evaluate import running_ends
 from pipeline.generation.choice import ends_by_rule
 from pipeline.generation.results import DOCUMENT_END, POSITIONS_EXHAUSTED, Continuation, Limits, Request
 from pipeline.generation.sampling import Sampling
@@ -335,7 +335,7 @@ class SentenceGenerationMixin(GenerationMixin):
             counted_T.append(counts.cpu().numpy()[id_of_T])
             *inner, last = document_spans(tokens_T, lengths_S, self.config.window_tokens)
             spans += [*inner, replace(last, document_end=ends)]
-        if rule := end_rule(self, tokenizer):  # type: ignore[arg-type]
+        if rule := running_ends(self, tokenizer):  # type: ignore[arg-type]
             spans = [span.cut_again(rule) for span in spans]
         if not spans:
             raise UserError("forward: input_ids hold no text")

@@ -26,7 +26,14 @@ from data_prep.common.errors import UserError, counted, log
 from data_prep.common.language import detect_language
 from data_prep.text.hugging_face import write_hugging_face
 from pipeline.data.windows import document_spans
-from pipeline.evaluation.evaluate import batches, end_rule, load, score, sentence_settings, window_limit
+from pipeline.evaluation.evaluate import (
+    batches,
+    load,
+    running_ends,
+    score,
+    sentence_settings,
+    window_limit,
+)
 from pipeline.evaluation.scores import STOP, Window, document_windows
 from pipeline.generation.api import generate_many
 from pipeline.generation.results import Limits
@@ -34,6 +41,7 @@ from pipeline.generation.sampling import Sampling
 from pipeline.interop.texts import cut_text
 from pipeline.models.folders import KINDS, read_config
 from pipeline.models.inference import lay_out
+from pipeline.models.sentence_lm import SentenceLM
 
 DEFAULT_BATCH = 8  # texts generated at once
 DEFAULT_NEW_TOKENS = 256  # as the harness's other models
@@ -83,7 +91,7 @@ class FolderLM(LM):
         self._batch_tokens = int(batch_tokens)
         self._window = window_limit(self._model, self._loaded.kind, window_tokens)
         self._cut = sentence_settings(self._model)
-        self._rule = end_rule(self._model, self._loaded.tokenizer)
+        self._rule = running_ends(self._model, self._loaded.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -185,7 +193,7 @@ class FolderLM(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The continuation of each context, up to a stop string, which is left out."""
-        if self._loaded.kind == "lm":
+        if not isinstance(self._model, SentenceLM):
             return self._hugging_face().generate_until(requests, disable_tqdm=disable_tqdm)
         lay_out(self._model)
         answers: dict[int, str] = {}

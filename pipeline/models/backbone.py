@@ -9,6 +9,7 @@ packed rows would give other results than single documents are refused (`require
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ def load_backbone(folder: str | Path) -> PreTrainedModel:
     return without_token_embedding(load_packable(AutoModel, folder))
 
 
-def load_packable(model_class: type, folder: str | Path) -> PreTrainedModel:
+def load_packable(model_class: type, folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """`load_pretrained` (`model_class` is an `AutoModel…`) for a token-level model that will run packed.
 
     Raises: UserError as `load_backbone`.
@@ -100,7 +101,7 @@ def load_packable(model_class: type, folder: str | Path) -> PreTrainedModel:
     if model_type in KINDS:
         raise UserError(f"model folder {folder}: holds a {model_type}, not a token-level causal LM")
     require_family(model_type, f"model folder {folder}")
-    model = load_pretrained(model_class, folder, attn_implementation=HF_ATTENTION)
+    model = load_pretrained(model_class, folder, attn_implementation=HF_ATTENTION, **kwargs)
     require_supported(model.config, f"model folder {folder}")
     return model
 

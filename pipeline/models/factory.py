@@ -16,6 +16,7 @@ from data_prep.common.errors import UserError, counted, first_line
 from data_prep.common.files import keep_umask
 from data_prep.text.hugging_face import write_hugging_face
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
+from pipeline.models.anchor_lm import AnchorConfig, AnchorLM
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.backbone import backbone_config, load_backbone, load_packable
 from pipeline.models.folders import load_pretrained, model_config, read_config
@@ -92,6 +93,7 @@ def build_model(
     embedding_weight: float = 0.0,
     sentence_ends: bool = False,
     stack: dict | None = None,
+    anchors: dict | None = None,
 ) -> nn.Module:
     """A new model for one training run, fp32 on the CPU.
 
@@ -109,19 +111,25 @@ def build_model(
         sentence_ends: the model reads and predicts an end symbol after every sentence (`lm` only).
         stack: of layout `stack` (`sllm`): sizes of the token layers, `memory`, `add_vector`, `ends`; no
             `vae`.
+        anchors: of layout `anchors` (`lm`): what a token sees.
     Raises: UserError for settings that do not fit together.
     """
     text = _text_keys(tokenizer, sentence_settings, window_tokens)
     loss = {"focal_gamma": focal_gamma, "label_smoothing": label_smoothing, "z_loss": z_loss}
     vae = dict(vae)
     embeddings = vae.pop("init_embeddings_from", None)  # used once: not part of the model's config
+    model: Any
     try:
         if objective == "lm":
             text |= {"sentence_ends": True} if sentence_ends else {}
-            return TokenLM(_build_causal_lm(backbone, text, tokenizer), **loss)
+            causal = _build_causal_lm(backbone, text, tokenizer)
+            if anchors is None:
+                return TokenLM(causal, **loss)
+            model = AnchorLM(AnchorConfig(causal.config, **anchors, **loss, **text))
+            model.tokens.model.load_state_dict(causal.state_dict())
+            return model
         if stack is not None:
             return _build_stack({**stack, **loss}, backbone, text, tokenizer)
-        model: SentenceVAE | SLLM
         if objective == "vae":
             model = SentenceVAE(_vae_config({**vae, **loss}, text, tokenizer))
         else:
@@ -156,6 +164,7 @@ def new_model(recipe: Recipe, tokenizer: Any, sentence_settings: dict[str, Any])
         embedding_weight=recipe.loss.embedding_weight,
         sentence_ends=recipe.data.sentence_ends,
         stack=stack,
+        anchors=model.anchors if model.layout == "anchors" else None,
     )
 
 
@@ -213,6 +222,11 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTra
     _require_vocabulary(model.config.vocab_size, tokenizer, backbone.get("path") or "model.backbone")
     # A sentence may be one token and its end.
     _require_room(model.config, text["window_tokens"] * (2 if text.get("sentence_ends") else 1))
+    _set_text(model, text)
+    return model
+
+
+def _set_text(model: PreTrainedModel, text: dict) -> None:
     # Batches have no padding, and the family's default pad id may be a real symbol of this tokenizer: its
     # embedding would never be trained.
     model.get_input_embeddings().padding_idx = None
@@ -220,7 +234,14 @@ def _build_causal_lm(backbone: dict, text: dict, tokenizer: Tokenizer) -> PreTra
         setattr(model.config, key, value)
         if key.endswith("_token_id"):  # saved in generation_config.json, which `generate` reads
             setattr(model.generation_config, key, value)
-    return model
+
+
+def set_text_keys(
+    model: PreTrainedModel, tokenizer: Tokenizer, sentence_settings: dict, window_tokens: int
+) -> None:
+    """Make a Hugging Face causal LM one of ours: its config says how text is cut and which symbols are
+    special."""
+    _set_text(model, _text_keys(tokenizer, sentence_settings, window_tokens))
 
 
 def _same_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
@@ -248,7 +269,7 @@ def load_model(folder: str | Path) -> nn.Module:
     Raises: UserError for a folder without a loadable model, or whose weights do not match its config.
     """
     folder = Path(folder)
-    for ours in (SentenceVAE, SLLM, StackLM):
+    for ours in (SentenceVAE, SLLM, StackLM, AnchorLM):
         if read_config(folder).get("model_type") == ours.config_class.model_type:
             return load_pretrained(ours, folder, strict=True)
     return TokenLM(load_packable(AutoModelForCausalLM, folder)).eval()

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.data.batch import Batch, build_batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.data.windows import Span
+from pipeline.models.anchor_lm import AnchorLM
 from pipeline.models.attention import attention_path, choose_path, forced_path
 from pipeline.models.folders import model_config, model_kind
 from pipeline.models.stack import StackConfig
@@ -189,6 +190,8 @@ def batch_cores(model: nn.Module, batch: Batch) -> list[Core]:
             for window, layers in _windows(config).items()
         ]
 
+    if isinstance(model, AnchorLM):
+        return backbone(config.backbone, model.rows(batch))
     if kind == "lm":
         return backbone(config, batch.token_model_layout)
     if isinstance(config, StackConfig):
@@ -268,7 +271,7 @@ class StepArithmetic:
         # A batch with a different number of rows of each kind shows which kind reaches a layer.
         sizes = np.asarray([2, 2])
         probe = build_batch([Span(np.zeros(4), sizes, True), Span(np.zeros(2), sizes[:1], False)])
-        kinds = {count: kind for kind, count in _rows(_as_read(model, probe), self._slots).items()}
+        kinds = {count: kind for kind, count in self._rows(probe).items()}
         weights = linear_weights(model)
         # The random numbers of the run must not change. `bucketed` works on every device.
         with torch.random.fork_rng([]), torch.no_grad(), attention_path("bucketed"):
@@ -277,8 +280,14 @@ class StepArithmetic:
         for name, count in rows.items():
             self._weights[kinds[count]] = self._weights.get(kinds[count], 0) + weights[name]
 
-    def _linear(self, batch: Batch) -> int:
+    def _rows(self, batch: Batch) -> dict[str, int]:
         rows = _rows(_as_read(self._model, batch), self._slots)
+        anchored = self._model.rows(batch).rows if isinstance(self._model, AnchorLM) else None
+        # Its other layers have no rows of their own that a probe could confuse with these.
+        return rows if anchored is None else {"lm target": rows["lm target"], "anchored": anchored}
+
+    def _linear(self, batch: Batch) -> int:
+        rows = self._rows(batch)
         return sum(weights * rows[row] for row, weights in self._weights.items())
 
     def needed(self, batch: Batch) -> int:

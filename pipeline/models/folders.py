@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from data_prep.common.errors import UserError, first_line
 from data_prep.common.files import read_json
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 
 # Progress bars of loading and saving weights would break up logs.
-disable_progress_bar()
+logging.disable_progress_bar()
+# How text is cut for a model that does not say it.
+DEFAULT_SENTENCES = {"segmenter": "clause", "language": "auto", "max_tokens": 64}
 # Our model types; every other one is a token-level causal LM.
-KINDS = {"sentence_vae": "vae", "sllm": "sllm", "sllm_stack": "sllm"}
+KINDS = {"sentence_vae": "vae", "sllm": "sllm", "sllm_stack": "sllm", "sllm_anchors": "lm"}
 
 
 def read_config(folder: str | Path) -> dict:
@@ -36,7 +38,7 @@ def read_config(folder: str | Path) -> dict:
 
 
 def load_pretrained(
-    model_class: Any, folder: str | Path, strict: bool = False, **kwargs: Any
+    model_class: Any, folder: str | Path, strict: bool = False, where: str | None = None, **kwargs: Any
 ) -> PreTrainedModel:
     """`model_class.from_pretrained(folder)` with every weight of the model found in the folder.
 
@@ -44,28 +46,36 @@ def load_pretrained(
         model_class: a model class or an `AutoModel…`.
         strict: also refuse weights that the model does not have (our own folders); otherwise they are
             ignored (the head of a causal LM that becomes a backbone).
+        where: what errors name, for a file with a config of its own in the folder (`gguf_file`).
     Raises: UserError for a folder without a loadable model.
     """
-    read_config(folder)
+    if where is None:
+        read_config(folder)
+        where = f"model folder {folder}"
+    settings = {"use_safetensors": True, **kwargs}
+    # Weights that do not match are refused in one line; transformers prints a table of them.
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         model, info = model_class.from_pretrained(
             folder,
             dtype=torch.float32,
-            use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are listed, and refused below by name
-            **kwargs,
+            **settings,
         )
     except UserError:
         raise
     except Exception as error:  # safetensors, transformers, torch and each architecture raise other types
-        raise UserError(f"model folder {folder}: cannot be loaded ({first_line(error)})") from None
+        raise UserError(f"{where}: cannot be loaded ({first_line(error)})") from None
+    finally:
+        logging.set_verbosity(level)
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     wrong += info["unexpected_keys"] if strict else []
     if wrong:
-        raise UserError(f"model folder {folder}: weights do not match its config (first: {sorted(wrong)[0]})")
+        raise UserError(f"{where}: weights do not match its config (first: {sorted(wrong)[0]})")
     return model.eval()
 
 

@@ -22,7 +22,6 @@ from data_prep.text.tokenizer import Tokenizer
 from pipeline.models.factory import load_model
 from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.sentence_lm import SentenceLM
-from pipeline.models.sentence_vae import SentenceVAE
 from pipeline.models.step import BackboneStep, join, joined_layers
 from pipeline.models.token_documents import TokenDocuments
 from pipeline.models.token_lm import TokenLM
@@ -91,23 +90,20 @@ def to_int8(model: nn.Module) -> nn.Module:
 
 
 def load_for_generation(
-    folder: str | Path,
-    int8: bool = False,
-    device: DeviceName = "auto",
-    dtype: DtypeName = "auto",
-    token_models: bool = False,
+    folder: str | Path, int8: bool = False, device: DeviceName = "auto", dtype: DtypeName = "auto"
 ) -> tuple[Any, Tokenizer]:
-    """A model folder's SLLM, laid out for generation or in int8, and its tokenizer. `token_models`: a
-    token-level model is taken too, as `TokenDocuments`.
+    """The model of a folder, laid out for generation or in int8, and its tokenizer; a token-level model as
+    `TokenDocuments`.
 
-    Raises: UserError for another kind of model, and as `choose_device`.
+    Raises: UserError for a SentenceVAE, and as `choose_device`.
     """
     place, precision = choose_device(device, dtype, int8)
     model: nn.Module = load_model(folder)
-    if isinstance(model, SentenceVAE) or not (token_models or isinstance(model, SentenceLM)):
-        vae = isinstance(model, SentenceVAE)
-        what = "a SentenceVAE rebuilds sentences and" if vae else "a token-level model"
-        raise UserError(f"model folder {folder}: {what} cannot continue a text here; give an exported SLLM")
+    if not isinstance(model, SentenceLM | TokenLM):
+        raise UserError(
+            f"model folder {folder}: a SentenceVAE rebuilds sentences and cannot continue a text; give an "
+            "SLLM or a token-level model"
+        )
     tokenizer = load_model_tokenizer(folder)
     nn.Module.to(model, place, precision)
     (to_int8 if int8 else lay_out)(model)

@@ -25,15 +25,22 @@ STACK = {
     "tokens": {"hidden_size": 32, "heads": 4, "attention_window": 12},
     "backbone": BACKBONE,
 }
+ANCHORS = {
+    "layout": "anchors",
+    "ends": "rule",
+    "anchors": {"attention_window": 12, "first_tokens": 2, "per_sentence": 2},
+    "backbone": BACKBONE,
+}
 MODELS = {"vae": {"vae": VAE}, "sllm": {"vae": VAE, "backbone": BACKBONE}, "lm": {"backbone": BACKBONE}}
 
 
 def write_recipes(folder: Path, shards: Path, validation: Path) -> None:
-    """vae.yaml, sllm.yaml, lm.yaml and stack.yaml: six steps of three bins, which two ranks share
-    unequally."""
-    for objective, model in {**MODELS, "stack": STACK}.items():
+    """vae.yaml, sllm.yaml, lm.yaml, stack.yaml and anchors.yaml: six steps of three bins, which two ranks
+    share unequally."""
+    layouts = {"stack": "sllm", "anchors": "lm"}
+    for objective, model in {**MODELS, "stack": STACK, "anchors": ANCHORS}.items():
         recipe = {
-            "objective": "sllm" if objective == "stack" else objective,
+            "objective": layouts.get(objective, objective),
             "output_dir": "set by every test",
             "data": {
                 "shards": [str(shards)],

@@ -48,6 +48,8 @@ SAMPLES = (
     ("If the file does not exist,", "--temperature 0.8 --top-p 0.9 --seed 2"),
     ("This module", "--temperature 0.8 --top-p 0.9 --seed 3"),
 )
+# As many as fit the time that SentenceVAE and SLLM take together on two CPU cores.
+TOKEN_MODEL_TOKENS = 1_200_000
 TASK_ITEMS = 200  # of each task of lm-evaluation-harness
 
 
@@ -96,6 +98,8 @@ def steps(demo: Path) -> list[Step]:
         if kind == "sllm":
             command += f" --model.vae.path {at}/models/vae"
             needs += " export-vae"
+        if kind == "lm":
+            command += f" --training.max_tokens {TOKEN_MODEL_TOKENS}"
         reads = (*recipe_files(recipe), strategy)
         add(f"train-{kind}", command, f"runs/{kind}", needs, reads=reads, resumes=True)
         command = f"sllm export {at}/runs/{kind} --output {at}/models/{kind}"

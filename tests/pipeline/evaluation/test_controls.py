@@ -10,7 +10,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.model_folders import BACKBONE, SETTINGS, VAE, WINDOW_TOKENS, save, small_model, write_jsonl
+from helpers.model_folders import (
+    BACKBONE,
+    SETTINGS,
+    STACK,
+    VAE,
+    WINDOW_TOKENS,
+    save,
+    small_model,
+    write_jsonl,
+)
 from helpers.models import random_batch, small_sllm
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -326,6 +335,38 @@ def test_the_curve_of_a_real_model_scores_the_same_targets_at_every_length(
     assert evaluate(folder, text=text)["bits_per_byte"] == result["bits_per_byte"]
 
 
+@pytest.mark.parametrize("kind", ["sllm", "lm", "stack by rule"])
+def test_a_block_behind_every_context_is_scored_alone(kind, tokenizer, tiny_corpus, tmp_path):
+    stack = {**STACK, "ends": "rule"} if kind == "stack by rule" else None
+    model = small_model("sllm" if stack else kind, tokenizer, stack=stack)
+    folder = save(model, tmp_path / "model", tokenizer)
+    lines = (tiny_corpus / "valid.jsonl").read_text("utf-8").splitlines()[:4]
+    texts = [json.loads(line)["content"] for line in lines]
+    text = write_jsonl(tmp_path / "text.jsonl", [*texts, "Short."])
+    result = evaluate(folder, text=text, context_curve=[4, 64], context_block=8)
+    curve = result["context_curve"]
+    assert result["documents"] == curve["documents"] == 4
+    assert result["bits_per_byte"] == curve["contexts"]["64"]["bits_per_byte"]
+    assert abs(curve["contexts"]["4"]["lost"]) > 1e-4
+    assert "64 tokens" in format_result(result)
+    assert result["data_fingerprint"] == evaluate(folder, text=text)["data_fingerprint"]
+    two = evaluate(folder, text=text, context_curve=[4, 64], context_block=8, context_blocks=2)
+    assert two["documents"] == 4 and two["tokens"] > 1.5 * result["tokens"]
+    if kind != "lm":
+        assert 8 * 4 <= curve["tokens"] < (8 + 64) * 4
+        return
+    assert curve["tokens"] == 8 * 4 and two["tokens"] == 16 * 4
+    means = [curve["contexts"][context]["mean_context"] for context in ("4", "64")]
+    assert means == [4 + 3.5, 64 + 3.5]
+    nats, inner = 0.0, load_model(folder).model
+    for content in texts:
+        ids = [tokenizer.bos_id, *tokenizer.encode(content)[60:72].tolist()]
+        with torch.no_grad():
+            log_probabilities = inner(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        nats -= sum(log_probabilities[at, ids[at + 1]].item() for at in range(4, 12))
+    assert curve["contexts"]["4"]["bits_per_byte"] == pytest.approx(nats / LN2 / curve["bytes"], abs=1e-5)
+
+
 def test_contexts_that_do_not_fit_are_refused(tokenizer, tiny_valid_shards, tmp_path):
     folder = save(small_model("lm", tokenizer), tmp_path / "lm", tokenizer)
     with pytest.raises(UserError, match=r"--context-curve 128: needs windows of up to 256 tokens"):
@@ -334,5 +375,9 @@ def test_contexts_that_do_not_fit_are_refused(tokenizer, tiny_valid_shards, tmp_
     with pytest.raises(UserError, match="has no context"):
         evaluate(vae, data=tiny_valid_shards, context_curve=[16])
     short = write_jsonl(tmp_path / "short.jsonl", ["A short one."])
+    with pytest.raises(UserError, match="no document is long enough"):
+        evaluate(folder, text=short, context_curve=[16], context_block=8)
+    with pytest.raises(UserError, match="is for --context-curve"):
+        evaluate(folder, text=short, context_block=8)
     result = evaluate(folder, text=short, context_curve=[16])
     assert result["context_curve"] is None and "no document is long enough" in format_result(result)

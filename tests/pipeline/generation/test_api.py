@@ -4,6 +4,7 @@ reason.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -452,11 +453,19 @@ def test_unfinished_character_at_the_very_end_is_shown(tokenizer, model):
 # --- other folders ---
 
 
-@pytest.mark.parametrize("kind", ["vae", "lm"])
-def test_other_kinds_are_refused_in_a_clear_line(kind, tokenizer, tmp_path):
-    folder = save(small_model(kind, tokenizer), tmp_path / kind, tokenizer)
+def test_a_sentence_vae_is_refused_in_a_clear_line(tokenizer, tmp_path):
+    folder = save(small_model("vae", tokenizer), tmp_path / "vae", tokenizer)
     with pytest.raises(UserError, match="cannot continue"):
         generate_prompt(folder, "The", generate_command.settings(1))
+
+
+def test_a_token_model_writes_the_same_text_alone_and_beside_others(tokenizer, tmp_path):
+    folder = save(small_model("lm", tokenizer), tmp_path / "lm", tokenizer)
+    how = generate_command.settings(3, max_tokens=40, seed=5)
+    alone = generate_prompt(folder, "The list is", how)
+    together = generate_prompt(folder, "The list is", replace(how, samples=3))
+    assert together["samples"][0]["tokens"] == alone["samples"][0]["tokens"]
+    assert alone["sentences"] and "".join(alone["sentences"]) == alone["text"][len("The list is") :]
 
 
 def test_a_prompt_that_is_no_text_is_refused(tmp_path):
