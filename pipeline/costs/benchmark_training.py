@@ -170,8 +170,8 @@ def make_side(side: str, options: TrainingBenchmark, settings: Settings) -> Side
     against, vocabulary = options.against, settings.shards.tokenizer().vocab_size
     if against in OPT_SIZES:
         with settings.device:
-            model = published_opt(against, max(OPT_VOCABULARY, vocabulary))
-        return PlainModel(model, against, settings)
+            opt = published_opt(against, max(OPT_VOCABULARY, vocabulary))
+        return PlainModel(opt, against, settings)
     if find_recipe(against).is_file():
         recipe = _fitting(sized_recipe(against), settings.tokens)
         return RecipeModel(recipe, find_recipe(against).stem, settings)

@@ -52,7 +52,7 @@ class AnchorRows(SegmentLayout):
         token_R = np.cumsum(~anchor_R) - 1  # the token row that each row is, or stands at
         self._position = token_R - np.repeat(np.cumsum(tokens_D) - tokens_D, lengths_D)
         self._anchor = anchor_R
-        self._kept = anchor_R | (self._position < first)
+        self._always = anchor_R | (self._position < first)
         self._token = token_R
         self.per_sentence = anchors
 
@@ -83,7 +83,7 @@ class AnchorRows(SegmentLayout):
 
     def _seen(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         near = self._position[q] - self._position[k] < self.window
-        return (k <= q) & (near | self._kept[k])
+        return (k <= q) & (near | self._always[k])
 
     @cached_property
     def mask(self) -> Tensor:
@@ -96,7 +96,7 @@ class AnchorRows(SegmentLayout):
         from torch.nn.attention.flex_attention import create_block_mask
 
         segment, position = self.segment_of_row, self.position_of_row
-        kept = self._to_device(self._kept)
+        kept = self._to_device(self._always)
 
         def allowed(batch, head, query, key):
             near = position[query] - position[key] < self.window
@@ -109,7 +109,7 @@ class AnchorRows(SegmentLayout):
         """The first row of every block of queries and the one behind its last, and the rows of its keys."""
         borders, keys = [], []
         for start, end in zip(self.starts[:-1], self.starts[1:], strict=True):
-            kept = start + np.flatnonzero(self._kept[start:end])
+            kept = start + np.flatnonzero(self._always[start:end])
             token_rows = start + np.flatnonzero(~self._anchor[start:end])
             for begin in range(int(start), int(end), _BLOCK):
                 low = token_rows[max(0, self._position[begin] - self.window + 1)]
@@ -145,7 +145,7 @@ class AnchorRows(SegmentLayout):
         """Pairs that attention needs."""
         total = 0
         for start, end in zip(self.starts[:-1], self.starts[1:], strict=True):
-            position, kept = self._position[start:end], self._kept[start:end]
+            position, kept = self._position[start:end], self._always[start:end]
             tokens = np.minimum(position + 1, self.window)
             # Kept rows before the window, and anchors inside of it.
             before = np.concatenate([[0], np.cumsum(kept & ~self._anchor[start:end])])

@@ -328,10 +328,10 @@ def evaluate(
         source = opened()
         _check_fits(model, kind, tokenizer, source.settings, loaded.folder)
         window = window_limit(model, kind, window_tokens)
+        rule, by_token = running_ends(model, tokenizer), False
         if contexts:
             if kind == "vae":
                 raise UserError("--context-curve is for models that predict: a SentenceVAE has no context")
-            rule = running_ends(model, tokenizer)
             by_token = kind == "lm" and rule is None and not getattr(model, "sentence_ends", False)
             longest = 0 if by_token and context_block else source.settings["max_tokens"]
             if context_block and window_tokens is None:

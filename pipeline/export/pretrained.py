@@ -183,8 +183,9 @@ def _add_rows(model: PreTrainedModel, added: Added, vocab_size: int) -> None:
     if vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
     new, like = list(added), list(added.values())
-    head = model.get_output_embeddings()
-    for tensor in (model.get_input_embeddings().weight, head.weight, head.bias):
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    for tensor in (embedding.weight, head.weight, head.bias):
         if tensor is not None:
             tensor[new] = tensor[like]
 

@@ -89,12 +89,12 @@ class AnchorLayout(AnchorRows):
         rows say what is seen."""
         path = forced_path()
         if path in ("masked", "flex"):
-            rows = (x.transpose(0, 1)[None] for x in (q, k, v))
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
             if path == "masked":
-                out = F.scaled_dot_product_attention(*rows, self.mask, scale=scale, enable_gqa=True)
+                out = F.scaled_dot_product_attention(q, k, v, self.mask, scale=scale, enable_gqa=True)
             else:
                 flex = _flex_attention(q.device.type == "cuda")
-                out = flex(*rows, block_mask=self.flex_mask(), scale=scale, enable_gqa=True)
+                out = flex(q, k, v, block_mask=self.flex_mask(), scale=scale, enable_gqa=True)
             return out[0].transpose(0, 1)
         plan, keys, mask = self.block_plan
         (n, length), groups = plan.shapes[0], q.shape[1] // k.shape[1]
@@ -263,7 +263,8 @@ class AnchorLM(SentenceLM):
         model.get_input_embeddings().padding_idx = None
         loss = config.focal_gamma, config.label_smoothing, config.z_loss
         self.tokens = TokenLM(model, *loss)
-        width = model.get_input_embeddings().weight.shape[1]
+        embedding: Any = model.get_input_embeddings()
+        width = embedding.weight.shape[1]
         self.offset = nn.Embedding(config.per_sentence, width) if config.per_sentence else None
         self.post_init()
 
@@ -279,7 +280,7 @@ class AnchorLM(SentenceLM):
         )
         return cls(config, model.model)
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> Any:
         return self.tokens.model.get_input_embeddings()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -350,7 +351,8 @@ class AnchorLM(SentenceLM):
             if config.attention_window is None
             else AnchorCache(rows, config.first_tokens, config.attention_window)
         )
-        width = self.get_output_embeddings().in_features
+        head: Any = self.get_output_embeddings()
+        width = head.in_features
         last = torch.zeros(rows, width, dtype=self.dtype, device=self.device)
         return AnchorState(cache, last, [None] * rows)
 

@@ -125,7 +125,8 @@ def build_model(
             causal = _build_causal_lm(backbone, text, tokenizer)
             if anchors is None:
                 return TokenLM(causal, **loss)
-            model = AnchorLM(AnchorConfig(causal.config, **anchors, **loss, **text))
+            settings: dict[str, Any] = {**anchors, **loss, **text}
+            model = AnchorLM(AnchorConfig(causal.config, **settings))
             model.tokens.model.load_state_dict(causal.state_dict())
             return model
         if stack is not None:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
 from pipeline.models.inference import load_for_generation
 
-LOAD = partial(load_for_generation, token_models=True)
 Deliver = Callable[[int, "Piece | Sentence | Continuation | Exception"], None]
 
 
@@ -62,7 +61,7 @@ class Batcher:
         folder: str,
         rows: int = 32,
         most_waiting: int = 256,
-        load: Callable[[str], tuple[Any, Tokenizer]] = LOAD,
+        load: Callable[[str], tuple[Any, Tokenizer]] = load_for_generation,
     ) -> None:
         self.rows, self.most_waiting, self._load = rows, most_waiting, load
         self.loaded = Loaded(folder, *load(folder))

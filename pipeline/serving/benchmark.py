@@ -36,7 +36,7 @@ from data_prep.common.page import NOTHING, Table, to_text
 from pipeline.generation.api import generate_many
 from pipeline.generation.results import Limits
 from pipeline.generation.sampling import Sampling
-from pipeline.serving.batcher import LOAD
+from pipeline.models.inference import load_for_generation
 from pipeline.serving.protocol import new_tokens
 
 PACKAGES = ("numpy", "torch", "transformers", "starlette", "uvicorn", "openai")
@@ -205,7 +205,7 @@ def _compare_texts(target: Target, asked: Asked, key: str) -> dict[str, int]:
 
 def _batch(folder: str, asked: Asked, rows: int) -> dict[str, Any]:
     """`generate_many` of the texts; the first time is a warm-up."""
-    model, tokenizer = LOAD(folder)
+    model, tokenizer = load_for_generation(folder)
     limits, repeats = Limits(asked.tokens, asked.tokens), 1 + 2 * rows // CASES
     prompts = [asked.prompt(case) for case in range(CASES)] * repeats
 

@@ -22,9 +22,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data_prep.common.errors import UserError, counted, first_line, log
+from pipeline.models.inference import load_for_generation
 from pipeline.parallel.device import DeviceName, DtypeName
 from pipeline.serving.app import Server, Settings
-from pipeline.serving.batcher import LOAD, Batcher
+from pipeline.serving.batcher import Batcher
 from pipeline.serving.protocol import ApiError
 
 KEY_VARIABLE = "SLLM_API_KEY"
@@ -109,7 +110,7 @@ def serve(
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     listening = _listen(host, port)
-    load = partial(LOAD, int8=int8, device=device, dtype=dtype)
+    load = partial(load_for_generation, int8=int8, device=device, dtype=dtype)
     batcher = Batcher(folder, rows, most_waiting, load)
     server = Server(batcher, settings)
 

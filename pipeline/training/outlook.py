@@ -8,7 +8,7 @@ from data_prep.common.errors import counted
 from pipeline.common.text import duration
 from pipeline.config.schema import Recipe
 
-# Steps of this start after which the time left is said: the first has warm-up in it, so once more later.
+# Steps of this start after which the time left is said: the first has warm-up in it, so again later.
 SAID_AFTER = (1, 20)
 
 
