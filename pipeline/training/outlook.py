@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from data_prep.common.errors import counted
+from data_prep.shards.reader import ShardSet
 from pipeline.common.text import duration
 from pipeline.config.schema import Recipe
 
@@ -15,8 +17,8 @@ SAID_AFTER = (1, 20)
 class Outlook:
     """Says how much a run reads, and after a few of its steps how long a step and the rest take."""
 
-    def __init__(self, recipe: Recipe, shard_tokens: int, step: int, tokens: int):
-        """shard_tokens: of all training shards; step, tokens: where this start begins."""
+    def __init__(self, recipe: Recipe, shard_sets: Sequence[ShardSet], step: int, tokens: int):
+        """shard_sets: those of training; step, tokens: where this start begins."""
         self._training, self._step, self._begin = (
             recipe.training,
             step,
@@ -25,6 +27,7 @@ class Outlook:
         self._clock = time.perf_counter()
         limits = []
         if (most := recipe.training.max_tokens) is not None:
+            shard_tokens = sum(one.manifest["totals"]["tokens"] for one in shard_sets)
             share = most / max(1, shard_tokens)
             limits.append(f"{counted(most, 'token')} ({share:.3g} × the shards' {shard_tokens:,})")
         if recipe.training.max_steps is not None:

@@ -238,8 +238,7 @@ class TrainingRun:
         if wanted.profile and not set(wanted.profile_ranks) & set(range(self.ranks.world)):
             there = counted(self.ranks.world, "rank")
             self.log.say(f"log.profile_ranks {wanted.profile_ranks} of {there}: no trace is written")
-        state, tokens = self.state, sum(one.manifest["totals"]["tokens"] for one in self._shard_sets)
-        self._outlook = Outlook(self.recipe, tokens, state.step, state.tokens)
+        self._outlook = Outlook(self.recipe, self._shard_sets, self.state.step, self.state.tokens)
         self.log.say(self._outlook.amount)
         self._watchdog.heartbeat("starting the loader")
         self._clock = time.perf_counter()

@@ -106,3 +106,12 @@ def train_slowed(arguments: list[str], rank: int, more: float, where: str) -> tu
         if where == "data":
             _patch(StepLoader, "next_step", wait_longer)
     return train_and_listen(arguments)
+
+
+def train_with_forgotten_matrices(arguments: list[str]) -> int | str:
+    """As `train`, but the optimizer does not see the last of its tensors."""
+    from pipeline.training import engine
+
+    parts: Any = engine.fp32_parts
+    _patch(engine, "fp32_parts", lambda optimizer: parts(optimizer)[:-1])
+    return train(arguments)

@@ -597,12 +597,3 @@ def count_update(recipe: str, strategy: str) -> tuple[int, int, int]:
 
     gradients, updated = update(sized_recipe(recipe), strategy)
     return gradients.kernels, updated.kernels, updated.waits
-
-
-def train_with_forgotten_matrices(arguments: list[str]) -> int | str:
-    """As `train`, but the optimizer does not see the last of its tensors."""
-    from pipeline.training import engine
-
-    parts: Any = engine.fp32_parts
-    _patch(engine, "fp32_parts", lambda optimizer: parts(optimizer)[:-1])
-    return train(arguments)

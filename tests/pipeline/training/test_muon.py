@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ranks, run_checks
+from helpers import faulty_ranks, ranks, run_checks
 from helpers.models import small_lm, small_sllm, small_stack, small_vae
 from helpers.runs import arguments, losses, records
 from torch import nn
@@ -149,5 +149,5 @@ def test_a_momentum_on_an_nvme_disk_is_refused(recipes) -> None:
 
 def test_a_run_in_which_muon_misses_a_matrix_ends(pool, recipes, tmp_path) -> None:
     settings = arguments(recipes, "stack", "zero3", tmp_path, *MUON)
-    said = pool.run(2, ranks.train_with_forgotten_matrices, settings)
+    said = pool.run(2, faulty_ranks.train_with_forgotten_matrices, settings)
     assert said == ["Muon would handle 28 of 31 weights", 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.recipes import write_recipe
@@ -22,7 +23,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def make(tmp_path: Path, step: int = 0, tokens: int = 0, **training: int) -> Outlook:
     words = [word for key, value in training.items() for word in (f"--training.{key}", str(value))]
-    return Outlook(load_recipe(write_recipe(tmp_path), words), 2_000, step, tokens)
+    sets: list = [SimpleNamespace(manifest={"totals": {"tokens": count}}) for count in (1_500, 500)]
+    return Outlook(load_recipe(write_recipe(tmp_path), words), sets, step, tokens)
 
 
 def test_the_amount_is_in_tokens_and_in_passes_over_the_shards(tmp_path: Path) -> None:
