@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from data_prep.common.errors import UserError, first_line, log
+from data_prep.common.errors import UserError, counted, first_line, log
 from data_prep.common.extras import import_extra
 from data_prep.text.tokenizer import COMPANION_FILES, Tokenizer, _byte_alphabet, load_tokenizer
 from data_prep.text.tokenizer_files import CONFIG_FILE, END_SYMBOLS, convert_slow_files, read_config
@@ -84,7 +84,7 @@ def import_pretrained(source: str | Path, output: str | Path) -> TokenLM:
         if model.config.vocab_size < tokenizer.vocab_size - len(added):
             raise UserError(
                 f"{source}: a vocabulary of {model.config.vocab_size:,}, but its tokenizer has "
-                f"{tokenizer.vocab_size - len(added):,} entries"
+                f"{counted(tokenizer.vocab_size - len(added), 'entry', 'entries')}"
             )
         if added:
             _add_rows(model, added, tokenizer.vocab_size)

@@ -346,7 +346,7 @@ def format_serving(result: dict[str, Any]) -> str:
         line = f"{side['name']}: {other:,} of {counted(compared, 'text')} differ from the same text alone"
         if many := side.get("generate_many"):
             speeds = " and ".join(f"{one['tokens_per_cpu_second']:,.0f}" for one in many)
-            line += f"; generate_many: {speeds} tokens per second of the CPU"
+            line += f"; generate_many, tokens per second of the CPU: {speeds}"
         if side["start_seconds"] is not None:
             line += f"; started in {side['start_seconds']:.1f} s"
         lines.append(line)

@@ -106,7 +106,7 @@ def test_a_leak_on_one_path_only_is_named(models, monkeypatch):
     assert (
         "causal masked" in found
         and "causal bucketed" not in found
-        and "paths agree bucketed = masked" in found
+        and "paths agree bucketed = tiles = masked" in found
     )
 
 

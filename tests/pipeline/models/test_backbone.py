@@ -172,7 +172,7 @@ def test_positions_are_a_limit_in_every_family(family, tiny_tokenizer):
     tokenizer = load_tokenizer(tiny_tokenizer)
     text = {"segmenter": "clause", "language": "en", "max_tokens": 16}
     sizes = {"hidden_size": 32, "layers": 1, "heads": 4}
-    backbone = {**config.to_dict(), "model_type": family}
+    backbone = {**config.to_dict(), "model_type": family, "vocab_size": tokenizer.vocab_size}
     for objective in ("sllm", "lm"):
         with pytest.raises(UserError, match="need 7 positions, but the backbone has 6"):
             build_model(objective, sizes, backbone, tokenizer, text, 6)

@@ -24,7 +24,7 @@ from pipeline.checkpoints import store as checkpoints
 from pipeline.cli import main as cli
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.export.model_folder import export_run
-from pipeline.models.factory import build_model
+from pipeline.models.factory import new_model
 from pipeline.research.scaling import read_points
 from pipeline.research.sweep import Workers, format_sweep, run
 from pipeline.research.sweep_jobs import Job, operations_per_token, read_sweep, with_budgets
@@ -313,6 +313,7 @@ def test_the_sweeps_that_come_along_are_sound(tiny_tokenizer: Path) -> None:
             vae = (job.after or job).recipe.model.vae
             recipe = job.recipe
             if recipe.optimizer.parts:  # refused by the trainer only, hours after the start of the sweep
-                backbone, window = recipe.model.backbone, recipe.data.window_tokens
-                model = build_model(recipe.objective, vae, backbone, tokenizer, cut, window)
+                recipe = recipe.model_copy(deep=True)
+                recipe.model.vae = vae
+                model = new_model(recipe, tokenizer, cut)
                 assert parameter_groups(model, recipe.optimizer)
