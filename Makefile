@@ -45,7 +45,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PIP) setuptools wheel ninja torch
 	# DeepSpeed comes as source and looks at torch while it is built, so no isolated build; DS_BUILD_OPS=0: no compiler needed.
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
-	$(PIP) --no-build-isolation --editable '.[mpi,dask,fast,s3,near-duplicates,lang,serve,engines,report,eval,lm-eval,research,segmentation-benchmark,docs,dev]'
+	$(PIP) --no-build-isolation --editable '.[mpi,dask,fast,s3,near-duplicates,lang,serve,engines,report,eval,lm-eval,import,research,segmentation-benchmark,docs,dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -5,7 +5,7 @@ sentence's last token and a learned offset. They see what that token sees, so th
 and every later row sees them (`AnchorRows`). All layers stay at token rate, and the weights are those of any
 supported Hugging Face causal LM. Ends are by rule, so tokens and targets are those of the token model.
 
-Without a window this is the token model itself, as the engine generates with it.
+Without a window this is the token model itself.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class AnchorLM(SentenceLM):
     stop_head = None  # the document's end is a symbol
 
     def __init__(self, config: AnchorConfig, model: PreTrainedModel | None = None):
-        """model: a token model to generate with, in place of a new one."""
+        """model: a token model whose weights it takes, in place of a new one."""
         super().__init__(config)
         if model is None:
             model = AutoModelForCausalLM.from_config(
@@ -267,18 +267,6 @@ class AnchorLM(SentenceLM):
         width = embedding.weight.shape[1]
         self.offset = nn.Embedding(config.per_sentence, width) if config.per_sentence else None
         self.post_init()
-
-    @classmethod
-    def of_token_model(cls, model: TokenLM, sentence_settings: dict) -> AnchorLM:
-        """A token model for generation, with its weights in place: full attention, no anchors."""
-        config = AnchorConfig(
-            model.config,
-            sentence_settings=sentence_settings,
-            attention_window=None,
-            per_sentence=0,
-            **{key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-        )
-        return cls(config, model.model)
 
     def get_input_embeddings(self) -> Any:
         return self.tokens.model.get_input_embeddings()

@@ -113,12 +113,12 @@ def load_for_generation(
 def lay_out(model: nn.Module) -> nn.Module:
     """Lay out the matrices of a model for generation, in place, and return it. Values, shapes and names stay.
 
-    In our models, matrices of one input become one (queries, keys and values; gate and up). On a CPU all are
-    stored by columns: one row times such a matrix is up to 1.8 times as fast where reading the matrix is the
-    limit."""
+    In models that run by `BackboneStep`, matrices of one input become one (queries, keys and values; gate and
+    up). On a CPU all are stored by columns: one row times such a matrix is up to 1.8 times as fast where
+    reading the matrix is the limit."""
     columns = next(model.parameters()).device.type == "cpu"
-    ours = isinstance(model, SentenceLM) and BackboneStep.known(model.backbone)
-    joined = joined_layers(model) if ours else []
+    backbone = getattr(model, "backbone", None)
+    joined = joined_layers(model) if backbone is not None and BackboneStep.known(backbone) else []
     for group in joined:
         join(group, columns)
     done = {module for group in joined for module in group}

@@ -338,7 +338,7 @@ def test_it_is_checked_and_continues_texts(tokenizer_folder, tmp_path, capsys):
     assert cli.main([*write, "--max-tokens", "30", "--json", "--samples", "3"]) == 0
     together = json.loads(capsys.readouterr().out)["samples"]
     assert together[0]["tokens"] == result["tokens"] or together[0]["text"] == result["samples"][0]["text"]
-    with pytest.raises(UserError, match="the prompt has .* tokens, but the model has positions for 63"):
+    with pytest.raises(UserError, match="the prompt has .* tokens, but the model has positions for 127:"):
         cli.main([*write[:3], "--prompt", "It was. " * 60])
 
 

@@ -31,6 +31,12 @@ def small_anchors(family: str = "llama", seed: int = 0, **changes) -> AnchorLM:
     return _wake(AnchorLM(config))
 
 
+def without_anchors(model: TokenLM) -> AnchorLM:
+    """Full attention, with the model's own weights."""
+    sizes = {"attention_window": None, "per_sentence": 0}
+    return AnchorLM(AnchorConfig(model.config, sentence_settings=SETTINGS, **sizes, **IDS), model.model)
+
+
 def seen_by_definition(lengths: list[int], anchors: int, window: int, first: int) -> np.ndarray:
     """One window's rows, one pair at a time."""
     rows = [("token", 0)]  # BOS, at place 0
@@ -101,7 +107,7 @@ def test_paths_agree_in_values_and_gradients():
 
 def test_without_window_it_is_the_token_model():
     token_model, batch = small_lm(), build_batch(random_spans(4))
-    anchors = AnchorLM.of_token_model(token_model, SETTINGS)
+    anchors = without_anchors(token_model)
     expected = token_model(batch).target_nll_N
     torch.testing.assert_close(anchors(batch).target_nll_N, expected, atol=1e-5, rtol=1e-5)
     wide = small_anchors("opt", attention_window=1000, per_sentence=0)
@@ -184,7 +190,7 @@ def test_hugging_face_and_the_engine_write_the_same_text():
     torch.manual_seed(0)
     inner = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation=HF_ATTENTION)
     model = _wake(TokenLM(inner))
-    ours = AnchorLM.of_token_model(model, SETTINGS)
+    ours = without_anchors(model)
     prompt = [IDS["bos_token_id"], 9, 8, 7, 11]
     state = ours.new_state(1)
     ours.read(state, np.zeros(1, dtype=np.int64), [[prompt[1:]]])

@@ -70,7 +70,7 @@ def test_many_clients_get_their_own_texts(server: Serving, folders: dict[str, st
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
             return await asyncio.gather(*(one(client, seed) for seed in range(40)))
 
-    model, tokenizer = load_for_generation(folders["lm"], token_models=True)
+    model, tokenizer = load_for_generation(folders["lm"])
     for seed, text in enumerate(asyncio.run(everyone())):
         limits = Limits(1 << 30, 5 + seed % 30)
         ((alone,),) = generate_many(
@@ -93,16 +93,20 @@ def test_positions_end_a_text_and_refuse_a_prompt(client: openai.OpenAI) -> None
         client.completions.create(model="lm", prompt="x", extra_body={"max_sentences": 2})
 
 
-def test_a_control_is_not_served(folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_control_is_not_served(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizer = load_tokenizer(Path(folders["lm"]) / "tokenizer")
     model: Any = small_model("lm", tokenizer)
     assert isinstance(model, TokenLM)
     model.config.sentence_ends = True
     save(model, tmp_path / "control", tokenizer)
     with pytest.raises(UserError, match="reads sentence ends is a control"):
-        load_for_generation(tmp_path / "control", token_models=True)
-    with pytest.raises(UserError, match="a token-level model cannot continue a text here"):
-        load_for_generation(folders["lm"])
+        load_for_generation(tmp_path / "control")
+    words = ["serve", "--model", str(tmp_path / "control"), "--port", "0"]
+    assert run_main("sllm", lambda: cli.main(words)) == 2
+    err = capsys.readouterr().err
+    assert "reads sentence ends is a control, and writes no texts" in err and err.count("\n") == 1
 
 
 # The benchmark.

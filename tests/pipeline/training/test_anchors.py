@@ -82,6 +82,6 @@ def test_the_export_passes_every_check_and_writes(plain, source, tiny_valid_shar
     assert model.generate("The list is", tokenizer, max_sentences=3, temperature=1.0, seed=1)
     before, _ = load_for_generation(source)
     for number in range(2):
-        now, then = (m.tokens.model.model.decoder.layers[number].fc1.weight for m in (model, before))
+        now, then = (lm.model.model.decoder.layers[number].fc1.weight for lm in (model.tokens, before.lm))
         assert torch.equal(now, then) == (number == 0)
     assert "AnchorLM.from_pretrained" in (folder / "README.md").read_text()
