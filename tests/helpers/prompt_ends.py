@@ -34,8 +34,10 @@ def may_follow(prompt: str, tokenizer: Tokenizer, tokens: list[int]) -> bool:
     return tokenizer.encode(text).tolist() == tokens
 
 
-def word_has_started(prompt: str, text: str) -> bool:
-    """Whether a word starts behind the prompt: the tokens at the prompt's end are then final."""
+def word_has_started(prompt: str, tokenizer: Tokenizer, tokens: list[int]) -> bool:
+    """Whether a word starts behind the prompt in the text of the tokens: those at the prompt's end are then
+    final. A character that is incomplete may still become white space."""
+    text = codecs.getincrementaldecoder("utf-8")().decode(tokenizer.decode_bytes(tokens))
     return re.search(r"\s\S", text[len(prompt) - 1 :] if prompt else text) is not None
 
 

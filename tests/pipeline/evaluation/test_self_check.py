@@ -14,6 +14,7 @@ from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.evaluation.self_check import Checker, check_folder, check_model, format_report
 from pipeline.models.attention import PATHS, forced_path, packed_attention
+from pipeline.models.kv_cache import CachedStep
 from pipeline.models.losses import LossSums
 
 KINDS = ("sllm", "vae", "lm")
@@ -134,15 +135,15 @@ def test_a_decoder_that_conditions_on_its_own_sentence_fails(models, monkeypatch
 
 
 def test_a_cache_that_forgets_fails(models, monkeypatch):
-    step = pipeline.models.layers.SelfAttention.step
+    attend = CachedStep.attend
 
-    def forgetful(self, x, layer, cached, turn=None):
-        out = step(self, x, layer, cached, turn)
-        for stored in cached._cache.layer(layer, out):
+    def forgetful(self, layer, q, k, v, *args):
+        out = attend(self, layer, q, k, v, *args)
+        for stored in self._cache.layer(layer, k):
             stored.zero_()
         return out
 
-    monkeypatch.setattr(pipeline.models.layers.SelfAttention, "step", forgetful)
+    monkeypatch.setattr(CachedStep, "attend", forgetful)
     assert failed(check_model(models["sllm"])) == {"cached = uncached cached"}
 
 

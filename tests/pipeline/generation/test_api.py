@@ -132,7 +132,7 @@ def brute_force(
                 banned.append(symbol)
             if symbol == end:
                 break
-            open_end = open_end and not word_has_started(prompt, tokenizer.decode([*before, symbol]))
+            open_end = open_end and not word_has_started(prompt, tokenizer, [*before, symbol])
             tokens.append(symbol)
             written.append(symbol)
             seen.add(symbol)

@@ -70,7 +70,7 @@ CONTEXT = {"positions": "rotary", "context_sentences": 2, "layers": 2}
 
 @pytest.fixture(
     scope="module",
-    params=[(7, {}), (5, {"vae": CONTEXT}), (3, {"stack": STACK})],
+    params=[(7, {}), (3, {"vae": CONTEXT}), (4, {"stack": STACK})],
     ids=["alone", "context", "stack"],
 )
 def model(tokenizer, request):

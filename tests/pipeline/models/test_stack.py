@@ -191,10 +191,14 @@ def test_a_rolling_cache_keeps_the_last_places():
 @torch.no_grad()
 def test_positions_turn_by_the_table_as_without_it():
     model = small_stack()
+    words = model.new_state(1).tokens
     for position in (0, 1, 1023, 1024, 1025, 2047, 2048):
-        by_table = model._turn_at(np.asarray([0, position]))
-        for found, expected in zip(by_table, model._turn(torch.tensor([0, position])), strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        # Rows at different places, rows at one place, and one row: an index or a slice of the table.
+        for positions in ([0, position], [position, position], [position]):
+            by_table = words.turn_at(np.asarray(positions))
+            for found, expected in zip(by_table, model._turn(torch.tensor(positions)), strict=True):
+                every = expected[:, 0].expand(len(positions), -1, -1)
+                torch.testing.assert_close(found.expand_as(every), every, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -297,7 +297,8 @@ def test_the_sllm_reads_means_without_noise(training):
         torch.testing.assert_close(model(batch).target_nll_N, first.target_nll_N)
         assert first.kl.item() == 0
         tokens = batch.tokens_T[: int(batch.cu_sentences[1])]
-        torch.testing.assert_close(model._encode([tokens]), model.vae.encode(batch)[:1])
+        found = model._encode(model.new_state(1), [tokens.tolist()])
+        torch.testing.assert_close(found, model.vae.encode(batch)[:1])
 
 
 # --- the published layout -------------------------------------------------------------------------
