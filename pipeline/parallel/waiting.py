@@ -26,8 +26,17 @@ def clock() -> float:
     """Seconds, without those in which the main thread could run but the kernel ran others: a busy machine
     delays each rank at random."""
     figures = _schedule(os.getpid())
-    delayed = 0 if figures is None else int(os.pread(figures, 100, 0).split()[1])
-    return time.perf_counter() - delayed / 1e9
+    if figures is None:
+        return time.perf_counter()
+    while True:
+        delayed, now, again = _delayed(figures), time.perf_counter(), _delayed(figures)
+        # A delay between the two readings would be in one of them only: the next call could seem earlier.
+        if again == delayed:
+            return now - delayed / 1e9
+
+
+def _delayed(figures: int) -> int:
+    return int(os.pread(figures, 100, 0).split()[1])
 
 
 class Collectives:

@@ -572,18 +572,12 @@ def doctor(arguments: list[str], environments: list[dict[str, str]]) -> tuple[in
     if "SLOW" in os.environ:  # a processor at two thirds of its speed, and a disk that is worn out
         import time
 
+        import torch
+
         from pipeline.cluster import machine as doctor_machine
-        from pipeline.cluster import network as doctor_network
 
-        now, write = doctor_network._now, doctor_machine._write_all
-
-        def later(tensor: Any) -> float:
-            later.total += max(0.0, now(tensor) - later.last) / 2 if later.last else 0.0
-            later.last = now(tensor)
-            return later.last + later.total
-
-        later.last = later.total = 0.0
-        _patch(doctor_network, "_now", later)
+        multiply, write = torch.mm, doctor_machine._write_all
+        _patch(torch, "mm", lambda a, b: (multiply(a[: len(a) // 2], b), multiply(a, b))[1])
         _patch(doctor_machine, "_write_all", lambda *given: (time.sleep(0.1), write(*given)))
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = main(["doctor", *arguments])

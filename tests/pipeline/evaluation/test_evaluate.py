@@ -454,7 +454,10 @@ def test_groups_add_up_to_the_whole(kind, folders, tiny_corpus, tokenizer, tmp_p
     books = evaluate(folders[kind], text=tmp_path / "EN/books")
     ours = whole["by_source"]["books"]
     for key in ours.keys() - {"bits_per_byte_interval", "vector_gain_interval"}:
-        assert ours[key] == pytest.approx(books[key], rel=1e-6, abs=1e-6), key
+        if books[key] is None:  # no sentence of these windows has so many before it
+            assert ours[key] is None and key.startswith("shift_"), key
+        else:
+            assert ours[key] == pytest.approx(books[key], rel=1e-6, abs=1e-6), key
     for key in ("by_source", "by_language", "by_sentence_length", "by_sentence_position"):
         groups = whole[key].values()
         for count in ("bytes", "tokens", "sentences"):

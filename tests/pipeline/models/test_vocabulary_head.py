@@ -195,7 +195,7 @@ def test_one_chunk_is_freed_before_the_next_is_made(loss, dtype, monkeypatch):
         hidden = torch.randn(rows, 4, dtype=dtype, requires_grad=True)
         with memory:
             head(hidden, torch.zeros(rows, dtype=torch.long), **loss)[0].backward()
-        return memory.peak(set())
+        return memory.peak({})
 
     chunk = at_once * vocabulary * (4 if dtype == torch.float32 else 2)
     assert most(5 * at_once) - most(at_once) < chunk / 2
