@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.paths import REPOSITORY
-from helpers.slurm_cluster import SlurmCluster, why_not
+from helpers.slurm_cluster import SlurmCluster
 
 pytestmark = [pytest.mark.long, pytest.mark.launch]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -20,14 +20,16 @@ SHORT = "--training.max_steps 2 --training.eval_bins 1 --data.bin_tokens 512 --d
 PAPER_SIZES = "--data.bins_per_step 1 " + SHORT
 
 
-def script(text: str, language: str) -> str:
-    """The page's blocks of a language as one bash script; Python blocks run between them."""
+def script(text: str) -> str:
+    """The page's blocks as one bash script: bash, Python, and the lines behind a prompt sign of others."""
     parts = []
     for kind, body in BLOCK.findall(text):
-        if kind == language:
+        if kind == "bash":
             parts.append(body)
         elif kind == "python":
             parts.append(f"python - <<'PYTHON'\n{body}PYTHON\n")
+        else:
+            parts += [line[2:] for line in body.splitlines() if line.startswith("$ ")]
     return "set -euo pipefail\n" + "\n".join(parts)
 
 
@@ -67,36 +69,37 @@ def page(name: str) -> str:
 
 
 def test_my_text_on_a_cpu_and_serve_a_model(tmp_path: Path) -> None:
-    out = run(script(page("cpu.md"), "bash"), tmp_path, SHORT)
+    out = run(script(page("cpu.md")), tmp_path, SHORT)
     assert "the run ends after" in out and "bits per byte" in out
     assert (tmp_path / "report.html").stat().st_size > 10_000
-    out = run(script(page("serve.md"), "bash"), tmp_path, SHORT)
+    out = run(script(page("serve.md")), tmp_path, SHORT)
     assert '"text_completion"' in out
 
 
 def test_one_gpu(tmp_path: Path) -> None:
-    out = run(script(page("one-gpu.md"), "bash"), tmp_path, PAPER_SIZES)
+    out = run(script(page("one-gpu.md")), tmp_path, PAPER_SIZES)
     assert "zero" in out and "bits per byte" in out
 
 
 def test_the_readme(checkout: Path) -> None:
     """The lines behind a prompt sign, and the Python block; `make setup` finds a complete .venv."""
     text = (checkout / "README.md").read_text(encoding="utf-8")
-    typed = re.sub(r"^```\n(.*?)^```", _typed, text, flags=re.MULTILINE | re.DOTALL)
-    run(script(typed, "bash"), checkout, SHORT)
+    run(script(text), checkout, SHORT)
     assert (checkout / "demo/report.html").is_file()
 
 
-def _typed(found: re.Match[str]) -> str:
-    lines = [line[2:] for line in found[1].splitlines() if line.startswith("$ ")]
-    return "\n".join(["```bash", *lines, "```"]) if lines else ""
-
-
 @pytest.mark.slurm
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_a_slurm_cluster(checkout: Path, tmp_path: Path) -> None:
     with SlurmCluster(tmp_path / "cluster", nodes=2) as cluster:
-        cluster.environment |= {"SLLM_TRAIN_ARGS": SHORT, "DS_ACCELERATOR": "cpu", "DOCTOR": "no"}
-        cluster.run("bash", "-c", script(page("slurm.md"), "bash"), cwd=checkout)
+        cluster.environment |= {
+            "PATH": f"{sys.prefix}/bin{os.pathsep}{cluster.environment['PATH']}",
+            "SLLM_TRAIN_ARGS": SHORT,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "DOCTOR": "no",
+            "SBATCH_FLAGS": "--cpus-per-task=1",
+            "DATA_FLAGS": "--array=0-1",
+        }
+        cluster.run("bash", "-c", script(page("slurm.md")), cwd=checkout)
         jobs = cluster.run("squeue", "--noheader", "--format=%A", "--sort=i").stdout.split()
-        assert cluster.wait_for_job(jobs[-1])["JobState"] == "COMPLETED"
+        assert cluster.wait_for_job(jobs[-1])["JobState"] == "COMPLETED", cluster.log_tails()

@@ -12,6 +12,7 @@ The synthetic bin has windows of `data.window_tokens` that fill `data.bin_tokens
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -223,13 +224,19 @@ def made_up_batch(window_tokens: int, bin_tokens: int, tokens_per_sentence: floa
     return build_batch(spans)
 
 
-def dry_step(model: nn.Module, batch: Batch, checkpointing: bool = False) -> DryStep:
-    """Run forward and backward of a model made under a `FakeTensorMode`, inside that mode."""
+def dry_step(
+    model: nn.Module,
+    batch: Batch,
+    checkpointing: bool = False,
+    again: Callable[[], Any] = contextlib.nullcontext,
+) -> DryStep:
+    """Run forward and backward of a model made under a `FakeTensorMode`, inside that mode. again: the mode in
+    which layers are computed again, where the backward pass leaves it."""
     memory = _Memory()
     weights = {memory.see(parameter) for parameter in model.parameters()}
     weights |= {memory.see(buffer) for buffer in model.buffers()}
     if checkpointing:
-        checkpoint_layers(model)
+        checkpoint_layers(model, again)
     with memory, recorded_calls(model) as calls:
         with flops.counted_rows(model) as rows:
             objective = model(batch).objective
@@ -284,7 +291,7 @@ class DryRun:
         if self.dtype != "fp32":  # as on a GPU
             batch, model = batch.to("meta"), of_shapes(self.recipe, self.vocabulary, DTYPES[self.dtype])
             with AsOnCuda():
-                return model, batch, dry_step(model, batch, checkpointing)
+                return model, batch, dry_step(model, batch, checkpointing, AsOnCuda)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = _trained(new_model(self.recipe, self.vocabulary, {}), self.recipe)
             return model, batch, dry_step(model, batch, checkpointing)

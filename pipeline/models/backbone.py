@@ -73,6 +73,12 @@ def require_supported(config: PreTrainedConfig, where: str) -> None:
         )
     if getattr(config, "layerdrop", 0):
         raise UserError(f"{where}: layerdrop {config.layerdrop} is not supported: set it to 0 (dropout is)")
+    heads = getattr(config, "num_attention_heads", 1)
+    if heads % (shared := getattr(config, "num_key_value_heads", None) or heads):
+        raise UserError(
+            f"{where}: num_key_value_heads {shared} (Qwen's default is 32) does not divide the "
+            f"num_attention_heads {heads}: give one that does"
+        )
 
 
 def new_backbone(config: PreTrainedConfig) -> PreTrainedModel:

@@ -7,8 +7,11 @@ generation runs the same layers with cached keys and values by `step.py`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -299,10 +302,11 @@ def transformer_layers(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, TransformerLayer) or type(m).__name__ in kinds]
 
 
-def checkpoint_layers(model: nn.Module) -> None:
+def checkpoint_layers(model: nn.Module, again: Callable[[], Any] = contextlib.nullcontext) -> None:
     """Activation checkpointing: keep only the input of each transformer layer for the backward pass, which
-    recomputes the rest with the same dropout."""
+    recomputes the rest with the same dropout. again: makes the context of a recomputation."""
+    contexts = lambda: (contextlib.nullcontext(), again())  # noqa: E731
     for layer in transformer_layers(model):
         layer.forward = functools.partial(
-            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False
+            torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False, context_fn=contexts
         )

@@ -95,7 +95,7 @@ def _kernels(bench: Bench, recipe: Recipe, name: str) -> None:
     """Memory of a step, and the kernels (on a CPU: operators) that take most of it."""
     settings = Settings(recipe, name, bench.shards(), bench.tokens, bench.precision, bench.device)
     side = RecipeModel(recipe, name, settings)
-    step = Stepper(side, recipe, with_update=False)
+    step = Stepper(side, with_update=False)
     side.prepare(0)
     step()
     step.clear()

@@ -377,3 +377,13 @@ def test_help_has_an_example(words, capsys):
     assert cli.main([*words, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"example:\n  sllm {' '.join(words)} " in out and "--json" in out
+
+
+def test_layers_with_dropout_are_computed_again_as_on_a_gpu(tmp_path: Path) -> None:
+    """In bf16, where the first pass takes a GPU's operators, the second must take the same ones."""
+    recipe = load_recipe(write_recipe(tmp_path, backbone={"dropout": 0.1}))
+    found = {}
+    for checkpointing in (False, True):
+        _, _, step = inspection.DryRun(recipe, 512, "bf16").step(1024, checkpointing)
+        found[checkpointing] = step.activations
+    assert 0 < found[True] < found[False]

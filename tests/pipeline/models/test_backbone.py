@@ -199,6 +199,10 @@ def test_positions_are_a_limit_in_every_family(family, tiny_tokenizer):
             "rope_type dynamic",
         ),
         ({"model_type": "opt", "layerdrop": 0.1}, "layerdrop 0.1 is not supported"),
+        (
+            {"model_type": "qwen2", "num_attention_heads": 4},
+            "num_key_value_heads 32 .* does not divide the num_attention_heads 4",
+        ),
         ({"model_type": "gemma"}, "model_type 'gemma' is not one of opt, llama, mistral, qwen2, qwen3"),
         ({"model_type": "bloom"}, "model_type 'bloom' is not one of"),
     ],

@@ -65,6 +65,7 @@ ROTARY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "intermediate_size": 64,
     "max_position_embeddings": 512,
 }
