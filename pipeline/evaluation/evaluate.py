@@ -367,7 +367,8 @@ def evaluate(
                 whole.merge(part)
     scores = longest_context(scored[0], contexts) if context_block else scored[0]
     if context_block and not scores.rows:
-        raise UserError(f"{source.path}: no document has {counted(max(contexts), 'token')} and a block")
+        needed = counted(max(contexts), "token")
+        raise UserError(f"{source.path}: no document is long enough for {needed} and a block")
     if not scores.rows:
         reasons = ", ".join(f"{n} × {reason}" for reason, n in source.rejected.items())
         left_out = f" (left out: {reasons})" if reasons else ""
