@@ -249,10 +249,10 @@ def dry_step(
     # Without what the tensors' ends will add.
     memory.events = memory.events.copy()
     operations = flops.count_operations(model, rows, flops.batch_cores(model, batch))
-    again = sum(operations.by_part().get(part, 0) for part in flops.IN_LAYERS) if checkpointing else 0
+    repeated = sum(operations.by_part().get(part, 0) for part in flops.IN_LAYERS) if checkpointing else 0
     return DryStep(
         operations,
-        flops.TRAINING_FACTOR * operations.needed + again,
+        flops.TRAINING_FACTOR * operations.needed + repeated,
         memory.peak(dict.fromkeys(logits, 1.0) | none | dict.fromkeys(gradients, 0.0), others=0.0),
         sum(gradient.nbytes for gradient in made),
         functools.cache(lambda share: memory.peak(none | dict.fromkeys(gradients, share))),
