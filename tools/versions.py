@@ -1,6 +1,6 @@
 """`make test-versions`: the tests on every Python found, and on the oldest and newest torch and transformers.
 
-Each combination gets a virtual environment of its own below `.versions/` (6 GB with a CUDA build of torch),
+Each combination gets its own virtual environment below `.versions/` (6 GB with a CUDA build of torch),
 which later runs reuse. A Python that is not found is checked as far as one can without it: wheels of all
 requirements but DeepSpeed (source only) resolve, and mypy passes with that target.
 

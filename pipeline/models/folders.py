@@ -46,7 +46,7 @@ def load_pretrained(
         model_class: a model class or an `AutoModel…`.
         strict: also refuse weights that the model does not have (our own folders); otherwise they are
             ignored (the head of a causal LM that becomes a backbone).
-        where: what errors name, for a file with a config of its own in the folder (`gguf_file`).
+        where: what errors name, for a file in the folder that holds its own config (`gguf_file`).
     Raises: UserError for a folder without a loadable model.
     """
     if where is None:

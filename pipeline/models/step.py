@@ -89,7 +89,7 @@ def join(modules: list[nn.Linear], columns: bool) -> None:
 
 
 def _weight_by_itself(module: nn.Module, state: dict, prefix: str, _: Any) -> None:
-    """Files hold each weight as a matrix of its own."""
+    """Files hold each weight as a separate matrix."""
     state[prefix + "weight"] = state[prefix + "weight"].contiguous()
 
 

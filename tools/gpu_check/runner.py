@@ -1,4 +1,4 @@
-"""Ordered checks, each in a process and a time limit of its own.
+"""Ordered checks, each in its own process, with its own time limit.
 
 OUT/results.jsonl gets every figure at the moment it is known, and a closing line for each check, so that a
 machine that goes away takes nothing with it:
@@ -139,7 +139,7 @@ def _run_one(check: Check, setting: Setting, file: Path) -> dict[str, Any]:
 
 
 def _end_all(mark: str) -> None:
-    """End a check and what it has started, also in sessions of its own: a rank that is left holds the GPU."""
+    """End a check and what it has started, also in other sessions: a rank that is left holds the GPU."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == mark:

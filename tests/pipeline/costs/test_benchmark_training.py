@@ -250,7 +250,7 @@ def test_on_cuda_in_bf16(tmp_path, tiny_shards):
 
 
 def test_a_recipe_is_measured_against_one_with_other_parts_and_another_optimizer(tmp_path, tiny_shards):
-    """Each side has the update of its own recipe."""
+    """Each side has the update of the recipe it was made of."""
     parts = {"optimizer": {"parts": {"vae.encoder": {"lr_scale": 0.5}}}}
     ours = write_recipe(tmp_path, optimizer=parts["optimizer"])
     theirs = write_recipe(tmp_path, "lm", "other", optimizer={"kind": "muon"})
