@@ -22,6 +22,8 @@ from pipeline.serving.app import Server, Settings
 from pipeline.serving.batcher import Batcher
 from pipeline.serving.run import Connection, _listen, _Uvicorn
 
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+
 
 @dataclass
 class Serving:

@@ -15,22 +15,12 @@ from typing import Any
 
 import openai
 import pytest
-from helpers import tokenizer_folders
-from helpers.model_folders import save, save_endless, small_model
-from helpers.server import Serving, post, serving, started, wait_for
+from helpers.model_folders import save_endless
+from helpers.server import TEMPLATE, Serving, post, serving, started, wait_for
 
 import pipeline.serving.run as running
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.serving.app import Settings
-
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("served")
-    tokenizer = load_tokenizer(tokenizer_folders.byte_level(place / "tokenizer"))
-    return save(small_model("sllm", tokenizer), place / "tiny", tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ from typing import Any
 
 import openai
 import pytest
-from helpers import tokenizer_folders
 from helpers.model_folders import save, save_endless, small_model
-from helpers.server import Serving, post, serving, wait_for
+from helpers.server import TEMPLATE, Serving, post, serving, wait_for
 
 import pipeline.serving.run as running
 from data_prep.common.errors import UserError
@@ -33,14 +32,6 @@ from pipeline.serving.run import require_key
 
 PROMPT = "The list is of 3 items. It"
 OURS = {"top_k": 5, "repetition_penalty": 1.3}
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    place = tmp_path_factory.mktemp("served")
-    tokenizer = load_tokenizer(tokenizer_folders.byte_level(place / "tokenizer"))
-    return save(small_model("sllm", tokenizer), place / "tiny", tokenizer)
 
 
 @pytest.fixture(scope="module")
