@@ -65,7 +65,6 @@ ROTARY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "intermediate_size": 64,
     "max_position_embeddings": 512,
 }
@@ -73,10 +72,19 @@ ROTARY = {
 
 @pytest.mark.long
 @pytest.mark.parametrize("memory", [0, 3])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family",
+    # GPT-NeoX has as many heads of keys as of queries, and no key for them.
+    [
+        {"model_type": "llama", "num_key_value_heads": 2},
+        {"model_type": "qwen2", "num_key_value_heads": 2},
+        {"model_type": "gpt_neox"},
+    ],
+    ids=["llama", "qwen2", "gpt_neox"],
+)
 def test_every_family_passes_every_check_after_zero3(family, memory, pool, recipes, tmp_path) -> None:
     recipe = yaml.safe_load((recipes / "stack.yaml").read_text())
-    recipe["model"] |= {"memory": memory, "backbone": {"model_type": family, **ROTARY}}
+    recipe["model"] |= {"memory": memory, "backbone": family | ROTARY}
     recipe["training"] |= {"max_steps": 3}
     (tmp_path / "family.yaml").write_text(yaml.safe_dump(recipe))
     run, folder = tmp_path / "run", tmp_path / "model"
