@@ -130,26 +130,36 @@ class Mirror:
             latest = self._try("checkpoints/latest", self._files.cat_file).decode().strip()
         except FileNotFoundError:
             return ""
-        # Later ones are of a start from which the run did not resume.
-        for name in (name for name in self._names() if name <= latest):
+
+        def download(name: str) -> store.Meta | None:
             try:
-                meta = self._fetch_checkpoint(name)
+                return self._download(name)
             except (store.DamagedCheckpoint, FileNotFoundError, ValueError, KeyError) as error:
                 damages.append(f"{name} is not whole there ({first_line(error)})")
+                return None
+
+        # Later ones are of a start from which the run did not resume.
+        for name in (name for name in self._names() if name <= latest):
+            if not (meta := download(name)):
                 continue
-            if meta.best and store.step_name(meta.best["step"]) != name:
-                self._fetch_checkpoint(store.step_name(meta.best["step"]))
+            # Uploads start with the newest: its best one may have had no time.
+            best = store.step_name(meta.best["step"]) if meta.best else name
+            names = [name, best] if best != name and download(best) else [name]
             for path in self._try("", lambda path: self._files.ls(path, detail=False)):
                 if path.endswith(_NEEDED):
                     file = path.rpartition("/")[2]
                     write_atomically(self._run_dir / file, self._try(file, self._files.cat_file))
+            # Once a checkpoint is in place, no start fetches again.
+            for one in names:
+                (self._folder / f"{store.TMP}{one}").rename(self._folder / one)
             write_atomically(self._folder / "latest", f"{name}\n".encode())
             return "; ".join([*damages, f"{name} was copied from {self._url}"])
         if damages:
             raise UserError(f"checkpoints.upload {self._url} has no whole checkpoint: {'; '.join(damages)}")
         return ""
 
-    def _fetch_checkpoint(self, name: str) -> store.Meta:
+    def _download(self, name: str) -> store.Meta:
+        """Copy a checkpoint beside its place."""
         aside, there = self._folder / f"{store.TMP}{name}", f"checkpoints/{name}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -160,7 +170,6 @@ class Mirror:
         (aside / store.META).write_bytes(meta_bytes)
         meta = store.read_meta(aside)
         store.require_undamaged(aside, meta)
-        aside.rename(self._folder / name)
         return meta
 
     def _names(self) -> list[str]:
