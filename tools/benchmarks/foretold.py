@@ -113,6 +113,7 @@ def traffic_and_time(
     tokens: Positive = 512,
     vocab_size: Positive | None = None,
     limits: Many = ("100mbit", "1gbit"),
+    steps: Positive = 5,
     output: Output = None,
 ) -> dict[str, Any]:
     """Bytes and seconds of a step between network namespaces, measured and predicted.
@@ -125,10 +126,12 @@ def traffic_and_time(
         tokens: tokens of a micro-batch
         vocab_size: vocabulary (default: what the recipe says)
         limits: what each rank may send per second, as tc writes it
+        steps: of which the fastest counts; the first two are not among them
     """
     rows = []
     for strategy in strategies:
-        job = Job(recipe, [strategy], accumulation, tokens=tokens, vocab_size=vocab_size, steps=WARM_UP + 5)
+        job = Job(recipe, [strategy], accumulation, tokens=tokens, vocab_size=vocab_size)
+        job.steps = WARM_UP + steps
         dry = DryRun(sized_recipe(recipe), vocab_size, job.dtype)
         model, _, step = dry.step(tokens, False)
         plan = Strategy.read(strategy)
@@ -140,17 +143,17 @@ def traffic_and_time(
         alone = collectives = math.nan
         for limit in (None, *limits):
             with namespaces(ranks, limit) as prefixes:
-                steps = run_job(job, ranks, prefixes)[0][WARM_UP:]
+                taken = run_job(job, ranks, prefixes)[0][WARM_UP:]
             # Other programs only lengthen a step.
-            fastest = min(steps, key=lambda one: one["seconds"])
+            fastest = min(taken, key=lambda one: one["seconds"])
             seconds, waits = fastest["seconds"], fastest["collectives"]
             if not limit:
                 alone, collectives = seconds, waits
             row = {
                 "strategy": strategy,
                 "limit": limit,
-                "ring_bytes": {"predicted": round(sent.sent), "counted": sum(steps[-1]["sent"].values())},
-                "wire_bytes": {"predicted": round(wire), "counted": steps[-1]["wire"]},
+                "ring_bytes": {"predicted": round(sent.sent), "counted": sum(taken[-1]["sent"].values())},
+                "wire_bytes": {"predicted": round(wire), "counted": taken[-1]["wire"]},
                 "seconds": {"measured": seconds, "collectives": waits},
             }
             if limit:
