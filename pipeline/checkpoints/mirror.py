@@ -43,21 +43,23 @@ class Mirror:
         self._lock = threading.Lock()
         self._task: Task | None = None
         self._waiting: set[str] = set()  # published and not uploaded
+        self._earlier: set[str] = set()
         self._current = self._newest = ""  # being uploaded; uploaded
 
     def held(self) -> tuple[str, ...]:
         """The checkpoint that must not be removed now."""
         return (self._current,)
 
-    def add(self, name: str) -> None:
-        """Upload a checkpoint, soon."""
+    def add(self, name: str, earlier: bool = False) -> None:
+        """Upload a checkpoint, soon. earlier: of an earlier start, which may have done so."""
         with self._lock:
+            self._earlier.update([name] if earlier else [])
             self._waiting.add(name)
             if self._task is None:
                 self._task = Task(self._upload_all)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether there is nothing more to try, after waiting for at most `seconds`."""
+    def wait(self, seconds: float | None) -> bool:
+        """Whether there is nothing more to try, after waiting for at most `seconds` (None: to the end)."""
         if (task := self._task) is not None:
             task.join(seconds)
         return self._task is None
@@ -92,7 +94,9 @@ class Mirror:
 
     def _upload(self, name: str) -> None:
         folder, there = self._folder / name, f"checkpoints/{name}"
-        meta = store.read_meta(folder)
+        meta, meta_bytes = store.read_meta(folder), (folder / store.META).read_bytes()
+        if name in self._earlier and self._is_there(f"{there}/{store.META}", meta_bytes):
+            return
         self._remove(f"{there}/{store.META}")
         for file, (size, _) in meta.files.items():
             self._try(f"{there}/{file}", functools.partial(self._files.put_file, str(folder / file)))
@@ -101,7 +105,7 @@ class Mirror:
                 raise UserError(f"{there}/{file} has another size there")
         for path in sorted(path for pattern in _DESCRIPTION for path in self._run_dir.glob(pattern)):
             self._write(path.relative_to(self._run_dir).as_posix(), path.read_bytes())
-        self._write(f"{there}/{store.META}", (folder / store.META).read_bytes())
+        self._write(f"{there}/{store.META}", meta_bytes)
         self._newest = max(self._newest, name)
         self._write("checkpoints/latest", f"{self._newest}\n".encode())
         for old in self._names():
@@ -181,6 +185,12 @@ class Mirror:
             return []
         names = (path.rstrip("/").rpartition("/")[2] for path in paths)
         return sorted((name for name in names if name.startswith("step-")), reverse=True)
+
+    def _is_there(self, file: str, data: bytes) -> bool:
+        try:
+            return self._try(file, self._files.cat_file) == data
+        except FileNotFoundError:
+            return False
 
     def _write(self, file: str, data: bytes) -> None:
         self._try(file, lambda path: self._files.pipe_file(path, data))

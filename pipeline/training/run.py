@@ -206,12 +206,10 @@ class TrainingRun:
         )
         was, now = ((meta.validation, meta.recipe["training"]["eval_bins"]) for meta in (saved, ours))
         if saved.best and was != now:
-            self.state.best = None
+            self.state.best, best = None, saved.best["step"]
             if self.ranks.rank == 0:
-                say(
-                    "the validation sample is another than before: the best checkpoint so far "
-                    f"(step {saved.best['step']}) no longer counts as best"
-                )
+                text = "the validation sample is another than before: the best checkpoint so far "
+                say(f"{text}(step {best}) no longer counts as best")
 
     def start(self) -> None:
         """Write the run's settings, open its log and start loading data."""
@@ -230,6 +228,8 @@ class TrainingRun:
         )
         self._open.push(self._write_comms)
         self.log.start(self._start_record())
+        if self._mirror and self.state.step:
+            self._mirror.add(store.step_name(self.state.step), earlier=True)
         wanted = self.recipe.log
         if wanted.profile and self.ranks.rank in wanted.profile_ranks:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"
@@ -395,8 +395,7 @@ class TrainingRun:
 
     def evaluate(self) -> None:
         """Measure on the validation sample, log the figures, and keep the best."""
-        figures = self.validation.run(self.engine)
-        best = self.state.best
+        figures, best = self.validation.run(self.engine), self.state.best
         measured = figures["bits_per_byte"]
         self._unmeasured = not math.isfinite(measured)
         is_best = not self._unmeasured and (best is None or measured < best["bits_per_byte"])

@@ -100,6 +100,17 @@ def test_the_newest_one_is_enough_when_the_upload_died_before_the_best_one(
     assert (tmp_path / "b/checkpoints/step-00000010/meta.json").exists()
 
 
+def test_a_checkpoint_of_an_earlier_start_is_uploaded_once(tmp_path: Path) -> None:
+    url, run = "memory://bucket/earlier", tmp_path / "run"
+    name, memory, written = save(run, 10), fsspec.filesystem("memory"), []
+    for _ in range(2):
+        mirror = Mirror(url, run, print)
+        mirror.add(name, earlier=True)
+        assert mirror.wait(None) and mirror.missing() == ""
+        written.append(memory.modified(f"/bucket/earlier/checkpoints/{name}/model.pt"))
+    assert written[0] == written[1]
+
+
 def _cut(function: Any, after: int) -> Any:
     """`function`, which fails after so many calls."""
     calls: list[int] = []
