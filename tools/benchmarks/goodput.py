@@ -40,7 +40,7 @@ RATES: dict[str, tuple[float, float, float, str]] = {
     ),
 }
 # (stall, write) in seconds for 4 GB of state per GPU, the most that Llama 3 saved. Measured for 0.75 GB per
-# rank (docs/results/training/saves.json, idle): 1.80 s; in the background 0.33 s, and 18.3 s while training
+# rank (docs/results/training/saves.json): 1.80 s; in the background 0.33 s, and 18.3 s while training
 # had the cores.
 SAVES = {"synchronous": (9.6, 9.6), "background": (1.7, 98.0)}
 MINUTES = (2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240)
