@@ -188,7 +188,7 @@ def test_a_step_of_64_rows_is_one_graph_and_few_launches(
     monkeypatch.undo()
     assert len(steps) > 5 and len(texts) > 64
     most = max(steps, key=len)
-    assert len(most) <= 20 and max(waits) <= 1
+    assert len(most) <= 18 and max(waits) <= 1
 
 
 def test_buckets() -> None:
