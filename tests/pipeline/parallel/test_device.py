@@ -85,7 +85,7 @@ def test_int8_is_loaded_for_the_cpu_where_there_is_a_gpu(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert load(folder).placed() == {"device": "cpu", "dtype": "float32"}
     with pytest.raises(UserError, match="DS_ACCELERATOR=cpu is set"):
-        start(GenerationBenchmark(device="cuda"))
+        start(GenerationBenchmark(recipe="sllm-125m-h1", device="cuda"))
 
 
 @pytest.mark.parametrize(
