@@ -94,7 +94,7 @@ class Plan(NamedTuple):
 
     def with_room(self, other: Plan, size: int) -> Plan:
         """A plan that serves the rows of both, and top-k up to the next power of two."""
-        both = Plan(*map(max, self, other))
+        both = Plan._make(map(max, self, other))
         return both._replace(kept=min(size, 1 << (both.kept - 1).bit_length()))
 
 
