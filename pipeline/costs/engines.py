@@ -12,6 +12,7 @@ llama.cpp    by llama-cpp-python, which builds it (no extra: it needs a compiler
 from __future__ import annotations
 
 import copy
+import importlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -185,7 +186,7 @@ class CTranslate2Side(TokenSide):
 
 
 class LlamaCppSide(TokenSide):
-    """A Llama in llama.cpp, with the same weights; with `--int8` in Q8_0 (8 bits and a scale of 16 for each 32
+    """A Llama in llama.cpp, with the same weights; with `--int8` in Q8_0 (8 bits, and 16 for the scale of 32
     weights) and a cache of 16 bits."""
 
     engine = "llama.cpp"
@@ -202,8 +203,8 @@ class LlamaCppSide(TokenSide):
                 "recipe with a Llama"
             )
         try:
-            import llama_cpp
-        except ImportError:
+            llama_cpp: Any = importlib.import_module("llama_cpp")
+        except ModuleNotFoundError:
             raise UserError(
                 "--engine llama.cpp needs llama-cpp-python: pip install llama-cpp-python (builds llama.cpp "
                 "with a C++ compiler)"
