@@ -88,6 +88,13 @@ class TokenSide:
         self.model.generation_config.pad_token_id = 1
         self._weight_bytes = torch.finfo(DTYPES[options.dtype]).bits // 8
 
+    def _require_cpu(self, options: GenerationBenchmark, device: torch.device) -> None:
+        """Raises: UserError unless it is a CPU in fp32 or 8 bits."""
+        if device.type != "cpu" or options.dtype != "fp32":
+            raise UserError(
+                f"--engine {self.engine} runs on CPUs in fp32 or --int8, not {device.type} in {options.dtype}"
+            )
+
     def limit(self, case: Case) -> str | None:
         room = self.model.config.max_position_embeddings
         needed = case.context + case.new_tokens
@@ -147,10 +154,7 @@ class CTranslate2Side(TokenSide):
     engine = "ctranslate2"
 
     def __init__(self, options: GenerationBenchmark, device: torch.device):
-        if device.type != "cpu" or options.dtype != "fp32":
-            raise UserError(
-                f"--engine ctranslate2 runs on CPUs in fp32 or --int8, not {device.type} in {options.dtype}"
-            )
+        self._require_cpu(options, device)
         super().__init__(options, device)
         engine = import_extra("ctranslate2", "engines")
         kind = "int8" if options.int8 else "float32"
@@ -192,10 +196,7 @@ class LlamaCppSide(TokenSide):
     engine = "llama.cpp"
 
     def __init__(self, options: GenerationBenchmark, device: torch.device):
-        if device.type != "cpu" or options.dtype != "fp32":
-            raise UserError(
-                f"--engine llama.cpp runs on CPUs in fp32 or --int8, not {device.type} in {options.dtype}"
-            )
+        self._require_cpu(options, device)
         super().__init__(options, device)
         if self.model.config.model_type != "llama":
             raise UserError(

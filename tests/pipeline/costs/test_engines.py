@@ -120,9 +120,12 @@ def test_a_result_has_the_bound_and_the_share_of_the_reading_rate(tmp_path: Path
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "bf16"), ("cuda", "fp32")])
-def test_what_ctranslate2_does_not_run_here_is_refused(device: str, dtype: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--engine ctranslate2 runs on CPUs"):
-        CTranslate2Side(options(tmp_path, "opt", dtype=dtype), torch.device(device))
+@pytest.mark.parametrize("side", [CTranslate2Side, LlamaCppSide])
+def test_what_an_engine_for_cpus_does_not_run_is_refused(
+    side: type[TokenSide], device: str, dtype: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"--engine {side.engine} runs on CPUs"):
+        side(options(tmp_path, "llama", dtype=dtype), torch.device(device))
 
 
 def test_static_is_static(tmp_path: Path) -> None:
