@@ -78,7 +78,7 @@ def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> tuple[int | N
     """pytest's status in a tree (None: out of time) and what failed: tests, or else its last line.
 
     Args:
-        timeout: seconds of CPU; seconds by the clock for tests that wait, so that a busy machine decides nothing
+        timeout: seconds of CPU; for tests that wait, seconds by the clock
     """
     with tempfile.TemporaryFile() as out:
         fork = multiprocessing.get_context("fork")
