@@ -41,7 +41,7 @@ def train_into_log_slowly(arguments: list[str], folder: str, seconds: float) -> 
 
 
 def train_into_log_with_slow_model(arguments: list[str], folder: str) -> Any:
-    """As `train_into_log` under DeepSpeed's launcher, with a model that takes a minute to build, in one call."""
+    """As `train_into_log` under DeepSpeed's launcher, with a model that takes a minute to build."""
     import time
 
     from pipeline.training import run
