@@ -50,8 +50,6 @@ class StopSignals:
         self.received: str | None = None
         self._at_once = False
         self._launchers = _launchers()
-        # DeepSpeed's launcher ends all ranks of its machine when one ends.
-        self.ends_all = bool(self._launchers) and os.environ["CROSS_SIZE"] == "1"
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)

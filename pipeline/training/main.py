@@ -141,17 +141,15 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
                 )
             return 0
 
-    with ExitStack() as opened:
-        with ExitStack() as starting:
-            starting.enter_context(stop.at_once())
-            # torch and DeepSpeed: seconds, so only now
-            from pipeline.training.run import TrainingRun
+    with ExitStack() as starting:
+        starting.enter_context(stop.at_once())
+        # torch and DeepSpeed: seconds, so only now
+        from pipeline.training.run import TrainingRun
 
-            # Other ranks must agree, unless the end of this one ends them.
-            joined = (lambda: None) if ranks.world == 1 or stop.ends_all else starting.close
-            run = opened.enter_context(TrainingRun(recipe, strategy, ranks, joined))
-            run.resume()
-            run.start()
+        training = TrainingRun(recipe, strategy, ranks, starting.close)
+    with training as run:
+        run.resume()
+        run.start()
         if any(agree(None, stop.received is not None)):
             raise Stopped(stop.received or "a signal")
         while not run.finished:

@@ -40,22 +40,6 @@ def train_into_log_slowly(arguments: list[str], folder: str, seconds: float) -> 
     return train_into_log(arguments, folder)
 
 
-def train_into_log_with_slow_model(arguments: list[str], folder: str) -> Any:
-    """As `train_into_log` under DeepSpeed's launcher, with a model that takes a minute to build."""
-    import time
-
-    from pipeline.training import run
-
-    def build_slowly(*_: Any) -> None:
-        print("building", flush=True)
-        time.sleep(60)
-        raise AssertionError("not stopped")
-
-    os.environ["CROSS_SIZE"] = "1"
-    _patch(run, "new_model", build_slowly)
-    return train_into_log(arguments, folder)
-
-
 def train_with_dead_network(arguments: list[str], after_step: int) -> tuple[int | str, str]:
     """As `train_and_listen`, with a store behind file:// that cannot be reached from a step's save on."""
     from fsspec.implementations.local import LocalFileSystem

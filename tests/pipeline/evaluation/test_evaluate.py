@@ -398,17 +398,6 @@ def test_edit_distance_is_that_of_what_greedy_decoding_writes(half_trained_vae, 
     assert edits and figures["edit_distance"] == edits / len(span.tokens)
 
 
-def test_a_sentence_without_an_end_is_as_long_as_sentences_may_be(tokenizer):
-    model = small_model("vae", tokenizer)
-    with torch.no_grad():
-        for parameter in model.head.parameters():
-            parameter.zero_()  # all symbols are equally likely, and the first one is no end
-    spans = [Span(np.arange(5, 12), np.asarray([3, 4]), True)]
-    assert model.config.eos_token_id > 0
-    lengths = [len(written) for written in rebuild(model, build_batch(spans), np.arange(2))]
-    assert lengths == [model.config.max_sentence_tokens] * 2
-
-
 def levenshtein(a: list[int], b: list[int]) -> int:
     """The textbook's table."""
     table = [list(range(len(b) + 1))]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import faulty_ranks, ranks
+from helpers import ranks
 from helpers.paths import REPOSITORY
 from helpers.runs import arguments
 
@@ -79,25 +79,6 @@ def test_a_rank_that_waits_says_for_whom_and_ends_at_once(
     assert time.monotonic() - sent < 2
     assert "before the first step: nothing to save" in log.read_text()
     assert not (tmp_path / "run").exists()
-    pool.finish(started, 1)
-
-
-@pytest.mark.parametrize(("number", "world"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_ranks_that_build_a_model_end_at_once(
-    number: int, world: int, pool: ranks.RankPool, recipes: Path, tmp_path: Path
-) -> None:
-    settings = arguments(recipes, "lm", "zero2", tmp_path / "run")
-    started = pool.start(world, faulty_ranks.train_into_log_with_slow_model, settings, str(tmp_path))
-    logs = [tmp_path / f"rank-{rank}.log" for rank in range(world)]
-    wait_for(lambda: all(log.exists() and "building" in log.read_text() for log in logs))
-    sent = time.monotonic()
-    for process, _ in started:
-        os.kill(process.pid, number)
-    for process, _ in started:
-        process.join(20)
-        assert process.exitcode == (130 if number == signal.SIGINT else 75)
-    assert time.monotonic() - sent < 2
-    assert "before the first step: nothing to save" in logs[0].read_text()
     pool.finish(started, 1)
 
 
