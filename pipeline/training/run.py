@@ -37,8 +37,8 @@ from pipeline.data.loader import Step, StepLoader
 from pipeline.data.plan import BinPlan, Consumed, Position
 from pipeline.data.shard_sets import open_shards
 from pipeline.models.factory import new_model
-from pipeline.models.lora import add_lora
 from pipeline.models.flops import TRAINING_FACTOR, StepArithmetic, utilisation
+from pipeline.models.lora import add_lora
 from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts, require_agreement
 from pipeline.parallel.deepspeed_compat import require_valid

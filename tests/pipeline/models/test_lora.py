@@ -10,7 +10,7 @@ from helpers.models import random_spans
 from data_prep.common.errors import UserError
 from pipeline.config.schema import OptimizerRecipe, load_recipe
 from pipeline.data.batch import build_batch
-from pipeline.models.anchor_lm import AnchorLM
+from pipeline.models.anchor_lm import AnchorConfig, AnchorLM
 from pipeline.models.lora import add_lora, merge_lora
 from pipeline.training.optimizer import parameter_groups
 
@@ -20,8 +20,8 @@ def model(request, tokenizer):
     if request.param != "anchors":
         stack = STACK if request.param == "stack" else None
         return small_model("sllm" if stack else request.param, tokenizer, stack=stack)
-    settings = {"segmenter": "clause", "language": "en", "max_tokens": 64}
-    return AnchorLM.of_token_model(small_model("lm", tokenizer), settings).eval()
+    plain = small_model("lm", tokenizer)
+    return AnchorLM(AnchorConfig(plain.config, attention_window=9, first_tokens=2), plain.model).eval()
 
 
 @pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj"]])
