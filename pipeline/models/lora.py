@@ -44,7 +44,7 @@ def merge_lora(model: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, part.get_base_layer())
     if adapted:
-        del _pretrained(model).peft_config
+        vars(_pretrained(model)).pop("peft_config", None)
         model.requires_grad_(True)
 
 
