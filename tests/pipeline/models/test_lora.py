@@ -8,11 +8,17 @@ from helpers.model_folders import STACK, small_model
 from helpers.models import random_spans
 
 from data_prep.common.errors import UserError
+from data_prep.text.tokenizer import load_tokenizer
 from pipeline.config.schema import OptimizerRecipe, load_recipe
 from pipeline.data.batch import build_batch
 from pipeline.models.anchor_lm import AnchorConfig, AnchorLM
 from pipeline.models.lora import add_lora, merge_lora
 from pipeline.training.optimizer import parameter_groups
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer):
+    return load_tokenizer(tiny_tokenizer)
 
 
 @pytest.fixture(params=["lm", "sllm", "stack", "anchors"])
