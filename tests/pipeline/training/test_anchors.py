@@ -85,24 +85,3 @@ def test_the_export_passes_every_check_and_writes(plain, source, tiny_valid_shar
         now, then = (lm.model.model.decoder.layers[number].fc1.weight for lm in (model.tokens, before.lm))
         assert torch.equal(now, then) == (number == 0)
     assert "AnchorLM.from_pretrained" in (folder / "README.md").read_text()
-
-
-def test_adapters_train_under_zero3_resume_and_are_merged(pool, recipe, source, tiny_valid_shards, tmp_path):
-    values = json.loads((recipe / "anchors.yaml").read_text())
-    values["model"]["lora"] = {"rank": 4, "targets": ["q_proj", "fc1"]}
-    values["optimizer"]["parts"] = {"offset": {"lr_scale": 10.0}}
-    (tmp_path / "anchors.yaml").write_text(json.dumps(values))
-    run = tmp_path / "run"
-    first = arguments(tmp_path, "anchors", "zero3", run, "--training.max_steps", 4)
-    assert pool.run(2, ranks.train, first) == [0, 0]
-    assert pool.run(2, ranks.train, arguments(tmp_path, "anchors", "zero3", run)) == [0, 0]
-    whole = tmp_path / "whole"
-    assert pool.run(1, ranks.train, arguments(tmp_path, "anchors", "zero0", whole)) == [0]
-    assert losses(run) == pytest.approx(losses(whole), abs=1e-4)
-    export_run(run, tmp_path / "model", "last")
-    assert check_folder(tmp_path / "model", documents=3)["passed"]
-    model, _ = load_for_generation(tmp_path / "model")
-    before, _ = load_for_generation(source)
-    now, then = (dict(lm.model.named_parameters()) for lm in (model.tokens, before.lm))
-    changed = {name.split(".")[-2] for name in now if not torch.equal(now[name], then[name])}
-    assert changed == {"q_proj", "fc1"}
