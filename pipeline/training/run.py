@@ -38,6 +38,7 @@ from pipeline.data.plan import BinPlan, Consumed, Position
 from pipeline.data.shard_sets import open_shards
 from pipeline.models.factory import new_model
 from pipeline.models.flops import TRAINING_FACTOR, StepArithmetic, utilisation
+from pipeline.models.lora import add_lora
 from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts, require_agreement
 from pipeline.parallel.deepspeed_compat import require_valid
@@ -123,6 +124,7 @@ class TrainingRun:
             if not agree(None, resumes)[0]:
                 initialise(model, recipe.init_from, self.tokenizer, ranks)
                 self._watchdog.heartbeat("reading init_from")
+        add_lora(model, recipe.model.lora)
         config: Any = model.config
         self.model_config = json.loads(config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
@@ -133,16 +135,13 @@ class TrainingRun:
         held = self._mirror.held if self._mirror else tuple
         self._saver = Saver(self.run_dir, recipe.training.keep, background, on_gpu, self._published, held)
         by_rule = recipe.model.ends == "rule"
-        self.plan = BinPlan(
-            shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights, by_rule=by_rule
-        )
+        sizes = data.window_tokens, data.bin_tokens
+        self.plan = BinPlan(shard_sets, *sizes, recipe.seed, data.weights, by_rule=by_rule)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
         self._watchdog.heartbeat("building the model")
         self.validation = None
         if validation_sets:
-            sample = BinPlan(
-                validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED, by_rule=by_rule
-            )
+            sample = BinPlan(validation_sets, *sizes, VALIDATION_SEED, by_rule=by_rule)
             self.validation = Validation(
                 sample, recipe.training.eval_bins, ranks, self.tokenizer.byte_lengths
             )
