@@ -49,7 +49,7 @@ def serve(
         drain_seconds: time for accepted requests after TERM
         chat_template: Jinja file for /v1/chat/completions (default: the model folder's chat_template.jinja)
     """
-    for package in ("starlette", "uvicorn", "prometheus_client"):
+    for package in ("starlette", "uvicorn", "uvloop", "prometheus_client"):
         import_extra(package, "serve")
     from pipeline.serving.app import Settings
     from pipeline.serving.run import find_key, require_key

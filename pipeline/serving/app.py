@@ -24,7 +24,6 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from data_prep.common.errors import UserError, counted, first_line, log
-from pipeline.generation.results import Piece
 from pipeline.serving.answers import Call, Chat, Completion, Form, Texts
 from pipeline.serving.batcher import Batcher, Busy, Closing
 from pipeline.serving.metrics import Metrics
@@ -264,7 +263,9 @@ class Server:
                 for number, found in events:
                     for choice in form.chunks(number, texts.requests[number], found):
                         yield _sse({**head, "choices": [choice], **more})
-                    written += sum(isinstance(event, Piece) and event.token is not None for event in found)
+                    # Of its pieces the last alone may have no token.
+                    written += len(found)
+                    written -= sum(getattr(event, "token", None) is None for event in found[-2:])
                 if not texts.left:
                     break
                 events = await texts.next()

@@ -174,11 +174,12 @@ class Batcher:
                 writer.cancel(number)
 
     def _deliver(self, number: int, event: Piece | Sentence | Continuation | UserError) -> None:
-        last = isinstance(event, (Continuation, UserError))
-        with self._changed:
-            deliver = self._callers.pop(number, None) if last else self._callers.get(number)
-            if last:
+        if isinstance(event, (Continuation, UserError)):
+            with self._changed:
+                deliver = self._callers.pop(number, None)
                 self._generated.discard(number)
+        else:
+            deliver = self._callers.get(number)
         if deliver is not None:
             deliver(number, event)
 

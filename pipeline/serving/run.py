@@ -19,6 +19,7 @@ from typing import Any
 
 import h11
 import uvicorn
+import uvloop
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data_prep.common.errors import UserError, counted, first_line, log
@@ -135,7 +136,7 @@ def serve(
     address = listening.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     log(f"serving {folder} as {batcher.loaded.name!r} at http://{shown}:{address[1]}")
-    asyncio.run(_run(_Uvicorn(config), listening, batcher, reload, drain_seconds))
+    uvloop.run(_run(_Uvicorn(config), listening, batcher, reload, drain_seconds))
     log("stopped")
 
 
