@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -49,7 +50,8 @@ def serve(
         drain_seconds: time for accepted requests after TERM
         chat_template: Jinja file for /v1/chat/completions (default: the model folder's chat_template.jinja)
     """
-    for package in ("starlette", "uvicorn", "prometheus_client"):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload has no meaning before the model is read
+    for package in ("starlette", "uvicorn", "uvloop", "prometheus_client"):
         import_extra(package, "serve")
     from pipeline.serving.app import Settings
     from pipeline.serving.run import find_key, require_key

@@ -7,7 +7,6 @@ import time
 import uuid
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 from data_prep.text.tokenizer import Tokenizer
@@ -43,8 +42,9 @@ class Texts:
         self._batcher, self._metrics, self._loop = batcher, metrics, asyncio.get_running_loop()
         self._events: deque[tuple[int, Piece | Continuation | Exception]] = deque()
         self._wait: asyncio.Future[None] | None = None
-        self._started = self._wants_pieces = False
+        self._started = self._wants_pieces = self._overdue = False
         self._numbers = batcher.submit(requests, self._deliver)
+        self._deadline = self._loop.call_at(call.deadline, self._expire)
 
     def _deliver(self, number: int, event: Piece | Sentence | Continuation | Exception) -> None:
         # In the generation thread, for every token: the other one is woken as rarely as can be.
@@ -59,6 +59,10 @@ class Texts:
         if self._wait is not None and not self._wait.done():
             self._wait.set_result(None)
 
+    def _expire(self) -> None:
+        self._overdue = True
+        self._wake()
+
     def _take_pieces(self) -> None:
         self._wants_pieces = True
         if self._events:
@@ -67,39 +71,42 @@ class Texts:
     async def next(self) -> list[tuple[int, list[Any]]]:
         """What has happened since the last call: (number of the text in this request, its events). Raises
         what ended a text."""
-        found: list[tuple[int, Any]] = []
+        found: dict[int, list[Any]] = {}
         while not found:
-            if not self.call.left():
+            if self._overdue:
                 raise TimeoutError
             self._wait = self._loop.create_future()
-            pace = max(LEAST_PACE, PACE * self._batcher.generating) if self._started else 0
-            timers = [
-                self._loop.call_later(self.call.left(), self._wake),
-                self._loop.call_later(pace, self._take_pieces),
-            ]
             # An event that came between two calls has woken no one.
             if self._events and not isinstance(self._events[-1][1], Piece):
                 self._wake()
+            if self._started:
+                # All streams look at the same moments, so that one turn of the event loop serves many.
+                pace = max(LEAST_PACE, PACE * self._batcher.generating)
+                due = ((self._loop.time() + pace) // LEAST_PACE + 1) * LEAST_PACE
+                timer = self._loop.call_at(due, self._take_pieces)
+            else:
+                timer = self._loop.call_soon(self._take_pieces)
             try:
                 await self._wait
             finally:
-                for timer in timers:
-                    timer.cancel()
+                timer.cancel()
             self._wants_pieces = False
             while self._events:
                 number, what = self._events[0]
-                if isinstance(what, Exception):
-                    if not found:
-                        raise what
-                    break
-                found.append((number - self._numbers[0], what))
+                if type(what) is not Piece:
+                    if isinstance(what, Exception):
+                        if not found:
+                            raise what
+                        break
+                    self.left -= 1
+                found.setdefault(number - self._numbers[0], []).append(what)
                 self._events.popleft()
         if not self._started:
             self._started = True
             self._metrics.first_token(time.perf_counter() - self.call.began)
-        self.left -= sum(isinstance(what, Continuation) for _, what in found)
-        found.sort(key=lambda pair: pair[0])
-        return [(number, [what for _, what in group]) for number, group in groupby(found, lambda x: x[0])]
+        if not self.left:
+            self._deadline.cancel()
+        return sorted(found.items())
 
     async def all(self) -> list[tuple[list[Piece], Continuation]]:
         """Every text with its pieces."""
@@ -110,6 +117,7 @@ class Texts:
         return [(events[:-1], events[-1]) for events in found]
 
     def cancel(self) -> None:
+        self._deadline.cancel()
         self._batcher.cancel(self._numbers)
 
 
@@ -133,10 +141,10 @@ class Completion:
     ) -> list[dict[str, Any]]:
         before = str(request.prompt) if self._echo and number not in self._offsets else ""
         self._offsets.setdefault(number, 0)
-        pieces = [event for event in events if isinstance(event, Piece)]
         end = events[-1]
+        pieces: list[Any] = events[:-1] if isinstance(end, Continuation) else events
         choice = {
-            "text": before + "".join(piece.text for piece in pieces),
+            "text": before + "".join([piece.text for piece in pieces]),
             "index": number,
             "logprobs": self._table(number, before, pieces),
             "finish_reason": finish_reason(end) if isinstance(end, Continuation) else None,

@@ -24,7 +24,6 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from data_prep.common.errors import UserError, counted, first_line, log
-from pipeline.generation.results import Piece
 from pipeline.serving.answers import Call, Chat, Completion, Form, Texts
 from pipeline.serving.batcher import Batcher, Busy, Closing
 from pipeline.serving.metrics import Metrics
@@ -35,6 +34,7 @@ from pipeline.serving.protocol import (
     Generating,
     new_tokens,
     parse,
+    require_short,
     require_text,
     usage,
 )
@@ -164,7 +164,7 @@ class Server:
     async def completions(self, request: HttpRequest, call: Call) -> Response:
         body = parse(CompletionRequest, await self._body(request))
         self._require_model(body.model)
-        prompts = body.prompts(self.batcher.loaded.tokenizer)
+        prompts = body.prompts(self.batcher.loaded.tokenizer, self.settings.prompt_tokens)
         return await self._answer(
             request, call, body, prompts, Completion(body, self.batcher.loaded.tokenizer)
         )
@@ -216,14 +216,7 @@ class Server:
         else:
             encoded = await run_in_threadpool(tokenizer.encode_batch, prompts)
         lengths = [len(tokens) for tokens in encoded]
-        if max(lengths) > settings.prompt_tokens:
-            raise ApiError(
-                400,
-                f"the prompt has {counted(max(lengths), 'token')}; "
-                f"this server takes {settings.prompt_tokens}",
-                "prompt",
-                "context_length_exceeded",
-            )
+        require_short(max(lengths), settings.prompt_tokens)
         call.facts |= {"prompt_tokens": sum(lengths), "texts": len(requests)}
         texts = Texts(self.batcher, requests, call, self.metrics)
         head = {
@@ -261,16 +254,20 @@ class Server:
         written = 0
         try:
             while True:
+                data = b""  # one write for all that is due
                 for number, found in events:
                     for choice in form.chunks(number, texts.requests[number], found):
-                        yield _sse({**head, "choices": [choice], **more})
-                    written += sum(isinstance(event, Piece) and event.token is not None for event in found)
+                        data += _sse({**head, "choices": [choice], **more})
+                    # Of its pieces the last alone may have no token.
+                    written += len(found)
+                    written -= sum(getattr(event, "token", None) is None for event in found[-2:])
                 if not texts.left:
                     break
+                yield data
                 events = await texts.next()
             if body.with_usage:
-                yield _sse({**head, "choices": [], "usage": usage(prompt_tokens, written)})
-            yield b"data: [DONE]\n\n"
+                data += _sse({**head, "choices": [], "usage": usage(prompt_tokens, written)})
+            yield data + b"data: [DONE]\n\n"
         except Exception as error:
             texts.call.facts["error"] = first_line(error)
             yield _sse(_as_api_error(error).body)

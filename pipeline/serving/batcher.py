@@ -64,7 +64,7 @@ class Batcher:
         load: Callable[[str], tuple[Any, Tokenizer]] = load_for_generation,
     ) -> None:
         self.rows, self.most_waiting, self._load = rows, most_waiting, load
-        self.loaded = Loaded(folder, *load(folder))
+        self.loaded = self._read(folder)
         self._next: Loaded | None = None
         self._waiting: deque[Request] = deque()
         self._callers: dict[int, Deliver] = {}  # of every text that waits or is generated
@@ -75,6 +75,13 @@ class Batcher:
         self._numbers = itertools.count()
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         self._thread.start()
+
+    def _read(self, folder: str) -> Loaded:
+        model, tokenizer = self._load(folder)
+        # A loaded tensor may be a view of its file, and new weights may be copied over that file.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+        return Loaded(folder, model, tokenizer)
 
     def submit(self, requests: list[Request], deliver: Deliver) -> list[int]:
         """Queue texts, all or none; returns their numbers. `deliver(number, event)` is called in the
@@ -116,8 +123,7 @@ class Batcher:
 
         Raises: UserError for a folder without a model; the old one stays.
         """
-        folder = self.loaded.folder
-        loaded = Loaded(folder, *self._load(folder))
+        loaded = self._read(self.loaded.folder)
         with self._changed:
             self._next = loaded
             self._changed.notify()
@@ -174,11 +180,12 @@ class Batcher:
                 writer.cancel(number)
 
     def _deliver(self, number: int, event: Piece | Sentence | Continuation | UserError) -> None:
-        last = isinstance(event, (Continuation, UserError))
-        with self._changed:
-            deliver = self._callers.pop(number, None) if last else self._callers.get(number)
-            if last:
+        if isinstance(event, (Continuation, UserError)):
+            with self._changed:
+                deliver = self._callers.pop(number, None)
                 self._generated.discard(number)
+        else:
+            deliver = self._callers.get(number)
         if deliver is not None:
             deliver(number, event)
 

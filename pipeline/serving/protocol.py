@@ -5,16 +5,26 @@ from __future__ import annotations
 
 import json
 from itertools import dropwhile
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from data_prep.common.errors import UserError, counted
 from pipeline.generation.results import DOCUMENT_END, STOP_STRING, Continuation, Limits, Request
 from pipeline.generation.sampling import Sampling
 
 Body = TypeVar("Body", bound="Generating")
+Item = TypeVar("Item")
+
+
+class _First(FailFast):
+    """Stop at a list's first problem: all could be a million."""
+
+    __hash__ = object.__hash__  # as a member of a union must have
+
+
+Many = Annotated[list[Item], _First()]
 MOST_TEXTS = 128  # of one request
 MOST_STOPS = 16  # every new token is compared with each
 MOST_SHOWN = 500  # characters of a message, which may quote the request
@@ -62,7 +72,7 @@ class Generating(_Strict):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=MOST_TEXTS)
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -118,7 +128,7 @@ class Generating(_Strict):
 
 
 class CompletionRequest(Generating):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Many[str] | Many[int] | Many[Many[int]]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = None
@@ -133,13 +143,14 @@ class CompletionRequest(Generating):
         if (self.logprobs or 0) > 1:
             raise ApiError(400, "logprobs: at most 1, the chosen token's own", "logprobs")
 
-    def prompts(self, tokenizer: Any) -> list[str]:
+    def prompts(self, tokenizer: Any, most_tokens: int) -> list[str]:
         """The prompts as text. Raises: ApiError."""
         given: list[Any] = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
         if not given:
             raise ApiError(400, "prompt: there is none", "prompt")
         if isinstance(given[0], int):
             given = [given]
+        require_short(max((len(each) for each in given if not isinstance(each, str)), default=0), most_tokens)
         prompts = [each if isinstance(each, str) else _decode(each, tokenizer) for each in given]
         require_text(prompts, "prompt")
         return prompts
@@ -152,7 +163,7 @@ class TextPart(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Many[TextPart]
     name: str | None = None
 
     @property
@@ -162,7 +173,7 @@ class Message(_Strict):
 
 
 class ChatRequest(Generating):
-    messages: list[Message] = Field(min_length=1)
+    messages: Many[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
 
@@ -173,10 +184,19 @@ class ChatRequest(Generating):
         self.max_tokens = self.max_completion_tokens or self.max_tokens
 
 
+def require_short(tokens: int, most: int) -> None:
+    """Raises: ApiError for a prompt that is too long."""
+    if tokens > most:
+        message = f"the prompt has {counted(tokens, 'token')}; this server takes {most}"
+        raise ApiError(400, message, "prompt", "context_length_exceeded")
+
+
 def require_text(texts: list[str], param: str) -> None:
     """Raises: ApiError for lone surrogates, which JSON can hold and no text has."""
-    if any(0xD800 <= ord(character) <= 0xDFFF for text in texts for character in text):
-        raise ApiError(400, f"{param}: a lone surrogate is not text", param)
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, f"{param}: a lone surrogate is not text", param) from None
 
 
 def _decode(tokens: list[int], tokenizer: Any) -> str:
@@ -209,7 +229,7 @@ def parse(kind: type[Body], data: bytes) -> Body:
     try:
         body = kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         unknown = first.get("type") == "extra_forbidden"
         where = ".".join(map(str, first["loc"] if unknown else first["loc"][:1]))
         what = "is unknown here" if unknown else first["msg"]

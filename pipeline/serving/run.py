@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import h11
 import uvicorn
+import uvloop
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from data_prep.common.errors import UserError, counted, first_line, log
@@ -109,16 +110,20 @@ def serve(
     # Every connection needs a descriptor.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    asked = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: asked.set())  # while the model is read, too
     listening = _listen(host, port)
     load = partial(load_for_generation, int8=int8, device=device, dtype=dtype)
     batcher = Batcher(folder, rows, most_waiting, load)
     server = Server(batcher, settings)
 
     def reload() -> None:
-        try:
-            server.reload(find_template(folder, chat_template))
-        except (UserError, OSError, ValueError) as error:
-            log(f"the old model stays: {first_line(error)}")
+        while asked.wait():  # one at a time, however often it is asked for
+            asked.clear()
+            try:
+                server.reload(find_template(folder, chat_template))
+            except Exception as error:  # whatever a broken folder leads to
+                log(f"the old model stays: {first_line(error)}")
 
     config = uvicorn.Config(
         server.app,
@@ -135,7 +140,8 @@ def serve(
     address = listening.getsockname()
     shown = f"[{address[0]}]" if ":" in address[0] else address[0]
     log(f"serving {folder} as {batcher.loaded.name!r} at http://{shown}:{address[1]}")
-    asyncio.run(_run(_Uvicorn(config), listening, batcher, reload, drain_seconds))
+    threading.Thread(target=reload, daemon=True).start()
+    uvloop.run(_run(_Uvicorn(config), listening, batcher, asked, drain_seconds))
     log("stopped")
 
 
@@ -143,7 +149,7 @@ async def _run(
     server: uvicorn.Server,
     listening: socket.socket,
     batcher: Batcher,
-    reload: Callable[[], None],
+    reload_asked: threading.Event,
     drain_seconds: float,
 ) -> None:
     loop, stopping = asyncio.get_running_loop(), asyncio.Event()
@@ -163,7 +169,7 @@ async def _run(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, lambda: threading.Thread(target=reload, daemon=True).start())
+    loop.add_signal_handler(signal.SIGHUP, reload_asked.set)
     draining = asyncio.create_task(drain())
     await server.serve([listening])
     draining.cancel()

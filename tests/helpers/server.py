@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import subprocess
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
+import uvloop
 
 from pipeline.serving.app import Server, Settings
 from pipeline.serving.batcher import Batcher
@@ -41,7 +41,7 @@ def serving(
     listening = _listen("127.0.0.1", 0)
     app = Server(batcher, settings or Settings()).app
     server = _Uvicorn(uvicorn.Config(app, http=Connection, ws="none", lifespan="off", log_config=None))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+    thread = threading.Thread(target=lambda: uvloop.run(server.serve([listening])), daemon=True)
     thread.start()
     port = listening.getsockname()[1]
     try:

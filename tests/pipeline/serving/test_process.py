@@ -34,8 +34,14 @@ def server(folder: str) -> Iterator[Process]:
         yield running
 
 
-def test_every_accepted_request_is_answered_when_the_server_is_stopped(server: Process) -> None:
+def test_every_accepted_request_is_answered_when_the_server_is_stopped(server: Process, folder: str) -> None:
     process, url, lines = server.process, server.url, server.lines
+    config = Path(folder) / "config.json"
+    right = config.read_bytes()
+    config.write_bytes(b"[]")
+    process.send_signal(signal.SIGHUP)
+    wait_for(lambda: any(line.startswith("the old model stays: ") for line in lines), 60)
+    config.write_bytes(right)
 
     def ask(number: int) -> list[dict]:
         tokens = 20 if number % 2 else 4000

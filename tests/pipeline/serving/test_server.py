@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import random
+import shutil
 import socket
 import time
 import urllib.error
@@ -16,6 +17,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from helpers.model_folders import save, save_endless, small_model
 from helpers.server import TEMPLATE, Serving, post, serving, wait_for
 
@@ -402,6 +404,19 @@ def test_a_reload_takes_the_new_weights(folder: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         batcher.reload()
     assert text() != before
+    batcher.close(5)
+
+
+def test_weights_that_are_overwritten_while_they_are_served(folder: str, tmp_path: Path) -> None:
+    place = shutil.copytree(folder, tmp_path / "m")
+    batcher = Batcher(str(place), rows=1)
+    weights = {name: tensor.clone() for name, tensor in batcher.loaded.model.state_dict().items()}
+    with open(place / "model.safetensors", "r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size // 10)
+        file.write(bytes(size - file.tell()))
+    for name, tensor in batcher.loaded.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
     batcher.close(5)
 
 
