@@ -86,7 +86,7 @@ class TokenSide:
             lay_out(self.model)
         self.parameters = parameter_count(self.model)
         self.model.generation_config.pad_token_id = 1
-        self._weight_bytes = torch.finfo(DTYPES[options.dtype]).bits // 8
+        self._weight_bytes: float = torch.finfo(DTYPES[options.dtype]).bits // 8
 
     def _require_cpu(self, options: GenerationBenchmark, device: torch.device) -> None:
         """Raises: UserError unless it is a CPU in fp32 or 8 bits."""

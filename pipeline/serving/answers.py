@@ -83,7 +83,7 @@ class Texts:
                 # All streams look at the same moments, so that one turn of the event loop serves many.
                 pace = max(LEAST_PACE, PACE * self._batcher.generating)
                 due = ((self._loop.time() + pace) // LEAST_PACE + 1) * LEAST_PACE
-                timer = self._loop.call_at(due, self._take_pieces)
+                timer: asyncio.Handle = self._loop.call_at(due, self._take_pieces)
             else:
                 timer = self._loop.call_soon(self._take_pieces)
             try:
