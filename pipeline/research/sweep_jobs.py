@@ -263,8 +263,8 @@ def with_budgets(jobs: Sequence[Job], wanted: Collection[str]) -> list[Job]:
 
 
 def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> float:
-    """Multiply-adds that training needs per token, forward and backward, by the first bins of the run:
-    without padding and without what attention masks.
+    """Multiply-adds that training needs per token, forward, backward and Muon's update, by the first bins of
+    the run: without padding and without what attention masks.
 
     vae: the sizes of a SentenceVAE that is not there yet.
     """
@@ -274,6 +274,8 @@ def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> f
     from pipeline.data.plan import BinPlan
     from pipeline.models.factory import new_model
     from pipeline.models.flops import TRAINING_FACTOR, StepArithmetic
+    from pipeline.training.muon import update_operations
+    from pipeline.training.optimizer import parameter_groups
 
     data, sets = recipe.data, [ShardSet.open(folder) for folder in recipe.data.shards]
     sized = recipe.model_copy(deep=True)
@@ -286,4 +288,8 @@ def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> f
     plan = BinPlan(sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights, by_rule=by_rule)
     batches = [build_batch(plan.spans(bin_)) for bin_ in itertools.islice(plan.bins(), SAMPLE)]
     needed = sum(arithmetic.needed(batch) for batch in batches)
-    return TRAINING_FACTOR * needed / sum(batch.tokens for batch in batches)
+    each = TRAINING_FACTOR * needed / sum(batch.tokens for batch in batches)
+    if recipe.optimizer.kind == "muon":
+        parameter_groups(model, recipe.optimizer)  # freezes what the recipe freezes
+        each += update_operations(model) / (data.bin_tokens * data.bins_per_step)
+    return each
