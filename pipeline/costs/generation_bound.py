@@ -120,9 +120,16 @@ def _per_token(
     return found
 
 
+def cost_of_token(
+    recipe: Recipe, vocabulary: int, context: int, tokens: int, size: int
+) -> dict[str, float]:
+    """`COSTS` of a new token of a recipe's model at batch 1, in sentences of `tokens` tokens."""
+    return _per_token(recipe, None, [None], vocabulary, context, tokens, size)[0]
+
+
 def bytes_per_token(recipe: Recipe, vocabulary: int, context: int, tokens: int, size: int) -> float:
-    """Bytes that a new token of a recipe's model reads at batch 1, in sentences of `tokens` tokens."""
-    return _per_token(recipe, None, [None], vocabulary, context, tokens, size)[0]["bytes"]
+    """The bytes of `cost_of_token`."""
+    return cost_of_token(recipe, vocabulary, context, tokens, size)["bytes"]
 
 
 def _counts(

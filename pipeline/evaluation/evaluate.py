@@ -281,6 +281,7 @@ def evaluate(
     context_block: int | None = None,
     context_blocks: int = 1,
     ngram: str | Path | NgramModel | None = None,
+    by_document: bool = False,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
 ) -> dict:
@@ -296,6 +297,7 @@ def evaluate(
         context_block, context_blocks: score so many blocks of so many tokens of each document alone, behind
             each of these contexts.
         ngram: shards to count an n-gram model on, or that model, scored on the same windows.
+        by_document: also the nats and bytes of each document, in the text's order.
     Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
     """
@@ -391,6 +393,7 @@ def evaluate(
         "window_tokens": window,
         "ranks": ranks.world,
         **scores.figures(),
+        **({"by_document": scores.by_document()} if by_document else {}),
         **({"context_curve": curve_figures(scored[-1], contexts)} if contexts else {}),
         **({"context_block": context_block, "context_blocks": context_blocks} if context_block else {}),
         **({"ngram_trained_tokens": ngram.tokens} if isinstance(ngram, NgramModel) else {}),

@@ -24,9 +24,9 @@ from pipeline.config.library import find_recipe
 from pipeline.config.loading import load_yaml, parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
 
-KEYS = ("about", "recipe", "seeds", "overrides", "runs", "grid", "context_curve", "fresh")
+KEYS = ("about", "recipe", "seeds", "overrides", "runs", "grid", "context_curve", "fresh", "held_out")
 OURS = ("seed", "output_dir")  # recipe keys that the sweep itself sets
-OWN = ("recipe", "after", "operations")  # keys of a run that are no recipe keys
+OWN = ("recipe", "after", "operations", "held_out")  # keys of a run that are no recipe keys
 SAMPLE = 32  # bins whose multiply-adds per token stand for those of a run
 
 
@@ -36,7 +36,8 @@ class Job:
 
     overrides: the recipe keys that this run changes. after: the run of the SentenceVAE that it starts from.
     operations: the multiply-adds that it may need, the SentenceVAE's included; they set its tokens. cell: its
-    place in the grid. contexts: context lengths that are measured. fresh: it may see no token twice.
+    place in the grid. contexts: context lengths that are measured. fresh: it may see no token twice. held_out:
+    shards that are scored too, on which nothing is chosen.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Job:
     cell: dict[str, str] = field(default_factory=dict)
     contexts: tuple[int, ...] = ()
     fresh: bool = False
+    held_out: str | None = None
 
     @property
     def key(self) -> str:
@@ -82,6 +84,8 @@ class Job:
             and meta.shards == [_fingerprint(folder) for folder in data.shards]
             and row["evaluation"]["shards_fingerprint"] == _fingerprint(data.validation)
             and row.get("contexts", []) == list(self.contexts)
+            and (row.get("held_out") or {}).get("shards_fingerprint")
+            == (_fingerprint(self.held_out) if self.held_out else None)
         )
         return row if same else None
 
@@ -160,6 +164,9 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
         operations = read_number(settings.get("operations"))
         if operations is not None and not (type(operations) in (int, float) and operations > 0):
             raise UserError(f"{where}: operations must be a number above 0, not {operations!r}")
+        held_out = settings.get("held_out", sweep.get("held_out"))
+        if held_out is not None and not isinstance(held_out, str):
+            raise UserError(f"{where}: held_out must be a shard folder, not {held_out!r}")
         common = sweep.get("overrides") or {}
         file = settings.get("recipe", sweep.get("recipe"))
         if file is None:
@@ -182,7 +189,8 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
                 if after and (recipe.objective, after.recipe.objective) != ("sllm", "vae"):
                     raise UserError("`after` is for an SLLM that starts from a SentenceVAE of this sweep")
                 measured = () if recipe.objective == "vae" else tuple(contexts)
-                place = operations, cells[name], measured, bool(sweep.get("fresh"))
+                scored = None if recipe.objective == "vae" else held_out
+                place = operations, cells[name], measured, bool(sweep.get("fresh")), scored
                 jobs[name].append(Job(name, seed, folder, recipe, own, after, *place))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
