@@ -1,7 +1,7 @@
 """The contest of `sllm sweep` rows: SLLMs against token models at equal budgets, with all tries in sight.
 
-The best run of each side and budget is chosen by validation text, seeds averaged; what is compared is its loss
-on held-out text. Differences are of the same documents: documents and each side's seeds are drawn again
+The best run of each side and budget is chosen by validation text, seeds averaged; what is compared is its
+loss on held-out text. Differences are of the same documents: documents and each side's seeds are drawn again
 together. A side's tries are its different settings, at any budget.
 
 Equal time needs the rates of both sides (`sllm benchmark train --step --against`): within the time of the
@@ -50,7 +50,9 @@ def settle(rows: Iterable[Row], rates: Mapping[str, float] | None = None) -> dic
         raise UserError("a contest needs runs of objective sllm and of objective lm with `operations`")
     texts = {(json.dumps(row["evaluation"]["data_fingerprint"]), row["window_tokens"]) for row in mine}
     if len(texts) > 1:
-        raise UserError("these runs were measured on different texts or windows: bits per byte compare on one")
+        raise UserError(
+            "these runs were measured on different texts or windows: bits per byte score them on one"
+        )
     runs: dict[tuple[str, float, str], list[Row]] = {}
     for row in mine:
         same = runs.setdefault((row["objective"], row["budget"], _settings(row)), [])
@@ -62,7 +64,9 @@ def settle(rows: Iterable[Row], rates: Mapping[str, float] | None = None) -> dic
         for side, budget in itertools.product(SIDES, budgets)
         if (tried := [seeds for (s, b, _), seeds in runs.items() if (s, b) == (side, budget)])
     }
-    fits = {side: _fit([row for (s, _), seeds in best.items() if s == side for row in seeds]) for side in SIDES}
+    fits = {
+        side: _fit([row for (s, _), seeds in best.items() if s == side for row in seeds]) for side in SIDES
+    }
     result: dict[str, Any] = {
         "tries": {side: sum(s == side for s, _, _ in runs) for side in SIDES},
         "fits": fits,
@@ -178,7 +182,9 @@ def _crossing(fits: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | Non
     ours, theirs = (fits[side] for side in SIDES)
     if ours is None or theirs is None:
         return None
-    lines = [power_draws(*(np.array(one) for one in zip(*fit["points"], strict=True))) for fit in (ours, theirs)]
+    lines = [
+        power_draws(*(np.array(one) for one in zip(*fit["points"], strict=True))) for fit in (ours, theirs)
+    ]
     slopes, heights = (lines[0][:, n] - lines[1][:, n] for n in range(2))
     tail = (1 - LEVEL) / 2
     with np.errstate(divide="ignore"):
@@ -235,7 +241,8 @@ def notes(result: dict[str, Any]) -> list[str]:
         low, high = crossing["log10_operations_interval"]
         lines.append(
             f"The lines meet at 10^{crossing['log10_operations']:.1f} multiply-adds (10^{low:.1f} to "
-            f"10^{high:.1f}); ours is the steeper one in {crossing['share']:.0%} of the draws."
+            f"10^{high:.1f}); ours is the steeper one in {crossing['share']:.0%} of the draws. "
+            "Outside the measured budgets this is an extrapolation of straight lines."
         )
     return lines
 

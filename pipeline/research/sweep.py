@@ -190,9 +190,7 @@ class Workers:
                 process.kill()
 
 
-def measure(
-    run_dir: str, model: str, data: str, contexts: str = "", held_out: str = ""
-) -> dict[str, Any]:
+def measure(run_dir: str, model: str, data: str, contexts: str = "", held_out: str = "") -> dict[str, Any]:
     """Export a run's last checkpoint and score it; the figures of `sllm evaluate`, beside an n-gram model of
     the run's own training text, `body_parameters`, `operations_per_token`, and what a new token costs."""
     from pipeline.costs.generation_bound import cost_of_token

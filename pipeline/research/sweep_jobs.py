@@ -36,8 +36,8 @@ class Job:
 
     overrides: the recipe keys that this run changes. after: the run of the SentenceVAE that it starts from.
     operations: the multiply-adds that it may need, the SentenceVAE's included; they set its tokens. cell: its
-    place in the grid. contexts: context lengths that are measured. fresh: it may see no token twice. held_out:
-    shards that are scored too, on which nothing is chosen.
+    place in the grid. contexts: context lengths that are measured. fresh: it may see no token twice.
+    held_out: shards that are scored too, on which nothing is chosen.
     """
 
     name: str
