@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from data_prep.common.errors import UserError
 from pipeline.research import contest
+from tools.docs.tables import refresh
 
 BYTES = [8000] * 40
 ALPHA = {"sllm": 0.06, "lm": 0.05}
@@ -133,3 +136,22 @@ def test_rows_of_other_texts_are_refused(changed: dict[str, Any], message: str) 
 def test_a_contest_needs_both_sides() -> None:
     with pytest.raises(UserError, match="of objective sllm and of objective lm"):
         contest.settle([one for one in rows() if one["objective"] == "lm"])
+
+
+def test_the_docs_have_a_table_of_it_and_its_frontier(tmp_path: Path) -> None:
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("Words.\n", encoding="utf-8")
+    page = tmp_path / "docs" / "log.md"
+    page.write_text("<!-- table: contest dials.json rates.json -->\n<!-- end -->\n", encoding="utf-8")
+    rates = {"model": {"multiply_adds_per_second": 2.0}, "against": {"multiply_adds_per_second": 1.0}}
+    for file, result in (("dials", {"rows": rows()}), ("rates", rates)):
+        (tmp_path / "docs" / "results" / f"{file}.json").write_text(json.dumps(result), encoding="utf-8")
+    refresh(tmp_path)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    [ours] = [line for line in lines if line.startswith("| 60 | sllm0.0 | 2 | 2 |")]
+    difference, at_equal_time = (float(cell.split()[0]) for cell in ours.strip(" |").split("|")[-2:])
+    # Twice the operations in the same time.
+    assert difference == pytest.approx(bits("sllm", 60e12) - bits("lm", 60e12), abs=6e-4)
+    assert at_equal_time == pytest.approx(bits("sllm", 120e12) - bits("lm", 60e12), abs=6e-4)
+    assert "- Tries: 6 settings of SLLMs, 6 of token models." in lines
+    assert (tmp_path / "docs" / "results" / "dials-frontier.svg").is_file()
