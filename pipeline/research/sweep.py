@@ -30,6 +30,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from data_prep.common import charts
 from data_prep.common.environment import header, require_folder
 from data_prep.common.errors import UserError, counted, log
@@ -108,21 +110,25 @@ class Workers:
         stops all; trainings save first."""
         failed: dict[str, str] = {}
         futures: dict[str, Future] = {}
-        with ThreadPoolExecutor(len(jobs)) as pool:  # a thread waits for its slot
+        # A thread waits for its slot. The bar is shown on a terminal alone.
+        bar = tqdm(total=len(jobs), unit="run", disable=None)
+        with ThreadPoolExecutor(len(jobs)) as pool, bar:
             try:
                 for job in sorted(jobs, key=lambda job: job.after is not None):
                     before = futures.get(job.after.key) if job.after else None
                     futures[job.key] = pool.submit(self._do, job, before)
                 keys = {future: key for key, future in futures.items()}
-                for done in as_completed(keys):
+                for number, done in enumerate(as_completed(keys), start=1):
                     try:
                         row = done.result()
                     except JobFailed as error:
                         failed[keys[done]] = str(error)
-                        log(f"{keys[done]}: failed: {error}")
+                        found = f"failed: {error}"
                     else:
                         took, bits = duration(row["seconds"]), row["bits_per_byte"]
-                        log(f"{keys[done]}: {took} of training, {bits:.4f} bits per byte")
+                        found = f"{took} of training, {bits:.4f} bits per byte"
+                    bar.update()
+                    bar.write(f"{number} of {len(jobs)}, {keys[done]}: {found}", file=sys.stderr)
             except BaseException:
                 log("stopping; trainings save first (Ctrl-C again: at once)")
                 self._stop()

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_prep.common import files
 from data_prep.common.charts import Line, Lines, running_mean
+from data_prep.common.errors import counted
 from data_prep.common.page import (
     NOTHING,
     Block,
@@ -30,6 +31,7 @@ from pipeline.training.run_files import Run, read_runs
 TITLE = "Demo report: from text to a measured sentence-level language model"
 NAMES = {"vae": "SentenceVAE", "sllm": "SLLM", "lm": "token model"}
 KINDS = tuple(NAMES)
+SAMPLING = {"temperature": 0.8, "top-p": 0.9, "seed": 1}
 MEASURED = {"result": "evaluate", "check": "check"}
 TASKS = {  # name in lm-evaluation-harness: (title, what guessing reaches)
     "sllm_cloze": ("last word of a sentence", None),
@@ -90,7 +92,7 @@ def build_report(folder: str | Path) -> tuple[Path, Path]:
         "tiles": [tiles(runs, ngram, passed)],
         "training": list(training(runs)),
         "sentences": list(sentences(stats["train"]["histogram"], runs[0])),
-        "samples": [sample(read_json(path)) for path in sorted(measured.glob("sample-*.json"))],
+        "samples": [sample(made) for _, made in files.read_json_lines(measured / "samples.jsonl")],
     }
     template = Path(__file__).with_name("report.md.jinja")
     blocks = from_template(template, values, parts, {"f": format, "percent": percent})
@@ -187,11 +189,10 @@ def bars(points: Iterable[tuple[float, float]], colour: str, x_label: str, y_lab
 
 
 def sample(made: dict[str, Any]) -> Sample:
-    how = f"temperature {made['temperature']:g}" if made["temperature"] else "greedy"
-    how += f", top-p {made['top_p']:g}" if made.get("top_p") else ""
-    how += f", seed {made['seed']}" if made["temperature"] else ""
-    label = f"{how}; {len(made['sentences'])} sentences, stopped: {made['stopped']}"
-    return Sample(label, made["prompt"], made["text"][len(made["prompt"]) :])
+    (text,) = made["samples"]
+    how = ", ".join(f"{option} {value}" for option, value in SAMPLING.items())
+    label = f"{how}; {counted(len(text['sentences']), 'sentence')}, stopped: {text['stopped']}"
+    return Sample(label, made["prompt"], text["text"])
 
 
 def percent(share: float | None) -> str:

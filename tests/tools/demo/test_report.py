@@ -56,13 +56,10 @@ TASKS = {
     name: {"acc,none": score, "acc_stderr,none": 0.025}
     for name, score in (("sllm_cloze", 0.055), ("sllm_next_sentence", 0.31), ("sllm_sentence_order", 0.6))
 }
+PROMPT = "The list"
 SAMPLE = {
-    "prompt": "The list",
-    "text": "The list <b>is</b> ```a``` & more | see http://example.org\n",
+    "text": " <b>is</b> ```a``` & more | see http://example.org\n",
     "sentences": [" is", " more"],
-    "temperature": 0.8,
-    "top_p": 0.9,
-    "seed": 7,
     "stopped": "sentence limit",
 }
 
@@ -99,7 +96,7 @@ def demo(tmp_path: Path) -> Path:
         write(tmp_path / "measured" / f"check-{kind}.json", check)
     for name in ("train", "validation"):
         write(tmp_path / "measured" / f"stats-{name}.json", STATS)
-    write(tmp_path / "measured" / "sample-1.json", SAMPLE)
+    write(tmp_path / "measured" / "samples.jsonl", {"prompt": PROMPT, "samples": [SAMPLE]})
     write(tmp_path / "measured" / "ngram.json", {"bits_per_byte": 2.2})
     for kind in ("sllm", "lm"):
         write(tmp_path / "measured" / f"tasks-{kind}" / "x" / "results_1.json", {"results": TASKS})
@@ -159,10 +156,10 @@ def test_page_needs_nothing_from_elsewhere(demo: Path) -> None:
 
 def test_sample_is_shown_unchanged(demo: Path) -> None:
     markdown, page = (path.read_text() for path in build_report(demo))
-    assert SAMPLE["text"] in Page(page).text
+    assert PROMPT + SAMPLE["text"] in Page(page).text
     # The sample holds three backticks, so its fence has four.
     body = re.search(r"^````text\n(.*?)\n````$", markdown, re.S | re.M).group(1)
-    assert body.replace("⟦", "").replace("⟧", "") == SAMPLE["text"]
+    assert body.replace("⟦", "").replace("⟧", "") == PROMPT + SAMPLE["text"]
 
 
 @pytest.mark.parametrize("gain, word", [(0.0004, "next to nothing"), (0.2, "something")])
