@@ -225,8 +225,8 @@ def table(result: dict[str, Any]) -> Table:
                     *cells,
                 )
             )
-    header = ("budget (10¹²)", "best", "tries", "seeds", "tokens (M)", "bits per byte", "held out")
-    header += ("shuffle gain", "M multiply-adds a new token", "ours − theirs", "at equal time")
+    header = ["budget (10¹²)", "best", "tries", "seeds", "tokens (M)", "bits per byte", "held out"]
+    header += ["shuffle gain", "M multiply-adds a new token", "ours − theirs", "at equal time"]
     return Table(header, rows, left=(1,))
 
 

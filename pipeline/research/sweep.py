@@ -201,6 +201,7 @@ def measure(run_dir: str, model: str, data: str, contexts: str = "", held_out: s
     the run's own training text, `body_parameters`, `operations_per_token`, and what a new token costs."""
     from pipeline.costs.generation_bound import cost_of_token
     from pipeline.costs.inspect import body_parameters
+    from pipeline.costs.sized_recipe import sized_recipe
     from pipeline.data.plan import BinPlan
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.ngram import count_plan
@@ -217,9 +218,10 @@ def measure(run_dir: str, model: str, data: str, contexts: str = "", held_out: s
     curve = [int(length) for length in contexts.split(",") if length]
     figures = evaluate(model, data=data, ngram=ngram, context_curve=curve)
     figures["operations_per_token"] = operations_per_token(recipe)
-    if recipe.objective != "vae":
+    if ngram is not None:
         sentence = max(1, round(figures["tokens"] / figures["sentences"]))
-        cost = cost_of_token(recipe, sets[0].tokenizer().vocab_size, WRITTEN_CONTEXT, sentence, 4)
+        sized = sized_recipe(str(Path(run_dir) / "recipe.yaml"))
+        cost = cost_of_token(sized, ngram.vocabulary, WRITTEN_CONTEXT, sentence, 4)
         figures["new_token"] = {"context": WRITTEN_CONTEXT, "sentence_tokens": sentence, **cost}
     if held_out:
         found = evaluate(model, data=held_out, by_document=True)
