@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice, repeat
 from pathlib import Path
 
-from data_prep.corpus import duplicates, near_duplicates
+from data_prep.corpus import duplicates
 
 HASHES = "hashes.bin"
 
@@ -16,7 +16,11 @@ class Fingerprints:
 
     def __init__(self, near: bool):
         self._hashes = bytearray()
-        self._signer = near_duplicates.Signer() if near else None
+        self._signer = None
+        if near:
+            from data_prep.corpus.near_duplicates import Signer
+
+            self._signer = Signer()
 
     def add(self, id: str, text: str) -> None:
         self._hashes += duplicates.hash128(text.encode("utf-8"))
@@ -43,6 +47,8 @@ def find_earlier(
     """
     alike: Iterator[dict[int, str]] = repeat({})
     if near is not None:
+        from data_prep.corpus import near_duplicates
+
         alike = islice(near_duplicates.find(seen + units, near, heartbeat), len(seen), None)
     if not exact:
         yield from (dict(found) for found in islice(alike, len(units)))

@@ -290,7 +290,9 @@ class DocumentReader:
     # Records --------------------------------------------------------------------------------------------
 
     def _lines(self, chunks: Iterable[bytes | None], place: _Place) -> Iterator[RawDocument | Reject]:
-        for number, (offset, line, mark) in enumerate(cut_lines(chunks, self._max_line, self._mark), start=1):
+        number = 0  # enumerate would hold the line while its document is used
+        for offset, line, mark in cut_lines(chunks, self._max_line, self._mark):
+            number += 1
             self.lines += 1
             if line is None:
                 yield Reject(number, "line too long", place.member)
@@ -298,6 +300,7 @@ class DocumentReader:
             line = line.removeprefix(BOM)  # also inside concatenated files
             if line and not line.isspace():
                 item = self._parse(number, line, place, f"@{self._first + offset}")
+                line = b""
                 yield _marked(item, mark)
 
     def _lines_or_array(self, start: bytes, chunks: Iterator[bytes | None]) -> Iterator[RawDocument | Reject]:

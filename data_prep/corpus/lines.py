@@ -47,7 +47,8 @@ def cut_lines(
         else:
             open_line.clear()
         for line in others:
-            yield at, b"".join(open_line) if held <= longest else None, marks
+            open_line = [b"".join(open_line)]  # not held here while the caller uses it
+            yield at, open_line.pop() if held <= longest else None, marks
             at += held + (chunk is not None)
             open_line, held, marks = [line], len(line), now if line else 0
     if held:

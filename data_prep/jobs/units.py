@@ -220,6 +220,7 @@ class Worker:
             return Reject(raw.line, "tokenizer loses text", raw.member)
         data = raw.content.encode("utf-8")
         facts = raw.id, raw.language, raw.source
+        tokens = tokens.astype(token_dtype(self.tokenizer.vocab_size), copy=False)  # a group waits as stored
         return Document(*facts, tokens, lengths, len(data), hash64(data), mark, raw.confidence)
 
     @functools.cached_property

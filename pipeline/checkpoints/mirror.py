@@ -43,21 +43,23 @@ class Mirror:
         self._lock = threading.Lock()
         self._task: Task | None = None
         self._waiting: set[str] = set()  # published and not uploaded
+        self._earlier: set[str] = set()
         self._current = self._newest = ""  # being uploaded; uploaded
 
     def held(self) -> tuple[str, ...]:
         """The checkpoint that must not be removed now."""
         return (self._current,)
 
-    def add(self, name: str) -> None:
-        """Upload a checkpoint, soon."""
+    def add(self, name: str, earlier: bool = False) -> None:
+        """Upload a checkpoint, soon. earlier: of an earlier start, which may have done so."""
         with self._lock:
+            self._earlier.update([name] if earlier else [])
             self._waiting.add(name)
             if self._task is None:
                 self._task = Task(self._upload_all)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether there is nothing more to try, after waiting for at most `seconds`."""
+    def wait(self, seconds: float | None) -> bool:
+        """Whether there is nothing more to try, after waiting for at most `seconds` (None: to the end)."""
         if (task := self._task) is not None:
             task.join(seconds)
         return self._task is None
@@ -92,7 +94,9 @@ class Mirror:
 
     def _upload(self, name: str) -> None:
         folder, there = self._folder / name, f"checkpoints/{name}"
-        meta = store.read_meta(folder)
+        meta, meta_bytes = store.read_meta(folder), (folder / store.META).read_bytes()
+        if name in self._earlier and self._is_there(f"{there}/{store.META}", meta_bytes):
+            return
         self._remove(f"{there}/{store.META}")
         for file, (size, _) in meta.files.items():
             self._try(f"{there}/{file}", functools.partial(self._files.put_file, str(folder / file)))
@@ -101,7 +105,7 @@ class Mirror:
                 raise UserError(f"{there}/{file} has another size there")
         for path in sorted(path for pattern in _DESCRIPTION for path in self._run_dir.glob(pattern)):
             self._write(path.relative_to(self._run_dir).as_posix(), path.read_bytes())
-        self._write(f"{there}/{store.META}", (folder / store.META).read_bytes())
+        self._write(f"{there}/{store.META}", meta_bytes)
         self._newest = max(self._newest, name)
         self._write("checkpoints/latest", f"{self._newest}\n".encode())
         for old in self._names():
@@ -130,26 +134,36 @@ class Mirror:
             latest = self._try("checkpoints/latest", self._files.cat_file).decode().strip()
         except FileNotFoundError:
             return ""
-        # Later ones are of a start from which the run did not resume.
-        for name in (name for name in self._names() if name <= latest):
+
+        def download(name: str) -> store.Meta | None:
             try:
-                meta = self._fetch_checkpoint(name)
+                return self._download(name)
             except (store.DamagedCheckpoint, FileNotFoundError, ValueError, KeyError) as error:
                 damages.append(f"{name} is not whole there ({first_line(error)})")
+                return None
+
+        # Later ones are of a start from which the run did not resume.
+        for name in (name for name in self._names() if name <= latest):
+            if not (meta := download(name)):
                 continue
-            if meta.best and store.step_name(meta.best["step"]) != name:
-                self._fetch_checkpoint(store.step_name(meta.best["step"]))
+            # Uploads start with the newest: its best one may have had no time.
+            best = store.step_name(meta.best["step"]) if meta.best else name
+            names = [name, best] if best != name and download(best) else [name]
             for path in self._try("", lambda path: self._files.ls(path, detail=False)):
                 if path.endswith(_NEEDED):
                     file = path.rpartition("/")[2]
                     write_atomically(self._run_dir / file, self._try(file, self._files.cat_file))
+            # Once a checkpoint is in place, no start fetches again.
+            for one in names:
+                (self._folder / f"{store.TMP}{one}").rename(self._folder / one)
             write_atomically(self._folder / "latest", f"{name}\n".encode())
             return "; ".join([*damages, f"{name} was copied from {self._url}"])
         if damages:
             raise UserError(f"checkpoints.upload {self._url} has no whole checkpoint: {'; '.join(damages)}")
         return ""
 
-    def _fetch_checkpoint(self, name: str) -> store.Meta:
+    def _download(self, name: str) -> store.Meta:
+        """Copy a checkpoint beside its place."""
         aside, there = self._folder / f"{store.TMP}{name}", f"checkpoints/{name}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -160,7 +174,6 @@ class Mirror:
         (aside / store.META).write_bytes(meta_bytes)
         meta = store.read_meta(aside)
         store.require_undamaged(aside, meta)
-        aside.rename(self._folder / name)
         return meta
 
     def _names(self) -> list[str]:
@@ -172,6 +185,12 @@ class Mirror:
             return []
         names = (path.rstrip("/").rpartition("/")[2] for path in paths)
         return sorted((name for name in names if name.startswith("step-")), reverse=True)
+
+    def _is_there(self, file: str, data: bytes) -> bool:
+        try:
+            return self._try(file, self._files.cat_file) == data
+        except FileNotFoundError:
+            return False
 
     def _write(self, file: str, data: bytes) -> None:
         self._try(file, lambda path: self._files.pipe_file(path, data))

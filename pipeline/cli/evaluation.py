@@ -32,6 +32,7 @@ def evaluate(
     context_curve: str | None = None,
     context_block: Positive | None = None,
     context_blocks: Positive = 1,
+    start_symbol: bool = True,
     ngram: str | None = None,
     record: str | None = None,
     device: Device = "auto",
@@ -58,6 +59,8 @@ def evaluate(
         context_curve: context lengths, such as 16,64,256: adds the loss of the same sentences at each
         context_block: with --context-curve: score blocks of so many tokens alone
         context_blocks: with --context-block: blocks of a document
+        start_symbol: with --context-block: a start symbol before every context; --no-start-symbol for models
+            whose documents started without one, in pretraining
         ngram: shard folder of the training text: adds the bits per byte of a Kneser-Ney model counted on it
         record: run directory that the model was exported from: keep the result for its model card
     """
@@ -91,6 +94,7 @@ def evaluate(
             context_curve=_numbers(context_curve),
             context_block=context_block,
             context_blocks=context_blocks,
+            start_symbol=start_symbol,
             ngram=ngram,
             device=device,
             dtype=dtype,

@@ -10,7 +10,21 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 
 from data_prep.common.errors import UserError
-from pipeline.config.keys import Above1, Below1, Count, Flag, Number, Section, Share, Whole, explain, keys_of
+from pipeline.config.keys import (
+    Above1,
+    Below1,
+    Count,
+    Flag,
+    List,
+    Number,
+    Positive,
+    Section,
+    Share,
+    Text,
+    Whole,
+    explain,
+    keys_of,
+)
 
 PATH = "local folder of a trained model, instead of all other keys"
 
@@ -119,6 +133,17 @@ class AnchorsRecipe(Section):
     def problems(self) -> Iterator[str]:
         if self.attention_window is None and self.per_sentence:
             yield "model.anchors.per_sentence needs model.anchors.attention_window: set it to 0, or a window"
+
+
+class LoraRecipe(Section):
+    """Low-rank adapters on the pretrained layers, trained in place of their weights (extra `lora`)."""
+
+    rank: Count = Field(16, description="width of the adapters")
+    alpha: Positive | None = Field(None, description="an adapter counts alpha / rank; null: rank")
+    dropout: Below1 = Field(0.0, description="dropout of what an adapter reads")
+    targets: List[Text] = Field(
+        [], description="names of the linear layers (`q_proj`, `v_proj`); []: all of the backbone"
+    )
 
 
 class BackboneRecipe(Section):
@@ -247,6 +272,10 @@ def given_tokens(values: dict[str, Any]) -> dict[str, Any]:
 
 def given_anchors(values: dict[str, Any]) -> dict[str, Any]:
     return _given(AnchorsRecipe, values, "model.anchors.")
+
+
+def given_lora(values: dict[str, Any]) -> dict[str, Any]:
+    return _given(LoraRecipe, values, "model.lora.")
 
 
 def checked_vae(values: dict[str, Any]) -> dict[str, Any]:

@@ -43,10 +43,12 @@ from pipeline.config.loading import parse_overrides, read_yaml, set_override
 from pipeline.config.model_recipe import (
     BACKBONES,
     AnchorsRecipe,
+    LoraRecipe,
     TokensRecipe,
     VaeRecipe,
     given_anchors,
     given_backbone,
+    given_lora,
     given_tokens,
     given_vae,
 )
@@ -110,6 +112,7 @@ class ModelRecipe(Section):
     tokens: Annotated[Dict[Any], AfterValidator(given_tokens)] = Field({}, exclude_if=operator.not_)
     anchors: Annotated[Dict[Any], AfterValidator(given_anchors)] = Field({}, exclude_if=operator.not_)
     backbone: Annotated[Dict[Any], AfterValidator(given_backbone)] = {}
+    lora: Annotated[Dict[Any], AfterValidator(given_lora)] = Field({}, exclude_if=operator.not_)
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -333,6 +336,8 @@ class Recipe(Section):
             yield f"loss.embedding_weight is for objective sllm, not {what}"
         if self.data.sentence_ends and self.objective != "lm":
             yield f"data.sentence_ends is for objective lm: {self.objective} has sentence ends always"
+        if self.model.lora and not self.model.backbone.get("path"):
+            yield "model.lora needs model.backbone.path: a pretrained model, whose layers get the adapters"
         if self.objective == "vae" and self.model.vae.get("path"):
             yield "objective vae trains a SentenceVAE from sizes: model.vae.path is for objective sllm"
 
@@ -365,6 +370,7 @@ SECTIONS: dict[str, list[type[Section]]] = {
     "model.vae.": [VaeRecipe],
     "model.tokens.": [TokensRecipe],
     "model.anchors.": [AnchorsRecipe],
+    "model.lora.": [LoraRecipe],
     "model.backbone.": [*BACKBONES.values()],
     "loss.": [LossRecipe],
     "optimizer.": [OptimizerRecipe],

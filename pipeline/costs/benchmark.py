@@ -17,6 +17,7 @@ from data_prep.common.environment import header, require_folder
 from data_prep.common.errors import UserError
 from data_prep.common.measuring import memory_field
 from pipeline.costs.options import Benchmark
+from pipeline.parallel.device import choose_device
 
 PACKAGES = ("numpy", "torch", "transformers", "deepspeed")
 OPT_VOCABULARY = 50272
@@ -44,8 +45,8 @@ def published_opt(name: str, vocab_size: int = OPT_VOCABULARY) -> OPTForCausalLM
 
 def start(options: Benchmark) -> torch.device:
     """The device, with its threads set. Raises: UserError for a missing device or output folder."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here")
+    if options.device == "cuda":
+        choose_device("cuda")
     require_folder(options.output)
     torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     return torch.device(options.device)

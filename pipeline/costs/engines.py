@@ -6,11 +6,13 @@ sentence's tokens and the last one are there.
 hf           `generate` with its dynamic cache
 hf-static    `generate` with a preallocated cache (on GPUs it is compiled)
 ctranslate2  CTranslate2 (the extra `engines`), weights converted in memory; CPU
+llama.cpp    by llama-cpp-python, which builds it (no extra: it needs a compiler); Llamas in fp32 or Q8_0; CPU
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import tempfile
 import time
 from collections.abc import Callable
@@ -86,6 +88,13 @@ class TokenSide:
         self.model.generation_config.pad_token_id = 1
         self._weight_bytes = torch.finfo(DTYPES[options.dtype]).bits // 8
 
+    def _require_cpu(self, options: GenerationBenchmark, device: torch.device) -> None:
+        """Raises: UserError unless it is a CPU in fp32 or 8 bits."""
+        if device.type != "cpu" or options.dtype != "fp32":
+            raise UserError(
+                f"--engine {self.engine} runs on CPUs in fp32 or --int8, not {device.type} in {options.dtype}"
+            )
+
     def limit(self, case: Case) -> str | None:
         room = self.model.config.max_position_embeddings
         needed = case.context + case.new_tokens
@@ -145,10 +154,7 @@ class CTranslate2Side(TokenSide):
     engine = "ctranslate2"
 
     def __init__(self, options: GenerationBenchmark, device: torch.device):
-        if device.type != "cpu" or options.dtype != "fp32":
-            raise UserError(
-                f"--engine ctranslate2 runs on CPUs in fp32 or --int8, not {device.type} in {options.dtype}"
-            )
+        self._require_cpu(options, device)
         super().__init__(options, device)
         engine = import_extra("ctranslate2", "engines")
         kind = "int8" if options.int8 else "float32"
@@ -181,6 +187,140 @@ class CTranslate2Side(TokenSide):
             raise RuntimeError(f"{case}: tokens written: {written.tolist()}")
         places = (case.context + case.new_tokens - 1) * case.batch
         return _turn(case, started, times, places * _cached_bytes(self.model.config, 4), places)
+
+
+class LlamaCppSide(TokenSide):
+    """A Llama in llama.cpp, with the same weights; with `--int8` in Q8_0 (8 bits, and 16 for the scale of 32
+    weights) and a cache of 16 bits."""
+
+    engine = "llama.cpp"
+
+    def __init__(self, options: GenerationBenchmark, device: torch.device):
+        self._require_cpu(options, device)
+        super().__init__(options, device)
+        if self.model.config.model_type != "llama":
+            raise UserError(
+                f"--engine llama.cpp: {self.name} is of the family {self.model.config.model_type}; give a "
+                "recipe with a Llama"
+            )
+        try:
+            llama_cpp: Any = importlib.import_module("llama_cpp")
+        except ModuleNotFoundError:
+            raise UserError(
+                "--engine llama.cpp needs llama-cpp-python: pip install llama-cpp-python (builds llama.cpp "
+                "with a C++ compiler)"
+            ) from None
+        self._llama = llama_cpp
+        self._int8, self._weight_bytes = options.int8, 34 / 32 if options.int8 else 4
+        self._contexts: dict[Case, Any] = {}
+        settings = llama_cpp.llama_model_default_params()
+        settings.use_mmap = False
+        with tempfile.TemporaryDirectory() as folder:
+            write_gguf(self.model, f"{folder}/model.gguf", options.int8)
+            path = f"{folder}/model.gguf".encode()
+            self._loaded = llama_cpp.llama_model_load_from_file(path, settings)
+        if not self._loaded:
+            raise RuntimeError("llama.cpp does not read the model")
+
+    @property
+    def _cache_size(self) -> int:
+        return 2 if self._int8 else 4
+
+    def _context(self, case: Case) -> Any:
+        """Made once for a case, as an engine that serves requests does."""
+        if case not in self._contexts:
+            cpp, places = self._llama, case.context + case.new_tokens
+            settings = cpp.llama_context_default_params()
+            settings.n_seq_max, settings.n_ctx = case.batch, case.batch * (-(-places // 256) * 256)
+            settings.n_batch = max(512, case.context, case.batch)
+            settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+            if not self._int8:
+                settings.type_k = settings.type_v = cpp.GGML_TYPE_F32
+            self._contexts = {case: cpp.llama_init_from_model(self._loaded, settings)}
+        return self._contexts[case]
+
+    def write(
+        self, case: Case, prompts_BC: np.ndarray, record: Callable[[], None] = lambda: None
+    ) -> np.ndarray:
+        """The new tokens [B, new]; `record` is called after each of them."""
+        cpp, context, size = self._llama, self._context(case), self.model.config.vocab_size
+        cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
+        batch = cpp.llama_batch_init(max(case.context, case.batch), 0, 1)
+
+        def feed(tokens: list[int], places: list[int], rows: list[int], last: int) -> None:
+            """The last `last` tokens get logits."""
+            batch.n_tokens = len(tokens)
+            for n, (token, place, row) in enumerate(zip(tokens, places, rows, strict=True)):
+                batch.token[n], batch.pos[n] = token, place
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, row
+                batch.logits[n] = n >= len(tokens) - last
+            if code := cpp.llama_decode(context, batch):
+                raise RuntimeError(f"llama.cpp: llama_decode ended with {code}")
+
+        def chosen(n: int) -> int:
+            logits_V = np.ctypeslib.as_array(cpp.llama_get_logits_ith(context, n), (size,))
+            logits_V[self._end] = -np.inf  # ends are not among the tokens written
+            return int(logits_V.argmax())
+
+        new_BN = np.zeros((case.batch, case.new_tokens), dtype=np.int64)
+        for row, prompt in enumerate(prompts_BC.tolist()):
+            feed(prompt, list(range(case.context)), [row] * case.context, 1)
+            new_BN[row, 0] = chosen(case.context - 1)
+        record()
+        rows = list(range(case.batch))
+        for at in range(1, case.new_tokens):
+            feed(new_BN[:, at - 1].tolist(), [case.context + at - 1] * case.batch, rows, case.batch)
+            new_BN[:, at] = [chosen(row) for row in rows]
+            record()
+        cpp.llama_batch_free(batch)
+        return new_BN
+
+    @property
+    def _end(self) -> int:
+        return self.model.generation_config.eos_token_id
+
+    def turn(self, case: Case, prompts_BC: np.ndarray, at_end: Callable[[], None] = lambda: None) -> Turn:
+        times: list[float] = []
+        self._context(case)
+        started = time.perf_counter()
+        self.write(case, prompts_BC, lambda: times.append(time.perf_counter()))
+        at_end()
+        places = (case.context + case.new_tokens - 1) * case.batch
+        held = places * _cached_bytes(self.model.config, self._cache_size)
+        return _turn(case, started, times, held, places)
+
+
+def write_gguf(model: Any, path: str, int8: bool) -> None:
+    """A Llama of Hugging Face as a GGUF file without a tokenizer, matrices in float32 or Q8_0."""
+    gguf = import_extra("gguf", "import")
+    config, kinds = model.config, gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = value.float().contiguous().numpy()
+        if (part := name.split(".")[-2]) in ("q_proj", "k_proj"):  # llama.cpp rotates neighbours
+            heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
+            halves = array.reshape(heads, 2, -1, array.shape[1])
+            array = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)
+        kind = kinds.Q8_0 if int8 and array.ndim == 2 else kinds.F32
+        stored = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(stored, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _converter(model: Any) -> Any:
@@ -220,7 +360,9 @@ def _cached_bytes(config: Any, size: int) -> float:
     return 2 * config.num_hidden_layers * config.hidden_size * shared / heads * size
 
 
-ENGINES: dict[str, type[TokenSide]] = {side.engine: side for side in (TokenSide, StaticSide, CTranslate2Side)}
+ENGINES: dict[str, type[TokenSide]] = {
+    side.engine: side for side in (TokenSide, StaticSide, CTranslate2Side, LlamaCppSide)
+}
 
 
 def _token_model(against: str, vocab_size: int | None) -> tuple[Any, str]:

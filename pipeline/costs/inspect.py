@@ -155,6 +155,14 @@ def _trained(model: nn.Module, recipe: Recipe) -> nn.Module:
     return model
 
 
+def _varlen_workspace(query: Tensor, segments: int) -> int:
+    """Bytes inside of the backward kernel of varlen attention: fp32 gradients of the queries and a sum for
+    each, with 128 rows more for every segment (FlashAttention 2, `mha_varlen_bwd`)."""
+    rows, heads, width = query.shape
+    wide = -(-width // 32) * 32 if width <= 192 else 256
+    return 4 * (rows + 128 * segments) * heads * (wide + 1)
+
+
 class _Memory(TorchDispatchMode):
     """Records when each tensor's storage is allocated and freed.
 
@@ -173,6 +181,9 @@ class _Memory(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
+        if func._schema.name == "torch_attn::_varlen_attn_backward":
+            size = _varlen_workspace(args[1], len(args[6]) - 1)
+            self.events += [(-1, size), (-1, -size)]
         return out
 
     def see(self, tensor: Tensor) -> int:

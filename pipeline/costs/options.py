@@ -91,18 +91,19 @@ class GenerationBenchmark(Benchmark):
 
     Args:
         against: opt-125m, opt-350m or opt-1.3b, or a recipe of the objective lm
-        engine: runs the other model: Hugging Face's generate (hf-static: preallocated cache), or CTranslate2
+        engine: runs the other model: Hugging Face's generate (hf-static: preallocated cache), CTranslate2 or
+            llama.cpp (Llamas, by llama-cpp-python)
         vocab_size: entries of both models (default: what a recipe says, else OPT's 50,272)
         batch: texts at once
         context: tokens of the prompts
         sentence_tokens: tokens of every sentence
         sentences: new sentences per text
-        int8: weights in 8 bits (CPU; of the other model by CTranslate2 alone, docs/generation.md)
+        int8: weights in 8 bits (CPU; of the other model by CTranslate2 and llama.cpp, docs/generation.md)
         columns: lay the other model's matrices out by columns too
     """
 
     against: str | None = None
-    engine: Literal["hf", "hf-static", "ctranslate2"] = "hf"
+    engine: Literal["hf", "hf-static", "ctranslate2", "llama.cpp"] = "hf"
     vocab_size: Annotated[int, whole_number(5)] | None = None
     batch: Several = (1,)
     context: Several = (256,)

@@ -147,6 +147,7 @@ class Batch(Made):
     document_end_D: bool [D], host: the window ends its document (stop label 1; an end symbol for the token
         model).
     scored: False for the empty batch, run by a rank without work so that ZeRO-3's collectives match.
+    before_D: int64 [D], host: a token that token models read in the start symbol's place, -1 for none.
     """
 
     tokens_T: Tensor
@@ -154,6 +155,7 @@ class Batch(Made):
     cu_documents: np.ndarray
     document_end_D: np.ndarray
     scored: bool = True
+    before_D: np.ndarray | None = None
     upload: Upload | None = field(default=None, repr=False)  # what its tensors wait for
     host_tokens_T: np.ndarray | None = field(default=None, repr=False)  # of a batch on another device
 
@@ -341,10 +343,17 @@ class Batch(Made):
             host_tokens_T=tokens,
         )
 
+    def first_symbols_D(self, bos: int) -> np.ndarray:
+        """int64 [D], host: what a token model reads first in each window."""
+        before_D = np.full(self.documents, -1) if self.before_D is None else self.before_D
+        return np.where(before_D < 0, bos, before_D)
+
     def token_model_symbols(self, bos: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (bos, t1 … tn) [T+D], rows with a target [T+E], their targets [T+E]; E = windows that end
         their document."""
         inputs, targets = self._shifted(self.token_model_layout, bos, end)
+        if self.before_D is not None:
+            inputs[self._index(self.token_model_layout.starts[:-1])] = self._index(self.first_symbols_D(bos))
         return inputs, self._token_model_rows, targets.index_select(0, self._token_model_rows)
 
     @cached_property
@@ -360,11 +369,13 @@ def build_batch(spans: Sequence[Span]) -> Batch:
     lengths = np.concatenate([s.sentence_lengths for s in spans]).astype(np.int64)
     counts = [len(s.sentence_lengths) for s in spans]
     tokens = np.concatenate([s.tokens for s in spans]).astype(np.int64)
+    before = np.asarray([-1 if s.before is None else s.before for s in spans])
     return Batch(
         torch.from_numpy(tokens),
         np.concatenate([[0], np.cumsum(lengths)]),
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         np.asarray([s.document_end for s in spans], dtype=bool),
+        before_D=before if (before >= 0).any() else None,
     )
 
 

@@ -31,12 +31,13 @@ class Span:
     """The content of a document window.
 
     tokens: uint16/uint32 [T]; sentence_lengths: [S], each >= 1, sum T; document_end: the window ends its
-        document.
+        document; before: the token before it, which token models read in the start symbol's place.
     """
 
     tokens: np.ndarray
     sentence_lengths: np.ndarray
     document_end: bool
+    before: int | None = None
 
     def cut_again(self, rule: RunningEnds) -> Span:
         """The same text with sentence ends by a rule."""

@@ -14,6 +14,7 @@ Nothing else is scored.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,14 @@ def curve_windows(
     blocks: int = 1,
     by_token: bool = False,
     rule: RunningEnds | None = None,
+    start_symbol: bool = True,
 ) -> Iterator[Window]:
     """The windows of all contexts, of this rank's documents. Their `document` is the document's number ·
     contexts + the context's index.
 
     block: tokens of each of the `blocks` of targets of a document. by_token: these and their contexts are cut
-    between any tokens. rule: cuts the documents again.
+    between any tokens. rule: cuts the documents again. start_symbol: whether a context has one before it;
+    without it, a token model starts with the context's first token.
     """
     for number, (tokens_T, lengths_S, source, language) in enumerate(documents):
         if number % ranks.world != ranks.rank:
@@ -72,9 +75,14 @@ def curve_windows(
                 for index, context in enumerate(contexts):
                     before = int(np.searchsorted(ends, ends[begin] - context, side="right")) - 1
                     tokens, lengths = tokens_T[ends[before] : ends[end]], lengths_S[before:end]
-                    span = Span(tokens, lengths, end == len(lengths_S))
+                    span, left = Span(tokens, lengths, end == len(lengths_S)), begin - before
+                    if not start_symbol:
+                        kept = int(lengths[0] == 1)  # the part is empty without its first token
+                        lengths = np.concatenate([[lengths[0] - 1], lengths[1:]])[kept:]
+                        span, left = replace(span, tokens=tokens[1:], sentence_lengths=lengths), left - kept
+                        span = replace(span, before=int(tokens[0]))
                     key = number * len(contexts) + index
-                    yield Window(span, key, before, source, language, context=begin - before)
+                    yield Window(span, key, before, source, language, context=left)
                 begin = end
             continue
         for index, context in enumerate(contexts):

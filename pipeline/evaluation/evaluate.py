@@ -280,6 +280,7 @@ def evaluate(
     context_curve: Sequence[int] = (),
     context_block: int | None = None,
     context_blocks: int = 1,
+    start_symbol: bool = True,
     ngram: str | Path | NgramModel | None = None,
     by_document: bool = False,
     device: DeviceName = "auto",
@@ -296,6 +297,7 @@ def evaluate(
         context_curve: context lengths in tokens whose loss is measured (`context_curve.py`).
         context_block, context_blocks: score so many blocks of so many tokens of each document alone, behind
             each of these contexts.
+        start_symbol: whether these contexts have one before them (token models).
         ngram: shards to count an n-gram model on, or that model, scored on the same windows.
         by_document: also the nats and bytes of each document, in the text's order.
     Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
@@ -340,6 +342,8 @@ def evaluate(
                 most = max(contexts) + longest + max(context_block, longest)
                 window = window_limit(model, kind, max(window, most))
             require_room(contexts, longest, window, context_block)
+        if not start_symbol and not (by_token and context_block):
+            raise UserError("--no-start-symbol is for token-level models, with --context-block")
         if ngram is not None and not isinstance(ngram, NgramModel):
             ngram = count_shards(ngram, tokenizer, window)
         windows = source.windows(tokenizer, window, max_documents, ranks)
@@ -350,7 +354,7 @@ def evaluate(
             scored = [score(*how, windows, batch_tokens, expected, progress, ngram=ngram)]
         if contexts:
             read = source if context_block else opened()
-            targets = context_block, context_blocks, by_token, rule
+            targets = context_block, context_blocks, by_token, rule, start_symbol
             curve = read.read(tokenizer, max_documents), contexts, ranks, *targets
             scored = [
                 *(scored or ()),
@@ -396,6 +400,7 @@ def evaluate(
         **({"by_document": scores.by_document()} if by_document else {}),
         **({"context_curve": curve_figures(scored[-1], contexts)} if contexts else {}),
         **({"context_block": context_block, "context_blocks": context_blocks} if context_block else {}),
+        **({} if start_symbol else {"start_symbol": False}),
         **({"ngram_trained_tokens": ngram.tokens} if isinstance(ngram, NgramModel) else {}),
         **agreement,
         "seconds": round(time.perf_counter() - started, 3),

@@ -152,6 +152,8 @@ class Scores:
         sums[:, TOKENS], sums[:, SENTENCES] = lengths_S, 1
         cuts, first_S = batch.cu_sentences, np.arange(batch.sentences) - batch.place_S
         sums[:, SEEN] = lengths_S * (cuts[:-1] - cuts[first_S]) + lengths_S * (lengths_S - 1) // 2
+        if batch.before_D is not None:
+            sums[:, SEEN] += lengths_S * np.repeat(batch.before_D >= 0, np.diff(batch.cu_documents))
         sums[batch.cu_documents[1:] - 1, WINDOWS] = 1
         if self.kind == "sllm" and self.controls:
             own = sums[:, TOKEN] + sums[:, END]

@@ -34,6 +34,7 @@ from pipeline.models.anchor_lm import AnchorConfig, AnchorLM
 from pipeline.models.attention import HF_ATTENTION
 from pipeline.models.factory import save_model
 from pipeline.models.folders import parameter_count
+from pipeline.models.lora import add_lora, merge_lora
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 from pipeline.models.sllm import SLLM, SLLMConfig
 from pipeline.models.stack import StackConfig, StackLM
@@ -84,12 +85,14 @@ def export_run(
             "again to rewrite it"
         )
     model = model_from_config(meta)
+    add_lora(model, meta.recipe["model"].get("lora", {}))
     parts = Parts(checkpoint, meta)
     if average:
         tensor = _mean([parts, *(Parts(*one) for one in averaged[1:])])
     else:
         tensor = parts.tensor if weights == "trained" else averages(parts, meta, model)
     fill(model, parts.shapes(), tensor, f"checkpoint {checkpoint}")
+    merge_lora(model)
     origin = {
         "run_dir": str(run_dir),
         "checkpoint": checkpoint.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,7 +65,52 @@ class Sampling:
         return choose(logits_RV, uniform_R, [self])
 
 
-def _columns(device: torch.device, **values: Sequence[float]) -> dict[str, Any]:
+class Plan(NamedTuple):
+    """Which computations the settings of some rows need; the larger of two plans serves the rows of both.
+
+    kept: the largest top-k, which is the vocabulary's size where a row has none. limited: whether a row has
+    one."""
+
+    greedy: bool = False
+    drawn: bool = False
+    kept: int = 1
+    limited: bool = False
+    top_p: bool = False
+    min_p: bool = False
+    penalty: bool = False
+
+    @classmethod
+    def of(cls, settings: Sequence[Sampling], size: int) -> Plan:
+        kept = [min(one.top_k or size, size) for one in settings]
+        return cls(
+            any(one.greedy for one in settings),
+            not all(one.greedy for one in settings),
+            max(kept),
+            min(kept) < size,
+            any((one.top_p or 1) < 1 for one in settings),
+            any(one.min_p for one in settings),
+            any(one.repetition_penalty != 1 for one in settings),
+        )
+
+    def with_room(self, other: Plan, size: int) -> Plan:
+        """A plan that serves the rows of both, and top-k up to the next power of two."""
+        both = Plan._make(map(max, self, other))
+        return both._replace(kept=min(size, 1 << (both.kept - 1).bit_length()))
+
+
+def controls(settings: Sequence[Sampling], size: int) -> dict[str, list[float]]:
+    """The numbers of each setting that `choose_by` reads; of a row at its place."""
+    return {
+        "greedy": [one.greedy for one in settings],
+        "temperature": [one.temperature or 1.0 for one in settings],
+        "last": [min(one.top_k or size, size) - 1 for one in settings],
+        "top_p": [one.top_p or 1.0 for one in settings],
+        "min_p": [math.log(one.min_p) if one.min_p else -math.inf for one in settings],
+        "penalty": [one.repetition_penalty for one in settings],
+    }
+
+
+def _columns(device: torch.device, values: dict[str, list[float]]) -> dict[str, Any]:
     """One value for all rows, or a column float64 [R, 1] on the device; one upload for all columns."""
     varied = [name for name, of in values.items() if any(one != of[0] for one in of)]
     found: dict[str, Any] = {name: of[0] for name, of in values.items()}
@@ -81,8 +126,13 @@ def _as(value: Any, dtype: torch.dtype) -> Any:
 
 def penalise(logits_RV: Tensor, seen_RV: Tensor, settings: Sequence[Sampling]) -> Tensor:
     """Logits with the repetition penalty; `seen_RV` bool: tokens in the row's text."""
-    columns = _columns(logits_RV.device, penalty=[one.repetition_penalty for one in settings])
-    penalty = _as(columns["penalty"], logits_RV.dtype)
+    values = {"penalty": [one.repetition_penalty for one in settings]}
+    return penalise_by(logits_RV, seen_RV, _columns(logits_RV.device, values)["penalty"])
+
+
+def penalise_by(logits_RV: Tensor, seen_RV: Tensor, penalty: Any) -> Tensor:
+    """The same by one penalty for all rows, or a column."""
+    penalty = _as(penalty, logits_RV.dtype)
     lowered = torch.where(logits_RV > 0, logits_RV / penalty, logits_RV * penalty)
     return torch.where(seen_RV, lowered, logits_RV)
 
@@ -95,30 +145,30 @@ def choose(logits_RV: Tensor, uniform_R: Tensor | None, settings: Sequence[Sampl
         uniform_R: float64 [R] in [0, 1), unused by greedy rows.
         settings: of every row, or one for all.
     """
-    greedy = [one.greedy for one in settings]
-    likeliest_R = logits_RV.argmax(-1) if any(greedy) else None
-    if likeliest_R is not None and all(greedy):
-        return likeliest_R
+    if all(one.greedy for one in settings):
+        return logits_RV.argmax(-1)
     assert uniform_R is not None
-    size, dtype = logits_RV.shape[-1], logits_RV.dtype
-    columns = _columns(
-        logits_RV.device,
-        greedy=greedy,
-        temperature=[one.temperature or 1.0 for one in settings],
-        last=[min(one.top_k or size, size) - 1 for one in settings],
-        top_p=[one.top_p or 1.0 for one in settings],
-        min_p=[math.log(one.min_p) if one.min_p else -math.inf for one in settings],
-    )
+    size = logits_RV.shape[-1]
+    values = controls(settings, size)
+    del values["penalty"]
+    return choose_by(logits_RV, uniform_R, _columns(logits_RV.device, values), Plan.of(settings, size))
+
+
+def choose_by(logits_RV: Tensor, uniform_R: Tensor, columns: dict[str, Any], plan: Plan) -> Tensor:
+    """`choose` by `controls`, each one value for all rows or a column float64 [R, 1]."""
+    likeliest_R = logits_RV.argmax(-1) if plan.greedy else None
+    if likeliest_R is not None and not plan.drawn:
+        return likeliest_R
+    dtype = logits_RV.dtype
     scaled = logits_RV - logits_RV.amax(-1, keepdim=True)
     scaled = scaled / _as(columns["temperature"], dtype)
-    kept = [min(one.top_k or size, size) for one in settings]
-    if min(kept) < size:
-        largest, last = scaled.topk(max(kept)).values, columns["last"]
+    if plan.limited:
+        largest, last = scaled.topk(plan.kept).values, columns["last"]
         least = largest.gather(-1, last.long()) if isinstance(last, Tensor) else largest[:, last : last + 1]
         scaled = scaled.masked_fill(scaled < least, -torch.inf)
-    if any((one.top_p or 1) < 1 for one in settings):
+    if plan.top_p:
         scaled = scaled.masked_fill(scaled < _nucleus(scaled, columns["top_p"]), -torch.inf)
-    if any(one.min_p for one in settings):
+    if plan.min_p:
         scaled = scaled.masked_fill(scaled < _as(columns["min_p"], dtype), -torch.inf)
     mass = scaled.exp().cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]

@@ -83,10 +83,13 @@ class FolderLM(LM):
         if others:
             raise UserError(f"--model_args {next(iter(others))}: unknown to the models of this project")
         require_predictions(pretrained)
-        self._loaded = load(str(pretrained), int8)
-        if device and device.startswith("cuda") and not torch.cuda.is_available():  # the harness's default
-            device = None
-        self._model = self._loaded.model if device is None else self._loaded.model.to(device)
+        if device and device.split(":")[0] not in ("cpu", "cuda"):
+            raise UserError(f"--device {device}: must be cpu or cuda")
+        # The harness's default is cuda, whether there is a GPU or not.
+        self._loaded = load(str(pretrained), int8, "cpu" if device == "cpu" else "auto")
+        self._model = self._loaded.model
+        if device and next(self._model.parameters()).device.type == "cuda":
+            self._model = self._model.to(device)
         self._batch_size = int(batch_size) if str(batch_size).isdigit() else DEFAULT_BATCH
         self._batch_tokens = int(batch_tokens)
         self._window = window_limit(self._model, self._loaded.kind, window_tokens)

@@ -42,11 +42,12 @@ class PlainLM(nn.Module):
     def forward(self, batch: Batch, want_correct: bool = False) -> LossSums:
         """Next-token loss over N = T + E targets, window by window (E document ends)."""
         starts = batch.cu_sentences[batch.cu_documents]
+        first_D = batch.first_symbols_D(self.bos).tolist()
         nlls, corrects, ends = [], [], []
         for d, document_end in enumerate(batch.document_end_D):
             tokens = batch.tokens_T[int(starts[d]) : int(starts[d + 1])]
             end = tokens.new_full((int(document_end),), self.end)
-            symbols = torch.cat([tokens.new_full((1,), self.bos), tokens, end])
+            symbols = torch.cat([tokens.new_full((1,), first_D[d]), tokens, end])
             nll, correct = self._nll(symbols)
             nlls.append(nll)
             corrects.append(correct)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import DecoderRows, context_spans
 from pipeline.data.segments import SegmentLayout
+from pipeline.generation.replay import Replay, bucket, static_shapes
 from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention
 from pipeline.models.kv_cache import CachedContext, CachedStep, KeyValueCache, StaticStep
@@ -29,17 +30,7 @@ from pipeline.models.layers import (
     TransformerLayer,
     attend_across,
 )
-from pipeline.models.step import (
-    Apply,
-    LayerStep,
-    Replay,
-    bucket,
-    embedded,
-    norm,
-    static_shapes,
-    token_layer,
-    turns,
-)
+from pipeline.models.step import Apply, LayerStep, embedded, norm, token_layer, turns
 
 DecodedSentence = tuple[list[int], Tensor]  # an earlier sentence: its tokens, its vector [vector_size]
 

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from data_prep.common.errors import UserError, counted
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.api import Generation, generate
+from pipeline.generation.replay import Replay, bucket, static_shapes
 from pipeline.generation.upload import upload
 from pipeline.models.backbone import run_packed, vector_width
 from pipeline.models.folders import load_model_tokenizer
 from pipeline.models.kv_cache import CachedPrompt, CachedStep, KeyValueCache, StaticStep
-from pipeline.models.step import BackboneStep, Replay, bucket, static_shapes
+from pipeline.models.step import BackboneStep
 
 FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a state of one document
 

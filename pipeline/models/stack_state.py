@@ -9,21 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.generation.replay import Replay, bucket, static_shapes
 from pipeline.generation.upload import upload
 from pipeline.models.kv_cache import CachedStep, RollingCache, StaticStep
 from pipeline.models.layers import Rotation
-from pipeline.models.step import (
-    MemoryStep,
-    Replay,
-    bucket,
-    embedded,
-    linear,
-    logits,
-    norm,
-    static_shapes,
-    token_layer,
-    turns,
-)
+from pipeline.models.step import MemoryStep, embedded, linear, logits, norm, token_layer, turns
 
 Seen = tuple[Tensor, Tensor, int, Rotation]  # of the memory: rows, ends, width, turn
 

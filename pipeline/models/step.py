@@ -1,8 +1,7 @@
 """One step of generation through transformer layers, in as few calls as it takes.
 
 A small model's step costs what its calls cost, not what they compute. So a layer's weights are looked up
-once, when a state is made, and a step calls torch's functions on them directly. `Replay` runs a step with
-static shapes; on a GPU it is one CUDA graph.
+once, when a state is made, and a step calls torch's functions on them directly.
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.generation.upload import upload
 from pipeline.models.folders import model_config
 from pipeline.models.kv_cache import RollingCache, attend_last
 from pipeline.models.layers import (
@@ -32,17 +29,6 @@ from pipeline.models.layers import (
 
 Apply = Callable[[Tensor], Tensor]
 FEW = 1 << 13  # numbers that an activation computes in less time than oneDNN needs to start
-EAGER_CALLS = 3  # of a shape before its graph is captured: they initialise the libraries
-
-
-def static_shapes(device: torch.device) -> bool:
-    """Whether steps run with static shapes here, so that they can be captured."""
-    return device.type == "cuda"
-
-
-def bucket(rows: int, most: int) -> int:
-    """The rows that a static step computes for so many: a power of two, or all."""
-    return min(most, 1 << (rows - 1).bit_length())
 
 
 def linear(*modules: Any) -> Apply:
@@ -334,40 +320,3 @@ class BackboneStep:
             x = layer(x, step.attend, turn)
         x = self._norm(x)
         return x if self._out is None else self._out(x)
-
-
-class Replay:
-    """A step of static shapes as a function of int64 inputs [k, n] and, if given, of `more` tensors.
-
-    On a GPU the step is captured once for every n and replayed; what it returns is overwritten by the next
-    call. Elsewhere it is called."""
-
-    def __init__(self, step: Callable[..., Tensor], device: torch.device):
-        self._step, self._device = step, device
-        self._calls: dict[Any, int] = {}
-        self._graphs: dict[Any, tuple[Any, tuple[Tensor, ...], Tensor]] = {}
-
-    def __call__(self, inputs: np.ndarray, *more: Tensor, version: Any = 0) -> Tensor:
-        """version: of the storage that the step uses: with another one its graph is captured again."""
-        given = (upload(inputs, self._device), *more)
-        if self._device.type != "cuda":
-            return self.eager(*given)
-        key = inputs.shape[1], version
-        self._calls[key] = calls = self._calls.get(key, 0) + 1
-        if calls <= EAGER_CALLS:
-            return self.eager(*given)
-        if key not in self._graphs:
-            self._graphs = {old: one for old, one in self._graphs.items() if old[1] == version}
-            static, graph = tuple(x.clone() for x in given), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                out = self.eager(*static)
-            self._graphs[key] = graph, static, out
-        graph, static, out = self._graphs[key]
-        for old, new in zip(static, given, strict=True):
-            old.copy_(new, non_blocking=True)
-        graph.replay()
-        return out
-
-    def eager(self, *given: Tensor) -> Tensor:
-        """The step itself: what a graph holds."""
-        return self._step(*given)

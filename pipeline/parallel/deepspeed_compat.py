@@ -97,6 +97,20 @@ def fp32_parts(optimizer: Any) -> list[Part]:
     return parts
 
 
+def zero_padding(engine: Any) -> None:
+    """Zero the padding of the parts that stage 3 divides weights into. DeepSpeed leaves it uninitialised, and
+    checkpoints have it: their bytes would differ from run to run, or seem not finite."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for weight in engine.module.parameters():
+        if hasattr(weight, "ds_tensor"):
+            share = -(-weight.ds_numel // world)
+            weight.ds_tensor.data[max(0, weight.ds_numel - rank * share) :] = 0
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        for flat, pieces in fp32_parts(engine.optimizer):
+            for weight, here, _ in pieces:
+                flat.data[here.stop : here.start - (-weight.ds_numel // world)] = 0
+
+
 def fp32_fragment(weight: Any) -> tuple[slice, slice]:
     """Where this rank's fp32 part of a weight is under ZeRO 1 and 2: the slice of the group's flat partition,
     and the slice of the flattened weight. Both empty when the whole weight is another rank's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.common.errors import UserError
 
@@ -40,6 +40,16 @@ def claim_gpu(ranks: Ranks, visible: int, env: MutableMapping[str, str] = os.env
     if "OMPI_COMM_WORLD_LOCAL_RANK" in env:  # DeepSpeed requires the two to be equal
         env["OMPI_COMM_WORLD_LOCAL_RANK"] = str(index)
     return index
+
+
+def require_own_gpu(store: Any, ranks: Ranks, gpu: str) -> None:
+    """Refuse a GPU, by its UUID, that another rank of this store has: the one that is visible may be every
+    rank's, and NCCL ends at it without this reason."""
+    if store.add(f"gpu/{gpu}", 1) > 1:
+        raise UserError(
+            f"rank {ranks.rank} has the same GPU as another rank: start as many ranks as there are GPUs, "
+            "or set DS_ACCELERATOR=cpu"
+        )
 
 
 def choose_device(

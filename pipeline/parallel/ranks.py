@@ -133,7 +133,7 @@ def join(ranks: Ranks, hang_seconds: float | None = None) -> torch.device:
     from deepspeed.constants import default_pg_timeout
 
     from pipeline.parallel.deepspeed_compat import set_timeout, skip_shared_memory_op
-    from pipeline.parallel.device import claim_gpu, uses_gpu
+    from pipeline.parallel.device import claim_gpu, require_own_gpu, uses_gpu
 
     _silence(deepspeed.utils.logger)
     deepspeed.utils.logger.setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
@@ -146,10 +146,12 @@ def join(ranks: Ranks, hang_seconds: float | None = None) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    backend = "nccl" if on_gpu else "gloo"
+    backend, store = "nccl" if on_gpu else "gloo", _meet(ranks)
+    if on_gpu:
+        require_own_gpu(store, ranks, str(torch.cuda.get_device_properties(device).uuid))
     torch.distributed.init_process_group(
         backend,
-        store=_meet(ranks),
+        store=store,
         rank=ranks.rank,
         world_size=ranks.world,
         timeout=timeout,

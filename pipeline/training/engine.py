@@ -37,6 +37,7 @@ from pipeline.parallel.deepspeed_compat import (
     norm_before_step,
     silence_timers,
     take_flat_gradients,
+    zero_padding,
 )
 from pipeline.parallel.waiting import Collectives, clock
 from pipeline.training.muon import place_matrices
@@ -81,6 +82,7 @@ class Engine:
         with redirect_stdout(None):  # its optimizer for stage 1 in bf16 prints this machine's memory
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         take_flat_gradients(self.deepspeed.optimizer)
+        zero_padding(self.deepspeed)
         if self.by_muon and zero_stage(config):
             hidden = {weight: count for weight, count in muon.items() if count}
             optimizer.matrices = place_matrices(fp32_parts(self.deepspeed.optimizer), hidden, device)

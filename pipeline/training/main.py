@@ -139,6 +139,14 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
                     f"{recipe.output_dir}: already finished, at {latest.name}; nothing to do"
                     + (f"; changed, without effect: {ignored}" if ignored else "")
                 )
+                if recipe.checkpoints.upload:
+                    from pipeline.checkpoints.mirror import Mirror  # loads torch
+
+                    mirror = Mirror(recipe.checkpoints.upload, Path(recipe.output_dir), say)
+                    mirror.add(latest.name, earlier=True)
+                    mirror.wait(None)
+                    if line := mirror.missing():
+                        say(line)
             return 0
 
     with ExitStack() as starting:

@@ -136,7 +136,7 @@ def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str
         scale = scales.get(id(parameter), 1.0)
         if scale == 0:
             parameter.requires_grad_(False)
-        else:
+        elif parameter.requires_grad:  # weights with adapters do not learn
             decays = parameter.ndim >= 2 and id(parameter) not in embeddings
             groups[scale, decays, hidden.get(id(parameter), 0)].append(parameter)
     found = [

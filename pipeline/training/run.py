@@ -38,6 +38,7 @@ from pipeline.data.plan import BinPlan, Consumed, Position
 from pipeline.data.shard_sets import open_shards
 from pipeline.models.factory import new_model
 from pipeline.models.flops import TRAINING_FACTOR, StepArithmetic, utilisation
+from pipeline.models.lora import add_lora
 from pipeline.models.losses import bits_per_byte
 from pipeline.parallel.agreement import AgreedError, agree, do_and_agree, facts, require_agreement
 from pipeline.parallel.deepspeed_compat import require_valid
@@ -123,6 +124,7 @@ class TrainingRun:
             if not agree(None, resumes)[0]:
                 initialise(model, recipe.init_from, self.tokenizer, ranks)
                 self._watchdog.heartbeat("reading init_from")
+        add_lora(model, recipe.model.lora)
         config: Any = model.config
         self.model_config = json.loads(config.to_json_string(use_diff=False))
         self._arithmetic = StepArithmetic(model)
@@ -133,16 +135,13 @@ class TrainingRun:
         held = self._mirror.held if self._mirror else tuple
         self._saver = Saver(self.run_dir, recipe.training.keep, background, on_gpu, self._published, held)
         by_rule = recipe.model.ends == "rule"
-        self.plan = BinPlan(
-            shard_sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights, by_rule=by_rule
-        )
+        sizes = data.window_tokens, data.bin_tokens
+        self.plan = BinPlan(shard_sets, *sizes, recipe.seed, data.weights, by_rule=by_rule)
         self.state = State(self.plan.start(), Consumed(self.plan.sources))
         self._watchdog.heartbeat("building the model")
         self.validation = None
         if validation_sets:
-            sample = BinPlan(
-                validation_sets, data.window_tokens, data.bin_tokens, VALIDATION_SEED, by_rule=by_rule
-            )
+            sample = BinPlan(validation_sets, *sizes, VALIDATION_SEED, by_rule=by_rule)
             self.validation = Validation(
                 sample, recipe.training.eval_bins, ranks, self.tokenizer.byte_lengths
             )
@@ -206,12 +205,10 @@ class TrainingRun:
         )
         was, now = ((meta.validation, meta.recipe["training"]["eval_bins"]) for meta in (saved, ours))
         if saved.best and was != now:
-            self.state.best = None
+            self.state.best, best = None, saved.best["step"]
             if self.ranks.rank == 0:
-                say(
-                    "the validation sample is another than before: the best checkpoint so far "
-                    f"(step {saved.best['step']}) no longer counts as best"
-                )
+                text = "the validation sample is another than before: the best checkpoint so far "
+                say(f"{text}(step {best}) no longer counts as best")
 
     def start(self) -> None:
         """Write the run's settings, open its log and start loading data."""
@@ -230,6 +227,8 @@ class TrainingRun:
         )
         self._open.push(self._write_comms)
         self.log.start(self._start_record())
+        if self._mirror and self.state.step:
+            self._mirror.add(store.step_name(self.state.step), earlier=True)
         wanted = self.recipe.log
         if wanted.profile and self.ranks.rank in wanted.profile_ranks:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"
@@ -395,8 +394,7 @@ class TrainingRun:
 
     def evaluate(self) -> None:
         """Measure on the validation sample, log the figures, and keep the best."""
-        figures = self.validation.run(self.engine)
-        best = self.state.best
+        figures, best = self.validation.run(self.engine), self.state.best
         measured = figures["bits_per_byte"]
         self._unmeasured = not math.isfinite(measured)
         is_best = not self._unmeasured and (best is None or measured < best["bits_per_byte"])

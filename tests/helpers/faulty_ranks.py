@@ -23,7 +23,11 @@ def _slow_down_writes(seconds: float) -> None:
 
 
 def train_with_slow_writes(arguments: list[str], seconds: float) -> int | str:
-    """As `train`, with a disk that takes `seconds` more for every file of a checkpoint."""
+    """As `train`, with a disk that takes `seconds` more for every file of a checkpoint, and NaN in
+    uninitialised memory."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
     _slow_down_writes(seconds)
     return train(arguments)
 

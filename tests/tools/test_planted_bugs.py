@@ -30,6 +30,7 @@ def tree(tmp_path: Path) -> Path:
         ("double(x)", "twice(x)", "broken", "test_code.py"),
         ("return", "return 2 *", "stale", "2 places in code_under_test.py"),
         ("2 * x", "time.sleep(60)", "hung", ""),
+        ("2 * x", "next(n for n in iter(int, 1) if n)", "hung", ""),
     ],
 )
 def test_a_bug_is_caught_if_a_test_fails(tree: Path, old: str, new: str, outcome: str, by: str) -> None:

@@ -39,9 +39,10 @@ RATES: dict[str, tuple[float, float, float, str]] = {
         "projects/OPT/chronicles/final_update.md)",
     ),
 }
-# (stall, write) in seconds for 4 GB of state per GPU, the most that Llama 3 saved. Measured for 0.7 GB per
-# rank, two ranks on two cores: 5.8 s; in the background 0.47 s, and 28 s while training had the cores.
-SAVES = {"synchronous": (33.0, 33.0), "background": (2.7, 160.0)}
+# (stall, write) in seconds for 4 GB of state per GPU, the most that Llama 3 saved. Measured for 0.75 GB per
+# rank (docs/results/training/saves.json): 1.80 s; in the background 0.33 s, and 18.3 s while training
+# had the cores.
+SAVES = {"synchronous": (9.6, 9.6), "background": (1.7, 98.0)}
 MINUTES = (2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240)
 FINE = np.geomspace(0.5, 480, 240)  # minutes, for the best interval
 HUES = {"Llama 3": "sllm", "OPT-175B": "lm"}

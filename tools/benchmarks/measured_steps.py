@@ -59,8 +59,9 @@ class Job:
 def measure(job: Job) -> list[dict[str, Any]]:
     """Run the steps on this rank, which a launcher's environment describes. One dict for each step:
 
-    seconds; sent: bytes by collective in a ring; wire: bytes that left this network namespace; peak: bytes of
-    memory above what the process had before the model was made.
+    seconds; collectives: those of them in DeepSpeed's collectives; sent: bytes by collective in a ring; wire:
+    bytes that left this network namespace; peak: bytes of memory above what the process had before the model
+    was made.
     """
     ranks = find_ranks()
     sent: Counter[str] = Counter()
@@ -82,12 +83,14 @@ def measure(job: Job) -> list[dict[str, Any]]:
         dist.barrier()
         sent.clear()
         reset_peak()
+        engine.collectives.take()
         wire, began = _wire_bytes(), time.perf_counter()
         _step(engine, sized, job.tokens, job.accumulation)
         dist.barrier()
         seconds = time.perf_counter() - began
         wire, peak = _wire_bytes() - wire, memory_field("VmHWM") - before
-        found.append({"seconds": seconds, "sent": dict(sent), "wire": wire, "peak": peak})
+        row = {"seconds": seconds, "collectives": engine.collectives.take(), "sent": dict(sent)}
+        found.append({**row, "wire": wire, "peak": peak})
     leave()
     return found
 

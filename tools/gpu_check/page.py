@@ -37,7 +37,7 @@ def machines(records: Records) -> list[str]:
         packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items() if version)
         date = datetime.fromisoformat(run["date"]).date()
         small = ", small sizes" if run["small"] else ""
-        commit = str(run["git_commit"])[:12]
+        commit = (run["git_commit"] or "unknown")[:12]
         lines.append(
             f"{date}, {run['device']}{small}, {run['cpu']}, {run['cores']} cores, commit {commit}, "
             f"Python {run['python']}, {packages}"

@@ -4,11 +4,14 @@ how many of the changes a test noticed."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
+import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,13 +20,22 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.common.page import NOTHING, Table, markdown_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # They take longer to import than most tests to run, and read the environment then.
-LIBRARIES = ("torch", "transformers", "deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.zero.stage3")
+LIBRARIES = (
+    "torch",
+    "torch._dynamo",
+    "transformers.modeling_utils",
+    "transformers.models.opt.modeling_opt",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "hypothesis.strategies",
+)
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
@@ -33,6 +45,8 @@ def copied_tree() -> Iterator[Path]:
     os.environ.update(ENVIRONMENT)
     for name in LIBRARIES:
         importlib.import_module(name)
+    # pytest collects garbage several times, in what was imported too.
+    gc.freeze()
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory(prefix="planted-bugs-") as folder:
@@ -61,15 +75,23 @@ def _write(path: Path, text: str) -> None:
 
 
 def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> tuple[int | None, list[str]]:
-    """pytest's status in a tree (None: out of time) and what failed: tests, or else its last line."""
+    """pytest's status in a tree (None: out of time) and what failed: tests, or else its last line.
+
+    Args:
+        timeout: seconds of CPU; for tests that wait, seconds by the clock
+    """
     with tempfile.TemporaryFile() as out:
         fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=_pytest, args=(tree, tests, out.fileno()))
+        process = fork.Process(target=_pytest, args=(tree, tests, out.fileno(), timeout))
         process.start()
         process.join(timeout)
+        while process.is_alive() and psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+            process.join(1)
         if process.is_alive():
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
+            return None, []
+        if process.exitcode == -signal.SIGXCPU:
             return None, []
         out.seek(0)
         output = out.read().decode(errors="replace")
@@ -77,9 +99,10 @@ def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> tuple[int | N
     return process.exitcode, failed or output.strip().splitlines()[-1:]
 
 
-def _pytest(tree: Path, tests: Sequence[str], out: int) -> None:
+def _pytest(tree: Path, tests: Sequence[str], out: int, timeout: float) -> None:
     """Become `python -m pytest` in a tree, with the libraries of this process but none of our modules."""
     os.setpgid(0, 0)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(timeout), resource.RLIM_INFINITY))
     for stream in (1, 2):
         os.dup2(out, stream)
     sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))

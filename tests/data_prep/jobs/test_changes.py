@@ -13,6 +13,7 @@ from helpers import tokenizer_folders
 from helpers.data_prep_command import call, contents, refused
 
 from data_prep.jobs import units
+from data_prep.shards.layout import MANIFEST
 from data_prep.shards.reader import ShardSet
 
 
@@ -103,6 +104,34 @@ def test_changed_input_is_named(
     assert "other input: corpus/2.jsonl is missing, corpus/3.jsonl is new, corpus/1.jsonl had " in refused(
         capsys, *arguments
     )
+
+
+def test_a_finished_set_is_of_every_piece_of_its_input(
+    corpus: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    arguments = command(corpus, tmp_path / "s", tokenizer)
+    assert call(*arguments) == 0 == call(*arguments)
+    pieces = ShardSet.open(tmp_path / "s").manifest["inputs"][1]["pieces"]
+    assert len(pieces) > 1
+    path = corpus / "1.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data[: pieces[-1]["start"]] + data[pieces[-1]["start"] :].replace(b"Text", b"Test"))
+    assert "holds shards made from another corpus/1.jsonl" in refused(capsys, *arguments)
+
+
+def test_a_repair_is_not_resumed_as_a_new_run(
+    corpus: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    arguments = command(corpus, tmp_path / "s", tokenizer)
+    assert call(*arguments) == 0
+    next((tmp_path / "s").glob("*.tar")).unlink()
+    stop_after(0, monkeypatch, *arguments)
+    (tmp_path / "s" / MANIFEST).unlink()
+    assert "unfinished run with another purpose: it repairs a set; " in refused(capsys, *arguments)
 
 
 def test_other_settings_are_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from helpers.data_prep_command import data_prep
 
 from data_prep.common.errors import UserError
-from data_prep.shards.layout import COMPRESSIONS, tar_members
+from data_prep.shards.layout import COMPRESSIONS, _npy_array, tar_members
 from data_prep.shards.reader import ShardSet
 from data_prep.shards.verify import verify
 from pipeline.data.batch import build_batch
@@ -123,3 +124,13 @@ def test_the_quarantine_is_what_training_does_not_need(shards: Path) -> None:
     path.unlink()
     assert read_as_training_does(shards) == good
     path.write_bytes(whole)
+
+
+def test_an_array_is_as_long_as_its_header_says() -> None:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.arange(3), version=(1, 0))
+    data = stream.getvalue()
+    assert _npy_array(data).tolist() == [0, 1, 2]
+    for damaged in (data[:-1], data + b"\0", data + bytes(8)):
+        with pytest.raises(ValueError, match="another size or kind than its header says"):
+            _npy_array(damaged)

@@ -105,3 +105,14 @@ def test_the_limit_cuts_no_character_and_short_sentences_go_on(tokenizer):
     rule = RunningEnds(tokenizer, SentenceSettings("clause", "en", 64, min_tokens=9))
     tokens_T = tokenizer.encode("No, yes, no, yes, and then a longer clause, and a last one")
     assert [len(part) >= 9 for part in np.split(tokens_T, ends(rule, tokens_T))[:-1]] == [True, True]
+
+
+@pytest.mark.parametrize("least", range(1, 9))
+def test_a_text_is_cut_where_writing_it_ends_sentences(least, tokenizer):
+    rule = RunningEnds(tokenizer, SentenceSettings("clause", "en", 12, min_tokens=least))
+    sentences: list[list[int]] = [[]]
+    for token in tokenizer.encode(TEXT).tolist():
+        if sentences[-1] and rule.before(sentences[-1], token):
+            sentences.append([])
+        sentences[-1].append(token)
+    assert rule.cut(tokenizer.encode(TEXT)).tolist() == list(map(len, sentences))

@@ -297,6 +297,9 @@ def test_ends_of_the_range(segmenter: Segmenter) -> None:
         ("圆周率是3.", False, False),
         ("* * *\n", False, False),
         ("Done.\n* * *\n", True, True),
+        ("He left\r", True, True),
+        ("He left\u2028 ", True, True),
+        ("He left\x85", True, True),
         ("वह गया।", True, True),
         ("Он ушёл. Т. е.", False, False),
     ],
@@ -345,3 +348,10 @@ def test_unknown_names_are_refused() -> None:
         get_segmenter("word", "en")
     with pytest.raises(UserError, match="de, el, en, .*auto"):
         get_segmenter("clause", "tlh")
+
+
+def test_letters_before_an_abbreviation_make_no_thai_sentence() -> None:
+    assert get_segmenter("sentence", "th")("เมื่อวาน พ.ศ. เมื่อวาน เมื่อวาน รัฐบาล") == [
+        "เมื่อวาน พ.ศ. เมื่อวาน เมื่อวาน",
+        " รัฐบาล",
+    ]

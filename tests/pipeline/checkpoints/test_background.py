@@ -26,12 +26,12 @@ def files(run: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(("objective", "strategy"), [("lm", "zero3"), ("vae", "zero2")])
+@pytest.mark.parametrize(("objective", "strategy"), [("sllm", "zero3"), ("vae", "zero2")])
 def test_the_bytes_are_those_of_the_saved_step(
     objective: str, strategy: str, pool: ranks.RankPool, recipes: Path, tmp_path: Path
 ) -> None:
-    """Steps that follow the save change every weight before it is written. (Not sllm under ZeRO-3: its stop
-    head has an odd number of weights, and DeepSpeed leaves the padding of a part as it finds the memory.)"""
+    """Steps that follow the save change every weight before it is written. The stop head of sllm has an odd
+    number of weights, so that its parts under ZeRO-3 are padded."""
     options = ("--training.max_steps", 24, "--training.save_every", 12, "--training.eval_every", 100)
     options += ("--training.ema", 0.9, "--training.keep", 5)
     for name, background in (("beside", "true"), ("between", "false")):

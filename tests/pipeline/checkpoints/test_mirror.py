@@ -76,6 +76,54 @@ def test_the_copy_is_whole_or_absent(tmp_path: Path) -> None:
         fetch(url, tmp_path / "c")
 
 
+def test_the_newest_one_is_enough_when_the_upload_died_before_the_best_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, run = "memory://bucket/died", tmp_path / "run"
+    save(run, 10)
+    assert upload(url, run, save(run, 20, best=10)) == [""]
+    line = fetch(url, tmp_path / "a")
+    assert line.startswith("step-00000010 is not whole there (FileNotFoundError")
+    assert line.endswith(f"; step-00000020 was copied from {url}")
+    assert store.find(tmp_path / "a")[1].step == 20
+
+    # A network that dies at the last download leaves nothing that a second start would take for the run.
+    assert upload(url, run, "step-00000020", "step-00000010") == [""]
+    memory = type(fsspec.filesystem("memory"))
+    with monkeypatch.context() as patched:
+        patched.setattr(remote, "WAITS", ())
+        patched.setattr(memory, "get_file", _cut(memory.get_file, 3))
+        with pytest.raises(UserError, match="no route"):
+            fetch(url, tmp_path / "b")
+    assert fetch(url, tmp_path / "b") == f"step-00000020 was copied from {url}"
+    assert (tmp_path / "b/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "b/checkpoints/step-00000010/meta.json").exists()
+
+
+def test_a_checkpoint_of_an_earlier_start_is_uploaded_once(tmp_path: Path) -> None:
+    url, run = "memory://bucket/earlier", tmp_path / "run"
+    name, memory, written = save(run, 10), fsspec.filesystem("memory"), []
+    for _ in range(2):
+        mirror = Mirror(url, run, print)
+        mirror.add(name, earlier=True)
+        assert mirror.wait(None) and mirror.missing() == ""
+        written.append(memory.modified(f"/bucket/earlier/checkpoints/{name}/model.pt"))
+    assert written[0] == written[1]
+
+
+def _cut(function: Any, after: int) -> Any:
+    """`function`, which fails after so many calls."""
+    calls: list[int] = []
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise ConnectionError("no route to host")
+        return function(*arguments, **options)
+
+    return call
+
+
 def test_a_checkpoint_that_is_uploaded_again_is_absent_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

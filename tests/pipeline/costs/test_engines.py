@@ -11,7 +11,7 @@ import yaml
 
 from data_prep.common.errors import UserError
 from pipeline.costs.benchmark_generation import format_benchmark, run
-from pipeline.costs.engines import ENGINES, Case, CTranslate2Side, StaticSide, TokenSide
+from pipeline.costs.engines import ENGINES, Case, CTranslate2Side, LlamaCppSide, StaticSide, TokenSide
 from pipeline.costs.options import GenerationBenchmark
 
 pytestmark = pytest.mark.launch
@@ -56,10 +56,31 @@ def test_ctranslate2_writes_the_same_tokens(family: str, tmp_path: Path) -> None
     assert turn.cached_tokens == 2 * (9 + 15 - 1)
 
 
+def test_llama_cpp_writes_the_same_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    prompts = np.random.default_rng(0).integers(4, 64, (2, 9))
+    side = LlamaCppSide(options(tmp_path, "llama"), torch.device("cpu"))
+    whole = side.model.generate(
+        torch.from_numpy(prompts), do_sample=False, min_new_tokens=15, max_new_tokens=15
+    )
+    assert side.write(CASE, prompts).tolist() == whole[:, 9:].tolist()
+    assert side.turn(CASE, prompts).cached_tokens == 2 * (9 + 15 - 1)
+    small = LlamaCppSide(options(tmp_path, "llama", int8=True), torch.device("cpu"))
+    assert small.bytes_per_token(CASE) < 0.3 * side.bytes_per_token(CASE)
+    assert small.write(CASE, prompts).shape == (2, 15)
+
+
+def test_llama_cpp_runs_llamas_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--engine llama.cpp: lm is of the family opt"):
+        LlamaCppSide(options(tmp_path, "opt"), torch.device("cpu"))
+
+
 def test_caches_of_all_engines_are_counted_alike(tmp_path: Path) -> None:
     prompts = np.random.default_rng(0).integers(4, 64, (2, 9))
     found = {}
     for name, side in ENGINES.items():
+        if name == "llama.cpp":  # needs a build
+            continue
         turn = side(options(tmp_path, "llama"), torch.device("cpu")).turn(CASE, prompts)
         found[name] = turn.cache_bytes / turn.cached_tokens
     token = 2 * 2 * 32 * 4  # keys and values, layers, 2 of 4 heads of 16, fp32
@@ -99,9 +120,12 @@ def test_a_result_has_the_bound_and_the_share_of_the_reading_rate(tmp_path: Path
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "bf16"), ("cuda", "fp32")])
-def test_what_ctranslate2_does_not_run_here_is_refused(device: str, dtype: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--engine ctranslate2 runs on CPUs"):
-        CTranslate2Side(options(tmp_path, "opt", dtype=dtype), torch.device(device))
+@pytest.mark.parametrize("side", [CTranslate2Side, LlamaCppSide])
+def test_what_an_engine_for_cpus_does_not_run_is_refused(
+    side: type[TokenSide], device: str, dtype: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"--engine {side.engine} runs on CPUs"):
+        side(options(tmp_path, "llama", dtype=dtype), torch.device(device))
 
 
 def test_static_is_static(tmp_path: Path) -> None:

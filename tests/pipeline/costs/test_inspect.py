@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,6 +25,8 @@ from pipeline.costs import inspect as inspection
 from pipeline.costs.inspect import inspect, made_up_batch, new_model
 from pipeline.costs.sized_recipe import Vocabulary, sized_recipe
 from pipeline.costs.zero import Strategy, Weights, states_memory
+from pipeline.data.segments import SegmentLayout
+from pipeline.models import attention
 from pipeline.models.flops import batch_cores, count_operations, counted_rows
 from pipeline.models.folders import parameter_count
 
@@ -387,3 +390,20 @@ def test_layers_with_dropout_are_computed_again_as_on_a_gpu(tmp_path: Path) -> N
         _, _, step = inspection.DryRun(recipe, 512, "bf16").step(1024, checkpointing)
         found[checkpointing] = step.activations
     assert 0 < found[True] < found[False]
+
+
+@pytest.mark.skipif(not attention._varlen_attn(), reason="this torch has no varlen attention")
+@pytest.mark.parametrize("lengths", [[16384], [512] * 32, [128] * 128])
+def test_the_padding_inside_of_varlen_attention_counts(lengths: list[int]) -> None:
+    """Of 128 rows for each segment, in fp32; packed tiles take none of it."""
+    peaks = {}
+    for path in ("varlen", "tiles") if max(lengths) <= 128 else ("varlen",):
+        q = torch.empty(16384, 12, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        layout = SegmentLayout(np.asarray(lengths), torch.device("meta"))
+        with inspection.AsOnCuda(), inspection._Memory() as memory, attention.attention_path(path):
+            attention.packed_attention(q, q, q, layout, causal=True).sum().backward()
+        peaks[path] = memory.peak({}), memory.peak({-1: 0.0})
+    with_padding, without = peaks["varlen"]
+    assert with_padding - without == 4 * (16384 + 128 * len(lengths)) * 12 * 65
+    if "tiles" in peaks:
+        assert len(set(peaks["tiles"])) == 1

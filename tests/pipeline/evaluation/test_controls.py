@@ -365,6 +365,31 @@ def test_a_block_behind_every_context_is_scored_alone(kind, tokenizer, tiny_corp
             log_probabilities = inner(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         nats -= sum(log_probabilities[at, ids[at + 1]].item() for at in range(4, 12))
     assert curve["contexts"]["4"]["bits_per_byte"] == pytest.approx(nats / LN2 / curve["bytes"], abs=1e-5)
+    transformers_folder = tmp_path / "plain"
+    inner.save_pretrained(transformers_folder)
+    tokenizer.save(transformers_folder / "tokenizer")
+    for path in (folder, transformers_folder):
+        _check_contexts_without_start_symbol(path, inner, tokenizer, texts, text)
+
+
+def _check_contexts_without_start_symbol(folder, inner, tokenizer, texts, text):
+    options = {"context_block": 8, "context_blocks": 2, "start_symbol": False}
+    result = evaluate(folder, text=text, context_curve=[1, 4, 64], **options)
+    curve = result["context_curve"]
+    assert result["start_symbol"] is False and curve["tokens"] == 16 * len(texts)
+    assert [one["mean_context"] for one in curve["contexts"].values()] == [1 + 3.5, 4 + 3.5, 64 + 3.5]
+    for context in (1, 4, 64):
+        nats = 0.0
+        for content in texts:
+            for end in (72, 80):
+                ids = tokenizer.encode(content)[end - 8 - context : end].tolist()
+                with torch.no_grad():
+                    log_probabilities = inner(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+                nats -= sum(
+                    log_probabilities[at, ids[at + 1]].item() for at in range(context - 1, context + 7)
+                )
+        got = curve["contexts"][str(context)]["bits_per_byte"]
+        assert got == pytest.approx(nats / LN2 / curve["bytes"], abs=1e-5)
 
 
 def test_contexts_that_do_not_fit_are_refused(tokenizer, tiny_valid_shards, tmp_path):
@@ -377,6 +402,9 @@ def test_contexts_that_do_not_fit_are_refused(tokenizer, tiny_valid_shards, tmp_
     short = write_jsonl(tmp_path / "short.jsonl", ["A short one."])
     with pytest.raises(UserError, match="no document is long enough"):
         evaluate(folder, text=short, context_curve=[16], context_block=8)
+    for options in ({}, {"context_curve": [16]}):
+        with pytest.raises(UserError, match="--no-start-symbol is for token-level models"):
+            evaluate(folder, text=short, start_symbol=False, **options)
     with pytest.raises(UserError, match="is for --context-curve"):
         evaluate(folder, text=short, context_block=8)
     result = evaluate(folder, text=short, context_curve=[16])

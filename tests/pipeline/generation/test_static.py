@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from data_prep.text.tokenizer import Tokenizer, load_tokenizer
 from pipeline.generation import choice
+from pipeline.generation import replay as replay_module
 from pipeline.generation import sampling as sampling_module
+from pipeline.generation.replay import Replay, bucket
 from pipeline.generation.results import Limits, Request
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
 from pipeline.models import attention as attention_module
 from pipeline.models import sentence_decoder, sentence_lm, sllm, stack_state
-from pipeline.models import step as step_module
-from pipeline.models.step import Replay, bucket
 
 PROMPTS = ["", "The list is set by hand, and its value is", "One is set.", "It ends. ", "他走了。然后", "a"]
 KINDS = {
@@ -40,6 +40,7 @@ SETTINGS = [
     Sampling(temperature=1.3, min_p=0.05),
     Sampling(repetition_penalty=1.3),
 ]
+STATIC = (choice, sentence_decoder, sentence_lm, stack_state)
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze"}
 VIEWS |= {
     "alias",
@@ -62,7 +63,7 @@ def tokenizer(tiny_tokenizer: str) -> Tokenizer:
 
 @pytest.fixture
 def static(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sentence_decoder, sentence_lm, stack_state):
+    for module in STATIC:
         monkeypatch.setattr(module, "static_shapes", lambda device: True)
 
 
@@ -92,7 +93,7 @@ def test_static_steps_write_the_same_texts(
 ) -> None:
     model = model_of(kind, tokenizer)
     expected = written(model, tokenizer, 5)
-    for module in (sentence_decoder, sentence_lm, stack_state):
+    for module in STATIC:
         monkeypatch.setattr(module, "static_shapes", lambda device: True)
     shapes: set[tuple[int, ...]] = set()
     call = Replay.__call__
@@ -176,7 +177,7 @@ def test_a_step_of_64_rows_is_one_graph_and_few_launches(
         monkeypatch.setattr(module, "reads_freely", lambda device: False)
     for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, waiting(name))
-    for module in (step_module, sllm, stack_state, choice, sampling_module):
+    for module in (replay_module, sllm, stack_state, choice, sampling_module):
 
         def uploaded(array: np.ndarray, device: torch.device) -> torch.Tensor:
             return torch.from_numpy(np.array(array)).clone()
@@ -187,7 +188,7 @@ def test_a_step_of_64_rows_is_one_graph_and_few_launches(
     monkeypatch.undo()
     assert len(steps) > 5 and len(texts) > 64
     most = max(steps, key=len)
-    assert len(most) <= 60 and max(waits) <= 1
+    assert len(most) <= 18 and max(waits) <= 1
 
 
 def test_buckets() -> None:

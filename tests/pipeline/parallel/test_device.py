@@ -12,9 +12,11 @@ from helpers.model_folders import save, small_model
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
+from pipeline.costs.benchmark import start
+from pipeline.costs.options import GenerationBenchmark
 from pipeline.evaluation.evaluate import load
 from pipeline.models.inference import load_for_generation
-from pipeline.parallel.device import choose_device, claim_gpu
+from pipeline.parallel.device import choose_device, claim_gpu, require_own_gpu
 from pipeline.parallel.ranks import Ranks, find_ranks
 
 MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
@@ -82,6 +84,40 @@ def test_int8_is_loaded_for_the_cpu_where_there_is_a_gpu(
     assert next(model.parameters()).device.type == "cpu"
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert load(folder).placed() == {"device": "cpu", "dtype": "float32"}
+    with pytest.raises(UserError, match="DS_ACCELERATOR=cpu is set"):
+        start(GenerationBenchmark(recipe="sllm-125m-h1", device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "accelerator"),
+    [({"device": "cuda", "int8": True}, "cuda"), ({"device": "cpu"}, "cuda"), ({"device": "cuda"}, "cpu")],
+)
+def test_the_harness_device_is_a_wish(
+    settings: dict,
+    accelerator: str,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """lm-evaluation-harness gives `cuda` by default, also with int8 and DS_ACCELERATOR=cpu."""
+    from pipeline.interop.lm_eval_model import FolderLM
+
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    folder = save(small_model("sllm", tokenizer), tmp_path / "m", tokenizer)
+    with_gpu(monkeypatch)
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    weight = next(FolderLM(str(folder), **settings)._model.parameters())
+    assert (weight.device.type, weight.dtype) == ("cpu", torch.float32)
+    with pytest.raises(UserError, match="--device mps: must be cpu or cuda"):
+        FolderLM(str(folder), device="mps")
+
+
+def test_a_gpu_of_another_rank_is_refused() -> None:
+    store = torch.distributed.HashStore()
+    for local, gpu in enumerate(("GPU-1", "GPU-2")):
+        require_own_gpu(store, Ranks(local, 3, local), gpu)
+    with pytest.raises(UserError, match="rank 2 has the same GPU as another rank"):
+        require_own_gpu(store, Ranks(2, 3, 2), "GPU-2")
 
 
 def _timeouts() -> list[timedelta]:
