@@ -8,6 +8,7 @@ Nothing is run: the models are made of fake tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def _per_token(
     """Costs with each of some limits of a token model's attention. depth: None leaves the recipe's."""
     recipe = recipe.model_copy(deep=True)
     recipe.data.window_tokens = context
-    recipe.model.backbone |= {"max_position_embeddings": context + 2 * tokens}
+    recipe.model.backbone |= {"max_position_embeddings": 2 * (context + tokens)}
     if depth is not None:
         recipe.model.backbone |= {"num_hidden_layers": depth}
     recipe.reading_part["vocab_size"] = vocabulary
@@ -120,9 +121,14 @@ def _per_token(
     return found
 
 
+def cost_of_token(recipe: Recipe, vocabulary: int, context: int, tokens: int, size: int) -> dict[str, float]:
+    """`COSTS` of a new token of a recipe's model at batch 1, in sentences of `tokens` tokens."""
+    return _per_token(recipe, None, [None], vocabulary, context, tokens, size)[0]
+
+
 def bytes_per_token(recipe: Recipe, vocabulary: int, context: int, tokens: int, size: int) -> float:
-    """Bytes that a new token of a recipe's model reads at batch 1, in sentences of `tokens` tokens."""
-    return _per_token(recipe, None, [None], vocabulary, context, tokens, size)[0]["bytes"]
+    """The bytes of `cost_of_token`."""
+    return cost_of_token(recipe, vocabulary, context, tokens, size)["bytes"]
 
 
 def _counts(
@@ -130,7 +136,8 @@ def _counts(
 ) -> tuple[dict[str, int], dict[tuple[str, int], int]]:
     """Of a window of equal sentences: rows of every linear layer; needed pairs of every part's layers."""
     span = Span(np.zeros(sentences * tokens, dtype=np.int64), np.full(sentences, tokens), False)
-    batch = build_batch([span])
+    # A model that sees sentence ends puts them between the tokens, which fake tensors do not hold.
+    batch = replace(build_batch([span]), host_tokens_T=span.tokens)
     with flops.counted_rows(model) as rows:
         model(batch)
     pairs: dict[tuple[str, int], int] = {}

@@ -282,6 +282,7 @@ def evaluate(
     context_blocks: int = 1,
     start_symbol: bool = True,
     ngram: str | Path | NgramModel | None = None,
+    by_document: bool = False,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
 ) -> dict:
@@ -298,6 +299,7 @@ def evaluate(
             each of these contexts.
         start_symbol: whether these contexts have one before them (token models).
         ngram: shards to count an n-gram model on, or that model, scored on the same windows.
+        by_document: also the nats and bytes of each document, in the text's order.
     Returns: the figures of `Scores.figures` and their origin (docs/evaluation.md).
     Raises: UserError for folders, data or settings that do not fit together.
     """
@@ -395,6 +397,7 @@ def evaluate(
         "window_tokens": window,
         "ranks": ranks.world,
         **scores.figures(),
+        **({"by_document": scores.by_document()} if by_document else {}),
         **({"context_curve": curve_figures(scored[-1], contexts)} if contexts else {}),
         **({"context_block": context_block, "context_blocks": context_blocks} if context_block else {}),
         **({} if start_symbol else {"start_symbol": False}),

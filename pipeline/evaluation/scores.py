@@ -221,6 +221,14 @@ class Scores:
         self.exact_of_length += other.exact_of_length
         self.edits_of_length += other.edits_of_length
 
+    def by_document(self) -> dict[str, list[float]]:
+        """Nats and bytes of every document, by its number: for differences of two models on the same ones."""
+        rows = [self.rows[number] for number in sorted(self.rows)]
+        return {
+            "nats": [round(float(row[NATS].sum()), 4) for row in rows],
+            "bytes": [int(row[BYTES]) for row in rows],
+        }
+
     def figures(self) -> dict:
         """All figures of the sums so far. Needs at least one scored token."""
         numbers = sorted(self.rows)

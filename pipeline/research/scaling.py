@@ -114,6 +114,14 @@ def _resampled(fitted_N: np.ndarray, log_y_N: np.ndarray, free: int) -> np.ndarr
     return fitted_N + residuals[rng.integers(0, count, (RESAMPLES, count))]
 
 
+def power_draws(x_N: np.ndarray, y_N: np.ndarray) -> np.ndarray:
+    """[RESAMPLES, 2]: slope and height of the line in log x and log y, fitted to resampled residuals."""
+    log_x, log_y = np.log(x_N), np.log(y_N)
+    _, slope, height = _line(log_x, y_N)
+    drawn = _resampled(height + slope * log_x, log_y, 2)
+    return np.array([_line(log_x, np.exp(one))[1:] for one in drawn])
+
+
 def _interval(values: np.ndarray) -> list[float]:
     return np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
 

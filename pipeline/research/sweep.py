@@ -72,7 +72,11 @@ FIGURES = (
     "ppl",
     "exact_match",
     "window_tokens",
+    "held_out",
+    "new_token",
 )
+HELD_OUT = ("bits_per_byte", "bits_per_byte_interval", "by_document", "data", "shards_fingerprint")
+WRITTEN_CONTEXT = 1024  # tokens before the new one whose cost is counted
 SHORT = 8  # tokens: `exact_match_to_8`
 STOP_SECONDS = 60.0  # for a stopped training to save
 
@@ -142,7 +146,7 @@ class Workers:
         slot = self._slots.get()
         try:
             self._execute(job, slot, [*train, "--deepspeed_config", STRATEGY])
-            measure += [job.recipe.data.validation, ",".join(map(str, job.contexts))]
+            measure += [job.recipe.data.validation, ",".join(map(str, job.contexts)), job.held_out or ""]
             printed = self._execute(job, slot, measure, capture=True)
         finally:
             self._slots.put(slot)
@@ -192,10 +196,12 @@ class Workers:
                 process.kill()
 
 
-def measure(run_dir: str, model: str, data: str, contexts: str = "") -> dict[str, Any]:
+def measure(run_dir: str, model: str, data: str, contexts: str = "", held_out: str = "") -> dict[str, Any]:
     """Export a run's last checkpoint and score it; the figures of `sllm evaluate`, beside an n-gram model of
-    the run's own training text, `body_parameters`, and `operations_per_token`."""
+    the run's own training text, `body_parameters`, `operations_per_token`, and what a new token costs."""
+    from pipeline.costs.generation_bound import cost_of_token
     from pipeline.costs.inspect import body_parameters
+    from pipeline.costs.sized_recipe import sized_recipe
     from pipeline.data.plan import BinPlan
     from pipeline.evaluation.evaluate import evaluate
     from pipeline.evaluation.ngram import count_plan
@@ -212,6 +218,14 @@ def measure(run_dir: str, model: str, data: str, contexts: str = "") -> dict[str
     curve = [int(length) for length in contexts.split(",") if length]
     figures = evaluate(model, data=data, ngram=ngram, context_curve=curve)
     figures["operations_per_token"] = operations_per_token(recipe)
+    if ngram is not None:
+        sentence = max(1, round(figures["tokens"] / figures["sentences"]))
+        sized = sized_recipe(str(Path(run_dir) / "recipe.yaml"))
+        cost = cost_of_token(sized, ngram.vocabulary, WRITTEN_CONTEXT, sentence, 4)
+        figures["new_token"] = {"context": WRITTEN_CONTEXT, "sentence_tokens": sentence, **cost}
+    if held_out:
+        found = evaluate(model, data=held_out, by_document=True)
+        figures["held_out"] = {key: found[key] for key in HELD_OUT}
     return {**figures, "body_parameters": body_parameters(load_model(model))}
 
 
@@ -229,6 +243,7 @@ def make_row(job: Job, figures: dict[str, Any], workers: int) -> dict[str, Any]:
         "seconds": sum(run.values("seconds")),
         "operations": sum(operations) if len(operations) == len(run.metrics) else None,
         "needed_operations": run.metrics[-1]["tokens"] * figures["operations_per_token"],
+        "budget": job.operations,
         "cell": job.cell,
         "contexts": list(job.contexts),
         "checkpoint": store.step_name(run.metrics[-1]["step"]),

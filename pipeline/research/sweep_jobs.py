@@ -24,9 +24,9 @@ from pipeline.config.library import find_recipe
 from pipeline.config.loading import load_yaml, parse_overrides
 from pipeline.config.schema import Recipe, load_recipe
 
-KEYS = ("about", "recipe", "seeds", "overrides", "runs", "grid", "context_curve", "fresh")
+KEYS = ("about", "recipe", "seeds", "overrides", "runs", "grid", "context_curve", "fresh", "held_out")
 OURS = ("seed", "output_dir")  # recipe keys that the sweep itself sets
-OWN = ("recipe", "after", "operations")  # keys of a run that are no recipe keys
+OWN = ("recipe", "after", "operations", "held_out")  # keys of a run that are no recipe keys
 SAMPLE = 32  # bins whose multiply-adds per token stand for those of a run
 
 
@@ -37,6 +37,7 @@ class Job:
     overrides: the recipe keys that this run changes. after: the run of the SentenceVAE that it starts from.
     operations: the multiply-adds that it may need, the SentenceVAE's included; they set its tokens. cell: its
     place in the grid. contexts: context lengths that are measured. fresh: it may see no token twice.
+    held_out: shards that are scored too, on which nothing is chosen.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Job:
     cell: dict[str, str] = field(default_factory=dict)
     contexts: tuple[int, ...] = ()
     fresh: bool = False
+    held_out: str | None = None
 
     @property
     def key(self) -> str:
@@ -82,6 +84,8 @@ class Job:
             and meta.shards == [_fingerprint(folder) for folder in data.shards]
             and row["evaluation"]["shards_fingerprint"] == _fingerprint(data.validation)
             and row.get("contexts", []) == list(self.contexts)
+            and (row.get("held_out") or {}).get("shards_fingerprint")
+            == (_fingerprint(self.held_out) if self.held_out else None)
         )
         return row if same else None
 
@@ -160,6 +164,9 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
         operations = read_number(settings.get("operations"))
         if operations is not None and not (type(operations) in (int, float) and operations > 0):
             raise UserError(f"{where}: operations must be a number above 0, not {operations!r}")
+        held_out = settings.get("held_out", sweep.get("held_out"))
+        if held_out is not None and not isinstance(held_out, str):
+            raise UserError(f"{where}: held_out must be a shard folder, not {held_out!r}")
         common = sweep.get("overrides") or {}
         file = settings.get("recipe", sweep.get("recipe"))
         if file is None:
@@ -182,7 +189,8 @@ def read_sweep(path: Path, folder: Path, overrides: Sequence[str] = ()) -> list[
                 if after and (recipe.objective, after.recipe.objective) != ("sllm", "vae"):
                     raise UserError("`after` is for an SLLM that starts from a SentenceVAE of this sweep")
                 measured = () if recipe.objective == "vae" else tuple(contexts)
-                place = operations, cells[name], measured, bool(sweep.get("fresh"))
+                scored = None if recipe.objective == "vae" else held_out
+                place = operations, cells[name], measured, bool(sweep.get("fresh")), scored
                 jobs[name].append(Job(name, seed, folder, recipe, own, after, *place))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
@@ -263,8 +271,8 @@ def with_budgets(jobs: Sequence[Job], wanted: Collection[str]) -> list[Job]:
 
 
 def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> float:
-    """Multiply-adds that training needs per token, forward and backward, by the first bins of the run:
-    without padding and without what attention masks.
+    """Multiply-adds that training needs per token, forward, backward and Muon's update, by the first bins of
+    the run: without padding and without what attention masks.
 
     vae: the sizes of a SentenceVAE that is not there yet.
     """
@@ -274,6 +282,8 @@ def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> f
     from pipeline.data.plan import BinPlan
     from pipeline.models.factory import new_model
     from pipeline.models.flops import TRAINING_FACTOR, StepArithmetic
+    from pipeline.training.muon import update_operations
+    from pipeline.training.optimizer import parameter_groups
 
     data, sets = recipe.data, [ShardSet.open(folder) for folder in recipe.data.shards]
     sized = recipe.model_copy(deep=True)
@@ -286,4 +296,8 @@ def operations_per_token(recipe: Recipe, vae: dict[str, Any] | None = None) -> f
     plan = BinPlan(sets, data.window_tokens, data.bin_tokens, recipe.seed, data.weights, by_rule=by_rule)
     batches = [build_batch(plan.spans(bin_)) for bin_ in itertools.islice(plan.bins(), SAMPLE)]
     needed = sum(arithmetic.needed(batch) for batch in batches)
-    return TRAINING_FACTOR * needed / sum(batch.tokens for batch in batches)
+    each = TRAINING_FACTOR * needed / sum(batch.tokens for batch in batches)
+    if recipe.optimizer.kind == "muon":
+        parameter_groups(model, recipe.optimizer)  # freezes what the recipe freezes
+        each += update_operations(model) / (data.bin_tokens * data.bins_per_step)
+    return each

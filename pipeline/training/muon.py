@@ -48,6 +48,18 @@ def scale(rows: int, columns: int) -> float:
     return 0.2 * math.sqrt(max(rows, columns))
 
 
+def update_operations(model: nn.Module) -> int:
+    """Multiply-adds of one update of all hidden matrices that are trained."""
+    shapes = {id(p): p.shape for p in model.parameters() if p.requires_grad}
+    total = 0
+    for number, count in hidden_matrices(model).items():
+        if number in shapes:
+            rows, columns = shapes[number]
+            short, long = sorted((rows // count, columns))
+            total += count * STEPS * (2 * short**2 * long + short**3)
+    return total
+
+
 def hidden_matrices(model: nn.Module) -> dict[int, int]:
     """Id of each weight that Muon takes → number of matrices on top of each other in it: all matrices but
     embeddings, what is tied to one, and heads."""

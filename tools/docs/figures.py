@@ -8,6 +8,9 @@ Other tables are templates in `templates/`. FILE is a path below docs/results.
                              are there
     robustness FILE          result of `sllm robustness`: a line for each variant of the text and model
     context FILE             the same file's loss by context length: where context pays, with its chart
+    contest FILES            the same files' runs with a budget: the best of both sides, how many were tried,
+                             paired differences on held-out text, fits, and the frontier as a picture;
+                             a result of `sllm benchmark train --step` among them gives equal time
     exact-by-length FILE     the same file's SentenceVAEs: sentences rebuilt exactly, by length
     scaling FILE             result of `sllm scaling fit --json`, with its chart as a picture
     comparison FILE          result of `sllm compare --json`, with its charts as pictures
@@ -39,7 +42,7 @@ from pipeline.common.figures import exact_matches
 from pipeline.common.text import duration, with_interval
 from pipeline.evaluation.controls import SHIFTS
 from pipeline.reports.charts import generation_plots
-from pipeline.research import compare_page, context_table, scaling
+from pipeline.research import compare_page, contest, context_table, scaling
 from tools.benchmarks import goodput, identify_quality, segment_quality
 from tools.gpu_check import page as gpu_page
 from tools.gpu_check import runner as gpu_check
@@ -235,6 +238,19 @@ def context(results: Results, file: str) -> list[str]:
     return markdown_table(found) + results.draw(name, context_table.plots(rows), caption)
 
 
+def contested(results: Results, *files: str) -> list[str]:
+    found = [results.read(file) for file in files]
+    rates = [
+        {"sllm": one["model"]["multiply_adds_per_second"], "lm": one["against"]["multiply_adds_per_second"]}
+        for one in found
+        if "rows" not in one
+    ]
+    settled = contest.settle((row for one in found for row in one.get("rows", ())), *rates)
+    name, caption = f"{files[0].removesuffix('.json')}-frontier.svg", "All tries of both sides"
+    lines = [*markdown_table(contest.table(settled)), "", *(f"- {note}" for note in contest.notes(settled))]
+    return lines + results.draw(name, contest.plots(settled), caption)
+
+
 def segment_quality_table(results: Results, file: str) -> list[str]:
     return markdown_table(segment_quality.table(results.read(file)))
 
@@ -368,6 +384,7 @@ TABLES: dict[str, Callable[..., list[str]]] = {
     "sweep": sweep,
     "exact-by-length": exact_by_length,
     "context": context,
+    "contest": contested,
     "scaling": fitted,
     "comparison": compared,
     "segment-quality": segment_quality_table,

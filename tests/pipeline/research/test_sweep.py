@@ -4,6 +4,7 @@ twice, a stopped sweep that resumes, mistakes in one line."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -213,6 +214,7 @@ def gridded(
         },
         context_curve=[4, 16],
         fresh=True,
+        held_out=str(tiny_shards),
         grid={"window": windows, "budget": {"small": {"operations": "1.5e9"}}},
     )
     return path, folder / "out", run(path, folder / "out", only=["w8-small"])
@@ -228,6 +230,12 @@ def test_a_cell_of_a_grid_spends_its_budget_and_is_measured_by_context_length(gr
     assert 1 <= row["needed_operations"] / 1.5e9 < 1 + most
     lost = row["context_curve"]["contexts"]
     assert lost["16"]["lost"] == 0 and lost["4"]["lost"] != 0 and row["vector_gain"] is None
+    held = row["held_out"]
+    nats, sizes = (sum(held["by_document"][key]) for key in ("nats", "bytes"))
+    assert held["bits_per_byte"] == pytest.approx(nats / sizes / math.log(2), rel=1e-5)
+    again = evaluate(out / "models" / "w8-small-s1", data=held["data"])
+    assert held["bits_per_byte"] == pytest.approx(again["bits_per_byte"], rel=1e-5) != row["bits_per_byte"]
+    assert row["budget"] == 1.5e9 and row["new_token"]["multiply_adds"] > 0
     assert row["ngram_bits_per_byte"] > 0 and row["ngram_trained_tokens"] >= row["tokens"]
     text = format_sweep(result)
     assert "lost at 4" in text and "Kneser–Ney" in text
@@ -268,6 +276,7 @@ def test_a_budget_counts_the_sentence_vae_and_fresh_text_is_enough(recipes: Path
     ("sweep", "message"),
     [
         ({"runs": {"a": {"operations": -1}}}, "run a: operations must be a number above 0, not -1"),
+        ({"runs": {"a": {"held_out": 1}}}, "run a: held_out must be a shard folder, not 1"),
         ({"runs": {"a": {}}, "context_curve": [0]}, "context_curve must be a list of numbers of tokens"),
         ({"grid": {"depth": {"d2": 2}}}, "grid must map axes to labels"),
         ({"grid": {"depth": [2, 4]}}, "grid must map axes to labels"),

@@ -11,11 +11,12 @@ from helpers import faulty_ranks, ranks, run_checks
 from helpers.models import small_lm, small_sllm, small_stack, small_vae
 from helpers.runs import arguments, losses, records
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.common.errors import UserError
 from pipeline.config.deepspeed_config import read_strategy, require_compatible
 from pipeline.config.schema import OptimizerRecipe, load_recipe
-from pipeline.training.muon import COEFFICIENTS, hidden_matrices, orthogonal
+from pipeline.training.muon import COEFFICIENTS, hidden_matrices, orthogonal, update_operations
 from pipeline.training.optimizer import new_optimizer, parameter_groups
 
 MUON = ("--optimizer.kind", "muon", "--training.ema", 0.5, "--schedule.kind", "constant")
@@ -67,6 +68,17 @@ def test_muon_takes_the_hidden_matrices(model) -> None:
         stacked = 3 if name.endswith("qkv.weight") else 2 if name.endswith("key_value.weight") else 1
         assert muon[id(parameter)] == (0 if outer else stacked), name
     assert len(hidden_matrices(model)) == sum(count > 0 for count in muon.values()) > 3
+
+
+def test_an_update_is_counted_as_torch_counts_it() -> None:
+    model = small_stack(memory=2)
+    model.upper[0].requires_grad_(False)
+    optimizer, _ = new_optimizer(model, OptimizerRecipe(kind="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert update_operations(model) == counter.get_total_flops() / 2 > 0
 
 
 def test_stacked_projections_move_as_matrices_of_their_own() -> None:
