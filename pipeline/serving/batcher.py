@@ -16,13 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from data_prep.common.errors import UserError, first_line, log
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.prefixes import PrefixCache
 from pipeline.generation.results import Continuation, Limits, Piece, Request, Sentence
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
-from pipeline.models.inference import load_for_generation
+from pipeline.models.inference import load_for_generation, steady_rounding
 
 Deliver = Callable[[int, "Piece | Sentence | Continuation | Exception"], None]
 
@@ -78,9 +80,14 @@ class Batcher:
 
     def _read(self, folder: str) -> Loaded:
         model, tokenizer = self._load(folder)
-        # A loaded tensor may be a view of its file, and new weights may be copied over that file.
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+        # A loaded tensor may be a view of its file, and new weights may be copied over it. The matrices of
+        # linear layers are copies already, side by side.
+        for module in model.modules():
+            own = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
+            for name, tensor in own:
+                if not (isinstance(module, nn.Linear) and name == "weight"):
+                    tensor.data = tensor.data.clone()
+        steady_rounding(model)
         return Loaded(folder, model, tokenizer)
 
     def submit(self, requests: list[Request], deliver: Deliver) -> list[int]:
