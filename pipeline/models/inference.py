@@ -21,15 +21,12 @@ from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.models.factory import load_model
 from pipeline.models.folders import load_model_tokenizer
-from pipeline.models.layers import on_rows
 from pipeline.models.sentence_lm import SentenceLM
 from pipeline.models.step import BackboneStep, join, joined_layers
 from pipeline.models.token_documents import TokenDocuments
 from pipeline.models.token_lm import TokenLM
 from pipeline.models.vocabulary_head import VocabularyHead, chunk_rows
 from pipeline.parallel.device import DeviceName, DtypeName, choose_device
-
-LEAST_ROWS = 4  # read on an AMD EPYC with MKL (tests/pipeline/models/test_inference.py)
 
 
 class Int8Linear(nn.Module):
@@ -129,13 +126,3 @@ def lay_out(model: nn.Module) -> nn.Module:
         if columns and isinstance(module, nn.Linear) and module not in done:
             module.weight.data = module.weight.data.t().contiguous().t()
     return model
-
-
-def steady_rounding(model: nn.Module) -> None:
-    """Let no text's rounding depend on how many others are generated with it, in place, on a CPU.
-
-    A product with 1, 2 or 3 rows has kernels of its own there, which add in another order: where two choices
-    are equal to the last bit, another text follows. From 4 rows on a row has the same bits in any batch."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
-            vars(module).update(least_rows=LEAST_ROWS, forward=on_rows(LEAST_ROWS, module.forward))

@@ -49,19 +49,6 @@ def attend_across(q: Tensor, k: Tensor, v: Tensor, spans: ContextSpans, dropout:
     return packed_attention(*wide, spans.layout, causal=True, dropout=dropout).index_select(0, spans.own)
 
 
-def on_rows(least: int, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function of rows [..., d], computed on `least` rows where there are fewer; the others are zeros."""
-
-    def padded(x: Tensor, *more: Any) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if more or not 0 < rows < least:
-            return function(x, *more)
-        flat = x.reshape(rows, x.shape[-1])
-        return function(F.pad(flat, (0, 0, 0, least - rows)))[:rows].reshape(*x.shape[:-1], -1)
-
-    return padded
-
-
 class Projections(nn.Linear):
     """`count` linear maps of one input, whose matrices lie on top of each other in the weight."""
 

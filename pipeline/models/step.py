@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,6 @@ from pipeline.models.layers import (
     SentenceMemory,
     TokenEmbedding,
     TransformerLayer,
-    on_rows,
     rotation,
     sinusoids,
 )
@@ -44,9 +43,7 @@ def linear(*modules: Any) -> Apply:
             parts = [linear(module) for module in modules]
             return lambda x: torch.cat([part(x) for part in parts], -1)
         weight, bias = whole, None if biases[0] is None else torch.cat(biases)
-    product = partial(F.linear, weight=weight, bias=bias)
-    least = getattr(modules[0], "least_rows", 1)
-    return on_rows(least, product) if least > 1 else product
+    return lambda x: F.linear(x, weight, bias)
 
 
 def logits(head: nn.Module) -> Apply:

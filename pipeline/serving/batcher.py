@@ -24,7 +24,7 @@ from pipeline.generation.prefixes import PrefixCache
 from pipeline.generation.results import Continuation, Limits, Piece, Request, Sentence
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
-from pipeline.models.inference import load_for_generation, steady_rounding
+from pipeline.models.inference import load_for_generation
 
 Deliver = Callable[[int, "Piece | Sentence | Continuation | Exception"], None]
 
@@ -87,7 +87,6 @@ class Batcher:
             for name, tensor in own:
                 if not (isinstance(module, nn.Linear) and name == "weight"):
                     tensor.data = tensor.data.clone()
-        steady_rounding(model)
         return Loaded(folder, model, tokenizer)
 
     def submit(self, requests: list[Request], deliver: Deliver) -> list[int]:

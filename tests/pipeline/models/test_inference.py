@@ -14,16 +14,7 @@ from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.cli.generate import generate_prompt, settings
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.generation.results import Limits, Piece, Request
-from pipeline.generation.sampling import Sampling
-from pipeline.generation.writer import BatchWriter
-from pipeline.models.inference import (
-    Int8Head,
-    Int8Linear,
-    load_for_generation,
-    steady_rounding,
-    to_int8,
-)
+from pipeline.models.inference import Int8Head, Int8Linear, to_int8
 
 
 def test_a_layer_is_rounded_by_its_scales_only():
@@ -47,26 +38,6 @@ def test_a_model_in_8_bits_scores_nearly_the_same(family):
     assert rounded.target_correct_N.shape == exact.target_correct_N.shape
     difference = abs(float(rounded.target_nll_N.sum() - exact.target_nll_N.sum())) / targets
     assert 0 < difference < 0.1
-
-
-@pytest.mark.parametrize("kind", ["sllm", "stack"])
-def test_probabilities_do_not_depend_on_the_batch(kind, tiny_tokenizer, tmp_path):
-    """Not by a bit. Without `steady_rounding` a row alone is rounded otherwise than beside others."""
-    tokenizer = load_tokenizer(tiny_tokenizer)
-    model, _ = load_for_generation(save(small_model(kind, tokenizer), tmp_path / "m", tokenizer))
-    steady_rounding(model)
-
-    def written(requests: list[Request], rows: int) -> dict[int, list[float]]:
-        found: dict[int, list[float]] = {request.number: [] for request in requests}
-        for number, event in BatchWriter(model, tokenizer, Sampling(1.0), Limits(6, 60), rows).run(requests):
-            if isinstance(event, Piece):
-                found[number].append(event.log_probability)
-        return found
-
-    requests = [Request(seed, "The list" * (seed % 3), seed) for seed in range(12)]
-    together = written(requests, 12)
-    assert sum(map(len, together.values())) > 100
-    assert together == {request.number: written([request], 1)[request.number] for request in requests}
 
 
 def test_generate_and_evaluate_in_8_bits(tiny_tokenizer, tiny_valid_shards, tmp_path):
