@@ -92,7 +92,7 @@ class TokenSide:
         """Raises: UserError unless it is a CPU in fp32 or 8 bits."""
         if device.type != "cpu" or options.dtype != "fp32":
             raise UserError(
-                f"--engine {self.engine} runs on CPUs in fp32 or --int8, not {device.type} in {options.dtype}"
+                f"--engine {self.engine} is for CPUs in fp32 or --int8, not {device.type} in {options.dtype}"
             )
 
     def limit(self, case: Case) -> str | None:
