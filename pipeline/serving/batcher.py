@@ -16,8 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from data_prep.common.errors import UserError, first_line, log
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.generation.prefixes import PrefixCache
@@ -80,13 +78,11 @@ class Batcher:
 
     def _read(self, folder: str) -> Loaded:
         model, tokenizer = self._load(folder)
-        # A loaded tensor may be a view of its file, and new weights may be copied over it. The matrices of
-        # linear layers are copies already, side by side.
-        for module in model.modules():
-            own = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
-            for name, tensor in own:
-                if not (isinstance(module, nn.Linear) and name == "weight"):
-                    tensor.data = tensor.data.clone()
+        # On a CPU a loaded tensor may be a view of its file, and new weights may be copied over it. What is laid
+        # out by columns is a copy already; the parts of one matrix stay side by side.
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                tensor.data = tensor.data.clone()
         return Loaded(folder, model, tokenizer)
 
     def submit(self, requests: list[Request], deliver: Deliver) -> list[int]:
