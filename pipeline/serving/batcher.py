@@ -78,8 +78,8 @@ class Batcher:
 
     def _read(self, folder: str) -> Loaded:
         model, tokenizer = self._load(folder)
-        # On a CPU a loaded tensor may be a view of its file, and new weights may be copied over it. What is laid
-        # out by columns is a copy already; the parts of one matrix stay side by side.
+        # On a CPU a loaded tensor may be a view of its file, and new weights may be copied over it. What is
+        # laid out by columns is a copy already; the parts of one matrix stay side by side.
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.is_contiguous():
                 tensor.data = tensor.data.clone()
