@@ -149,8 +149,8 @@ class LoraRecipe(Section):
 class BackboneRecipe(Section):
     """The backbone of an SLLM, or a token model: keys of a Hugging Face config, or a local folder.
 
-    Only families whose packing, causality and cache are under test. A key that is left out, or null, has the
-    default of the family's Hugging Face config.
+    Only families whose packing, causality and cache are under test. A key that is left out has the default of
+    the family's Hugging Face config; null is handed on to it.
     """
 
     path: str | None = Field(None, description=PATH)
@@ -166,7 +166,7 @@ class BackboneRecipe(Section):
 
 ATTENTION_BIAS = "attention has biases (Llama, Qwen3, GPT-NeoX)"
 HEAD_DIM = "width of a head (Llama, Mistral, Qwen3)"
-WINDOW = "rows back that a layer sees, its own included; null: 4,096 (Mistral, Qwen)"
+WINDOW = "rows back that a layer sees, its own included; left out: 4,096 (Mistral, Qwen); null: all"
 
 
 class OptRecipe(BackboneRecipe):

@@ -1,7 +1,8 @@
-"""One thread generates the texts of all clients; they join and leave the batch at sentence ends.
+"""One thread generates the texts of all clients. A text joins the batch when a row is free, and leaves it
+when it ends.
 
 A text equals the one that `sllm generate` writes with the same seed, whatever else is in the batch
-(`pipeline/generation/writer.py`).
+(`pipeline/generation/writer.py`), unless a draw falls between two symbols by less than rounding.
 """
 
 from __future__ import annotations

@@ -107,6 +107,7 @@ class Engine:
         self.deepspeed.train()
         self._forwards.clear()
         began, waited = clock(), self.collectives.seconds
+        # DeepSpeed takes means over ranks and micro-batches: undo that, and divide by the step's targets.
         scale = dist.get_world_size() * len(step.batches) / step.targets_all
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for number, (batch, seed) in enumerate(zip(step.batches, step.seeds, strict=True)):
