@@ -183,7 +183,8 @@ def _crossing(fits: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | Non
     if ours is None or theirs is None:
         return None
     lines = [
-        power_draws(*(np.array(one) for one in zip(*fit["points"], strict=True))) for fit in (ours, theirs)
+        power_draws(points[:, 0], points[:, 1], seed)
+        for seed, points in enumerate((np.array(ours["points"]), np.array(theirs["points"])), start=SEED)
     ]
     slopes, heights = (lines[0][:, n] - lines[1][:, n] for n in range(2))
     tail = (1 - LEVEL) / 2

@@ -105,20 +105,23 @@ def _with_offset(log_x_N: np.ndarray, y_N: np.ndarray) -> tuple[float, float, fl
     return _line(log_x_N, y_N, min((0.0, float(found.x), high), key=loss))
 
 
-def _resampled(fitted_N: np.ndarray, log_y_N: np.ndarray, free: int) -> np.ndarray:
+def _resampled(fitted_N: np.ndarray, log_y_N: np.ndarray, free: int, seed: int = SEED) -> np.ndarray:
     """[RESAMPLES, N] of log y: the fit plus resampled residuals. They are widened for the `free` parameters
     of the fit, because residuals of a few points are smaller than the errors."""
     residuals, count = log_y_N - fitted_N, len(log_y_N)
     residuals = (residuals - residuals.mean()) * math.sqrt(count / max(1, count - free))
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
     return fitted_N + residuals[rng.integers(0, count, (RESAMPLES, count))]
 
 
-def power_draws(x_N: np.ndarray, y_N: np.ndarray) -> np.ndarray:
-    """[RESAMPLES, 2]: slope and height of the line in log x and log y, fitted to resampled residuals."""
+def power_draws(x_N: np.ndarray, y_N: np.ndarray, seed: int) -> np.ndarray:
+    """[RESAMPLES, 2]: slope and height of the line in log x and log y, fitted to resampled residuals. Fits
+    that are compared have seeds of their own: their errors are not the same."""
+    order = np.lexsort((y_N, x_N))
+    x_N, y_N = x_N[order], y_N[order]
     log_x, log_y = np.log(x_N), np.log(y_N)
     _, slope, height = _line(log_x, y_N)
-    drawn = _resampled(height + slope * log_x, log_y, 2)
+    drawn = _resampled(height + slope * log_x, log_y, 2, seed)
     return np.array([_line(log_x, np.exp(one))[1:] for one in drawn])
 
 

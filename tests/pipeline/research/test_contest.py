@@ -101,6 +101,15 @@ def test_the_fits_and_where_they_meet() -> None:
     ]
     low, high = contest.settle(noisy)["crossing"]["log10_operations_interval"]
     assert low < 13 < high and high - low > 0.1
+    # Errors that happen to be alike on both sides do not cancel: they are not one error.
+    alike = [
+        row(side, side, budget, seed, bits(side, budget) * (1 + bend))
+        for side in contest.SIDES
+        for budget, bend in zip(BUDGETS, (0.003, -0.006, 0.003), strict=True)
+        for seed in (1, 2)
+    ]
+    low, high = contest.settle(alike)["crossing"]["log10_operations_interval"]
+    assert high - low > 0.1
 
 
 def test_equal_time_is_more_or_fewer_operations() -> None:
