@@ -290,20 +290,25 @@ class LlamaCppSide(TokenSide):
         return _turn(case, started, times, held, places)
 
 
-def write_gguf(model: Any, path: str, int8: bool) -> None:
-    """A Llama of Hugging Face as a GGUF file without a tokenizer, matrices in float32 or Q8_0."""
-    gguf = import_extra("gguf", "import")
-    config, kinds = model.config, gguf.GGMLQuantizationType
-    writer = gguf.GGUFWriter(path, "llama")
+def add_sizes(writer: Any, config: Any) -> None:
+    """Give a writer of GGUF files the sizes of a Llama or Qwen2."""
+    writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+
+
+def write_gguf(model: Any, path: str, int8: bool) -> None:
+    """A Llama of Hugging Face as a GGUF file without a tokenizer, matrices in float32 or Q8_0."""
+    gguf = import_extra("gguf", "import")
+    config, kinds = model.config, gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, "llama")
+    add_sizes(writer, config)
     writer.add_tokenizer_model("none")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, value in model.state_dict().items():

@@ -10,6 +10,7 @@ token model ours has `rate` times the operations, and gains what its own fit say
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -100,10 +101,11 @@ def settle(rows: Iterable[Row], rates: Mapping[str, float] | None = None) -> dic
 
 def _settings(row: Row) -> str:
     """What a run's recipe says but for its seed, its length, and places: equal ones are one try."""
-    recipe = json.loads(json.dumps(row["recipe"]))
+    recipe = copy.deepcopy(row["recipe"])
     for key in ("seed", "output_dir", "log", "training"):
         recipe.pop(key, None)
-    recipe["model"]["vae"].pop("path", None) if recipe["model"].get("vae") else None
+    if vae := recipe["model"].get("vae"):
+        vae.pop("path", None)
     return json.dumps([recipe, (row.get("after") or "").rsplit("-s", 1)[0]], sort_keys=True)
 
 

@@ -205,10 +205,12 @@ class TrainingRun:
         )
         was, now = ((meta.validation, meta.recipe["training"]["eval_bins"]) for meta in (saved, ours))
         if saved.best and was != now:
-            self.state.best, best = None, saved.best["step"]
+            self.state.best = None
             if self.ranks.rank == 0:
-                text = "the validation sample is another than before: the best checkpoint so far "
-                say(f"{text}(step {best}) no longer counts as best")
+                say(
+                    "the validation sample is another than before: the best checkpoint so far "
+                    f"(step {saved.best['step']}) no longer counts as best"
+                )
 
     def start(self) -> None:
         """Write the run's settings, open its log and start loading data."""

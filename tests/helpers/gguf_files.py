@@ -9,6 +9,8 @@ import numpy as np
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from transformers import PreTrainedModel
 
+from pipeline.costs.engines import add_sizes
+
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}
 NORMAL, CONTROL = 1, 3
 
@@ -19,15 +21,7 @@ def write_gguf(path: Path, model: PreTrainedModel, tokenizer: Path | None, **cha
     config = model.config
     name = changes.pop("architecture", config.model_type)
     writer = GGUFWriter(path, name)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+    add_sizes(writer, config)
     if config.model_type == "llama":
         writer.add_rope_dimension_count(config.head_dim)
     if tokenizer is not None:
