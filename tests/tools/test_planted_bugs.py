@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.common.errors import UserError
@@ -31,12 +32,24 @@ def tree(tmp_path: Path) -> Path:
         ("return", "return 2 *", "stale", "2 places in code_under_test.py"),
         ("2 * x", "time.sleep(60)", "hung", ""),
         ("2 * x", "next(n for n in iter(int, 1) if n)", "hung", ""),
+        # Asleep at most looks, never for long.
+        ("2 * x", "[time.sleep(0.2) or sum(range(10**6)) for _ in range(15)] and x + x", "missed", ""),
     ],
 )
 def test_a_bug_is_caught_if_a_test_fails(tree: Path, old: str, new: str, outcome: str, by: str) -> None:
     bug = Bug("code_under_test.py", old, new, ["test_code.py"], "")
-    assert try_bug(tree, bug, timeout=2 if outcome == "hung" else 60) == (outcome, by)
+    assert try_bug(tree, bug, timeout=2 if "time" in new or outcome == "hung" else 60) == (outcome, by)
     assert (tree / "code_under_test.py").read_text() == CODE
+
+
+@pytest.mark.parametrize("then", ["2 * x", "next(n for n in iter(int, 1) if n)"])
+def test_nothing_that_a_test_started_is_left(tree: Path, then: str) -> None:
+    start = "import subprocess\n    child = subprocess.Popen(['sleep', '99'])\n"
+    code = f"{start}    open('pid', 'w').write(str(child.pid))\n    return {then}"
+    bug = Bug("code_under_test.py", "return 2 * x", code, ["test_code.py"], "")
+    assert try_bug(tree, bug, timeout=2)[0] == ("missed" if then == "2 * x" else "hung")
+    pid = int((tree / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_lists_can_be_read() -> None:

@@ -36,6 +36,7 @@ LIBRARIES = (
     "deepspeed.runtime.zero.stage3",
     "hypothesis.strategies",
 )
+LOOKS = 30  # a tenth of a second apart; whoever sleeps at each of them waits for what never comes
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
@@ -78,25 +79,38 @@ def run_tests(tree: Path, tests: Sequence[str], timeout: float) -> tuple[int | N
     """pytest's status in a tree (None: out of time) and what failed: tests, or else its last line.
 
     Args:
-        timeout: seconds of CPU; for tests that wait, seconds by the clock
+        timeout: seconds of CPU; or seconds by the clock, after which tests that only wait are ended
     """
     with tempfile.TemporaryFile() as out:
         fork = multiprocessing.get_context("fork")
         process = fork.Process(target=_pytest, args=(tree, tests, out.fileno(), timeout))
         process.start()
         process.join(timeout)
-        while process.is_alive() and psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
-            process.join(1)
-        if process.is_alive():
+        asleep = 0
+        while process.is_alive() and asleep < LOOKS:
+            process.join(0.1)
+            asleep = asleep + 1 if _sleeps(process.pid) else 0
+        hung = process.is_alive()
+        # What the tests started and left.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.join()
-            return None, []
-        if process.exitcode == -signal.SIGXCPU:
+        process.join()
+        if hung or process.exitcode == -signal.SIGXCPU:
             return None, []
         out.seek(0)
         output = out.read().decode(errors="replace")
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     return process.exitcode, failed or output.strip().splitlines()[-1:]
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether a process and all below it sleep."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+        return all(one.status() == psutil.STATUS_SLEEPING for one in family)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _pytest(tree: Path, tests: Sequence[str], out: int, timeout: float) -> None:
