@@ -1,4 +1,4 @@
-"""`python tools/check_words.py [PATH …]`: refuse phrases of a private dialect, with the usual word for each.
+"""`python -m tools.check_words [PATH …]`: refuse phrases of a private dialect, with the usual word for each.
 
 Checks tracked code, docs, recipes, scripts and the "//" headers of JSON files. A line with the marker
 `words: quoted`, and the line after it, may quote anything.
@@ -11,6 +11,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from data_prep.common.command_line import Many
+from tools.commands import console
 
 ROOT = Path(__file__).resolve().parent.parent
 PHRASES = {
@@ -62,7 +65,12 @@ def found(text: str) -> Iterator[tuple[int, str, str]]:
         yield number, phrase, PHRASES[row]
 
 
-def main(paths: list[str]) -> int:
+def check_words(paths: Many = (), /) -> int:
+    """Refuse phrases of a private dialect, with the usual word for each.
+
+    Args:
+        paths: files and folders (default: all that git tracks)
+    """
     tracked = subprocess.run(
         ["git", "ls-files", "-z", "--", *paths], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -80,4 +88,4 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    raise SystemExit(console("check_words", check_words))

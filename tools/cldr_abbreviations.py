@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import sys
 import textwrap
 from pathlib import Path
 
-from data_prep.common.errors import UserError, run_main
+from data_prep.common.command_line import Many
+from data_prep.common.errors import UserError
+from tools.commands import console
 
 FOLDER = Path(__file__).resolve().parent.parent / "data_prep" / "text" / "languages"
 WITH_LISTS = ("de", "es", "fr", "it", "pt", "ru")  # English has its own, measured list
@@ -52,7 +53,12 @@ def suppressions(language: str) -> list[str]:
     return sorted(set(words))
 
 
-def main(languages: list[str]) -> None:
+def cldr_abbreviations(languages: Many = (), /) -> None:
+    """Copy Unicode CLDR's sentence break suppressions into the languages' files.
+
+    Args:
+        languages: de, es, fr, it, pt, ru (default: all)
+    """
     for language in languages or WITH_LISTS:
         path = FOLDER / f"{language}.yaml"
         head = path.read_text(encoding="utf-8").split(HEADER)[0]
@@ -63,4 +69,4 @@ def main(languages: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main("cldr_abbreviations", lambda: main(sys.argv[1:])))
+    raise SystemExit(console("cldr_abbreviations", cldr_abbreviations))

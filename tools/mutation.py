@@ -20,11 +20,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from data_prep import __version__
-from data_prep.common.command_line import Many, Natural, Positive, make_app, run_app
+from data_prep.common.command_line import Many, Natural, Positive
 from data_prep.common.environment import header, require_folder, write_result
-from data_prep.common.errors import UserError, log, print_result, run_main
+from data_prep.common.errors import UserError, log, print_result
 from data_prep.common.extras import import_extra
+from tools.commands import console
 from tools.planted_bugs.trees import REPOSITORY, changed, copied_tree, rates, run_tests
 
 TESTS = {
@@ -169,16 +169,5 @@ def _cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def main() -> int:
-    app = make_app(
-        "python -m tools.mutation",
-        __version__,
-        "Mutation testing of the core modules, with cosmic-ray.",
-        "python -m tools.mutation losses batch --minutes 15",
-    )
-    app.default(run)
-    return run_app(app)
-
-
 if __name__ == "__main__":
-    raise SystemExit(run_main("mutation", main))
+    raise SystemExit(console("mutation", run, example="python -m tools.mutation losses batch --minutes 15"))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import grimp
 
+from tools.commands import console
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 MOST_ARROWS = 80  # between packages of pipeline/
 LONGEST_CHAIN = {"pipeline": 9, "data_prep": 5}  # packages
@@ -56,7 +58,8 @@ def line_counts(folder: str) -> dict[str, int]:
     }
 
 
-def main() -> int:
+def structure() -> int:
+    """Measure the structure of the code on import-linter's graph: packages, arrows, chains, lines."""
     missed = []
     for root, most in LONGEST_CHAIN.items():
         edges = arrows(root)
@@ -82,4 +85,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(console("structure", structure))

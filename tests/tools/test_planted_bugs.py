@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,11 +18,13 @@ TESTS = "from code_under_test import double\n\n\ndef test_double():\n    assert 
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def tree(tmp_path: Path) -> Iterator[Path]:
+    gc.freeze()  # as `copied_tree` does: a fork of this process would look at all of it
     (tmp_path / "code_under_test.py").write_text(CODE)
     (tmp_path / "test_code.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\npythonpath = .\n")
-    return tmp_path
+    yield tmp_path
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(
@@ -33,12 +37,12 @@ def tree(tmp_path: Path) -> Path:
         ("2 * x", "time.sleep(60)", "hung", ""),
         ("2 * x", "next(n for n in iter(int, 1) if n)", "hung", ""),
         # Asleep at most looks, never for long.
-        ("2 * x", "[time.sleep(0.2) or sum(range(10**6)) for _ in range(15)] and x + x", "missed", ""),
+        ("2 * x", "[time.sleep(0.2) or sum(range(10**6)) for _ in range(20)] and x + x", "missed", ""),
     ],
 )
 def test_a_bug_is_caught_if_a_test_fails(tree: Path, old: str, new: str, outcome: str, by: str) -> None:
     bug = Bug("code_under_test.py", old, new, ["test_code.py"], "")
-    assert try_bug(tree, bug, timeout=2 if "time" in new or outcome == "hung" else 60) == (outcome, by)
+    assert try_bug(tree, bug, timeout=3 if "time" in new or outcome == "hung" else 60) == (outcome, by)
     assert (tree / "code_under_test.py").read_text() == CODE
 
 
@@ -47,7 +51,8 @@ def test_nothing_that_a_test_started_is_left(tree: Path, then: str) -> None:
     start = "import subprocess\n    child = subprocess.Popen(['sleep', '99'])\n"
     code = f"{start}    open('pid', 'w').write(str(child.pid))\n    return {then}"
     bug = Bug("code_under_test.py", "return 2 * x", code, ["test_code.py"], "")
-    assert try_bug(tree, bug, timeout=2)[0] == ("missed" if then == "2 * x" else "hung")
+    expected, timeout = ("missed", 60) if then == "2 * x" else ("hung", 2)
+    assert try_bug(tree, bug, timeout)[0] == expected
     pid = int((tree / "pid").read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 

@@ -20,7 +20,7 @@ from data_prep.common.errors import log
 from data_prep.common.measuring import alternate, spread
 from data_prep.common.processes import run_command
 from pipeline.training.run_log import METRICS, read_records
-from tools.benchmarks.commands import Output, console
+from tools.commands import Output, console
 
 PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "tokenizers")
 MODEL = "--recipe default-sllm --vae-recipe default-vae --threads 1 --no-memory --json"
@@ -114,4 +114,6 @@ def compare(
 
 if __name__ == "__main__":
     words = "--input corpus/EN/part-000000.jsonl --tokenizer opt-tokenizer --shards shards/train"
-    raise SystemExit(console("commits", f"python -m tools.benchmarks.commits ../old . {words}", compare))
+    raise SystemExit(
+        console("benchmarks.commits", compare, example=f"python -m tools.benchmarks.commits ../old . {words}")
+    )

@@ -139,7 +139,9 @@ def _datasketch(texts: list[str]) -> set[int]:
     from datasketch import MinHash, MinHashLSH
 
     lsh = MinHashLSH(near_duplicates.jaccard(SIMILARITY), num_perm=near_duplicates.VALUES)
-    least, kept, dropped = near_duplicates.jaccard(SIMILARITY), {}, set()
+    least = near_duplicates.jaccard(SIMILARITY)
+    kept: dict[int, MinHash] = {}
+    dropped = set()
     for number, text in enumerate(texts):
         words = words_of(text)
         sketch = MinHash(near_duplicates.VALUES, seed=1)
@@ -174,7 +176,8 @@ def _memory_of_datasketch(documents: int) -> int:
 
     rng = np.random.default_rng(0)
     lsh = MinHashLSH(near_duplicates.jaccard(SIMILARITY), num_perm=near_duplicates.VALUES)
-    kept, empty = {}, MinHash(near_duplicates.VALUES)
+    kept: dict[int, MinHash] = {}
+    empty = MinHash(near_duplicates.VALUES)
     before = memory_field("RssAnon")
     for number in range(documents):
         kept[number] = empty.copy()
@@ -186,7 +189,7 @@ def _memory_of_datasketch(documents: int) -> int:
 def _decontamination(texts: list[str], rng: random.Random) -> dict[str, Any]:
     """Passages of one half of the texts are planted in the other half."""
     half = len(texts) // 2
-    passages = []
+    passages: list[str] = []
     while len(passages) < PLANTED:
         words = rng.choice(texts[:half]).split()
         size = rng.randint(16, 30)
@@ -196,11 +199,11 @@ def _decontamination(texts: list[str], rng: random.Random) -> dict[str, Any]:
     spans = HeldOutSpans(passages)
     found = 0
     for passage in passages:
-        words = rng.choice(texts[half:]).split()
-        place = rng.randrange(len(words))
-        found += spans.found_in(" ".join([*words[:place], passage.upper(), *words[place:]])) is not None
+        host = rng.choice(texts[half:]).split()
+        place = rng.randrange(len(host))
+        found += spans.found_in(" ".join([*host[:place], passage.upper(), *host[place:]])) is not None
     started = time.process_time()
-    shared = [words for text in texts[half:] if (words := spans.found_in(text))]
+    shared = [span for text in texts[half:] if (span := spans.found_in(text))]
     seconds = time.process_time() - started
     size = sum(len(text.encode("utf-8")) for text in texts[half:])
     return {

@@ -31,14 +31,14 @@ from pipeline.costs.inspect import DryRun
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.costs.zero import Strategy, gathered_weights, peak_memory, states_memory, traffic
 from pipeline.parallel.ranks import free_port
-from tools.benchmarks.commands import Output, console
 from tools.benchmarks.measured_steps import Job
 from tools.benchmarks.strategies import run_ranks
+from tools.commands import Output, console
 
 # Ethernet, IP and TCP (with its timestamps) add 66 bytes to 1448, and tc counts them.
 HEADERS = 1514 / 1448
-# Measured alone on a link: 1.50 to 1.66; three ranks: 1.04. Probably requests for data wait on the connection
-# that sends it, so that between two ranks three halves follow each other, not two.
+# Measured alone on a link: 1.50 to 1.66; three ranks: 1.09, or 1.04 without headers. Probably requests for
+# data wait on the connection that sends it, so that between two ranks three halves follow each other.
 TWO_RANKS_GATHER = 1.5
 WARM_UP = 2  # steps of a start that are not counted: stage 3 learns the order of use in them
 # Freed memory leaves the process at once.
@@ -128,7 +128,7 @@ def traffic_and_time(
         limits: what each rank may send per second, as tc writes it
         steps: of which the fastest counts; the first two are not among them
     """
-    rows = []
+    rows, weights = [], None
     for strategy in strategies:
         job = Job(recipe, [strategy], accumulation, tokens=tokens, vocab_size=vocab_size)
         job.steps = WARM_UP + steps
@@ -149,7 +149,7 @@ def traffic_and_time(
             seconds, waits = fastest["seconds"], fastest["collectives"]
             if not limit:
                 alone, collectives = seconds, waits
-            row = {
+            row: dict[str, Any] = {
                 "strategy": strategy,
                 "limit": limit,
                 "ring_bytes": {"predicted": round(sent.sent), "counted": sum(taken[-1]["sent"].values())},
@@ -218,5 +218,10 @@ def memory(
 
 if __name__ == "__main__":
     raise SystemExit(
-        console("foretold", "python -m tools.benchmarks.foretold memory", traffic_and_time, memory)
+        console(
+            "benchmarks.foretold",
+            traffic_and_time,
+            memory,
+            example="python -m tools.benchmarks.foretold memory",
+        )
     )

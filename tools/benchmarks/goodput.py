@@ -19,7 +19,7 @@ from data_prep.common.command_line import Natural, Positive
 from data_prep.common.environment import header, write_result
 from data_prep.common.page import Table
 from pipeline.common.text import duration, percent
-from tools.benchmarks.commands import Output, console
+from tools.commands import Output, console
 
 DAY = 86_400.0
 # Failures that stopped a job, GPUs and days they were counted over.
@@ -166,4 +166,4 @@ def plots(result: dict[str, Any]) -> list[Plot]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(console("goodput", "python -m tools.benchmarks.goodput", simulate))
+    raise SystemExit(console("benchmarks.goodput", simulate))

@@ -30,8 +30,8 @@ from data_prep.shards.reader import ShardSet
 from pipeline.data.loader import StepLoader, assign
 from pipeline.data.plan import PART_WINDOWS, BinPlan, Place, Position, count
 from pipeline.parallel.ranks import Ranks
-from tools.benchmarks.commands import Output, console
 from tools.benchmarks.sharding import PACKAGES
+from tools.commands import Output, console
 
 WINDOWS = (1024, 128)
 BIN_TOKENS = 8192
@@ -191,4 +191,4 @@ class SyntheticShardSet:
 
 if __name__ == "__main__":
     example = "python -m tools.benchmarks.loader planning --documents 500000000 --shards 10000 --ranks 4096"
-    raise SystemExit(console("loader", example, loader, planning))
+    raise SystemExit(console("benchmarks.loader", loader, planning, example=example))

@@ -22,6 +22,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from data_prep.common.errors import UserError, run_main
@@ -132,7 +133,7 @@ def pairs(tree: Path) -> Iterator[tuple[str, str, str]]:
     for path in sorted(tree.rglob("LC_MESSAGES/*.mo")):
         try:
             with open(path, "rb") as file:
-                catalogue = gettext.GNUTranslations(file)._catalog
+                catalogue: dict[Any, str] = vars(gettext.GNUTranslations(file))["_catalog"]
         except (OSError, ValueError, LookupError) as error:  # LookupError: a header that gettext cannot read
             print(f"{path}: left out: {type(error).__name__}: {error}", file=sys.stderr)
             continue

@@ -41,8 +41,8 @@ from data_prep.shards.reader import ShardSet
 from data_prep.shards.settings import ShardSettings
 from data_prep.text.sentences import SentenceSettings
 from data_prep.text.tokenizer import Tokenizer
-from tools.benchmarks.commands import Output, console
 from tools.benchmarks.loader import plan_at
+from tools.commands import Output, console
 
 Part = Literal["plan", "merge", "open", "exact", "near", "training"]
 PARTS: tuple[Part, ...] = ("plan", "merge", "open", "exact", "near", "training")
@@ -298,4 +298,4 @@ def plan_scale(
 
 if __name__ == "__main__":
     example = "python -m tools.benchmarks.plan_scale --documents 5 50 500"
-    raise SystemExit(console("plan_scale", example, plan_scale))
+    raise SystemExit(console("benchmarks.plan_scale", plan_scale, example=example))

@@ -10,7 +10,6 @@ the prompt leaves. With an SLLM, sampled texts are then compared with a document
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import random
@@ -23,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.common.command_line import Many, Natural, Positive
 from data_prep.common.environment import header, write_result
-from data_prep.common.errors import run_main
+from data_prep.common.errors import UserError
 from data_prep.text.sentences import SentenceSettings, cut_document
 from pipeline.data.batch import build_batch
 from pipeline.data.windows import Span
@@ -35,7 +35,7 @@ from pipeline.generation.prompt_end import PromptEnd, find_prompt_end
 from pipeline.generation.results import Limits
 from pipeline.generation.sampling import Sampling
 from pipeline.models.losses import bits_per_byte
-from tools.benchmarks.arguments import positive
+from tools.commands import Output, console
 
 BEFORE, AFTER = 300, 400  # characters of a document around a cut
 Sentences = list[list[int]]
@@ -154,7 +154,8 @@ class Model:
 def measure(folder: str, texts: list[str], ends: int, seed: int) -> dict[str, Any]:
     loaded = load(folder)
     settings, model = sentence_settings(loaded.model), Model(loaded)
-    found, left_out = [], {}
+    found: list[Cut] = []
+    left_out: dict[str, int] = {}
     for cut in cuts(texts, ends, seed, loaded, settings):
         if isinstance(cut, str):
             left_out[cut] = left_out.get(cut, 0) + 1
@@ -185,10 +186,14 @@ def measure(folder: str, texts: list[str], ends: int, seed: int) -> dict[str, An
 def written_otherwise(loaded: Loaded, prompts: list[str]) -> int:
     """Texts whose tokens, up to the next word's first, are not those of a document with that text."""
     tokenizer, wrong = loaded.tokenizer, 0
+    model: Any = loaded.model
     limits = Limits(1, max_tokens=8)
-    many = generate_many(loaded.model, tokenizer, prompts, Sampling(temperature=1.0), limits, batch_size=64)
-    for prompt, (text,) in zip(prompts, many, strict=True):
-        complete, _ = split_prompt(prompt, tokenizer, loaded.model.config.sentence_settings)
+    many = generate_many(model, tokenizer, prompts, Sampling(temperature=1.0), limits, batch_size=64)
+    for prompt, texts in zip(prompts, many, strict=True):
+        if isinstance(texts, UserError):
+            raise texts
+        text = texts[0]
+        complete, _ = split_prompt(prompt, tokenizer, model.config.sentence_settings)
         first = sum(map(len, complete)) + text.sentences[0].forced
         new = list(text.sentences[0].tokens)
         start = tokenizer.encode(prompt + text.text).tolist()[:first]
@@ -205,38 +210,26 @@ def written_otherwise(loaded: Loaded, prompts: list[str]) -> int:
     return wrong
 
 
-def format_result(result: dict[str, Any]) -> str:
-    head = f"{'model':<28} {'tokenizer':<14} {'ends':>6} {'otherwise':>10}"
-    head += f" {'without':>8} {'with':>8} {'written':>8}"
-    rows = [
-        f"{of['model']:<28} {of['tokenizer']:<14} {of['ends']:>6,} {of['otherwise']:>10.1%} "
-        f"{of['without']:>8.4f} {of['with']:>8.4f} {of.get('written_otherwise', '–'):>8}"
-        for of in result["models"]
-    ]
-    return "\n".join([head, *rows])
+def prompt_ends(
+    models: Many, /, *, text: str, ends: Positive = 2000, seed: Natural = 1, output: Output = None
+) -> dict[str, Any]:
+    """What it is worth to take back the tokens at a prompt's end.
 
-
-def main(argv: list[str] | None = None) -> int:
-    return run_main("prompt_ends", lambda: _run(argv))
-
-
-def _run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="prompt_ends", description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", help="model folders: SLLMs or our token-level models")
-    parser.add_argument("--text", required=True, help="documents, .jsonl or .jsonl.gz, with `content`")
-    parser.add_argument("--ends", type=positive, default=2000, help="places to cut at")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", help="also write the figures to this file, as JSON")
-    arguments = parser.parse_args(argv)
+    Args:
+        models: model folders: SLLMs or our token-level models
+        text: documents, .jsonl or .jsonl.gz, with `content`
+        ends: places to cut at
+    """
     made = header(("torch", "tokenizers", "sentencepiece"))
-    opened = gzip.open if arguments.text.endswith(".gz") else open
-    with opened(arguments.text, "rt", encoding="utf-8") as lines:
+    opened = gzip.open if text.endswith(".gz") else open
+    with opened(text, "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["content"] for line in lines]
-    models = [measure(folder, texts, arguments.ends, arguments.seed) for folder in arguments.models]
-    result = {**made, "text": Path(arguments.text).name, "seed": arguments.seed, "models": models}
-    write_result(result, arguments.output)
-    print(format_result(result))
+    found = [measure(folder, texts, ends, seed) for folder in models]
+    result = {**made, "text": Path(text).name, "seed": seed, "models": found}
+    write_result(result, output)
+    return result
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    example = "python -m tools.benchmarks.prompt_ends models/sllm --text valid.jsonl.gz"
+    raise SystemExit(console("benchmarks.prompt_ends", prompt_ends, example=example))

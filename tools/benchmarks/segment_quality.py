@@ -177,15 +177,14 @@ def measure(
     for name in names:
         if (cut := cutter(name, language)) is None:
             continue
-        score = row["cutters"][name] = {
-            "exact": sum(inner_cuts(cut(c.text)) == inner_cuts(c.want) for c in cases)
-        }
+        score: dict[str, float] = {"exact": sum(inner_cuts(cut(c.text)) == inner_cuts(c.want) for c in cases)}
+        row["cutters"][name] = score
         right = found = wanted = 0
         for case in natural:
             got, want = inner_cuts(cut(case.text)), inner_cuts(case.want)
             right, found, wanted = right + len(got & want), found + len(got), wanted + len(want)
         if natural:
-            score |= {"precision": right / max(1, found), "recall": right / max(1, wanted)}
+            score.update({"precision": right / max(1, found), "recall": right / max(1, wanted)})
         if documents:
             score["mb_per_second"] = row["bytes"] / 1e6 / _seconds(cut, documents)
     return row

@@ -41,7 +41,7 @@ from data_prep.corpus.finding import find_inputs
 from data_prep.shards.layout import Document
 from data_prep.shards.reader import ShardSet
 from data_prep.text.tokenizer import load_tokenizer
-from tools.benchmarks.commands import Output, console
+from tools.commands import Output, console
 
 Part = Literal["speed", "workers", "memory", "ids", "reading"]
 PARTS: tuple[Part, ...] = ("speed", "workers", "memory", "ids", "reading")
@@ -343,6 +343,7 @@ def compare_ids(bench: Bench) -> dict:
 def reading(folder: Path, runs: int) -> dict:
     """Read shards in this process: all tokens and sentence lengths in order; documents at random."""
     rates, totals = [], set()
+    shards, tokens = ShardSet.open(folder), 0
     for _ in range(runs + 1):  # the first one warms the file cache
         start = time.process_time()
         shards = ShardSet.open(folder)
@@ -394,4 +395,4 @@ def _times(get: Callable[[Any], Document], wanted: list) -> dict:
 
 if __name__ == "__main__":
     example = "python -m tools.benchmarks.sharding --input corpus/EN --tokenizer opt --output figures.json"
-    raise SystemExit(console("sharding", example, run))
+    raise SystemExit(console("benchmarks.sharding", run, example=example))

@@ -37,7 +37,7 @@ from pipeline.costs.benchmark import PACKAGES
 from pipeline.costs.sized_recipe import sized_recipe
 from pipeline.parallel.ranks import free_port
 from pipeline.training.run_log import METRICS, read_records
-from tools.benchmarks.commands import Output, console
+from tools.commands import Output, console
 
 STRATEGIES = ("zero0", "zero1", "zero2", "zero3")
 WARM_UP = 2  # steps of each start, not counted
@@ -185,4 +185,4 @@ def run_ranks(what: str, commands: Sequence[list[str]], folder: Path, environmen
 
 if __name__ == "__main__":
     example = "python -m tools.benchmarks.strategies --recipe small-sllm --shards shards/train"
-    raise SystemExit(console("strategies", f"{example} --strategies zero0 zero3", run))
+    raise SystemExit(console("benchmarks.strategies", run, example=f"{example} --strategies zero0 zero3"))

@@ -9,6 +9,7 @@ from data_prep.common.files import write_atomically
 from data_prep.common.page import render
 from pipeline.config.keys import default, expected
 from pipeline.config.schema import KEYS, SECTIONS
+from tools.commands import console
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 
@@ -28,5 +29,10 @@ def page() -> str:
     return render(Path(__file__).with_suffix(".md.jinja"), {"sections": sections}, {}) + "\n"
 
 
-if __name__ == "__main__":
+def configuration() -> None:
+    """Write the keys of a recipe as docs/configuration.md."""
     write_atomically(PAGE, page().encode())
+
+
+if __name__ == "__main__":
+    raise SystemExit(console("docs.configuration", configuration))

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from data_prep.common.files import write_atomically
 from pipeline.config.deepspeed_config import KEYS_FILE, RECIPE_DECIDES
 from pipeline.config.keys import BOUNDS
+from tools.commands import console
 
 FLAG, TEXT = {"kinds": ["boolean"]}, {"kinds": ["string"]}
 NAMES = {"kinds": ["array"]}
@@ -138,24 +139,28 @@ def _from_type(kind: Any) -> dict[str, Any]:
     if origin is list:
         return {"kinds": ["array"]}
     if isinstance(kind, type) and issubclass(kind, Enum):
-        choices, origin = [one.value for one in kind], typing.Literal
+        choices, origin = tuple(one.value for one in kind), typing.Literal
     if origin is typing.Literal:
         return {"kinds": [KINDS[type(choices[0])]], "values": [*dict.fromkeys(choices)]}
     if issubclass(kind, BaseModel):
         keys: dict[str, Any] = {}
         for name, field in kind.model_fields.items():
             extra = field.json_schema_extra
-            found = (
-                {"renamed": extra["new_param"]} if isinstance(extra, dict) and extra.get("deprecated") else {}
-            )
+            renamed = isinstance(extra, dict) and extra.get("deprecated")
+            more = {"renamed": extra["new_param"]} if renamed else {}
             limits = {
                 name: getattr(one, name) for one in field.metadata for name in BOUNDS if hasattr(one, name)
             }
             for called in filter(None, (name, field.alias)):
-                keys[called] = _from_type(field.annotation) | limits | found
+                keys[called] = _from_type(field.annotation) | limits | more
         return {"kinds": ["object"], "keys": dict(sorted(keys.items()))}
     return {"kinds": [KINDS[kind]]}
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write the keys of the installed DeepSpeed's config as pipeline/config/deepspeed_keys.json."""
     write_atomically(KEYS_FILE, (json.dumps(deepspeed_keys(), indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    raise SystemExit(console("docs.deepspeed_keys", write))

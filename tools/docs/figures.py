@@ -245,6 +245,8 @@ def contested(results: Results, *files: str) -> list[str]:
         for one in found
         if "rows" not in one
     ]
+    if len(rates) > 1:
+        raise UserError(f"{len(rates)} of {', '.join(files)} are files of rates: name one")
     settled = contest.settle((row for one in found for row in one.get("rows", ())), *rates)
     name, caption = f"{files[0].removesuffix('.json')}-frontier.svg", "All tries of both sides"
     lines = [*markdown_table(contest.table(settled)), "", *(f"- {note}" for note in contest.notes(settled))]
@@ -364,7 +366,7 @@ def of_template(path: Path) -> Callable[..., list[str]]:
     """A table whose template reads the files."""
 
     def made(results: Results, *files: str) -> list[str]:
-        values = {
+        values: dict[str, Any] = {
             "files": files,
             "read": results.read,
             "matches": exact_matches,
@@ -373,7 +375,12 @@ def of_template(path: Path) -> Callable[..., list[str]]:
             "ln2": math.log(2),
             "exp": math.exp,
         }
-        filters = {"f": format, "share": share, "duration": duration, "with_interval": with_interval}
+        filters: dict[str, Callable[..., Any]] = {
+            "f": format,
+            "share": share,
+            "duration": duration,
+            "with_interval": with_interval,
+        }
         return render(path, values, filters).replace("|  |", "| |").splitlines()
 
     return made

@@ -40,15 +40,15 @@ class Canvas:
         from matplotlib.patches import FancyBboxPatch
 
         hue, outline = PALETTE[colour][0], style.pop("outline", False)
-        fill = {"facecolor": "none"} if outline else {"facecolor": hue}
         shape = "round,pad=0,rounding_size=4"
-        self.axes.add_patch(FancyBboxPatch((x, y), w, h, shape, edgecolor=hue, linewidth=1.2, **fill))
+        face = "none" if outline else hue
+        self.axes.add_patch(FancyBboxPatch((x, y), w, h, shape, edgecolor=hue, linewidth=1.2, facecolor=face))
         if text:
             self.text(x + w / 2, y + h / 2, text, "ink" if outline else "on", ha="center", **style)
 
     def text(self, x: float, y: float, text: str, colour: str = "soft", **style: Any) -> None:
-        style = {"ha": "left", "va": "center", "fontsize": 12, "linespacing": 1.25} | style
-        self.axes.text(x, y, text, color=PALETTE[colour][0], **style)
+        usual: dict[str, Any] = {"ha": "left", "va": "center", "fontsize": 12, "linespacing": 1.25}
+        self.axes.text(x, y, text, color=PALETTE[colour][0], **usual | style)
 
     def arrow(
         self, x: float, y: float, to_x: float, to_y: float, colour: str = "soft", bend: float = 0
@@ -146,8 +146,8 @@ def packing() -> Canvas:
     canvas = Canvas(720, 176)
     padded = ((150, 210, 96), (230, 80, 120), (60, 170, 240))
     canvas.text(0, 12, "Padded batch: rows as long as the longest sentence", "soft")
-    for row, sizes in enumerate(padded):
-        for n, size in enumerate(sizes):
+    for row, lengths in enumerate(padded):
+        for n, size in enumerate(lengths):
             canvas.box(n * 243, 26 + row * 20, 234, 15, "", "rest")
             canvas.box(n * 243, 26 + row * 20, size * 234 / 240, 15, "", "sllm")
     canvas.text(0, 110, "Packed bin: real tokens only, borders in cu_sentences and cu_documents", "soft")

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import re
 import statistics
-import sys
 from pathlib import Path
 
-from data_prep.common.errors import run_main
 from data_prep.text.segmenter import Segmenter
+from tools.commands import console
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST, MEAN = 30, 16
@@ -32,7 +31,8 @@ def sentences(text: str) -> list[str]:
     return [one.strip() for part in paragraphs if part for one in segmenter(part) if one.strip()]
 
 
-def main() -> int:
+def prose() -> int:
+    """How long the sentences of README.md and of the tutorials are."""
     status = 0
     for page in [ROOT / "README.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]:
         found = sentences(page.read_text(encoding="utf-8"))
@@ -51,4 +51,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main("docs_prose", main))
+    raise SystemExit(console("docs.prose", prose))

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,7 +32,8 @@ class Bench:
         self.name, self.setting, self.small = name, setting, setting.small
         self.device = torch.device(setting.device)
         self.on_gpu = self.device.type == "cuda"
-        self.precision = "bf16" if self.on_gpu else "fp32"
+        self.precision: Literal["bf16", "fp32"] = "bf16" if self.on_gpu else "fp32"
+        self.device_type: Literal["cuda", "cpu"] = "cuda" if self.on_gpu else "cpu"
         self.dtype = DTYPES[self.precision]
         self.tokens = 1024 if self.small else 16384
         self.train, self.valid = (str(Path(setting.inputs).resolve() / part) for part in ("train", "valid"))

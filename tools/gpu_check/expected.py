@@ -61,7 +61,7 @@ class Card:
     @staticmethod
     def measured(facts: Iterable[dict[str, Any]]) -> Card:
         """An H200's ceilings, those that a run has measured in place of the usual ones."""
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
         for fact in facts:
             for key, (name, factor) in _CEILINGS.items():
                 if key in fact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ def machine(bench: Bench) -> None:
             many()
         bench.fact(kernel_in_graph_us=1e6 * bench.seconds(graph.replay) / KERNELS_IN_A_GRAPH)
         for name, host in (("pageable", torch.arange(16384)), ("pinned", torch.arange(16384).pin_memory())):
-            seconds = bench.seconds(lambda host=host: host.to(bench.device, non_blocking=True), runs=20)
+            seconds = bench.seconds(partial(host.to, bench.device, non_blocking=True), runs=20)
             bench.fact(upload_of_131_kb=name, us=1e6 * seconds)
     device = ranks.join(ranks.find_ranks())
     total = torch.ones(3, device=device)

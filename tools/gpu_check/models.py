@@ -73,7 +73,7 @@ def _beside(bench: Bench, name: str, against: str | None) -> None:
         tokens=bench.tokens,
         runs=3 if bench.small else 6,
         dtype=bench.precision,
-        device=bench.device.type,
+        device=bench.device_type,
         no_memory=True,
     )
     result = benchmark_training.run(options)

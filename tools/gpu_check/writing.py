@@ -35,7 +35,7 @@ def _beside(bench: Bench, ours: str, theirs: str, batches: tuple[int, ...]) -> N
         sentences=SENTENCES,
         sentence_tokens=SENTENCE_TOKENS,
         dtype=bench.precision,
-        device=bench.device.type,
+        device=bench.device_type,
     )
     with bench.device:  # random weights are drawn where they are used
         sides: dict[str, Any] = {name: make_side(name, options, bench.device) for name in SIDES}

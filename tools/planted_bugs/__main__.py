@@ -17,10 +17,10 @@ from typing import Annotated
 import yaml
 from cyclopts import Parameter
 
-from data_prep import __version__
-from data_prep.common.command_line import Many, Positive, make_app, run_app
+from data_prep.common.command_line import Many, Positive
 from data_prep.common.environment import header, require_folder, write_result
-from data_prep.common.errors import UserError, log, print_result, run_main
+from data_prep.common.errors import UserError, log, print_result
+from tools.commands import console
 from tools.planted_bugs.trees import changed, copied_tree, rates, run_tests
 
 LISTS = Path(__file__).resolve().parent
@@ -125,16 +125,7 @@ def table(outcomes: list[Outcome]) -> str:
     return rates("planted", "caught", ((one.area, one.outcome == "caught") for one in said))
 
 
-def main() -> int:
-    app = make_app(
-        "python -m tools.planted_bugs",
-        __version__,
-        "Plant known bugs one at a time and run their tests.",
-        "python -m tools.planted_bugs data --json bugs.json",
-    )
-    app.default(run)
-    return run_app(app)
-
-
 if __name__ == "__main__":
-    raise SystemExit(run_main("planted_bugs", main))
+    raise SystemExit(
+        console("planted_bugs", run, example="python -m tools.planted_bugs data --json bugs.json")
+    )

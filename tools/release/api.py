@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import griffe
 
@@ -54,7 +55,7 @@ def _is_public(member: griffe.Object | griffe.Alias) -> bool:
     )
 
 
-def _signature(found: griffe.Object | griffe.Alias) -> str:
+def _signature(found: Any) -> str:
     if found.is_attribute:
         return f"{found.name}: {str(found.annotation or 'Any')!r}"
     parts, star, positional = [], False, False
