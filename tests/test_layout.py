@@ -51,3 +51,16 @@ def test_every_file_that_is_no_module_ships_with_the_package() -> None:
             path for path in folder.rglob("*.*") if path.is_file() and path.suffix not in (".py", ".pyc")
         }
         assert others == shipped and len(shipped) > 1
+
+
+def test_the_docs_name_every_module_of_a_package_whose_modules_they_list() -> None:
+    text = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in text.split("\n") if line.startswith("| `")}
+    modules = [*REPOSITORY.glob("pipeline/*/*.py"), *REPOSITORY.glob("data_prep/*/*.py")]
+    missing = [
+        path.relative_to(REPOSITORY).as_posix()
+        for path in modules
+        if not path.stem.startswith("__") and path.parent.name not in ("cli", "common")
+        if f"`{path.stem}`" not in rows[path.parent.name]
+    ]
+    assert len(modules) > 100 and not missing

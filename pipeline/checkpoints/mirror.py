@@ -50,11 +50,16 @@ class Mirror:
         """The checkpoint that must not be removed now."""
         return (self._current,)
 
-    def add(self, name: str, earlier: bool = False) -> None:
-        """Upload a checkpoint, soon. earlier: of an earlier start, which may have done so."""
+    def add_earlier(self, name: str) -> None:
+        """Upload the checkpoint that a run resumes from, and its best one, where an earlier start has not."""
+        best = store.read_meta(self._folder / name).best
+        self._earlier = {name, *([store.step_name(best["step"])] if best else [])}
+        self.add(*self._earlier)
+
+    def add(self, *names: str) -> None:
+        """Upload checkpoints, soon."""
         with self._lock:
-            self._earlier.update([name] if earlier else [])
-            self._waiting.add(name)
+            self._waiting.update(names)
             if self._task is None:
                 self._task = Task(self._upload_all)
 
@@ -85,8 +90,8 @@ class Mirror:
                     continue
                 reason = str(error) if isinstance(error, UserError) else first_line(error)
                 self._say(
-                    f"{self._current} is not uploaded to {self._url} ({reason}): training continues, and the "
-                    "next checkpoint tries again"
+                    f"{self._current} is not uploaded to {self._url} ({reason}): the next checkpoint or "
+                    "start tries again"
                 )
                 with self._lock:
                     self._current, self._task = "", None
@@ -95,8 +100,17 @@ class Mirror:
     def _upload(self, name: str) -> None:
         folder, there = self._folder / name, f"checkpoints/{name}"
         meta, meta_bytes = store.read_meta(folder), (folder / store.META).read_bytes()
-        if name in self._earlier and self._is_there(f"{there}/{store.META}", meta_bytes):
-            return
+        if name not in self._earlier or not self._is_there(f"{there}/{store.META}", meta_bytes):
+            self._upload_files(folder, there, meta, meta_bytes)
+        # A start may have ended before this.
+        self._newest = max(self._newest, name)
+        self._write("checkpoints/latest", f"{self._newest}\n".encode())
+        for old in self._names():
+            if not (self._folder / old).is_dir():
+                self._remove(f"checkpoints/{old}/{store.META}")
+                self._remove(f"checkpoints/{old}")
+
+    def _upload_files(self, folder: Path, there: str, meta: store.Meta, meta_bytes: bytes) -> None:
         self._remove(f"{there}/{store.META}")
         for file, (size, _) in meta.files.items():
             self._try(f"{there}/{file}", functools.partial(self._files.put_file, str(folder / file)))
@@ -106,12 +120,6 @@ class Mirror:
         for path in sorted(path for pattern in _DESCRIPTION for path in self._run_dir.glob(pattern)):
             self._write(path.relative_to(self._run_dir).as_posix(), path.read_bytes())
         self._write(f"{there}/{store.META}", meta_bytes)
-        self._newest = max(self._newest, name)
-        self._write("checkpoints/latest", f"{self._newest}\n".encode())
-        for old in self._names():
-            if not (self._folder / old).is_dir():
-                self._remove(f"checkpoints/{old}/{store.META}")
-                self._remove(f"checkpoints/{old}")
 
     def fetch(self) -> str:
         """Where the run's folder has no checkpoint: copy the newest complete one, the best one and the run's

@@ -167,7 +167,8 @@ def _optimizer_part(values: dict[str, Any]) -> dict[str, Any]:
 Part = Annotated[dict[str, Any], AfterValidator(_optimizer_part)]
 PARTS = (
     "by the name of a module (`vae.encoder`, `backbone.decoder.layers.0-5`), `{lr_scale: NUMBER}` (times lr) "
-    "or `{freeze: true}`; of two names that fit, the longer one counts"
+    "or `{freeze: true}`; of two names that fit, the longer one counts. Adapters of `model.lora` are `lora`, "
+    "or `lora.` and a module, and no part of the module itself"
 )
 
 

@@ -203,6 +203,16 @@ class LlamaCppSide(TokenSide):
                 f"--engine llama.cpp: {self.name} is of the family {self.model.config.model_type}; give a "
                 "recipe with a Llama"
             )
+        config = self.model.config
+        sizes = {
+            "attention_bias": (config.attention_bias, False),
+            "mlp_bias": (config.mlp_bias, False),
+            "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
+            "hidden_act": (config.hidden_act, "silu"),
+            "rope_type": (config.rope_parameters["rope_type"], "default"),
+        }
+        if other := [f"{key} {has!r}, not {runs!r}" for key, (has, runs) in sizes.items() if has != runs]:
+            raise UserError(f"--engine llama.cpp: {self.name} has {', '.join(other)}; give a plain Llama")
         try:
             llama_cpp: Any = importlib.import_module("llama_cpp")
         except ModuleNotFoundError:
@@ -212,7 +222,7 @@ class LlamaCppSide(TokenSide):
             ) from None
         self._llama = llama_cpp
         self._int8, self._weight_bytes = options.int8, 34 / 32 if options.int8 else 4
-        self._contexts: dict[Case, Any] = {}
+        self._made: tuple[Case, Any] | None = None
         settings = llama_cpp.llama_model_default_params()
         settings.use_mmap = False
         with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +238,8 @@ class LlamaCppSide(TokenSide):
 
     def _context(self, case: Case) -> Any:
         """Made once for a case, as an engine that serves requests does."""
-        if case not in self._contexts:
+        if self._made is None or self._made[0] != case:
+            self._free()
             cpp, places = self._llama, case.context + case.new_tokens
             settings = cpp.llama_context_default_params()
             settings.n_seq_max, settings.n_ctx = case.batch, case.batch * (-(-places // 256) * 256)
@@ -236,8 +247,22 @@ class LlamaCppSide(TokenSide):
             settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
             if not self._int8:
                 settings.type_k = settings.type_v = cpp.GGML_TYPE_F32
-            self._contexts = {case: cpp.llama_init_from_model(self._loaded, settings)}
-        return self._contexts[case]
+            context = cpp.llama_init_from_model(self._loaded, settings)
+            if not context:
+                raise UserError(f"--engine llama.cpp: no memory for {counted(settings.n_ctx, 'place')}")
+            self._made = case, context
+        return self._made[1]
+
+    def _free(self) -> None:
+        if self._made:
+            self._llama.llama_free(self._made[1])
+            self._made = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_made"):
+            self._free()
+        if getattr(self, "_loaded", None):
+            self._llama.llama_model_free(self._loaded)
 
     def write(
         self, case: Case, prompts_BC: np.ndarray, record: Callable[[], None] = lambda: None

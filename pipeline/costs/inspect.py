@@ -58,6 +58,7 @@ from pipeline.models import flops
 from pipeline.models.factory import new_model
 from pipeline.models.folders import model_config, parameter_count
 from pipeline.models.layers import checkpoint_layers, transformer_layers
+from pipeline.models.lora import add_lora, is_adapter
 from pipeline.training.optimizer import parameter_groups
 
 TOKENS_PER_SENTENCE = 10.9
@@ -148,6 +149,13 @@ def of_shapes(recipe: Recipe, vocabulary: Vocabulary, dtype: torch.dtype) -> nn.
 
 
 def _trained(model: nn.Module, recipe: Recipe) -> nn.Module:
+    fake = next(model.parameters()).device
+    with torch.device("meta"):  # peft would move what it makes, and tensors without values do not move
+        add_lora(model, recipe.model.lora)
+    for name, weight in [*model.named_parameters()] if fake.type != "meta" else ():
+        if is_adapter(name):
+            part, _, last = name.rpartition(".")
+            setattr(model.get_submodule(part), last, nn.Parameter(torch.empty_like(weight, device=fake)))
     parameter_groups(model, recipe.optimizer)  # freezes what the recipe freezes
     for module in model.train().modules():
         # Older transformers draw a number for each layer even at 0, and tensors without values have none.
@@ -355,7 +363,12 @@ def inspect(
         "dtype": dtype,
         "bin": {"tokens": batch.tokens, "sentences": batch.sentences, "windows": batch.documents},
         "vocab_size": _vocabulary(model),
-        "parameters": {"total": parameter_count(model), "by_part": parameters_by_part(model)},
+        "parameters": {
+            "total": parameter_count(model),
+            "by_part": parameters_by_part(model),
+            "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "adapters": sum(p.numel() for name, p in model.named_parameters() if is_adapter(name)),
+        },
         "multiply_adds_per_token": {
             "by_part": {part: count / batch.tokens for part, count in operations.by_part().items()},
             "forward": operations.needed / batch.tokens,

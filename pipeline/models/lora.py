@@ -36,6 +36,11 @@ def add_lora(model: nn.Module, settings: dict[str, Any]) -> None:
         raise UserError(f"recipe: model.lora.targets {recipe.targets}: {first_line(error)}") from None
 
 
+def is_adapter(parameter: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return ".lora_" in parameter
+
+
 def merge_lora(model: nn.Module) -> None:
     """Put the adapters, if there are any, into the weights: the model is as before `add_lora`."""
     adapted = [(name, part) for name, part in model.named_modules() if hasattr(part, "lora_A")]

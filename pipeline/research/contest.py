@@ -2,7 +2,7 @@
 
 The best run of each side and budget is chosen by validation text, seeds averaged; what is compared is its
 loss on held-out text. Differences are of the same documents: documents and each side's seeds are drawn again
-together. A side's tries are its different settings, at any budget.
+together. A try is a setting at a budget, whatever its seeds.
 
 Equal time needs the rates of both sides (`sllm benchmark train --step --against`): within the time of the
 token model ours has `rate` times the operations, and gains what its own fit says.
@@ -100,7 +100,7 @@ def settle(rows: Iterable[Row], rates: Mapping[str, float] | None = None) -> dic
 
 
 def _settings(row: Row) -> str:
-    """What a run's recipe says but for its seed, its length, and places: equal ones are one try."""
+    """What a run's recipe says but for its seed, length and places: equal ones at a budget are one try."""
     recipe = copy.deepcopy(row["recipe"])
     for key in ("seed", "output_dir", "log", "training"):
         recipe.pop(key, None)
@@ -236,7 +236,7 @@ def table(result: dict[str, Any]) -> Table:
 def notes(result: dict[str, Any]) -> list[str]:
     """The count of tries, the fits and where they meet, a sentence each."""
     tries = result["tries"]
-    lines = [f"Tries: {tries['sllm']} settings of SLLMs, {tries['lm']} of token models."]
+    lines = [f"Tries (a setting at a budget each): {tries['sllm']} of SLLMs, {tries['lm']} of token models."]
     for side, fit in result["fits"].items():
         if fit:
             lines.append(f"{side}: bits per byte = {fit['A']:.4g} · x^-α, α {with_interval(fit, 'alpha')}.")

@@ -47,7 +47,7 @@ from pipeline.config.schema import load_recipe
 from pipeline.evaluation.controls import SHUFFLES
 from pipeline.parallel.device import uses_gpu
 from pipeline.research import context_table
-from pipeline.research.sweep_jobs import Job, operations_per_token, read_sweep, with_budgets
+from pipeline.research.sweep_jobs import Job, operations_per_token, read_sweep, require_held_out, with_budgets
 from pipeline.training.run_files import read_runs
 
 STRATEGY = "zero0"
@@ -295,6 +295,7 @@ def run(
     wanted = {job.key for job in jobs if not only or {job.name, job.key} & set(only)}
     wanted |= {job.after.key for job in jobs if job.key in wanted and job.after}
     jobs = with_budgets(jobs, wanted | {job.key for job in jobs if job.row_file.is_file()})
+    require_held_out(job for job in jobs if job.key in wanted)
     if curves := any(job.contexts for job in jobs):
         charts.require()
     if any(job.recipe.objective == "vae" for job in jobs):  # refused before hours of training

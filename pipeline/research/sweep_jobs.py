@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,16 @@ def _in_order(path: Path, runs: dict[Any, Any]) -> Iterator[tuple[str, dict[str,
                 f"sweep {path}, run {name}: after {before!r} names no run of this sweep that starts by itself"
             )
     yield from sorted(runs.items(), key=lambda item: "after" in item[1])
+
+
+def require_held_out(jobs: Iterable[Job]) -> None:
+    """Raises: UserError for held-out shards that a run could not be scored on after its training."""
+    tokenizer = functools.cache(lambda folder: ShardSet.open(folder).tokenizer().fingerprint)
+    for job in jobs:
+        if job.held_out and tokenizer(job.held_out) != tokenizer(job.recipe.data.shards[0]):
+            raise UserError(
+                f"{job.key}: held_out {job.held_out} has another tokenizer than {job.recipe.data.shards[0]}"
+            )
 
 
 # Budgets --------------------------------------------------------------------------------------------------

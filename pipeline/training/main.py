@@ -143,7 +143,7 @@ def train(recipe: Recipe, strategy: dict[str, Any], ranks: Ranks, stop: StopSign
                     from pipeline.checkpoints.mirror import Mirror  # loads torch
 
                     mirror = Mirror(recipe.checkpoints.upload, Path(recipe.output_dir), say)
-                    mirror.add(latest.name, earlier=True)
+                    mirror.add_earlier(latest.name)
                     mirror.wait(None)
                     if line := mirror.missing():
                         say(line)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data_prep.common.errors import UserError
 from pipeline.config.schema import OptimizerRecipe
+from pipeline.models.lora import is_adapter
 from pipeline.training.muon import MOMENTUM, Matrices, hidden_matrices
 
 EMA = "ema"  # the key of a weight's running average among the optimizer's states
@@ -155,8 +156,10 @@ def parameter_groups(model: nn.Module, recipe: OptimizerRecipe) -> list[dict[str
 
 
 def _scales(model: nn.Module, parts: dict[str, dict[str, Any]]) -> dict[int, float]:
-    """Learning rate scale by id of each parameter that a part names; 0 is frozen. The longest name wins."""
-    names = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    """Learning rate scale by id of each parameter that a part names; 0 is frozen. The longest name wins.
+    Adapters are parts of `lora`, not of the layers that they are in."""
+    found = model.named_parameters(remove_duplicate=False)
+    names = [(f"lora.{name}" if is_adapter(name) else name, id(p)) for name, p in found]
     scales: dict[int, tuple[float, str]] = {}
     used = {part: False for part in parts}
     for name, parameter in names:

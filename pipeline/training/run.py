@@ -230,7 +230,7 @@ class TrainingRun:
         self._open.push(self._write_comms)
         self.log.start(self._start_record())
         if self._mirror and self.state.step:
-            self._mirror.add(store.step_name(self.state.step), earlier=True)
+            self._mirror.add_earlier(store.step_name(self.state.step))
         wanted = self.recipe.log
         if wanted.profile and self.ranks.rank in wanted.profile_ranks:
             steps, folder = wanted.profile_steps(), self.run_dir / "profile"

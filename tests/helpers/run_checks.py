@@ -32,7 +32,9 @@ def weights_and_moments(run_dir: str) -> dict[str, Any]:
         for name in names
         for key in (WEIGHT, *parts.keys(name))
     }
-    values |= {f"frozen {name}": parts.tensor(name).double().numpy() for name in parts.frozen}
+    # `shapes` is what an export reads.
+    frozen = [name for name in parts.shapes() if name in parts.frozen]
+    values |= {f"frozen {name}": parts.tensor(name).double().numpy() for name in frozen}
     return values | {"step": parts.scalars(names[0])["step"].double().numpy()}
 
 

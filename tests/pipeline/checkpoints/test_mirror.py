@@ -105,10 +105,27 @@ def test_a_checkpoint_of_an_earlier_start_is_uploaded_once(tmp_path: Path) -> No
     name, memory, written = save(run, 10), fsspec.filesystem("memory"), []
     for _ in range(2):
         mirror = Mirror(url, run, print)
-        mirror.add(name, earlier=True)
+        mirror.add_earlier(name)
         assert mirror.wait(None) and mirror.missing() == ""
         written.append(memory.modified(f"/bucket/earlier/checkpoints/{name}/model.pt"))
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("uploaded", ["no latest", "no best", "nothing"])
+def test_a_start_uploads_what_an_earlier_one_did_not_reach(tmp_path: Path, uploaded: str) -> None:
+    url, run = f"memory://bucket/{tmp_path.name}", tmp_path / "run"
+    files, there = fsspec.filesystem("memory"), f"/bucket/{tmp_path.name}/checkpoints"
+    best, last = save(run, 10), save(run, 20, best=10)
+    assert upload(url, run, *((best, last) if uploaded == "no latest" else ())) == [""]
+    if uploaded == "no latest":
+        files.pipe_file(f"{there}/latest", f"{best}\n".encode())
+    elif uploaded == "no best":
+        assert upload(url, run, last) == [""]
+    mirror = Mirror(url, run, print)
+    mirror.add_earlier(last)
+    assert mirror.wait(60) and mirror.missing() == ""
+    assert fetch(url, tmp_path / uploaded) == f"{last} was copied from {url}"
+    assert contents(tmp_path / uploaded) == contents(run)
 
 
 def _cut(function: Any, after: int) -> Any:
@@ -176,7 +193,7 @@ def test_a_server_that_is_away_costs_a_line_and_the_next_checkpoint_tries_again(
     assert mirror.wait(60)
     [line] = said
     assert line.startswith(f"step-00000030 is not uploaded to {url} (cannot reach {url}/checkpoints/step-")
-    assert line.endswith("training continues, and the next checkpoint tries again") and "\n" not in line
+    assert line.endswith("the next checkpoint or start tries again") and "\n" not in line
     assert mirror.missing() == f"not uploaded to {url}: step-00000030"
     with pytest.raises(UserError, match=f"cannot reach {url}/checkpoints/latest: "):
         fetch(url, tmp_path / "b")

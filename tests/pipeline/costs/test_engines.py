@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,53 @@ def test_llama_cpp_writes_the_same_tokens(tmp_path: Path) -> None:
 def test_llama_cpp_runs_llamas_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--engine llama.cpp: lm is of the family opt"):
         LlamaCppSide(options(tmp_path, "opt"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention_bias", True), ("mlp_bias", True), ("head_dim", 32), ("hidden_act", "gelu")]
+    + [("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})],
+)
+def test_llama_cpp_runs_plain_llamas_only(key: str, value: object, tmp_path: Path) -> None:
+    asked = options(tmp_path, "llama")
+    recipe = yaml.safe_load((tmp_path / "lm.yaml").read_text())
+    recipe["model"]["backbone"][key] = value
+    (tmp_path / "lm.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match=f"lm has {key.replace('parameters', 'type')} .*; give a plain Llama"):
+        LlamaCppSide(asked, torch.device("cpu"))
+
+
+class _LlamaCpp:
+    """llama.cpp's contexts, counted; a context of more than 600 places has no memory."""
+
+    GGML_TYPE_F32 = 0
+
+    def __init__(self) -> None:
+        self.live: set[int] = set()
+        self.made = 0
+
+    def llama_context_default_params(self) -> SimpleNamespace:
+        return SimpleNamespace()
+
+    def llama_init_from_model(self, _: object, settings: SimpleNamespace) -> int | None:
+        if settings.n_ctx > 600:
+            return None
+        self.made += 1
+        self.live.add(self.made)
+        return self.made
+
+    def llama_free(self, context: int) -> None:
+        self.live.remove(context)
+
+
+def test_contexts_of_llama_cpp_are_freed_and_refused_without_memory() -> None:
+    side = LlamaCppSide.__new__(LlamaCppSide)
+    side._llama, side._loaded, side._made, side._int8 = _LlamaCpp(), None, None, False
+    assert [side._context(case) for case in (CASE, CASE, Case(1, 9, 3, 5))] == [1, 1, 2]
+    assert side._llama.live == {2}
+    with pytest.raises(UserError, match="llama.cpp: no memory for 768 places"):
+        side._context(Case(3, 9, 3, 5))
+    assert not side._llama.live
 
 
 def test_caches_of_all_engines_are_counted_alike(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from helpers import ranks
 from helpers.paths import REPOSITORY
 from helpers.recipes import BACKBONE, write_recipe
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoder
 
 from data_prep.common.errors import UserError, run_main
@@ -343,6 +344,25 @@ def test_the_text_holds_every_part_and_stage(tmp_path, run):
     for word in ("encoder", "decoder", "head", "backbone", "stop head", "3-offload", "activations"):
         assert word in out
     assert sum(line.split()[1:2] == ["16"] for line in out.splitlines()) == 5
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_adapters_are_counted_and_what_they_are_on_is_not_trained(tmp_path, dtype):
+    recipe = write_recipe(tmp_path, "sllm")
+    plain = inspect(str(recipe), dtype=dtype)["parameters"]
+    OPTConfig(**{key: value for key, value in BACKBONE.items() if key != "model_type"}).save_pretrained(
+        tmp_path / "opt"
+    )
+    written = yaml.safe_load(recipe.read_text())
+    written["model"]["backbone"] = {"path": str(tmp_path / "opt")}
+    written["model"]["lora"] = {"rank": 4, "targets": ["q_proj"]}
+    recipe.write_text(yaml.safe_dump(written))
+    result = inspect(str(recipe), dtype=dtype)
+    found = result["parameters"]
+    adapters = BACKBONE["num_hidden_layers"] * 2 * 4 * BACKBONE["hidden_size"]
+    assert found["adapters"] == adapters and found["total"] == plain["total"] + adapters
+    assert found["trained"] == plain["trained"] - plain["by_part"]["backbone"] + adapters
+    assert f"{adapters:,} of them adapters" in inspection.format_inspection(result)
 
 
 def test_a_vae_is_found_by_its_folder_its_name_or_a_flag(tmp_path):

@@ -55,6 +55,27 @@ def test_adapters_learn_alone_and_merge_into_the_weights(model, targets) -> None
     assert changed == set(targets or ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
 
 
+@pytest.mark.parametrize("parts", [{"backbone": {"freeze": True}}, {"backbone": {"lr_scale": 0.1}}])
+def test_a_part_with_adapters_names_its_weights_alone(tokenizer, parts) -> None:
+    model = small_model("sllm", tokenizer)
+    add_lora(model, {"rank": 2})
+    adapters = {id(weight) for name, weight in model.named_parameters() if ".lora_" in name}
+    first = {id(w) for name, w in model.named_parameters() if ".lora_" in name and "layers.0." in name}
+    others = {id(w) for name, w in model.named_parameters() if not name.startswith("backbone")}
+
+    def scales(**more: dict) -> dict[int, float]:
+        groups = parameter_groups(model, OptimizerRecipe(parts=parts | more))
+        return {id(weight): group["lr_scale"] for group in groups for weight in group["params"]}
+
+    assert scales() == dict.fromkeys(adapters | others, 1.0)
+    assert scales(lora={"lr_scale": 3.0}) == dict.fromkeys(others, 1.0) | dict.fromkeys(adapters, 3.0)
+    expected = dict.fromkeys(adapters | others, 1.0) | dict.fromkeys(first, 3.0)
+    assert scales(**{"lora.backbone.decoder.layers.0-0": {"lr_scale": 3.0}}) == expected
+    with pytest.raises(UserError, match="lorra is no part of this model: did you mean lora"):
+        scales(lorra={"lr_scale": 3.0})
+    assert scales(lora={"freeze": True}) == dict.fromkeys(others, 1.0)
+
+
 def test_targets_that_are_no_layers_are_refused(tokenizer) -> None:
     with pytest.raises(UserError, match=r"model.lora.targets \['nothing'\]: .*nothing"):
         add_lora(small_model("lm", tokenizer), {"targets": ["nothing"]})

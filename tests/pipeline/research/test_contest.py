@@ -73,7 +73,8 @@ def test_the_best_of_each_side_and_every_try_is_counted() -> None:
         assert high - low < 0.02, "documents are paired: their own spread is 0.3"
         assert entry["difference"]["seeds"] == [2, 2]
     table = contest.table(result)
-    assert len(table.rows) == 6 and "Tries: 6 settings of SLLMs, 6 of token models." in contest.notes(result)
+    assert len(table.rows) == 6 and contest.notes(result)[0].endswith("): 6 of SLLMs, 6 of token models.")
+    assert sum(entry["tries"]["sllm"] for entry in result["budgets"]) == 6, "in all as many as at the budgets"
     quality, speed = contest.plots(result)
     assert len(quality.lines) == len(speed.lines) == 4 and "6 tries" in quality.lines[0].name
 
@@ -162,5 +163,10 @@ def test_the_docs_have_a_table_of_it_and_its_frontier(tmp_path: Path) -> None:
     # Twice the operations in the same time.
     assert difference == pytest.approx(bits("sllm", 60e12) - bits("lm", 60e12), abs=6e-4)
     assert at_equal_time == pytest.approx(bits("sllm", 120e12) - bits("lm", 60e12), abs=6e-4)
-    assert "- Tries: 6 settings of SLLMs, 6 of token models." in lines
+    assert "- Tries (a setting at a budget each): 6 of SLLMs, 6 of token models." in lines
     assert (tmp_path / "docs" / "results" / "dials-frontier.svg").is_file()
+    page.write_text(
+        "<!-- table: contest dials.json rates.json rates.json -->\n<!-- end -->\n", encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="2 of dials.json, rates.json, rates.json are files of rates"):
+        refresh(tmp_path)

@@ -33,6 +33,8 @@ from pipeline.training.optimizer import parameter_groups
 
 pytestmark = pytest.mark.launch
 
+GOLDEN = REPOSITORY / "tests/data/golden/artifacts/shards/clause-valid"
+
 
 def write(folder: Path, **sweep: object) -> Path:
     path = folder / "sweep.yaml"
@@ -270,6 +272,19 @@ def test_a_budget_counts_the_sentence_vae_and_fresh_text_is_enough(recipes: Path
         tmp_path, recipe=str(recipes / "sllm.yaml"), runs={"a": {"data.shards": "no", "operations": 1}}
     )
     assert with_budgets(read_sweep(path, tmp_path / "out"), set())[0].operations == 1
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [("nowhere", "nowhere"), (str(GOLDEN), "a-s1: held_out .* has another tokenizer than ")],
+)
+def test_held_out_text_is_looked_at_before_any_training(
+    held_out: str, message: str, recipes: Path, tmp_path: Path
+) -> None:
+    path = write(tmp_path, recipe=str(recipes / "lm.yaml"), runs={"a": {}}, held_out=held_out)
+    with pytest.raises(UserError, match=message):
+        run(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
