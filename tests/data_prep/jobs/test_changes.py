@@ -83,6 +83,19 @@ def test_touched_and_moved_input_is_resumed(
     assert len(made) == len({piece["unit"] for entry in inputs for piece in entry["pieces"]}) - 3
 
 
+def test_the_same_files_in_another_order_are_another_input(
+    corpus: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    first, second = command(corpus / "0.jsonl", tmp_path / "s", tokenizer), corpus / "1.jsonl"
+    stop_after(1, monkeypatch, *first[:3], second, *first[3:])
+    said = refused(capsys, *first[:2], second, *first[2:])
+    assert "unfinished run with other input: another order of the files" in said
+
+
 def test_changed_input_is_named(
     corpus: Path,
     tokenizer: Path,

@@ -166,3 +166,10 @@ def test_a_resume_keeps_the_settings_of_this_start() -> None:
     loading.restore(engine, Path("there"), meta(), world=1, zero_stage=1)
     assert optimizer.param_groups == [{**group, "params": ["loaded"]} for group in groups]
     assert optimizer.clip_grad == 1.0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", "{}", '{"format_version": "a"}'])
+def test_a_description_that_is_none_is_damage(text: str, tmp_path: Path) -> None:
+    (tmp_path / store.META).write_text(text)
+    with pytest.raises(store.DamagedCheckpoint, match=f"is damaged: {store.META} does not parse"):
+        store.read_meta(tmp_path)

@@ -116,6 +116,11 @@ def test_documents_that_fit_a_window_need_the_index_only(shards, monkeypatch):
     assert np.array_equal(read[0], np.flatnonzero(tokens > 400))
 
 
+def test_no_documents_are_no_windows():
+    nothing = np.empty(0, np.int64)
+    assert [len(column) for column in cut_documents(nothing, nothing, 64)] == [0, 0, 0]
+
+
 def test_a_sentence_longer_than_the_window_is_refused():
     with pytest.raises(UserError, match="does not fit a window of 16"):
         list(cut_windows(np.array([4, 17]), 16))

@@ -493,6 +493,14 @@ def test_vector_gain_is_the_loss_without_context(tokenizer, tiny_valid_shards, t
     assert abs(gains["hearing"]) > 1e-3
 
 
+def test_a_sentence_that_does_not_end_is_written_to_the_longest(tokenizer):
+    model = small_model("vae", tokenizer, max_tokens=6)
+    with torch.no_grad():
+        model.head.bias[tokenizer.eos_id] -= 1e3
+    span = Span(np.arange(8, 12), np.asarray([1, 3]), True)
+    assert [len(tokens) for tokens in rebuild(model, build_batch([span]), np.arange(2))] == [6, 6]
+
+
 # --- refusals ---
 
 

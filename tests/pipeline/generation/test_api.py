@@ -29,7 +29,7 @@ from pipeline.generation.results import (
     TOKEN_LIMIT,
     Limits,
 )
-from pipeline.generation.sampling import Sampling
+from pipeline.generation.sampling import Sampling, choose
 
 PROMPT = "The list is set by hand, and its value is"
 
@@ -259,6 +259,14 @@ def test_sampling_follows_temperature_top_k_top_p_and_min_p():
     assert shares(probability, temperature=0.5) == pytest.approx(squared / squared.sum(), **near)
 
 
+def test_greedy_rows_beside_drawn_ones_are_both():
+    logits_RV = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    settings = [Sampling(), Sampling(temperature=1.0)]
+    for uniform, drawn in ((0.01, 0), (0.99, 1)):
+        uniform_R = torch.full((2,), uniform, dtype=torch.float64)
+        assert choose(logits_RV, uniform_R, settings).tolist() == [1, drawn]
+
+
 def test_top_p_is_the_same_where_the_nucleus_is_larger_than_the_first_look():
     probability = torch.rand(2000, generator=torch.Generator().manual_seed(0)).softmax(0)
     kept = shares(probability, temperature=1.0, top_p=0.9) > 0
@@ -290,7 +298,9 @@ def test_special_symbols_are_never_generated(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1}, {"temperature": 1, "top_p": 0}, {"temperature": 1, "top_k": 0}]
+    "settings",
+    [{"temperature": -1}]
+    + [{"temperature": 1, **limit} for limit in ({"top_p": 0}, {"top_k": 0}, {"repetition_penalty": 0})],
 )
 def test_senseless_settings_are_refused(settings, model, tokenizer):
     with pytest.raises(UserError, match="must be"):

@@ -201,6 +201,11 @@ def test_a_gpu_takes_packed_tiles_for_many_short_segments(lengths, path):
         assert choose_path(layout, torch.bfloat16, 64, True) == "masked"
 
 
+@pytest.mark.parametrize("path", ["varlen", "flash_attn"])
+def test_flash_kernels_say_that_they_need_cuda(path):
+    assert why_not(path, torch.device("cpu"), torch.bfloat16, 64, True).endswith("runs on CUDA devices only")
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("model", [small_sllm, small_lm])
 def test_cuda_models_give_the_same_loss_and_gradients_on_every_path(model):

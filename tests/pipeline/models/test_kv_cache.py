@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.models import kv_cache
-from pipeline.models.kv_cache import CachedPrompt, CachedStep, KeyValueCache
+from pipeline.models.kv_cache import CachedPrompt, CachedStep, KeyValueCache, StaticStep
 
 
 def test_a_growing_cache_keeps_every_place() -> None:
@@ -34,11 +34,12 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | No
     return torch.einsum("hp,phd->hd", scores.softmax(-1), v)
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("short", [True, False])  # ragged rows in one block, or one call per row
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("some", [[0, 1, 2, 3], [1, 3], [1, 2], [2]])
 def test_a_step_sees_its_own_row_up_to_itself(
-    some: list[int], scale: float | None, short: bool, monkeypatch: pytest.MonkeyPatch
+    some: list[int], scale: float | None, short: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of other lengths, then steps of some rows; what is not stored yet is NaN."""
     monkeypatch.setattr(kv_cache, "SHORT_ROW", 128 if short else 0)
@@ -62,13 +63,27 @@ def test_a_step_sees_its_own_row_up_to_itself(
         q, (k, v) = torch.randn(len(some), 4, 8), torch.randn(2, len(some), 2, 8)
         step = CachedStep(cache, np.asarray(some), torch.device("cpu"))
         assert step.position_of_row.tolist() == [len(seen[row]) for row in some]
-        found = step.attend(layer, q, k, v, scale)
+        found = step.attend(layer, q, k, v, scale, window)
         for n, row in enumerate(some):
             seen[row].append((k[n], v[n]))
-            keys, values = (torch.stack(x) for x in zip(*seen[row], strict=True))
+            keys, values = (torch.stack(x) for x in zip(*seen[row][-(window or 99) :], strict=True))
             expected = by_hand(q[n], keys, values, scale)
             torch.testing.assert_close(found[n].double(), expected, atol=1e-5, rtol=1e-4)
     assert cache.lengths.tolist() == [len(places) for places in seen]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_static_step_sees_what_a_step_sees(window: int | None) -> None:
+    caches = [KeyValueCache(2, most=8, places=8) for _ in range(2)]
+    for cache in caches:
+        for stored in cache.layer(0, torch.empty(1, 2, 8)):
+            stored.zero_()
+    for place in range(6):
+        q, (k, v) = torch.randn(2, 4, 8), torch.randn(2, 2, 2, 8)
+        step = CachedStep(caches[0], np.arange(2), torch.device("cpu"))
+        at = torch.full((2,), place)
+        found = StaticStep(caches[1], at, at).attend(0, q, k, v, window=window)
+        torch.testing.assert_close(found, step.attend(0, q, k, v, window=window))
 
 
 def test_a_row_beyond_its_most_places_is_refused() -> None:

@@ -32,6 +32,7 @@ from pipeline.data.windows import Span
 from pipeline.models.attention import attention_path
 from pipeline.models.factory import build_model, load_model, save_model
 from pipeline.models.layers import CrossAttention, PostNormLayer, TokenEmbedding, sinusoids
+from pipeline.models.losses import LossSums
 from pipeline.models.sentence_encoder import AttentionPooling, _sum_rows
 from pipeline.models.sentence_vae import SentenceVAE, SentenceVAEConfig
 
@@ -580,3 +581,13 @@ def test_recipes_know_every_option(tmp_path, tokenizer):
     load_recipe(recipe, ["--model.vae.latent_noise", "0.1", "--model.vae.init_embeddings_from", "opt"])
     focal = load_recipe(recipe, ["--loss.kind", "focal"]).loss.head_settings()
     assert focal == {"focal_gamma": 2.0, "label_smoothing": 0.0, "z_loss": 0.0}
+
+
+def test_an_unscored_batch_counts_as_nothing() -> None:
+    figures = torch.tensor([1.0, 2.0]), torch.tensor([False, True]), None, torch.tensor([3.0])
+    scored, unscored = (
+        LossSums.collect(one, torch.tensor(6.0), *figures, kl=torch.tensor(4.0)) for one in (True, False)
+    )
+    names = ("objective", "token_nll", "end_nll", "stop_nll", "kl")
+    assert [float(getattr(scored, name)) for name in names] == [6, 1, 2, 3, 4]
+    assert [float(getattr(unscored, name)) for name in names] == [0] * 5
