@@ -84,3 +84,4 @@ def test_annotations_are_no_code() -> None:
     plain = "def f(x: int | None = 1) -> int | None:\n    y: int | None = x\n    return y\n"
     assert _without_annotations(plain) == _without_annotations(plain.replace("|", "+"))
     assert _without_annotations(plain) != _without_annotations(plain.replace("= 1", "= 2"))
+    assert _without_annotations("x = {//y}") is None
