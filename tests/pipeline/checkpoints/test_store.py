@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from helpers.runs import VAE
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import json_bytes
 from pipeline.checkpoints import loading, saving, store
 from pipeline.checkpoints.store import Meta
 from pipeline.config.schema import Recipe
@@ -173,3 +175,12 @@ def test_a_description_that_is_none_is_damage(text: str, tmp_path: Path) -> None
     (tmp_path / store.META).write_text(text)
     with pytest.raises(store.DamagedCheckpoint, match=f"is damaged: {store.META} does not parse"):
         store.read_meta(tmp_path)
+
+
+def test_any_changed_value_of_a_description_is_damage(tmp_path: Path) -> None:
+    store.write_meta(tmp_path, meta())
+    written = json.loads((tmp_path / store.META).read_bytes())
+    for tokens in range(10**6, 10**6 + 12):
+        (tmp_path / store.META).write_bytes(json_bytes({**written, "tokens": tokens}))
+        with pytest.raises(store.DamagedCheckpoint, match="not as it was written"):
+            store.read_meta(tmp_path)
