@@ -186,7 +186,8 @@ class SLLM(SentenceLM):
         sentence."""
         lengths = checked_lengths(sentences, self.config.vae.max_sentence_tokens)
         tokens_T = upload(np.concatenate(sentences).astype(np.int64), self.device)
-        return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device), state.encoder)
+        layout = SegmentLayout(np.asarray(lengths), self.device, steady=True)
+        return self.vae.embed(tokens_T, layout, state.encoder)
 
     @torch.no_grad()
     def read(
