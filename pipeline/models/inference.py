@@ -96,7 +96,7 @@ def load_for_generation(
     int8: bool = False,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
-    batch_invariant: bool = False,
+    batch_invariant: bool = True,
 ) -> tuple[Any, Tokenizer]:
     """The model of a folder, laid out for generation or in int8, and its tokenizer; a token-level model as
     `TokenDocuments`. batch_invariant: in fp32 on a CPU a text's numbers have the same bits in any batch.

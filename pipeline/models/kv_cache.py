@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data_prep.common.errors import counted
 from pipeline.data.segments import SegmentLayout
+from pipeline.generation.replay import static_shapes
 from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention, repeat_heads
 
@@ -317,7 +318,7 @@ class CachedPrompt(SegmentLayout):
     ) -> Tensor:
         """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
         self._cache.store_at(layer, self.targets, k, v)
-        if self._past is None and q.device.type != "cpu":
+        if self._past is None and static_shapes(q.device):
             k, v = repeat_heads(k, v, q.shape[1])
             return packed_attention(q, k, v, self, causal=True, scale=scale, window=window)
         keys, values = self._cache.layer(layer, k)

@@ -23,6 +23,7 @@ from data_prep.common.errors import UserError
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.generation.prefixes import Entry, PrefixCache
+from pipeline.generation.replay import static_shapes
 from pipeline.generation.upload import upload
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt
@@ -186,7 +187,7 @@ class SLLM(SentenceLM):
         sentence."""
         lengths = checked_lengths(sentences, self.config.vae.max_sentence_tokens)
         tokens_T = upload(np.concatenate(sentences).astype(np.int64), self.device)
-        layout = SegmentLayout(np.asarray(lengths), self.device, steady=True)
+        layout = SegmentLayout(np.asarray(lengths), self.device, not static_shapes(self.device))
         return self.vae.embed(tokens_T, layout, state.encoder)
 
     @torch.no_grad()

@@ -30,7 +30,8 @@ WIDE = {"hidden_size": 48, "heads": 4}
 KINDS: dict[str, dict] = {
     "lean": {"vae": WIDE},
     "paper": {"vae": {"layout": "paper"}},
-    "context": {"vae": {"context_sentences": 1, "condition": "prefix", "fusion": "attention"}},
+    "context": {"vae": {"context_sentences": 1, "condition": "prefix", "positions": "rotary"}},
+    "attention": {"vae": {"fusion": "attention"}},
     "stack": {"stack": {**STACK, "attention_window": 9, "memory": 3}},
 }
 
