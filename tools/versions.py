@@ -26,7 +26,9 @@ from data_prep.common.errors import UserError, run_main, say
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-EXTRAS = "mpi,dask,fast,s3,near-duplicates,lang,serve,report,eval,lm-eval,import,engines,research,dev"
+EXTRAS = (
+    "mpi,dask,fast,s3,near-duplicates,lang,serve,report,eval,lm-eval,import,lora,engines,research,docs,dev"
+)
 FAST = ("-q", "-m", "not long and not launch")
 RANGED = ("torch", "transformers")  # tested at both ends of their ranges
 

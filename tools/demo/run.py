@@ -43,9 +43,9 @@ LAST_LINES = 25
 PACKAGES = "torch deepspeed transformers tokenizers sentencepiece webdataset numpy".split()
 
 PROMPTS = Path("tools/demo/prompts.jsonl")
-# As many as fit the time that SentenceVAE and SLLM take together on two CPU cores.
-TOKEN_MODEL_TOKENS = 1_650_000
-TASK_ITEMS = 200  # of each task of lm-evaluation-harness
+# Tokens of each training. The token model's fit the time that SentenceVAE and SLLM take together on two cores.
+TOKENS = {"vae": 600_000, "sllm": 600_000, "lm": 1_050_000}
+TASK_ITEMS = 150  # of each task of lm-evaluation-harness
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,12 @@ def steps(demo: Path) -> list[Step]:
         recipe, strategy = Path(f"pipeline/recipes/demo-{kind}.yaml"), Path("ds_configs/zero3.json")
         command = f"deepspeed --num_gpus 2 --master_port {PORT} pipeline/train.py --config {recipe} "
         command += f"--deepspeed_config {strategy} --output_dir {at}/runs/{kind} "
-        command += f"--data.shards {at}/shards/train --data.validation {data}"
+        command += f"--data.shards {at}/shards/train --data.validation {data} "
+        command += f"--training.max_tokens {TOKENS[kind]}"
         needs = "shards-train shards-validation"
         if kind == "sllm":
             command += f" --model.vae.path {at}/models/vae"
             needs += " export-vae"
-        if kind == "lm":
-            command += f" --training.max_tokens {TOKEN_MODEL_TOKENS}"
         reads = (*recipe_files(recipe), strategy)
         add(f"train-{kind}", command, f"runs/{kind}", needs, reads=reads, resumes=True)
         command = f"sllm export {at}/runs/{kind} --output {at}/models/{kind}"
