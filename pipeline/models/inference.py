@@ -96,7 +96,7 @@ def load_for_generation(
     int8: bool = False,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
-    batch_invariant: bool = True,
+    batch_invariant: bool = False,
 ) -> tuple[Any, Tokenizer]:
     """The model of a folder, laid out for generation or in int8, and its tokenizer; a token-level model as
     `TokenDocuments`. batch_invariant: in fp32 on a CPU a text's numbers have the same bits in any batch.
@@ -128,6 +128,8 @@ def lay_out(model: nn.Module, batch_invariant: bool = False) -> nn.Module:
     weight = next(model.parameters())
     columns = weight.device.type == "cpu"
     batch_invariant = batch_invariant and columns and weight.dtype == torch.float32
+    if batch_invariant and isinstance(model, SentenceLM):
+        model.batch_invariant = True
     backbone = getattr(model, "backbone", None)
     joined = joined_layers(model) if backbone is not None and BackboneStep.known(backbone) else []
     for group in joined:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from data_prep.common.errors import counted
 from pipeline.data.segments import SegmentLayout
-from pipeline.generation.replay import static_shapes
 from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention, repeat_heads
 
@@ -53,6 +52,7 @@ class KeyValueCache:
     def __init__(self, rows: int, most: int, places: int = 0):
         self.rows, self.most = rows, most
         self.lengths = np.zeros(rows, dtype=np.int64)  # places used, of every row
+        self.steady = False  # a row's attention has the same bits in any batch
         self._places = min(most, places)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -226,7 +226,8 @@ class Reading:
             return
         self._first = 0 if window is None else first_read(longest, max(0, int(ends.min()) - window))
         self._width = up_to_lanes(longest) - self._first
-        self._copied = self._asked = None
+        self._copied: Tensor | None = None
+        self._asked: Tensor | None = None
         if self._span > 2 * count:
             self._copied = upload(rows, like.device)
         elif self._span > count:
@@ -318,7 +319,7 @@ class CachedPrompt(SegmentLayout):
     ) -> Tensor:
         """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
         self._cache.store_at(layer, self.targets, k, v)
-        if self._past is None and static_shapes(q.device):
+        if self._past is None and not self._cache.steady:
             k, v = repeat_heads(k, v, q.shape[1])
             return packed_attention(q, k, v, self, causal=True, scale=scale, window=window)
         keys, values = self._cache.layer(layer, k)
@@ -381,7 +382,7 @@ class CachedStep:
         cache.reserve(self.longest)
         cache.lengths[rows] = self._ends
         self._same = len(rows) == 1 or int(self._ends.min()) == self.longest
-        self._rows_n = None if len(rows) == 1 else upload(rows, device)
+        self._first, self._rows_n = int(rows[0]), None if len(rows) == 1 else upload(rows, device)
         self._readings: dict[int | None, Reading] = {}
 
     @cached_property
@@ -405,15 +406,19 @@ class CachedStep:
     ) -> Tensor:
         """q [n, H, d_head], k and v [n, H_kv, d_head] → [n, H, d_head]; with a window only its last places
         are seen."""
-        stored, shape = self._cache.layer(layer, k), q.shape
+        stored, shape, longest = self._cache.layer(layer, k), q.shape, self.longest
         # Query heads that share a key head become queries of that head, so keys are not repeated.
         q = q.reshape(shape[0], k.shape[1], -1, shape[2])
         for places, new in zip(stored, (k, v), strict=True):
             if self._rows_n is None:
-                places.select(0, int(self._rows[0])).select(1, self.longest - 1).copy_(new[0])
+                places.select(0, self._first).select(1, longest - 1).copy_(new[0])
             else:
                 # The indexed dimensions are not adjacent, so torch puts them first: as k and v are.
                 places[self._rows_n, :, self.position_of_row] = new
+        if self._rows_n is None and not self._cache.steady:
+            first = longest - window if window is not None and window < longest else 0
+            keys, values = (x.narrow(0, self._first, 1).narrow(2, first, longest - first) for x in stored)
+            return _attention(q, keys, values, scale=scale).reshape(shape)
         if (reading := self._readings.get(window)) is None:
             reading = self._readings[window] = Reading(self._rows, self._ends, window, q)
         return reading.attend(q, stored, scale).reshape(shape)

@@ -7,6 +7,8 @@ for any number of rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ class Product:
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         # Copies: a loaded tensor may be a view of its file.
-        self._bias, self._packed = None if bias is None else bias.detach().clone(), None
+        self._bias = None if bias is None else bias.detach().clone()
+        self._packed: Tensor | None = None
         self._narrow = len(weight) < NARROW
         self.least = LEAST_ROWS
         if weight.numel() >= PACKED and torch.backends.mkldnn.is_available():
@@ -44,7 +47,7 @@ class Product:
                 if self._narrow
                 else weight.t().clone(memory_format=torch.contiguous_format).t()
             )
-        self._weight = None if self._packed is not None else weight
+        self._weight: Any = None if self._packed is not None else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() != 2:

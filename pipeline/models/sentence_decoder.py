@@ -196,14 +196,14 @@ class SentenceDecoder(nn.Module):
             first += [max(begin, number - self.context) for number in range(begin, len(lengths))]
             ends.append(len(lengths))
             kept_from.append(max(begin, begin + len(past) - self.context))
-        layout = SegmentLayout(np.asarray(lengths), vector_nd.device, not state.static)
+        layout = SegmentLayout(np.asarray(lengths), vector_nd.device, state.cache.steady)
         starts = layout.starts
         ends_R = np.asarray([starts[end] for end in ends])
         begins_R = np.concatenate([[0], ends_R[:-1]])
         kept = np.stack([starts[kept_from], ends_R], axis=1)
         positions = np.arange(layout.rows) - np.repeat(begins_R, ends_R - begins_R)
         if self.context:
-            spans = context_spans(layout.lengths, np.asarray(first), layout.device, not state.static)
+            spans = context_spans(layout.lengths, np.asarray(first), layout.device, state.cache.steady)
             attend: partial[Tensor] = partial(attend_across, spans=spans)
         else:
             attend = partial(packed_attention, layout=layout, causal=True)

@@ -13,6 +13,7 @@ With `vectors` above 1, attention pools so many vectors with separate queries, c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,16 @@ class AttentionPooling(nn.Module):
         channels_THd = x_Td.view(len(x_Td), 1, self.heads, -1)
         weighted_Td = (channels_THd * weights_TH.view(-1, self.vectors, self.heads, 1)).flatten(1)
         return _sum_rows(weighted_Td, layout)
+
+
+def _attend_both_ways(
+    layout: SegmentLayout, layer: int, q: Tensor, k: Tensor, v: Tensor, *limits: None
+) -> Tensor:
+    """Attention of a `LayerStep` without a cache: `packed_attention` with less around it for one sentence."""
+    if len(layout.lengths) > 1 or q.device.type != "cpu" or layout.steady:
+        return packed_attention(q, k, v, layout, causal=False)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
 class SentenceEncoder(nn.Module):
@@ -95,10 +106,7 @@ class SentenceEncoder(nn.Module):
                 x = layer(x, layout, causal=False, turn=turn)
         else:
             turn = turns(self.embedding, self.heads, layout.position_of_row, self.embedding.positions)
-
-            def attend(_: int, q: Tensor, k: Tensor, v: Tensor, *limits: None) -> Tensor:
-                return packed_attention(q, k, v, layout, causal=False)
-
+            attend = partial(_attend_both_ways, layout)
             for step in steps:
                 x = step(x, attend, turn, None, layout.rows)
             x = x[: layout.rows]

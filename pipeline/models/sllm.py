@@ -23,7 +23,6 @@ from data_prep.common.errors import UserError
 from pipeline.data.batch import Batch
 from pipeline.data.segments import SegmentLayout
 from pipeline.generation.prefixes import Entry, PrefixCache
-from pipeline.generation.replay import static_shapes
 from pipeline.generation.upload import upload
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
 from pipeline.models.kv_cache import FIRST_PLACES, CachedPrompt
@@ -187,7 +186,7 @@ class SLLM(SentenceLM):
         sentence."""
         lengths = checked_lengths(sentences, self.config.vae.max_sentence_tokens)
         tokens_T = upload(np.concatenate(sentences).astype(np.int64), self.device)
-        layout = SegmentLayout(np.asarray(lengths), self.device, not static_shapes(self.device))
+        layout = SegmentLayout(np.asarray(lengths), self.device, self.batch_invariant)
         return self.vae.embed(tokens_T, layout, state.encoder)
 
     @torch.no_grad()
@@ -319,7 +318,7 @@ class SLLM(SentenceLM):
     def new_decoder(self, state: BackboneState) -> DecoderState:
         """A decoder row per document of the state; `sentence_begin` starts their sentences."""
         decoder = self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
-        decoder.head = logits(self.vae.head)
+        decoder.head, decoder.cache.steady = logits(self.vae.head), self.batch_invariant
         return decoder
 
     @torch.no_grad()

@@ -25,7 +25,6 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from pipeline.config.model_recipe import TokensRecipe, checked_tokens
 from pipeline.data.batch import Batch, StackRows, stack_rows
 from pipeline.data.segments import Band, SegmentLayout
-from pipeline.generation.replay import static_shapes
 from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention
 from pipeline.models.backbone import backbone_config, new_backbone, run_packed, vector_width
@@ -262,9 +261,7 @@ class StackLM(SentenceLM):
         sentences = [sentence for document in documents for sentence in document]
         counts_D = np.asarray([len(document) for document in documents])
         lengths = np.asarray(checked_lengths(sentences, self.config.max_sentence_tokens), dtype=np.int64)
-        packed = stack_rows(
-            lengths, counts_D, self.device, self.config.by_rule, not static_shapes(self.device)
-        )
+        packed = stack_rows(lengths, counts_D, self.device, self.config.by_rule, self.batch_invariant)
         layout, words = packed.layout, state.tokens
         tokens_T = torch.tensor([t for sentence in sentences for t in sentence], device=self.device)
         attend = partial(packed_attention, layout=layout, causal=True)

@@ -35,6 +35,7 @@ class TokenState:
         keep = config.attention_window + config.max_sentence_tokens
         self.lower, self.upper = RollingCache(rows, keep), RollingCache(rows, keep)
         self.memory = RollingCache(rows, max(1, config.memory))
+        self.lower.steady = self.upper.steady = model.batch_invariant
         self.vector = torch.zeros_like(vector)
         self.border = vector.new_zeros(rows, config.hidden_size)
         self.last = torch.zeros_like(self.border)

@@ -205,7 +205,7 @@ def _compare_texts(target: Target, asked: Asked, key: str) -> dict[str, int]:
 
 def _batch(folder: str, asked: Asked, rows: int) -> dict[str, Any]:
     """`generate_many` of the texts; the first time is a warm-up."""
-    model, tokenizer = load_for_generation(folder)
+    model, tokenizer = load_for_generation(folder, batch_invariant=True)
     limits, repeats = Limits(asked.tokens, asked.tokens), 1 + 2 * rows // CASES
     prompts = [asked.prompt(case) for case in range(CASES)] * repeats
 
@@ -226,7 +226,7 @@ def _batch(folder: str, asked: Asked, rows: int) -> dict[str, Any]:
 def _started(folder: str, rows: int, queue: int) -> Iterator[Target]:
     """A server of this machine, on a free port."""
     command = [sys.executable, "-m", "pipeline.cli", "serve", "--model", folder, "--port", "0"]
-    command += ["--rows", str(rows), "--queue", str(queue)]
+    command += ["--rows", str(rows), "--queue", str(queue), "--batch-invariant"]
     began = time.perf_counter()
     with TemporaryFile("w+") as log_file, subprocess.Popen(command, stderr=log_file) as process:
         try:

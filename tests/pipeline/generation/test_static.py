@@ -22,7 +22,7 @@ from pipeline.generation.results import Limits, Request
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
 from pipeline.models import attention as attention_module
-from pipeline.models import kv_cache, sentence_decoder, sentence_lm, sllm, stack, stack_state
+from pipeline.models import sentence_decoder, sentence_lm, sllm, stack_state
 
 PROMPTS = ["", "The list is set by hand, and its value is", "One is set.", "It ends. ", "他走了。然后", "a"]
 KINDS = {
@@ -40,7 +40,7 @@ SETTINGS = [
     Sampling(temperature=1.3, min_p=0.05),
     Sampling(repetition_penalty=1.3),
 ]
-STATIC = (choice, kv_cache, sentence_decoder, sentence_lm, sllm, stack, stack_state)
+STATIC = (choice, sentence_decoder, sentence_lm, stack_state)
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "slice", "select", "expand", "unsqueeze", "squeeze"}
 VIEWS |= {
     "alias",
@@ -197,7 +197,7 @@ def test_buckets() -> None:
 
 @pytest.mark.parametrize("kind", ["alone", "stack"])
 def test_64_prompts_are_read_in_few_launches(
-    kind: str, tokenizer: Tokenizer, static: None, monkeypatch: pytest.MonkeyPatch
+    kind: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The depth of SLLM-125M-H1; attention counts once per layer, as a variable-length kernel does."""
     monkeypatch.setattr(model_folders, "BACKBONE", {**model_folders.BACKBONE, "num_hidden_layers": 12})
