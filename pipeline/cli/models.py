@@ -71,7 +71,7 @@ def generate(
         seed: makes sampling repeatable (default: drawn, printed)
         samples: texts of each prompt
         best_of: generate this many texts, keep the likeliest by the model's own probability
-        batch_invariant: a text's numbers have the same bits in any batch (fp32 on a CPU); slower for few texts
+        batch_invariant: a text has the same bits in any batch (fp32 on a CPU); slower for few texts
     """
     from pipeline.cli import generate as generation
 

@@ -50,7 +50,7 @@ def serve(
         request_seconds: deadline of a request
         drain_seconds: time for accepted requests after TERM
         chat_template: Jinja file for /v1/chat/completions (default: the model folder's chat_template.jinja)
-        batch_invariant: a text's numbers have the same bits in any batch (fp32 on a CPU); slower for few texts
+        batch_invariant: a text has the same bits in any batch (fp32 on a CPU); slower for few texts
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload has no meaning before the model is read
     for package in ("starlette", "uvicorn", "uvloop", "prometheus_client"):

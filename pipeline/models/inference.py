@@ -104,6 +104,10 @@ def load_for_generation(
     Raises: UserError for a SentenceVAE, and as `choose_device`.
     """
     place, precision = choose_device(device, dtype, int8)
+    if batch_invariant and (int8 or place.type != "cpu" or precision != torch.float32):
+        raise UserError(
+            "--batch-invariant is for fp32 on a CPU: add --device cpu --dtype fp32, without --int8"
+        )
     model: nn.Module = load_model(folder)
     if not isinstance(model, SentenceLM | TokenLM):
         raise UserError(
