@@ -13,7 +13,6 @@ from pipeline.cli.generate import Settings, require_text
 from pipeline.generation.api import Generation
 from pipeline.generation.results import Limits
 from pipeline.generation.sampling import Sampling
-from pipeline.models.inference import load_for_generation
 
 HELP = """\
 The model continues the text so far and what you type. An empty line adds nothing. Ctrl-C stops the model.
@@ -37,7 +36,7 @@ def converse(
 
     `read` gives a line and raises EOFError at the end; `write` shows text. Yields every continuation.
     """
-    model, tokenizer = load_for_generation(folder, how.int8, how.device, how.dtype)
+    model, tokenizer = how.load(folder)
     text, turn = "", 0
     while True:
         try:

@@ -34,6 +34,11 @@ class Settings:
     seed_drawn: bool = False  # the user gave no seed: a run that resumes takes the first run's
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
+    batch_invariant: bool = False
+
+    def load(self, folder: str | Path) -> tuple[Any, Any]:
+        """The model of a folder and its tokenizer."""
+        return load_for_generation(folder, self.int8, self.device, self.dtype, self.batch_invariant)
 
     def to_dict(self) -> dict[str, Any]:
         limits = asdict(self.limits)
@@ -108,7 +113,7 @@ def generate_prompt(
     log-probabilities, stopped, samples (all texts, as from `record`), seconds (without loading), settings.
     """
     require_text(prompt, "the prompt")
-    model, tokenizer = load_for_generation(folder, how.int8, how.device, how.dtype)
+    model, tokenizer = how.load(folder)
     on_text = on_text or (lambda piece: None)
     started = time.perf_counter()
     if how.samples == 1:
@@ -164,7 +169,7 @@ def generate_file(
         counts = {"prompts": len(lines), "resumed": done.lines, "errors": done.errors, "tokens": 0}
         started = time.perf_counter()
         if done.lines < len(lines):
-            model, tokenizer = load_for_generation(folder, how.int8, how.device, how.dtype)
+            model, tokenizer = how.load(folder)
             started = time.perf_counter()
             todo = lines[done.lines :]
             first_seed = (how.seed or 0) + done.lines * how.samples

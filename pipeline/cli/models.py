@@ -45,6 +45,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     int8: Int8 = False,
+    batch_invariant: bool = False,
     json: Json = False,
 ) -> int:
     """Continue a text, sentence by sentence; sampled, or greedy with --temperature 0.
@@ -70,12 +71,13 @@ def generate(
         seed: makes sampling repeatable (default: drawn, printed)
         samples: texts of each prompt
         best_of: generate this many texts, keep the likeliest by the model's own probability
+        batch_invariant: a text has the same bits in any batch (fp32 on a CPU); slower for few texts
     """
     from pipeline.cli import generate as generation
 
     sampling = (temperature, top_p, top_k, min_p, repetition_penalty)
     how = generation.settings(max_sentences, *sampling, max_tokens, stop, samples, best_of, seed, int8)
-    how = replace(how, device=device, dtype=dtype)
+    how = replace(how, device=device, dtype=dtype, batch_invariant=batch_invariant)
     if (prompts is None) != (output is None):
         raise UserError("--prompts FILE and --output FILE belong together")
     if prompts is not None and output is not None:

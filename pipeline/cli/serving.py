@@ -30,6 +30,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     int8: Int8 = False,
+    batch_invariant: bool = False,
 ) -> None:
     """Serve a model: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics, and a page to try
     it (docs/serving.md). TERM finishes accepted requests; HUP reads the model folder again.
@@ -49,6 +50,7 @@ def serve(
         request_seconds: deadline of a request
         drain_seconds: time for accepted requests after TERM
         chat_template: Jinja file for /v1/chat/completions (default: the model folder's chat_template.jinja)
+        batch_invariant: a text has the same bits in any batch (fp32 on a CPU); slower for few texts
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload has no meaning before the model is read
     for package in ("starlette", "uvicorn", "uvloop", "prometheus_client"):
@@ -60,7 +62,8 @@ def serve(
     key = find_key(api_key)
     require_key(host, key)
     settings = Settings(key, max_body_bytes, max_prompt_tokens, max_tokens, request_seconds)
-    run(model, host, port, rows, queue, settings, chat_template, drain_seconds, device, dtype, int8)
+    precision = device, dtype, int8, batch_invariant
+    run(model, host, port, rows, queue, settings, chat_template, drain_seconds, *precision)
 
 
 @app.command(group="Models")

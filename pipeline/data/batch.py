@@ -87,18 +87,30 @@ class StackRows(Made):
         first_R = np.maximum(self.border_of_row_R - last + 1, self.first_border_R)
         return Band(first_R, self.border_of_row_R, self.layout.device)
 
+    def memories(self, last: int) -> list[Band]:
+        """The same, by window: a row's bits then do not depend on the other windows."""
+        first_R = np.maximum(self.border_of_row_R - last + 1, self.first_border_R)
+        cuts = self.layout.starts[1:-1]
+        parts = zip(np.split(first_R, cuts), np.split(self.border_of_row_R, cuts), strict=True)
+        return [Band(*part, self.layout.device) for part in parts]
+
 
 def stack_rows(
-    lengths_S: np.ndarray, counts_D: np.ndarray, device: torch.device, by_rule: bool = False
+    lengths_S: np.ndarray,
+    counts_D: np.ndarray,
+    device: torch.device,
+    by_rule: bool = False,
+    steady: bool = False,
 ) -> StackRows:
-    """Rows of D windows of `counts_D[d]` sentences, 0 or more, with `lengths_S[s]` tokens each; host."""
+    """Rows of D windows of `counts_D[d]` sentences, 0 or more, with `lengths_S[s]` tokens each; host.
+    steady: of the layout."""
     first_D = np.cumsum(counts_D + 1) - (counts_D + 1)
     sizes_B = np.ones(len(lengths_S) + len(counts_D), dtype=np.int64)  # a border and the tokens behind it
     sizes_B[np.arange(len(lengths_S)) + np.repeat(np.arange(len(counts_D)), counts_D)] += lengths_S
     if by_rule:
-        return _rows_by_rule(sizes_B, first_D, device)
+        return _rows_by_rule(sizes_B, first_D, device, steady)
     borders_B = np.cumsum(sizes_B) - sizes_B
-    layout = SegmentLayout(np.add.reduceat(sizes_B, first_D), device)
+    layout = SegmentLayout(np.add.reduceat(sizes_B, first_D), device, steady)
     tokens_T, targets_N = (np.delete(np.arange(layout.rows), x) for x in (borders_B, layout.starts[1:] - 1))
     token_rows_T, target_rows_N, border_rows_B = (
         to_device(x, device) for x in (tokens_T, targets_N, borders_B)
@@ -108,12 +120,12 @@ def stack_rows(
     return StackRows(layout, token_rows_T, target_rows_N, border_rows_B, border_of_row_R, first_border_R)
 
 
-def _rows_by_rule(sizes_B: np.ndarray, first_D: np.ndarray, device: torch.device) -> StackRows:
+def _rows_by_rule(sizes_B: np.ndarray, first_D: np.ndarray, device: torch.device, steady: bool) -> StackRows:
     is_first_B = np.zeros(len(sizes_B), dtype=bool)
     is_first_B[first_D] = True
     rows_B = sizes_B - ~is_first_B  # rows that read the border's output: BOS and tokens
     starts_B = np.cumsum(rows_B) - rows_B
-    layout = SegmentLayout(np.add.reduceat(rows_B, first_D), device)
+    layout = SegmentLayout(np.add.reduceat(rows_B, first_D), device, steady)
     tokens_T = np.delete(np.arange(layout.rows), starts_B[first_D])
     borders_B = np.where(is_first_B, starts_B, starts_B - 1)
     token_rows_T, target_rows_N, border_rows_B = (
@@ -124,12 +136,14 @@ def _rows_by_rule(sizes_B: np.ndarray, first_D: np.ndarray, device: torch.device
     return StackRows(layout, token_rows_T, target_rows_N, border_rows_B, border_of_row_R, first_border_R)
 
 
-def context_spans(lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device) -> ContextSpans:
+def context_spans(
+    lengths_S: np.ndarray, first_S: np.ndarray, device: torch.device, steady: bool = False
+) -> ContextSpans:
     """Spans in which the `lengths_S[s]` rows of sentence s see sentences `first_S[s]` to s; int64 [S],
-    host."""
+    host. steady: of the layout."""
     starts = np.concatenate([[0], np.cumsum(lengths_S)])
     before_S = starts[:-1] - starts[first_S]
-    layout = SegmentLayout(before_S + lengths_S, device)
+    layout = SegmentLayout(before_S + lengths_S, device, steady)
     wide = np.repeat(starts[first_S] - layout.starts[:-1], layout.lengths) + np.arange(layout.rows)
     own = np.arange(starts[-1]) + np.repeat(layout.starts[:-1] + before_S - starts[:-1], lengths_S)
     needed = int((lengths_S * before_S + lengths_S * (lengths_S + 1) // 2).sum())

@@ -14,6 +14,7 @@ from pipeline.data.upload import Made, kept, to_device
 
 _PAIRS_OF_A_BLOCK = 2048  # query-key pairs that cost as much as a block's kernel calls, at width 128
 _SHORTEST_BAND = 16  # rows of a block under an attention window
+_STEADY_ROWS = 16  # a vector's lanes: with more zeros behind a row's keys its sums keep their bits
 _BAND_BLOCK = 64  # queries of a block of a `Band`
 TILE = 128  # rows of a tile of GPU kernels, and of a packed one
 
@@ -117,10 +118,13 @@ class SegmentLayout(Made):
     Args:
         lengths: int [n], each >= 1; their sum is the number of rows T.
         device: of the index tensors.
+        steady: the bucketed path gives a segment a block of its own length, to the next multiple of 16, so
+            that its bits do not depend on the other segments. Else lengths that cost least share blocks.
     """
 
-    def __init__(self, lengths: np.ndarray, device: torch.device | str = "cpu"):
+    def __init__(self, lengths: np.ndarray, device: torch.device | str = "cpu", steady: bool = False):
         self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.steady = steady
         if self.lengths.size == 0 or self.lengths.min() < 1:
             raise ValueError("a segment layout needs at least one segment, each with at least one row")
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
@@ -161,7 +165,7 @@ class SegmentLayout(Made):
     @cached_property
     def widened(self) -> SegmentLayout:
         """The layout with one more row in each segment."""
-        return SegmentLayout(self.lengths + 1, self.device)
+        return SegmentLayout(self.lengths + 1, self.device, self.steady)
 
     @cached_property
     def rows_with_next(self) -> Tensor:
@@ -190,6 +194,10 @@ class SegmentLayout(Made):
         Each block has a fixed cost of kernel calls (forward and backward about 150 µs on a CPU core), so a
         few segments join the next longer bucket if their padding costs less than a block.
         """
+        if self.steady:
+            wide = -(-self.lengths // _STEADY_ROWS)
+            order = np.argsort(wide, kind="stable")
+            return np.split(order, np.flatnonzero(np.diff(wide[order])) + 1)
         edges = _bucket_edges(self.longest)
         edge_of = np.searchsorted(edges, self.lengths)
         used, counts = np.unique(edge_of, return_counts=True)
@@ -210,14 +218,19 @@ class SegmentLayout(Made):
         shapes, sources, reals = [], [], []
         for members in self._buckets:
             lengths = self.lengths[members][:, None]
-            slots = np.arange(lengths.max())
+            longest = int(lengths.max())
+            slots = np.arange(-(-longest // _STEADY_ROWS) * _STEADY_ROWS if self.steady else longest)
             shapes.append((len(members), len(slots)))
             sources.append(self.starts[members][:, None] + np.minimum(slots, lengths - 1))
             reals.append(slots < lengths)
         source, real = (np.concatenate([x.reshape(-1) for x in parts]) for parts in (sources, reals))
         restore = np.empty(self.rows, dtype=np.int64)
         restore[source[real]] = np.flatnonzero(real)
-        masks = [None if x.all() else self._to_device(x[:, None, None, :]) for x in reals]
+        whole = [not self.steady and x.all() for x in reals]
+        masks = [
+            None if full else self._to_device(x[:, None, None, :])
+            for x, full in zip(reals, whole, strict=True)
+        ]
         return BlockPlan(
             shapes,
             self._to_device(source),
@@ -227,8 +240,9 @@ class SegmentLayout(Made):
         )
 
     def limits(self, window: int | None) -> bool:
-        """Whether an attention window of so many rows, the row itself included, hides anything."""
-        return window is not None and window < self.longest
+        """Whether an attention window of so many rows, the row itself included, hides anything; in a steady
+        layout a window always counts."""
+        return window is not None and (self.steady or window < self.longest)
 
     def _band_blocks(self, window: int) -> tuple[int, int, np.ndarray]:
         """Length of a block, blocks that it sees before itself, and blocks of every segment."""

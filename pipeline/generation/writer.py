@@ -5,9 +5,8 @@ Rows whose sentence has ended wait until they are a quarter of all rows, or no r
 go through encoder and backbone together, because a pass of the backbone reads all of its weights, however few
 its rows. A row whose text is finished takes the next prompt.
 
-Rows influence each other only by rounding (matrix products of other sizes add in another order, about 1e-6),
-and each has its own random generator. So a text is the same in any batch, unless two choices are closer than
-that.
+Each row has its own random generator, and rows influence each other only by rounding (about 1e-6); in a model
+laid out as batch invariant not at all. So a text is the same in any batch, unless two choices are closer.
 """
 
 from __future__ import annotations

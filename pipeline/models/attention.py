@@ -23,7 +23,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -217,7 +217,7 @@ def _masked(q, k, v, layout, causal, scale, dropout, window=None):
 def _bucketed(q, k, v, layout, causal, scale, dropout, window=None):
     if window:
         return _banded(q, k, v, layout.bands(window), scale, dropout)
-    if len(layout.lengths) == 1:  # one block as it stands: nothing to gather
+    if len(layout.lengths) == 1 and not layout.steady:  # one block as it stands: nothing to gather
         block = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = F.scaled_dot_product_attention(*block, None, dropout, is_causal=causal, scale=scale)
         return out.squeeze(0).transpose(0, 1)
@@ -250,6 +250,13 @@ def _banded(q, k, v, band, scale, dropout):
     blocks = (x.transpose(1, 2) for x in (q, k, v))  # [n, H, L, d_head]
     out = F.scaled_dot_product_attention(*blocks, band.mask, dropout, scale=scale)
     return _OutOfBlocks.apply(out.transpose(1, 2).flatten(0, 1), band.plan)
+
+
+@torch.compiler.disable
+def bands_attention(q: Tensor, k: Tensor, v: Tensor, bands: Sequence[Band]) -> Tensor:
+    """`band_attention` of consecutive queries, by one band after the other."""
+    parts = zip(q.split([band.rows for band in bands]), bands, strict=True)
+    return torch.cat([band_attention(part, k, v, band) for part, band in parts])
 
 
 @torch.compiler.disable

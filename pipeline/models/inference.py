@@ -10,6 +10,7 @@ cost: docs/generation.md.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.models.factory import load_model
 from pipeline.models.folders import load_model_tokenizer
+from pipeline.models.products import use_joined_product, use_product
 from pipeline.models.sentence_lm import SentenceLM
 from pipeline.models.step import BackboneStep, join, joined_layers
 from pipeline.models.token_documents import TokenDocuments
@@ -90,14 +92,22 @@ def to_int8(model: nn.Module) -> nn.Module:
 
 
 def load_for_generation(
-    folder: str | Path, int8: bool = False, device: DeviceName = "auto", dtype: DtypeName = "auto"
+    folder: str | Path,
+    int8: bool = False,
+    device: DeviceName = "auto",
+    dtype: DtypeName = "auto",
+    batch_invariant: bool = False,
 ) -> tuple[Any, Tokenizer]:
     """The model of a folder, laid out for generation or in int8, and its tokenizer; a token-level model as
-    `TokenDocuments`.
+    `TokenDocuments`. batch_invariant: in fp32 on a CPU a text's numbers have the same bits in any batch.
 
     Raises: UserError for a SentenceVAE, and as `choose_device`.
     """
     place, precision = choose_device(device, dtype, int8)
+    if batch_invariant and (int8 or place.type != "cpu" or precision != torch.float32):
+        raise UserError(
+            "--batch-invariant is for fp32 on a CPU: add --device cpu --dtype fp32, without --int8"
+        )
     model: nn.Module = load_model(folder)
     if not isinstance(model, SentenceLM | TokenLM):
         raise UserError(
@@ -106,23 +116,34 @@ def load_for_generation(
         )
     tokenizer = load_model_tokenizer(folder)
     nn.Module.to(model, place, precision)
-    (to_int8 if int8 else lay_out)(model)
+    if int8:
+        to_int8(model)
+    else:
+        lay_out(model, batch_invariant)
     return TokenDocuments(model, tokenizer) if isinstance(model, TokenLM) else model, tokenizer
 
 
-def lay_out(model: nn.Module) -> nn.Module:
+def lay_out(model: nn.Module, batch_invariant: bool = False) -> nn.Module:
     """Lay out the matrices of a model for generation, in place, and return it. Values, shapes and names stay.
 
     In models that run by `BackboneStep`, matrices of one input become one (queries, keys and values; gate and
     up). On a CPU all are stored by columns: one row times such a matrix is up to 1.8 times as fast where
-    reading the matrix is the limit."""
-    columns = next(model.parameters()).device.type == "cpu"
+    reading the matrix is the limit. batch_invariant: `products` instead, in float32 on a CPU."""
+    weight = next(model.parameters())
+    columns = weight.device.type == "cpu"
+    batch_invariant = batch_invariant and columns and weight.dtype == torch.float32
+    if batch_invariant and isinstance(model, SentenceLM):
+        model.batch_invariant = True
     backbone = getattr(model, "backbone", None)
     joined = joined_layers(model) if backbone is not None and BackboneStep.known(backbone) else []
     for group in joined:
-        join(group, columns)
+        (use_joined_product if batch_invariant else partial(join, columns=columns))(group)
     done = {module for group in joined for module in group}
     for module in model.modules():
-        if columns and isinstance(module, nn.Linear) and module not in done:
+        if not isinstance(module, nn.Linear) or module in done or not columns:
+            continue
+        if batch_invariant:
+            use_product(module)
+        else:
             module.weight.data = module.weight.data.t().contiguous().t()
     return model

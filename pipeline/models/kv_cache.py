@@ -13,7 +13,7 @@ StaticStep      the same for the first rows of a cache; all shapes depend on the
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,17 @@ from pipeline.models.attention import packed_attention, repeat_heads
 
 FIRST_PLACES = 64  # room for new places when their number is not known
 _attention = F.scaled_dot_product_attention
-SHORT_ROW = 128  # up to this many places a CPU copies ragged rows into one block instead of one call per row
+SHORT_ROW = 128  # up to this many places a CPU reads ragged rows in one call instead of one call per row
+# On a CPU a query reads keys from one multiple of LANES to another. Its sums then have the same bits whatever
+# masked keys follow: a vector's lanes keep their places, and a zero changes no sum.
+LANES = 16
+KEYS = 512  # that torch's kernel reads at a time
+QUERIES = 64  # of one call: kernels divide the keys otherwise for 192 and more
+
+
+def up_to_lanes(places: int) -> int:
+    """The next multiple of LANES."""
+    return -(-places // LANES) * LANES
 
 
 class KeyValueCache:
@@ -36,11 +46,13 @@ class KeyValueCache:
 
     What one query head reads is contiguous: with heads inside places, attention to a row of 1,450 places
     takes 1.8 times as long. A layer's storage is allocated at its first key and grows up to `most` places a
-    row; one more place takes what a `StaticStep` writes for a full row."""
+    row; one more place takes what a `StaticStep` writes for a full row. What a row has not stored is zero, or
+    from an earlier text: finite."""
 
     def __init__(self, rows: int, most: int, places: int = 0):
         self.rows, self.most = rows, most
         self.lengths = np.zeros(rows, dtype=np.int64)  # places used, of every row
+        self.steady = False  # a row's attention has the same bits in any batch
         self._places = min(most, places)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -57,7 +69,7 @@ class KeyValueCache:
         wanted = max(places, 2 * self._places) if ahead is None else places + ahead
         before, self._places = self._places, min(self.most, wanted)
         for layer, pair in self._layers.items():
-            keys, values = (x.new_zeros(*x.shape[:2], self._places + 1, x.shape[3]) for x in pair)
+            keys, values = (x.new_zeros(*x.shape[:2], self.stored_places, x.shape[3]) for x in pair)
             for new, old in zip((keys, values), pair, strict=True):
                 new[:, :, :before] = old[:, :, :before]
             self._layers[layer] = keys, values
@@ -67,11 +79,16 @@ class KeyValueCache:
         """Places of every row for which there is room."""
         return self._places
 
+    @property
+    def stored_places(self) -> int:
+        """Places of every row in the storage."""
+        return up_to_lanes(self._places + 1)
+
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, allocated for rows such as `like` [n, heads, d_head]."""
         found = self._layers.get(number)
         if found is None:
-            shape = (self.rows, like.shape[1], self._places + 1, like.shape[2])
+            shape = (self.rows, like.shape[1], self.stored_places, like.shape[2])
             found = self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
         return found
 
@@ -120,12 +137,12 @@ class KeyValueCache:
     def bytes_per_place(self) -> int:
         """Bytes of one place of one row, all layers, by the storage itself."""
         tensors = [x for pair in self._layers.values() for x in pair]
-        return sum(x.untyped_storage().nbytes() for x in tensors) // (self.rows * (self._places + 1))
+        return sum(x.untyped_storage().nbytes() for x in tensors) // (self.rows * self.stored_places)
 
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
-        return self.bytes_per_place * self.rows * (self._places + 1)
+        return self.bytes_per_place * self.rows * self.stored_places
 
 
 class RollingCache(KeyValueCache):
@@ -161,12 +178,100 @@ class RollingCache(KeyValueCache):
 def attend_last(
     q: Tensor, stored: tuple[Tensor, Tensor], rows: Tensor, ends: Tensor, width: int, scale: float | None
 ) -> Tensor:
-    """Queries [n, H_kv, queries, d_head] of `rows` (int64 [n]) attend to the last `width` places before
-    `ends` (int64 [n]) of a layer's storage → as q."""
+    """Queries [n, H_kv, queries, d_head] of `rows` attend to the last `width` places before `ends` → as q.
+    By tensors on the device (int64 [n] each), for a graph."""
     places = ends[:, None] - width + torch.arange(width, device=q.device)
     # Indexed dimensions that are not adjacent come first: [n, width, H_kv, d_head].
     k, v = (x[rows[:, None], :, places.clamp_min(0)].transpose(1, 2) for x in stored)
     return _attention(q, k, v, (places >= 0)[:, None, None], scale=scale)
+
+
+@lru_cache(maxsize=32)
+def _strip(places: int, shown: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`shown` zeros between `places` times -inf on both sides."""
+    with torch.inference_mode(False):  # later calls reuse it, maybe outside inference mode
+        strip = torch.full((2 * places + shown,), -torch.inf, device=device, dtype=dtype)
+        strip[places : places + shown] = 0
+        return strip
+
+
+def seen(ends: np.ndarray, window: int | None, first: int, width: int, like: Tensor) -> Tensor:
+    """[n, 1, 1, width], to be added to scores: 0 at the last `window` places (None: all) before each of
+    `ends`, else -inf. The first column is place `first`."""
+    places = 1 << max(6, int(max(first + width, ends.max())).bit_length())
+    shown = places if window is None else min(window, places)
+    strip = _strip(places, shown, like.device, like.dtype)
+    at = places + shown + first - ends
+    if len(at) == 1:
+        return strip[at[0] : at[0] + width][None, None, None]
+    return strip.unfold(0, width, 1)[upload(at, like.device)][:, None, None]
+
+
+def first_read(end: int, first: int) -> int:
+    """The first place that is read for keys from `first` to before `end`."""
+    return first // LANES * LANES if end <= KEYS else first // KEYS * KEYS
+
+
+class Reading:
+    """How queries of `rows` (int64 [n], ascending) read the last `window` places (None: all) before `ends`
+    (int64 [n]) of a layer's storage; made once per step. In place, with rows between them that are not asked
+    for, if that is less than a copy; on a CPU long rows one by one, without padding."""
+
+    def __init__(self, rows: np.ndarray, ends: np.ndarray, window: int | None, like: Tensor):
+        count, longest = len(rows), int(ends.max())
+        self._first_row, self._span = int(rows[0]), int(rows[-1]) - int(rows[0]) + 1
+        self._each: list[Reading] = []
+        if window is None and count > 1 and longest > SHORT_ROW and like.device.type == "cpu":
+            self._each = [Reading(rows[n : n + 1], ends[n : n + 1], None, like) for n in range(count)]
+            return
+        self._first = 0 if window is None else first_read(longest, max(0, int(ends.min()) - window))
+        self._width = up_to_lanes(longest) - self._first
+        self._copied: Tensor | None = None
+        self._asked: Tensor | None = None
+        if self._span > 2 * count:
+            self._copied = upload(rows, like.device)
+        elif self._span > count:
+            self._asked = upload(rows - self._first_row, like.device)
+            some, ends = ends, np.ones(self._span, dtype=np.int64)
+            ends[rows - self._first_row] = some
+        self._mask = seen(ends, window, self._first, self._width, like)
+
+    def attend(self, q: Tensor, stored: tuple[Tensor, Tensor], scale: float | None) -> Tensor:
+        """q [n, H_kv, queries, d_head] → the same."""
+        if self._each:
+            parts = zip(q.split(1), self._each, strict=True)
+            return torch.cat([one.attend(part, stored, scale) for part, one in parts])
+        k, v = (x.narrow(2, self._first, self._width) for x in stored)
+        if self._copied is not None:
+            return _attention(q, k[self._copied], v[self._copied], self._mask, scale=scale)
+        k, v = (x.narrow(0, self._first_row, self._span) for x in (k, v))
+        if self._asked is None:
+            return _attention(q, k, v, self._mask, scale=scale)
+        wide = q.new_zeros(self._span, *q.shape[1:])
+        wide[self._asked] = q
+        return _attention(wide, k, v, self._mask, scale=scale)[self._asked]
+
+
+def attend_past(
+    q: Tensor, k: Tensor, v: Tensor, past: int, scale: float | None, window: int | None
+) -> Tensor:
+    """Queries [T, H, d_head] behind `past` places attend to those and to their own past, in keys and values
+    [H_kv, places, d_head] → as q. A query's bits do not depend on how many are read with it."""
+    count, outs = len(q), []
+    for start in range(0, count, QUERIES):
+        part = q[start : start + QUERIES]
+        rows, end = len(part), past + start + len(part)
+        first = 0 if window is None else first_read(end, max(0, past + start + 1 - window))
+        width = up_to_lanes(end) - first
+        # Products of one to three queries add in another order.
+        ends = np.minimum(np.arange(past + start + 1, past + start + 1 + -(-rows // 4) * 4), end)
+        part = F.pad(part, (0, 0, 0, 0, 0, len(ends) - rows)).transpose(0, 1)[None]
+        mask = seen(ends, window, first, width, q).transpose(0, 2)
+        k_1, v_1 = (x.narrow(1, first, width) for x in (k, v))
+        if q.shape[1] > len(k):
+            k_1, v_1 = (x.repeat_interleave(q.shape[1] // len(k), 0) for x in (k_1, v_1))
+        outs.append(_attention(part, k_1[None], v_1[None], mask, scale=scale)[0, :, :rows].transpose(0, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 class CachedPrompt(SegmentLayout):
@@ -214,21 +319,18 @@ class CachedPrompt(SegmentLayout):
     ) -> Tensor:
         """q [T, H, d_head], k and v [T, H_kv, d_head] → [T, H, d_head]."""
         self._cache.store_at(layer, self.targets, k, v)
-        if self._past is None:
+        if self._past is None and not self._cache.steady:
             k, v = repeat_heads(k, v, q.shape[1])
             return packed_attention(q, k, v, self, causal=True, scale=scale, window=window)
-        outs, stored = [], self._cache.layer(layer, k)
-        for row, past, start, end in zip(
-            self._rows.tolist(), self._past.tolist(), self.starts[:-1], self.starts[1:], strict=True
-        ):
-            places = torch.arange(past + end - start, device=q.device)
-            distance = places[past:, None] - places
-            seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-            k, v = (x[row, :, : len(places)].transpose(0, 1) for x in stored)
-            k, v = repeat_heads(k, v, q.shape[1])
-            q_1, k, v = (x.transpose(0, 1)[None] for x in (q[start:end], k, v))
-            outs.append(_attention(q_1, k, v, seen, scale=scale)[0].transpose(0, 1))
-        return torch.cat(outs)
+        keys, values = self._cache.layer(layer, k)
+        past = np.zeros_like(self._rows) if self._past is None else self._past
+        parts = zip(self._rows.tolist(), past.tolist(), self.starts[:-1], self.starts[1:], strict=True)
+        return torch.cat(
+            [
+                attend_past(q[start:end], keys[row], values[row], before, scale, window)
+                for row, before, start, end in parts
+            ]
+        )
 
 
 class CachedContext:
@@ -271,41 +373,27 @@ class CachedContext:
 class CachedStep:
     """One more place in each of `rows` (int64 [n], ascending); made once per step, used by every layer.
 
-    Adjacent rows of one length are read in place. Others are attended to together under a mask (few kernels),
-    or on a CPU, when long, one by one (no padding, no copy).
-    """
+    Rows are read in place under a mask; on a CPU, when long, one by one (no padding)."""
 
     def __init__(self, cache: KeyValueCache, rows: np.ndarray, device: torch.device):
-        self._cache, self._rows, self._device, count = cache, rows, device, len(rows)
-        first = int(rows[0])
-        if count == 1:
-            longest = together = int(cache.lengths[first]) + 1
-            cache.reserve(longest)
-            cache.lengths[first] = longest
-        else:
-            self.lengths = cache.lengths[rows]  # the new place of every row
-            longest = int(self.lengths.max()) + 1
-            together = int(rows[-1]) - first + 1 == count and int(self.lengths.min()) + 1 == longest
-            cache.reserve(longest)
-            cache.lengths[rows] += 1
-        self.longest = longest
-        self._block = (first, count) if together else None
-        if not together:
-            self._rows_n = upload(rows, device)
-            places = torch.arange(longest, device=device)
-            self._mask = (places <= self.position_of_row[:, None])[:, None, None]  # [n, 1, 1, longest]
+        self._cache, self._rows, self._device = cache, rows, device
+        self._ends = cache.lengths[rows] + 1
+        self.longest = int(self._ends.max())
+        cache.reserve(self.longest)
+        cache.lengths[rows] = self._ends
+        self._same = len(rows) == 1 or int(self._ends.min()) == self.longest
+        self._first, self._rows_n = int(rows[0]), None if len(rows) == 1 else upload(rows, device)
+        self._readings: dict[int | None, Reading] = {}
 
     @cached_property
     def position_of_row(self) -> Tensor:
         """int64 [n]: the new place of every row."""
-        if self._block is not None:
-            return torch.full((self._block[1],), self.longest - 1, device=self._device)
-        return upload(self.lengths, self._device)
+        return upload(self._ends - 1, self._device)
 
     @property
     def at(self) -> slice | Tensor:
         """The new places as an index of a table by position."""
-        return self.position_of_row if self._block is None else slice(self.longest - 1, self.longest)
+        return slice(self.longest - 1, self.longest) if self._same else self.position_of_row
 
     def attend(
         self,
@@ -318,49 +406,22 @@ class CachedStep:
     ) -> Tensor:
         """q [n, H, d_head], k and v [n, H_kv, d_head] → [n, H, d_head]; with a window only its last places
         are seen."""
-        keys, values = self._cache.layer(layer, k)
-        longest, shape = self.longest, q.shape
+        stored, shape, longest = self._cache.layer(layer, k), q.shape, self.longest
         # Query heads that share a key head become queries of that head, so keys are not repeated.
         q = q.reshape(shape[0], k.shape[1], -1, shape[2])
-        if self._block is not None:
-            if self._block[1] != self._cache.rows:
-                keys, values = keys.narrow(0, *self._block), values.narrow(0, *self._block)
-            keys.select(2, longest - 1).copy_(k)
-            values.select(2, longest - 1).copy_(v)
+        for places, new in zip(stored, (k, v), strict=True):
+            if self._rows_n is None:
+                places.select(0, self._first).select(1, longest - 1).copy_(new[0])
+            else:
+                # The indexed dimensions are not adjacent, so torch puts them first: as k and v are.
+                places[self._rows_n, :, self.position_of_row] = new
+        if self._rows_n is None and not self._cache.steady:
             first = longest - window if window is not None and window < longest else 0
-            k, v = keys.narrow(2, first, longest - first), values.narrow(2, first, longest - first)
-            return _attention(q, k, v, scale=scale).reshape(shape)
-        # The indexed dimensions are not adjacent, so torch puts them first: [n, H_kv, d_head], as k and v
-        # are.
-        keys[self._rows_n, :, self.position_of_row] = k
-        values[self._rows_n, :, self.position_of_row] = v
-        if window is not None and window < longest:
-            stored, ends = (keys, values), self.position_of_row + 1
-            return attend_last(q, stored, self._rows_n, ends, window, scale).reshape(shape)
-        if q.device.type == "cpu" and longest > SHORT_ROW:
-            outs = []
-            for n, (row, at) in enumerate(zip(self._rows, self.lengths, strict=True)):
-                k, v = (x[row, None, :, : at + 1] for x in (keys, values))
-                outs.append(_attention(q[n : n + 1], k, v, scale=scale))
-            out = torch.cat(outs)
-        else:
-            out = self.attend_masked(q, keys, values, scale)
-        return out.reshape(shape)
-
-    def attend_masked(
-        self, q: Tensor, keys: Tensor, values: Tensor, scale: float | None, window: int | None = None
-    ) -> Tensor:
-        """q [n, H_kv, queries, d_head] over ragged rows of the storage → as q."""
-        k, v = (x[self._rows_n, :, : self.longest] for x in (keys, values))
-        # Places behind a row's end may hold anything, even NaN, which neither a score of -inf nor a weight of
-        # 0 removes.
-        behind = ~self._mask[:, 0, 0, None, :, None].expand(-1, 1, -1, 1)
-        k, v = k.masked_fill(behind, 0), v.masked_fill(behind, 0)
-        mask = self._mask
-        if window is not None and window < self.longest:
-            places = torch.arange(self.longest, device=q.device)
-            mask = mask & (places > self.position_of_row[:, None] - window)[:, None, None]
-        return _attention(q, k, v, mask, scale=scale)
+            keys, values = (x.narrow(0, self._first, 1).narrow(2, first, longest - first) for x in stored)
+            return _attention(q, keys, values, scale=scale).reshape(shape)
+        if (reading := self._readings.get(window)) is None:
+            reading = self._readings[window] = Reading(self._rows, self._ends, window, q)
+        return reading.attend(q, stored, scale).reshape(shape)
 
 
 class StaticStep:
@@ -372,8 +433,8 @@ class StaticStep:
     def __init__(self, cache: KeyValueCache, place_n: Tensor, at: Tensor):
         self._cache, self._place_n, self.at, self.longest = cache, place_n, at, cache.places
         self.position_of_row = at
-        places = torch.arange(cache.places + 1, device=place_n.device)
-        self._distance = place_n[:, None] - places  # [n, places + 1]
+        places = torch.arange(cache.stored_places, device=place_n.device)
+        self._distance = place_n[:, None] - places  # [n, stored places]
         self._seen: dict[int | None, Tensor] = {}
 
     def _mask(self, window: int | None) -> Tensor:

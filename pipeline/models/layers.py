@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batch import ContextSpans
 from pipeline.data.segments import Band, SegmentLayout
-from pipeline.models.attention import band_attention, packed_attention
+from pipeline.models.attention import band_attention, bands_attention, packed_attention
 
 Rotation = tuple[Tensor, Tensor]  # cosines and signed sines, [T, 1, 1, d_head] each
 
@@ -246,11 +246,12 @@ class SentenceMemory(nn.Module):
         return rotate(self.query(self.norm(x_Rd)).view(len(x_Rd), 1, self.heads, -1), turn).squeeze(1)
 
     def forward(
-        self, x_Rd: Tensor, vectors_Bd: Tensor, band: Band, turn_R: Rotation, turn_B: Rotation
+        self, x_Rd: Tensor, vectors_Bd: Tensor, band: Band | list[Band], turn_R: Rotation, turn_B: Rotation
     ) -> Tensor:
         """[R, d] → [R, d]; turns of the rows' and the outputs' sentence numbers."""
         k, v = self.keys_values(vectors_Bd, turn_B)
-        return x_Rd + self.out(band_attention(self.queries(x_Rd, turn_R), k, v, band).flatten(1))
+        attend = bands_attention if isinstance(band, list) else band_attention
+        return x_Rd + self.out(attend(self.queries(x_Rd, turn_R), k, v, band).flatten(1))
 
 
 class TokenEmbedding(nn.Module):

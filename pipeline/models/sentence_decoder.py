@@ -196,14 +196,14 @@ class SentenceDecoder(nn.Module):
             first += [max(begin, number - self.context) for number in range(begin, len(lengths))]
             ends.append(len(lengths))
             kept_from.append(max(begin, begin + len(past) - self.context))
-        layout = SegmentLayout(np.asarray(lengths), vector_nd.device)
+        layout = SegmentLayout(np.asarray(lengths), vector_nd.device, state.cache.steady)
         starts = layout.starts
         ends_R = np.asarray([starts[end] for end in ends])
         begins_R = np.concatenate([[0], ends_R[:-1]])
         kept = np.stack([starts[kept_from], ends_R], axis=1)
         positions = np.arange(layout.rows) - np.repeat(begins_R, ends_R - begins_R)
         if self.context:
-            spans = context_spans(layout.lengths, np.asarray(first), layout.device)
+            spans = context_spans(layout.lengths, np.asarray(first), layout.device, state.cache.steady)
             attend: partial[Tensor] = partial(attend_across, spans=spans)
         else:
             attend = partial(packed_attention, layout=layout, causal=True)
@@ -219,7 +219,8 @@ class SentenceDecoder(nn.Module):
         x = self._embed(symbols_R, positions_R, slot_rows_n if count else None, vector_Sd)
         for step, layer in zip(state.steps, self.layers, strict=True):
             condition = layer.condition_of(vector_Sd)
-            x = step(x, cached.attend, turn, None if condition is None else condition[segment_of_row])
+            given = None if condition is None else condition[segment_of_row]
+            x = step(x, cached.attend, turn, given, layout.rows)
 
     def step(self, state: DecoderState, rows: np.ndarray, symbols: Sequence[int] | Tensor) -> Tensor:
         """Feed one symbol to each of `rows` (int64 [n], ascending) and return the hidden states [n, d] that
@@ -261,9 +262,10 @@ class SentenceDecoder(nn.Module):
             turn = turns(self.embedding, self.heads, at, self.positions)
         elif (turn := state.turns.get(at.start)) is None:
             turn = state.turns[at.start] = turns(self.embedding, self.heads, at, self.positions)
+        real = len(x)
         for layer, condition in zip(state.steps, conditions, strict=True):
-            x = layer(x, step.attend, turn, condition)
-        return state.finish(x)
+            x = layer(x, step.attend, turn, condition, real)
+        return state.finish(x)[:real]
 
     def step_static(self, state: DecoderState, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
         """`step` and `head` for a device that replays graphs: logits of the first rows, at least up to the

@@ -59,7 +59,7 @@ def _attend_both_ways(
     layout: SegmentLayout, layer: int, q: Tensor, k: Tensor, v: Tensor, *limits: None
 ) -> Tensor:
     """Attention of a `LayerStep` without a cache: `packed_attention` with less around it for one sentence."""
-    if len(layout.lengths) > 1 or q.device.type != "cpu":
+    if len(layout.lengths) > 1 or q.device.type != "cpu" or layout.steady:
         return packed_attention(q, k, v, layout, causal=False)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
@@ -106,8 +106,10 @@ class SentenceEncoder(nn.Module):
                 x = layer(x, layout, causal=False, turn=turn)
         else:
             turn = turns(self.embedding, self.heads, layout.position_of_row, self.embedding.positions)
+            attend = partial(_attend_both_ways, layout)
             for step in steps:
-                x = step(x, partial(_attend_both_ways, layout), turn)
+                x = step(x, attend, turn, None, layout.rows)
+            x = x[: layout.rows]
         if self.pooling is not None:
             fused = self.pooling(x, layout)
         elif self.fusion == "last":

@@ -52,6 +52,7 @@ class SentenceLM(PreTrainedModel):
     have the backbone's `cache` and its last outputs, `hidden` [R, d_backbone]."""
 
     base_model_prefix = "sllm"
+    batch_invariant = False  # a text's numbers have the same bits in any batch: set by `lay_out`
     keeps_prefixes = False  # whether `read` takes a `PrefixCache`
     backbone: Any
     to_backbone: Any
@@ -99,8 +100,10 @@ class SentenceLM(PreTrainedModel):
     def _context(self, rows: int) -> dict[str, Any]:
         """The fields of a `ContextState` of R empty documents. The cache grows up to `max_sentences`."""
         known = BackboneStep.known(self.backbone)
+        cache = KeyValueCache(rows, most=self.max_sentences + 1)
+        cache.steady = self.batch_invariant
         return {
-            "cache": KeyValueCache(rows, most=self.max_sentences + 1),
+            "cache": cache,
             "hidden": torch.zeros(
                 rows, vector_width(self.config.backbone), dtype=self.dtype, device=self.device
             ),

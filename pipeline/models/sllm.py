@@ -186,7 +186,8 @@ class SLLM(SentenceLM):
         sentence."""
         lengths = checked_lengths(sentences, self.config.vae.max_sentence_tokens)
         tokens_T = upload(np.concatenate(sentences).astype(np.int64), self.device)
-        return self.vae.embed(tokens_T, SegmentLayout(np.asarray(lengths), self.device), state.encoder)
+        layout = SegmentLayout(np.asarray(lengths), self.device, self.batch_invariant)
+        return self.vae.embed(tokens_T, layout, state.encoder)
 
     @torch.no_grad()
     def read(
@@ -317,7 +318,7 @@ class SLLM(SentenceLM):
     def new_decoder(self, state: BackboneState) -> DecoderState:
         """A decoder row per document of the state; `sentence_begin` starts their sentences."""
         decoder = self.vae.decoder.begin(self._out_of(state.hidden), state.recent)
-        decoder.head = logits(self.vae.head)
+        decoder.head, decoder.cache.steady = logits(self.vae.head), self.batch_invariant
         return decoder
 
     @torch.no_grad()

@@ -179,10 +179,11 @@ class StackLM(SentenceLM):
         vectors_Bd, border_R = self._read_backbone(hidden_Bd), rows.border_of_row
         if self.from_backbone is not None:
             x = x + self.from_backbone(vectors_Bd).index_select(0, border_R)
-        seen: tuple[Band, Rotation, Rotation] | None = None
+        seen: tuple[Band | list[Band], Rotation, Rotation] | None = None
         if self.memory:
             number_B = layout.position_of_row
-            seen = rows.memory(self.config.memory), self._turn(number_B[border_R]), self._turn(number_B)
+            bands = (rows.memories if rows.layout.steady else rows.memory)(self.config.memory)
+            seen = bands, self._turn(number_B[border_R]), self._turn(number_B)
         for number, layer in enumerate(self.upper):
             if seen is not None:
                 x = self.memory[number](x, vectors_Bd, *seen)
@@ -260,7 +261,7 @@ class StackLM(SentenceLM):
         sentences = [sentence for document in documents for sentence in document]
         counts_D = np.asarray([len(document) for document in documents])
         lengths = np.asarray(checked_lengths(sentences, self.config.max_sentence_tokens), dtype=np.int64)
-        packed = stack_rows(lengths, counts_D, self.device, self.config.by_rule)
+        packed = stack_rows(lengths, counts_D, self.device, self.config.by_rule, self.batch_invariant)
         layout, words = packed.layout, state.tokens
         tokens_T = torch.tensor([t for sentence in sentences for t in sentence], device=self.device)
         attend = partial(packed_attention, layout=layout, causal=True)
@@ -277,7 +278,7 @@ class StackLM(SentenceLM):
         turn = words.turn(layout.position_of_row, layout.longest)
         lower = cached(words.lower)
         for layer in words.lower_steps:
-            x = layer(x, lower.attend, turn)
+            x = layer(x, lower.attend, turn)[: layout.rows]
         prompt = CachedPrompt(state.cache, rows, counts_D + 1, self.device, min(ahead, FIRST_PLACES))
         vectors_Bd = self.vector_norm(x[packed.border_rows_B])
         hidden_Bd = self._run_backbone(state, self._into(vectors_Bd), prompt)
@@ -294,7 +295,7 @@ class StackLM(SentenceLM):
             hidden_Bd,
             packed,
             prompt,
-            lambda number, _, x: words.upper_steps[number](x, upper.attend, turn),
+            lambda number, _, x: words.upper_steps[number](x, upper.attend, turn)[: layout.rows],
         )
         words.last[rows_n] = x[last_n]
         vectors_Bd = self._read_backbone(hidden_Bd)

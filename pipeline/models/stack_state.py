@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from pipeline.generation.replay import Replay, bucket, static_shapes
 from pipeline.generation.upload import upload
-from pipeline.models.kv_cache import CachedStep, RollingCache, StaticStep
+from pipeline.models.kv_cache import CachedStep, Reading, RollingCache, StaticStep, attend_last
 from pipeline.models.layers import Rotation
 from pipeline.models.step import MemoryStep, embedded, linear, logits, norm, token_layer, turns
 
-Seen = tuple[Tensor, Tensor, int, Rotation]  # of the memory: rows, ends, width, turn
+Seen = tuple[Callable[[Tensor, tuple[Tensor, Tensor]], Tensor], Rotation]  # of the memory: attention, turn
 
 
 class TokenState:
@@ -34,6 +35,7 @@ class TokenState:
         keep = config.attention_window + config.max_sentence_tokens
         self.lower, self.upper = RollingCache(rows, keep), RollingCache(rows, keep)
         self.memory = RollingCache(rows, max(1, config.memory))
+        self.lower.steady = self.upper.steady = model.batch_invariant
         self.vector = torch.zeros_like(vector)
         self.border = vector.new_zeros(rows, config.hidden_size)
         self.last = torch.zeros_like(self.border)
@@ -107,8 +109,8 @@ class TokenState:
         step = CachedStep(self.lower, rows, self.device)
         x = embedded(self._embedding, symbols, step.at)
         for layer in self.lower_steps:
-            x = layer(x, step.attend, turn)
-        return x
+            x = layer(x, step.attend, turn, None, len(rows))
+        return x[: len(rows)]
 
     def _step(self, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
         """Feed a symbol, or the border, to each of `rows`; returns their states [n, d] after the upper
@@ -145,10 +147,9 @@ class TokenState:
             )
         seen: Seen | None = None
         if self._memories:
-            ends, rows_n = self.memory.lengths[rows], upload(rows, self.device)
-            width = min(int(ends.max()), self.memory.keep)
+            reading = Reading(rows, self.memory.lengths[rows], self.memory.keep, x)
             turn_n = self.turn_at(self.memory.positions[rows] - 1)
-            seen = rows_n, upload(ends, self.device), width, turn_n
+            seen = partial(reading.attend, scale=None), turn_n
         return self._upper_layers(x, step, turn, seen)
 
     def _upper_layers(
@@ -158,11 +159,12 @@ class TokenState:
         turn: Rotation,
         seen: Seen | None,
     ) -> Tensor:
+        real = len(x)
         for number, layer in enumerate(self.upper_steps):
             if seen is not None:
-                x = self._memories[number](x, self.memory, *seen)
-            x = layer(x, step.attend, turn)
-        return x
+                x = self._memories[number](x, self.memory, *seen, real)
+            x = layer(x, step.attend, turn, None, real)
+        return x[:real]
 
     def _step_static(self, rows: np.ndarray, symbols: Sequence[int]) -> Tensor:
         """`_step` and the head for a device that replays graphs: logits of the first rows, at least up to the
@@ -212,7 +214,8 @@ class TokenState:
         seen: Seen | None = None
         if self._memories:
             turn = turns(self._embedding, heads, number, self._below)
-            seen = torch.arange(count, device=x.device), ends, self.memory.keep, turn
+            rows_n, keep = torch.arange(count, device=x.device), self.memory.keep
+            seen = partial(attend_last, rows=rows_n, ends=ends, width=keep, scale=None), turn
         x = self._upper_layers(x, upper, turn_upper, seen)
         return self._head(self._finish(torch.where(is_inside, x, self.last[:count]) if self._by_rule else x))
 

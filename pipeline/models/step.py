@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.folders import model_config
-from pipeline.models.kv_cache import RollingCache, attend_last
+from pipeline.models.kv_cache import LANES, RollingCache
 from pipeline.models.layers import (
     Rotation,
     SentenceMemory,
@@ -26,9 +26,9 @@ from pipeline.models.layers import (
     rotation,
     sinusoids,
 )
+from pipeline.models.products import least_rows, widened
 
 Apply = Callable[[Tensor], Tensor]
-FEW = 1 << 13  # numbers that an activation computes in less time than oneDNN needs to start
 
 
 def linear(*modules: Any) -> Apply:
@@ -36,6 +36,9 @@ def linear(*modules: Any) -> Apply:
     if not all(isinstance(module, nn.Linear) for module in modules):
         return modules[0] if len(modules) == 1 else lambda x: torch.cat([one(x) for one in modules], -1)
     weight, bias = modules[0].weight, modules[0].bias
+    product = vars(modules[0]).get("product" if len(modules) == 1 else "joined_product")
+    if product is not None:
+        return product
     if len(modules) > 1:
         whole = _joined([module.weight for module in modules])
         biases = [module.bias for module in modules]
@@ -119,16 +122,28 @@ class LayerStep:
     scale: float | None = None
     window: int | None = None
 
+    def __post_init__(self) -> None:
+        self.least = least_rows(self.project, self.out)
+
     def __call__(
         self,
         x: Tensor,
         attend: Callable[..., Tensor],
         turn: Rotation | None = None,
         condition: Tensor | None = None,
+        real: int | None = None,
     ) -> Tensor:
-        """New rows [n, d] → [n, d]. attend: of a layout with a cache. turn: cosines and signed sines, [n or
-        1, 1, d_head] each."""
-        rows, heads, shared = x.shape[0], self.heads, self.key_heads
+        """New rows [n, d] → [at least n, d]. attend: of a layout with a cache. turn: cosines and signed
+        sines, [n or 1, 1, d_head] each. real: how many rows are not repeated ones, which attend to nothing
+        (`widened`)."""
+        heads, shared, real = self.heads, self.key_heads, real or x.shape[0]
+        if x.shape[0] < self.least:
+            x = widened(x, self.least)
+        if (rows := x.shape[0]) > real:
+            if turn is not None and len(turn[0]) > 1:
+                turn = widened(turn[0], rows), widened(turn[1], rows)
+            if condition is not None and len(condition) > 1:
+                condition = widened(condition, rows)
         qkv = self.project(x if self.post_norm else self.attention_norm(x)).view(rows, heads + 2 * shared, -1)
         if self.queries is not None and self.keys is not None:
             q, k, v = qkv.split_with_sizes((heads, shared, shared), 1)
@@ -139,7 +154,10 @@ class LayerStep:
             both, v = qkv.split_with_sizes((heads + shared, shared), 1)  # queries and keys rotate alike
             both = torch.addcmul(both * turn[0], both.roll(both.shape[2] // 2, -1), turn[1])
             q, k = both.split_with_sizes((heads, shared), 1)
-        added = self.out(attend(self.number, q, k, v, self.scale, self.window).reshape(rows, -1))
+        if rows > real:
+            q, k, v = q[:real], k[:real], v[:real]
+        attended = attend(self.number, q, k, v, self.scale, self.window).reshape(real, -1)
+        added = self.out(attended if rows == real else widened(attended, rows))
         if self.post_norm:
             x = self.attention_norm(added.add_(x))
             if condition is not None and self.condition_norm is not None:
@@ -152,8 +170,9 @@ class LayerStep:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """torch's, for few numbers on a CPU without oneDNN, whose kernel takes 6 µs to start."""
-    if x.numel() > FEW or x.device.type != "cpu":
+    """torch's, on a CPU without oneDNN, whose kernel takes 6 µs to start; but where a row is no multiple of a
+    vector, torch's own computes its end otherwise."""
+    if x.device.type != "cpu" or x.shape[-1] % LANES:
         return F.gelu(x)
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
@@ -190,13 +209,19 @@ class MemoryStep:
         self._norm, self._query, self._out = norm(part.norm), linear(part.query), linear(part.out)
 
     def __call__(
-        self, x: Tensor, cache: RollingCache, rows_n: Tensor, ends_n: Tensor, width: int, turn: Rotation
+        self,
+        x: Tensor,
+        cache: RollingCache,
+        attend: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor],
+        turn: Rotation,
+        rows: int,
     ) -> Tensor:
-        """One new row of each of `rows_n`; it sees the last `width` places before `ends_n`."""
-        q = self._query(self._norm(x)).view(len(x), self._heads, -1)
+        """New rows, of which the first `rows` are real. attend: (q [n, H, 1, d_head], a layer's storage) → as
+        q."""
+        q = self._query(self._norm(x)).view(len(x), self._heads, -1)[:rows]
         q = torch.addcmul(q * turn[0], q.roll(q.shape[2] // 2, -1), turn[1])
-        attended = attend_last(q[:, :, None], cache.layer(self._number, q), rows_n, ends_n, width, None)
-        return x + self._out(attended.flatten(1))
+        attended = attend(q[:, :, None], cache.layer(self._number, q))
+        return x + self._out(widened(attended.flatten(1), len(x)))
 
 
 def embedded(module: TokenEmbedding, symbols: Sequence[int] | Tensor, at: slice | Tensor) -> Tensor:
@@ -316,7 +341,8 @@ class BackboneStep:
             x = x + table.weight[table.offset :][step.at]
         else:
             turn = self._turn(x, step.at, places + 1)
+        real = len(x)
         for layer in self._layers:
-            x = layer(x, step.attend, turn)
+            x = layer(x, step.attend, turn, None, real)
         x = self._norm(x)
-        return x if self._out is None else self._out(x)
+        return (x if self._out is None else self._out(x))[:real]

@@ -2,7 +2,8 @@
 when it ends.
 
 A text equals the one that `sllm generate` writes with the same seed, whatever else is in the batch
-(`pipeline/generation/writer.py`), unless a draw falls between two symbols by less than rounding.
+(`pipeline/generation/writer.py`); without `batch_invariant` unless a draw falls between two symbols by less
+than rounding.
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ def serve(
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     int8: bool = False,
+    batch_invariant: bool = False,
 ) -> None:
     """Serve a model folder until TERM or Ctrl-C; HUP reads the folder and the template again.
 
@@ -113,7 +114,8 @@ def serve(
     asked = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: asked.set())  # while the model is read, too
     listening = _listen(host, port)
-    load = partial(load_for_generation, int8=int8, device=device, dtype=dtype)
+    precision = {"int8": int8, "device": device, "dtype": dtype}
+    load = partial(load_for_generation, batch_invariant=batch_invariant, **precision)
     batcher = Batcher(folder, rows, most_waiting, load)
     server = Server(batcher, settings)
 

@@ -131,27 +131,25 @@ def test_batched_is_single_for_every_family(family, layers, tokenizer):
         assert_same(batched, alone(model, tokenizer, PROMPTS[number], number, settings))
 
 
+@pytest.mark.parametrize("short", [True, False])  # together, or one by one
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
-def test_rows_attended_to_together_are_rows_one_by_one(window, monkeypatch):
-    monkeypatch.setattr("pipeline.models.kv_cache.SHORT_ROW", 0)  # one by one, however short
+def test_a_step_attends_to_each_row_by_itself(window, short, monkeypatch):
+    monkeypatch.setattr("pipeline.models.kv_cache.SHORT_ROW", 128 if short else 0)
     torch.manual_seed(0)
     cache = KeyValueCache(rows=4, most=9, places=2)
     for rows in ([0, 1, 2, 3], [0, 2, 3], [2, 3], [0, 3], [0, 1, 3], [0, 1, 2, 3]):
         at = np.asarray(rows)
         step = CachedStep(cache, at, torch.device("cpu"))
         q, k, v = torch.randn(len(at), 4, 8), torch.randn(len(at), 2, 8), torch.randn(len(at), 2, 8)
-        out = step.attend(0, q, k, v, None, window)
         keys, values = cache.layer(0, k)
+        for row, length in enumerate(cache.lengths):  # what lies behind a row's end must not matter
+            values[row, :, length:] = keys[row, :, length:] = 1e4
+        out = step.attend(0, q, k, v, None, window)
         for n, row in enumerate(rows):  # by hand
             seen = slice(max(0, cache.lengths[row] - (window or 99)), cache.lengths[row])
             k_n, v_n = (x[row, :, seen].repeat_interleave(2, 0) for x in (keys, values))
             weights = torch.einsum("hd,hpd->hp", q[n], k_n) * 8**-0.5
             torch.testing.assert_close(out[n], torch.einsum("hp,hpd->hd", weights.softmax(-1), v_n))
-        if step._block is None:
-            for row, length in enumerate(cache.lengths):  # what lies behind a row's end must not matter
-                values[row, :, length:] = keys[row, :, length:] = torch.nan
-            masked = step.attend_masked(q.view(len(at), 2, 2, 8), keys, values, None, window)
-            torch.testing.assert_close(masked.reshape(out.shape), out)
     assert cache.lengths.tolist() == [5, 3, 4, 6]
     assert cache.bytes_per_place == 2 * 2 * 8 * 4  # keys and values, heads, width, fp32
 

@@ -41,13 +41,13 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | No
 def test_a_step_sees_its_own_row_up_to_itself(
     some: list[int], scale: float | None, short: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts of other lengths, then steps of some rows; what is not stored yet is NaN."""
+    """Prompts of other lengths, then steps of some rows; what is not stored yet is large."""
     monkeypatch.setattr(kv_cache, "SHORT_ROW", 128 if short else 0)
     torch.manual_seed(0)
     lengths, rows, layer = np.array([3, 1, 1, 5]), np.arange(4), 7
     cache = KeyValueCache(4, most=40, places=8)
     for stored in cache.layer(layer, torch.empty(1, 2, 8)):
-        stored.fill_(torch.nan)
+        stored.fill_(1e4)
     q, (k, v) = torch.randn(10, 4, 8), torch.randn(2, 10, 2, 8)
     prompt = CachedPrompt(cache, rows, lengths, torch.device("cpu"), 0)
     found = prompt.attend(layer, q, k, v, scale)
