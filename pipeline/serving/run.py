@@ -114,8 +114,9 @@ def serve(
     asked = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: asked.set())  # while the model is read, too
     listening = _listen(host, port)
-    precision = {"int8": int8, "device": device, "dtype": dtype}
-    load = partial(load_for_generation, batch_invariant=batch_invariant, **precision)
+    load = partial(
+        load_for_generation, int8=int8, device=device, dtype=dtype, batch_invariant=batch_invariant
+    )
     batcher = Batcher(folder, rows, most_waiting, load)
     server = Server(batcher, settings)
 

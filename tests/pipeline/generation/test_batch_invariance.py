@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.model_folders import STACK, small_model
+from helpers.model_folders import STACK, save, small_model
 
+from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import load_tokenizer
 from pipeline.generation.prefixes import PrefixCache
 from pipeline.generation.results import Limits, Piece, Request, Sentence
 from pipeline.generation.sampling import Sampling
 from pipeline.generation.writer import BatchWriter
-from pipeline.models.inference import lay_out
+from pipeline.models.inference import lay_out, load_for_generation
 from pipeline.models.products import PACKED, Product
 
 PROMPTS = [
@@ -83,3 +84,12 @@ def test_a_row_of_a_product_has_the_same_bits_beside_any_others(inputs: int, out
             for first in (0, 1, 70 - rows):
                 assert torch.equal(product(x[first : first + rows]), whole[first : first + rows])
         assert product(x[:0]).shape == (0, outputs) and product(x[:6].view(2, 3, -1)).shape[:2] == (2, 3)
+
+
+def test_it_is_refused_where_it_does_not_hold(tiny_tokenizer, tmp_path) -> None:
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    folder = save(small_model("sllm", tokenizer), tmp_path / "sllm", tokenizer)
+    assert load_for_generation(folder, device="cpu", batch_invariant=True)[0].batch_invariant
+    for other in ({"int8": True}, {"device": "cpu", "dtype": "bf16"}):
+        with pytest.raises(UserError, match="--batch-invariant is for fp32 on a CPU"):
+            load_for_generation(folder, **other, batch_invariant=True)
