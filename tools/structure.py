@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 MOST_ARROWS = 80  # between packages of pipeline/
 LONGEST_CHAIN = {"pipeline": 9, "data_prep": 5}  # packages
 MOST_LINES_OF_A_FILE = {"code": 500, "tests": 600}
-MOST_LINES = 46_100
+MOST_LINES = 46_500
 
 
 def arrows(root: str) -> set[tuple[str, str]]:

@@ -43,7 +43,7 @@ LAST_LINES = 25
 PACKAGES = "torch deepspeed transformers tokenizers sentencepiece webdataset numpy".split()
 
 PROMPTS = Path("tools/demo/prompts.jsonl")
-# Tokens of each training. The token model's fit the time that SentenceVAE and SLLM take together on two cores.
+# Tokens of each training. The token model's fit the time of SentenceVAE and SLLM together on two cores.
 TOKENS = {"vae": 600_000, "sllm": 600_000, "lm": 1_050_000}
 TASK_ITEMS = 150  # of each task of lm-evaluation-harness
 

@@ -36,7 +36,7 @@ LIBRARIES = (
     "deepspeed.runtime.zero.stage3",
     "hypothesis.strategies",
 )
-LOOKS = 30  # a tenth of a second apart; whoever sleeps at each of them waits for what never comes
+LOOKS = 30  # a tenth of a second apart; a process that sleeps at each of them waits for what never comes
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
 
 
