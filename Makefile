@@ -47,6 +47,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	$(PIP) --no-build-isolation --editable '.[mpi,dask,fast,s3,near-duplicates,lang,serve,engines,report,eval,lm-eval,import,research,segmentation-benchmark,docs,dev]'
 	@touch $(STAMP)
+	@echo "setup: done; next: . $(BIN)/activate && make demo, or docs/tutorials/cpu.md"
 
 demo: $(STAMP)
 	$(BIN)/python -m tools.demo.run

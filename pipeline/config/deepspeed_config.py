@@ -19,7 +19,7 @@ from typing import Any
 from data_prep.common.errors import UserError
 from data_prep.common.files import read_json
 from pipeline.config.keys import BOUNDS
-from pipeline.config.library import find_deepspeed_config
+from pipeline.config.library import DEEPSPEED_CONFIGS, find_deepspeed_config, like
 from pipeline.config.schema import Recipe
 
 AUTO = "auto"  # asks a trainer to fill in a value
@@ -134,7 +134,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         problems.extend(f"{key} is given twice" for key in dict.fromkeys(keys) if keys.count(key) > 1)
         return dict(pairs)
 
-    missing = "does not exist: see ds_configs/"
+    missing = f"does not exist: {like(path, DEEPSPEED_CONFIGS)}"
     strategy = read_json(
         find_deepspeed_config(path), f"DeepSpeed config {path}", missing, object_pairs_hook=mapping
     )

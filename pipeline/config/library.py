@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,14 @@ def _folder(package: str) -> Path:
 
 RECIPES = _folder("pipeline") / "recipes"
 DEEPSPEED_CONFIGS = _folder("ds_configs")
+
+
+def like(name: str | Path, folder: Path) -> str:
+    """For a message: the files of `folder` (`RECIPES`, `DEEPSPEED_CONFIGS`) whose names are like `name`, or
+    all."""
+    known = sorted(path.stem for path in folder.iterdir() if path.suffix in (".yaml", ".json"))
+    near = difflib.get_close_matches(Path(name).stem, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"the package has {', '.join(known)}"
 
 
 def find_recipe(name: str | Path, beside: Path = Path()) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from data_prep.common.errors import UserError
+from pipeline.config.library import RECIPES, like
 
 MOST_BASES = 20
 TRAIN_ARGS = "SLLM_TRAIN_ARGS"
@@ -119,9 +120,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"recipe {path} does not exist: see pipeline/recipes/ for the ones that ship with the package"
-        ) from None
+        raise UserError(f"recipe {path} does not exist: {like(path, RECIPES)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -31,9 +31,8 @@ def read_config(folder: str | Path) -> dict:
     """`config.json` of a model folder. Raises: UserError when there is none."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise UserError(
-            f"model folder {folder}: no config.json there; give one made by `sllm export` or save_pretrained"
-        )
+        fault = ": no config.json there" if path.parent.is_dir() else " does not exist"
+        raise UserError(f"model folder {folder}{fault}; give one made by `sllm export` or save_pretrained")
     return read_json(path)
 
 

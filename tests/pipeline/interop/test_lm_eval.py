@@ -219,7 +219,7 @@ def test_the_harness_command(
     ("words", "message"),
     [
         (["--model", "vae-bpe", "--tasks", "sllm_cloze"], "a SentenceVAE rebuilds sentences"),
-        (["--model", "missing", "--tasks", "sllm_cloze"], "no config.json there"),
+        (["--model", "missing", "--tasks", "sllm_cloze"], "model folder missing does not exist"),
         (["--model", "sllm-bpe"], "--tasks is missing"),
     ],
 )

@@ -97,7 +97,7 @@ def test_folders_of_another_kind_are_refused(build, tokenizer, tmp_path):
         build("lm", backbone={"path": str(tmp_path / "vae")})
     with pytest.raises(UserError, match="holds a opt, not a sentence_vae"):
         build(vae={"path": str(tmp_path / "lm")})
-    with pytest.raises(UserError, match="no config.json there"):
+    with pytest.raises(UserError, match="nothing does not exist"):
         build("lm", backbone={"path": str(tmp_path / "nothing")})
 
 
