@@ -59,8 +59,14 @@ def test_a_signal_reaches_all_ranks_and_none_is_left(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--recipe demo-vea --deepspeed-config zero1", "recipe demo-vea does not exist: did you mean demo-vae?"),
-        ("--recipe demo-vae --deepspeed-config zero9", "DeepSpeed config zero9 does not exist: did you mean zero"),
+        (
+            "--recipe demo-vea --deepspeed-config zero1",
+            "recipe demo-vea does not exist: did you mean demo-vae?",
+        ),
+        (
+            "--recipe demo-vae --deepspeed-config zero9",
+            "DeepSpeed config zero9 does not exist: did you mean zero",
+        ),
         ("--recipe demo-vae --deepspeed-config zero1 --trainin.max_steps 3", "did you mean"),
         ("--recipe demo-vae --deepspeed-config zero1", "none does not exist"),
         ("stray --recipe demo-vae --deepspeed-config zero1", "unexpected argument 'stray'"),
