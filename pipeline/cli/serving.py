@@ -30,7 +30,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     int8: Int8 = False,
-    batch_invariant: bool = False,
+    batch_invariant: bool | None = None,
 ) -> None:
     """Serve a model: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics, and a page to try
     it (docs/serving.md). TERM finishes accepted requests; HUP reads the model folder again.
@@ -50,7 +50,7 @@ def serve(
         request_seconds: deadline of a request
         drain_seconds: time for accepted requests after TERM
         chat_template: Jinja file for /v1/chat/completions (default: the model folder's chat_template.jinja)
-        batch_invariant: a text has the same bits in any batch (fp32 on a CPU); slower for few texts
+        batch_invariant: a text has the same bits in any batch, a few texts are slower (default: in CPU fp32)
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a reload has no meaning before the model is read
     for package in ("starlette", "uvicorn", "uvloop", "prometheus_client"):

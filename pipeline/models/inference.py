@@ -96,15 +96,17 @@ def load_for_generation(
     int8: bool = False,
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
-    batch_invariant: bool = False,
+    batch_invariant: bool | None = False,
 ) -> tuple[Any, Tokenizer]:
     """The model of a folder, laid out for generation or in int8, and its tokenizer; a token-level model as
-    `TokenDocuments`. batch_invariant: in fp32 on a CPU a text's numbers have the same bits in any batch.
+    `TokenDocuments`. batch_invariant: in fp32 on a CPU a text's numbers have the same bits in any batch;
+    None: if the model can.
 
     Raises: UserError for a SentenceVAE, and as `choose_device`.
     """
     place, precision = choose_device(device, dtype, int8)
-    if batch_invariant and (int8 or place.type != "cpu" or precision != torch.float32):
+    exact = place.type == "cpu" and precision == torch.float32 and not int8
+    if batch_invariant and not exact:
         raise UserError(
             "--batch-invariant is for fp32 on a CPU: add --device cpu --dtype fp32, without --int8"
         )
@@ -119,7 +121,9 @@ def load_for_generation(
     if int8:
         to_int8(model)
     else:
-        lay_out(model, batch_invariant)
+        lay_out(
+            model, exact and isinstance(model, SentenceLM) if batch_invariant is None else batch_invariant
+        )
     return TokenDocuments(model, tokenizer) if isinstance(model, TokenLM) else model, tokenizer
 
 

@@ -37,7 +37,6 @@ from pipeline.generation.api import generate_many
 from pipeline.generation.results import Limits
 from pipeline.generation.sampling import Sampling
 from pipeline.models.inference import load_for_generation
-from pipeline.parallel.device import choose_device
 from pipeline.serving.protocol import new_tokens
 
 PACKAGES = ("numpy", "torch", "transformers", "starlette", "uvicorn", "openai")
@@ -204,14 +203,9 @@ def _compare_texts(target: Target, asked: Asked, key: str) -> dict[str, int]:
     return {"compared": sum(texts.total() for texts in loaded.values()), "other": other}
 
 
-def _exact() -> bool:
-    """Whether texts can be the same in any batch here."""
-    return choose_device()[0].type == "cpu"
-
-
 def _batch(folder: str, asked: Asked, rows: int) -> dict[str, Any]:
     """`generate_many` of the texts; the first time is a warm-up."""
-    model, tokenizer = load_for_generation(folder, batch_invariant=_exact())
+    model, tokenizer = load_for_generation(folder, batch_invariant=None)
     limits, repeats = Limits(asked.tokens, asked.tokens), 1 + 2 * rows // CASES
     prompts = [asked.prompt(case) for case in range(CASES)] * repeats
 
@@ -233,7 +227,6 @@ def _started(folder: str, rows: int, queue: int) -> Iterator[Target]:
     """A server of this machine, on a free port."""
     command = [sys.executable, "-m", "pipeline.cli", "serve", "--model", folder, "--port", "0"]
     command += ["--rows", str(rows), "--queue", str(queue)]
-    command += ["--batch-invariant"] if _exact() else []
     began = time.perf_counter()
     with TemporaryFile("w+") as log_file, subprocess.Popen(command, stderr=log_file) as process:
         try:

@@ -99,7 +99,7 @@ def serve(
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     int8: bool = False,
-    batch_invariant: bool = False,
+    batch_invariant: bool | None = None,
 ) -> None:
     """Serve a model folder until TERM or Ctrl-C; HUP reads the folder and the template again.
 
