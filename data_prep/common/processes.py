@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.common.errors import UserError
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE = 2 << 20  # bytes
 
 
@@ -57,3 +57,5 @@ def return_large_blocks() -> None:
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, LARGE)
+        # As glibc sets it itself. Else it stays at 128 kB, and small blocks come and go by system calls.
+        mallopt(M_TRIM_THRESHOLD, 2 * LARGE)
