@@ -32,7 +32,7 @@ def test_every_diagram_is_on_a_page() -> None:
 
 
 def test_sentences_of_readme_and_tutorials_are_short(capsys: pytest.CaptureFixture) -> None:
-    assert prose.main() == 0, capsys.readouterr().out
+    assert prose.prose() == 0, capsys.readouterr().out
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
