@@ -44,7 +44,7 @@ PACKAGES = "torch deepspeed transformers tokenizers sentencepiece webdataset num
 
 PROMPTS = Path("tools/demo/prompts.jsonl")
 # Tokens of each training. The token model's fit the time of SentenceVAE and SLLM together on two cores.
-TOKENS = {"vae": 600_000, "sllm": 600_000, "lm": 1_050_000}
+TOKENS = {"vae": 600_000, "sllm": 600_000, "lm": 1_150_000}
 TASK_ITEMS = 150  # of each task of lm-evaluation-harness
 
 
