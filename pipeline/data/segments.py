@@ -14,9 +14,16 @@ from pipeline.data.upload import Made, kept, to_device
 
 _PAIRS_OF_A_BLOCK = 2048  # query-key pairs that cost as much as a block's kernel calls, at width 128
 _SHORTEST_BAND = 16  # rows of a block under an attention window
-_STEADY_ROWS = 16  # a vector's lanes: with more zeros behind a row's keys its sums keep their bits
 _BAND_BLOCK = 64  # queries of a block of a `Band`
 TILE = 128  # rows of a tile of GPU kernels, and of a packed one
+# On a CPU a query reads keys from one multiple of LANES to another. Its sums then have the same bits whatever
+# masked keys follow: a vector's lanes keep their places, and a zero changes no sum.
+LANES = 16
+
+
+def up_to_lanes(rows: Any) -> Any:
+    """The next multiple of LANES, of an int or an array."""
+    return -(-rows // LANES) * LANES
 
 
 def _bucket_edges(longest: int) -> np.ndarray:
@@ -195,7 +202,7 @@ class SegmentLayout(Made):
         few segments join the next longer bucket if their padding costs less than a block.
         """
         if self.steady:
-            wide = -(-self.lengths // _STEADY_ROWS)
+            wide = up_to_lanes(self.lengths)
             order = np.argsort(wide, kind="stable")
             return np.split(order, np.flatnonzero(np.diff(wide[order])) + 1)
         edges = _bucket_edges(self.longest)
@@ -219,7 +226,7 @@ class SegmentLayout(Made):
         for members in self._buckets:
             lengths = self.lengths[members][:, None]
             longest = int(lengths.max())
-            slots = np.arange(-(-longest // _STEADY_ROWS) * _STEADY_ROWS if self.steady else longest)
+            slots = np.arange(up_to_lanes(longest) if self.steady else longest)
             shapes.append((len(members), len(slots)))
             sources.append(self.starts[members][:, None] + np.minimum(slots, lengths - 1))
             reals.append(slots < lengths)

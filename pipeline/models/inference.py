@@ -105,8 +105,7 @@ def load_for_generation(
     Raises: UserError for a SentenceVAE, and as `choose_device`.
     """
     place, precision = choose_device(device, dtype, int8)
-    exact = place.type == "cpu" and precision == torch.float32 and not int8
-    if batch_invariant and not exact:
+    if batch_invariant and (int8 or place.type != "cpu" or precision != torch.float32):
         raise UserError(
             "--batch-invariant is for fp32 on a CPU: add --device cpu --dtype fp32, without --int8"
         )
@@ -121,9 +120,8 @@ def load_for_generation(
     if int8:
         to_int8(model)
     else:
-        lay_out(
-            model, exact and isinstance(model, SentenceLM) if batch_invariant is None else batch_invariant
-        )
+        # Where it does not hold, `lay_out` leaves it out.
+        lay_out(model, isinstance(model, SentenceLM) if batch_invariant is None else batch_invariant)
     return TokenDocuments(model, tokenizer) if isinstance(model, TokenLM) else model, tokenizer
 
 

@@ -22,23 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_prep.common.errors import counted
-from pipeline.data.segments import SegmentLayout
+from pipeline.data.segments import LANES, SegmentLayout, up_to_lanes
 from pipeline.generation.upload import upload
 from pipeline.models.attention import packed_attention, repeat_heads
 
 FIRST_PLACES = 64  # room for new places when their number is not known
 _attention = F.scaled_dot_product_attention
 SHORT_ROW = 128  # up to this many places a CPU reads ragged rows in one call instead of one call per row
-# On a CPU a query reads keys from one multiple of LANES to another. Its sums then have the same bits whatever
-# masked keys follow: a vector's lanes keep their places, and a zero changes no sum.
-LANES = 16
 KEYS = 512  # that torch's kernel reads at a time
 QUERIES = 64  # of one call: kernels divide the keys otherwise for 192 and more
-
-
-def up_to_lanes(places: int) -> int:
-    """The next multiple of LANES."""
-    return -(-places // LANES) * LANES
 
 
 class KeyValueCache:

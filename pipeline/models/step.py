@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.data.segments import LANES
 from pipeline.models.folders import model_config
-from pipeline.models.kv_cache import LANES, RollingCache
+from pipeline.models.kv_cache import RollingCache
 from pipeline.models.layers import (
     Rotation,
     SentenceMemory,

@@ -26,7 +26,7 @@ from pipeline.costs.benchmark_generation import (
     run,
 )
 from pipeline.costs.options import GenerationBenchmark
-from pipeline.models.kv_cache import up_to_lanes
+from pipeline.data.segments import up_to_lanes
 from pipeline.reports.charts import generation_chart, generation_plots
 
 pytestmark = pytest.mark.launch
